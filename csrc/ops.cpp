@@ -1,0 +1,118 @@
+// Registration and checked launchers of the native CPU kernels, on torch's stable ABI (torch >= 2.10).
+#define FASTALIGN_TARGET generic
+#include "rows_api.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+namespace fastalign {
+namespace generic { extern const RowKernels kernels; }
+#ifdef FASTALIGN_X86_TARGETS
+namespace avx2 { extern const RowKernels kernels; }
+namespace avx512 { extern const RowKernels kernels; }
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Target {
+  const RowKernels* kernels;
+  int64_t index;  // of fastalign_kernels.native.TARGETS
+};
+
+const Target& target() {
+  static const Target chosen = [] {
+#ifdef FASTALIGN_X86_TARGETS
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      return Target{&avx512::kernels, 2};
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Target{&avx2::kernels, 1};
+#endif
+    return Target{&generic::kernels, 0};
+  }();
+  return chosen;
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return F32;
+    case ScalarType::Double: return F64;
+    case ScalarType::BFloat16: return BF16;
+    case ScalarType::Half: return F16;
+    default: STD_TORCH_CHECK(false, "logits: fp32, fp64, bf16 or fp16 wanted"); return DTYPES;
+  }
+}
+
+ScalarType accumulator_of(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+void check_table(const Tensor& t, const char* name, int64_t rows, int64_t N, ScalarType dtype) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == N && t.is_contiguous(), name, ": contiguous [", rows, ", ", N, "] wanted");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": fp32 wanted, or fp64 with fp64 logits");
+}
+
+Strides strides_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1), name, ": [B, T, V] with unit stride over V wanted");
+  return {t.size(1), t.stride(0), t.stride(1)};
+}
+
+Rows rows_of(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& bias, double logit_scale, double softcap, double temperature) {
+  const Strides strides = strides_of(logits, "logits");
+  const int64_t N = logits.size(0) * logits.size(1), V = logits.size(2);
+  STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == N && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long, "ids: contiguous int64 [B*T] wanted");
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == V && bias->is_contiguous() && bias->scalar_type() == logits.scalar_type(),
+                    "bias: contiguous [V] of the logits' dtype wanted");
+  }
+  const int64_t* id = static_cast<const int64_t*>(ids.const_data_ptr());
+  for (int64_t n = 0; n < N; ++n) STD_TORCH_CHECK(id[n] < V, "ids[", n, "] is ", id[n], ", outside [0, ", V, ")");
+  return {logits.const_data_ptr(), strides, bias ? bias->const_data_ptr() : nullptr, id, N, V, {logit_scale, softcap, temperature}};
+}
+
+void row_stats(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats) {
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
+  check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
+  const StatsRows job{rows, stats.mutable_data_ptr()};
+  const auto kernel = target().kernels->stats[dtype_of(logits)];
+  torch::stable::parallel_for(0, rows.N, 1, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+}
+
+void row_grad(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats,
+              Tensor coefficients, Tensor out) {
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
+  check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
+  check_table(coefficients, "coefficients", 4, rows.N, accumulator_of(logits));
+  const Strides out_strides = strides_of(out, "out");
+  STD_TORCH_CHECK(out.size(0) == logits.size(0) && out.size(1) == logits.size(1) && out.size(2) == rows.V && out.scalar_type() == logits.scalar_type(),
+                  "out: the logits' shape and dtype wanted");
+  const GradRows job{rows, stats.const_data_ptr(), coefficients.const_data_ptr(), out.mutable_data_ptr(), out_strides};
+  const auto kernel = target().kernels->grad[dtype_of(logits)];
+  torch::stable::parallel_for(0, rows.N, 1, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+}
+
+int64_t cpu_target() { return target().index; }
+
+}  // namespace
+}  // namespace fastalign
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
+  m.def("row_stats(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor(a!) stats) -> ()");
+  m.def("row_grad(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor stats, "
+        "Tensor coefficients, Tensor(a!) out) -> ()");
+  m.def("cpu_target() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
+  m.impl("row_stats", TORCH_BOX(&fastalign::row_stats));
+  m.impl("row_grad", TORCH_BOX(&fastalign::row_grad));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastalign, CompositeExplicitAutograd, m) {
+  m.impl("cpu_target", TORCH_BOX(&fastalign::cpu_target));
+}

@@ -1,0 +1,32 @@
+// The row kernels for one instruction set: setup.py compiles this file once per target with -DFASTALIGN_TARGET=<name> and the target's flags.
+#include "rows.h"
+#include "rows_api.h"
+
+namespace fastalign {
+namespace FASTALIGN_TARGET {
+
+template <class T> static void stats_rows(const StatsRows& job, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const auto kernel = job.plain() ? row_stats<T, true> : row_stats<T, false>;
+  for (int64_t n = begin; n < end; ++n)
+    kernel(static_cast<const T*>(job.logits) + job.strides.at(n), static_cast<const T*>(job.bias), job.ids[n], job.V, job.transform,
+           static_cast<A*>(job.stats) + n, job.N);
+}
+
+template <class T> static void grad_rows(const GradRows& job, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const auto kernel = job.plain() ? row_grad<T, true> : row_grad<T, false>;
+  for (int64_t n = begin; n < end; ++n)
+    kernel(static_cast<const T*>(job.logits) + job.strides.at(n), static_cast<const T*>(job.bias), job.ids[n], job.V, job.transform,
+           static_cast<const A*>(job.stats) + n, static_cast<const A*>(job.coefficients) + n, job.N,
+           static_cast<T*>(job.out) + job.out_strides.at(n));
+}
+
+extern const RowKernels kernels;
+const RowKernels kernels = {
+    {stats_rows<float>, stats_rows<double>, stats_rows<bf16>, stats_rows<fp16>},
+    {grad_rows<float>, grad_rows<double>, grad_rows<bf16>, grad_rows<fp16>},
+};
+
+}  // namespace FASTALIGN_TARGET
+}  // namespace fastalign

@@ -1,0 +1,5 @@
+"""`python -m fastalign` is the command `fastalign`."""
+
+from .cli import main
+
+main()

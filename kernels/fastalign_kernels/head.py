@@ -1,0 +1,471 @@
+"""The language-model head without logits: from hidden states and the head's weight to log-probabilities, statistics and losses.
+
+    hidden [N, H], weight [V, H], ids [N]  ->  the statistics table of rows.py, [7, N]; [N, V] logits never exist.
+
+One loop over chunks of C tokens (sweep.py) serves four ways. GEMM: one N x H x V matrix product, 2 N H V flops; the naive loss takes 3.
+
+    way                  GEMMs            kept for backward
+    no_grad              1                nothing
+    gradient_in_forward  1 + dX + dW      dX, dW      the upstream gradient is a scalar, so it can be applied afterwards
+    general              2 + dX + dW      the table   any upstream gradient of logp, entropy, lse; logits are computed twice
+    frozen_head          2                D [N, H]    dX[t] = g[t] D[t] with D = d logp / d hidden, when only logp is asked for
+
+Between the GEMMs: one read of the logits tile (statistics), one read and one write (gradient). Ignored tokens enter no GEMM. dX and dW
+are summed in fp32 from low-precision inputs; rounding each chunk's share of dW to bf16 would bias training (trl/kernels says the same).
+
+Predicted, not measured, for bf16 at N 8192, H 4096, V 151936 on an H100 (700 TFLOP/s reached, 3.35 TB/s): three GEMMs 43.7 ms (42 were
+measured for the bare ones, huggingface/trl#7244); between them fp32 logits are read twice and bf16 gradients written once, 12.4 GB or
+3.7 ms; so 47 ms in 14 chunks of 586 tokens, where plain PyTorch took 59 and Liger 192.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check as _check
+from .logits import TokenStats, check_loss_options, kept_ids, loss_scale, make_transform, reduced, stats_of, token_loss
+from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref, traced
+from .sweep import Head, choose_way, sweep
+
+
+class CrossEntropyStats(NamedTuple):
+    """loss (differentiable); per token and without gradient: logp, entropy, lse in nats, top1 bool."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    lse: Tensor
+    top1: Tensor
+
+
+# Statistics, with any upstream gradient: the ways no_grad and general.
+
+
+@torch.library.custom_op("fastalign::head_table", mutates_args=())
+def _head_table(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    workspace_mib: float | None,
+) -> Tensor:
+    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib)
+    return sweep(head, None, None, (False, False, False))[0]
+
+
+@_head_table.register_fake
+def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib):
+    return hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+
+
+@torch.library.custom_op("fastalign::head_table_grad", mutates_args=())
+def _head_table_grad(
+    grad: Tensor,
+    table: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    workspace_mib: float | None,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib)
+    per_token = coefficients(grad, table, weight.shape[0])
+    _, gradients = sweep(head, table, lambda stats, index: per_token[:, index].contiguous(), (hidden_grad, weight_grad, bias_grad))
+    return gradients.hidden, gradients.weight, gradients.bias
+
+
+@_head_table_grad.register_fake
+def _(grad, table, hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, hidden_grad, weight_grad, bias_grad):
+    return _fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
+
+
+def _fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if weight_grad else weight.new_empty(0),
+        bias.new_empty(bias.shape) if bias_grad and bias is not None else hidden.new_empty(0),
+    )
+
+
+def _save_table(ctx, inputs, output) -> None:
+    hidden, weight, ids, bias, *ctx.options = inputs
+    ctx.save_for_backward(hidden, weight, ids, bias, output)
+
+
+def _table_backward(ctx, grad: Tensor):
+    hidden, weight, ids, bias, table = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    gradients = _head_table_grad(grad, table, hidden, weight, ids, bias, *ctx.options, needs[0], needs[1], needs[3])
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3])))
+    return d_hidden, d_weight, None, d_bias, None, None, None, None
+
+
+_head_table.register_autograd(_table_backward, setup_context=_save_table)
+
+
+# A loss whose upstream gradient is a scalar: the way gradient_in_forward.
+
+
+@torch.library.custom_op("fastalign::head_loss", mutates_args=())
+def _head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    scale: Tensor,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    workspace_mib: float | None,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """sum over tokens of scale [N] times cross-entropy, the table [7, N], and the gradients of hidden, weight and bias."""
+    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib)
+
+    # d/dz of -(1 - e) logp - e mean_logp + z_loss lse^2, times the token's scale.
+    def chunk_coefficients(stats: Tensor, index: Tensor | slice) -> Tensor:
+        s = scale[index]
+        grad = torch.zeros_like(stats)
+        grad[Stat.LOGP] = (label_smoothing - 1) * s
+        grad[Stat.MEAN_LOGP] = -label_smoothing * s
+        grad[Stat.LSE] = 2 * z_loss * stats[Stat.LSE] * s
+        return coefficients(grad, stats, weight.shape[0])
+
+    wanted = (hidden_grad, weight_grad, bias_grad)
+    table, gradients = sweep(head, None, chunk_coefficients if any(wanted) else None, wanted)
+    loss = (token_loss(table, label_smoothing, z_loss) * scale).sum()
+    return loss, table, *gradients
+
+
+@_head_loss.register_fake
+def _(
+    hidden,
+    weight,
+    ids,
+    bias,
+    scale,
+    label_smoothing,
+    z_loss,
+    logit_scale,
+    softcap,
+    temperature,
+    workspace_mib,
+    hidden_grad,
+    weight_grad,
+    bias_grad,
+):
+    table = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+    return table.new_empty(()), table, *_fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
+
+
+def _save_loss(ctx, inputs, output) -> None:
+    hidden, weight, ids, bias, scale, *ctx.options = inputs
+    _, table, *gradients = output
+    ctx.mark_non_differentiable(table, *gradients)
+    ctx.set_materialize_grads(False)  # else autograd allocates a [V, H] of zeros as the gradient of the output d_weight
+    ctx.save_for_backward(hidden, weight, ids, bias, scale, table)
+    ctx.gradients = gradients
+
+
+def _loss_backward(ctx, grad: Tensor | None, *_):
+    hidden, weight, ids, bias, scale, table = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    nothing = (None,) * 14
+    if grad is None:
+        return nothing
+    gradients = ctx.gradients
+    if traced(grad):
+        gradients = [g * grad for g in gradients]
+    else:
+        # Scaled where they lie and handed over, so that no second [V, H] exists; a second backward computes them again.
+        ctx.gradients = None
+        if gradients is None:
+            gradients = list(_head_loss(hidden, weight, ids, bias, scale, *ctx.options)[2:])
+        if grad.is_cuda or grad != 1:  # on a CPU looking is free, and the usual 1 saves a pass over [V, H]
+            for g in gradients:
+                g.mul_(grad)
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3])))
+    label_smoothing, z_loss = ctx.options[:2]
+    d_scale = grad * token_loss(table, label_smoothing, z_loss) if needs[4] else None
+    return d_hidden, d_weight, None, d_bias, d_scale, *nothing[5:]
+
+
+_head_loss.register_autograd(_loss_backward, setup_context=_save_loss)
+
+
+# Log-probabilities under a head that is not trained: the way frozen_head.
+
+
+@torch.library.custom_op("fastalign::head_frozen", mutates_args=())
+def _head_frozen(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    workspace_mib: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The table [7, N] and D [N, H] = d logp / d hidden, in hidden's dtype."""
+    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib)
+
+    def chunk_coefficients(stats: Tensor, index: Tensor | slice) -> Tensor:
+        grad = torch.zeros_like(stats)
+        grad[Stat.LOGP] = 1
+        return coefficients(grad, stats, weight.shape[0])
+
+    table, gradients = sweep(head, None, chunk_coefficients, (True, False, False))
+    return table, gradients.hidden
+
+
+@_head_frozen.register_fake
+def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib):
+    table = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+    return table, torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _save_frozen(ctx, inputs, output) -> None:
+    _, d_hidden = output
+    ctx.mark_non_differentiable(d_hidden)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_hidden)
+
+
+def _frozen_backward(ctx, grad: Tensor | None, *_):
+    (d_hidden,) = ctx.saved_tensors
+    return (None if grad is None else (grad[Stat.LOGP][:, None] * d_hidden).to(d_hidden.dtype), *(None,) * 7)
+
+
+_head_frozen.register_autograd(_frozen_backward, setup_context=_save_frozen)
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, ids: Tensor, name: str, bias: Tensor | None, softcap: float | None, logit_scale: float,
+    temperature: float, ignore_index: int, workspace_mib: float | None, check: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, float, float, float | None]:  # fmt: skip
+    """Check the arguments and bring them into the form of the head ops."""
+    transform = make_transform(logit_scale, softcap, temperature)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight: shape {list(weight.shape)} seen, [V, H] wanted")
+    V, H = weight.shape
+    if hidden.dim() < 1 or hidden.shape[-1] != H:
+        raise ValueError(f"hidden: shape {list(hidden.shape)} seen, [..., H] = [..., {H}] wanted, as weight has it")
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    _check.dtype("hidden", hidden, _check.FLOATS)
+    _check.supported_device("hidden", hidden)
+    allowed = (hidden.dtype,) if hidden.dtype in (torch.float32, torch.float64) else (hidden.dtype, torch.float32)
+    _check.dtype("weight", weight, allowed)
+    _check.device("weight", weight, "hidden", hidden)
+    _check.dtype(name, ids, _check.INTEGERS)
+    _check.shape(name, ids, tuple(hidden.shape[:-1]), "hidden's leading shape")
+    _check.device(name, ids, "hidden", hidden)
+    _check.ids(name, ids, V, ignore_index, check)
+    if bias is not None:
+        _check.shape("bias", bias, (V,), "[V]")
+        _check.dtype("bias", bias, allowed)
+        _check.device("bias", bias, "hidden", hidden)
+    if workspace_mib is not None:
+        _check.positive("workspace_mib", workspace_mib)
+        workspace_mib = float(workspace_mib)
+    return hidden.reshape(-1, H), weight, kept_ids(ids, ignore_index), bias, *transform, workspace_mib
+
+
+def _way(hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: str) -> tuple[str, bool, bool, bool]:
+    """The way, and which of hidden, weight and bias want a gradient."""
+    grad = torch.is_grad_enabled()
+    hidden_grad, weight_grad = grad and hidden.requires_grad, grad and weight.requires_grad
+    bias_grad = grad and bias is not None and bias.requires_grad
+    return choose_way(hidden.dtype, hidden_grad, weight_grad or bias_grad, upstream), hidden_grad, weight_grad, bias_grad
+
+
+def linear_cross_entropy_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> CrossEntropyStats:
+    """`linear_cross_entropy`, and the statistics of its tokens from the same pass: [...] each, no gradient, 0 / False where ignored."""
+    check_loss_options(targets, reduction, label_smoothing, z_loss, token_weights, num_items)
+    arguments = _prepare(hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
+    flat, _, ids, *_ = arguments
+    scale = loss_scale(ids >= 0, reduction, token_weights, num_items, accumulator_dtype(flat.dtype))
+    way, *wanted = _way(flat, weight, bias, "table" if reduction == "none" else "scalar")
+    if way == "general" or reduction == "none":
+        table = _head_table(*arguments)
+        loss = reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
+    else:
+        total, table, *_ = _head_loss(*arguments[:4], scale, float(label_smoothing), float(z_loss), *arguments[4:], *wanted)
+        loss = total / 0.0 if reduction == "mean" and ids.numel() == 0 else total
+    stats = table.detach().view(len(Stat), *targets.shape)
+    return CrossEntropyStats(loss, stats[Stat.LOGP], stats[Stat.ENTROPY], stats[Stat.LSE], stats[Stat.TOP1] > 0)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> Tensor:
+    """Cross-entropy of targets under softmax(hidden @ weight.T + bias), in nats, without the logits in memory.
+
+    z = hidden @ weight.T + bias, then z * logit_scale, then softcap * tanh(z / softcap), then z / temperature; a token's loss is
+    -(1 - e) log P[target] - e mean_v log P[v] + z_loss * lse^2 with e = label_smoothing.
+
+    Args:
+        hidden: [..., H] fp32, bf16, fp16 (fp64 on a CPU). Under autocast it is cast to the autocast dtype.
+        weight: [V, H] of hidden's dtype, or fp32 master weights beside bf16 / fp16 hidden states: they are cast for the GEMMs and their
+            gradient comes back in fp32, never rounded. bias: [V], likewise.
+        targets: [...] int64 or int32 in [0, V), or ignore_index; ignored tokens enter no GEMM.
+        reduction: "mean" over tokens that are not ignored (over their token_weights, or divided by num_items), "sum", or "none".
+        token_weights: [...] float; multiplies each token's loss. Differentiable.
+        num_items: divisor of "mean", for accumulation over micro-batches and ranks.
+        workspace_mib: MiB for the logits of a chunk of tokens; default 512 on a GPU, on a CPU 96, or 72 beside a gradient of the weight.
+            On a CPU, low-precision weights are widened once besides (4 V H bytes).
+        check: on CUDA, also check the range of targets (waits for the device); FASTALIGN_CHECK=1 does so everywhere.
+
+    Returns:
+        A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to average, as torch has it.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device, range or name.
+    """
+    return linear_cross_entropy_stats(
+        hidden, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, temperature=temperature, reduction=reduction, token_weights=token_weights, num_items=num_items,
+        workspace_mib=workspace_mib, check=check,
+    ).loss  # fmt: skip
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> Tensor:
+    """log P[id] of each position, [...] in nats (fp32; fp64 for fp64), for any upstream gradient; arguments as in `linear_cross_entropy`.
+
+    GEMMs: 1 without gradients, 2 with a frozen weight (LoRA runs), 4 in training. Ignored positions hold 0 and get no gradient.
+    """
+    arguments = _prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
+    way, *_ = _way(arguments[0], weight, bias, "logp")
+    table = _head_frozen(*arguments)[0] if way == "frozen_head" else _head_table(*arguments)
+    return table[Stat.LOGP].view(ids.shape)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = True,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> TokenStats:
+    """logp, entropy and logsumexp of each position (nats, differentiable) and top-1; arguments as in `linear_cross_entropy`.
+
+    GEMMs: 1 without gradients, 3 with a frozen weight, 4 in training. Ignored positions hold 0 / False. entropy=False leaves it None.
+    """
+    arguments = _prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
+    return stats_of(_head_table(*arguments), ids.shape, entropy)
+
+
+def _logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = hidden @ weight.to(hidden.dtype).t()
+    return (logits if bias is None else logits + bias.to(logits.dtype)).reshape(1, -1, weight.shape[0])
+
+
+def linear_token_stats_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = True,
+) -> TokenStats:
+    """The specification of `linear_token_stats`, and of `linear_logprobs` by its first field: plain PyTorch with full logits."""
+    transform = Transform(logit_scale, softcap or 0.0, temperature)
+    table = row_stats_ref(_logits_ref(hidden, weight, bias), kept_ids(ids, ignore_index), None, transform)
+    return stats_of(table, ids.shape, entropy)
+
+
+def linear_cross_entropy_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """The specification of `linear_cross_entropy`: plain PyTorch with full logits."""
+    ids = kept_ids(targets, ignore_index)
+    table = row_stats_ref(_logits_ref(hidden, weight, bias), ids, None, Transform(logit_scale, softcap or 0.0, temperature))
+    scale = loss_scale(ids >= 0, reduction, token_weights, num_items, table.dtype)
+    return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)

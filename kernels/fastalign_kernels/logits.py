@@ -1,0 +1,306 @@
+"""Losses and statistics of tokens from logits that already exist.
+
+With z the logits after softcap and temperature, log P = z - logsumexp(z), and all quantities in nats:
+
+    logp = log P[id]      entropy = -sum P log P      lse = logsumexp(z)      top1 = (no logit exceeds the id's)
+    cross-entropy of a token = -(1 - e) logp - e mean_v log P[v] + z_loss lse^2,   e = label_smoothing
+
+One read of the logits forward, one read and one write backward (the bare minimum for a gradient of their size); the backward pass
+keeps 7 numbers a token. Peer for comparison: F.cross_entropy's log_softmax writes and keeps a tensor of the logits' size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check as _check
+from .rows import Stat, Transform, coefficients, row_grad, row_stats, row_stats_ref, traced
+
+
+class TokenStats(NamedTuple):
+    """Per token: logp, entropy, lse in nats (fp32; fp64 for fp64 inputs), top1 bool; a field that was not asked for is None."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    lse: Tensor
+    top1: Tensor
+
+
+@torch.library.custom_op("fastalign::token_table", mutates_args=())
+def _token_table(logits: Tensor, ids: Tensor, softcap: float, temperature: float, inplace_backward: bool) -> Tensor:
+    """Statistics [7, B*T] of logits [B, T, V]."""
+    return row_stats(logits, ids, None, Transform(1.0, softcap, temperature))
+
+
+@_token_table.register_fake
+def _(logits: Tensor, ids: Tensor, softcap: float, temperature: float, inplace_backward: bool) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(len(Stat), ids.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("fastalign::token_table_grad", mutates_args=())
+def _token_table_grad(logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float) -> Tensor:
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    row_grad(logits, ids, None, Transform(1.0, softcap, temperature), stats, coefficients, out)
+    return out
+
+
+@_token_table_grad.register_fake
+def _(logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fastalign::token_table_grad_", mutates_args={"logits"})
+def _token_table_grad_(logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float) -> None:
+    row_grad(logits, ids, None, Transform(1.0, softcap, temperature), stats, coefficients, logits)
+
+
+def _setup(ctx, inputs, output) -> None:
+    logits, ids, ctx.softcap, ctx.temperature, ctx.inplace_backward = inputs
+    ctx.save_for_backward(logits, ids, output)
+
+
+def _backward(ctx, grad: Tensor):
+    logits, ids, stats = ctx.saved_tensors
+    arguments = (ids, stats, coefficients(grad, stats, logits.shape[-1]), ctx.softcap, ctx.temperature)
+    if ctx.inplace_backward and not traced(grad):
+        grad_logits = logits.detach()
+        _token_table_grad_(grad_logits, *arguments)
+    else:
+        grad_logits = _token_table_grad(logits, *arguments)
+    return grad_logits, None, None, None, None
+
+
+_token_table.register_autograd(_backward, setup_context=_setup)
+
+
+def token_loss(table: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
+    """Cross-entropy [N] of each row of a statistics table [7, N], in nats; formula at the top of this file."""
+    loss = -table[Stat.LOGP]
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss - label_smoothing * table[Stat.MEAN_LOGP]
+    return loss + z_loss * table[Stat.LSE] ** 2 if z_loss else loss
+
+
+def kept_ids(ids: Tensor, ignore_index: int) -> Tensor:
+    """Flat int64 ids with -1, the row kernels' mark, in place of ignore_index."""
+    flat = ids.reshape(-1).long()
+    return torch.where(flat == ignore_index, -1, flat)
+
+
+def loss_scale(kept: Tensor, reduction: str, token_weights: Tensor | None, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What each token's loss is multiplied by, [N]: its weight over the denominator of `reduction`.
+
+    0 for ignored tokens; NaN for a mean of nothing.
+    """
+    weights = kept.to(dtype) if token_weights is None else torch.where(kept, token_weights.reshape(-1).to(dtype), 0.0)
+    if reduction == "mean":
+        return weights / (weights.sum() if num_items is None else num_items)
+    return weights
+
+
+def reduced(loss: Tensor, scale: Tensor, reduction: str, shape: torch.Size) -> Tensor:
+    """Token losses [N] times their scale: [...] for "none", else their sum; the mean of no token at all is NaN."""
+    scaled = loss * scale
+    if reduction == "none":
+        return scaled.view(shape)
+    return scaled.sum() / 0.0 if reduction == "mean" and loss.numel() == 0 else scaled.sum()
+
+
+def check_loss_options(
+    targets: Tensor, reduction: str, label_smoothing: float, z_loss: float, token_weights: Tensor | None, num_items: float | Tensor | None
+) -> None:
+    _check.choice("reduction", reduction, ("mean", "sum", "none"))
+    _check.unit_interval("label_smoothing", label_smoothing)
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss: {z_loss} seen, a number >= 0 wanted")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items: {num_items} seen with reduction={reduction!r}; it is the divisor of reduction='mean'")
+    if isinstance(num_items, (int, float)):
+        _check.positive("num_items", num_items)
+    if token_weights is not None:
+        _check.shape("token_weights", token_weights, tuple(targets.shape), "the targets' shape")
+        _check.dtype("token_weights", token_weights, _check.FLOATS)
+        _check.device("token_weights", token_weights, "targets", targets)
+
+
+def make_transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
+    _check.positive("temperature", temperature)
+    if softcap is not None:
+        _check.positive("softcap", softcap)
+    return Transform(float(logit_scale), float(softcap or 0.0), float(temperature))
+
+
+def _table(
+    logits: Tensor,
+    ids: Tensor,
+    name: str,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    check: bool,
+    inplace_backward: bool = False,
+) -> Tensor:
+    transform = make_transform(1.0, softcap, temperature)
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: shape {list(logits.shape)} seen, [..., V] with V >= 1 wanted")
+    _check.dtype("logits", logits, _check.FLOATS)
+    _check.supported_device("logits", logits)
+    _check.dtype(name, ids, _check.INTEGERS)
+    _check.shape(name, ids, tuple(logits.shape[:-1]), "the logits' leading shape")
+    _check.device(name, ids, "logits", logits)
+    _check.ids(name, ids, logits.shape[-1], ignore_index, check)
+    if inplace_backward and any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride())):
+        raise ValueError(
+            "inplace_backward: True seen with expanded logits, whose rows share memory; logits with memory of their own wanted"
+        )
+    blocks = logits if logits.dim() == 3 else logits.reshape(1, -1, logits.shape[-1])
+    if blocks.stride(-1) != 1 and blocks.shape[-1] > 1:
+        blocks = blocks.contiguous()
+    return _token_table(blocks, kept_ids(ids, ignore_index), transform.softcap, transform.temperature, inplace_backward)
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    inplace_backward: bool = False,
+    check: bool = False,
+) -> Tensor:
+    """Cross-entropy of targets under softmax(logits), in nats: one read forward, one read and one write backward.
+
+    Args:
+        logits: [..., V] fp32, bf16, fp16 (fp64 on a CPU), any strides; shifted views such as logits[:, :-1] are not copied.
+        targets: [...] int64 or int32 in [0, V), or ignore_index.
+        label_smoothing: e in (1 - e) nll + e mean_v(-log P[v]).
+        z_loss: adds z_loss * lse^2 to each token's loss.
+        softcap: z = softcap * tanh(z / softcap) before the temperature divides.
+        reduction: "mean" over tokens that are not ignored (over their token_weights, or divided by num_items), "sum", or "none".
+        token_weights: [...] float; multiplies each token's loss. Differentiable.
+        num_items: divisor of "mean", for accumulation over micro-batches and ranks.
+        inplace_backward: the backward pass overwrites the logits with their gradient instead of allocating one. Whoever else saved the
+            logits for backward gets autograd's in-place error. Under torch.compile the gradient is a tensor of its own all the same.
+        check: on CUDA, also check the range of targets (waits for the device); FASTALIGN_CHECK=1 does so everywhere.
+
+    Returns:
+        A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to average, as torch has it.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device, range or name.
+    """
+    check_loss_options(targets, reduction, label_smoothing, z_loss, token_weights, num_items)
+    table = _table(logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward)
+    kept = targets.reshape(-1) != ignore_index
+    scale = loss_scale(kept, reduction, token_weights, num_items, table.dtype)
+    return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
+
+
+def token_stats(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    entropy: bool = True,
+    check: bool = False,
+) -> TokenStats:
+    """logp of ids, entropy, logsumexp (nats, differentiable) and top-1 from one read of logits [..., V]; ids [...].
+
+    Ignored positions hold 0 / False and get no gradient. `entropy=False` leaves that field None. Errors as in `cross_entropy`.
+    """
+    table = _table(logits, ids, "ids", softcap, temperature, ignore_index, check)
+    return stats_of(table, ids.shape, entropy)
+
+
+def stats_of(table: Tensor, shape: torch.Size, entropy: bool) -> TokenStats:
+    """The public view of a statistics table [7, N]."""
+    return TokenStats(
+        table[Stat.LOGP].view(shape),
+        table[Stat.ENTROPY].view(shape) if entropy else None,
+        table[Stat.LSE].view(shape),
+        (table[Stat.TOP1] > 0).view(shape),
+    )
+
+
+def token_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    check: bool = False,
+) -> Tensor:
+    """log P[id] of each position, [...] in nats, from one read of logits [..., V]; the other arguments as in `token_stats`."""
+    return token_stats(logits, ids, temperature=temperature, softcap=softcap, ignore_index=ignore_index, check=check).logp
+
+
+def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -> Tensor:
+    """Sum (or mean) of packed per-token values over each sequence: values [N], cu_seqlens [S+1] -> [S].
+
+    cu_seqlens starts at 0, does not decrease, and ends at N, as flash-attn's does. fp32 sums (fp64 for fp64), in a fixed order, so
+    they are deterministic; the gradient is the sequence's upstream gradient at each of its tokens. An empty sequence sums to 0 and
+    its mean is NaN.
+
+    Raises:
+        ValueError: wrong shape, dtype or device; on a CPU also cu_seqlens that do not describe values.
+    """
+    if values.dim() != 1:
+        raise ValueError(f"values: shape {list(values.shape)} seen, [N] wanted")
+    _check.dtype("values", values, _check.FLOATS)
+    _check.dtype("cu_seqlens", cu_seqlens, _check.INTEGERS)
+    _check.device("cu_seqlens", cu_seqlens, "values", values)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(f"cu_seqlens: shape {list(cu_seqlens.shape)} seen, [S+1] wanted")
+    if not torch.compiler.is_compiling() and not values.is_cuda:
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != values.numel() or any(b < a for a, b in zip(ends, ends[1:])):
+            raise ValueError(
+                f"cu_seqlens: {ends[:8]}{'...' if len(ends) > 8 else ''} seen, 0 <= ... <= N = {values.numel()} without a decrease wanted"
+            )
+    accumulated = values if values.dtype == torch.float64 else values.float()
+    # fp64 inside: a sequence of 10^5 tokens summed one by one in fp32 would lose 3 digits.
+    sums = torch.segment_reduce(accumulated.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0).to(accumulated.dtype)
+    return sums / cu_seqlens.diff() if mean else sums
+
+
+def token_stats_ref(
+    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100, entropy: bool = True
+) -> TokenStats:
+    """The specification of `token_stats`."""
+    transform = Transform(1.0, softcap or 0.0, temperature)
+    rows = logits.reshape(1, -1, logits.shape[-1])
+    return stats_of(row_stats_ref(rows, kept_ids(ids, ignore_index), None, transform), ids.shape, entropy)
+
+
+def cross_entropy_ref(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """The specification of `cross_entropy`."""
+    rows = logits.reshape(1, -1, logits.shape[-1])
+    table = row_stats_ref(rows, kept_ids(targets, ignore_index), None, Transform(1.0, softcap or 0.0, temperature))
+    kept = targets.reshape(-1) != ignore_index
+    scale = loss_scale(kept, reduction, token_weights, num_items, table.dtype)
+    return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)

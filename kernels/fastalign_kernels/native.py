@@ -1,0 +1,50 @@
+"""The native CPU library built from csrc/: loading it, and what runs without it.
+
+`setup.py` puts `_native.so` beside this file. Where it could not be built, or torch cannot load it, the row kernels on a CPU are
+`rows.row_stats_ref` and `rows.row_grad_ref`, plain PyTorch; that is said once, by name, and `fastalign env` shows it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+TARGETS = ("generic vectors", "AVX2", "AVX-512")  # the order of ops.cpp's target indices
+LIBRARY = Path(__file__).with_name("_native.so")
+
+
+def _load() -> str:
+    """Load the library; the reason why there is none, or the empty string."""
+    if not LIBRARY.exists():
+        return "the native library was not built (no C++20 compiler when fastalign was installed)"
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the native library does not load: {error}"
+    for op in ("row_stats", "row_grad"):  # both write into their last argument and return nothing
+        torch.library.register_fake(f"fastalign::{op}", lambda *arguments: None)
+    return ""
+
+
+missing = _load()
+if missing:
+    warnings.warn(f"fastalign: {missing}; rows.row_stats_ref and rows.row_grad_ref serve the CPU instead", stacklevel=2)
+triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+@cache
+def warn_triton_missing() -> None:
+    """Say, at the first use of a GPU without Triton, what serves instead."""
+    warnings.warn(f"fastalign: {triton_missing}; rows.row_stats_ref and rows.row_grad_ref serve the GPU instead", stacklevel=2)
+
+
+def status() -> list[tuple[str, str, str]]:
+    """(what, state, why) for each piece that can be native or fall back."""
+    native = f"native, {TARGETS[torch.ops.fastalign.cpu_target()]}" if not missing else "reference, in PyTorch"
+    triton = "Triton" if not triton_missing else "reference, in PyTorch"
+    unused = "" if torch.cuda.is_available() else "unused: torch sees no CUDA device"
+    return [("CPU row kernels", native, missing), ("GPU row kernels", triton, triton_missing or unused)]

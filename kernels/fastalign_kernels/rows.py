@@ -1,0 +1,152 @@
+"""One block of logits: statistics of its rows in one read, their gradient in one read and one write.
+
+Each row x [V] of a block becomes z by the transform that API.md fixes,
+
+    u = logit_scale * (x + bias),   c = softcap * tanh(u / softcap),   z = c / temperature,   P = softmax(z),
+
+and yields the seven numbers of `Stat` (nats). Every loss of this package is a function of them, and its gradient has the form
+
+    dz[v] = onehot * [v == id] + P[v] * (prob + plogp * log P[v]) + uniform,   dx[v] = dz[v] * dz[v]/dx[v],
+
+so there is one statistics kernel and one gradient kernel; `coefficients` turns upstream gradients into the four numbers.
+A negative id marks an ignored row: it is not read, its statistics and its gradient are zero.
+
+Bytes: statistics read N*V*e; the gradient reads N*V*e and writes as much. Three implementations with the same arguments: Triton on a
+GPU, csrc/rows.h on a CPU, and the PyTorch reference below, which is the specification and serves where the native library is missing.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+
+
+class Stat(IntEnum):
+    """Rows of the statistics table [7, N]; csrc/rows.h and rows_triton.py write the same order."""
+
+    LOGP = 0  # log P[id]
+    MEAN_LOGP = 1  # mean over v of log P[v], for label smoothing
+    ENTROPY = 2  # -sum P log P
+    LSE = 3  # log sum exp z = MAX + LOGSUM
+    MAX = 4  # max z
+    LOGSUM = 5  # log sum exp(z - MAX): kept apart because the sum LSE rounds to 1e-3 at |z| = 1e4
+    TOP1 = 6  # 1 where no logit exceeds the id's, else 0
+
+
+class Transform(NamedTuple):
+    """From raw logits to the z of the softmax; softcap 0 means none."""
+
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+    temperature: float = 1.0
+
+
+def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
+    """The gradient kernel's [4, N] (onehot, prob, plogp, uniform) for upstream gradients [7, N] of the statistics.
+
+    d logp = onehot - P;  d mean_logp = 1/V - P;  d lse = P;  d entropy = -P (log P + entropy). MAX, LOGSUM and TOP1 carry no gradient.
+    """
+    logp, mean_logp, entropy, lse = grad[Stat.LOGP], grad[Stat.MEAN_LOGP], grad[Stat.ENTROPY], grad[Stat.LSE]
+    prob = lse - logp - mean_logp - entropy * stats[Stat.ENTROPY]
+    return torch.stack([logp, prob, -entropy, mean_logp / vocab_size])
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_stats(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """Statistics [7, B*T] of logits [B, T, V] (unit stride over V) for ids [B*T] int64; bias [V] of the logits' dtype."""
+    stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
+    _implementation(logits).row_stats(logits, ids, bias, *transform, stats)
+    return stats
+
+
+def row_grad(
+    logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, coefficients: Tensor, out: Tensor
+) -> None:
+    """Write d loss / d logits into out [B, T, V]: `logits` itself, or on a GPU also another tensor of a lower dtype."""
+    _implementation(logits).row_grad(logits, ids, bias, *transform, stats, coefficients, out)
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether a compiler is tracing: what is traced may not write to tensors that the forward graph saved for the backward graph."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor
+
+
+def _implementation(logits: Tensor) -> Any:
+    if not logits.is_cuda:
+        return _reference if native.missing else torch.ops.fastalign
+    if native.triton_missing:
+        native.warn_triton_missing()
+        return _reference
+    from . import rows_triton  # here, because triton is absent on macOS and Windows
+
+    return rows_triton
+
+
+def transform_ref(logits: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """z [..., V] of raw logits, in fp32 (fp64 for fp64)."""
+    z = logits.to(accumulator_dtype(logits.dtype))
+    if bias is not None:
+        z = z + bias
+    z = z * transform.logit_scale
+    if transform.softcap:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    return z / transform.temperature
+
+
+def row_stats_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """The specification of `row_stats`, differentiable by autograd."""
+    z = transform_ref(logits, bias, transform).flatten(0, -2)
+    top = z.detach().amax(-1)
+    logsum = (z - top[:, None]).exp().sum(-1).log()
+    logp = z - top[:, None] - logsum[:, None]
+    at_id = z.gather(-1, ids.clamp(min=0)[:, None])[:, 0]
+    entropy = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1)  # a masked logit counts 0 * -1e30, not 0 * -inf
+    stats = torch.stack([at_id - top - logsum, logp.mean(-1), entropy, top + logsum, top, logsum.detach(), (at_id == top).to(z.dtype)])
+    return torch.where(ids >= 0, stats, torch.zeros_like(stats))
+
+
+def row_grad_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, coefficients: Tensor) -> Tensor:
+    """The specification of `row_grad`: d loss / d logits [B, T, V] in the accumulator's dtype."""
+    z = transform_ref(logits, bias, transform)
+    slope = torch.full_like(z, transform.logit_scale / transform.temperature)
+    if transform.softcap:
+        slope = slope * (1 - (z * transform.temperature / transform.softcap) ** 2)
+    per_row = (*logits.shape[:2], 1)
+    onehot, prob, plogp, uniform = (c.view(per_row) for c in coefficients)
+    logp = z - stats[Stat.MAX].view(per_row) - stats[Stat.LOGSUM].view(per_row)
+    grad = logp.exp() * (prob + plogp * logp.clamp(min=-1e30)) + uniform
+    grad.scatter_add_(-1, ids.clamp(min=0).view(per_row), onehot)
+    return torch.where((ids >= 0).view(per_row), grad * slope, torch.zeros_like(grad))
+
+
+def _row_stats_reference(
+    logits: Tensor, ids: Tensor, bias: Tensor | None, logit_scale: float, softcap: float, temperature: float, stats: Tensor
+) -> None:
+    stats.copy_(row_stats_ref(logits, ids, bias, Transform(logit_scale, softcap, temperature)))
+
+
+def _row_grad_reference(
+    logits: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    stats: Tensor,
+    coefficients: Tensor,
+    out: Tensor,
+) -> None:
+    out.copy_(row_grad_ref(logits, ids, bias, Transform(logit_scale, softcap, temperature), stats, coefficients))
+
+
+_reference = SimpleNamespace(row_stats=_row_stats_reference, row_grad=_row_grad_reference)

@@ -1,0 +1,65 @@
+"""Shared by all tests: one thread, Triton's interpreter where there is no GPU, memory that is poisoned until it is written."""
+
+import os
+
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before any @triton.jit is seen
+
+import pytest  # noqa: E402
+
+# Two threads on a shared two-core machine were measured 3-8 times slower than one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernel tests run: the GPU if there is one."""
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty and its kin return with NaN, so that an element nobody wrote fails the test."""
+
+    def poison(allocate):
+        def poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def _assert_no_worse_than_eager(ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, what: str) -> None:
+    """|ours - truth| <= 2 |eager - truth| + floor for every element, truth in fp64.
+
+    Elementwise eager can be right by luck, so the floor is what one rounding of the result (eps |truth|) and fp32 arithmetic on terms as
+    large as the largest element (4 eps32 max|truth|) can cost anyone; eager's own largest error stands for elements it hit by luck.
+    """
+    assert truth.dtype == torch.float64 and ours.shape == truth.shape, what
+    ours, eager = ours.double(), eager.double()
+    finite = truth.isfinite()
+    assert torch.equal(ours.isfinite(), finite) and torch.equal(ours.isnan(), truth.isnan()), f"{what}: NaN or inf in other places"
+    if not finite.any():
+        return
+    ours, eager, truth = ours[finite], eager[finite], truth[finite]
+    dtype_eps = torch.finfo(torch.float32).eps
+    floor = 4 * dtype_eps * truth.abs().max() + dtype_eps * truth.abs()
+    allowed = 2 * (eager - truth).abs().clamp(min=(eager - truth).abs().max().item() / 2) + floor
+    excess = (ours - truth).abs() - allowed
+    worst = excess.argmax()
+    assert excess[worst] <= 0, (
+        f"{what}: element {int(worst)} is {ours[worst]:.9g}, truth {truth[worst]:.9g}, error {(ours - truth)[worst].abs():.3g}, "
+        f"eager's {(eager - truth)[worst].abs():.3g} (largest {(eager - truth).abs().max():.3g})"
+    )
+
+
+@pytest.fixture(scope="session")
+def no_worse_than_eager():
+    """The tolerance of every numerical test: see `_assert_no_worse_than_eager`."""
+    return _assert_no_worse_than_eager

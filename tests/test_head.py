@@ -1,0 +1,431 @@
+"""The head without logits: values and gradients of every way, the workspace, the plan, compaction, compile, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastalign_kernels
+from fastalign_kernels import (
+    linear_cross_entropy,
+    linear_cross_entropy_stats,
+    linear_logprobs,
+    linear_token_stats,
+    plan_head,
+    rows,
+    sweep,
+)
+from fastalign_kernels.head import linear_cross_entropy_ref, linear_token_stats_ref
+
+OPTIONS = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-2},
+    "softcap": {"softcap": 5.0},
+    "logit_scale": {"logit_scale": 0.3},
+    "temperature": {"temperature": 0.6},
+    "num_items": {"num_items": 3.0},
+    "all": {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 0.7, "temperature": 1.4, "num_items": torch.tensor(5)},
+}
+HEAD_OPTIONS = {"none": {}, "all": {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.4}}
+SEVERAL_CHUNKS = 0.01  # MiB: 5 to 10 tokens at V = 123
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def make(device, dtype=torch.float64, N=37, H=19, V=123, scale=0.5, seed=0):
+    """hidden, weight, ids (some -100), bias; half of the tokens are peaked: their hidden state is their target's row of the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, V, (N,), generator=generator)
+    hidden = scale * torch.randn(N, H, generator=generator, dtype=torch.float64)
+    hidden[: N // 2] += weight[ids[: N // 2]]
+    ids[3::7] = -100
+    bias = torch.randn(V, generator=generator, dtype=torch.float64)
+    return *(t.to(dtype).to(device).requires_grad_() for t in (hidden, weight)), ids.to(device), bias.to(dtype).to(device).requires_grad_()
+
+
+def grads_of(output, inputs, upstream=None):
+    return torch.autograd.grad(output, inputs, upstream if upstream is not None else torch.ones_like(output))
+
+
+@pytest.mark.parametrize("workspace_mib", [None, SEVERAL_CHUNKS], ids=["one chunk", "several chunks"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_cross_entropy_matches_the_reference(device, options, workspace_mib):
+    hidden, weight, ids, bias = make(device)
+    ours = linear_cross_entropy(hidden, weight, ids, bias, workspace_mib=workspace_mib, **OPTIONS[options])
+    reference = linear_cross_entropy_ref(hidden, weight, ids, bias, **OPTIONS[options])
+    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(reference)
+    for found, expected in zip(grads_of(ours, (hidden, weight, bias), upstream), grads_of(reference, (hidden, weight, bias), upstream)):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
+@pytest.mark.parametrize("options", HEAD_OPTIONS)
+def test_log_probs_match_the_reference_for_any_upstream_gradient(device, options, frozen):
+    hidden, weight, ids, bias = make(device)
+    if frozen == "weight":
+        weight, bias = weight.detach(), bias.detach()
+    if frozen == "hidden":
+        hidden = hidden.detach()
+    trained = [t for t in (hidden, weight, bias) if t.requires_grad]
+    ours = linear_logprobs(hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS, **HEAD_OPTIONS[options])
+    reference = linear_token_stats_ref(hidden, weight, ids, bias, **HEAD_OPTIONS[options]).logp
+    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(reference)
+    for found, expected in zip(grads_of(ours, trained, upstream), grads_of(reference, trained, upstream)):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("options", HEAD_OPTIONS)
+def test_statistics_match_the_reference_for_any_upstream_gradient(device, options, frozen):
+    hidden, weight, ids, bias = make(device)
+    if frozen:
+        weight, bias = weight.detach(), bias.detach()
+    trained = [t for t in (hidden, weight, bias) if t.requires_grad]
+    ours = linear_token_stats(hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS, **HEAD_OPTIONS[options])
+    reference = linear_token_stats_ref(hidden, weight, ids, bias, **HEAD_OPTIONS[options])
+    assert torch.equal(ours.top1, reference.top1)
+    mix = torch.randn(3, ids.numel(), dtype=torch.float64, device=device)
+    outputs = []
+    for stats in (ours, reference):
+        outputs.append((mix * torch.stack([stats.logp, stats.entropy, stats.lse])).sum())
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
+    for found, expected in zip(grads_of(outputs[0], trained), grads_of(outputs[1], trained)):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradcheck_of_every_option(options):
+    hidden, weight, ids, bias = make("cpu", N=6, H=4, V=11)
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_cross_entropy(h, w, ids, b, **OPTIONS[options]), (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("options", HEAD_OPTIONS)
+def test_gradcheck_of_the_statistics(options):
+    hidden, weight, ids, bias = make("cpu", N=6, H=4, V=11)
+
+    def statistics(h, w, b):
+        return linear_token_stats(h, w, ids, b, **HEAD_OPTIONS[options])[:3]
+
+    assert torch.autograd.gradcheck(statistics, (hidden, weight, bias))
+    assert torch.autograd.gradcheck(lambda h: linear_logprobs(h, weight.detach(), ids, **HEAD_OPTIONS[options]), hidden)
+
+
+def _eager_cross_entropy(hidden, weight, ids, bias):
+    return F.cross_entropy(F.linear(hidden, weight, bias), ids)
+
+
+def _eager_log_probs(hidden, weight, ids, bias):
+    logp = F.linear(hidden, weight, bias).log_softmax(-1).gather(-1, ids.clamp(min=0)[:, None])[:, 0]
+    return torch.where(ids >= 0, logp, 0.0)
+
+
+@pytest.mark.parametrize("scale", [0.02, 3.0], ids=["flat", "peaked"])
+@pytest.mark.parametrize("shape", [(252, 123, 507), (1, 64, 1000), (300, 33, 129)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("function", ["cross_entropy", "log_probs", "log_probs frozen"])
+def test_no_worse_than_eager(no_worse_than_eager, device, function, dtype, shape, scale):
+    """Loss, log-probs and every gradient: error against fp64 at most twice that of plain PyTorch in the same dtype."""
+    N, H, V = shape
+    eager, ours = (_eager_cross_entropy, linear_cross_entropy) if function == "cross_entropy" else (_eager_log_probs, linear_logprobs)
+    results = []
+    for f, widen in ((ours, False), (eager, False), (eager, True)):
+        draws = []
+        for seed in range(4):  # together: one draw's largest error hangs on how the GEMM rounds a single logit
+            inputs = make(device, dtype, N=N, H=H, V=V, scale=scale, seed=seed)
+            hidden, weight, ids, bias = (t.detach().double() if widen and t.is_floating_point() else t.detach() for t in inputs)
+            trained = [hidden] if function == "log_probs frozen" else [hidden, weight, bias]
+            for t in trained:
+                t.requires_grad_()
+            output = f(hidden, weight, ids, bias, **({"workspace_mib": 0.25} if f is ours else {}))
+            upstream = torch.linspace(-1, 1, N, dtype=output.dtype, device=device) if output.dim() else None
+            draws.append([output.detach(), *grads_of(output, trained, upstream)])
+        results.append([torch.stack(tensors) for tensors in zip(*draws)])
+    for name, found, same_dtype, truth in zip(("output", "d hidden", "d weight", "d bias"), *results):
+        no_worse_than_eager(found, same_dtype, truth, name)
+
+
+def test_weight_gradient_of_low_precision_is_summed_in_fp32(device):
+    """With one token a chunk, bf16 sums would lose the later tokens; here the error stays that of rounding the result once."""
+    hidden, weight, ids, _ = make(device, torch.bfloat16, N=512, H=16, V=64)
+    truth = linear_cross_entropy_ref(hidden.double(), weight.detach().double().requires_grad_(), ids, reduction="sum")
+    w = weight.detach().double().requires_grad_()
+    (expected,) = grads_of(linear_cross_entropy_ref(hidden.detach().double(), w, ids, reduction="sum"), [w])
+    loss = linear_cross_entropy(hidden, weight, ids, reduction="sum", workspace_mib=64 * 6 / 2**20)
+    assert sweep.plan_head(512, 16, 64, dtype=torch.bfloat16, device=device, workspace_mib=64 * 6 / 2**20).chunk == 1
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    (found,) = grads_of(loss, [weight])
+    assert ((found.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-3 * expected.abs().max() * (device == "cuda") + 1e-5).all()
+
+
+def test_fp32_master_weights_beside_low_precision_hidden_states(device):
+    """The gradient of an fp32 weight comes back in fp32, from fp32 sums: it is not representable in bf16."""
+    hidden, weight, ids, bias = make(device, torch.float32)
+    low = hidden.detach().bfloat16().requires_grad_()
+    loss = linear_cross_entropy(low, weight, ids, bias)
+    d_hidden, d_weight, d_bias = grads_of(loss, (low, weight, bias))
+    assert d_hidden.dtype == torch.bfloat16 and d_weight.dtype == d_bias.dtype == torch.float32
+    assert not torch.equal(d_weight, d_weight.bfloat16().float())
+    exact = low.detach().double()
+    w = (weight.detach() if device == "cpu" else weight.detach().bfloat16()).double().requires_grad_()
+    (expected,) = grads_of(linear_cross_entropy_ref(exact, w, ids, bias.detach().double()), [w])
+    torch.testing.assert_close(
+        d_weight.double(), expected, rtol=1e-2 if device == "cuda" else 1e-4, atol=1e-3 if device == "cuda" else 1e-6
+    )
+
+
+def test_autocast_computes_in_the_autocast_dtype(device):
+    hidden, weight, ids, bias = make(device, torch.float32)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, ids, bias)
+    expected = linear_cross_entropy(hidden.bfloat16(), weight, ids, bias)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    for a, b in zip(grads_of(found, (hidden, weight, bias)), grads_of(expected, (hidden, weight, bias))):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
+def test_the_statistics_beside_the_loss_are_the_tokens(device):
+    hidden, weight, ids, bias = make(device)
+    both = linear_cross_entropy_stats(hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS)
+    alone = linear_token_stats(hidden, weight, ids, bias)
+    for name in ("logp", "entropy", "lse", "top1"):
+        found = getattr(both, name)
+        assert not found.requires_grad
+        torch.testing.assert_close(found, getattr(alone, name).detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(both.loss, -alone.logp.sum() / (ids >= 0).sum())
+
+
+def test_token_weights_weigh_and_get_a_gradient(device):
+    hidden, weight, ids, _ = make(device, N=12)
+    weights = torch.rand(12, dtype=torch.float64, device=device, requires_grad=True)
+    nll = linear_cross_entropy(hidden, weight, ids, reduction="none").detach()
+    loss = linear_cross_entropy(hidden, weight, ids, token_weights=weights)
+    torch.testing.assert_close(loss, (weights * nll).sum() / weights[ids >= 0].sum())
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, weight.detach(), ids, token_weights=w), (hidden, weights))
+
+
+def test_ignored_tokens_enter_no_gemm(monkeypatch):
+    """The rows that reach the chunk loop's GEMMs are the kept ones. (On a GPU the first chunk may hold others: the count comes late.)"""
+    hidden, weight, ids, bias = make("cpu")
+    counted = []
+    original = sweep._mm
+    monkeypatch.setattr(sweep, "_mm", lambda a, b, out: counted.append(tuple(out.shape)) or original(a, b, out))
+    linear_cross_entropy(hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS)
+    assert sum(rows for rows, columns in counted if columns == 123) == int((ids >= 0).sum())
+
+
+def test_ignored_hidden_states_are_never_read(device):
+    """NaN in them reaches no gradient, and their own gradient is 0."""
+    hidden, weight, ids, bias = make(device)
+    poisoned = hidden.detach().masked_fill((ids < 0)[:, None], float("nan")).requires_grad_()
+    loss = linear_cross_entropy(poisoned, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS)
+    d_hidden, d_weight = grads_of(loss, (poisoned, weight))
+    assert (d_hidden[ids < 0] == 0).all() and d_hidden.isfinite().all() and d_weight.isfinite().all()
+    logp = linear_logprobs(poisoned, weight, ids)
+    assert (logp[ids < 0] == 0).all()
+    assert (grads_of(logp, [poisoned])[0][ids < 0] == 0).all()
+
+
+@pytest.mark.parametrize("targets", ["all ignored", "no tokens"])
+def test_nothing_to_average_is_nan_with_zero_gradients(device, targets):
+    hidden, weight, ids, bias = make(device)
+    if targets == "no tokens":
+        hidden, ids = hidden[:0], ids[:0]
+    ids = torch.full_like(ids, -100)
+    loss = linear_cross_entropy(hidden, weight, ids, bias)
+    assert loss.isnan()
+    assert linear_cross_entropy(hidden, weight, ids, bias, reduction="sum") == 0
+    for grad in grads_of(linear_cross_entropy(hidden, weight, ids, bias, reduction="sum"), (hidden, weight, bias)):
+        assert (grad == 0).all()
+    logp = linear_logprobs(hidden, weight, ids, bias)
+    assert logp.shape == ids.shape and (logp == 0).all()
+
+
+def test_second_backward_and_upstream_scale(device):
+    """Gradients are scaled where they lie and handed over; a second backward pass still gets its own, with its own scale."""
+    hidden, weight, ids, bias = make(device)
+    loss = linear_cross_entropy(hidden, weight, ids, bias, label_smoothing=0.1)
+    expected = grads_of(linear_cross_entropy_ref(hidden, weight, ids, bias, label_smoothing=0.1), (hidden, weight, bias))
+    for scale in (3.0, 0.0, -2.0):
+        found = torch.autograd.grad(loss * scale, (hidden, weight, bias), retain_graph=True)
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, scale * b, rtol=1e-11, atol=1e-12)
+
+
+def test_tied_weight_gets_both_gradients(device):
+    _, weight, ids, _ = make(device)
+    ids = ids.clamp(min=0)
+    hidden = torch.tanh(F.embedding(ids, weight))
+    (found,) = grads_of(linear_cross_entropy(hidden, weight, ids.roll(1)), [weight])
+    (expected,) = grads_of(linear_cross_entropy_ref(torch.tanh(F.embedding(ids, weight)), weight, ids.roll(1)), [weight])
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_leading_dims_and_strides(device):
+    hidden, weight, ids, bias = make(device, N=24)
+    flat = linear_token_stats(hidden, weight, ids, bias)
+    shaped = linear_token_stats(hidden.view(2, 3, 4, -1), weight, ids.view(2, 3, 4).int(), bias)
+    torch.testing.assert_close(shaped.logp, flat.logp.view(2, 3, 4))
+    strided = linear_token_stats(hidden.t().contiguous().t(), weight.t().contiguous().t(), ids, bias)
+    torch.testing.assert_close(strided.entropy, flat.entropy, rtol=1e-12, atol=1e-12)
+    step = linear_logprobs(hidden[::2], weight, ids[::2], bias)
+    torch.testing.assert_close(step, flat.logp[::2], rtol=1e-12, atol=1e-12)
+    one = linear_logprobs(hidden[5], weight, ids[5], bias)
+    torch.testing.assert_close(one, flat.logp[5], rtol=1e-12, atol=1e-12)
+
+
+def test_large_logits_keep_their_precision(device):
+    """|z| = 1e4 in fp32: P comes from (z - max) - log sum; exp(z - lse) would be off by 1e-3."""
+    hidden, weight, ids, _ = make(device, torch.float32, N=8, H=4, V=50)
+    hidden = (hidden.detach() * 2000).requires_grad_()
+    (found,) = grads_of(linear_cross_entropy(hidden, weight, ids), [hidden])
+    logits = (hidden @ weight.t()).detach()  # the GEMM's own rounding is common to both
+    p = logits.double().softmax(-1)
+    kept = (ids >= 0)[:, None]
+    expected = torch.where(kept, (p - F.one_hot(ids.clamp(min=0), 50)) @ weight.detach().double(), 0) / kept.sum()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_workspace_holds(monkeypatch):
+    """No tensor of logits is larger than the workspace, whatever N is."""
+    hidden, weight, ids, _ = make("cpu", torch.float32, N=1000, H=8, V=500)
+    allocated = []
+    original = torch.empty
+
+    def recording(*args, **kwargs):
+        tensor = original(*args, **kwargs)
+        allocated.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", recording)
+    for workspace_mib in (0.002, 0.1, 1.0):
+        allocated.clear()
+        linear_cross_entropy(hidden, weight, ids, workspace_mib=workspace_mib).backward()
+        tiles = [t for t in allocated if t.dim() == 2 and t.shape[-1] == 500 and t.shape[0] != 7]
+        assert tiles and sum(t.nbytes for t in tiles) <= workspace_mib * 2**20
+    with pytest.raises(ValueError, match=r"workspace_mib: 0.001 seen, at least 0.00191 wanted"):
+        linear_cross_entropy(hidden, weight, ids, workspace_mib=0.001)
+
+
+def test_the_plan():
+    """The table at the top of head.py, and chunks as large and as even as the workspace lets them be."""
+
+    def plan(N=2048, H=576, V=49152, dtype=torch.float32, device="cpu", **options):
+        return plan_head(N, H, V, dtype=dtype, device=device, **options)
+
+    assert plan(hidden_grad=False, weight_grad=False)[::3] == ("no_grad", 1)
+    assert plan()[::3] == ("gradient_in_forward", 3)
+    assert plan(weight_grad=False)[::3] == ("gradient_in_forward", 2)
+    assert plan(upstream="logp")[::3] == ("general", 4)
+    assert plan(upstream="logp", weight_grad=False)[::3] == ("frozen_head", 2)
+    assert plan(upstream="table", weight_grad=False)[::3] == ("general", 3)
+    assert plan(dtype=torch.float16)[::3] == ("general", 4)
+    assert plan(100).chunk == 100
+    default = plan()
+    assert default.workspace_bytes == default.chunk * 49152 * 4 <= 72 * 2**20 and default.chunk == 342
+    assert plan(weight_grad=False).workspace_bytes == 512 * 49152 * 4 == 96 * 2**20
+    assert -(-2048 // default.chunk) * default.chunk - 2048 < -(-2048 // default.chunk), "uneven chunks"
+    gpu = plan(8192, 4096, 151936, torch.bfloat16, "cuda")
+    assert gpu.workspace_bytes == gpu.chunk * 151936 * 6 <= 512 * 2**20 and gpu.chunk > 546
+    assert plan(8192, 4096, 151936, torch.float32, "cuda", workspace_mib=100).workspace_bytes <= 100 * 2**20
+    assert plan(0).chunk == 1
+    for bad in ({"N": -1}, {"V": 0}, {"H": 0}, {"upstream": "x"}, {"workspace_mib": 0.1}):
+        with pytest.raises(ValueError, match=next(iter(bad)) if len(next(iter(bad))) > 1 else "seen"):
+            plan(**bad)
+
+
+def test_compiles_without_a_graph_break(device):
+    hidden, weight, ids, bias = make(device)
+
+    def function(h, w, b):
+        stats = linear_token_stats(h, w, ids, b, softcap=5.0)
+        loss = linear_cross_entropy(h, w, ids, b, label_smoothing=0.1)
+        frozen = linear_logprobs(h, w.detach(), ids)
+        return 2 * loss + stats.entropy.sum() + (stats.lse * frozen).sum()
+
+    expected, found = function(hidden, weight, bias), torch.compile(function, fullgraph=True)(hidden, weight, bias)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(grads_of(found, (hidden, weight, bias)), grads_of(expected, (hidden, weight, bias))):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_compiles_with_a_dynamic_number_of_tokens(device):
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=True)
+    for N in (16, 23, 31):
+        hidden, weight, ids, bias = make(device, N=N)
+        torch.testing.assert_close(compiled(hidden, weight, ids, bias), linear_cross_entropy(hidden, weight, ids, bias))
+
+
+def test_opcheck():
+    hidden, weight, ids, bias = make("cpu", N=6, H=4, V=11)
+    ids = ids.clamp(min=-1)
+    transform = (0.7, 5.0, 1.3, None)
+    ops = torch.ops.fastalign
+    torch.library.opcheck(ops.head_table.default, (hidden, weight, ids, bias, *transform))
+    torch.library.opcheck(
+        ops.head_loss.default, (hidden, weight, ids, bias, torch.rand(6, dtype=torch.float64), 0.1, 0.01, *transform, True, True, True)
+    )
+    torch.library.opcheck(ops.head_frozen.default, (hidden, weight.detach(), ids, bias.detach(), *transform))
+    table = ops.head_table(hidden, weight, ids, bias, *transform).detach()
+    arguments = (torch.randn_like(table), table, hidden.detach(), weight.detach(), ids, bias.detach(), *transform, True, True, True)
+    torch.library.opcheck(ops.head_table_grad.default, arguments)
+
+
+def test_triton_runs_the_whole_loop(monkeypatch):
+    """The chunk loop over the Triton kernels, in the interpreter where there is no GPU."""
+    rows_triton = pytest.importorskip("fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hidden, weight, ids, bias = make(device, torch.float32, N=9)
+    monkeypatch.setattr(rows, "_implementation", lambda logits: rows_triton)
+    found = linear_cross_entropy(hidden, weight, ids, bias, softcap=5.0, z_loss=0.01, workspace_mib=0.002)
+    expected = linear_cross_entropy_ref(hidden, weight, ids, bias, softcap=5.0, z_loss=0.01)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for a, b in zip(grads_of(found, (hidden, weight, bias)), grads_of(expected, (hidden, weight, bias))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_serves_where_the_native_library_is_missing(monkeypatch):
+    hidden, weight, ids, bias = make("cpu")
+    expected = linear_cross_entropy(hidden, weight, ids, bias)
+    monkeypatch.setattr(rows.native, "missing", "deleted by this test")
+    found = linear_cross_entropy(hidden, weight, ids, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for a, b in zip(grads_of(found, (hidden, weight, bias)), grads_of(expected, (hidden, weight, bias))):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"hidden": torch.zeros(5, 3)}, r"hidden: shape \[5, 3\] seen, \[\.\.\., H\] = \[\.\.\., 4\] wanted"),
+        ({"hidden": torch.zeros(5, 4, dtype=torch.int64)}, "hidden: torch.int64 seen"),
+        ({"weight": torch.zeros(4)}, r"weight: shape \[4\] seen, \[V, H\] wanted"),
+        ({"weight": torch.zeros(7, 4, dtype=torch.bfloat16)}, "weight: torch.bfloat16 seen, torch.float32 wanted"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, r"targets: shape \[4\] seen"),
+        ({"targets": torch.full((5,), 7)}, r"targets: 7 at \[0\] seen \(5 such\), ids in \[0, 7\) or ignore_index -100 wanted"),
+        ({"bias": torch.zeros(6)}, r"bias: shape \[6\] seen, \[V\] = \[7\] wanted"),
+        ({"bias": torch.zeros(7, dtype=torch.float64)}, "bias: torch.float64 seen"),
+        ({"temperature": -1.0}, "temperature: -1.0 seen"),
+        ({"softcap": 0.0}, "softcap: 0.0 seen"),
+        ({"workspace_mib": 0}, "workspace_mib: 0 seen"),
+        ({"reduction": "token"}, "reduction: 'token' seen"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_refusals_name_the_argument(change, named):
+    arguments = {"hidden": torch.zeros(5, 4), "weight": torch.zeros(7, 4), "targets": torch.zeros(5, dtype=torch.int64)} | change
+    with pytest.raises(ValueError, match=named):
+        linear_cross_entropy(**arguments)
+
+
+def test_devices_are_not_mixed():
+    with pytest.raises(ValueError, match="weight: on meta, but hidden is on cpu"):
+        linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3, device="meta"), torch.zeros(2, dtype=torch.int64))
+
+
+def test_every_public_name_is_there():
+    for name in fastalign_kernels.__all__:
+        assert getattr(fastalign_kernels, name).__doc__, name

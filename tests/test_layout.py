@@ -1,0 +1,71 @@
+"""Guards of the layout: `kernels/` stays no package, imports flow one way, the wheel holds what it should."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_kernels_is_not_a_package():
+    """transformers probes for Hugging Face's package `kernels`; a kernels/__init__.py would shadow it for who runs from the root."""
+    assert not list((ROOT / "kernels").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level modules imported anywhere in a file; relative imports count as the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_imports_flow_one_way():
+    """tests, bench -> fastalign -> fastalign_kernels -> torch, triton."""
+    for path in (ROOT / "kernels" / "fastalign_kernels").glob("*.py"):
+        assert imported(path) - set(sys.stdlib_module_names) <= {"torch", "triton"}, path
+    for path in (ROOT / "fastalign").rglob("*.py"):
+        assert not imported(path) & {"tests", "bench"}, path
+
+
+def test_importing_fastalign_imports_neither_transformers_nor_triton_kernels():
+    code = "import sys, fastalign; print([m for m in ('transformers', 'datasets', 'fastalign_kernels.rows_triton') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_public_names_are_the_kernels_own():
+    import fastalign
+    import fastalign_kernels
+
+    for name in fastalign_kernels.__all__:
+        assert getattr(fastalign, name) is getattr(fastalign_kernels, name) and name in fastalign.__all__
+
+
+def test_the_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
+    pytest.importorskip("wheel", reason="building a wheel needs the package wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "out"), "."]
+    sources = tmp_path / "source"  # a copy: building in place would leave build/ in the checkout
+    subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", str(sources)], check=True)
+    subprocess.run(command, cwd=sources, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fastalign", "fastalign_kernels"}
+    for wanted in ("fastalign/stages/loop.py", "fastalign_kernels/head.py", "fastalign_kernels/py.typed", "fastalign_kernels/_native.so"):
+        assert wanted in names
+    assert wheel.name.split("-")[2:4] == ["py3", "none"], "the native library uses no Python ABI"
+
+
+def test_no_machine_paths_in_the_project():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    home, parent = str(Path.home()), str(ROOT.parent)
+    for name in tracked:
+        text = (ROOT / name).read_text(errors="ignore") if (ROOT / name).is_file() else ""
+        assert parent + "/" not in text and home + "/" not in text, name

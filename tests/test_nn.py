@@ -1,0 +1,30 @@
+"""The modules are the functions with their options in the constructor."""
+
+import torch
+
+from fastalign import cross_entropy, linear_cross_entropy
+from fastalign.nn import CrossEntropyLoss, LinearCrossEntropyLoss
+
+HEAD = {"softcap": 5.0, "logit_scale": 0.5, "workspace_mib": 1.0}
+COMMON = {"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "temperature": 0.8, "reduction": "sum"}
+
+
+def test_linear_cross_entropy_loss():
+    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (9, 4), (9,)))
+    targets, weights = torch.tensor([0, 3, 8, 1, 3, 5]), torch.rand(6)
+    module = LinearCrossEntropyLoss(**COMMON, **HEAD)
+    found = module(hidden, weight, targets, bias, token_weights=weights)
+    assert torch.equal(found, linear_cross_entropy(hidden, weight, targets, bias, token_weights=weights, **COMMON, **HEAD))
+    found.backward()
+    assert weight.grad.abs().sum() > 0
+    assert not list(module.parameters()) and "label_smoothing=0.1" in repr(module)
+    mean = LinearCrossEntropyLoss()(hidden, weight, targets, num_items=4)
+    assert torch.equal(mean, linear_cross_entropy(hidden, weight, targets, num_items=4))
+
+
+def test_cross_entropy_loss():
+    logits, targets = torch.randn(2, 3, 9, requires_grad=True), torch.tensor([[0, 3, 8], [1, 3, 5]])
+    options = {**COMMON, "softcap": 5.0, "inplace_backward": True}
+    assert torch.equal(CrossEntropyLoss(**options)(logits, targets), cross_entropy(logits, targets, **options))
+    assert torch.equal(CrossEntropyLoss()(logits, targets, num_items=4), cross_entropy(logits, targets, num_items=4))
+    assert "inplace_backward=True" in repr(CrossEntropyLoss(**options))
