@@ -1,0 +1,287 @@
+"""The head that never makes logits, inside a transformers causal LM's own forward.
+
+`fuse_head(model)` replaces two `forward` methods on the instances: the model's and its output embeddings'.
+Asked for a loss (`labels` or `shift_labels`), the model runs its backbone and calls its `lm_head` module with
+the targets; the head's kernels run inside that call. So whatever hooks modules sees an ordinary forward: DDP
+and FSDP2 find the loss and the statistics in the returned `ModelOutput`, FSDP2 has the head's weight whole
+when it is read, PEFT dispatches to the active copy. Without labels the model's own forward runs, so
+`generate` is unaffected.
+
+What lies between `lm_head` and the loss (logit scale, softcap) is read from the config and, by default,
+proven on ten tokens when the head is fused: a model that cannot be served exactly is refused by name.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from fastalign_kernels import linear_cross_entropy_stats, linear_token_stats
+
+from .probe import LogitTransform, UnsupportedModelError, check_fused, declared_transforms, explain_loss, probing, unsupported
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class FusedCausalLMOutput(ModelOutput):
+    """What a fused model returns when it is given labels.
+
+    `loss` is a scalar in nats. `logp`, `entropy`, `lse` (fp32, or fp64 for fp64; nats) and `top1` (bool) are
+    [B, T] and aligned with `shift_labels`: position t speaks of token t + 1, ignored ones hold 0 or False.
+    `logits` is always None; `past_key_values`, `hidden_states` and `attentions` are the backbone's.
+    """
+
+    loss: Tensor | None = None
+    logits: None = None
+    logp: Tensor | None = None
+    entropy: Tensor | None = None
+    lse: Tensor | None = None
+    top1: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def fuse_head(model: Model, *, verify: bool = True) -> Model:
+    """Let a transformers causal LM (or the one in a PeftModel) compute its loss through the fused head.
+
+    Afterwards `model(..., labels=[B, T])` (shifted inside) or `model(..., shift_labels=[B, T])` (already
+    shifted; it wins if both are given) returns a `FusedCausalLMOutput`. Further keywords of that call:
+
+    - `num_items_in_batch` (int or tensor) divides the loss, a sum over targets; by default the number of
+      targets that are not `ignore_index` (-100) does.
+    - `token_stats=True`: logp, entropy and lse are differentiable, and the loss is -Σ logp / count of them.
+      By default the loss computes its gradient in the forward pass and the statistics carry none.
+    - `temperature` (1.0) divides the logits; `workspace_mib` bounds the head's memory.
+
+    The same object is returned, and fusing twice changes nothing. Fuse before DDP, FSDP2 or torch.compile
+    wraps the model. A deep copy of a fused model is fused.
+
+    With `verify`, the model's own forward runs on ten tokens (eval mode, no gradient, RNG state kept) and its
+    logits and loss are compared with what the fused head makes of the same hidden states.
+
+    Raises:
+        UnsupportedModelError: an encoder-decoder, no output embeddings, an lm_head that is not a plain
+            nn.Linear (LoRA, quantised, tensor-parallel), an auxiliary router loss, a forward that is already
+            replaced, or a mismatch found by `verify`.
+        ValueError: `verify` and weights on the meta device.
+    """
+    base = _causal_lm(model)
+    heads = _plain_heads(base)
+    if all(_is_ours(module) for module in (base, *heads)):
+        return model
+    unfuse_head(base)  # an lm_head that was replaced since: start afresh
+    _refuse_unservable(base, heads)
+    if not verify:
+        _patch(base, heads, declared_transforms(base)[0])
+    elif any(parameter.is_meta for parameter in base.parameters()):
+        raise ValueError(
+            f"model: {type(base).__name__} has weights on the meta device, so its logits cannot be verified; "
+            "materialise it first or pass verify=False"
+        )
+    else:
+        with probing(base), ExitStack() as undo:
+            own = explain_loss(base, heads[0])
+            undo.callback(unfuse_head, base)
+            _patch(base, heads, own.transform)
+            check_fused(base, own)
+            undo.pop_all()
+    return model
+
+
+def unfuse_head(model: Model) -> Model:
+    """Give a fused model its own forwards back; a model that is not fused is left as it is.
+
+    Raises:
+        ValueError: something (accelerate's mixed precision, say) wrapped the fused forward afterwards.
+    """
+    base = _causal_lm(model)
+    if "_fastalign_transform" in base.__dict__ and not _is_ours(base):
+        raise ValueError(
+            f"model: the forward of {type(base).__name__} was replaced after fuse_head; undo that first "
+            "(accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+        )
+    for module in base.modules():
+        if _is_ours(module):
+            del module.__dict__["forward"]
+    base.__dict__.pop("_fastalign_transform", None)
+    return model
+
+
+# The two forwards: bound methods that close over no instance, so that copy.deepcopy rebinds them to the copy.
+
+
+@cache
+def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a fused model whose class has `original`; `generate` and Trainer see its signature."""
+    signature = inspect.signature(original)
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    _, *positional = (name for name, p in signature.parameters.items() if p.kind in by_position)
+
+    def _fastalign_model_forward(
+        self: PreTrainedModel,
+        *args: Any,
+        token_stats: bool = False,
+        temperature: float = 1.0,
+        workspace_mib: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = dict(zip(positional, args, strict=False))
+        if len(args) > len(positional) or any(name in kwargs for name in given):
+            return original(self, *args, **kwargs)  # raises Python's own TypeError
+        arguments = given | kwargs
+        if arguments.get("labels") is None and arguments.get("shift_labels") is None:
+            if token_stats or temperature != 1.0 or workspace_mib is not None:
+                options = f"token_stats={token_stats}, temperature={temperature}, workspace_mib={workspace_mib}"
+                raise ValueError(f"{options}: need labels or shift_labels")
+            return original(self, *args, **kwargs)
+        return_dict = arguments.pop("return_dict", None)
+        output = _run(self, arguments, token_stats, {"temperature": temperature, "workspace_mib": workspace_mib})
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    _fastalign_model_forward.__signature__ = signature  # type: ignore[attr-defined]
+    _fastalign_model_forward.__doc__ = original.__doc__
+    return _fastalign_model_forward
+
+
+def _fastalign_head_forward(
+    self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, token_stats: bool = False, **options: Any
+) -> Any:
+    """lm_head's forward: logits as ever without targets, the kernels' named tuple with them."""
+    if targets is None:
+        return F.linear(hidden, self.weight, self.bias)
+    if isinstance(self.weight, DTensor):
+        raise UnsupportedModelError("lm_head.weight is a DTensor inside lm_head's own call: a tensor-parallel head is not served")
+    head = linear_token_stats if token_stats else linear_cross_entropy_stats
+    return head(hidden, self.weight, targets, self.bias, **options)
+
+
+def _run(model: PreTrainedModel, arguments: dict[str, Any], token_stats: bool, options: dict[str, Any]) -> FusedCausalLMOutput:
+    """Backbone, then lm_head with the targets. `arguments` are the call's, by name."""
+    labels, targets = arguments.pop("labels", None), arguments.pop("shift_labels", None)
+    num_items = arguments.pop("num_items_in_batch", None)
+    ignore_index = arguments.pop("ignore_index", -100)
+    logits_to_keep = arguments.pop("logits_to_keep", 0)
+    if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
+        raise ValueError(f"logits_to_keep={logits_to_keep} with labels: allowed is 0; ignore targets with -100")
+    _refuse_router_loss(model, arguments.get("output_router_logits"))
+    if not all(_is_ours(head) for head in _plain_heads(model)):
+        raise unsupported(model, "had its lm_head replaced after fuse_head; call fuse_head again")
+    if targets is None:
+        targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    ids = arguments.get("input_ids")
+    shape = ids.shape if ids is not None else arguments["inputs_embeds"].shape[:-1]
+    if targets.shape != shape:
+        raise ValueError(f"labels: shape {list(targets.shape)} seen, that of the tokens, {list(shape)}, wanted")
+
+    backbone = _backbone(model)(**arguments, return_dict=True)
+    hidden = backbone.last_hidden_state
+    targets = targets.to(hidden.device)
+    if isinstance(num_items, Tensor):
+        num_items = num_items.to(hidden.device)
+    transform: LogitTransform = model.__dict__["_fastalign_transform"]
+    options |= {"ignore_index": ignore_index, **transform._asdict()}
+    if not token_stats:
+        options["num_items"] = num_items
+    stats = model.get_output_embeddings()(hidden, targets, token_stats=token_stats, **options)
+    if token_stats:
+        loss = -stats.logp.sum() / ((targets != ignore_index).sum() if num_items is None else num_items)
+    else:
+        loss = stats.loss
+    return FusedCausalLMOutput(
+        loss=loss,
+        logp=stats.logp,
+        entropy=stats.entropy,
+        lse=stats.lse,
+        top1=stats.top1,
+        past_key_values=getattr(backbone, "past_key_values", None),
+        hidden_states=getattr(backbone, "hidden_states", None),
+        attentions=getattr(backbone, "attentions", None),
+    )
+
+
+def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTransform) -> None:
+    model.__dict__["_fastalign_transform"] = transform
+    model.__dict__["forward"] = MethodType(_fused_forward(type(model).forward), model)
+    for head in heads:
+        head.__dict__["forward"] = MethodType(_fastalign_head_forward, head)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return getattr(module.__dict__.get("forward"), "__name__", "").startswith("_fastalign_")
+
+
+def _backbone(model: PreTrainedModel) -> Any:
+    if model.base_model is model:  # its prefix names no module of it, as Llama 4's
+        return getattr(model, "model", model)
+    return model.base_model
+
+
+def _causal_lm(model: nn.Module) -> PreTrainedModel:
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's wrappers have it
+    base = model if unwrap is None else unwrap()
+    if isinstance(base, nn.DataParallel):
+        raise unsupported(base, "copies a module without its fused forward; use DistributedDataParallel")
+    if not isinstance(base, PreTrainedModel):
+        raise unsupported(
+            base,
+            "is no transformers PreTrainedModel; fuse the head before DDP or torch.compile wraps the model",
+        )
+    if base.config.is_encoder_decoder:
+        raise unsupported(base, "is an encoder-decoder, not a causal LM")
+    return base
+
+
+def _plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
+    """The nn.Linear modules that calling the output embeddings may run: one, or PEFT's copies of it."""
+    head = model.get_output_embeddings()
+    if head is None or _backbone(model) is model:
+        raise unsupported(model, "has no output embeddings on a backbone, so it is no causal LM")
+    copies = getattr(head, "modules_to_save", None)  # PEFT's ModulesToSaveWrapper hands all arguments on
+    modules = [head] if copies is None else [head.original_module, *copies.values()]
+    for module in modules:
+        kind, weight = type(module), getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
+            raise unsupported(
+                model,
+                f"has a {kind.__module__}.{kind.__qualname__} as its lm_head; served is a plain nn.Linear: "
+                "not quantised, and not among PEFT's target_modules (modules_to_save is served)",
+            )
+        if type(weight) is not nn.Parameter and not isinstance(weight, DTensor):
+            raise unsupported(model, f"has a {type(weight).__name__} as its lm_head.weight (quantised?)")
+    return modules
+
+
+def _refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
+    _refuse_router_loss(model, None)
+    if (model.tp_size or 1) > 1:
+        raise unsupported(model, f"is tensor-parallel over {model.tp_size} ranks, and its lm_head with it")
+    for module in (model, *heads):
+        if "forward" in module.__dict__:
+            raise unsupported(
+                model,
+                f"has the forward of its {type(module).__name__} replaced by {module.forward!r} already "
+                "(accelerate's device_map? another fused loss?); undo that first",
+            )
+
+
+def _refuse_router_loss(model: PreTrainedModel, asked: bool | None) -> None:
+    configured = getattr(model.config.get_text_config(), "output_router_logits", False)
+    if configured if asked is None else asked:
+        raise unsupported(
+            model,
+            "with output_router_logits=True adds an auxiliary router loss, which the fused head would lose; "
+            "set config.output_router_logits=False",
+        )

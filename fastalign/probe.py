@@ -1,0 +1,191 @@
+"""What a causal LM does between its lm_head and its loss: declared by its config, proven on ten tokens.
+
+`explain_loss` runs a model's own forward and finds the transform that explains its logits and its loss;
+`check_fused` then runs the same tokens through the fused head and compares. The comparisons are made in fp64,
+and what cannot be explained by rounding is an UnsupportedModelError.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+# Names in configs; `logits_scaling` divides (Granite), but not in HyperCLOVA-X.
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+_LARGEST = 64.0  # of the random logits: at the size of an untrained model's, a softcap of 30 hides in the rounding
+
+
+class UnsupportedModelError(ValueError):
+    """The model's loss cannot be computed exactly through the fused head; the message says why."""
+
+
+def unsupported(model: nn.Module, why: str) -> UnsupportedModelError:
+    """The error to raise, which names the model's class."""
+    return UnsupportedModelError(f"model: {type(model).__name__} {why}")
+
+
+class LogitTransform(NamedTuple):
+    """What a model does to lm_head's output: z·logit_scale, then softcap·tanh(z/softcap)."""
+
+    logit_scale: float
+    softcap: float | None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = z * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+def declared_transforms(model: PreTrainedModel) -> list[LogitTransform]:
+    """What the config declares, then the same without the parts that a model may declare and not apply."""
+    config = model.config.get_text_config()
+    divides = not config.model_type.startswith("hyperclovax")
+    scale = 1.0
+    for name in _SCALES:
+        value = getattr(config, name, None)
+        if isinstance(value, int | float):
+            scale *= 1 / value if name == "logits_scaling" and divides else value
+    softcap = next((float(cap) for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
+    return list(dict.fromkeys(LogitTransform(s, c) for s in (scale, 1.0) for c in (softcap, None)))
+
+
+@contextmanager
+def probing(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every training flag and the RNG are as they were."""
+    training = [module for module in model.modules() if module.training]
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+class Explained(NamedTuple):
+    """A model's own forward on ten tokens: its arguments, what entered and left lm_head, and what follows lm_head."""
+
+    inputs: dict[str, Any]
+    hidden: Tensor
+    output: Tensor
+    transform: LogitTransform
+
+    @property
+    def targets(self) -> Tensor:
+        return F.pad(self.inputs["labels"], (0, 1), value=-100)[..., 1:].flatten().cpu()
+
+
+def explain_loss(model: PreTrainedModel, head: nn.Linear) -> Explained:
+    """Run the model's own forward, and find the declared transform that explains its logits and its loss.
+
+    The forward goes on from lm_head with random logits up to ±64. Tolerances are in roundings of the dtype seen:
+    the transform rounds up to four times, by eps/2 each; the loss is accumulated in fp32. Call it within `probing`.
+    """
+    inputs = _arguments(model, head)
+    with _recorded_head(model, randomize=True) as calls:
+        own = model(**inputs)
+    logits, loss = getattr(own, "logits", None), getattr(own, "loss", None)
+    if len(calls) != 1 or loss is None or logits is None or logits.shape != calls[0].used.shape:
+        raise _inexact(model, f"{len(calls)} calls of lm_head, and not one that ends in a loss and logits of its shape")
+    [call] = calls
+    differences = {t: _largest_difference(t(_exact(call.used)), logits) for t in declared_transforms(model)}
+    served = [t for t, difference in differences.items() if difference <= 4 * _eps(logits) * _LARGEST]
+    if not served:
+        tried = ", ".join(f"{difference:.3g} from {t}" for t, difference in differences.items())
+        raise _inexact(model, f"its logits, given lm_head outputs up to {_LARGEST:g}, differ by {tried}")
+    explained = Explained(inputs, call.hidden, call.output, served[0])
+    what = "its loss from the cross-entropy of its logits"
+    _compare(model, what, loss, _nll(logits, explained.targets), _loss_rounding(_LARGEST))
+    return explained
+
+
+def check_fused(model: PreTrainedModel, own: Explained) -> None:
+    """Refuse a fused model whose loss is not that of its own forward. Call it within `probing`."""
+    with _recorded_head(model) as calls:
+        try:
+            fused = model(**own.inputs)
+        except ValueError as error:  # hidden states of another width, say
+            raise _inexact(model, f"the head does not take its backbone's output: {error}") from error
+    # The backbone ran twice, and repeats itself.
+    what, size = "lm_head's input from its backbone's output", own.hidden.abs().max().item()
+    _compare(model, what, own.hidden, calls[0].hidden, _eps(own.hidden) * size)
+    expected, size = _nll(own.transform(_exact(own.output)), own.targets), own.output.abs().max().item()
+    rounding = 8 * _eps(own.output) * size + _loss_rounding(size + expected.item())
+    _compare(model, "the fused loss from its own", fused.loss, expected, rounding)
+
+
+def _arguments(model: PreTrainedModel, head: nn.Linear) -> dict[str, Any]:
+    """Two rows of five ids; one label is ignored, and one that counts stands behind the attention mask."""
+    vocab_size = min(model.config.get_text_config().vocab_size, head.out_features)
+    ids = torch.randint(vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    mask[1, 4], labels[0, 2] = 0, -100
+    tensors = {"input_ids": ids, "labels": labels}
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        tensors["attention_mask"] = mask
+    return {name: tensor.to(model.device) for name, tensor in tensors.items()}
+
+
+class _HeadCall(NamedTuple):
+    """One call of lm_head: what entered it, what left it, and what the model was given in its place."""
+
+    hidden: Tensor
+    output: Any
+    used: Any
+
+
+@contextmanager
+def _recorded_head(model: PreTrainedModel, *, randomize: bool = False) -> Iterator[list[_HeadCall]]:
+    """Collects the calls of lm_head; with `randomize`, the model goes on with random logits."""
+    calls: list[_HeadCall] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        if not randomize:
+            calls.append(_HeadCall(inputs[0], output, output))
+            return output
+        used = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
+        used = used.mul_(_LARGEST).to(output)
+        calls.append(_HeadCall(inputs[0], output, used))
+        return used.clone()  # some models write into their logits
+
+    handle = model.get_output_embeddings().register_forward_hook(record)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _compare(model: PreTrainedModel, what: str, seen: Tensor, expected: Tensor, rounding: float) -> None:
+    difference = _largest_difference(seen, expected)
+    if not difference <= rounding:  # NaN is a mismatch
+        raise _inexact(model, f"{what} differs by {difference:.3g}; rounding explains {rounding:.3g}")
+
+
+def _inexact(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    return unsupported(model, f"cannot be served exactly by the fused head: {why}")
+
+
+def _largest_difference(seen: Tensor, expected: Tensor) -> float:
+    return (_exact(seen) - _exact(expected)).abs().max().item()
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(_exact(logits).flatten(0, 1), targets)
+
+
+def _loss_rounding(size: float) -> float:
+    return 16 * torch.finfo(torch.float32).eps * size
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.float64)  # on the CPU, because not every accelerator has fp64
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps
