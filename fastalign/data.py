@@ -1,0 +1,379 @@
+"""Rows of text in, batches of tokens out: readers, tokenization, packing, collation.
+
+Reading and tokenizing need no model, so bad data is refused before one is loaded: DataError names the file, the
+column and the rows, counted from 1 as an editor shows them. B batch rows, T time, S sequences, as everywhere.
+"""
+
+import glob
+import json
+import warnings
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Dataset, Features, Json, Value, concatenate_datasets, load_dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .chat import ChatTemplate, DataError, Row, join_texts, overlapping, read_text, tokenizer_name
+from .probe import probing
+
+IGNORE_INDEX = -100
+ROW = "__row__"  # a column that load_rows adds, "file:row": stays right when rows are shuffled or split
+SUFFIXES = (".jsonl", ".json", ".parquet")
+FLASH = "flash_attention_2"
+ATTENTION = ("sdpa", "eager", FLASH)
+BATCH = 1000  # rows read at once, and texts given to the tokenizer
+NAMED = 5  # rows that a message names; it counts the others
+
+T = TypeVar("T")
+
+
+class Tokenized(NamedTuple):
+    """One sequence of tokens."""
+
+    input_ids: list[int]
+    trained: list[bool]
+    """Whether a token is a target that is trained on. Position 0 never is: nothing predicts it."""
+
+
+def load_rows(source: str, *, split: str = "train") -> Dataset:
+    """Rows of JSONL, JSON (an array) or Parquet files, or of a data set that `datasets` knows.
+
+    `source` is a file or a glob ending in .jsonl, .json or .parquet; else a folder, a name or "name:config",
+    of which `datasets` reads `split`. Raises DataError for files that are missing, malformed or without rows,
+    and ValueError for a split of plain files, which have none.
+    """
+    if source.endswith(SUFFIXES):
+        if split != "train":
+            raise ValueError(f"split must be 'train' for files, which have no splits; got {split!r}")
+        paths = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+        if not paths:
+            raise DataError(f"{source}: no such file")
+        rows = _read_parquet(paths) if source.endswith(".parquet") else _read_json(paths)
+    else:
+        name, _, config = (source, "", "") if Path(source).is_dir() else source.partition(":")
+        rows = load_dataset(name, config or None, split=split)
+    if len(rows) == 0:
+        raise DataError(f"{source}: no rows")
+    return rows
+
+
+def tokenize_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, column: str = "text") -> list[Tokenized]:
+    """Documents for pre-training: the tokenizer's own special tokens (BOS where it adds one), then one EOS.
+
+    A document longer than `max_length` tokens becomes pieces that overlap by one token, so that each of its
+    tokens but the first is a target exactly once. Raises DataError for a missing column and rows that are not
+    text or empty.
+    """
+    _check_max_length(max_length)
+    eos = _eos_of(tokenizer)
+    _need(rows, column)
+    texts = _each(rows, [column], lambda row: read_text(column, row[column]))
+    pieces = []
+    empty = []
+    for index, (ids, _) in enumerate(_encode(tokenizer, texts)):
+        if ids[-1:] != [eos]:
+            ids.append(eos)
+        if len(ids) < 2:
+            empty.append(index)
+        for first in range(0, len(ids) - 1, max_length - 1):
+            piece = ids[first : first + max_length]
+            pieces.append(Tokenized(piece, [False] + [True] * (len(piece) - 1)))
+    _refuse(rows, {f"column {column!r} has no tokens": empty})
+    return pieces
+
+
+def tokenize_sft(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Tokenized]:
+    """Demonstrations, one a row: `messages`, or `prompt` and `completion` (both text, or both messages).
+
+    Of `messages`, every assistant turn is trained, with its end-of-turn token; of `prompt` and `completion`,
+    the completion alone, with an EOS after text. The chat template's own {% generation %} marks say what
+    belongs to a turn; where it has none, it is what the turn adds to the conversation before it with the
+    generation prompt. A `tools` column is handed to the template.
+
+    Rows longer than `max_length` tokens are cut at the right, with one warning. Raises DataError for missing
+    columns, wrong types, rows with nothing to train on (within `max_length`), and rows whose earlier turns the
+    template rewrites, where the difference would mask wrongly; ValueError for a tokenizer that lacks what this needs.
+    """
+    _check_max_length(max_length)
+    if "messages" in rows.column_names:
+        if "completion" in rows.column_names:
+            raise DataError(f"{_where(rows)}columns 'messages' and 'completion' exclude each other: remove one")
+        if "prompt" in rows.column_names:
+            warnings.warn(f"{_where(rows)}column 'prompt' is not used beside 'messages', which hold the whole conversation", stacklevel=2)
+        columns, chat = ["messages"], True
+    else:
+        _need(rows, "prompt", "completion")
+        columns, chat = ["prompt", "completion"], isinstance(rows[0]["prompt"], list)
+    if chat and "tools" in rows.column_names:
+        columns.append("tools")
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer must be fast, to know where tokens lie in a text; {tokenizer_name(tokenizer)} is not")
+    eos = None if chat else _eos_of(tokenizer)
+    examples = _each(rows, columns, ChatTemplate(tokenizer).render if chat else join_texts)
+
+    sequences = []
+    merged = []
+    # A chat template has written the special tokens of its text.
+    encoded = _encode(tokenizer, [text for text, _ in examples], add_special_tokens=not chat, offsets=True)
+    for index, ((ids, offsets), (_, wanted)) in enumerate(zip(encoded, examples, strict=True)):
+        trained = overlapping(offsets, wanted)
+        if eos is not None:
+            if any(start < wanted[0][0] < end for start, end in offsets):
+                merged.append(index)
+            if ids[-1:] != [eos]:
+                ids.append(eos)
+                trained.append(True)
+            trained[-1] = len(ids) > 1
+        sequences.append(Tokenized(ids, trained))
+
+    silent = [index for index, sequence in enumerate(sequences) if not any(sequence.trained)]
+    late = [index for index, sequence in enumerate(sequences) if any(sequence.trained) and not any(sequence.trained[:max_length])]
+    within = f"no token to train on within max_length={max_length}: the prompt fills it"
+    _refuse(rows, {"no token to train on": silent, within: late})
+    long = [index for index, sequence in enumerate(sequences) if len(sequence.input_ids) > max_length]
+    _warn(rows, long, f"longer than max_length={max_length}, cut at the right")
+    _warn(rows, merged, "a token joins the end of the prompt to the start of the completion, and is trained")
+    special = set(tokenizer.all_special_ids)
+    if chat and not any(train and id in special for sequence in sequences for id, train in zip(*sequence, strict=True)):
+        warnings.warn(f"{tokenizer_name(tokenizer)}: no special token is trained, so turns may not learn to end", stacklevel=2)
+    return [Tokenized(ids[:max_length], trained[:max_length]) for ids, trained in sequences]
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Bins of indices into `lengths` (tokens) that sum to at most `capacity` each: best-fit decreasing.
+
+    Every index is in exactly one bin, and the result depends on the arguments only. Raises ValueError for a
+    length outside [1, capacity]. At most 11/9 of the fewest bins possible, plus a constant (Johnson et al.,
+    SIAM J. Comput. 3(4), 1974), in O(n log n) steps and short memmoves.
+    """
+    for index, length in enumerate(lengths):
+        if not 1 <= length <= capacity:
+            raise ValueError(f"lengths must lie in [1, capacity={capacity}]; lengths[{index}] is {length}")
+    bins: list[list[int]] = []
+    room: list[int] = []  # the distinct amounts left over in bins, ascending
+    bins_with: dict[int, list[int]] = defaultdict(list)
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        place = bisect_left(room, lengths[index])
+        if place < len(room):
+            left = room[place]
+            chosen = bins_with[left].pop()
+            if not bins_with[left]:
+                del room[place]
+        else:
+            left, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(index)
+        left -= lengths[index]
+        if not bins_with[left]:
+            insort(room, left)
+        bins_with[left].append(chosen)
+    return bins
+
+
+def collate(examples: Sequence[Sequence[Tokenized]], *, pad_id: int, length: int | None = None, attention: str = "sdpa") -> dict[str, Any]:
+    """Arguments of a transformers causal LM for B rows, each of sequences that must not see each other.
+
+    input_ids, position_ids, labels: int64 [B, T], T being `length`, or else the longest row. Positions
+    restart at each sequence. Labels are -100 where a token is not trained, at every sequence's first token
+    and at padding (right). Pass `use_cache=False` along, and no attention_mask: transformers then masks by
+    the restarts, sliding windows included. With a cache, its default in training too, it does not, and
+    sequences see each other.
+
+    Flash attention masks by lengths, which transformers reads off a single row only: for flash_attention_2
+    all sequences lie in one row, [1, total] or [1, B·length], and cu_seq_lens_q, cu_seq_lens_k (int32
+    [S+1]) and max_length_q, max_length_k (int, so that no layer waits for the device) come along. Raises
+    ValueError for no rows, an empty row, one longer than `length`, and an unknown `attention`.
+    """
+    if attention not in ATTENTION:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}; got {attention!r}")
+    widths = [sum(len(sequence.input_ids) for sequence in row) for row in examples]
+    if not widths or min(widths) == 0:
+        raise ValueError(f"examples must be rows of at least one token; got rows of {widths} tokens")
+    if length is not None and max(widths) > length:
+        raise ValueError(f"length ({length}) must hold every row of examples; got rows of {widths} tokens")
+    rows, width = examples, length or max(widths)
+    if attention == FLASH:
+        rows = [[sequence for row in examples for sequence in row]]
+        width = length * len(widths) if length else sum(widths)
+
+    # Padding that counts on keeps a row one sequence, so that sdpa needs no mask. Otherwise each padding token is at
+    # position 0, a sequence of its own: counting on could leave a learned position table shorter than the row.
+    counts_on = length is None and all(len(row) == 1 for row in rows)
+    input_ids, position_ids, labels = [], [], []
+    for row in rows:
+        ids = [token for sequence in row for token in sequence.input_ids]
+        positions = [position for sequence in row for position in range(len(sequence.input_ids))]
+        trained = [train for sequence in row for train in sequence.trained]
+        targets = [token if train and position else IGNORE_INDEX for token, position, train in zip(ids, positions, trained, strict=True)]
+        padding = width - len(ids)
+        input_ids.append(ids + [pad_id] * padding)
+        position_ids.append(positions + (list(range(len(ids), width)) if counts_on else [0] * padding))
+        labels.append(targets + [IGNORE_INDEX] * padding)
+    lists = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+    batch: dict[str, Any] = {name: torch.tensor(values) for name, values in lists.items()}
+    if attention == FLASH:
+        lengths = [len(sequence.input_ids) for sequence in rows[0]]
+        lengths += [width - sum(lengths)] if width > sum(lengths) else []
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}
+        batch |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return batch
+
+
+def check_packing(model: PreTrainedModel, *, attention: str = "sdpa") -> None:
+    """Refuse a model in which a packed sequence differs from the same sequence alone.
+
+    Recurrent layers that carry their state across sequences, and models that ignore position_ids, show up
+    here and nowhere else. Two forward passes of at most 12 tokens, in evaluation mode; call it under
+    training's autocast. Logits must agree to √ε of their dtype, relative to the largest, far above rounding.
+    Raises ValueError.
+    """
+    vocab = model.config.get_text_config().vocab_size
+    both = [Tokenized([(7 * i + first) % vocab for i in range(6)], [True] * 6) for first in (1, 4)]
+    logits = []
+    with probing(model):
+        for row in (both, both[1:]):
+            batch = collate([row], pad_id=0, attention=attention)
+            del batch["labels"]
+            tensors = {key: value.to(model.device) for key, value in batch.items() if torch.is_tensor(value)}
+            logits.append(model(**batch | tensors, use_cache=False).logits[0, -6:])
+    packed, alone = logits
+    difference = (packed - alone).abs().max().item()
+    allowed = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max().item()
+    if not difference <= allowed:
+        raise ValueError(
+            f"{type(model).__name__} with {attention} attention cannot be trained on packed rows: the logits "
+            f"of a packed sequence are {difference:.2g} off those of the same alone ({allowed:.2g} allowed): "
+            "turn packing off"
+        )
+
+
+def _read_parquet(paths: Sequence[str]) -> Dataset:
+    parts = []
+    for path in paths:
+        try:
+            table = pq.read_table(path, partitioning=None)
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: not Parquet: {error}") from error
+        places = pa.array([f"{path}:{row}" for row in range(1, len(table) + 1)], pa.string())
+        parts.append(Dataset(table.append_column(ROW, places)))
+    return concatenate_datasets(parts)
+
+
+def _read_json(paths: Sequence[str]) -> Dataset:
+    records = [(f"{path}:{row}", record) for path in paths for row, record in _json_objects(path)]
+    columns: dict[str, list[Any]] = {ROW: [place for place, _ in records]}
+    for name in dict.fromkeys(name for _, record in records for name in record):
+        columns[name] = [record.get(name) for _, record in records]
+    # Arrow would refuse mixed types without naming a row, and give all messages the union of their keys, and so all
+    # arguments of tools. Json keeps values as they are written.
+    text = {name for name, values in columns.items() if all(isinstance(value, str | None) for value in values)}
+    features = Features({name: Value("string") if name in text else Json() for name in columns})
+    return Dataset.from_dict(columns, features=features)
+
+
+def _json_objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each object with the row that an editor shows: its line, or in an array its place."""
+    row = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            array = path.endswith(".json") and file.read(1) == "["
+            file.seek(0)
+            for row, item in enumerate(json.load(file) if array else file, 1):
+                if array or item.strip():
+                    record = item if array else json.loads(item)
+                    if not isinstance(record, dict):
+                        raise DataError(f"{path}, row {row}: must be a JSON object, got {type(record).__name__}")
+                    if array or "\\u" in item:  # JSON can spell half a surrogate pair, which is no text
+                        json.dumps(record, ensure_ascii=False).encode()
+                    yield row, record
+    except json.JSONDecodeError as error:
+        place = f"row {row}" if row else f"line {error.lineno}"
+        raise DataError(f"{path}, {place}: not JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}, row {row}: not Unicode: {error.reason}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after row {row}: not UTF-8: {error.reason}") from error
+
+
+def _each(rows: Dataset, columns: list[str], convert: Callable[[Row], T]) -> list[T]:
+    """`convert` of these columns of every row; the DataErrors that it raises become one that names the rows."""
+    done = []
+    faults: dict[str, list[int]] = defaultdict(list)
+    plain = rows.with_format(None).select_columns(columns)
+    for begin in range(0, len(plain), BATCH):
+        part = plain[begin : begin + BATCH]  # row by row, datasets takes up to ten times as long
+        for index, values in enumerate(zip(*part.values(), strict=True), begin):
+            try:
+                done.append(convert(dict(zip(part, values, strict=True))))
+            except DataError as fault:
+                faults[str(fault)].append(index)
+    _refuse(rows, faults)
+    return done
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool = True, offsets: bool = False
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """The tokens of each text, and with `offsets` the characters [start, end) where each of them lies."""
+    for begin in range(0, len(texts), BATCH):
+        encoded = tokenizer(
+            texts[begin : begin + BATCH],
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=offsets,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        ids = encoded["input_ids"]
+        yield from zip(ids, encoded["offset_mapping"] if offsets else [[]] * len(ids), strict=True)
+
+
+def _need(rows: Dataset, *columns: str) -> None:
+    if missing := [repr(column) for column in columns if column not in rows.column_names]:
+        there = ", ".join(name for name in rows.column_names if name != ROW)
+        raise DataError(f"{_where(rows)}no column {' and no column '.join(missing)}; there are: {there}")
+
+
+def _where(rows: Dataset, indices: Sequence[int] = ()) -> str:
+    """As in "a.jsonl, rows 3, 9; b.jsonl, row 1 and 7 more: ", or "a.jsonl: " without indices."""
+    by_file: dict[str, list[str]] = defaultdict(list)
+    for index in indices[:NAMED] or [0]:
+        row = rows[index]
+        file, _, number = (row[ROW] if ROW in row else f"{rows.info.dataset_name or ''}:{index + 1}").rpartition(":")
+        by_file[file].append(number)
+    if not indices:
+        return "".join(f"{file}: " for file in by_file if file)
+    named = [
+        f"{f'{file}, ' if file else ''}{'rows' if len(numbers) > 1 else 'row'} {', '.join(numbers)}" for file, numbers in by_file.items()
+    ]
+    more = f" and {len(indices) - NAMED} more" if len(indices) > NAMED else ""
+    return f"{'; '.join(named)}{more}: "
+
+
+def _refuse(rows: Dataset, faults: Mapping[str, Sequence[int]]) -> None:
+    lines = [f"{_where(rows, indices)}{fault}" for fault, indices in faults.items() if indices]
+    if lines:
+        more = [f"and {len(lines) - NAMED} more faults"] if len(lines) > NAMED else []
+        raise DataError("\n".join(lines[:NAMED] + more))
+
+
+def _warn(rows: Dataset, indices: Sequence[int], fact: str) -> None:
+    if indices:
+        warnings.warn(f"{_where(rows, indices)}{fact} ({len(indices)} of {len(rows)} rows)", stacklevel=3)
+
+
+def _check_max_length(max_length: int) -> None:
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, a token and one before it; got {max_length}")
+
+
+def _eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer must have an EOS token; {tokenizer_name(tokenizer)} has none")
+    return tokenizer.eos_token_id
