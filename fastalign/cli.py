@@ -1,0 +1,73 @@
+"""The command `fastalign`: the training stages, the demo, and `env`, which says what runs natively here."""
+
+import argparse
+import importlib
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+COMMANDS = {
+    "pretrain": ("fastalign.stages.pretrain", "train a causal LM on plain text"),
+    "sft": ("fastalign.stages.sft", "fine-tune a causal LM on conversations or prompts with completions"),
+    "demo": ("fastalign.demo", "pre-training and SFT on real text at toy scale, with a report"),
+    "env": ("fastalign.cli", "versions, devices, what is native, what falls back and why"),
+}
+PACKAGES = ("fastalign", "torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; each takes its own arguments, which `fastalign COMMAND --help` lists."""
+    commands = "\n".join(f"  {name:<10} {help_line}" for name, (_, help_line) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="fastalign",
+        description="Every stage of LLM training that turns logits into a loss, cheap in memory and time.",
+        epilog=f"commands:\n{commands}\n\nfastalign COMMAND --help shows a command's own arguments.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
+    given = parser.parse_args(argv)
+    if given.command == "env":
+        argparse.ArgumentParser(prog="fastalign env", description=COMMANDS["env"][1]).parse_args(given.arguments)
+        print(environment())
+    else:
+        try:
+            # On demand: transformers takes seconds to import, and --help and env do without.
+            command = importlib.import_module(COMMANDS[given.command][0])
+        except ModuleNotFoundError as error:
+            extra = "demo" if given.command == "demo" else "train"
+            parser.error(f"{given.command} needs {error.name}, which is not installed: pip install 'fastalign[{extra}]'")
+        command.main(given.arguments)
+
+
+def environment() -> str:
+    """Versions, device, threads, and a line for each part of fastalign: native or fallback, and why."""
+    import torch
+
+    from fastalign_kernels import native
+
+    versions = [(package, _version(package)) for package in PACKAGES]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("threads", f"{torch.get_num_threads()} of {cores} cores"),
+        ("cuda", torch.version.cuda or "this torch is built without it"),
+    ]
+    for number in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(number)
+        name = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory >> 20} MiB"
+        machine.append((f"cuda:{number}", name))
+    if torch.version.cuda and not torch.cuda.is_available():
+        machine.append(("device", "no CUDA device is visible: everything runs on the CPU"))
+    parts = [(name, f"{state} ({reason})" if reason else state) for name, state, reason in native.status()]
+    rows = [*versions, *machine, *parts]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,176 @@
+"""Tokenizer and model of a run, checked before anything large is loaded."""
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from ..causal_lm import fuse_head
+from ..data import Tokenized, check_packing
+from .config import TrainConfig, unknown_key
+from .world import World
+
+
+def choose_attention(config: TrainConfig, world: World) -> str:
+    """The attention to use. Raises ValueError where flash_attention_2 is asked for and cannot run."""
+    if config.attention not in ("auto", "flash_attention_2"):
+        return config.attention
+    missing = [
+        what
+        for what, there in (
+            ("the flash-attn package", is_flash_attn_2_available()),
+            ("a CUDA device", world.device.type == "cuda"),
+            ("half precision (bf16=true or dtype=bfloat16)", config.bf16 or config.dtype == "bfloat16"),
+        )
+        if not there
+    ]
+    if not missing:
+        return "flash_attention_2"
+    if config.attention == "flash_attention_2":
+        raise ValueError(f"attention: flash_attention_2 needs {' and '.join(missing)}; allowed here: auto, sdpa, eager")
+    world.say(f"attention: sdpa (flash_attention_2 needs {' and '.join(missing)})")
+    return "sdpa"
+
+
+def check_liger(config: TrainConfig, world: World) -> None:
+    """Raise ValueError where Liger's layers are asked for and cannot run."""
+    missing = [
+        what
+        for what, there in (
+            ("the liger-kernel package", importlib.util.find_spec("liger_kernel") is not None),
+            ("a CUDA device", world.device.type == "cuda"),
+        )
+        if not there
+    ]
+    if config.liger and missing:
+        raise ValueError(f"liger: true needs {' and '.join(missing)}")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or name."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    return tokenizer
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill rows with; it is never attended to nor trained on."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(i) for i in ids if i is not None)
+
+
+def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, length: int) -> PretrainedConfig:
+    """The architecture of a model to train from scratch, fitted to the tokenizer.
+
+    `model_config` is a transformers config.json or a mapping of `model_type` and the fields that differ from
+    that type's defaults; there, vocab_size, special ids and max_position_embeddings follow the tokenizer and
+    `length` unless given. Raises ValueError for an unknown model_type or field.
+    """
+    if isinstance(model_config, str):
+        if not Path(model_config).is_file():
+            raise ValueError(f"model_config: no file {model_config!r}")
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_config)
+        return config
+    fields = dict(model_config)
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), CONFIG_MAPPING, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "allowed: what transformers knows, such as llama or gpt2"
+        raise ValueError(f"model_config: model_type is {model_type!r}; {hint}")
+    default: PretrainedConfig = CONFIG_MAPPING[model_type]()
+    allowed = [*default.to_dict(), *default.attribute_map]
+    for name in fields:
+        if name not in allowed:
+            raise ValueError(f"model_config: {unknown_key(name, allowed)}")
+    fitted: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
+    fitted["eos_token_id"] = tokenizer.eos_token_id
+    # An embedding row that is padding gets no gradient, so a pad token that also ends texts is not named.
+    fitted["pad_token_id"] = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    if "max_position_embeddings" in allowed:
+        fitted["max_position_embeddings"] = length
+    try:
+        config = CONFIG_MAPPING[model_type](**(fitted | fields))
+    except StrictDataclassError as error:
+        raise ValueError(f"model_config: {error}") from error
+    return config
+
+
+def check_fit(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Tokenized]]) -> None:
+    """Raise ValueError where the tokenizer's ids or the longest sequence of the rows do not fit the model."""
+    if len(tokenizer) > model.vocab_size:
+        raise ValueError(f"tokenizer: {len(tokenizer)} tokens do not fit the model's vocab_size {model.vocab_size}")
+    positions = getattr(model, "max_position_embeddings", None)
+    length = max(len(sequence.input_ids) for row in rows for sequence in row)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): "
+            "lower sequence_length or max_length"
+        )
+
+
+def load_model(
+    config: TrainConfig, world: World, architecture: PretrainedConfig, *, weights: str | None, attention: str, packed: bool
+) -> PreTrainedModel | PeftModel:
+    """The model with its head fused, its layers and adapters as configured, on the world's device.
+
+    `weights` is a folder or name; None draws initial ones. Raises ValueError for a model without Liger's layers (where
+    they are asked for), one that the head cannot serve, or one in which `packed` rows would see each other.
+    """
+    if config.liger:
+        _check_liger_layers(architecture)
+    torch.manual_seed(config.seed)
+    # flash-attn refuses the fp32 of the check in fuse_head, so it is switched on after.
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    options["attn_implementation"] = "sdpa" if attention == "flash_attention_2" else attention
+    if weights is None:
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(architecture, **options)
+    else:
+        lm = AutoModelForCausalLM.from_pretrained(weights, **options)
+    lm.to(device=world.device)
+    fuse_head(lm)
+    lm.set_attn_implementation(attention)
+    if packed:
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+            check_packing(lm, attention=attention)
+    if config.liger:
+        layers = {"rope": True, "rms_norm": True, "swiglu": True}
+        apply_liger_kernel(lm, layers | {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    if config.gradient_checkpointing:
+        # transformers 5.23 deprecates the older name.
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if not config.lora_rank:
+        return lm
+    targets = "all-linear" if config.lora_targets == ["all-linear"] else config.lora_targets
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    adapted: PeftModel = get_peft_model(lm, lora)
+    return adapted
+
+
+def _check_liger_layers(architecture: PretrainedConfig) -> None:
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    # Liger itself would go on without a word.
+    if architecture.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ValueError(f"liger: true, but liger-kernel has no layers for {architecture.model_type}; allowed: false")

@@ -1,0 +1,120 @@
+"""Checkpoints from which a run continues bitwise: trained weights, optimizer, random states, steps done.
+
+    checkpoints/step-00000200/state.pt       weights that are trained, buffers, optimizer, step, configuration
+                              random-0.pt    random states of rank 0, and one such file for each further rank
+
+A checkpoint is written to a temporary folder and renamed, so a folder named step-… is always whole. The
+position in the data is not stored: it is a function of the step and the seed (loop.py, `rows_of_step`).
+Learning rates are a function of the step.
+"""
+
+import dataclasses
+import random
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+from .world import World
+
+# The position in the data is a function of these: with another value, the step means another place.
+POSITION = ("train_data", "train_split", "seed", "batch_size")
+# Where and how a run goes on may change freely.
+SILENT = ("output_dir", "resume", "report_to", "project", "save_every", "keep_checkpoints")
+
+
+def save(
+    config: TrainConfig,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    **extra: Any,
+) -> None:
+    """Write the checkpoint of `step` steps done, and delete the oldest. Every rank calls it."""
+    folder = Path(config.output_dir, "checkpoints")
+    unfinished = folder / "unfinished"
+    if world.main:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    world.barrier()
+    torch.save(_random_states(world), unfinished / f"random-{world.rank}.pt")
+    if world.main:
+        state = {"step": step, "world_size": world.size, "config": dataclasses.asdict(config), **extra}
+        state |= {"tensors": _tensors(model), "optimizer": optimizer.state_dict()}
+        torch.save(state, unfinished / "state.pt")
+    world.barrier()
+    if world.main:
+        unfinished.rename(folder / f"step-{step:08d}")
+        for old in sorted(folder.glob("step-*"))[: -config.keep_checkpoints]:
+            # Renamed first: deleting takes many steps, and a kill between them must not leave half a folder.
+            shutil.rmtree(old.rename(unfinished))
+    world.barrier()
+
+
+def latest(output_dir: str) -> Path | None:
+    """The newest checkpoint of a run, None where there is none."""
+    return max(Path(output_dir, "checkpoints").glob("step-*"), default=None)
+
+
+def load(
+    path: Path,
+    config: TrainConfig,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    **extra: Any,
+) -> dict[str, Any]:
+    """Bring model, optimizer and random states to where they were; returns the state's other entries.
+
+    Raises ValueError where a field on which the position in the data depends, or one of `extra` (as given to
+    `save`), differs; other fields that differ are printed. Call it last before the loop: it sets the random
+    states.
+    """
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    before, now = state["config"], dataclasses.asdict(config)
+    for name, old, new in [(n, before.get(n), now[n]) for n in now] + [(n, state[n], extra[n]) for n in extra]:
+        if old != new and (name in POSITION or name in extra):
+            raise ValueError(f"resume: {name} is {new!r}, and the run in {path} was started with {old!r}")
+        if old != new and name not in SILENT:
+            world.say(f"resuming with {name}={new!r} (before: {old!r})")
+    tensors = _tensors(model)
+    if tensors.keys() != state["tensors"].keys():
+        differing = sorted(tensors.keys() ^ state["tensors"].keys())
+        raise ValueError(f"resume: the model and {path} differ in {', '.join(differing[:5])}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(state["tensors"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    if state["world_size"] == world.size:
+        _set_random_states(torch.load(path / f"random-{world.rank}.pt", weights_only=True), world)
+    elif world.main:
+        warnings.warn(
+            f"resuming on {world.size} processes a run of {state['world_size']}: dropout draws other noise",
+            stacklevel=2,
+        )
+    return {name: value for name, value in state.items() if name not in ("tensors", "optimizer", "config")}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    # What training changes: frozen weights (LoRA's base) come from where they came from the first time.
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad} | buffers
+
+
+def _random_states(world: World) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_states(states: dict[str, Any], world: World) -> None:
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(states["torch"])
+    if world.device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], world.device)

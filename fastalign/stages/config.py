@@ -1,0 +1,261 @@
+"""One dataclass a stage is its configuration, its command line and its documentation.
+
+A field's docstring is its description. Values come from a YAML or JSON file and from `key=value` arguments,
+which win. Types, ranges and unknown keys are refused by name, with the keys that are close.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
+from pydantic_core import ArgsKwargs
+
+CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _split(value: object) -> object:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_split)]
+Reporters = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_split)]
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class TrainConfig:
+    """What every stage shares: data, model loading, optimisation, evaluation, checkpoints and reports."""
+
+    train_data: str
+    """Rows to train on: a JSONL, JSON or Parquet file, or the name of a data set that `datasets` loads."""
+    train_split: str = "train"
+    """Split of `train_data`."""
+    eval_data: str | None = None
+    """Held-out rows in the same format. Without them nothing is evaluated."""
+    eval_split: str = "train"
+    """Split of `eval_data`."""
+    output_dir: str
+    """Folder for model/, checkpoints/, metrics.jsonl and config.yaml."""
+    tokenizer: str | None = None
+    """Folder or name of the tokenizer. Default: the model's own."""
+
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Type of the weights and of the optimizer's state."""
+    bf16: bool = False
+    """Compute in bfloat16 under autocast; the weights keep `dtype`."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """auto: flash_attention_2 where flash-attn, CUDA and half precision are there, else sdpa."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train. auto: CUDA where there is a device, else the CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer's activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    liger: bool = False
+    """Liger's kernels for a model's layers (RMSNorm, RoPE, SwiGLU), never its losses; CUDA and liger-kernel needed."""
+
+    lora_rank: NonNegativeInt = 0
+    """Rank of LoRA adapters; 0 trains all weights."""
+    lora_alpha: PositiveInt = 32
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    lora_targets: Names = Field(default_factory=lambda: ["all-linear"])
+    """Modules that get adapters, separated by commas; all-linear: every linear layer but the head."""
+
+    max_steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps. Default: what `epochs` needs."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the rows, rounded up to whole steps. Default: 1, unless max_steps is given."""
+    batch_size: PositiveInt = 32
+    """Rows in one optimizer step, over all devices and micro-batches together."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Rows in one forward pass on one device. Default: batch_size / devices, that is, no accumulation."""
+    learning_rate: PositiveFloat = 2e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps in which the learning rate rises linearly to its peak."""
+    final_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Fraction of the peak that linear and cosine fall to."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices (vectors, such as norms and biases, never decay)."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the mean of gradients."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's decay of the mean of squared gradients."""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this L2 norm; null: never."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights, the order of rows and dropout."""
+    eval_every: int | None = Field(default=None, gt=0)
+    """Evaluate every so many steps, besides before the first step and after the last."""
+    save_every: int | None = Field(default=None, gt=0)
+    """Checkpoint every so many steps and after the last. Default: no checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the latest checkpoints stay on disk."""
+    resume: bool = False
+    """Continue from the latest checkpoint of output_dir, or start where there is none."""
+    report_to: Reporters = Field(default_factory=list)
+    """Besides metrics.jsonl: any of tensorboard, wandb, trackio, separated by commas."""
+    project: str = "fastalign"
+    """Project name for wandb and trackio; the run is named after output_dir."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, given: Any) -> Any:
+        # Only to name the close matches: extra="forbid" alone says just that the key is unexpected.
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        for key in (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given:
+            if key not in allowed:
+                raise ValueError(unknown_key(key, allowed))
+        return given
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError(f"max_steps ({self.max_steps}) and epochs ({self.epochs}) exclude each other: give one")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})")
+        if self.bf16 and self.dtype == "float64":
+            raise ValueError("bf16 autocast needs dtype float32 or bfloat16, not float64")
+        if self.eval_every is not None and self.eval_data is None:
+            raise ValueError(f"eval_every ({self.eval_every}) needs eval_data")
+        return self
+
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def unknown_key(key: str, allowed: Sequence[str]) -> str:
+    """The message for a key that does not exist: the close matches, or else all that are allowed."""
+    close = difflib.get_close_matches(key, allowed, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(sorted(allowed))}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) -> Config:
+    """The configuration from `--config FILE` and `key=value` arguments; the arguments win.
+
+    Exits with status 2 and one line a fault where a key, type or range is wrong, as argparse does.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=inspect.getdoc(stage),
+        epilog=describe(stage),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of the fields below")
+    parser.add_argument("values", metavar="key=value", nargs="*", help="fields, over those of the file")
+    arguments = parser.parse_intermixed_args(argv)
+    try:
+        values = {} if arguments.config is None else read_config(arguments.config)
+        for argument in arguments.values:
+            key, separator, value = argument.partition("=")
+            if not separator:
+                raise ValueError(f"{argument!r} is not of the form key=value")
+            values[key] = _value(value)
+        return stage(**values)
+    except ValidationError as error:
+        parser.error("; ".join(_fault(fault) for fault in error.errors()))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The fields in a YAML or JSON file. Raises ValueError where it is missing or holds anything else."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"config: no file {path!r}")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path!r} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"config: {path!r} holds a {type(values).__name__}, not fields with their values")
+    return dict(values)
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the configuration as YAML that `--config` reads."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def describe(stage: type[TrainConfig]) -> str:
+    """Every field with its type, default and description, as text."""
+    lines = ["fields:"]
+    for name, field in _fields(stage).items():
+        default = " (required)" if field.is_required() else f" = {_show(field.get_default(call_default_factory=True))}"
+        lines.append(f"  {name}: {_type(field)}{default}")
+        description = next(
+            base_field.description
+            for base in stage.__mro__
+            if (base_field := _fields(base).get(name)) is not None and base_field.description
+        )
+        lines.append(textwrap.fill(description, 108, initial_indent=" " * 6, subsequent_indent=" " * 6))
+    return "\n".join(lines)
+
+
+def _fields(stage: type) -> dict[str, FieldInfo]:
+    # pydantic attaches a docstring only to the fields of the class that holds it, not to inherited ones.
+    return getattr(stage, "__pydantic_fields__", {})
+
+
+def _type(field: FieldInfo) -> str:
+    annotation = field.annotation
+    name = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else None
+    text = name or str(annotation).replace("typing.", "")
+    bounds = []
+    signs = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}
+    for bound in field.metadata:
+        if type(bound) in signs:
+            attribute, sign = signs[type(bound)]
+            bounds.append(f"{sign} {getattr(bound, attribute)}")
+    return f"{text} ({', '.join(bounds)})" if bounds else text
+
+
+def _show(value: object) -> str:
+    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
+
+
+def _value(text: str) -> Any:
+    # Scalars stay text: pydantic reads 3e-4 by the field's type, where YAML would guess.
+    if text in ("null", "None", "none") or text[:1] in ("{", "["):
+        try:
+            return None if text in ("None", "none") else yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{text!r} is not YAML: {error}") from error
+    return text
+
+
+def _fault(fault: Any) -> str:
+    place = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    if not place:
+        return str(message)
+    return f"{place}: {message}" + ("" if fault["type"] == "missing" else f" (got {fault['input']!r})")

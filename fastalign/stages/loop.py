@@ -1,0 +1,294 @@
+"""The one training loop: a stage gives micro-batches and a loss; it steps, evaluates, reports and resumes.
+
+The objective of a step is a sum over its items (trained tokens, or pairs) divided once by the number of items
+in the whole step, over micro-batches and ranks; so eight micro-batches of one row and one of eight, and one
+rank and two, give the same step.
+
+What happens at a step is a function of the step's number, the seed and the weights; nothing else carries
+over. That, the optimizer's state and the random states are all that a checkpoint needs for a run to continue
+bitwise (on a GPU: as far as its kernels are deterministic).
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import checkpoint
+from .build import check_liger
+from .config import TrainConfig, save_config
+from .report import Report, check_reporters
+from .world import World, join_world
+
+Batch = Mapping[str, Any]
+Row = TypeVar("Row")
+# (model, micro-batch, items in the step [int64 scalar]) -> the micro-batch's share of the loss, with gradient, and of each
+# metric: shares add up, over micro-batches and ranks, to the step's value.
+LossFn = Callable[[nn.Module, Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+@contextmanager
+def start(config: TrainConfig) -> Iterator[World]:
+    """Join the other ranks, and refuse what cannot run here.
+
+    Raises ValueError for an absent reporter, device or Liger, a batch_size that the devices do not divide, or
+    an output_dir that already holds a run (resume=true continues it).
+    """
+    check_reporters(config.report_to)
+    with join_world(config.device) as world:
+        check_liger(config, world)
+        rows = micro_batch_size(config, world) * world.size
+        if config.batch_size % rows:
+            raise ValueError(
+                f"batch_size ({config.batch_size}) must be a multiple of micro_batch_size x devices "
+                f"({micro_batch_size(config, world)} x {world.size})"
+            )
+        if not config.resume and Path(config.output_dir, "metrics.jsonl").exists():
+            raise ValueError(f"output_dir: {config.output_dir!r} already holds a run; continue it with resume=true or name another folder")
+        yield world
+
+
+def micro_batch_size(config: TrainConfig, world: World) -> int:
+    """Rows of one forward pass on one device."""
+    return config.micro_batch_size or max(config.batch_size // world.size, 1)
+
+
+def multiplier(step: int, *, schedule: str, steps: int, warmup_steps: int, final_fraction: float) -> float:
+    """The learning rate of optimizer step `step` (from 0), as a fraction of the peak.
+
+    It rises as (step + 1) / warmup_steps, is 1 right after warm-up, and would reach final_fraction at step
+    `steps`, the first one that is not taken.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    fall = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return final_fraction + (1 - final_fraction) * fall
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of the run: max_steps, or what the epochs need, rounded up."""
+    return config.max_steps or math.ceil((config.epochs or 1) * rows / config.batch_size)
+
+
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def rows_of_step(step: int, *, rows: int, batch_size: int, seed: int) -> list[int]:
+    """The row numbers of a step: a window on the epochs' orders written one after another.
+
+    The order of an epoch is a function of (seed, epoch), so the step alone is the position in the data. Every
+    row comes once an epoch; a step at an epoch's end takes its remaining rows from the next one.
+    """
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_order(rows, seed, place // rows)[place % rows]) for place in places]
+
+
+def epoch_batches(
+    rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World
+) -> Callable[[int], list[Batch]]:
+    """A function from a step to this rank's micro-batches in it, for stages that pass over a list of rows."""
+    size = micro_batch_size(config, world)
+
+    def batches_of(step: int) -> list[Batch]:
+        numbers = rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
+        starts = range(world.rank * size, len(numbers), world.size * size)
+        return [collate([rows[number] for number in numbers[first : first + size]]) for first in starts]
+
+    return batches_of
+
+
+def held_out_batches(rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World) -> list[Batch]:
+    """This rank's held-out rows in micro-batches. Raises ValueError where a rank would get none."""
+    if 0 < len(rows) < world.size:
+        raise ValueError(f"eval_data: {len(rows)} rows for {world.size} devices; each needs at least one")
+    own = rows[world.rank :: world.size]
+    size = micro_batch_size(config, world)
+    return [collate(own[first : first + size]) for first in range(0, len(own), size)]
+
+
+def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW over what is trained; matrices decay, vectors (norms, biases) do not."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trained if weight.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in trained if weight.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
+
+
+def count_targets(batch: Batch) -> int:
+    """Trained tokens of a micro-batch: labels other than -100; a causal LM predicts none in column 0."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def language_model_loss(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """NLL (nats a token), token accuracy and the model's entropy (nats), over the trained tokens."""
+    output = model(**batch, num_items_in_batch=items, use_cache=False)
+    sums = {"nll": -output.logp.sum(), "accuracy": output.top1.sum(), "entropy": output.entropy.sum()}
+    return output.loss, {name: total / items for name, total in sums.items()}
+
+
+def train(
+    config: TrainConfig,
+    world: World,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    batches_of: Callable[[int], list[Batch]],
+    loss_fn: LossFn,
+    held_out: Sequence[Batch] = (),
+    count_items: Callable[[Batch], int] = count_targets,
+) -> dict[str, float]:
+    """Train `model` in place, fill output_dir, and return the last line of metrics.jsonl.
+
+    `batches_of(step)` gives this rank's micro-batches of a step (from 0), `rows` is the number of rows in an
+    epoch. Raises FloatingPointError, before the weights are touched, where the loss or the gradient is not
+    finite.
+    """
+    steps = total_steps(config, rows)
+    if config.warmup_steps > steps:
+        raise ValueError(f"warmup_steps ({config.warmup_steps}) must not exceed the {steps} steps of the run")
+    optimizer = make_optimizer(config, model)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if config.compile:
+        model.compile()
+    wrapped: nn.Module = model
+    if world.size > 1:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    random.seed(config.seed + world.rank)
+    torch.manual_seed(config.seed + world.rank)
+    done, tokens = _resume(config, world, model, optimizer, rows)
+    output_dir = Path(config.output_dir)
+    if world.main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, output_dir / "config.yaml")
+
+    trained, every = (
+        sum(weight.numel() for weight in weights),
+        sum(weight.numel() for weight in model.parameters()),
+    )
+    world.say(f"{rows} rows, {steps} steps of {config.batch_size}; {trained:,} of {every:,} weights trained")
+
+    model.train()
+    with Report(config, world, step=done, steps=steps) as report:
+        if held_out and not done:
+            report.write({"step": 0} | evaluate(config, world, model, held_out, loss_fn, count_items))
+        for step in range(done, steps):
+            began = time.perf_counter()
+            fraction = multiplier(
+                step,
+                schedule=config.schedule,
+                steps=steps,
+                warmup_steps=config.warmup_steps,
+                final_fraction=config.final_fraction,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * fraction
+            metrics, items = _totals(config, world, wrapped, batches_of(step), loss_fn, count_items)
+            norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm or math.inf)
+            metrics["grad_norm"] = float(norm)
+            _check_finite(metrics, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens += items
+            seconds = time.perf_counter() - began
+
+            line = {"step": step + 1, "epoch": (step + 1) * config.batch_size / rows, **metrics}
+            line |= {"learning_rate": optimizer.param_groups[0]["lr"], "tokens": tokens}
+            line |= {"seconds": seconds, "tokens_per_second": items / seconds}
+            if held_out and _due(step + 1, config.eval_every, steps):
+                line |= evaluate(config, world, model, held_out, loss_fn, count_items)
+            report.write(line)
+            if config.save_every and _due(step + 1, config.save_every, steps):
+                checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=tokens)
+
+    if world.main:
+        model.save_pretrained(str(output_dir / "model"))
+        tokenizer.save_pretrained(str(output_dir / "model"))
+    world.barrier()
+    return report.last
+
+
+def evaluate(
+    config: TrainConfig,
+    world: World,
+    model: nn.Module,
+    held_out: Sequence[Batch],
+    loss_fn: LossFn,
+    count_items: Callable[[Batch], int] = count_targets,
+) -> dict[str, float]:
+    """Loss and metrics over the held-out batches of all ranks, as eval/…; with nll, its perplexity too."""
+    model.eval()
+    with torch.no_grad():
+        metrics, _ = _totals(config, world, model, held_out, loss_fn, count_items)
+    model.train()
+    if "nll" in metrics:
+        metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def _totals(
+    config: TrainConfig,
+    world: World,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    count_items: Callable[[Batch], int],
+) -> tuple[dict[str, float], int]:
+    """Forward, and backward where gradients are on; the loss and metrics over all ranks, and their items."""
+    items = world.count(sum(count_items(batch) for batch in batches))
+    # A tensor, because torch.compile would make another graph when a number changes.
+    divisor = torch.tensor(items, device=world.device)
+    totals: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches, 1):
+        last = number == len(batches)
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+                loss, metrics = loss_fn(model, world.place(batch), divisor)
+            if torch.is_grad_enabled():
+                # DistributedDataParallel averages over the ranks, and these shares are to be added up.
+                torch.autograd.backward(loss * world.size)
+        for name, share in {"loss": loss, **metrics}.items():
+            totals[name] = totals.get(name, 0.0) + share.detach().double()
+    return dict(zip(totals, world.sum(list(totals.values())), strict=True)), items
+
+
+def _resume(config: TrainConfig, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, rows: int) -> tuple[int, int]:
+    """Steps and tokens done by an earlier process, whose state is restored; (0, 0) without one."""
+    path = checkpoint.latest(config.output_dir) if config.resume else None
+    if path is None:
+        if config.resume:
+            world.say(f"resume: no checkpoint in {config.output_dir}, starting at step 0")
+        return 0, 0
+    state = checkpoint.load(path, config, world, model, optimizer, rows=rows)
+    world.say(f"resume: {path}")
+    return state["step"], state["tokens"]
+
+
+def _due(step: int, every: int | None, steps: int) -> bool:
+    return step == steps or (every is not None and step % every == 0)
+
+
+def _check_finite(metrics: Mapping[str, float], step: int) -> None:
+    wrong = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if wrong:
+        raise FloatingPointError(f"step {step + 1}: {', '.join(wrong)}; the weights are still those of step {step}")

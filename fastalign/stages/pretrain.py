@@ -1,0 +1,94 @@
+"""Pre-training: a causal LM on plain text, packed into full rows whose documents do not see each other.
+
+    fastalign pretrain train_data=text.jsonl model_config='{model_type: llama, hidden_size: 256}' \\
+        tokenizer=my-tokenizer output_dir=runs/base sequence_length=1024 learning_rate=1e-3 bf16=true
+    torchrun --nproc-per-node 8 -m fastalign.stages.pretrain --config base.yaml
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from transformers import AutoConfig
+
+from ..data import Tokenized, collate, load_rows, pack, tokenize_text
+from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
+from .config import CONFIG, TrainConfig, parse
+from .loop import epoch_batches, held_out_batches, language_model_loss, start, train
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class PretrainConfig(TrainConfig):
+    """Train a causal LM on plain text, from scratch or from a model that exists."""
+
+    model: str | None = None
+    """Folder or name of a model to go on training; or else give `model_config`."""
+    model_config: str | dict[str, Any] | None = None
+    """A model from scratch: a transformers config.json, or {model_type: llama, hidden_size: 256, …}, where
+    fields left out keep the type's defaults and vocab_size and special ids follow the tokenizer."""
+    text_column: str = "text"
+    """Column that holds the documents."""
+    sequence_length: int = Field(default=1024, ge=2)
+    """Tokens in a row. Documents are packed into rows and do not see each other."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if (self.model is None) == (self.model_config is None):
+            given = "neither" if self.model is None else "both"
+            raise ValueError(f"give one of model (to go on training) and model_config (from scratch), got {given}")
+        if self.model is None and self.tokenizer is None:
+            raise ValueError("tokenizer is needed with model_config: a model from scratch has none")
+        return self
+
+
+def run(config: PretrainConfig) -> dict[str, float]:
+    """Pre-train as configured; returns the last line of metrics.jsonl.
+
+    Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
+    """
+    with start(config) as world:
+        attention = choose_attention(config, world)
+        tokenizer = load_tokenizer(config.tokenizer or str(config.model))
+        architecture = (
+            AutoConfig.from_pretrained(config.model)
+            if config.model is not None
+            else scratch_config(config.model_config or {}, tokenizer, length=config.sequence_length)
+        )
+
+        def rows_of(source: str, split: str) -> list[list[Tokenized]]:
+            documents = tokenize_text(
+                load_rows(source, split=split),
+                tokenizer,
+                max_length=config.sequence_length,
+                column=config.text_column,
+            )
+            lengths = [len(document.input_ids) for document in documents]
+            return [[documents[number] for number in row] for row in pack(lengths, config.sequence_length)]
+
+        rows = rows_of(config.train_data, config.train_split)
+        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
+        check_fit(architecture, tokenizer, [*rows, *held_out])
+        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=True)
+        length = config.sequence_length if config.compile else None  # one shape is compiled once
+        to_batch = partial(collate, pad_id=padding_id(tokenizer), length=length, attention=attention)
+        return train(
+            config,
+            world,
+            model,
+            tokenizer,
+            rows=len(rows),
+            batches_of=epoch_batches(rows, to_batch, config, world),
+            loss_fn=language_model_loss,
+            held_out=held_out_batches(held_out, to_batch, config, world),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: `--config FILE key=value …`."""
+    run(parse(PretrainConfig, argv, prog="fastalign pretrain"))
+
+
+if __name__ == "__main__":
+    main()

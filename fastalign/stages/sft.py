@@ -1,0 +1,72 @@
+"""Supervised fine-tuning: a causal LM on conversations or prompts with completions; the answers are trained.
+
+fastalign sft model=my-model train_data=chats.jsonl output_dir=runs/sft max_length=2048 bf16=true
+torchrun --nproc-per-node 8 -m fastalign.stages.sft --config sft.yaml
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from transformers import AutoConfig
+
+from ..data import Tokenized, collate, load_rows, pack, tokenize_sft
+from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .config import CONFIG, TrainConfig, parse
+from .loop import epoch_batches, held_out_batches, language_model_loss, start, train
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class SFTConfig(TrainConfig):
+    """Train a causal LM on the answers in rows of `messages`, or of `prompt` and `completion`."""
+
+    model: str
+    """Folder or name of the model."""
+    max_length: int = Field(default=1024, ge=2)
+    """Longest conversation in tokens."""
+    packing: bool = False
+    """Pack conversations into rows of max_length, blind to each other; batch_size then counts such rows."""
+
+
+def run(config: SFTConfig) -> dict[str, float]:
+    """Fine-tune as configured; returns the last line of metrics.jsonl.
+
+    Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
+    """
+    with start(config) as world:
+        attention = choose_attention(config, world)
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        architecture = AutoConfig.from_pretrained(config.model)
+
+        def rows_of(source: str, split: str) -> list[list[Tokenized]]:
+            examples = tokenize_sft(load_rows(source, split=split), tokenizer, max_length=config.max_length)
+            if not config.packing:
+                return [[example] for example in examples]
+            lengths = [len(example.input_ids) for example in examples]
+            return [[examples[number] for number in row] for row in pack(lengths, config.max_length)]
+
+        rows = rows_of(config.train_data, config.train_split)
+        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
+        check_fit(architecture, tokenizer, [*rows, *held_out])
+        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        to_batch = partial(collate, pad_id=padding_id(tokenizer), attention=attention)
+        return train(
+            config,
+            world,
+            model,
+            tokenizer,
+            rows=len(rows),
+            batches_of=epoch_batches(rows, to_batch, config, world),
+            loss_fn=language_model_loss,
+            held_out=held_out_batches(held_out, to_batch, config, world),
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: `--config FILE key=value …`."""
+    run(parse(SFTConfig, argv, prog="fastalign sft"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The command line: configuration from files and arguments, help, refusals, and what `fastalign env` says."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic.fields import FieldInfo
+
+import fastalign_kernels.native
+from fastalign import cli
+from fastalign.stages import pretrain, sft
+from fastalign.stages.config import TrainConfig, describe, parse, read_config, save_config
+
+NEEDED = ["train_data=rows.jsonl", "output_dir=out", "model=somewhere"]
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse(sft.SFTConfig, argv, prog="fastalign sft")
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_arguments_win_over_the_file_and_defaults_fill_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    # YAML alone takes 3e-4 for text: the type of the field decides.
+    file.write_text("learning_rate: 3e-4\nbatch_size: 64\nreport_to: [wandb]\nmax_grad_norm: null\nmodel: file\n")
+    argv = ["batch_size=8", "--config", str(file), *NEEDED, "bf16=true", "lora_targets=q_proj, v_proj"]
+    config = parse(sft.SFTConfig, argv, prog="fastalign sft")
+    expected = sft.SFTConfig(
+        train_data="rows.jsonl",
+        output_dir="out",
+        model="somewhere",
+        learning_rate=0.0003,
+        batch_size=8,
+        report_to=["wandb"],
+        max_grad_norm=None,
+        bf16=True,
+        lora_targets=["q_proj", "v_proj"],
+    )
+    assert config == expected
+    assert config.max_length == 1024 and config.eval_data is None
+
+
+def test_mappings_lists_and_null_on_the_command_line_are_yaml() -> None:
+    argv = [
+        "train_data=1.jsonl",
+        "output_dir=7",
+        "tokenizer=t",
+        "max_grad_norm=null",
+        "report_to=[trackio, wandb]",
+    ]
+    argv.append("model_config={model_type: llama, hidden_size: 64, tie_word_embeddings: true}")
+    config = parse(pretrain.PretrainConfig, argv, prog="fastalign pretrain")
+    assert config.model_config == {"model_type": "llama", "hidden_size": 64, "tie_word_embeddings": True}
+    assert config.output_dir == "7" and config.max_grad_norm is None and config.report_to == ["trackio", "wandb"]
+
+
+def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
+    config = sft.SFTConfig(train_data="x", output_dir="y", model="m", learning_rate=1e-7, report_to=["tensorboard"])
+    save_config(config, tmp_path / "config.yaml")
+    assert sft.SFTConfig(**read_config(str(tmp_path / "config.yaml"))) == config
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    assert parse(sft.SFTConfig, ["--config", str(tmp_path / "config.json")], prog="fastalign sft") == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([*NEEDED, "lerning_rate=1"], "unknown key 'lerning_rate'; did you mean learning_rate?"),
+        ([*NEEDED, "zzz=1"], "unknown key 'zzz'; allowed: adam_eps, attention, "),
+        ([*NEEDED, "sequence_length=8"], "unknown key 'sequence_length'"),  # pretrain's
+        ([*NEEDED, "learning_rate=0"], "learning_rate: Input should be greater than 0 (got '0')"),
+        ([*NEEDED, "batch_size=2.5"], "batch_size: Input should be a valid integer"),
+        (
+            [*NEEDED, "schedule=cosin"],
+            "schedule: Input should be 'constant', 'linear' or 'cosine' (got 'cosin')",
+        ),
+        ([*NEEDED, "report_to=wandb,foo"], "'tensorboard', 'wandb' or 'trackio' (got 'foo')"),
+        ([*NEEDED, "max_steps=1", "epochs=1"], "max_steps (1) and epochs (1.0) exclude each other: give one"),
+        ([*NEEDED, "report_to=[wandb"], "'[wandb' is not YAML"),
+        ([*NEEDED, "packing"], "'packing' is not of the form key=value"),
+        ([*NEEDED, "--packing"], "unrecognized arguments: --packing"),
+        (NEEDED[:2], "model: Field required"),
+        (["--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_a_line_that_names_it(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refusal(argv, capsys)
+
+
+@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "holds a list"), ("a: [", "is not YAML"), ("1: 2", "holds a")])
+def test_a_file_that_holds_no_fields_is_refused(tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    assert message in refusal(["--config", str(tmp_path / "bad.yaml")], capsys)
+
+
+@pytest.mark.parametrize("stage", [pretrain.PretrainConfig, sft.SFTConfig])
+def test_help_lists_every_field_with_type_default_and_description(stage: type[TrainConfig]) -> None:
+    entries = re.findall(r"^  (\w+): (.+)\n((?:      .+(?:\n|$))+)", describe(stage), re.MULTILINE)
+    assert [name for name, _, _ in entries] == [field.name for field in dataclasses.fields(stage)]
+    heads = {name: head for name, head, _ in entries}
+    assert heads["learning_rate"] == "float (> 0) = 2.0e-05"
+    assert heads["max_steps"] == "int | None (> 0) = null"
+    assert heads["train_data"] == "str (required)"
+    assert heads["schedule"] == "Literal['constant', 'linear', 'cosine'] = cosine"
+    assert heads["report_to"] == "list[Literal['tensorboard', 'wandb', 'trackio']] = []"
+    assert not [text for text in heads.values() if "Annotated" in text or "typing" in text or "pydantic" in text]
+
+
+def test_every_field_is_described_in_the_source() -> None:
+    for stage in (TrainConfig, pretrain.PretrainConfig, sft.SFTConfig):
+        own: dict[str, FieldInfo] = getattr(stage, "__pydantic_fields__")  # noqa: B009
+        undescribed = [name for name in stage.__annotations__ if not own[name].description]
+        assert not undescribed, f"{stage.__name__} has fields without a docstring"
+
+
+def test_a_stage_runs_from_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[TrainConfig] = []
+    monkeypatch.setattr(sft, "run", ran.append)
+    cli.main(["sft", *NEEDED, "seed=3"])
+    assert ran == [sft.SFTConfig(train_data="rows.jsonl", output_dir="out", model="somewhere", seed=3)]
+
+
+def test_the_stage_help_comes_through_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pretrain", "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: fastalign pretrain") and "\n  sequence_length: int (>= 2) = 1024\n" in shown
+
+
+def test_an_unknown_command_is_refused_with_those_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["sfd"])
+    assert stop.value.code == 2
+    assert "'sfd'" in (shown := capsys.readouterr().err) and all(name in shown for name in cli.COMMANDS)
+
+
+def test_env_says_what_is_native_and_what_falls_back_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("csrc row kernels", "native: avx512", ""), ("triton row kernels", "reference", "no CUDA device")]
+    monkeypatch.setattr(fastalign_kernels.native, "status", lambda: rows)
+    cli.main(["env"])
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["torch"] == torch.__version__
+    assert {
+        "fastalign",
+        "triton",
+        "transformers",
+        "flash-attn",
+        "liger-kernel",
+        "python",
+        "threads",
+    } <= shown.keys()
+    assert shown["csrc"].split(maxsplit=2)[2] == "native: avx512"
+    assert shown["triton"] != "" and "reference (no CUDA device)" in cli.environment()
+
+
+def test_help_and_env_do_without_transformers() -> None:
+    code = """
+import sys
+from fastalign import cli
+for argv in (["--help"], ["env"]):
+    try: cli.main(argv)
+    except SystemExit: pass
+sys.exit("transformers" in sys.modules)
+"""
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fastalign", "--help"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.startswith("usage: fastalign ") and "pretrain" in done.stdout
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    monkeypatch.delitem(sys.modules, "fastalign.demo", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["demo", "--steps", "1"])
+    assert stopped.value.code == 2
+    assert "demo needs vaderSentiment" in capsys.readouterr().err
