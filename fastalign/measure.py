@@ -1,0 +1,245 @@
+"""Time, peak memory and error of a function, as `bench` and `fastalign demo` report them, and the machine they were measured on."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._version import __version__
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_ROWS_AT_ONCE = 1024  # of a result that is compared in fp64, so that the copies stay small
+
+
+class Timing(NamedTuple):
+    """Seconds of each round, and their median, minimum and maximum."""
+
+    median: float
+    minimum: float
+    maximum: float
+    seconds: tuple[float, ...]
+
+    @staticmethod
+    def of(seconds: list[float]) -> Timing:
+        return Timing(statistics.median(seconds), min(seconds), max(seconds), tuple(seconds))
+
+    def over(self, other: Timing) -> float:
+        """This time as a multiple of another of the same `interleaved` call: the median of the ratios round by round.
+
+        A round's functions run one after another, so what slows the machine for a while slows both sides of a ratio.
+        """
+        return statistics.median(own / theirs for own, theirs in zip(self.seconds, other.seconds, strict=True))
+
+
+class Error(NamedTuple):
+    """Largest |result - reference| of a tensor, absolute and as a multiple of the largest |reference|; NaN where a result has NaN."""
+
+    absolute: float
+    relative: float
+
+
+class PeakMemoryUnavailable(RuntimeError):
+    """This system does not tell a process its peak memory since a given moment; Linux and CUDA do."""
+
+
+def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, Timing]:
+    """Time functions in rounds A B C A B C ..., after `warmup` such rounds that do not count; seconds on the host's clock.
+
+    A function's time includes what it allocates and ends when the GPU, where one is in use, has done its work; freeing the result does
+    not count.
+
+    Raises:
+        ValueError: rounds below 1, or warmup below 0.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: {rounds} seen, a number >= 1 wanted")
+    if warmup < 0:
+        raise ValueError(f"warmup: {warmup} seen, a number >= 0 wanted")
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(warmup + rounds):
+        for name, function in functions.items():
+            _synchronize()
+            begin = time.perf_counter()
+            result = function()
+            _synchronize()
+            elapsed = time.perf_counter() - begin
+            del result
+            if number >= warmup:
+                seconds[name].append(elapsed)
+    return {name: Timing.of(own) for name, own in seconds.items()}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def largest_error(results: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Error]:
+    """Largest elementwise |result - reference| of each result, in fp64; the reference may hold more names than the results.
+
+    Raises:
+        ValueError: a result that the reference lacks, of another shape, or without elements.
+    """
+    return {name: _error(name, result, reference.get(name)) for name, result in results.items()}
+
+
+def _error(name: str, result: Tensor, reference: Tensor | None) -> Error:
+    if reference is None:
+        raise ValueError(f"results: {name!r} seen, which the reference lacks")
+    if result.shape != reference.shape:
+        raise ValueError(f"results: {name!r} of shape {list(result.shape)} seen, {list(reference.shape)} wanted")
+    if result.numel() == 0:
+        raise ValueError(f"results: {name!r} of shape {list(result.shape)} seen, which holds nothing to compare")
+    absolute = scale = torch.zeros((), dtype=torch.float64, device=result.device)
+    results, truths = (torch.atleast_1d(tensor.detach()).split(_ROWS_AT_ONCE) for tensor in (result, reference))
+    for own, true in zip(results, truths):
+        true = true.double()
+        absolute = torch.maximum(absolute, (own.double() - true).abs().amax())  # torch.maximum hands NaN on
+        scale = torch.maximum(scale, true.abs().amax())
+    if scale == 0:
+        return Error(absolute.item(), 0.0 if absolute == 0 else float("inf"))
+    return Error(absolute.item(), (absolute / scale).item())
+
+
+def peak_memory(target: str, arguments: Mapping[str, Any], *, warmup: Mapping[str, Any] | None = None, device: str = "cpu") -> float:
+    """Peak memory of a call beyond what was held before it, in MiB: its results and everything it needs on the way, not its inputs.
+
+    Args:
+        target: "module:function". function(**arguments) makes the inputs and returns the call to measure, which takes no argument.
+        arguments: what JSON can hold, for the call runs in a process of its own.
+        warmup: arguments of a call that runs first and does not count, so that libraries are loaded and threads started: small ones, or
+            the same again for a target that compiles at its first call.
+        device: "cpu": resident memory of a fresh process (Linux: VmHWM, reset through /proc/self/clear_refs), with as many threads as
+            torch has here. "cuda": torch.cuda.max_memory_allocated, in this process.
+
+    Raises:
+        PeakMemoryUnavailable: device "cpu" where there is no /proc/self/clear_refs, as on macOS and Windows.
+        RuntimeError: the call failed in its process; the message ends with that process's last lines.
+    """
+    if torch.device(device).type == "cuda":
+        return _peak_cuda(target, arguments, warmup)
+    if not _CLEAR_REFS.exists():
+        raise PeakMemoryUnavailable(
+            f"peak memory on {platform.system()}: {_CLEAR_REFS} is missing, which Linux has; measure on Linux or on a GPU"
+        )
+    request = {"target": target, "arguments": dict(arguments), "warmup": warmup and dict(warmup), "threads": torch.get_num_threads()}
+    child = subprocess.run(
+        [sys.executable, "-c", "from fastalign.measure import _serve; _serve()"],
+        input=json.dumps(request),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    if child.returncode:
+        raise RuntimeError(f"{target} failed in its own process:\n" + "\n".join(child.stderr.splitlines()[-5:]))
+    return float(child.stdout)
+
+
+def _serve() -> None:
+    """The child of `peak_memory`: the request comes on standard input, the peak in MiB leaves on standard output."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what the target prints is no answer
+    request = json.load(sys.stdin)
+    torch.set_num_threads(request["threads"])
+    if request["warmup"] is not None:
+        _prepared(request["target"], request["warmup"])()
+    call = _prepared(request["target"], request["arguments"])
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # else memory that the warm-up freed would serve the call unseen
+    before = _kib("VmRSS")
+    _CLEAR_REFS.write_text("5")
+    result = call()
+    peak = _kib("VmHWM")
+    del result
+    with os.fdopen(answer, "w") as stream:
+        stream.write(str((peak - before) / 1024))
+
+
+def _prepared(target: str, arguments: Mapping[str, Any]) -> Callable[[], object]:
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)(**arguments)
+
+
+def _kib(field: str) -> int:
+    """A size of /proc/self/status in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def _peak_cuda(target: str, arguments: Mapping[str, Any], warmup: Mapping[str, Any] | None) -> float:
+    if warmup is not None:
+        _prepared(target, warmup)()
+    call = _prepared(target, arguments)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del result
+    return (peak - before) / 2**20
+
+
+def machine() -> dict[str, str | int]:
+    """What a figure depends on: processor, cores, torch's threads, versions, GPU and driver. Names no host, user or path."""
+    return {
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fastalign": __version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "driver": _driver(),
+    }
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if cpuinfo.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _driver() -> str:
+    tool = shutil.which("nvidia-smi")
+    if not torch.cuda.is_available() or tool is None:
+        return "none"
+    seen = subprocess.run([tool, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    return seen.stdout.partition("\n")[0].strip() or "unknown"

@@ -1,0 +1,145 @@
+"""Timing in interleaved rounds, peak memory in a fresh process, errors against fp64, and what is said of the machine."""
+
+import getpass
+import math
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastalign import measure
+from fastalign.measure import Error, PeakMemoryUnavailable, Timing, interleaved, largest_error, machine, peak_memory
+
+MIB = 2**20
+linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux's /proc/self/clear_refs"
+)
+TARGETS = f"""
+import os
+
+import torch
+
+def filled(kept, freed, threads):
+    assert torch.get_num_threads() == threads, torch.get_num_threads()
+    inputs = torch.ones(300 * {MIB} // 4)  # made before the call
+    def call():
+        print("not an answer")
+        os.write(1, b"neither is this")
+        result = torch.ones(kept * {MIB} // 4)
+        torch.ones(freed * {MIB} // 4)
+        return result, inputs
+    return call
+
+def fails():
+    def call():
+        raise ValueError("no memory for you")
+    return call
+"""
+
+
+@pytest.fixture
+def targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "measured_targets.py").write_text(TARGETS)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "measured_targets"
+
+
+def test_rounds_are_interleaved_and_warm_up_rounds_do_not_count() -> None:
+    order: list[str] = []
+    timings = interleaved({name: lambda name=name: order.append(name) for name in "ABC"}, rounds=3, warmup=2)  # type: ignore[misc]
+    assert "".join(order) == "ABC" * 5
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"A": 3, "B": 3, "C": 3}
+
+
+def test_a_timing_is_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0, 9, 9, 10, 20, 22, 30, 37])  # the first reading pair is the warm-up
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    assert interleaved({"A": lambda: None}, rounds=3) == {"A": Timing(2, 1, 7, (1, 2, 7))}
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    slow_phase = Timing.of([1.0, 10.0, 1.0])
+    other = Timing.of([2.0, 20.0, 0.5])
+    assert other.over(slow_phase) == 2.0
+    with pytest.raises(ValueError, match="shorter|longer"):
+        other.over(Timing.of([1.0]))
+
+
+@pytest.mark.parametrize(("rounds", "warmup", "named"), [(0, 1, "rounds: 0"), (1, -1, "warmup: -1")])
+def test_impossible_rounds_are_refused(rounds: int, warmup: int, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        interleaved({"A": lambda: None}, rounds, warmup)
+
+
+@linux
+def test_peak_memory_counts_results_and_what_is_freed_on_the_way_but_no_inputs(targets: str) -> None:
+    arguments = {"kept": 120, "freed": 80, "threads": torch.get_num_threads()}
+    assert peak_memory(f"{targets}:filled", arguments, warmup={**arguments, "kept": 1, "freed": 1}) == pytest.approx(200, rel=0.1)
+
+
+@linux
+def test_a_failing_call_is_told_with_its_reason(targets: str) -> None:
+    with pytest.raises(RuntimeError, match=r"measured_targets:fails failed in its own process:[\s\S]*ValueError: no memory for you"):
+        peak_memory(f"{targets}:fails", {})
+
+
+def test_where_there_is_no_way_to_tell_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "_CLEAR_REFS", tmp_path / "clear_refs")
+    with pytest.raises(PeakMemoryUnavailable, match=platform.system()):
+        peak_memory("nowhere:nothing", {})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_on_a_gpu(targets: str, tmp_path: Path) -> None:
+    (tmp_path / "measured_gpu.py").write_text(
+        f"import torch\ndef filled(mib):\n    return lambda: torch.ones(mib * {MIB} // 4, device='cuda').add(1)\n"
+    )
+    assert peak_memory("measured_gpu:filled", {"mib": 64}, device="cuda") == 128  # the ones and the sum
+
+
+def test_largest_error_is_elementwise_absolute_and_relative_to_the_largest() -> None:
+    reference = {
+        "loss": torch.tensor(4.0, dtype=torch.float64),
+        "grad": torch.tensor([[1.0, -8.0], [2.0, 0.0]], dtype=torch.float64),
+        "unused": torch.zeros(1),
+    }
+    results = {"loss": torch.tensor(3.0), "grad": torch.tensor([[1.0, -8.0], [2.5, 0.25]], dtype=torch.bfloat16)}
+    assert largest_error(results, reference) == {"loss": Error(1.0, 0.25), "grad": Error(0.5, 0.0625)}
+
+
+def test_largest_error_looks_at_every_row() -> None:
+    reference = torch.ones(2500, 2, dtype=torch.float64)
+    for row in (0, 1023, 1024, 2499):
+        result = reference.float()
+        result[row, 1] = 3
+        assert largest_error({"x": result}, {"x": reference}) == {"x": Error(2.0, 2.0)}
+
+
+def test_largest_error_of_nan_and_against_zero() -> None:
+    nan = largest_error({"x": torch.tensor([1.0, math.nan])}, {"x": torch.ones(2)})["x"]
+    assert math.isnan(nan.absolute) and math.isnan(nan.relative)
+    assert largest_error({"x": torch.tensor([0.5])}, {"x": torch.zeros(1)})["x"] == Error(0.5, math.inf)
+    assert largest_error({"x": torch.zeros(1)}, {"x": torch.zeros(1)})["x"] == Error(0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("result", "reference", "named"),
+    [
+        (torch.ones(2), {"y": torch.ones(2)}, "'x' seen, which the reference lacks"),
+        (torch.ones(2), {"x": torch.ones(2, 1)}, r"\[2\] seen, \[2, 1\] wanted"),
+        (torch.ones(0), {"x": torch.ones(0)}, "nothing to compare"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(result: torch.Tensor, reference: dict[str, torch.Tensor], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        largest_error({"x": result}, reference)
+
+
+def test_the_machine_is_described_without_names_of_host_user_or_path() -> None:
+    info = machine()
+    assert info["torch"] == torch.__version__ and info["threads"] == torch.get_num_threads()
+    assert int(info["cores"]) >= 1
+    assert (info["gpu"] == "none") == (not torch.cuda.is_available())
+    text = " ".join(map(str, info.values()))
+    assert platform.node() not in text and str(Path.home()) not in text and f" {getpass.getuser()} " not in f" {text} "
