@@ -1,0 +1,72 @@
+"""`python -m bench`: run the suite, write bench/results/<machine>-<date>.json, print the report.
+
+Arguments that are not listed go to pytest: `python -m bench -k token_stats`, `python -m bench --shape 512,576,49152`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastalign.measure import available_cores, machine
+
+from .report import render
+
+HERE = Path(__file__).parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns pytest's exit status: not 0 when one of our own rows is wrong; a missed target is printed and changes nothing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Time, peak memory and error of fastalign and its peers.", epilog=__doc__
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=available_cores(),
+        help="threads of torch (default: the cores at hand; OMP_NUM_THREADS does not count)",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="results file (default: bench/results/<machine>-<date>.json, overwritten on the same day)"
+    )
+    given, rest = parser.parse_known_args(argv)
+    torch.set_num_threads(given.threads)
+    output = given.output or HERE / "results" / f"{slug()}-{datetime.date.today().isoformat()}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # timeout=0: a case takes longer than the limit that pyproject.toml sets a test. The warnings are the peers' own.
+    options = [
+        "-o",
+        "python_files=bench_*.py",
+        "-o",
+        "python_functions=bench_*",
+        "-o",
+        "timeout=0",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+    ]
+    table = ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=mean", "-q", "-rs", f"--benchmark-json={output}"]
+    status = int(pytest.main([str(HERE), *options, *table, *rest]))
+    if output.exists() and output.stat().st_size:
+        print("\n" + render(json.loads(output.read_text())), end="")
+        print(f"\nresults: {output}")
+    return status
+
+
+def slug() -> str:
+    """The machine's name for a file name: GPU or processor, and how many threads."""
+    info = machine()
+    name = info["gpu"] if info["gpu"] != "none" else f"{info['cpu']} {info['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

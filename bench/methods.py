@@ -1,0 +1,291 @@
+"""The table of methods of each operation: ours, plain PyTorch, the peers, and the ceilings that no method can pass.
+
+A method is a loader: it imports what it needs and returns the forward function, or raises `Absent` with the reason. A forward function
+takes the operation's tensors by name and returns its outputs by name; the first one is the one that is differentiated.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastalign
+
+Tensors = Mapping[str, Tensor]
+Forward = Callable[..., dict[str, Tensor]]
+Ceiling = Callable[[Tensors], Callable[[], object]]
+
+OURS = "fastalign"
+EAGER = "PyTorch"  # defines the error that is allowed, and in fp64 the truth
+COMPILED = "torch.compile"
+
+
+class Shape(NamedTuple):
+    """N tokens, H hidden, V vocabulary."""
+
+    N: int
+    H: int
+    V: int
+
+
+class Absent(Exception):
+    """A method that cannot run here; the message is the reason."""
+
+
+class Operation(NamedTuple):
+    """One operation: its inputs for a shape and dtype on a device, its methods, and which inputs have a row for each token."""
+
+    inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]]
+    methods: dict[str, Callable[[str], Forward]]  # a loader takes the device
+    rows: tuple[str, ...]
+
+
+def _module(name: str, package: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Absent(f"{package} is not installed, or not importable: {str(error).splitlines()[0]}") from error
+
+
+def _compiled(forward: Forward) -> Callable[[str], Forward]:
+    def load(device: str) -> Forward:
+        compiler = os.environ.get("CXX", "g++")
+        if device == "cpu" and shutil.which(compiler) is None:
+            raise Absent(f"no C++ compiler ({compiler}), which torch.compile needs on a CPU")
+        return torch.compile(forward, dynamic=False, fullgraph=True)
+
+    return load
+
+
+def _here(forward: Forward) -> Callable[[str], Forward]:
+    return lambda device: forward
+
+
+def _needs_gpu(device: str) -> None:
+    if device == "cpu":
+        raise Absent("Triton kernels only: needs a GPU")
+
+
+# From hidden states: hidden [N, H], weight [V, H], ids [N].
+
+
+def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Logits of standard deviation 2: neither a flat softmax nor one that a single id owns."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(shape.N, shape.H, generator=generator)
+    weight = torch.randn(shape.V, shape.H, generator=generator) * (2 / math.sqrt(shape.H))
+    ids = torch.randint(0, shape.V, (shape.N,), generator=generator)
+    return {"hidden": hidden.to(device, dtype), "weight": weight.to(device, dtype), "ids": ids.to(device)}
+
+
+def _ours_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return {"loss": fastalign.linear_cross_entropy(hidden, weight, ids)}
+
+
+def _eager_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return {"loss": F.cross_entropy(F.linear(hidden, weight), ids)}
+
+
+def _torch_chunked(**options: Any) -> Callable[[str], Forward]:
+    def load(device: str) -> Forward:
+        function, make_options = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
+        if function is None or make_options is None:
+            raise Absent(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
+        return lambda hidden, weight, ids: {"loss": function(hidden, weight, ids, options=make_options(**options))}
+
+    return load
+
+
+def _liger_fused(device: str) -> Forward:
+    _needs_gpu(device)
+    loss = _module("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, ids: {"loss": loss(weight, hidden, ids)}
+
+
+def _ours_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return {"logp": fastalign.linear_logprobs(hidden, weight, ids)}
+
+
+def _eager_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return {"logp": F.log_softmax(F.linear(hidden, weight), -1).gather(-1, ids[:, None])[:, 0]}
+
+
+def _liger_scaled(device: str) -> Forward:
+    """On a CPU and on other GPUs than Hopper's this is Liger's loop over 512 tokens in PyTorch."""
+    function = _module("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel").LigerFusedLinearScaledCrossEntropyFunction
+    return lambda hidden, weight, ids: {"logp": -function.apply(hidden, weight, ids)}
+
+
+def _trl_chunked(device: str) -> Forward:
+    """With the vocabulary chunk that TRL's trainers use; on a CPU PyTorch stands in for its Triton kernel."""
+    function = _module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
+    return lambda hidden, weight, ids: {"logp": function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]}
+
+
+def _mean_loss(load_logprobs: Callable[[str], Forward]) -> Callable[[str], Forward]:
+    def load(device: str) -> Forward:
+        logprobs = load_logprobs(device)
+        return lambda **tensors: {"loss": -logprobs(**tensors)["logp"].mean()}
+
+    return load
+
+
+HEAD_ROWS = ("hidden", "ids")
+LINEAR_CROSS_ENTROPY = Operation(
+    head_inputs,
+    {
+        OURS: _here(_ours_cross_entropy),
+        EAGER: _here(_eager_cross_entropy),
+        COMPILED: _compiled(_eager_cross_entropy),
+        "F.linear_cross_entropy, options as torch picks them": _torch_chunked(),
+        "F.linear_cross_entropy, 512 tokens a chunk": _torch_chunked(batch_chunk_size=512, chunking_method=None),
+        "TRL ChunkedLogProbFunction": _mean_loss(_trl_chunked),
+        "Liger fused linear Scaled CE": _mean_loss(_liger_scaled),
+        "Liger fused linear CE": _liger_fused,
+    },
+    HEAD_ROWS,
+)
+LINEAR_LOGPROBS = Operation(
+    head_inputs,
+    {
+        OURS: _here(_ours_logprobs),
+        EAGER: _here(_eager_logprobs),
+        COMPILED: _compiled(_eager_logprobs),
+        "TRL ChunkedLogProbFunction": _trl_chunked,
+        "Liger fused linear Scaled CE": _liger_scaled,
+    },
+    HEAD_ROWS,
+)
+
+
+# From logits [N, V], ids [N].
+
+
+def logits_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape.N, shape.V, generator=generator).mul_(2)
+    return {"logits": logits.to(device, dtype), "ids": torch.randint(0, shape.V, (shape.N,), generator=generator).to(device)}
+
+
+def _ours_stats(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return fastalign.token_stats(logits, ids)._asdict()
+
+
+def _eager_logp(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return {"logp": F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]}
+
+
+def _eager_stats(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    logp = F.log_softmax(logits, -1)
+    at_id = logits.gather(-1, ids[:, None])[:, 0]
+    return {
+        "logp": logp.gather(-1, ids[:, None])[:, 0],
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "lse": logits.logsumexp(-1),
+        "top1": at_id >= logits.amax(-1),
+    }
+
+
+def _trl_stats(device: str) -> Forward:
+    function = _module("trl.trainer.utils", "trl").selective_log_softmax_and_entropy
+
+    def forward(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        logp, entropy = function(logits, ids)
+        return {"logp": logp, "entropy": entropy}
+
+    return forward
+
+
+def _ours_loss(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return {"loss": fastalign.cross_entropy(logits, ids)}
+
+
+def _eager_loss(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return {"loss": F.cross_entropy(logits, ids)}
+
+
+def _liger_loss(device: str) -> Forward:
+    _needs_gpu(device)
+    loss = _module("liger_kernel.transformers", "liger-kernel").LigerCrossEntropyLoss()
+    return lambda logits, ids: {"loss": loss(logits, ids)}
+
+
+LOGITS_ROWS = ("logits", "ids")
+LOGP_ONLY = "PyTorch, log_softmax + gather alone"
+TOKEN_STATS = Operation(
+    logits_inputs,
+    {
+        OURS: _here(_ours_stats),
+        LOGP_ONLY: _here(_eager_logp),
+        EAGER: _here(_eager_stats),
+        "torch.compile, log_softmax + gather alone": _compiled(_eager_logp),
+        COMPILED: _compiled(_eager_stats),
+        "TRL selective_log_softmax_and_entropy": _trl_stats,
+    },
+    LOGITS_ROWS,
+)
+CROSS_ENTROPY = Operation(
+    logits_inputs,
+    {OURS: _here(_ours_loss), EAGER: _here(_eager_loss), COMPILED: _compiled(_eager_loss), "Liger CE": _liger_loss},
+    LOGITS_ROWS,
+)
+
+OPERATIONS = {
+    "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
+    "linear_logprobs": LINEAR_LOGPROBS,
+    "token_stats": TOKEN_STATS,
+    "cross_entropy": CROSS_ENTROPY,
+}
+
+
+# Ceilings: the part of the work that no method can leave out.
+
+
+def bare_gemms(forward: int, hidden_grad: bool = False, weight_grad: bool = False, preallocated: bool = False) -> Ceiling:
+    """The GEMMs of a head and nothing between them, on whole matrices; each product in memory of its own, or in memory made beforehand."""
+
+    def make(tensors: Tensors) -> Callable[[], object]:
+        x, w = tensors["hidden"].detach(), tensors["weight"].detach()
+        (N, H), V = x.shape, w.shape[0]
+
+        def fresh() -> object:
+            for _ in range(forward):
+                z = x @ w.t()
+            return z if not hidden_grad and not weight_grad else (z @ w if hidden_grad else None, z.t() @ x if weight_grad else None)
+
+        if not preallocated:
+            return fresh
+        z, dx, dw = x.new_empty(N, V), x.new_empty(N, H), x.new_empty(V, H)
+
+        def reusing() -> object:
+            for _ in range(forward):
+                torch.mm(x, w.t(), out=z)
+            if hidden_grad:
+                torch.mm(z, w, out=dx)
+            if weight_grad:
+                torch.mm(z.t(), x, out=dw)
+            return None
+
+        return reusing
+
+    return make
+
+
+def one_read(tensors: Tensors) -> Callable[[], object]:
+    """One read of the logits: the largest of each row."""
+    logits = tensors["logits"].detach()
+    return lambda: logits.amax(-1)
+
+
+def read_read_write(tensors: Tensors) -> Callable[[], object]:
+    """One read of the logits, then one read and one write of as much: a loss and its gradient."""
+    logits = tensors["logits"].detach()
+    return lambda: (logits.amax(-1), logits.clone())

@@ -1,0 +1,205 @@
+"""The benchmark suite at tiny shapes: every method present agrees with the truth, a wrong one is refused, and a results file renders."""
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import methods, report, suite
+from bench.__main__ import slug
+from bench.methods import EAGER, OPERATIONS, OURS, Absent, Shape
+from bench.suite import Case, Target
+from fastalign.measure import Error, PeakMemoryUnavailable, largest_error
+
+ROOT = Path(__file__).parents[1]
+TINY = Shape(48, 32, 333)
+FILES = ("linear_cross_entropy", "linear_logprobs", "token_stats", "cross_entropy")
+INSTALLED = {package: importlib.util.find_spec(package) is not None for package in ("pytest_benchmark", "liger_kernel", "trl")}
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    for file in FILES:
+        yield from importlib.import_module(f"bench.bench_{file}").CASES.items()
+
+
+CASES = dict(cases())
+FIRST = {case.operation: name for name, case in reversed(CASES.items())}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_present_agrees_with_the_truth(name: str) -> None:
+    case = CASES[name]._replace(shape=TINY)
+    tensors, upstream = suite.make_inputs(case, "cpu")
+    true = suite.truth(case, tensors, upstream)
+    scales = {key: value.double().abs().max().item() for key, value in true.items()}
+    table = OPERATIONS[case.operation].methods
+    eager = largest_error(suite.run(table[EAGER]("cpu"), tensors, upstream), true)
+    present = set()
+    for method, load in table.items():
+        if method.startswith(methods.COMPILED) and name != FIRST[case.operation]:
+            continue  # seconds each where nothing is cached: one case of an operation tells
+        try:
+            results = suite.run(load("cpu"), tensors, upstream)
+        except Absent:
+            continue
+        present.add(method)
+        assert {f"d {trained}" for trained in case.trained} <= set(results)
+        assert not suite.judge(results, largest_error(results, true), eager, scales), method
+    assert {OURS, EAGER} <= present
+    assert INSTALLED["trl"] == any(method.startswith("TRL") for method in present) or case.operation == "cross_entropy"
+    assert INSTALLED["liger_kernel"] == any(method.startswith("Liger") for method in present) or not case.operation.startswith("linear")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_truth_in_chunks_is_the_truth_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]._replace(shape=TINY)
+    tensors, upstream = suite.make_inputs(case, "cpu")
+    whole = suite.truth(case, tensors, upstream)
+    monkeypatch.setattr(suite, "ROWS_AT_ONCE", 20)  # 20, 20, 8: chunks of unequal weight in a mean
+    for key, error in largest_error(suite.truth(case, tensors, upstream), whole).items():
+        assert error.relative < 1e-14, key
+    direct = suite.run(
+        OPERATIONS[case.operation].methods[EAGER]("cpu"),
+        {key: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for key, t in tensors.items()},
+        upstream,
+    )
+    assert all(error.relative < 1e-14 for error in largest_error(direct, whole).values())
+
+
+def test_peers_that_need_a_gpu_or_are_not_installed_are_absent_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Absent, match="needs a GPU"):
+        methods.LINEAR_CROSS_ENTROPY.methods["Liger fused linear CE"]("cpu")
+    monkeypatch.setitem(sys.modules, "trl.kernels.chunked_logprob", None)
+    with pytest.raises(Absent, match="trl is not installed"):
+        methods.LINEAR_LOGPROBS.methods["TRL ChunkedLogProbFunction"]("cpu")
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    with pytest.raises(Absent, match=r"torch .* has no chunked linear_cross_entropy"):
+        methods.LINEAR_CROSS_ENTROPY.methods["F.linear_cross_entropy, 512 tokens a chunk"]("cpu")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(Absent, match="no-such-compiler"):
+        methods.CROSS_ENTROPY.methods[methods.COMPILED]("cpu")
+
+
+@pytest.fixture
+def three_methods(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A table with ours, PyTorch, one that drops a tenth of a gradient, one that breaks and one that is absent; counts calls."""
+    calls = {"wrong": 0}
+
+    class Dropping(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits: Tensor) -> Tensor:
+            return logits.clone()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return grad * (torch.arange(grad.shape[-1]) % 10 > 0)
+
+    def wrong(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        calls["wrong"] += 1
+        return {"loss": torch.nn.functional.cross_entropy(Dropping.apply(logits), ids)}
+
+    def broken(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        raise RuntimeError("0 active drivers\nsecond line")
+
+    def absent(device: str) -> methods.Forward:
+        raise Absent("on holiday")
+
+    table = {key: methods.CROSS_ENTROPY.methods[key] for key in (OURS, EAGER)}
+    operation = methods.CROSS_ENTROPY._replace(methods={**table, "wrong": lambda _: wrong, "broken": lambda _: broken, "absent": absent})
+    monkeypatch.setitem(OPERATIONS, "cross_entropy", operation)
+    return calls
+
+
+def tiny_case(*targets: Target, memory: bool = False) -> Case:
+    return Case("cross_entropy", "fp32", ("logits",), {"copy": methods.read_read_write}, targets, TINY, memory)
+
+
+def test_a_wrong_method_is_refused_and_not_timed(three_methods: dict[str, int]) -> None:
+    measured = suite.measure("tiny", tiny_case(), "cpu", seconds=0.01)
+    rows = measured.rows
+    assert rows["wrong"].refused.startswith("wrong: d logits is off by") and rows["wrong"].timing is None
+    assert three_methods["wrong"] == 1  # for the check alone
+    assert rows["broken"].refused == "failed: RuntimeError: 0 active drivers"
+    assert rows["absent"].refused == "absent: on holiday"
+    timed = {name: len(row.timing.seconds) for name, row in rows.items() if row.timing}
+    assert set(timed) == {"copy", OURS, EAGER} and set(timed.values()) <= set(range(suite.ROUNDS[0], suite.ROUNDS[1] + 1))
+
+
+def test_results_with_nan_are_wrong() -> None:
+    nan, fine = Error(float("nan"), float("nan")), Error(1e-6, 1e-6)
+    results = {"d logits": torch.zeros(4)}
+    assert suite.judge(results, {"d logits": nan}, {"d logits": fine}, {"d logits": 1.0})
+    assert not suite.judge(results, {"d logits": fine}, {"d logits": fine}, {"d logits": 1.0})
+
+
+def test_a_single_number_may_be_one_rounding_of_its_own_dtype_off() -> None:
+    exact, off = {"loss": Error(0.0, 0.0)}, {"loss": Error(0.0625, 0.0)}  # half a unit in the last place of bf16 at 11 is 0.03125
+    assert not suite.judge({"loss": torch.tensor(11.0, dtype=torch.bfloat16)}, off, exact, {"loss": 11.0})
+    assert suite.judge({"loss": torch.tensor(11.0)}, off, exact, {"loss": 11.0})
+
+
+def test_a_report_renders_from_what_was_measured(three_methods: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(target: str, arguments: dict[str, object], **_: object) -> float:
+        return 5.0 if arguments["method"] == OURS else 9.0
+
+    monkeypatch.setattr(suite, "peak_memory", peak)
+    targets = (
+        Target("time", 1e9, EAGER),
+        Target("time", 1e-9, "copy"),
+        Target("memory", 96),
+        Target("error", 2, EAGER),
+        Target("time", 1, "wrong"),
+    )
+    measured = suite.measure("tiny case", tiny_case(*targets, memory=True), "cpu", seconds=0.01)
+    results = {"machine_info": {"cpu": "A Processor", "gpu": "none", "threads": 1}, "cases": [suite.as_json(measured)]}
+    text = report.render(json.loads(json.dumps(results)))
+    assert "Measured on A Processor (threads 1)." in text
+    assert "| method | ms, median (min to max) | times copy | peak MiB beyond inputs | error, loss | error, d logits |" in text
+    assert "| **fastalign** |" in text and "| **5** |" in text and "| 9 |" in text
+    assert "- absent: absent: on holiday" in text and "- wrong: wrong: d logits" in text
+    verdicts = report.targets(results).splitlines()
+    assert [verdict.rpartition(": ")[2] for verdict in verdicts[:4]] == ["met", "missed", "met", "met"]
+    assert "tiny case: peak memory 0 MiB of results + 5 MiB (target + 96)" in verdicts[2]
+    assert "time against wrong was not measured: wrong: d logits" in verdicts[4]
+
+
+def test_memory_that_cannot_be_measured_is_a_note(three_methods: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(*_: object, **__: object) -> float:
+        raise PeakMemoryUnavailable("peak memory on Plan9: not here")
+
+    monkeypatch.setattr(suite, "peak_memory", unavailable)
+    measured = suite.measure("tiny case", tiny_case(Target("memory", 96), memory=True), "cpu", seconds=0.01)
+    case = suite.as_json(measured)
+    assert "- peak memory on Plan9: not here" in report.render_case(case)
+    assert report.target_lines(case) == ["tiny case: peak memory was not measured"]
+
+
+def test_the_file_name_of_a_machine_is_plain() -> None:
+    assert slug().replace("-", "").isalnum() and slug() == slug().lower()
+
+
+@pytest.mark.skipif(not INSTALLED["pytest_benchmark"], reason="python -m bench needs pytest-benchmark, of the extra `bench`")
+def test_the_suite_runs_and_its_results_file_is_complete(tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    size = ["--threads", "1", "--shape", "24,16,100", "--seconds", "0.01", "--output", str(output)]
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", *size, "-k", "cross_entropy and bf16 and not linear"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    results = json.loads(output.read_text())
+    (case,) = results["cases"]
+    assert case["name"] == "cross_entropy bf16" and case["shape"] == {"N": 24, "H": 16, "V": 100}
+    timed = {name: row["seconds"] for name, row in case["rows"].items() if row["seconds"]}
+    assert {OURS, EAGER} <= set(timed) and case["rows"]["Liger CE"]["refused"].startswith("absent")
+    recorded = {benchmark["params"]["row"]: benchmark["stats"]["data"] for benchmark in results["benchmarks"]}
+    assert set(recorded) == set(timed)
+    assert all(recorded[name] == pytest.approx(seconds, rel=1e-6) for name, seconds in timed.items())
+    assert results["machine_info"]["threads"] == 1 and str(ROOT) not in output.read_text()
+    assert "### cross_entropy bf16" in run.stdout and "times PyTorch" not in run.stdout
