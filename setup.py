@@ -1,8 +1,9 @@
 """Builds csrc/ into fastalign_kernels/_native.so; everything else is in pyproject.toml.
 
-g++ (or $CXX) is called directly: the library uses torch's stable ABI, so one file serves every torch >= 2.10 and every Python, and
-torch.utils.cpp_extension would tie it to one of each. torch must be importable while building: `pip install --no-build-isolation`.
-Without a compiler or without torch the package installs all the same and says, at import, what serves in place of the library.
+g++ (or $CXX) and, where it is found, nvcc are called directly: the library uses torch's stable ABI, so one file serves every torch >= 2.10
+and every Python, and torch.utils.cpp_extension would tie it to one of each, and cannot link CUDA beside a CPU torch. torch must be
+importable while building: `pip install --no-build-isolation`. Without a compiler or without torch the package installs all the same and
+says, at import, what serves in place of the library; without nvcc it has no CUDA sampler.
 """
 
 import importlib.util
@@ -19,11 +20,32 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent / "csrc"
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-ffp-contract=fast"]
-TARGETS = {"generic": []}  # instruction sets that rows_target.cpp is compiled for; ops.cpp chooses among them at run time
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 on its own intrinsics
+# <kernel>_target.cpp with its rule for a * b + c: the sampler gives the same bits everywhere, so its fused operations are written down.
+KERNELS = {"rows": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
+LAUNCHERS = ("ops", "sampling")
+TARGETS = {"generic": []}  # instruction sets that the kernels are compiled for; csrc/targets.h chooses among them at run time
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS["avx2"] = ["-mavx2", "-mfma"]
     TARGETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
+# GPU architectures, as far as the nvcc at hand knows them; the last also as PTX, for newer ones. -fmad=false: see KERNELS.
+GPUS = (80, 90, 100, 120)
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", "-DUSE_CUDA"]
+
+
+def find_nvcc() -> str | None:
+    """nvcc of $CUDA_HOME, else the one on the PATH."""
+    home = os.environ.get("CUDA_HOME")
+    own = Path(home, "bin", "nvcc") if home else None
+    return str(own) if own and own.is_file() else shutil.which("nvcc")
+
+
+def gpu_codes(nvcc: str) -> list[str]:
+    """-gencode options for the architectures that this nvcc compiles for."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    found = [sm for sm in GPUS if f"sm_{sm}" in known]
+    codes = {sm: f"[sm_{sm},compute_{sm}]" if sm == found[-1] else f"sm_{sm}" for sm in found}
+    return [option for sm, code in codes.items() for option in ("-gencode", f"arch=compute_{sm},code={code}")]
 
 
 class BuildNative(build_ext):
@@ -43,18 +65,34 @@ class BuildNative(build_ext):
         ops = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{root / 'include'}"]
         if len(TARGETS) > 1:
             ops.append("-DFASTALIGN_X86_TARGETS")
-        commands = {objects / "ops.o": [*ops, "-c", str(CSRC / "ops.cpp")]}
-        for name, flags in TARGETS.items():
-            commands[objects / f"{name}.o"] = [*FLAGS, *flags, f"-DFASTALIGN_TARGET={name}", "-c", str(CSRC / "rows_target.cpp")]
+        commands = {objects / f"{name}.o": [*ops, "-c", str(CSRC / f"{name}.cpp")] for name in LAUNCHERS}
+        for kernel, contract in KERNELS.items():
+            for name, flags in TARGETS.items():
+                own = [*FLAGS, contract, *flags, f"-DFASTALIGN_TARGET={name}", "-c", str(CSRC / f"{kernel}_target.cpp")]
+                commands[objects / f"{kernel}_{name}.o"] = own
+        commands = {output: [compiler, *command] for output, command in commands.items()}
+        nvcc = find_nvcc()
+        cuda = objects / "cuda.o"
+        if nvcc is not None:
+            stable = [option for option in ops if option.startswith(("-DTORCH", "-I"))]
+            commands[cuda] = [nvcc, "-ccbin", compiler, *NVCC_FLAGS, *gpu_codes(nvcc), *stable, "-c", str(CSRC / "sampling.cu")]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda item: subprocess.run([compiler, *item[1], "-o", str(item[0])], check=True), commands.items()))
+            done = dict(zip(commands, pool.map(lambda item: subprocess.run([*item[1], "-o", str(item[0])]), commands.items())))
+        for output, process in done.items():
+            if output != cuda:
+                process.check_returncode()
+            elif process.returncode:
+                print("fastalign: nvcc failed (see above), so the library is built without CUDA", file=sys.stderr)
+                commands.pop(cuda)
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         linked = library.with_suffix(".new")  # then renamed: processes that have the old library mapped keep it
         link = ["-shared", *map(str, commands), "-o", str(linked), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-        if sys.platform == "linux":
-            link.append("-Wl,--exclude-libs,ALL")
-        subprocess.run([compiler, *link], check=True)
+        if cuda in commands:  # by nvcc, which knows where its runtime lies; static, so that the library loads without CUDA too
+            hide = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-as-needed", "-ltorch"]  # libtorch.so: see csrc/sampling.cu
+            subprocess.run([nvcc, "-ccbin", compiler, "-cudart", "static", *link, *hide], check=True)
+        else:
+            subprocess.run([compiler, *link, *(["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [])], check=True)
         linked.replace(library)
 
 

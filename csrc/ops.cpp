@@ -1,44 +1,23 @@
-// Registration and checked launchers of the native CPU kernels, on torch's stable ABI (torch >= 2.10).
+// Registration and checked launchers of the native row kernels for CPUs, on torch's stable ABI (torch >= 2.10).
 #define FASTALIGN_TARGET generic
 #include "rows_api.h"
+#include "targets.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <optional>
 
 namespace fastalign {
-namespace generic { extern const RowKernels kernels; }
-#ifdef FASTALIGN_X86_TARGETS
-namespace avx2 { extern const RowKernels kernels; }
-namespace avx512 { extern const RowKernels kernels; }
-#endif
+FASTALIGN_DECLARE_KERNELS(RowKernels, kernels)
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-struct Target {
-  const RowKernels* kernels;
-  int64_t index;  // of fastalign_kernels.native.TARGETS
-};
-
-const Target& target() {
-  static const Target chosen = [] {
-#ifdef FASTALIGN_X86_TARGETS
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-      return Target{&avx512::kernels, 2};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Target{&avx2::kernels, 1};
-#endif
-    return Target{&generic::kernels, 0};
-  }();
-  return chosen;
-}
 
 Dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -79,7 +58,7 @@ void row_stats(Tensor logits, Tensor ids, std::optional<Tensor> bias, double log
   const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
   check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
   const StatsRows job{rows, stats.mutable_data_ptr()};
-  const auto kernel = target().kernels->stats[dtype_of(logits)];
+  const auto kernel = FASTALIGN_KERNELS(kernels).stats[dtype_of(logits)];
   torch::stable::parallel_for(0, rows.N, 1, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
@@ -92,11 +71,12 @@ void row_grad(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logi
   STD_TORCH_CHECK(out.size(0) == logits.size(0) && out.size(1) == logits.size(1) && out.size(2) == rows.V && out.scalar_type() == logits.scalar_type(),
                   "out: the logits' shape and dtype wanted");
   const GradRows job{rows, stats.const_data_ptr(), coefficients.const_data_ptr(), out.mutable_data_ptr(), out_strides};
-  const auto kernel = target().kernels->grad[dtype_of(logits)];
+  const auto kernel = FASTALIGN_KERNELS(kernels).grad[dtype_of(logits)];
   torch::stable::parallel_for(0, rows.N, 1, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
-int64_t cpu_target() { return target().index; }
+int64_t cpu_target() { return chosen_target(); }
+bool cpu_fast_bf16() { return fast_bf16(); }
 
 }  // namespace
 }  // namespace fastalign
@@ -106,6 +86,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
   m.def("row_grad(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor stats, "
         "Tensor coefficients, Tensor(a!) out) -> ()");
   m.def("cpu_target() -> int");
+  m.def("cpu_fast_bf16() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
@@ -115,4 +96,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CompositeExplicitAutograd, m) {
   m.impl("cpu_target", TORCH_BOX(&fastalign::cpu_target));
+  m.impl("cpu_fast_bf16", TORCH_BOX(&fastalign::cpu_fast_bf16));
 }

@@ -8,11 +8,13 @@ from .head import (
     linear_token_stats,
 )
 from .logits import TokenStats, cross_entropy, sum_by_sequence, token_logprobs, token_stats
+from .sampling import Sample, sample
 from .sweep import HeadPlan, plan_head
 
 __all__ = [
     "CrossEntropyStats",
     "HeadPlan",
+    "Sample",
     "TokenStats",
     "cross_entropy",
     "linear_cross_entropy",
@@ -20,6 +22,7 @@ __all__ = [
     "linear_logprobs",
     "linear_token_stats",
     "plan_head",
+    "sample",
     "sum_by_sequence",
     "token_logprobs",
     "token_stats",

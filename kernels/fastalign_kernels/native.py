@@ -1,7 +1,8 @@
-"""The native CPU library built from csrc/: loading it, and what runs without it.
+"""The native library built from csrc/: loading it, and what runs without it.
 
-`setup.py` puts `_native.so` beside this file. Where it could not be built, or torch cannot load it, the row kernels on a CPU are
-`rows.row_stats_ref` and `rows.row_grad_ref`, plain PyTorch; that is said once, by name, and `fastalign env` shows it.
+`setup.py` puts `_native.so` beside this file. Where it could not be built, or torch cannot load it, the row kernels on a CPU and the
+sampler are `rows.row_stats_ref`, `rows.row_grad_ref` and `sampling.sample_ref`, plain PyTorch; that is said once, by name, and
+`fastalign env` shows it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,27 @@ def _load() -> str:
 
 missing = _load()
 if missing:
-    warnings.warn(f"fastalign: {missing}; rows.row_stats_ref and rows.row_grad_ref serve the CPU instead", stacklevel=2)
+    warnings.warn(f"fastalign: {missing}; rows.row_stats_ref, rows.row_grad_ref and sampling.sample_ref serve instead", stacklevel=2)
 triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def fast_bf16() -> bool:
+    """Whether the CPU has bf16 units that are faster than its fp32 ones."""
+    return not missing and torch.ops.fastalign.cpu_fast_bf16()
+
+
+# Devices that the library samples on.
+samples_on = frozenset(
+    device
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
+    if not missing and torch._C._dispatch_has_kernel_for_dispatch_key("fastalign::sample", key)
+)
+
+
+@cache
+def warn_cuda_sampler_missing() -> None:
+    """Say, at the first draw on a GPU without the CUDA sampler, what serves instead."""
+    warnings.warn("fastalign: the native library was built without nvcc; sampling.sample_ref serves the GPU instead", stacklevel=2)
 
 
 @cache
@@ -47,4 +67,12 @@ def status() -> list[tuple[str, str, str]]:
     native = f"native, {TARGETS[torch.ops.fastalign.cpu_target()]}" if not missing else "reference, in PyTorch"
     triton = "Triton" if not triton_missing else "reference, in PyTorch"
     unused = "" if torch.cuda.is_available() else "unused: torch sees no CUDA device"
-    return [("CPU row kernels", native, missing), ("GPU row kernels", triton, triton_missing or unused)]
+    sampler = native if "cpu" in samples_on else "reference, in PyTorch"
+    cuda = "native, CUDA" if "cuda" in samples_on else "reference, in PyTorch"
+    no_cuda = missing or ("" if "cuda" in samples_on else "the native library was built without nvcc")
+    return [
+        ("CPU row kernels", native, missing),
+        ("GPU row kernels", triton, triton_missing or unused),
+        ("CPU sampler", sampler, missing),
+        ("GPU sampler", cuda, no_cuda or unused),
+    ]

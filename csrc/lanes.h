@@ -1,0 +1,81 @@
+// Vectors of 16 floats under the names that sampling_math.h uses for one. Included there; torch-free; for g++ and clang++ only.
+#pragma once
+
+#include "dtypes.h"
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace fastalign {
+namespace FASTALIGN_TARGET {
+
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+constexpr int L = 16;  // lanes
+
+FA_HD f32x16 splat(float x, f32x16) { return x - f32x16{}; }
+FA_HD f32x16 chosen(i32x16 yes, f32x16 a, f32x16 b) { return yes ? a : b; }
+FA_HD f32x16 power_of_two(f32x16 shifted) { return bit_cast<f32x16>((bit_cast<u32x16>(shifted) << 23) + 0x3f800000u); }
+FA_HD f32x16 fused(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return (f32x16)__builtin_ia32_vfmaddps512_mask(a, b, c, uint16_t(-1), 4);
+#elif defined(__FMA__)
+  struct Halves { float v __attribute__((vector_size(32))), w __attribute__((vector_size(32))); };
+  const auto x = bit_cast<Halves>(a), y = bit_cast<Halves>(b), z = bit_cast<Halves>(c);
+  return bit_cast<f32x16>(Halves{__builtin_ia32_vfmaddps256(x.v, y.v, z.v), __builtin_ia32_vfmaddps256(x.w, y.w, z.w)});
+#else
+  for (int i = 0; i < L; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+FA_HD u32x16 splat(uint32_t x, u32x16) { return u32x16{} + x; }
+FA_HD u32x16 bits_of(f32x16 x) { return bit_cast<u32x16>(x); }
+FA_HD f32x16 floats_of(u32x16 x) { return bit_cast<f32x16>(x); }
+FA_HD f32x16 converted(u32x16 x) { return __builtin_convertvector(bit_cast<i32x16>(x), f32x16); }
+FA_HD void multiply(u32x16 a, uint32_t factor, u32x16& high, u32x16& low) {
+#ifdef __AVX512F__
+  const __m512i k = _mm512_set1_epi32(int(factor)), even = _mm512_mul_epu32((__m512i)a, k), odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), k);
+  low = a * factor;
+  high = (u32x16)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+#else
+  low = a * factor;
+  for (int i = 0; i < L; ++i) high[i] = uint32_t(uint64_t(a[i]) * factor >> 32);
+#endif
+}
+FA_HD f32x16 fraction(u32x16 high, u32x16 low) {
+  typedef uint64_t u64x8 __attribute__((vector_size(64)));
+  typedef uint32_t u32x8 __attribute__((vector_size(32)));
+  typedef float f32x8 __attribute__((vector_size(32)));
+  struct Words { u32x8 a, b; };
+  struct Floats { f32x8 a, b; };
+  const auto h = bit_cast<Words>(high), l = bit_cast<Words>(low | 1u);
+  const u64x8 a = __builtin_convertvector(h.a, u64x8) << 32 | __builtin_convertvector(l.a, u64x8);
+  const u64x8 b = __builtin_convertvector(h.b, u64x8) << 32 | __builtin_convertvector(l.b, u64x8);
+  return bit_cast<f32x16>(Floats{__builtin_convertvector(a, f32x8), __builtin_convertvector(b, f32x8)}) * 0x1p-64f;
+}
+
+FA_HD f32x16 larger(f32x16 a, f32x16 b) { return b > a ? b : a; }  // NaN in b is passed over
+FA_HD float largest(f32x16 v) {
+  float top = v[0];
+  for (int i = 1; i < L; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+}
+
+// Puts the lanes of v that are asked for at `out`, which has room for all 16, and returns how many they are.
+FA_HD int64_t append(float* out, f32x16 v, i32x16 wanted) {
+#ifdef __AVX512F__
+  const __mmask16 mask = _mm512_test_epi32_mask((__m512i)wanted, (__m512i)wanted);
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, v));  // not compress to memory: 100 cycles and more on Zen 4
+  return __builtin_popcount(mask);
+#else
+  int64_t n = 0;
+  for (int i = 0; i < L; ++i) {
+    out[n] = v[i];
+    n += wanted[i] & 1;
+  }
+  return n;
+#endif
+}
+
+}  // namespace FASTALIGN_TARGET
+}  // namespace fastalign

@@ -1,0 +1,29 @@
+// What g++, clang++ and nvcc (host and device) need to share code: how functions are marked, and a cast of bits. Torch-free.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Everything so marked is static and forced inline: a linker must never keep a weak copy that was compiled for other instructions.
+#ifdef __CUDACC__
+#define FA_HD static __host__ __device__ __forceinline__
+#else
+#define FA_HD static inline __attribute__((always_inline))
+#endif
+
+namespace fastalign {
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+namespace FASTALIGN_TARGET {
+
+template <class To, class From> FA_HD To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+}  // namespace FASTALIGN_TARGET
+}  // namespace fastalign

@@ -1,0 +1,45 @@
+// The instruction sets that the CPU kernels are compiled for, and which of them this machine runs. Torch-free.
+#pragma once
+
+namespace fastalign {
+
+// Index into fastalign_kernels.native.TARGETS.
+inline int chosen_target() {
+#ifdef FASTALIGN_X86_TARGETS
+  static const int chosen = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      return 2;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+  }();
+  return chosen;
+#else
+  return 0;
+#endif
+}
+
+// AMD's AVX512-BF16 multiplies twice as many pairs a cycle as its fp32 units; Intel's, without AMX, was measured slower than fp32.
+inline bool fast_bf16() {
+#ifdef FASTALIGN_X86_TARGETS
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace fastalign
+
+// The table `name` of kernels of the chosen target.
+#ifdef FASTALIGN_X86_TARGETS
+#define FASTALIGN_DECLARE_KERNELS(type, name)      \
+  namespace generic { extern const type name; }    \
+  namespace avx2 { extern const type name; }       \
+  namespace avx512 { extern const type name; }
+#define FASTALIGN_KERNELS(name) (*std::array{&generic::name, &avx2::name, &avx512::name}[chosen_target()])
+#else
+#define FASTALIGN_DECLARE_KERNELS(type, name) \
+  namespace generic { extern const type name; }
+#define FASTALIGN_KERNELS(name) (generic::name)
+#endif

@@ -1,0 +1,350 @@
+"""Rollout sampling: one read of the logits gives the token and every log-probability that reinforcement learning asks of it.
+
+Of a row x [V], in the order of transformers' warpers (nats throughout):
+
+    z = x, seen tokens divided by the repetition penalty where x > 0 and multiplied where x < 0; -inf where not allowed
+    p = softmax(z / temperature)
+    top_k keeps z >= the k-th largest z;  top_p then keeps z if the p above z is less than top_p of what top_k kept;
+    min_p then keeps p >= min_p max p.  All three are thresholds on the value, so ties are kept together.
+    token ~ p over the kept, log_kept = log(sum of p over the kept), logp = log p[token] - log_kept,
+    logp_raw = log softmax(x)[token], entropy = -sum softmax(x) log softmax(x)
+
+The draw is a race of exponentials on two levels: chunks of 256 ids race with their kept mass, then the winner's ids with their own:
+argmin E / mass with E ~ Exp(1) is a draw in proportion to mass. E = -log(1 - u), u from the 64 bits that Philox4x32-10 makes of
+(seed, sequence id, position, id or chunk), exact to 2^-64 near 0, where tail tokens win. So a token depends on its row's logits,
+sequence and position: not on the batch, the slot, the threads or the machine.
+
+csrc/sampling*.h is the native implementation, on a CPU and on CUDA bit for bit the same; `sample_ref` below is its specification in fp64,
+and serves where the native library is missing and for fp64 logits. Bytes: B V e for the logits (and V/8 a row and bit mask).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check as _check
+from . import native
+from .rows import accumulator_dtype
+
+CHUNK = 256  # ids of a chunk; part of the specification, as csrc/sampling_math.h has it
+MAX_VOCAB = 2**20
+LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Sample(NamedTuple):
+    """token [B] int64; logp, log_kept, logp_raw, entropy [B] in nats; kept [B] int64, ids that the filters left; valid [B] bool.
+
+    A row that is not valid (NaN or +inf among its logits or after the penalty, or none of the allowed ones finite) has token pad_id or -1,
+    kept 0 and NaN elsewhere. A finished row has token pad_id or -1, zeros elsewhere, and is valid.
+    """
+
+    token: Tensor
+    logp: Tensor
+    log_kept: Tensor
+    logp_raw: Tensor
+    entropy: Tensor
+    kept: Tensor
+    valid: Tensor
+
+
+class _Option(NamedTuple):
+    """A number that may differ from row to row: its allowed values, in words and as a test."""
+
+    wanted: str
+    allowed: Callable[[Any], Any]
+
+
+_OPTIONS = {
+    "temperature": _Option("numbers >= 0", lambda x: (x >= 0) & (x < math.inf)),
+    "top_k": _Option("whole numbers >= 0 (0: no limit)", lambda x: x >= 0),
+    "top_p": _Option("numbers in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+    "min_p": _Option("numbers in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
+    "repetition_penalty": _Option("numbers > 0", lambda x: (x > 0) & (x < math.inf)),
+}
+
+
+def sample(
+    logits: Tensor,
+    *,
+    seed: int,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    sequence_ids: Tensor | None = None,
+    positions: Tensor | None = None,
+    repetition_penalty: float | Tensor = 1.0,
+    seen: Tensor | None = None,
+    allowed: Tensor | None = None,
+    finished: Tensor | None = None,
+    pad_id: int | None = None,
+    check: bool = False,
+) -> Sample:
+    """Draw a token from each row of logits, with the log-probabilities of the draw; formulas at the top of this file.
+
+    Args:
+        logits: [B, V] fp32, bf16, fp16 (fp64 on a CPU), unit stride over V, any stride over B; V up to 2^20.
+        seed: 0 to 2^63 - 1. The same seed, sequence id, position and logits draw the same token.
+        temperature: a number or [B]; 0 takes the largest logit (the lowest id of equal ones), with logp 0.
+        top_k, top_p, min_p: numbers or [B]; 0, 1 and 0 filter nothing.
+        sequence_ids, positions: [B] integers that key the noise; by default the row's number and 0. Positions in [0, 2^32).
+        repetition_penalty: a number or [B], for the ids that `seen` marks.
+        seen, allowed: int32 bit masks [B, ceil(V / 32)], id v being bit v % 32 of word v // 32.
+        finished: [B] bool: rows that are not read and whose token is pad_id.
+        pad_id: token of finished and of invalid rows; default -1.
+        check: raise for rows that are not valid, and on CUDA check the values of tensor options (both wait for the device).
+
+    Returns:
+        Sample. The token is int64; log-probabilities are fp32 (fp64 for fp64 logits). No gradient.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range; with check, also rows that are not valid, by number.
+    """
+    B, V = _check_logits(logits)
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: {seed!r} seen, a whole number in [0, 2^63) wanted")
+    numbers = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    look = not torch.compiler.is_compiling() and (not logits.is_cuda or check or _check.everywhere())
+    for name, value in numbers.items():
+        _check_option(name, value, logits, look)
+    for name, ids in (("sequence_ids", sequence_ids), ("positions", positions)):
+        if ids is not None:
+            _check.shape(name, ids, (B,), "[B]")
+            _check.dtype(name, ids, _check.INTEGERS)
+            _check.device(name, ids, "logits", logits)
+    if positions is not None and look and B and bool(((positions < 0) | (positions >= 2**32)).any()):
+        raise ValueError(f"positions: {positions.tolist()[:8]} seen, whole numbers in [0, 2^32) wanted")
+    for name, mask in (("seen", seen), ("allowed", allowed)):
+        if mask is not None:
+            _check.shape(name, mask, (B, -(-V // 32)), "[B, ceil(V / 32)]")
+            _check.dtype(name, mask, (torch.int32,))
+            _check.device(name, mask, "logits", logits)
+    if finished is not None:
+        _check.shape(name := "finished", finished, (B,), "[B]")
+        _check.dtype(name, finished, (torch.bool,))
+        _check.device(name, finished, "logits", logits)
+    if pad_id is not None and not -1 <= pad_id < 2**63:
+        raise ValueError(f"pad_id: {pad_id} seen, an id (or -1) wanted")
+    per_row = any(isinstance(value, Tensor) for value in numbers.values())
+    table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
+    scalars = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
+    found = _implementation(logits)(
+        logits.detach() if logits.stride(-1) == 1 else logits.detach().contiguous(),
+        seed,
+        table,
+        *scalars,
+        None if sequence_ids is None else sequence_ids.long().contiguous(),
+        None if positions is None else positions.long().contiguous(),
+        None if seen is None else seen.contiguous(),
+        None if allowed is None else allowed.contiguous(),
+        None if finished is None else finished.contiguous(),
+        -1 if pad_id is None else pad_id,
+    )
+    token, logs, kept, valid = found
+    logp, log_kept, logp_raw, entropy = logs.unbind()
+    if check and not bool(valid.all()):
+        rows = (~valid).nonzero()[:, 0].tolist()
+        raise ValueError(f"logits: NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first; finite logits wanted")
+    return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid)
+
+
+def _check_logits(logits: Tensor) -> torch.Size:
+    if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_VOCAB:
+        raise ValueError(f"logits: shape {list(logits.shape)} seen, [B, V] with V in 1 to 2^20 wanted")
+    _check.dtype("logits", logits, LOGITS)
+    _check.supported_device("logits", logits)
+    return logits.shape
+
+
+def _check_option(name: str, value: float | Tensor, logits: Tensor, look: bool) -> None:
+    option = _OPTIONS[name]
+    if isinstance(value, Tensor):
+        _check.shape(name, value, (logits.shape[0],), "[B]")
+        _check.device(name, value, "logits", logits)
+        if name == "top_k":
+            _check.dtype(name, value, _check.INTEGERS)
+        elif not value.is_floating_point():
+            raise ValueError(f"{name}: {value.dtype} seen, a floating-point tensor wanted")
+        if look and value.numel() and not bool(option.allowed(value).all()):
+            raise ValueError(f"{name}: {value.tolist()[:8]} seen, {option.wanted} wanted")
+    elif isinstance(value, bool) or (name == "top_k" and not isinstance(value, int)) or not option.allowed(value):
+        raise ValueError(f"{name}: {value!r} seen, {option.wanted} wanted")
+
+
+def _row_values(value: float | Tensor, logits: Tensor) -> Tensor:
+    """A number or [B] as fp64 [B]."""
+    if isinstance(value, Tensor):
+        return value.double()
+    return torch.full(logits.shape[:1], float(value), dtype=torch.float64, device=logits.device)
+
+
+def _implementation(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    kind = logits.device.type
+    if logits.dtype != torch.float64 and kind in native.samples_on:
+        return torch.ops.fastalign.sample
+    if kind == "cuda" and logits.dtype != torch.float64 and not native.missing and not torch.compiler.is_compiling():
+        native.warn_cuda_sampler_missing()
+    return _sample_reference
+
+
+@torch.library.custom_op("fastalign::sample_reference", mutates_args=())
+def _sample_reference(
+    logits: Tensor,
+    seed: int,
+    table: Tensor | None,
+    temperature: float,
+    top_k: float,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    sequence_ids: Tensor | None,
+    positions: Tensor | None,
+    seen: Tensor | None,
+    allowed: Tensor | None,
+    finished: Tensor | None,
+    pad_id: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sample_ref` under the schema of the native op: token [B], logs [4, B], kept [B], valid [B]."""
+    rows = [temperature, top_k, top_p, min_p, repetition_penalty] if table is None else list(table)
+    found = sample_ref(
+        logits, seed=seed, temperature=rows[0], top_k=rows[1], top_p=rows[2], min_p=rows[3], repetition_penalty=rows[4],
+        sequence_ids=sequence_ids, positions=positions, seen=seen, allowed=allowed, finished=finished, pad_id=pad_id,
+    )  # fmt: skip
+    return found.token, torch.stack(found[1:5]), found.kept, found.valid
+
+
+def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B = logits.shape[0]
+    return (
+        logits.new_empty(B, dtype=torch.int64),
+        logits.new_empty(4, B, dtype=accumulator_dtype(logits.dtype)),
+        logits.new_empty(B, dtype=torch.int64),
+        logits.new_empty(B, dtype=torch.bool),
+    )
+
+
+_sample_reference.register_fake(_fake_sample)
+if not native.missing:
+    torch.library.register_fake("fastalign::sample", _fake_sample)
+
+
+def sample_ref(
+    logits: Tensor,
+    *,
+    seed: int,
+    temperature: float | Tensor = 1.0,
+    top_k: float | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    sequence_ids: Tensor | None = None,
+    positions: Tensor | None = None,
+    repetition_penalty: float | Tensor = 1.0,
+    seen: Tensor | None = None,
+    allowed: Tensor | None = None,
+    finished: Tensor | None = None,
+    pad_id: int | None = None,
+) -> Sample:
+    """The specification of `sample`, in fp64 by a sort: same arguments, same tokens (but where two ids tie to fp32 rounding)."""
+    B, V = logits.shape
+    device = logits.device
+
+    def column(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=device).expand(B)[:, None]
+
+    T, k, p, least, penalty = map(column, (temperature, top_k, top_p, min_p, repetition_penalty))
+    x = logits.to(accumulator_dtype(logits.dtype))
+    z = x
+    if seen is not None:
+        penalised = torch.where(x < 0, x * penalty.to(x.dtype), x / penalty.to(x.dtype))
+        z = torch.where(_bits(seen, V), penalised, x)
+    if allowed is not None:
+        z = torch.where(_bits(allowed, V), z, -math.inf)
+    x, z = x.double(), z.double()
+    top = z.amax(-1, keepdim=True)
+    alive = torch.ones(B, dtype=torch.bool, device=device) if finished is None else ~finished
+    valid = (x < math.inf).all(-1) & (z < math.inf).all(-1) & (top[:, 0] > -math.inf)  # NaN compares false
+    usable = (alive & valid)[:, None]
+    x, z = torch.where(usable, x, 0.0), torch.where(usable, z, 0.0)
+    top = z.amax(-1, keepdim=True)
+
+    greedy = T == 0
+    scaled = (z - top) / torch.where(greedy, 1.0, T)
+    mass = scaled.exp()
+    order = z.argsort(dim=-1, descending=True, stable=True)
+    by_value = z.gather(-1, order)
+    nothing = torch.full_like(top, -math.inf)
+    cut_k = torch.where((k > 0) & (k < V), by_value.gather(-1, (k.clamp(1, V) - 1).long()), nothing)
+    sorted_mass = torch.where(by_value >= cut_k, mass.gather(-1, order), 0.0)
+    above = sorted_mass.cumsum(-1) - sorted_mass
+    within = ((above < p * sorted_mass.sum(-1, keepdim=True)) & (by_value >= cut_k)).sum(-1, keepdim=True).clamp(min=1)
+    cut_p = torch.where(p < 1, by_value.gather(-1, within - 1), nothing)
+    keep = (z > -math.inf) & (z >= cut_k) & (z >= cut_p) & (scaled >= least.log())
+    first = torch.zeros_like(keep).scatter_(-1, (z == top).int().argmax(-1, keepdim=True), True)
+    keep = torch.where(greedy, first, keep)
+
+    mass = torch.where(keep, mass, 0.0)
+    sequence = torch.arange(B, device=device) if sequence_ids is None else sequence_ids.long()
+    position = torch.zeros_like(sequence) if positions is None else positions.long()
+    chunks = -(-V // CHUNK)
+    padded = torch.nn.functional.pad(mass, (0, chunks * CHUNK - V)).view(B, chunks, CHUNK)
+    tags = torch.arange(chunks, device=device) | 1 << 31
+    chunk = (_exponential(seed, sequence, position, tags.expand(B, -1)) / padded.sum(-1)).argmin(-1, keepdim=True)
+    ids = chunk * CHUNK + torch.arange(CHUNK, device=device)
+    own = padded.gather(1, chunk[..., None].expand(-1, -1, CHUNK))[:, 0]
+    token = chunk[:, 0] * CHUNK + (_exponential(seed, sequence, position, ids) / own).argmin(-1)
+    token = torch.where(greedy[:, 0], first.int().argmax(-1), token)
+
+    log_sum = scaled.logsumexp(-1)
+    log_mass = mass.sum(-1).log()
+    at_token = scaled.gather(-1, token[:, None])[:, 0]
+    raw = x.log_softmax(-1)
+    entropy = -(raw.exp() * raw.clamp(min=-1e30)).sum(-1)
+    zero = torch.zeros_like(log_sum)
+    logp, log_kept = (torch.where(greedy[:, 0], zero, value) for value in (at_token - log_mass, log_mass - log_sum))
+    poison = torch.where(valid, 0.0, math.nan)
+    numbers = (logp, log_kept, raw.gather(-1, token[:, None])[:, 0], entropy)
+    dtype = accumulator_dtype(logits.dtype)
+    pad = -1 if pad_id is None else pad_id
+    ok = usable[:, 0]
+    logp, log_kept, logp_raw, entropy = (torch.where(alive, torch.where(ok, number, poison), zero).to(dtype) for number in numbers)
+    token, kept = torch.where(ok, token, pad), torch.where(ok, keep.sum(-1), 0)
+    return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid | ~alive)
+
+
+def _bits(mask: Tensor, V: int) -> Tensor:
+    """int32 words [B, ceil(V / 32)] as bool [B, V]."""
+    words = mask.long()[..., None] >> torch.arange(32, device=mask.device)
+    return (words & 1).bool().flatten(-2)[:, :V]
+
+
+def _exponential(seed: int, sequence: Tensor, position: Tensor, index: Tensor) -> Tensor:
+    """E ~ Exp(1), fp64, of Philox4x32-10 with key seed and counter (index, position, sequence); sequence, position [B], index [B, n]."""
+    low = 0xFFFFFFFF
+    counter = [index, *(word[:, None].expand_as(index) for word in (position & low, sequence & low, sequence >> 32 & low))]
+    key = [seed & low, seed >> 32 & low]
+    for _ in range(10):  # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
+        (high0, low0), (high1, low1) = _multiplied(0xD2511F53, counter[0]), _multiplied(0xCD9E8D57, counter[2])
+        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    high, rest = counter[0].double(), (counter[1] | 1).double()
+    u = high * 2**-32 + rest * 2**-64
+    left = (low - high) * 2**-32 + ((low - counter[1]) | 1).double() * 2**-64
+    return torch.where(high < 2**31, -torch.log1p(-u), -left.log())
+
+
+def _multiplied(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of factor * word, both below 2^32, in int64."""
+    part = factor * (word & 0xFFFF)
+    high = factor * (word >> 16) + (part >> 16)
+    return high >> 16, (high << 16 | part & 0xFFFF) & 0xFFFFFFFF
