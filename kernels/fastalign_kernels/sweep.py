@@ -6,12 +6,13 @@ One GEMM here means one N x H x V matrix product, 2 N H V flops; the naive loss 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import check as _check
+from . import native
 from .rows import Stat, Transform, accumulator_dtype, row_grad, row_stats
 
 # Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V = 49152) run their GEMMs 9 %
@@ -58,7 +59,7 @@ def plan_head(
     Args:
         n_tokens, hidden_size, vocab_size: N (ignored tokens not counted), H, V.
         dtype: of the hidden states.
-        device: only its type matters.
+        device: only its type matters, and for bf16 on a CPU whether that has fast units for it.
         hidden_grad, weight_grad: which gradients are wanted (weight_grad also stands for the bias).
         upstream: what the backward pass brings: "scalar" (a loss that this package reduces), "logp" (any gradient of logp alone), or
             "table" (any gradient of logp, entropy and lse).
@@ -77,10 +78,10 @@ def plan_head(
     way = choose_way(dtype, hidden_grad, weight_grad, upstream)
     gradients = int(hidden_grad) + int(weight_grad)
     gemms = 2 + gradients if way == "general" else 1 + gradients
-    # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and on a GPU its gradient in the GEMMs' dtype beside
-    # it: a tile of another dtype cannot be overwritten in place by parallel threads.
-    low = kind != "cpu" and dtype in (torch.bfloat16, torch.float16)
-    per_token = vocab_size * (8 if dtype == torch.float64 else 6 if low and gradients else 4)
+    # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and its gradient in the GEMMs' dtype beside it: a tile
+    # of another dtype cannot be overwritten in place by parallel threads. On a CPU only the GEMM for dX takes a low-precision gradient.
+    low = hidden_grad and bf16_gemms(dtype) if kind == "cpu" else gradients and dtype in (torch.bfloat16, torch.float16)
+    per_token = vocab_size * (8 if dtype == torch.float64 else 6 if low else 4)
     largest = int(workspace_mib * 2**20) // per_token
     if largest < 1:
         raise ValueError(
@@ -89,6 +90,14 @@ def plan_head(
     chunks = -(-n_tokens // largest) or 1
     chunk = max(1, -(-n_tokens // chunks))  # even chunks: a last sliver of a few tokens would run its GEMMs at a fraction of the speed
     return HeadPlan(way, chunk, chunk * per_token, gemms)
+
+
+def bf16_gemms(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies bf16 faster than fp32: on AMD's AVX512-BF16 1,145 -> 254 ms for the logits at [2048, 576] x [576, 49152].
+
+    Elsewhere low-precision inputs are widened: on an Intel AVX512-BF16 without AMX, 65 GFLOP/s a core were measured against fp32's 115.
+    """
+    return dtype == torch.bfloat16 and native.fast_bf16()
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -190,7 +199,17 @@ def sweep(
     of hidden, weight and bias.
     """
     with torch.autocast(head.hidden.device.type, enabled=False):  # dtypes are chosen here; autocast would cast some of the GEMMs again
-        return _run(head, table, chunk_coefficients, wanted)
+        if head.hidden.device.type != "cpu" or not bf16_gemms(head.hidden.dtype):
+            return _run(head, table, chunk_coefficients, wanted)
+        # The only way on a CPU from bf16 inputs to fp32 outputs. Inputs that are bf16 lose nothing. It holds for the process, so for the
+        # time of this call another thread's fp32 GEMMs on the CPU round their inputs to bf16 too.
+        matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            return _run(head, table, chunk_coefficients, wanted)
+        finally:
+            matmul.fp32_precision = before
 
 
 def _run(
@@ -202,8 +221,8 @@ def _run(
     hidden, weight, ids, bias, transform, _ = head
     N, H = hidden.shape
     V = weight.shape[0]
-    # On a CPU low-precision GEMMs are slower than fp32 ones without AMX (65 against 115 GFLOP/s a core measured, AVX512-BF16) and round
-    # their output, so there the chunk's hidden states and, once, the weight are widened. On a GPU inputs stay as they are.
+    # On a CPU low-precision GEMMs round their output, so there the chunk's hidden states and, once, the weight are widened (see `sweep` for
+    # their speed). On a GPU inputs stay as they are.
     compute = accumulator_dtype(hidden.dtype) if hidden.device.type == "cpu" else hidden.dtype
     accumulator = accumulator_dtype(hidden.dtype)
     w = weight.to(compute)
@@ -215,6 +234,8 @@ def _run(
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if want_hidden else hidden.new_empty(0)
     d_weight = torch.empty(V, H, dtype=accumulator, device=hidden.device) if want_weight else weight.new_empty(0)
     d_bias = torch.zeros(V, dtype=accumulator, device=hidden.device) if want_bias else hidden.new_empty(0)
+    narrow = want_hidden and hidden.device.type == "cpu" and bf16_gemms(hidden.dtype)  # dX is rounded once anyway: a GEMM in bf16
+    w_narrow = weight.to(hidden.dtype) if narrow else w
     tile = grad_tile = None
     first = True
     for index in _chunks(ids, lambda n: head.plan(n, want_hidden, want_weight or want_bias)):
@@ -237,7 +258,7 @@ def _run(
         grad = grad_tile[:C]
         row_grad(logits[None], y, b, transform, stats, chunk_coefficients(stats, index), grad[None])
         if want_hidden:
-            d_hidden[index] = torch.mm(grad, w).to(hidden.dtype)
+            d_hidden[index] = torch.mm(grad.to(w_narrow.dtype), w_narrow).to(hidden.dtype)
         if want_weight:
             _mm(grad.t(), x, d_weight) if first else _add_mm(d_weight, grad.t(), x)
         if want_bias:
