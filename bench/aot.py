@@ -1,17 +1,21 @@
-"""Compile every Triton kernel ahead of time, without a GPU: registers, spills and shared memory for each architecture.
+"""Compile every GPU kernel ahead of time, without a GPU: registers, spills and shared memory for each architecture.
 
     python -m bench.aot                 # table; exit status 1 on a spill or on more shared memory than the architecture has
     python -m bench.aot --json FILE     # the rows as JSON too
 
+Triton's by its own compiler, csrc/sampling.cu by nvcc where setup.py finds one, with setup.py's flags.
 Must run without TRITON_INTERPRET, which replaces the compiled kernels by interpreted ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -19,6 +23,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -28,6 +34,7 @@ from fastalign_kernels import rows_triton
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may have
 TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+ROOT = Path(__file__).parents[1]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -67,9 +74,51 @@ def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
-    return Row(kernel, sm, dtype, "full" if full else "plain", found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+        ((_, _, registers, spills, _),) = resource_usage(cubin.name)
+    return Row(kernel, sm, dtype, "full" if full else "plain", registers, spills, compiled.metadata.shared)
+
+
+def resource_usage(binary: str) -> list[tuple[int, str, int, int, int]]:
+    """(sm, mangled name, registers, bytes of local memory a thread, bytes of static shared memory) a kernel; sm is 0 for a bare cubin."""
+    usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    found, sm = [], 0
+    for arch, name, numbers in re.findall(r"^arch = sm_(\d+)|Function (\S+):\s+(.*)", usage, flags=re.MULTILINE):
+        if arch:
+            sm = int(arch)
+            continue
+        used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+        found.append((sm, name, used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]))
+    return found
+
+
+@functools.cache
+def build_rules() -> dict[str, Any]:
+    """What setup.py defines; its call of setup() does nothing here."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def compile_sampling(nvcc: str) -> list[Row]:
+    """csrc/sampling.cu for every architecture that this nvcc knows, in one call: a row an architecture and dtype.
+
+    Raises:
+        CalledProcessError: nvcc failed; its messages are on standard error.
+    """
+    rules, torch = build_rules(), importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None  # Triton came with it
+    with tempfile.TemporaryDirectory() as folder:
+        binary = str(Path(folder, "sampling.fatbin"))
+        # Without TORCH_TARGET_VERSION, which says what host code may call and changes no kernel.
+        options = [*rules["NVCC_FLAGS"], *rules["gpu_codes"](nvcc), f"-I{Path(torch.origin).parent / 'include'}"]
+        subprocess.run([nvcc, *options, "-fatbin", "-o", binary, str(rules["CSRC"] / "sampling.cu")], check=True)
+        return [_sampling_row(*usage) for usage in resource_usage(binary)]
+
+
+def _sampling_row(sm: int, mangled: str, registers: int, spills: int, shared: int) -> Row:
+    """Mangled names end in <length><kernel>I<type>E..., the type being f or a struct bf16 or fp16 of ours."""
+    found = re.search(r"\d([a-z]+(?:_[a-z]+)*_kernel)(?:I(?:f|NS_4(\w{4})E)E)?", mangled)
+    assert found, mangled
+    return Row(found[1], sm, found[2] or "fp32", "", registers, spills, shared)
 
 
 def main() -> int:
@@ -85,11 +134,16 @@ def main() -> int:
         for dtype in TYPES
         for full in (False, True)
     ]
+    nvcc = build_rules()["find_nvcc"]()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
         rows = list(pool.map(lambda job: compile_rows(*job), jobs))
+    rows += sampling.result() if sampling else []
     print(f"{'kernel':18} {'sm':>4} {'dtype':>5} {'variant':>7} {'registers':>9} {'spills':>6} {'shared':>7}")
     for row in rows:
         print(f"{row.kernel:18} {row.sm:4} {row.dtype:>5} {row.variant:>7} {row.registers:9} {row.spills:6} {row.shared_bytes:7}")
+    if not nvcc:
+        print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling.cu is not in the table")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     bad = [row for row in rows if not row.fits]

@@ -1,17 +1,15 @@
 """The table of methods of each operation: ours, plain PyTorch, the peers, and the ceilings that no method can pass.
 
-A method is a loader: it imports what it needs and returns the forward function, or raises `Absent` with the reason. A forward function
-takes the operation's tensors by name and returns its outputs by name; the first one is the one that is differentiated.
+What a method is, operation.py says.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,40 +17,8 @@ from torch import Tensor
 
 import fastalign
 
-Tensors = Mapping[str, Tensor]
-Forward = Callable[..., dict[str, Tensor]]
-Ceiling = Callable[[Tensors], Callable[[], object]]
-
-OURS = "fastalign"
-EAGER = "PyTorch"  # defines the error that is allowed, and in fp64 the truth
-COMPILED = "torch.compile"
-
-
-class Shape(NamedTuple):
-    """N tokens, H hidden, V vocabulary."""
-
-    N: int
-    H: int
-    V: int
-
-
-class Absent(Exception):
-    """A method that cannot run here; the message is the reason."""
-
-
-class Operation(NamedTuple):
-    """One operation: its inputs for a shape and dtype on a device, its methods, and which inputs have a row for each token."""
-
-    inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]]
-    methods: dict[str, Callable[[str], Forward]]  # a loader takes the device
-    rows: tuple[str, ...]
-
-
-def _module(name: str, package: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Absent(f"{package} is not installed, or not importable: {str(error).splitlines()[0]}") from error
+from .operation import COMPILED, EAGER, OURS, Absent, Ceiling, Forward, Operation, Shape, Tensors, here, module, needs_gpu
+from .sampling_methods import SAMPLING
 
 
 def _compiled(forward: Forward) -> Callable[[str], Forward]:
@@ -63,15 +29,6 @@ def _compiled(forward: Forward) -> Callable[[str], Forward]:
         return torch.compile(forward, dynamic=False, fullgraph=True)
 
     return load
-
-
-def _here(forward: Forward) -> Callable[[str], Forward]:
-    return lambda device: forward
-
-
-def _needs_gpu(device: str) -> None:
-    if device == "cpu":
-        raise Absent("Triton kernels only: needs a GPU")
 
 
 # From hidden states: hidden [N, H], weight [V, H], ids [N].
@@ -105,8 +62,8 @@ def _torch_chunked(**options: Any) -> Callable[[str], Forward]:
 
 
 def _liger_fused(device: str) -> Forward:
-    _needs_gpu(device)
-    loss = _module("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
+    needs_gpu(device)
+    loss = module("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
     return lambda hidden, weight, ids: {"loss": loss(weight, hidden, ids)}
 
 
@@ -120,13 +77,13 @@ def _eager_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Te
 
 def _liger_scaled(device: str) -> Forward:
     """On a CPU and on other GPUs than Hopper's this is Liger's loop over 512 tokens in PyTorch."""
-    function = _module("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel").LigerFusedLinearScaledCrossEntropyFunction
+    function = module("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel").LigerFusedLinearScaledCrossEntropyFunction
     return lambda hidden, weight, ids: {"logp": -function.apply(hidden, weight, ids)}
 
 
 def _trl_chunked(device: str) -> Forward:
     """With the vocabulary chunk that TRL's trainers use; on a CPU PyTorch stands in for its Triton kernel."""
-    function = _module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
+    function = module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
     return lambda hidden, weight, ids: {"logp": function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]}
 
 
@@ -142,8 +99,8 @@ HEAD_ROWS = ("hidden", "ids")
 LINEAR_CROSS_ENTROPY = Operation(
     head_inputs,
     {
-        OURS: _here(_ours_cross_entropy),
-        EAGER: _here(_eager_cross_entropy),
+        OURS: here(_ours_cross_entropy),
+        EAGER: here(_eager_cross_entropy),
         COMPILED: _compiled(_eager_cross_entropy),
         "F.linear_cross_entropy, options as torch picks them": _torch_chunked(),
         "F.linear_cross_entropy, 512 tokens a chunk": _torch_chunked(batch_chunk_size=512, chunking_method=None),
@@ -156,8 +113,8 @@ LINEAR_CROSS_ENTROPY = Operation(
 LINEAR_LOGPROBS = Operation(
     head_inputs,
     {
-        OURS: _here(_ours_logprobs),
-        EAGER: _here(_eager_logprobs),
+        OURS: here(_ours_logprobs),
+        EAGER: here(_eager_logprobs),
         COMPILED: _compiled(_eager_logprobs),
         "TRL ChunkedLogProbFunction": _trl_chunked,
         "Liger fused linear Scaled CE": _liger_scaled,
@@ -195,7 +152,7 @@ def _eager_stats(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _trl_stats(device: str) -> Forward:
-    function = _module("trl.trainer.utils", "trl").selective_log_softmax_and_entropy
+    function = module("trl.trainer.utils", "trl").selective_log_softmax_and_entropy
 
     def forward(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
         logp, entropy = function(logits, ids)
@@ -213,8 +170,8 @@ def _eager_loss(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _liger_loss(device: str) -> Forward:
-    _needs_gpu(device)
-    loss = _module("liger_kernel.transformers", "liger-kernel").LigerCrossEntropyLoss()
+    needs_gpu(device)
+    loss = module("liger_kernel.transformers", "liger-kernel").LigerCrossEntropyLoss()
     return lambda logits, ids: {"loss": loss(logits, ids)}
 
 
@@ -223,9 +180,9 @@ LOGP_ONLY = "PyTorch, log_softmax + gather alone"
 TOKEN_STATS = Operation(
     logits_inputs,
     {
-        OURS: _here(_ours_stats),
-        LOGP_ONLY: _here(_eager_logp),
-        EAGER: _here(_eager_stats),
+        OURS: here(_ours_stats),
+        LOGP_ONLY: here(_eager_logp),
+        EAGER: here(_eager_stats),
         "torch.compile, log_softmax + gather alone": _compiled(_eager_logp),
         COMPILED: _compiled(_eager_stats),
         "TRL selective_log_softmax_and_entropy": _trl_stats,
@@ -234,7 +191,7 @@ TOKEN_STATS = Operation(
 )
 CROSS_ENTROPY = Operation(
     logits_inputs,
-    {OURS: _here(_ours_loss), EAGER: _here(_eager_loss), COMPILED: _compiled(_eager_loss), "Liger CE": _liger_loss},
+    {OURS: here(_ours_loss), EAGER: here(_eager_loss), COMPILED: _compiled(_eager_loss), "Liger CE": _liger_loss},
     LOGITS_ROWS,
 )
 
@@ -243,6 +200,7 @@ OPERATIONS = {
     "linear_logprobs": LINEAR_LOGPROBS,
     "token_stats": TOKEN_STATS,
     "cross_entropy": CROSS_ENTROPY,
+    **SAMPLING,
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastalign.measure import Timing
 
-from .methods import OURS
+from .operation import OURS
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -52,9 +52,13 @@ def render_case(case: Mapping[str, Any]) -> str:
     )
     rounds = max((len(row["seconds"]) for row in rows.values()), default=0)
     what = "forward and backward of " + ", ".join(case["trained"]) if case["trained"] else "no gradients"
-    notes = [f"- {name}: {row['refused']}" for name, row in rows.items() if row["refused"]] + [f"- {note}" for note in case["notes"]]
-    tail = ["", *notes] if notes else []
-    return "\n".join([f"### {case['name']}", "", f"{shape}; {what}; {rounds} interleaved rounds.", "", *lines, *tail])
+    reasons: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if row["refused"]:
+            reasons.setdefault(row["refused"], []).append(name)
+    notes = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()] + [f"- {note}" for note in case["notes"]]
+    parts = [[f"### {case['name']}"], [f"{shape}; {what}; {rounds} interleaved rounds."], lines if timings else [], notes]
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def _ms(seconds: float) -> str:
@@ -69,7 +73,8 @@ def target_lines(case: Mapping[str, Any]) -> list[str]:
         quantity, limit, over = target["quantity"], target["limit"], target["over"]
         other = case["rows"].get(over)
         if ours["refused"]:
-            lines.append(f"{case['name']}: {ours['refused']}: missed")
+            verdict = "not measured" if ours["refused"].startswith("absent") else "missed"
+            lines.append(f"{case['name']}: {ours['refused']}: {verdict}")
             continue
         if quantity == "memory":
             if ours["peak_mib"] is None:
@@ -82,7 +87,7 @@ def target_lines(case: Mapping[str, Any]) -> list[str]:
             continue
         elif quantity == "time":
             value = Timing.of(ours["seconds"]).over(Timing.of(other["seconds"]))
-            text = f"{value:.2f} times {over} (target <= {limit:g})"
+            text = f"{value:.3g} times {over} (target <= {limit:.3g})"
         else:
             value = max(
                 _over(error["absolute"], other["errors"][kind]["absolute"]) for kind, error in ours["errors"].items() if kind != "loss"

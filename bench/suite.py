@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastalign.measure import Error, PeakMemoryUnavailable, Timing, interleaved, largest_error, peak_memory
 
-from .methods import COMPILED, EAGER, OPERATIONS, Absent, Ceiling, Forward, Shape
+from .methods import OPERATIONS
+from .operation import COMPILED, EAGER, Absent, Ceiling, Check, Forward, Shape, Tensors, Verdict
 
 ROWS_AT_ONCE = 256  # of the truth in fp64
 ROUNDS = (3, 20)  # at least and at most, whatever the time of a case allows
@@ -140,13 +141,30 @@ def judge(results: Mapping[str, Tensor], errors: Mapping[str, Error], eager: Map
     return ""
 
 
+def checker(case: Case, tensors: dict[str, Tensor], upstream: Tensor | None) -> Check:
+    """The operation's own judge of results, else plain PyTorch's truth and error."""
+    operation = OPERATIONS[case.operation]
+    if operation.check:
+        return operation.check(tensors)
+    true = truth(case, tensors, upstream)
+    scales = {key: value.double().abs().amax().item() for key, value in true.items()}
+    eager = largest_error(run(operation.methods[EAGER](next(iter(tensors.values())).device.type), tensors, upstream), true)
+
+    def check(results: Tensors) -> Verdict:
+        errors = largest_error(results, true)
+        return Verdict(errors, judge(results, errors, eager, scales))
+
+    return check
+
+
 def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
     """Check, time and weigh every method of a case; `seconds` is what its interleaved rounds may take (within ROUNDS)."""
     methods = OPERATIONS[case.operation].methods
-    tensors, upstream = make_inputs(case, device)
-    true = truth(case, tensors, upstream)
-    scales = {key: value.double().abs().amax().item() for key, value in true.items()}
-    eager = largest_error(run(methods[EAGER](device), tensors, upstream), true)
+    try:
+        tensors, upstream = make_inputs(case, device)
+    except Absent as reason:
+        return Measured(name, case, dict.fromkeys((*case.ceilings, *methods), Row(f"absent: {reason}")), [])
+    check = checker(case, tensors, upstream)
     rows: dict[str, Row] = {}
     functions: dict[str, Callable[[], object]] = {}
     for method, load in methods.items():
@@ -159,12 +177,12 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
         except (ImportError, RuntimeError, TypeError) as error:  # what a peer that does not fit this machine or this torch raises
             rows[method] = Row(f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
             continue
-        errors = largest_error(results, true)
-        rows[method] = Row(judge(results, errors, eager, scales), None, errors, _mib(results))
+        errors, refused = check(results)
+        rows[method] = Row(refused, None, errors, _mib(results))
         del results
         if not rows[method].refused:
             functions[method] = partial(run, forward, tensors, upstream)
-    del true
+    del check  # and with it the truth
     for ceiling, make in case.ceilings.items():
         functions[ceiling] = make(tensors)
         functions[ceiling]()  # methods are warm from their check

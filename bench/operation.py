@@ -1,0 +1,77 @@
+"""What an operation of the suite is made of: a shape, inputs, methods, and how a method's results are judged.
+
+A method is a loader: it imports what it needs and returns the forward function, or raises `Absent` with the reason. A forward function
+takes the operation's tensors by name and returns its outputs by name; the first one is the one that is differentiated.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.measure import Error
+
+Tensors = Mapping[str, Tensor]
+Forward = Callable[..., dict[str, Tensor]]
+Ceiling = Callable[[Tensors], Callable[[], object]]
+
+OURS = "fastalign"
+EAGER = "PyTorch"  # defines the error that is allowed, and in fp64 the truth
+COMPILED = "torch.compile"
+
+
+class Shape(NamedTuple):
+    """N tokens, H hidden (0: an operation on logits, which does not ask), V vocabulary."""
+
+    N: int
+    H: int
+    V: int
+
+
+class Absent(Exception):
+    """A method, or the inputs of a case, that cannot be had here; the message is the reason."""
+
+
+class Verdict(NamedTuple):
+    """Largest error of each result, and why the results are wrong; empty: they are right."""
+
+    errors: dict[str, Error]
+    refused: str
+
+
+Check = Callable[[Tensors], Verdict]
+
+
+class Operation(NamedTuple):
+    """One operation: its inputs for a shape and dtype on a device, its methods, and which inputs have a row for each token.
+
+    check: from the inputs to the judge of a method's results, for an operation whose results plain PyTorch in fp64 does not determine;
+    without it they are compared with EAGER's.
+    """
+
+    inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]]
+    methods: dict[str, Callable[[str], Forward]]  # a loader takes the device
+    rows: tuple[str, ...]
+    check: Callable[[Tensors], Check] | None = None
+
+
+def module(name: str, package: str) -> Any:
+    """The module, or Absent with the package to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Absent(f"{package} is not installed, or not importable: {str(error).splitlines()[0]}") from error
+
+
+def here(forward: Forward) -> Callable[[str], Forward]:
+    """A loader with nothing to load."""
+    return lambda device: forward
+
+
+def needs_gpu(device: str, kernels: str = "Triton") -> None:
+    if device == "cpu":
+        raise Absent(f"{kernels} kernels only: needs a GPU")
