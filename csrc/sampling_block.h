@@ -59,7 +59,6 @@ template <class T> FA_HD float logit(const BlockRow<T>& row, int64_t id) { retur
 
 FA_HD float larger_of(float a, float b) { return b > a ? b : a; }  // NaN in b is passed over
 FA_HD float finite_reference(float top) { return top == -INFINITY ? 0.0f : top; }
-FA_HD float lowest_clamped(float t) { return t < EXP2_LOWEST ? EXP2_LOWEST : t; }
 
 // Summaries of chunks [first, last) of a row, a warp a chunk; lane l holds ids l, l + 32, ... of it.
 template <class T> FA_HD void summarise_chunks(const SampleJob& job, int64_t index, int64_t first, int64_t last, const Summaries& out) {
@@ -96,7 +95,7 @@ template <class T> FA_HD void summarise_chunks(const SampleJob& job, int64_t ind
       for (int j = 0; j < OWN; ++j) {
         const float bits = (x[t][j] - finite_reference(raw_top[t])) * LOG2E, e = exp2_of(bits);
         raw_sum[t] += e;
-        raw_weighted[t] = fused(lowest_clamped(bits), e, raw_weighted[t]);
+        raw_weighted[t] = fused(clamped(bits), e, raw_weighted[t]);
       }
       if (tempered)
         for (int j = 0; j < OWN; ++j) sum[t] += exp2_of((z[t][j] - finite_reference(top[t])) * k);
@@ -126,7 +125,7 @@ FA_HD double combine(Shared& shared, const float* tops, const float* sums, const
     for (int64_t c = t; c < chunks; c += THREADS) {
       const float bits = (fresh(tops + c) - top) * k;
       const double own = double(fresh(sums + c));
-      sum += (weighted ? double(fresh(weighted + c)) + double(lowest_clamped(bits)) * own : own) * double(exp2_of(bits));
+      sum += (weighted ? double(fresh(weighted + c)) + double(clamped(bits)) * own : own) * double(exp2_of(bits));
     }
     shared.sums[t] = sum;
   }

@@ -17,7 +17,6 @@ constexpr int COMBINE_LANES = 256; // partial sums of a row: chunk c adds to lan
 constexpr int MAX_CHUNKS = 4096;   // V up to 2^20
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr double LN2 = 0.693147180559945309;
-constexpr float EXP2_LOWEST = -126.0f;  // below it exp2_of is 0
 
 namespace FASTALIGN_TARGET {
 
@@ -56,13 +55,15 @@ FA_HD float power_of_two(float shifted) {  // 2^n for the n that the low mantiss
 namespace fastalign {
 namespace FASTALIGN_TARGET {
 
-// 2^t for t <= 0, -inf or NaN (which passes), 0.6 ulp; below 2^-126: 0, as such a mass has nothing to add to a sum that holds a 1.
+// 2^t for t <= 0, -inf or NaN (which passes), 0.6 ulp; below 2^-126: 2^-126, which adds nothing to a sum that holds a 1, and times itself is 0.
 // t = n + r with |r| <= 1/2; the polynomial is the minimax one of degree 6, relative error 2e-9, with exp2(0) = 1.
+template <class F> FA_HD F clamped(F t) {
+  const F low = splat(-126.0f, t);
+  return chosen(low > t, low, t);
+}
 template <class F> FA_HD F exp2_of(F t) {
-  const auto tiny = t < splat(EXP2_LOWEST, t);
-  const F clamped = chosen(tiny, splat(EXP2_LOWEST, t), t);
-  const F shifted = clamped + splat(12582912.0f, t);
-  const F r = clamped - (shifted - splat(12582912.0f, t));
+  const F whole = clamped(t), shifted = whole + splat(12582912.0f, t);
+  const F r = whole - (shifted - splat(12582912.0f, t));
   F p = splat(0.00015353361959569156f, t);
   p = fused(p, r, splat(0.0013398875016719103f, t));
   p = fused(p, r, splat(0.00961843691766262f, t));
@@ -70,7 +71,7 @@ template <class F> FA_HD F exp2_of(F t) {
   p = fused(p, r, splat(0.24022647738456726f, t));
   p = fused(p, r, splat(0.6931471824645996f, t));
   p = fused(p, r, splat(1.0f, t));
-  return chosen(tiny, splat(0.0f, t), p * power_of_two(shifted));
+  return p * power_of_two(shifted);
 }
 
 // Natural log of a positive normal double, 1e-15: x = 2^e m with m in [0.71, 1.42], log m = 2 atanh((m - 1) / (m + 1)).

@@ -15,14 +15,7 @@ constexpr int VECTORS = CHUNK / L;
 
 // The 32 lanes of a chunk, halved.
 FA_HD float tree_sum(f32x16 low, f32x16 high) {
-  typedef float f32x8 __attribute__((vector_size(32)));
-  typedef float f32x4 __attribute__((vector_size(16)));
-  struct Two8 { f32x8 a, b; };
-  struct Two4 { f32x4 a, b; };
-  const auto s16 = bit_cast<Two8>(low + high);
-  const auto s8 = bit_cast<Two4>(s16.a + s16.b);
-  const f32x4 s4 = s8.a + s8.b;
-  return (s4[0] + s4[2]) + (s4[1] + s4[3]);
+  return halved(low + high, [](auto a, auto b) { return a + b; });
 }
 
 template <class T> struct Row {
@@ -94,6 +87,14 @@ FA_HD float sum_of(const f32x16* z, float top, float per_bit) {
   return tree_sum(s[0], s[1]);
 }
 
+FA_HD int32_t finite_of(const f32x16* z) {
+  i32x16 finite = {};
+  for (int i = 0; i < VECTORS; ++i) finite -= bit_cast<i32x16>(z[i] > -INFINITY);
+  int32_t count = 0;
+  for (int i = 0; i < L; ++i) count += finite[i];
+  return count;
+}
+
 // TEMPERED: z's sum is not the raw one.
 template <bool TEMPERED, class T> FA_HD void summarise_chunk(const Row<T>& row, int64_t chunk, float per_bit, const Summaries& out) {
   f32x16 x[VECTORS];
@@ -102,12 +103,12 @@ template <bool TEMPERED, class T> FA_HD void summarise_chunk(const Row<T>& row, 
   for (int i = 0; i < CHUNK; i += 64 / sizeof(T)) __builtin_prefetch(row.x + chunk * CHUNK + 2048 / sizeof(T) + i);
   const float top = top_of(x), reference = reference_of(top);
   f32x16 sum[2] = {}, weighted[2] = {}, tempered[2] = {};
-  i32x16 finite = {};
+  f32x16 lowest = x[0];
   for (int i = 0; i < VECTORS; ++i) {
     const f32x16 d = x[i] - reference, t = d * LOG2E, e = exp2_of(t);
     sum[i % 2] += e;
-    weighted[i % 2] = fused(t < EXP2_LOWEST ? splat(EXP2_LOWEST, t) : t, e, weighted[i % 2]);  // -inf * 0 is NaN; -126 * 0 is 0
-    finite -= bit_cast<i32x16>(x[i] > -INFINITY);
+    weighted[i % 2] = fused(clamped(t), e, weighted[i % 2]);
+    lowest = x[i] > lowest ? lowest : x[i];
     if (TEMPERED) tempered[i % 2] += exp2_of(d * per_bit);
   }
   out.raw_top[chunk] = out.top[chunk] = top;
@@ -117,14 +118,11 @@ template <bool TEMPERED, class T> FA_HD void summarise_chunk(const Row<T>& row, 
     mask(row, chunk, x);
     out.top[chunk] = top_of(x);
     out.sum[chunk] = sum_of(x, out.top[chunk], per_bit);
-    finite = i32x16{};
-    for (int i = 0; i < VECTORS; ++i) finite -= bit_cast<i32x16>(x[i] > -INFINITY);
+    lowest = splat(-INFINITY, lowest);
   } else if (TEMPERED) {
     out.sum[chunk] = tree_sum(tempered[0], tempered[1]);
   }
-  int32_t count = 0;
-  for (int i = 0; i < L; ++i) count += finite[i];
-  out.finite[chunk] = count;
+  out.finite[chunk] = -largest(-lowest) > -INFINITY ? CHUNK : finite_of(x);
 }
 
 template <class T> static void summarise(const SampleJob& job, int64_t index, int64_t first, int64_t last, const Summaries& out) {
@@ -143,8 +141,7 @@ FA_HD double combined(const float* tops, const float* sums, const float* weighte
   double lanes[COMBINE_LANES] = {};
   for (int64_t first = 0; first < chunks; first += COMBINE_LANES) {
     for (int i = 0; i < COMBINE_LANES; i += L) {
-      const f32x16 d = load_lanes(tops + first + i) - top, t = d * per_bit, f = exp2_of(t);
-      const f32x16 shift = t < EXP2_LOWEST ? splat(EXP2_LOWEST, t) : t;
+      const f32x16 d = load_lanes(tops + first + i) - top, t = d * per_bit, f = exp2_of(t), shift = clamped(t);
       for (int j = 0; j < L; ++j) {
         const int64_t c = first + i + j;
         const double weight = weighted ? double(weighted[c]) + double(shift[j]) * double(sums[c]) : double(sums[c]);
