@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from . import demo_report
+from . import demo_report, rollout
 from .data import DataError
 from .demo_data import chats_of, cut, fetch, read_sentences, split, texts_of, train_tokenizer, write_rows
 from .demo_report import STAGES, Completion, Outcome, Shape
@@ -245,25 +245,31 @@ def _shared(settings: Settings, steps: int) -> dict[str, Any]:
 def complete(settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[Completion]:
     """Completions of the prompts by the pre-trained and the tuned model, greedy and sampled, with VADER's sentiment.
 
-    The same seed starts both models' sampling. Greedy ones are made of the prompts that the report shows only.
+    Both models draw with the same noise, prompt by prompt. Greedy ones are made of the prompts that the report shows only.
     """
     judge = SentimentIntensityAnalyzer()
     shown = prompts[: demo_report.SHOWN]
-    ways: list[tuple[str, Sequence[str], dict[str, Any]]] = [
-        ("greedy", shown, {"do_sample": False}),
-        ("sampled", prompts, {"do_sample": True, "temperature": demo_report.TEMPERATURE, "top_k": 0}),
-    ]
+    ways = [("greedy", shown, 0.0), ("sampled", prompts, demo_report.TEMPERATURE)]
     completions = []
     with _bar(total=len(STAGES) * (len(shown) + len(prompts)), unit="completion") as bar:
         for stage in STAGES:
             model = AutoModelForCausalLM.from_pretrained(settings.output_dir / stage / "model").eval()
-            for way, own, options in ways:
-                torch.manual_seed(settings.seed)
+            for way, own, temperature in ways:
                 for first in range(0, len(own), GENERATED):
                     batch = own[first : first + GENERATED]
                     inputs = tokenizer(list(batch), return_tensors="pt", padding=True, return_token_type_ids=False)
-                    tokens = model.generate(**inputs, max_new_tokens=settings.new_tokens, **options)
-                    texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                    drawn = rollout.generate(
+                        model,
+                        inputs["input_ids"],
+                        inputs["attention_mask"],
+                        max_new_tokens=settings.new_tokens,
+                        seed=settings.seed,
+                        sequence_ids=torch.arange(first, first + len(batch)),
+                        eos_id=tokenizer.eos_token_id,
+                        pad_id=tokenizer.pad_token_id,
+                        temperature=temperature,
+                    )
+                    texts = tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)
                     for prompt, text in zip(batch, texts, strict=True):
                         completions.append(Completion(stage, way, prompt, text, judge.polarity_scores(text)["compound"]))
                     bar.update(len(batch))
