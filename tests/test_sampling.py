@@ -269,6 +269,26 @@ def distribution_is_right(library: ctypes.CDLL, case: str) -> bool:
     return bool(counts[mass == 0].sum() == 0) and -5 < surprise(counts, mass) < 4
 
 
+@needs_compiler
+def test_ids_24_nats_below_the_head_are_drawn(tmp_path: Path) -> None:
+    """One id and 3 * 87,381 others 16, 20 and 24 nats below it, drawn 20,600, 378 and 7 times expected: what they are drawn as a class.
+
+    torch.multinomial's exponentials end at 2^-24, which is e^-17; FlashInfer's Gumbel noise ends sooner (research: vLLM #43150).
+    """
+    tail = 87381
+    x = torch.cat([torch.zeros(1), *(torch.full((tail,), -gap) for gap in (16.0, 20.0, 24.0))])
+    library = compiled("g++", tmp_path, "-march=native")
+    counts = torch.zeros(4, dtype=torch.int64)
+    for first in range(0, DRAWS, 2**17):
+        ids = torch.arange(first, first + 2**17)  # by name: the job has its address only
+        job, found = job_of(x.expand(2**17, -1), 5, sequence_ids=ids)
+        library.by_rows(ctypes.byref(job))
+        counts += torch.bincount((found.token + tail - 1) // tail, minlength=4)
+    mass = torch.tensor([1.0, *(tail * math.exp(-gap) for gap in (16, 20, 24))], dtype=torch.float64)
+    deviate = surprise(counts, mass / mass.sum())
+    assert -5 < deviate < 4 and counts[3] > 0, (counts, mass / mass.sum() * DRAWS)
+
+
 MUTANTS = {  # file, what is broken in it, and the test that must see it: "noise" or a distribution
     "24-bit uniforms": ("sampling_math.h", "const F u = fraction(c0, c1)", "const F u = fraction(c0 & 0xffffff00u, c1)", "noise"),
     "one more id under top_k": ("sampling_rows.h", "n, true, o.top_k,", "n, true, o.top_k + 1,", "top_k"),
