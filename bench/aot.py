@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastalign_kernels import rows_triton
+from fastalign_kernels import preference_triton, rows_triton
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may have
 TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -70,12 +70,33 @@ def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in pointers or name.endswith("stride")
     }
     source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": rows_triton.NUM_WARPS})
+    return _triton_row(source, rows_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
+
+
+def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
+    """One of preference_triton's kernels with all its optional inputs; of pairs_kernel, `variant` is the formula."""
+    function = getattr(preference_triton, kernel)
+    constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith("HAS_")}
+    constants["BLOCK"] = preference_triton.BLOCK
+    if kernel == "pairs_kernel":
+        constants["FORMULA"] = preference_triton.FORMULAS[variant]
+    vectors = dict.fromkeys(("losses", "rewards", "metrics", "slopes"), "*fp32")
+    vectors |= {"desirable": "*i1", "chosen_lengths": "*i64", "rejected_lengths": "*i64"}
+    scalars = {"S": "i32"} | dict.fromkeys(
+        ("beta", "label_smoothing", "offset", "nll", "center", "desirable_weight", "undesirable_weight"), "fp32"
+    )
+    types = dict.fromkeys(constants, "constexpr") | vectors | scalars  # all others are inputs
+    source = ASTSource(function, {name: types.get(name, TYPES[dtype]) for name in function.arg_names}, constexprs=constants)
+    return _triton_row(source, preference_triton.NUM_WARPS, kernel, sm, dtype, variant)
+
+
+def _triton_row(source: ASTSource, num_warps: int, kernel: str, sm: int, dtype: str, variant: str) -> Row:
+    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         ((_, _, registers, spills, _),) = resource_usage(cubin.name)
-    return Row(kernel, sm, dtype, "full" if full else "plain", registers, spills, compiled.metadata.shared)
+    return Row(kernel, sm, dtype, variant, registers, spills, compiled.metadata.shared)
 
 
 def resource_usage(binary: str) -> list[tuple[int, str, int, int, int]]:
@@ -134,14 +155,23 @@ def main() -> int:
         for dtype in TYPES
         for full in (False, True)
     ]
+    variants = {"pairs_kernel": list(preference_triton.FORMULAS), "unpaired_kernel": ["full"], "scores_kernel": ["full"]}
+    preference_jobs = [
+        (kernel, sm, dtype, variant)
+        for kernel in variants
+        for sm in ARCHITECTURES
+        for variant in variants[kernel]
+        for dtype in (TYPES if variant in ("sigmoid", "full") else ("fp32",))
+    ]
     nvcc = build_rules()["find_nvcc"]()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
         rows = list(pool.map(lambda job: compile_rows(*job), jobs))
+        rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
     rows += sampling.result() if sampling else []
-    print(f"{'kernel':18} {'sm':>4} {'dtype':>5} {'variant':>7} {'registers':>9} {'spills':>6} {'shared':>7}")
+    print(f"{'kernel':18} {'sm':>4} {'dtype':>5} {'variant':>12} {'registers':>9} {'spills':>6} {'shared':>7}")
     for row in rows:
-        print(f"{row.kernel:18} {row.sm:4} {row.dtype:>5} {row.variant:>7} {row.registers:9} {row.spills:6} {row.shared_bytes:7}")
+        print(f"{row.kernel:18} {row.sm:4} {row.dtype:>5} {row.variant:>12} {row.registers:9} {row.spills:6} {row.shared_bytes:7}")
     if not nvcc:
         print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling.cu is not in the table")
     if arguments.json:

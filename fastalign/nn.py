@@ -6,7 +6,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastalign_kernels import cross_entropy, linear_cross_entropy
+from fastalign_kernels import (
+    LinearPreferenceLoss,
+    LinearUnpairedLoss,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_dpo_loss,
+    linear_kto_loss,
+)
 
 
 class _Loss(nn.Module):
@@ -91,3 +98,123 @@ class LinearCrossEntropyLoss(_Loss):
         num_items: float | Tensor | None = None,
     ) -> Tensor:
         return linear_cross_entropy(hidden, weight, targets, bias, token_weights=token_weights, num_items=num_items, **self.options)  # type: ignore[arg-type]
+
+
+class LinearDPOLoss(_Loss):
+    """`fastalign.linear_dpo_loss` as a module: hidden [2S, T, H] (chosen rows first) or packed [N, H] with cu_seqlens, weight [V, H], ids,
+    and the reference's hidden states and weight, or its log-probabilities -> LinearPreferenceLoss.
+
+    The constructor takes that function's options; errors are raised as there.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        workspace_mib: float | None = None,
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        bias: Tensor | None = None,
+        *,
+        reference_hidden: Tensor | None = None,
+        reference_weight: Tensor | None = None,
+        reference_bias: Tensor | None = None,
+        reference_logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> LinearPreferenceLoss:
+        return linear_dpo_loss(
+            hidden,
+            weight,
+            ids,
+            bias,
+            reference_hidden=reference_hidden,
+            reference_weight=reference_weight,
+            reference_bias=reference_bias,
+            reference_logps=reference_logps,
+            cu_seqlens=cu_seqlens,
+            **self.options,  # type: ignore[arg-type]
+        )
+
+
+class LinearKTOLoss(_Loss):
+    """`fastalign.linear_kto_loss` as a module: hidden [S, T, H] or packed [N, H] with cu_seqlens, weight [V, H], ids, desirable [S] bool,
+    kl, and the reference's hidden states and weight, or its log-probabilities -> LinearUnpairedLoss.
+
+    The constructor takes that function's options; errors are raised as there.
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        loss_type: str = "kto",
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        workspace_mib: float | None = None,
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            loss_type=loss_type,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            workspace_mib=workspace_mib,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        desirable: Tensor,
+        kl: Tensor | None,
+        bias: Tensor | None = None,
+        *,
+        reference_hidden: Tensor | None = None,
+        reference_weight: Tensor | None = None,
+        reference_bias: Tensor | None = None,
+        reference_logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> LinearUnpairedLoss:
+        return linear_kto_loss(
+            hidden,
+            weight,
+            ids,
+            desirable,
+            kl,
+            bias,
+            reference_hidden=reference_hidden,
+            reference_weight=reference_weight,
+            reference_bias=reference_bias,
+            reference_logps=reference_logps,
+            cu_seqlens=cu_seqlens,
+            **self.options,  # type: ignore[arg-type]
+        )

@@ -2,8 +2,8 @@
 
 import torch
 
-from fastalign import cross_entropy, linear_cross_entropy
-from fastalign.nn import CrossEntropyLoss, LinearCrossEntropyLoss
+from fastalign import cross_entropy, linear_cross_entropy, linear_dpo_loss, linear_kto_loss
+from fastalign.nn import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDPOLoss, LinearKTOLoss
 
 HEAD = {"softcap": 5.0, "logit_scale": 0.5, "workspace_mib": 1.0}
 COMMON = {"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "temperature": 0.8, "reduction": "sum"}
@@ -28,3 +28,20 @@ def test_cross_entropy_loss():
     assert torch.equal(CrossEntropyLoss(**options)(logits, targets), cross_entropy(logits, targets, **options))
     assert torch.equal(CrossEntropyLoss()(logits, targets, num_items=4), cross_entropy(logits, targets, num_items=4))
     assert "inplace_backward=True" in repr(CrossEntropyLoss(**options))
+
+
+def test_linear_preference_losses():
+    hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((4, 5, 6), (9, 6), (9,)))
+    ids, reference, desirable, kl = torch.randint(9, (4, 5)), torch.randn(4), torch.tensor([True, False, False, True]), torch.tensor(0.1)
+    head = {"ignore_index": 3, "temperature": 0.8, "beta": 0.5, **HEAD}
+    pairs = {**head, "loss_type": "robust", "label_smoothing": 0.1}
+    found = LinearDPOLoss(**pairs)(hidden, weight, ids, bias, reference_logps=reference)
+    assert all(map(torch.equal, found, linear_dpo_loss(hidden, weight, ids, bias, reference_logps=reference, **pairs)))
+    found.loss.backward()
+    assert weight.grad.abs().sum() > 0
+    unpaired = {**head, "desirable_weight": 1.2, "undesirable_weight": 0.4}
+    packed = {"hidden": hidden.flatten(0, 1), "ids": ids.flatten(), "cu_seqlens": torch.arange(0, 21, 5), "bias": bias}
+    given = {"desirable": desirable, "kl": kl, "reference_hidden": torch.randn(20, 6), "reference_weight": weight.detach()}
+    found = LinearKTOLoss(**unpaired)(weight=weight, **packed, **given)
+    assert all(map(torch.equal, found, linear_kto_loss(weight=weight, **packed, **given, **unpaired)))
+    assert "loss_type='robust'" in repr(LinearDPOLoss(**pairs)) and "undesirable_weight=0.4" in repr(LinearKTOLoss(**unpaired))

@@ -8,21 +8,48 @@ from .head import (
     linear_token_stats,
 )
 from .logits import TokenStats, cross_entropy, sum_by_sequence, token_logprobs, token_stats
+from .preference import (
+    PreferenceLoss,
+    RewardLoss,
+    UnpairedLoss,
+    cpo_loss,
+    dpo_loss,
+    kto_kl,
+    kto_loss,
+    orpo_loss,
+    reward_loss,
+    simpo_loss,
+)
 from .sampling import Sample, sample
+from .sequence_head import LinearPreferenceLoss, LinearUnpairedLoss, linear_dpo_loss, linear_kto_loss
 from .sweep import HeadPlan, plan_head
 
 __all__ = [
     "CrossEntropyStats",
     "HeadPlan",
+    "LinearPreferenceLoss",
+    "LinearUnpairedLoss",
+    "PreferenceLoss",
+    "RewardLoss",
     "Sample",
     "TokenStats",
+    "UnpairedLoss",
+    "cpo_loss",
     "cross_entropy",
+    "dpo_loss",
+    "kto_kl",
+    "kto_loss",
     "linear_cross_entropy",
     "linear_cross_entropy_stats",
+    "linear_dpo_loss",
+    "linear_kto_loss",
     "linear_logprobs",
     "linear_token_stats",
+    "orpo_loss",
     "plan_head",
+    "reward_loss",
     "sample",
+    "simpo_loss",
     "sum_by_sequence",
     "token_logprobs",
     "token_stats",

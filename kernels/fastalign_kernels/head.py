@@ -258,7 +258,7 @@ def _frozen_backward(ctx, grad: Tensor | None, *_):
 _head_frozen.register_autograd(_frozen_backward, setup_context=_save_frozen)
 
 
-def _prepare(
+def prepare(
     hidden: Tensor, weight: Tensor, ids: Tensor, name: str, bias: Tensor | None, softcap: float | None, logit_scale: float,
     temperature: float, ignore_index: int, workspace_mib: float | None, check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, float, float, float | None]:  # fmt: skip
@@ -318,7 +318,7 @@ def linear_cross_entropy_stats(
 ) -> CrossEntropyStats:
     """`linear_cross_entropy`, and the statistics of its tokens from the same pass: [...] each, no gradient, 0 / False where ignored."""
     check_loss_options(targets, reduction, label_smoothing, z_loss, token_weights, num_items)
-    arguments = _prepare(hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
+    arguments = prepare(hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
     flat, _, ids, *_ = arguments
     scale = loss_scale(ids >= 0, reduction, token_weights, num_items, accumulator_dtype(flat.dtype))
     way, *wanted = _way(flat, weight, bias, "table" if reduction == "none" else "scalar")
@@ -397,7 +397,7 @@ def linear_logprobs(
 
     GEMMs: 1 without gradients, 2 with a frozen weight (LoRA runs), 4 in training. Ignored positions hold 0 and get no gradient.
     """
-    arguments = _prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
+    arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
     way, *_ = _way(arguments[0], weight, bias, "logp")
     table = _head_frozen(*arguments)[0] if way == "frozen_head" else _head_table(*arguments)
     return table[Stat.LOGP].view(ids.shape)
@@ -421,7 +421,7 @@ def linear_token_stats(
 
     GEMMs: 1 without gradients, 3 with a frozen weight, 4 in training. Ignored positions hold 0 / False. entropy=False leaves it None.
     """
-    arguments = _prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
+    arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
     return stats_of(_head_table(*arguments), ids.shape, entropy)
 
 

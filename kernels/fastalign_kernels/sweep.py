@@ -5,7 +5,7 @@ One GEMM here means one N x H x V matrix product, 2 N H V flops; the naive loss 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,23 +73,30 @@ def plan_head(
     _check.positive("hidden_size", hidden_size)
     _check.positive("vocab_size", vocab_size)
     _check.choice("upstream", upstream, ("scalar", "logp", "table"))
-    kind = torch.device(device).type
-    workspace_mib = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib
     way = choose_way(dtype, hidden_grad, weight_grad, upstream)
     gradients = int(hidden_grad) + int(weight_grad)
     gemms = 2 + gradients if way == "general" else 1 + gradients
+    largest, per_token = capacity(vocab_size, dtype, torch.device(device).type, hidden_grad, weight_grad, workspace_mib)
+    chunks = -(-n_tokens // largest) or 1
+    chunk = max(1, -(-n_tokens // chunks))  # even chunks: a last sliver of a few tokens would run its GEMMs at a fraction of the speed
+    return HeadPlan(way, chunk, chunk * per_token, gemms)
+
+
+def capacity(
+    vocab_size: int, dtype: torch.dtype, kind: str, hidden_grad: bool, weight_grad: bool, workspace_mib: float | None
+) -> tuple[int, int]:
+    """Tokens that a workspace holds, and the bytes of each; arguments as in `plan_head`, `kind` the device's type."""
+    workspace_mib = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib
     # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and its gradient in the GEMMs' dtype beside it: a tile
     # of another dtype cannot be overwritten in place by parallel threads. On a CPU only the GEMM for dX takes a low-precision gradient.
-    low = hidden_grad and bf16_gemms(dtype) if kind == "cpu" else gradients and dtype in (torch.bfloat16, torch.float16)
+    low = hidden_grad and bf16_gemms(dtype) if kind == "cpu" else (hidden_grad or weight_grad) and dtype in (torch.bfloat16, torch.float16)
     per_token = vocab_size * (8 if dtype == torch.float64 else 6 if low else 4)
     largest = int(workspace_mib * 2**20) // per_token
     if largest < 1:
         raise ValueError(
             f"workspace_mib: {workspace_mib} seen, at least {per_token / 2**20:.3g} wanted: one token's logits at V = {vocab_size}"
         )
-    chunks = -(-n_tokens // largest) or 1
-    chunk = max(1, -(-n_tokens // chunks))  # even chunks: a last sliver of a few tokens would run its GEMMs at a fraction of the speed
-    return HeadPlan(way, chunk, chunk * per_token, gemms)
+    return largest, per_token
 
 
 def bf16_gemms(dtype: torch.dtype) -> bool:
@@ -192,22 +199,23 @@ def sweep(
     table: Tensor | None,
     chunk_coefficients: Callable[[Tensor, Tensor | slice], Tensor] | None,
     wanted: tuple[bool, bool, bool],
+    chunks: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Gradients]:
     """The loop over chunks: logits by one GEMM, statistics (unless `table` has them), gradient in place, a GEMM each for dX and dW.
 
     `chunk_coefficients(table of the chunk [7, C], its token indices)` gives row_grad's [4, C]; None: statistics only. `wanted`: gradients
-    of hidden, weight and bias.
+    of hidden, weight and bias. `chunks`: token indices of each chunk, instead of the plan's.
     """
     with torch.autocast(head.hidden.device.type, enabled=False):  # dtypes are chosen here; autocast would cast some of the GEMMs again
         if head.hidden.device.type != "cpu" or not bf16_gemms(head.hidden.dtype):
-            return _run(head, table, chunk_coefficients, wanted)
+            return _run(head, table, chunk_coefficients, wanted, chunks)
         # The only way on a CPU from bf16 inputs to fp32 outputs. Inputs that are bf16 lose nothing. It holds for the process, so for the
         # time of this call another thread's fp32 GEMMs on the CPU round their inputs to bf16 too.
         matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
         before = matmul.fp32_precision
         matmul.fp32_precision = "bf16"
         try:
-            return _run(head, table, chunk_coefficients, wanted)
+            return _run(head, table, chunk_coefficients, wanted, chunks)
         finally:
             matmul.fp32_precision = before
 
@@ -217,6 +225,7 @@ def _run(
     table: Tensor | None,
     chunk_coefficients: Callable[[Tensor, Tensor | slice], Tensor] | None,
     wanted: tuple[bool, bool, bool],
+    chunks: Sequence[Tensor] | None,
 ) -> tuple[Tensor, Gradients]:
     hidden, weight, ids, bias, transform, _ = head
     N, H = hidden.shape
@@ -238,16 +247,17 @@ def _run(
     w_narrow = weight.to(hidden.dtype) if narrow else w
     tile = grad_tile = None
     first = True
-    for index in _chunks(ids, lambda n: head.plan(n, want_hidden, want_weight or want_bias)):
+    for index in chunks if chunks is not None else _chunks(ids, lambda n: head.plan(n, want_hidden, want_weight or want_bias)):
         y = ids[index]
         x = hidden[index].to(compute)
         if ids.is_cuda:  # ignored tokens of the first chunk: their gradient is 0, but 0 times a NaN hidden state would reach dW
             x = x.masked_fill((y < 0)[:, None], 0)
         C = y.numel()
         if tile is None:
-            tile = torch.empty(C, V, dtype=accumulator, device=hidden.device)
+            rows = C if chunks is None else max(map(len, chunks))  # the plan's first chunk is its largest
+            tile = torch.empty(rows, V, dtype=accumulator, device=hidden.device)
             if chunk_coefficients is not None:
-                grad_tile = tile if compute == accumulator else torch.empty(C, V, dtype=compute, device=hidden.device)
+                grad_tile = tile if compute == accumulator else torch.empty(rows, V, dtype=compute, device=hidden.device)
         logits = tile[:C]
         _mm(x, w.t(), logits)
         stats = row_stats(logits[None], y, b, transform) if new_table else table[:, index].contiguous()

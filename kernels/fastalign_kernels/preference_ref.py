@@ -1,0 +1,163 @@
+"""The specifications of preference.py: the formulas as the papers have them, plain PyTorch that autograd differentiates, valid in fp64."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .pair_losses import DPO_LOSS_TYPES
+from .preference import PreferenceLoss, RewardLoss, UnpairedLoss, reduce_losses
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    return [x.to(dtype) for x in tensors]
+
+
+def _mean_over_tokens(logps: Tensor, lengths: Tensor | None) -> Tensor:
+    return logps if lengths is None else logps / lengths.clamp(min=1)
+
+
+def _smoothed(x: Tensor, label_smoothing: float) -> Tensor:
+    return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
+
+
+def dpo_loss_ref(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    reduction: str = "mean",
+) -> PreferenceLoss:
+    """The specification of `dpo_loss`."""
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = _widened(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps.detach(), reference_rejected_logps.detach()
+    )
+    chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
+    rewards = (beta * chosen).detach(), (beta * rejected).detach()
+    chosen, rejected = _mean_over_tokens(chosen, chosen_lengths), _mean_over_tokens(rejected, rejected_lengths)
+    x, e = beta * (chosen - rejected), label_smoothing
+    if loss_type in ("sigmoid", "sigmoid_norm"):
+        loss = _smoothed(x, e)
+    elif loss_type == "hinge":
+        loss = torch.relu(1 - x)
+    elif loss_type == "ipo":
+        loss = (chosen - rejected - 1 / (2 * beta)) ** 2
+    elif loss_type == "robust":
+        loss = (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
+    elif loss_type == "exo_pair":
+        log_q, log_p = F.logsigmoid(x), F.logsigmoid(-x)
+        right, flipped = torch.tensor([1 - e, e], dtype=x.dtype, device=x.device).log()
+        loss = log_q.exp() * (log_q - right) + log_p.exp() * (log_p - flipped)
+    elif loss_type == "nca_pair":
+        loss = -F.logsigmoid(beta * chosen) - 0.5 * F.logsigmoid(-beta * chosen) - 0.5 * F.logsigmoid(-beta * rejected)
+    elif loss_type == "bco_pair":
+        loss = -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+    elif loss_type == "sppo_hard":
+        loss = (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
+    elif loss_type == "apo_zero":
+        loss = 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+    elif loss_type == "apo_down":
+        loss = torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(x)
+    elif loss_type == "discopop":
+        modulation = torch.sigmoid(x / 0.05)
+        loss = -F.logsigmoid(x) * (1 - modulation) + torch.exp(-x + F.logsigmoid(x / 0.05))
+    else:
+        raise ValueError(f"loss_type: {loss_type!r} seen, one of {', '.join(DPO_LOSS_TYPES)} wanted")
+    return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), *rewards)
+
+
+def simpo_loss_ref(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    *,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> PreferenceLoss:
+    """The specification of `simpo_loss`."""
+    chosen, rejected = _widened(policy_chosen_logps, policy_rejected_logps)
+    chosen, rejected = _mean_over_tokens(chosen, chosen_lengths), _mean_over_tokens(rejected, rejected_lengths)
+    loss = _smoothed(beta * (chosen - rejected) - gamma, label_smoothing) - alpha * chosen
+    return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach())
+
+
+def orpo_loss_ref(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    *,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    reduction: str = "mean",
+) -> PreferenceLoss:
+    """The specification of `orpo_loss`."""
+
+    def log_odds(logp: Tensor) -> Tensor:
+        logp = logp + (logp.clamp(max=-1e-6) - logp).detach()
+        return logp - torch.log(-torch.expm1(logp))
+
+    chosen, rejected = _widened(policy_chosen_logps, policy_rejected_logps)
+    chosen, rejected = _mean_over_tokens(chosen, chosen_lengths), _mean_over_tokens(rejected, rejected_lengths)
+    loss = -beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected)) - alpha * chosen
+    return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach())
+
+
+def cpo_loss_ref(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    *,
+    beta: float = 0.1,
+    alpha: float = 1.0,
+    label_smoothing: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    reduction: str = "mean",
+) -> PreferenceLoss:
+    """The specification of `cpo_loss`."""
+    chosen, rejected = _widened(policy_chosen_logps, policy_rejected_logps)
+    loss = _smoothed(beta * (chosen - rejected), label_smoothing) - alpha * _mean_over_tokens(chosen, chosen_lengths)
+    return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach())
+
+
+def kto_loss_ref(
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    desirable: Tensor,
+    kl: Tensor | None,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    loss_type: str = "kto",
+    reduction: str = "mean",
+) -> UnpairedLoss:
+    """The specification of `kto_loss`."""
+    policy, reference = _widened(policy_logps, reference_logps.detach())
+    ratio = policy - reference
+    z = torch.zeros_like(ratio) if kl is None or loss_type == "apo_zero_unpaired" else kl.detach().to(ratio)
+    good = desirable_weight * (1 - torch.sigmoid(beta * (ratio - z)))
+    bad = undesirable_weight * (1 - torch.sigmoid(beta * (z - ratio)))
+    loss = torch.where(desirable, good, bad)
+    return UnpairedLoss(reduce_losses(loss, reduction, loss.shape), (beta * ratio).detach())
+
+
+def reward_loss_ref(
+    chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None, *, center_coefficient: float = 0.0
+) -> RewardLoss:
+    """The specification of `reward_loss`."""
+    asked = torch.zeros_like(chosen_scores) if margin is None else margin.detach()
+    chosen, rejected, asked = _widened(chosen_scores, rejected_scores, asked)
+    loss = -F.logsigmoid(chosen - rejected - asked) + center_coefficient * (chosen + rejected) ** 2
+    return RewardLoss(loss.mean(), (chosen > rejected).to(loss).mean().detach(), (chosen - rejected).mean().detach())

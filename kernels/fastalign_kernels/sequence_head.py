@@ -1,0 +1,367 @@
+"""Losses of whole sequences from hidden states: DPO and KTO through the head, without logits.
+
+The gradient of a token's log-probability is its sequence's alone, d loss / d logps[row], and that is known as soon as the
+log-probabilities of its pair (DPO) or its row (KTO) are summed. So where those fit the workspace, chunks are made of whole pairs or rows:
+
+    way                  GEMMs            when
+    gradient_in_forward  1 + dX + dW      every pair or row of the batch fits the workspace
+    general              2 + dX + dW      one does not; statistics of all tokens first, then their logits again
+    frozen_head          2                the head's weight is not trained (`linear_logprobs`)
+
+and 1 GEMM for the reference's log-probabilities. All ways give the same result, and none holds more logits than the workspace, however
+long a sequence is. On a GPU the lengths are not known to the host without waiting, so there trained heads run the way general.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check as _check
+from .head import linear_logprobs, prepare
+from .logits import sum_by_sequence
+from .pair_losses import PAIR_LOSSES
+from .preference import dpo_loss, kto_loss, pairs_op, unpaired_op
+from .rows import Stat, Transform, accumulator_dtype, coefficients, traced
+from .sweep import Head, capacity, sweep
+
+
+class LinearPreferenceLoss(NamedTuple):
+    """loss: scalar; without gradient, [S]: rewards beta * log-ratio, and log-probabilities of the completions in nats."""
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+
+
+class LinearUnpairedLoss(NamedTuple):
+    """loss: scalar; without gradient, [S]: rewards beta * log-ratio, and log-probabilities of the completions in nats."""
+
+    loss: Tensor
+    rewards: Tensor
+    logps: Tensor
+
+
+def _whole_units(
+    head: Head, cu_seqlens: list[int], units: Sequence[tuple[int, ...]], wanted: tuple[bool, bool, bool]
+) -> list[Tensor] | None:
+    """Kept tokens of as many units (tuples of rows) as fit the workspace at a time; None where one unit alone does not."""
+    room, _ = capacity(head.weight.shape[0], head.hidden.dtype, "cpu", wanted[0], wanted[1] or wanted[2], head.workspace_mib)
+    kept = (head.ids >= 0).nonzero()[:, 0]
+    ends = torch.searchsorted(kept, torch.tensor(cu_seqlens)).tolist()
+    groups: list[list[Tensor]] = [[]]
+    used = 0
+    for rows in units:
+        own = [kept[ends[row] : ends[row + 1]] for row in rows]
+        tokens = sum(map(len, own))
+        if tokens > room:
+            return None
+        if used + tokens > room:
+            groups.append([])
+            used = 0
+        groups[-1] += own
+        used += tokens
+    return [index for group in groups if group and len(index := torch.cat(group))]
+
+
+@torch.library.custom_op("fastalign::head_sequences", mutates_args=())
+def _head_sequences(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    workspace_mib: float | None,
+    cu_seqlens: Tensor,
+    reference: Tensor,
+    desirable: Tensor | None,
+    kl: Tensor | None,
+    loss_type: str,
+    beta: float,
+    label_smoothing: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Mean loss over S, log-probabilities [R] of the rows, and the gradients of hidden, weight and bias.
+
+    Rows: S chosen ones, then S rejected ones (R = 2S); with `desirable` [S] they are KTO's (R = S).
+    """
+    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib)
+    wanted = (hidden_grad, weight_grad, bias_grad)
+    R = reference.shape[0]
+    S = R if desirable is not None else R // 2
+    row_of = torch.repeat_interleave(torch.arange(R, device=ids.device), cu_seqlens.diff(), output_size=ids.shape[0])
+    lengths: tuple[Tensor | None, Tensor | None] = (None, None)
+    if desirable is None and PAIR_LOSSES[loss_type].lengths == "needed":
+        counts = sum_by_sequence((ids >= 0).to(reference.dtype), cu_seqlens).long()
+        lengths = (counts[:S], counts[S:])
+
+    def losses_and_slopes(logps: Tensor) -> tuple[Tensor, Tensor]:
+        """losses [S] and d mean loss / d logps [R]."""
+        if desirable is not None:
+            losses, _, slopes = unpaired_op(logps, reference, desirable, kl, beta, desirable_weight, undesirable_weight)
+        else:
+            pairs = (logps[:S], logps[S:], reference[:S], reference[S:])
+            losses, _, slopes = pairs_op(*pairs, *lengths, loss_type, beta, label_smoothing, 0.0, 0.0)
+        return losses, slopes.flatten() / S
+
+    def token_coefficients(stats: Tensor, index: Tensor | slice, slopes: Tensor) -> Tensor:
+        grad = torch.zeros_like(stats)
+        grad[Stat.LOGP] = slopes[row_of[index]]
+        return coefficients(grad, stats, weight.shape[0])
+
+    def of_whole_rows(stats: Tensor, index: Tensor | slice) -> Tensor:
+        # Rows of other chunks are sums of nothing here, and their slopes are not read.
+        sums = torch.zeros(R, dtype=torch.float64).index_add_(0, row_of[index], stats[Stat.LOGP].double())
+        return token_coefficients(stats, index, losses_and_slopes(sums.to(stats.dtype))[1])
+
+    units: list[tuple[int, ...]] = [(row,) if desirable is not None else (row, S + row) for row in range(S)]
+    chunks = None if ids.is_cuda else _whole_units(head, cu_seqlens.tolist(), units, wanted)
+    if chunks is not None:
+        table, gradients = sweep(head, None, of_whole_rows, wanted, chunks)
+    else:
+        table, _ = sweep(head, None, None, (False, False, False))
+        _, slopes = losses_and_slopes(sum_by_sequence(table[Stat.LOGP], cu_seqlens))
+        _, gradients = sweep(head, table, lambda stats, index: token_coefficients(stats, index, slopes), wanted)
+    logps = sum_by_sequence(table[Stat.LOGP], cu_seqlens)
+    return losses_and_slopes(logps)[0].mean(), logps, *gradients
+
+
+@_head_sequences.register_fake
+def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, cu_seqlens, reference, *options):
+    hidden_grad, weight_grad, bias_grad = options[-3:]
+    number = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
+    return (
+        number,
+        number.new_empty(reference.shape[0]),
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if weight_grad else weight.new_empty(0),
+        torch.empty_like(bias) if bias is not None and bias_grad else hidden.new_empty(0),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    _, logps, *gradients = output
+    ctx.mark_non_differentiable(logps, *gradients)
+    ctx.set_materialize_grads(False)  # else autograd allocates a [V, H] of zeros as the gradient of the output d_weight
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
+    ctx.gradients = gradients
+
+
+def _backward(ctx, grad: Tensor | None, *_: Tensor):
+    saved = ctx.saved_tensors  # also the check that nothing was changed in place since
+    if grad is None:
+        return (None,) * len(ctx.inputs)
+    gradients = ctx.gradients
+    if traced(grad):
+        gradients = [g * grad for g in gradients]
+    else:
+        # As head.py's loss: scaled where they lie and handed over; a second backward computes them again.
+        ctx.gradients = None
+        if gradients is None:
+            tensors = iter(saved)
+            gradients = list(_head_sequences(*(next(tensors) if own else x for own, x in zip(ctx.tensors, ctx.inputs)))[2:])
+        if grad.is_cuda or grad != 1:
+            for g in gradients:
+                g.mul_(grad)
+    needs = ctx.needs_input_grad
+    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3])))
+    return d_hidden, d_weight, None, d_bias, *[None] * (len(ctx.inputs) - 4)
+
+
+_head_sequences.register_autograd(_backward, setup_context=_save)
+
+
+class _Rows(NamedTuple):
+    """Packed rows: ids [N] with where they begin and end."""
+
+    hidden: Tensor  # [..., H], leading shape of the ids
+    ids: Tensor
+    cu_seqlens: Tensor  # [R + 1]
+    number: int  # R
+
+
+def _rows_of(hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, per_unit: int) -> _Rows:
+    if cu_seqlens is None:
+        if ids.dim() != 2:
+            raise ValueError(f"ids: shape {list(ids.shape)} seen, [rows, T] wanted, or [N] with cu_seqlens")
+        R, T = ids.shape
+        cu_seqlens = torch.arange(0, R * T + 1, T, device=ids.device) if T else torch.zeros(R + 1, dtype=torch.int64, device=ids.device)
+    elif cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or ids.dim() != 1:
+        raise ValueError(f"cu_seqlens: shape {list(cu_seqlens.shape)} seen with ids {list(ids.shape)}, [rows + 1] and [N] wanted")
+    R = cu_seqlens.numel() - 1
+    if R % per_unit:
+        raise ValueError(f"ids: {R} rows seen, the chosen ones and then as many rejected ones wanted")
+    return _Rows(hidden, ids, cu_seqlens, R)
+
+
+def _reference(
+    rows: _Rows,
+    reference_hidden: Tensor | None,
+    reference_weight: Tensor | None,
+    reference_bias: Tensor | None,
+    reference_logps: Tensor | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """log-probabilities [R] under the reference, without gradient: given, or from its hidden states."""
+    if reference_hidden is not None and reference_logps is not None:
+        raise ValueError("reference_hidden, reference_logps: both seen, one of them wanted")
+    if reference_logps is not None:
+        _check.shape("reference_logps", reference_logps, (rows.number,), "[rows]")
+        _check.dtype("reference_logps", reference_logps, _check.FLOATS)
+        _check.device("reference_logps", reference_logps, "ids", rows.ids)
+        return reference_logps.detach()
+    if reference_hidden is None:
+        raise ValueError("reference_hidden, reference_logps: neither seen, one of them wanted")
+    if reference_weight is None:
+        raise ValueError("reference_weight: None seen with reference_hidden, [V, H] wanted")
+    with torch.no_grad():
+        logp = linear_logprobs(reference_hidden, reference_weight, rows.ids, reference_bias, **options)
+        return sum_by_sequence(logp.reshape(-1), rows.cu_seqlens)
+
+
+def _in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the op above runs: a trained head; fp16's small gradients need the loss scale that comes with the upstream gradient."""
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and trained and hidden.dtype != torch.float16
+
+
+def _run(
+    rows: _Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: dict[str, Any],
+    reference: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    op_options: Sequence[Any],
+) -> tuple[Tensor, Tensor]:
+    """Mean loss and log-probabilities [R]; `loss` takes the latter, `op_options` say the same to the op."""
+    hidden = rows.hidden
+    if not _in_forward(hidden, weight, bias):
+        logp = linear_logprobs(hidden, weight, rows.ids, bias, **options)
+        logps = sum_by_sequence(logp.reshape(-1), rows.cu_seqlens)
+        return loss(logps), logps.detach()
+    softcap, logit_scale, temperature, ignore_index, workspace_mib, check = (options[name] for name in OPTIONS)
+    arguments = prepare(hidden, weight, rows.ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
+    wanted = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    dtype = accumulator_dtype(arguments[0].dtype)
+    total, logps, *_ = _head_sequences(*arguments, rows.cu_seqlens, reference.to(dtype), *op_options, *wanted)
+    return total, logps
+
+
+OPTIONS = ("softcap", "logit_scale", "temperature", "ignore_index", "workspace_mib", "check")
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_logps: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> LinearPreferenceLoss:
+    """`dpo_loss` of S pairs from hidden states: mean loss with gradients of hidden, weight and bias, exact, without logits in memory.
+
+    Args:
+        hidden: [2S, T, H], the S chosen rows first and then the rejected ones in their order; or packed [N, H] with cu_seqlens [2S + 1].
+            hidden[t] predicts ids[t]: shift before. dtypes as in `linear_cross_entropy`.
+        weight: [V, H]. bias: [V]. ids: [2S, T] or [N]; ignore_index where a token is not scored (prompt, padding).
+        reference_hidden, reference_weight, reference_bias: the reference model's, of the same layout; or
+        reference_logps: [2S], its log-probabilities, where they are known.
+        beta, loss_type, label_smoothing: as in `dpo_loss`; lengths, where the loss takes means over tokens, are counted here.
+        The others as in `linear_cross_entropy`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device, range or name.
+    """
+    rows = _rows_of(hidden, ids, cu_seqlens, 2)
+    options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, workspace_mib, check)))
+    reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
+    S = rows.number // 2
+    numbers: dict[str, Any] = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
+    if loss_type in PAIR_LOSSES and PAIR_LOSSES[loss_type].lengths == "needed":
+        counts = sum_by_sequence((ids.reshape(-1) != ignore_index).float(), rows.cu_seqlens).long()
+        lengths: dict[str, Any] = {"chosen_lengths": counts[:S], "rejected_lengths": counts[S:]}
+    else:
+        lengths = {}
+
+    def loss(logps: Tensor) -> Tensor:
+        return dpo_loss(logps[:S], logps[S:], reference[:S], reference[S:], **numbers, **lengths).loss
+
+    loss(reference)  # refuses options before the head runs
+    op_options = (None, None, loss_type, float(beta), float(label_smoothing), 1.0, 1.0)
+    total, logps = _run(rows, weight, bias, options, reference, loss, op_options)
+    rewards = beta * (logps - reference)
+    return LinearPreferenceLoss(total, rewards[:S], rewards[S:], logps[:S], logps[S:])
+
+
+def linear_kto_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    desirable: Tensor,
+    kl: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    reference_logps: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    beta: float = 0.1,
+    loss_type: str = "kto",
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> LinearUnpairedLoss:
+    """`kto_loss` of S completions from hidden states [S, T, H], or packed [N, H] with cu_seqlens [S + 1]; see `linear_dpo_loss`.
+
+    desirable: [S] bool. kl: scalar >= 0 of `kto_kl`. The weights and loss_type as in `kto_loss`.
+    """
+    rows = _rows_of(hidden, ids, cu_seqlens, 1)
+    options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, workspace_mib, check)))
+    reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
+    numbers: dict[str, Any] = {
+        "beta": beta,
+        "desirable_weight": desirable_weight,
+        "undesirable_weight": undesirable_weight,
+        "loss_type": loss_type,
+    }
+
+    def loss(logps: Tensor) -> Tensor:
+        return kto_loss(logps, reference, desirable, kl, **numbers).loss
+
+    loss(reference)  # refuses options before the head runs
+    op_options = (desirable, kl if loss_type == "kto" else None, "", float(beta), 0.0, float(desirable_weight), float(undesirable_weight))
+    total, logps = _run(rows, weight, bias, options, reference, loss, op_options)
+    return LinearUnpairedLoss(total, beta * (logps - reference), logps)

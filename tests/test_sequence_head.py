@@ -1,0 +1,223 @@
+"""DPO and KTO through the head: every way equals plain PyTorch with full logits, padded or packed, whatever the workspace."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalign_kernels import sequence_head, sweep
+from fastalign_kernels.pair_losses import DPO_LOSS_TYPES
+from fastalign_kernels.preference_ref import dpo_loss_ref, kto_loss_ref
+from fastalign_kernels.sequence_head import linear_dpo_loss, linear_kto_loss
+
+V, H, T, S = 257, 16, 9, 3
+# Two of the rows have no scored token, and a NaN hidden state stands where none is read.
+ROOMY, TIGHT = 1.0, V * 8 * 4 / 2**20  # MiB: all pairs at once; 4 tokens (of fp64 logits) at a time, so that no pair fits
+
+
+def inputs(dtype: torch.dtype, rows: int, device: str = "cpu") -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, reference = (torch.randn(rows, T, H, generator=generator).to(device, dtype) for _ in range(2))
+    weight, reference_weight = (torch.randn(V, H, generator=generator).to(device, dtype) for _ in range(2))
+    ids = torch.randint(V, (rows, T), generator=generator)
+    lengths = torch.tensor([4, 9, 1, 6, 0, 7, 3, 9, 2, 5][:rows])
+    ids[torch.arange(T) >= lengths[:, None]] = -100
+    hidden[ids.to(device) < 0] = torch.nan
+    bias = torch.randn(V, generator=generator).to(device, dtype)
+    trained = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "bias": bias.requires_grad_()}
+    return trained | {"ids": ids.to(device), "reference_hidden": reference, "reference_weight": reference_weight}
+
+
+def logps_of(
+    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, softcap: float | None = None, temperature: float = 1.0
+) -> Tensor:
+    """[rows], by full logits."""
+    z = torch.where((ids >= 0)[..., None], hidden, 0) @ weight.t() + (0 if bias is None else bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    logp = (z / temperature).log_softmax(-1).gather(-1, ids.clamp(min=0)[..., None])[..., 0]
+    return torch.where(ids >= 0, logp, 0).sum(-1)
+
+
+def plain(given: dict[str, Any], loss: Any, **head: Any) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        reference = logps_of(given["reference_hidden"], given["reference_weight"], given["ids"], None, **head)
+    logps = logps_of(given["hidden"], given["weight"], given["ids"], given["bias"], **head)
+    return loss(logps, reference), logps.detach()
+
+
+def gradients(loss: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
+    names = [name for name in ("hidden", "weight", "bias") if given[name] is not None and given[name].requires_grad]
+    return dict(zip(names, torch.autograd.grad(loss, [given[name] for name in names])))
+
+
+def packed(given: dict[str, Any]) -> dict[str, Any]:
+    """The rows without their ignored tokens, one behind the other."""
+    kept = given["ids"] >= 0
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64, device=kept.device), kept.sum(1).cumsum(0)])
+    own = {name: given[name].detach()[kept] for name in ("hidden", "reference_hidden", "ids")}
+    own["hidden"].requires_grad_()
+    return given | own | {"cu_seqlens": ends}
+
+
+def dpo(logps: Tensor, reference: Tensor, /, **options: Any) -> Tensor:
+    return dpo_loss_ref(logps[:S], logps[S:], reference[:S], reference[S:], **options).loss
+
+
+@pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
+@pytest.mark.parametrize("workspace", [ROOMY, TIGHT, None])
+def test_dpo_equals_plain_pytorch(loss_type: str, workspace: float | None, device: str) -> None:
+    given = inputs(torch.float64, 2 * S)
+    options: dict[str, Any] = {"beta": 0.3, "loss_type": loss_type, "label_smoothing": 0.1 if loss_type == "exo_pair" else 0.0}
+    lengths: dict[str, Any] = {}
+    if loss_type == "sigmoid_norm":
+        counts = (given["ids"] >= 0).sum(1)
+        lengths = {"chosen_lengths": counts[:S], "rejected_lengths": counts[S:]}
+    head: dict[str, Any] = {"softcap": 8.0, "temperature": 1.3}
+    loss, logps = plain(given, lambda *a: dpo(*a, **options, **lengths), **head)
+    expected = gradients(loss, given)
+    for ours in (given, packed(given)):
+        found = linear_dpo_loss(**ours, **options, **head, workspace_mib=workspace)
+        torch.testing.assert_close(found.loss, loss.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.cat([found.chosen_logps, found.rejected_logps]), logps, rtol=1e-12, atol=1e-12)
+        own = gradients(found.loss, ours)
+        kept = given["ids"] >= 0
+        for name, gradient in expected.items():
+            wanted = gradient[kept] if name == "hidden" and ours is not given else gradient
+            torch.testing.assert_close(own[name], wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("workspace", [ROOMY, TIGHT])
+def test_kto_equals_plain_pytorch(loss_type: str, workspace: float) -> None:
+    given = inputs(torch.float64, 5)
+    desirable, kl = torch.tensor([True, False, True, True, False]), torch.tensor(0.2, dtype=torch.float64)
+    options: dict[str, Any] = {"beta": 0.3, "loss_type": loss_type, "desirable_weight": 1.3, "undesirable_weight": 0.7}
+    loss, logps = plain(given, lambda own, reference: kto_loss_ref(own, reference, desirable, kl, **options).loss)
+    expected = gradients(loss, given)
+    for ours in (given, packed(given)):
+        found = linear_kto_loss(**ours, desirable=desirable, kl=kl, **options, workspace_mib=workspace)
+        torch.testing.assert_close((found.loss, found.logps), (loss.detach(), logps), rtol=1e-12, atol=1e-12)
+        own = gradients(found.loss, ours)
+        for name in ("weight", "bias"):
+            torch.testing.assert_close(own[name], expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_whole_pairs_run_in_one_pass_and_long_ones_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GEMMs for logits, as [tokens] of each chunk: the pairs have 10, 9 and 8 tokens, and 19 fit a chunk or 4 do."""
+    seen: list[list[int]] = []
+    mm = sweep._mm
+
+    def counted(a: Tensor, b: Tensor, out: Tensor) -> None:
+        if out.shape[-1] == V:
+            seen[-1].append(a.shape[0])
+        mm(a, b, out)
+
+    monkeypatch.setattr(sweep, "_mm", counted)
+    given = inputs(torch.float64, 2 * S)
+    reference = torch.zeros(2 * S, dtype=torch.float64)
+    options = {name: given[name] for name in ("hidden", "weight", "ids", "bias")} | {"reference_logps": reference}
+    for workspace in (V * 8 * 19 / 2**20, TIGHT):
+        seen.append([])
+        linear_dpo_loss(**options, workspace_mib=workspace)
+    assert seen[0] == [19, 8]
+    assert len(seen[1]) == 14 and max(seen[1]) <= 4 and sum(seen[1]) == 2 * 27
+
+
+def test_first_losses() -> None:
+    """The policy is its own reference: ln 2 and 1/2, no rewards."""
+    given = inputs(torch.float32, 2 * S)
+    given |= {
+        "reference_hidden": given["hidden"].detach(),
+        "reference_weight": given["weight"].detach(),
+        "reference_bias": given["bias"].detach(),
+    }
+    found = linear_dpo_loss(**given)
+    assert abs(found.loss.item() - 0.6931472) < 1e-6 and not found.chosen_rewards.any() and not found.rejected_rewards.any()
+    unpaired = linear_kto_loss(**given, desirable=torch.arange(2 * S) % 2 == 0, kl=torch.zeros(()))
+    assert abs(unpaired.loss.item() - 0.5) < 1e-7 and not unpaired.rewards.any()
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_trained_tensor(trained: str, dtype: torch.dtype) -> None:
+    """A frozen head, and fp16, whose gradients come in the backward pass, give the same."""
+    given = inputs(torch.float64, 2 * S)
+    for name in ("hidden", "weight", "bias"):
+        given[name] = given[name].detach().to(dtype).requires_grad_(name == trained)
+    given |= {name: given[name].to(dtype) for name in ("reference_hidden", "reference_weight")}
+    wide = {name: value.detach().double() if value.is_floating_point() else value for name, value in given.items()}
+    wide[trained].requires_grad_()
+    loss, _ = plain(wide, dpo)
+    found = linear_dpo_loss(**given)
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(found.loss.double(), loss.detach(), rtol=tolerance, atol=tolerance)
+    own, expected = gradients(found.loss, given)[trained].double(), gradients(loss, wide)[trained]
+    assert (own - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_low_precision_is_no_worse_than_eager(no_worse_than_eager) -> None:
+    given = inputs(torch.bfloat16, 2 * S)
+    wide = {
+        name: value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+        for name, value in given.items()
+    }
+    truth, _ = plain(wide, dpo)
+    eager, _ = plain(given, lambda logps, reference: dpo(logps.float(), reference.float()))
+    found = linear_dpo_loss(**given)
+    expected, theirs, own = gradients(truth, wide), gradients(eager, given), gradients(found.loss, given)
+    for name, true in expected.items():
+        no_worse_than_eager(own[name], theirs[name], true, name)
+
+
+def test_upstream_scale_and_a_second_backward() -> None:
+    given = inputs(torch.float64, 2 * S)
+    found = linear_dpo_loss(**given)
+    names = ("hidden", "weight", "bias")
+    first = torch.autograd.grad(3 * found.loss, [given[name] for name in names], retain_graph=True)
+    second = torch.autograd.grad(found.loss, [given[name] for name in names])
+    for name, a, b in zip(names, first, second):
+        torch.testing.assert_close(a, 3 * b, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def test_opcheck_and_compile() -> None:
+    given = inputs(torch.float32, 2 * S)
+    ids = torch.where(given["ids"] < 0, -1, given["ids"]).flatten()
+    ends, reference = torch.arange(0, 2 * S * T + 1, T), torch.randn(2 * S, generator=torch.Generator().manual_seed(1))
+    head = (given["hidden"].detach().nan_to_num().view(-1, H).requires_grad_(), given["weight"], ids, given["bias"], 1.0, 0.0, 1.0, None)
+    options = (None, None, "sigmoid", 0.1, 0.0, 1.0, 1.0, True, True, True)
+    torch.library.opcheck(torch.ops.fastalign.head_sequences.default, (*head, ends, reference, *options))
+    step = torch.compile(lambda **tensors: linear_dpo_loss(**tensors), fullgraph=True, backend="aot_eager")
+    eager, ours = linear_dpo_loss(**given), step(**given)
+    torch.testing.assert_close(tuple(ours), tuple(eager))
+    for name, gradient in gradients(ours.loss, given).items():
+        torch.testing.assert_close(gradient, gradients(linear_dpo_loss(**given).loss, given)[name])
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"ids": torch.zeros(6 * T, dtype=torch.int64)}, r"ids: shape \[54\] seen, \[rows, T\] wanted, or \[N\] with cu_seqlens"),
+        ({"ids": torch.zeros(5, T, dtype=torch.int64)}, "ids: 5 rows seen, the chosen ones"),
+        ({"reference_logps": torch.zeros(6)}, "reference_hidden, reference_logps: both seen"),
+        ({"reference_hidden": None}, "reference_hidden, reference_logps: neither seen"),
+        ({"reference_weight": None}, "reference_weight: None seen"),
+        ({"reference_hidden": None, "reference_logps": torch.zeros(5)}, r"reference_logps: shape \[5\] seen"),
+        ({"loss_type": "dpo"}, "loss_type: 'dpo' seen"),
+        ({"beta": 0.0}, "beta: 0.0 seen"),
+        ({"weight": torch.zeros(V, H + 1)}, "hidden: shape"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_by_name(change: dict[str, Any], said: str) -> None:
+    given = inputs(torch.float32, 2 * S)
+    given["reference_bias"] = None
+    with pytest.raises(ValueError, match=said):
+        linear_dpo_loss(**given | change)
+
+
+def test_no_rows_at_all_is_the_mean_of_nothing() -> None:
+    given = inputs(torch.float32, 0)
+    found = linear_dpo_loss(**given)
+    assert found.loss.isnan() and found.chosen_logps.shape == (0,)
+    assert sequence_head.linear_kto_loss(**given, desirable=torch.zeros(0, dtype=torch.bool), kl=torch.zeros(())).loss.isnan()
