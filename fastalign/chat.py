@@ -36,15 +36,15 @@ class ChatTemplate:
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special = (*tokenizer.all_special_tokens, *added)
 
-    def render(self, row: Row) -> tuple[str, Spans]:
-        """The text of `messages`, or of `prompt` and `completion`, and what the assistant says in it after the prompt.
+    def render(self, row: Row, answer: str = "completion") -> tuple[str, Spans]:
+        """The text of `messages`, or of `prompt` and the column `answer`, and what the assistant says in it after the prompt.
 
         `tools`, where the row has them, are handed to the template. Raises DataError for messages that are none,
         that the template refuses, or whose turns cannot be told apart in its text.
         """
         tools = row.get("tools") or None
         prompt = read_messages("prompt", row["prompt"]) if "prompt" in row else []
-        column = "completion" if "prompt" in row else "messages"
+        column = answer if "prompt" in row else "messages"
         messages = prompt + read_messages(column, row[column])
         turns = [turn for turn in range(len(prompt), len(messages)) if messages[turn]["role"] == "assistant"]
         if not turns:
@@ -95,15 +95,15 @@ class ChatTemplate:
             )
 
 
-def join_texts(row: Row) -> tuple[str, Spans]:
-    """`prompt` and `completion` as one text, and the completion's span.
+def join_texts(row: Row, answer: str = "completion") -> tuple[str, Spans]:
+    """`prompt` and the column `answer` as one text, and the answer's span.
 
-    They are tokenized as a whole and told apart by offsets: on its own a completion would get the space that
-    SentencePiece tokenizers put in front of every text. A prompt may be white space, such as a line break; a
-    completion may not.
+    They are tokenized as a whole and told apart by offsets: on its own an answer would get the space that
+    SentencePiece tokenizers put in front of every text. A prompt may be white space, such as a line break; an
+    answer may not.
     """
     prompt = read_text("prompt", row["prompt"], blank=True)
-    text = prompt + read_text("completion", row["completion"])
+    text = prompt + read_text(answer, row[answer])
     return text, [(len(prompt), len(text))]
 
 

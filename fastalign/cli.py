@@ -10,6 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 COMMANDS = {
     "pretrain": ("fastalign.stages.pretrain", "train a causal LM on plain text"),
     "sft": ("fastalign.stages.sft", "fine-tune a causal LM on conversations or prompts with completions"),
+    "reward": ("fastalign.stages.reward", "train a reward model on pairs of completions"),
+    "dpo": ("fastalign.stages.dpo", "align a causal LM with pairs of completions, by DPO and its kin"),
+    "kto": ("fastalign.stages.kto", "align a causal LM with completions judged good or bad, by KTO"),
     "demo": ("fastalign.demo", "pre-training and SFT on real text at toy scale, with a report"),
     "env": ("fastalign.cli", "versions, devices, what is native, what falls back and why"),
 }

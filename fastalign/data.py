@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, Features, Json, Value, concatenate_datasets, load_dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat import ChatTemplate, DataError, Row, join_texts, overlapping, read_text, tokenizer_name
+from .chat import ChatTemplate, DataError, Row, Spans, join_texts, overlapping, read_text, tokenizer_name
 from .probe import probing
 
 IGNORE_INDEX = -100
@@ -72,8 +72,8 @@ def tokenize_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_leng
     """
     _check_max_length(max_length)
     eos = _eos_of(tokenizer)
-    _need(rows, column)
-    texts = _each(rows, [column], lambda row: read_text(column, row[column]))
+    need_columns(rows, column)
+    texts = read_each(rows, [column], lambda row: read_text(column, row[column]))
     pieces = []
     empty = []
     for index, (ids, _) in enumerate(_encode(tokenizer, texts)):
@@ -84,7 +84,7 @@ def tokenize_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_leng
         for first in range(0, len(ids) - 1, max_length - 1):
             piece = ids[first : first + max_length]
             pieces.append(Tokenized(piece, [False] + [True] * (len(piece) - 1)))
-    _refuse(rows, {f"column {column!r} has no tokens": empty})
+    refuse_rows(rows, {f"column {column!r} has no tokens": empty})
     return pieces
 
 
@@ -100,7 +100,6 @@ def tokenize_sft(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_lengt
     columns, wrong types, rows with nothing to train on (within `max_length`), and rows whose earlier turns the
     template rewrites, where the difference would mask wrongly; ValueError for a tokenizer that lacks what this needs.
     """
-    _check_max_length(max_length)
     if "messages" in rows.column_names:
         if "completion" in rows.column_names:
             raise DataError(f"{_where(rows)}columns 'messages' and 'completion' exclude each other: remove one")
@@ -108,20 +107,36 @@ def tokenize_sft(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_lengt
             warnings.warn(f"{_where(rows)}column 'prompt' is not used beside 'messages', which hold the whole conversation", stacklevel=2)
         columns, chat = ["messages"], True
     else:
-        _need(rows, "prompt", "completion")
+        need_columns(rows, "prompt", "completion")
         columns, chat = ["prompt", "completion"], isinstance(rows[0]["prompt"], list)
     if chat and "tools" in rows.column_names:
         columns.append("tools")
+    convert = ChatTemplate(tokenizer).render if chat else join_texts
+    answers = read_each(rows, columns, lambda row: [convert(row)])
+    return [sequence for [sequence] in tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length)]
+
+
+def tokenize_answers(
+    rows: Dataset, answers: Sequence[Sequence[tuple[str, Spans]]], tokenizer: PreTrainedTokenizerBase, *, chat: bool, max_length: int
+) -> list[list[Tokenized]]:
+    """The tokens of each row's texts, whose spans are trained; a text that no `chat` template wrote gets an EOS, trained too.
+
+    Texts longer than `max_length` tokens are cut at the right, with one warning. Raises DataError for rows with
+    a text that has nothing to train on (within `max_length`), and ValueError for a tokenizer that lacks what this needs.
+    """
+    _check_max_length(max_length)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer must be fast, to know where tokens lie in a text; {tokenizer_name(tokenizer)} is not")
     eos = None if chat else _eos_of(tokenizer)
-    examples = _each(rows, columns, ChatTemplate(tokenizer).render if chat else join_texts)
-
-    sequences = []
-    merged = []
+    examples = [(index, text, wanted) for index, row in enumerate(answers) for text, wanted in row]
+    tokenized: list[list[Tokenized]] = [[] for _ in answers]
+    merged: list[int] = []
+    silent: list[int] = []
+    late: list[int] = []
+    long: list[int] = []
     # A chat template has written the special tokens of its text.
-    encoded = _encode(tokenizer, [text for text, _ in examples], add_special_tokens=not chat, offsets=True)
-    for index, ((ids, offsets), (_, wanted)) in enumerate(zip(encoded, examples, strict=True)):
+    encoded = _encode(tokenizer, [text for _, text, _ in examples], add_special_tokens=not chat, offsets=True)
+    for (ids, offsets), (index, _, wanted) in zip(encoded, examples, strict=True):
         trained = overlapping(offsets, wanted)
         if eos is not None:
             if any(start < wanted[0][0] < end for start, end in offsets):
@@ -130,19 +145,21 @@ def tokenize_sft(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_lengt
                 ids.append(eos)
                 trained.append(True)
             trained[-1] = len(ids) > 1
-        sequences.append(Tokenized(ids, trained))
+        if not any(trained[:max_length]):
+            (late if any(trained) else silent).append(index)
+        if len(ids) > max_length:
+            long.append(index)
+        tokenized[index].append(Tokenized(ids, trained))
 
-    silent = [index for index, sequence in enumerate(sequences) if not any(sequence.trained)]
-    late = [index for index, sequence in enumerate(sequences) if any(sequence.trained) and not any(sequence.trained[:max_length])]
     within = f"no token to train on within max_length={max_length}: the prompt fills it"
-    _refuse(rows, {"no token to train on": silent, within: late})
-    long = [index for index, sequence in enumerate(sequences) if len(sequence.input_ids) > max_length]
+    refuse_rows(rows, {"no token to train on": silent, within: late})
     _warn(rows, long, f"longer than max_length={max_length}, cut at the right")
     _warn(rows, merged, "a token joins the end of the prompt to the start of the completion, and is trained")
     special = set(tokenizer.all_special_ids)
+    sequences = (sequence for row in tokenized for sequence in row)
     if chat and not any(train and id in special for sequence in sequences for id, train in zip(*sequence, strict=True)):
-        warnings.warn(f"{tokenizer_name(tokenizer)}: no special token is trained, so turns may not learn to end", stacklevel=2)
-    return [Tokenized(ids[:max_length], trained[:max_length]) for ids, trained in sequences]
+        warnings.warn(f"{tokenizer_name(tokenizer)}: no special token is trained, so turns may not learn to end", stacklevel=3)
+    return [[Tokenized(ids[:max_length], trained[:max_length]) for ids, trained in row] for row in tokenized]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -231,8 +248,8 @@ def check_packing(model: PreTrainedModel, *, attention: str = "sdpa") -> None:
 
     Recurrent layers that carry their state across sequences, and models that ignore position_ids, show up
     here and nowhere else. Two forward passes of at most 12 tokens, in evaluation mode; call it under
-    training's autocast. Logits must agree to √ε of their dtype, relative to the largest, far above rounding.
-    Raises ValueError.
+    training's autocast. Logits, or a backbone's hidden states, must agree to √ε of their dtype, relative to
+    the largest, far above rounding. Raises ValueError.
     """
     vocab = model.config.get_text_config().vocab_size
     both = [Tokenized([(7 * i + first) % vocab for i in range(6)], [True] * 6) for first in (1, 4)]
@@ -242,7 +259,8 @@ def check_packing(model: PreTrainedModel, *, attention: str = "sdpa") -> None:
             batch = collate([row], pad_id=0, attention=attention)
             del batch["labels"]
             tensors = {key: value.to(model.device) for key, value in batch.items() if torch.is_tensor(value)}
-            logits.append(model(**batch | tensors, use_cache=False).logits[0, -6:])
+            output = model(**batch | tensors, use_cache=False)
+            logits.append((output.logits if "logits" in output else output.last_hidden_state)[0, -6:])
     packed, alone = logits
     difference = (packed - alone).abs().max().item()
     allowed = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max().item()
@@ -302,7 +320,7 @@ def _json_objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}, after row {row}: not UTF-8: {error.reason}") from error
 
 
-def _each(rows: Dataset, columns: list[str], convert: Callable[[Row], T]) -> list[T]:
+def read_each(rows: Dataset, columns: list[str], convert: Callable[[Row], T]) -> list[T]:
     """`convert` of these columns of every row; the DataErrors that it raises become one that names the rows."""
     done = []
     faults: dict[str, list[int]] = defaultdict(list)
@@ -314,7 +332,7 @@ def _each(rows: Dataset, columns: list[str], convert: Callable[[Row], T]) -> lis
                 done.append(convert(dict(zip(part, values, strict=True))))
             except DataError as fault:
                 faults[str(fault)].append(index)
-    _refuse(rows, faults)
+    refuse_rows(rows, faults)
     return done
 
 
@@ -334,7 +352,8 @@ def _encode(
         yield from zip(ids, encoded["offset_mapping"] if offsets else [[]] * len(ids), strict=True)
 
 
-def _need(rows: Dataset, *columns: str) -> None:
+def need_columns(rows: Dataset, *columns: str) -> None:
+    """Raise DataError where `rows` lack one of the columns."""
     if missing := [repr(column) for column in columns if column not in rows.column_names]:
         there = ", ".join(name for name in rows.column_names if name != ROW)
         raise DataError(f"{_where(rows)}no column {' and no column '.join(missing)}; there are: {there}")
@@ -356,16 +375,17 @@ def _where(rows: Dataset, indices: Sequence[int] = ()) -> str:
     return f"{'; '.join(named)}{more}: "
 
 
-def _refuse(rows: Dataset, faults: Mapping[str, Sequence[int]]) -> None:
-    lines = [f"{_where(rows, indices)}{fault}" for fault, indices in faults.items() if indices]
+def refuse_rows(rows: Dataset, faults: Mapping[str, Sequence[int]]) -> None:
+    """Raise DataError where a fault has indices into `rows`, with a line for each fault that names its rows."""
+    lines = [f"{_where(rows, list(dict.fromkeys(indices)))}{fault}" for fault, indices in faults.items() if indices]
     if lines:
         more = [f"and {len(lines) - NAMED} more faults"] if len(lines) > NAMED else []
         raise DataError("\n".join(lines[:NAMED] + more))
 
 
 def _warn(rows: Dataset, indices: Sequence[int], fact: str) -> None:
-    if indices:
-        warnings.warn(f"{_where(rows, indices)}{fact} ({len(indices)} of {len(rows)} rows)", stacklevel=3)
+    if indices := list(dict.fromkeys(indices)):
+        warnings.warn(f"{_where(rows, indices)}{fact} ({len(indices)} of {len(rows)} rows)", stacklevel=4)
 
 
 def _check_max_length(max_length: int) -> None:

@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -13,6 +13,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,6 +23,7 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from ..causal_lm import fuse_head
+from ..classifier import score_packed
 from ..data import Tokenized, check_packing
 from .config import TrainConfig, unknown_key
 from .world import World
@@ -124,10 +126,18 @@ def check_fit(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, rows:
 
 
 def load_model(
-    config: TrainConfig, world: World, architecture: PretrainedConfig, *, weights: str | None, attention: str, packed: bool
+    config: TrainConfig,
+    world: World,
+    architecture: PretrainedConfig,
+    *,
+    weights: str | None,
+    attention: str,
+    packed: bool,
+    task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
 ) -> PreTrainedModel | PeftModel:
     """The model with its head fused, its layers and adapters as configured, on the world's device.
 
+    `task` is PEFT's name of a causal LM, or of a sequence classifier with one label, which scores packed sequences.
     `weights` is a folder or name; None draws initial ones. Raises ValueError for a model without Liger's layers (where
     they are asked for), one that the head cannot serve, or one in which `packed` rows would see each other.
     """
@@ -137,16 +147,19 @@ def load_model(
     # flash-attn refuses the fp32 of the check in fuse_head, so it is switched on after.
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     options["attn_implementation"] = "sdpa" if attention == "flash_attention_2" else attention
+    classifier = task == "SEQ_CLS"
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    options |= {"num_labels": 1} if classifier else {}
     if weights is None:
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(architecture, **options)
+        lm: PreTrainedModel = auto.from_config(architecture, **options)
     else:
-        lm = AutoModelForCausalLM.from_pretrained(weights, **options)
+        lm = auto.from_pretrained(weights, **options)
     lm.to(device=world.device)
-    fuse_head(lm)
+    (score_packed if classifier else fuse_head)(lm)
     lm.set_attn_implementation(attention)
     if packed:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
-            check_packing(lm, attention=attention)
+            check_packing(lm.base_model if classifier else lm, attention=attention)
     if config.liger:
         layers = {"rope": True, "rms_norm": True, "swiglu": True}
         apply_liger_kernel(lm, layers | {"cross_entropy": False, "fused_linear_cross_entropy": False})
@@ -162,7 +175,7 @@ def load_model(
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
-        task_type="CAUSAL_LM",
+        task_type=task,
     )
     adapted: PeftModel = get_peft_model(lm, lora)
     return adapted

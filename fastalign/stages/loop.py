@@ -37,6 +37,8 @@ Row = TypeVar("Row")
 # (model, micro-batch, items in the step [int64 scalar]) -> the micro-batch's share of the loss, with gradient, and of each
 # metric: shares add up, over micro-batches and ranks, to the step's value.
 LossFn = Callable[[nn.Module, Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+# This rank's micro-batches of a step, or of an evaluation, with what each must know of all of them; without gradient.
+Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 
 
 @contextmanager
@@ -80,6 +82,11 @@ def multiplier(step: int, *, schedule: str, steps: int, warmup_steps: int, final
     return final_fraction + (1 - final_fraction) * fall
 
 
+def autocast(config: TrainConfig, world: World) -> torch.autocast:
+    """The precision of every forward pass."""
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16)
+
+
 def total_steps(config: TrainConfig, rows: int) -> int:
     """Optimizer steps of the run: max_steps, or what the epochs need, rounded up."""
     return config.max_steps or math.ceil((config.epochs or 1) * rows / config.batch_size)
@@ -101,15 +108,23 @@ def rows_of_step(step: int, *, rows: int, batch_size: int, seed: int) -> list[in
 
 
 def epoch_batches(
-    rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], Batch],
+    config: TrainConfig,
+    world: World,
+    arrange: Callable[[list[Row], int], list[Row]] = lambda rows, step: rows,
 ) -> Callable[[int], list[Batch]]:
-    """A function from a step to this rank's micro-batches in it, for stages that pass over a list of rows."""
+    """A function from a step to this rank's micro-batches in it, for stages that pass over a list of rows.
+
+    `arrange` sees all rows of a step before they are shared out to micro-batches and ranks.
+    """
     size = micro_batch_size(config, world)
 
     def batches_of(step: int) -> list[Batch]:
         numbers = rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
-        starts = range(world.rank * size, len(numbers), world.size * size)
-        return [collate([rows[number] for number in numbers[first : first + size]]) for first in starts]
+        arranged = arrange([rows[number] for number in numbers], step)
+        starts = range(world.rank * size, len(arranged), world.size * size)
+        return [collate(arranged[first : first + size]) for first in starts]
 
     return batches_of
 
@@ -157,12 +172,14 @@ def train(
     loss_fn: LossFn,
     held_out: Sequence[Batch] = (),
     count_items: Callable[[Batch], int] = count_targets,
+    items_name: str = "tokens",
+    prepare: Prepare = lambda batches: batches,
 ) -> dict[str, float]:
     """Train `model` in place, fill output_dir, and return the last line of metrics.jsonl.
 
     `batches_of(step)` gives this rank's micro-batches of a step (from 0), `rows` is the number of rows in an
-    epoch. Raises FloatingPointError, before the weights are touched, where the loss or the gradient is not
-    finite.
+    epoch; `items_name` is what metrics.jsonl calls what `count_items` counts. Raises FloatingPointError, before
+    the weights are touched, where the loss or the gradient is not finite.
     """
     steps = total_steps(config, rows)
     if config.warmup_steps > steps:
@@ -176,7 +193,7 @@ def train(
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     random.seed(config.seed + world.rank)
     torch.manual_seed(config.seed + world.rank)
-    done, tokens = _resume(config, world, model, optimizer, rows)
+    done, items_done = _resume(config, world, model, optimizer, rows)
     output_dir = Path(config.output_dir)
     if world.main:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -191,7 +208,7 @@ def train(
     model.train()
     with Report(config, world, step=done, steps=steps) as report:
         if held_out and not done:
-            report.write({"step": 0} | evaluate(config, world, model, held_out, loss_fn, count_items))
+            report.write({"step": 0} | evaluate(config, world, model, held_out, loss_fn, count_items, prepare))
         for step in range(done, steps):
             began = time.perf_counter()
             fraction = multiplier(
@@ -203,23 +220,23 @@ def train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * fraction
-            metrics, items = _totals(config, world, wrapped, batches_of(step), loss_fn, count_items)
+            metrics, items = _totals(config, world, wrapped, batches_of(step), loss_fn, count_items, prepare)
             norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm or math.inf)
             metrics["grad_norm"] = float(norm)
             _check_finite(metrics, step)
             optimizer.step()
             optimizer.zero_grad()
-            tokens += items
+            items_done += items
             seconds = time.perf_counter() - began
 
             line = {"step": step + 1, "epoch": (step + 1) * config.batch_size / rows, **metrics}
-            line |= {"learning_rate": optimizer.param_groups[0]["lr"], "tokens": tokens}
-            line |= {"seconds": seconds, "tokens_per_second": items / seconds}
+            line |= {"learning_rate": optimizer.param_groups[0]["lr"], items_name: items_done}
+            line |= {"seconds": seconds, f"{items_name}_per_second": items / seconds}
             if held_out and _due(step + 1, config.eval_every, steps):
-                line |= evaluate(config, world, model, held_out, loss_fn, count_items)
+                line |= evaluate(config, world, model, held_out, loss_fn, count_items, prepare)
             report.write(line)
             if config.save_every and _due(step + 1, config.save_every, steps):
-                checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=tokens)
+                checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=items_done)
 
     if world.main:
         model.save_pretrained(str(output_dir / "model"))
@@ -235,11 +252,12 @@ def evaluate(
     held_out: Sequence[Batch],
     loss_fn: LossFn,
     count_items: Callable[[Batch], int] = count_targets,
+    prepare: Prepare = lambda batches: batches,
 ) -> dict[str, float]:
     """Loss and metrics over the held-out batches of all ranks, as eval/…; with nll, its perplexity too."""
     model.eval()
     with torch.no_grad():
-        metrics, _ = _totals(config, world, model, held_out, loss_fn, count_items)
+        metrics, _ = _totals(config, world, model, held_out, loss_fn, count_items, prepare)
     model.train()
     if "nll" in metrics:
         metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
@@ -253,16 +271,19 @@ def _totals(
     batches: Sequence[Batch],
     loss_fn: LossFn,
     count_items: Callable[[Batch], int],
+    prepare: Prepare,
 ) -> tuple[dict[str, float], int]:
     """Forward, and backward where gradients are on; the loss and metrics over all ranks, and their items."""
     items = world.count(sum(count_items(batch) for batch in batches))
     # A tensor, because torch.compile would make another graph when a number changes.
     divisor = torch.tensor(items, device=world.device)
+    with torch.no_grad(), autocast(config, world):
+        batches = prepare(batches)
     totals: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, 1):
         last = number == len(batches)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+            with autocast(config, world):
                 loss, metrics = loss_fn(model, world.place(batch), divisor)
             if torch.is_grad_enabled():
                 # DistributedDataParallel averages over the ranks, and these shares are to be added up.

@@ -105,8 +105,8 @@ class Report:
         metrics = {name: value for name, value in line.items() if name != "step"}
         for reporter in self.reporters:
             reporter.log(metrics, line["step"])
-        shown = {name: metrics[name] for name in ("loss", "eval/loss", "tokens_per_second") if name in metrics}
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        shown = [name for name in metrics if name in ("loss", "eval/loss") or name.endswith("_per_second")]
+        self.bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown}, refresh=False)
         self.bar.update(line["step"] - self.bar.n)
 
     def __enter__(self) -> Self:

@@ -46,8 +46,14 @@ class World:
         return [float(value) for value in total.tolist()]
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The batch with its tensors on this device."""
-        return {name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        """The batch with its tensors, and those of batches in it, on this device."""
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return self.place(value)
+            return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return {name: placed(value) for name, value in batch.items()}
 
 
 @contextmanager

@@ -1,0 +1,52 @@
+"""Scores of packed sequences from a transformers sequence classifier, inside its own forward.
+
+transformers pools one token a row, the last that is not the padding id. `score_packed` lets a classifier's forward be
+told the tokens instead; as that is still the model's forward, DDP's and FSDP2's hooks fire. It saves, loads and
+runs without them as ever.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .probe import probing, unsupported
+
+
+def score_packed(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a sequence classifier be called with `ends`, int64 [S]: it then returns `logits` [S, labels] at these of the [B·T] tokens.
+
+    The same object is returned. Six tokens go through both forwards, in evaluation mode. Raises UnsupportedModelError
+    where they differ, or where the model has no linear layer `score` on a backbone.
+    """
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.base_model is model:
+        raise unsupported(model, "has no linear layer `score` on a backbone, as transformers' classifiers of decoders have")
+    model.__dict__["forward"] = MethodType(_forward, model)
+    padding = model.config.get_text_config().pad_token_id
+    tokens = torch.tensor([[token for token in range(7) if token != padding][:6]], device=model.device)
+    with probing(model):
+        own = model(input_ids=tokens, use_cache=False).logits
+        ours = model(input_ids=tokens, use_cache=False, ends=torch.tensor([5], device=model.device)).logits
+    allowed = torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()
+    if not (own - ours).abs().max() <= allowed:
+        del model.__dict__["forward"]
+        raise unsupported(model, f"scores a sequence as {own.tolist()}, not by its layer `score` at the last token, {ours.tolist()}")
+    return model
+
+
+def last_tokens(packed: dict[str, Any], *, pad_id: int) -> Tensor:
+    """The `ends` of sequences as `fastalign.preferences.pack_sequences` packs them: what transformers pools, the last but `pad_id`."""
+    lasts = [max((place for place, token in enumerate(s.input_ids) if token != pad_id), default=0) for s in packed["sequences"]]
+    return packed["starts"][packed["places"]] + torch.tensor(lasts)
+
+
+def _forward(self: PreTrainedModel, *args: Any, ends: Tensor | None = None, **kwargs: Any) -> Any:
+    if ends is None:
+        return type(self).forward(self, *args, **kwargs)
+    # PEFT hands on all arguments that a classifier may have, as None.
+    arguments = {name: value for name, value in kwargs.items() if value is not None}
+    hidden = self.base_model(*args, **arguments | {"return_dict": True}).last_hidden_state
+    return SequenceClassifierOutput(logits=self.score(hidden.flatten(0, 1)[ends]))

@@ -1,0 +1,225 @@
+"""Rows of preferences in, packed sequences out: pairs for reward models and DPO, judged completions for KTO.
+
+What is scored of a sequence is the completion alone, with its EOS or end-of-turn token: `Tokenized.trained`
+marks it. Sequences that a step compares run in one forward pass, packed without padding where the attention
+masks by sequence; `sequence_logps` gives each one's log-probability.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from fastalign_kernels import sum_by_sequence
+
+from .chat import ChatTemplate, DataError, Row, join_texts
+from .data import FLASH, Tokenized, collate, need_columns, pack, read_each, refuse_rows, tokenize_answers
+
+Batch = dict[str, Any]
+
+
+class Pair(NamedTuple):
+    """Two completions of one prompt, each with the prompt before it."""
+
+    chosen: Tokenized
+    rejected: Tokenized
+    margin: float | None = None
+    """How much better the chosen one is, in units of the reward."""
+
+
+class Unpaired(NamedTuple):
+    """A completion that is desirable or not, with its prompt before it."""
+
+    answered: Tokenized
+    desirable: bool
+    mismatched: Tokenized | None = None
+    """The prompt before another row's completion, see `mismatch`."""
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first that is scored."""
+        return self.answered.input_ids[: self.answered.trained.index(True)]
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        """The tokens from the first that is scored."""
+        return tuple(self.answered.input_ids[self.answered.trained.index(True) :])
+
+
+def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Pair]:
+    """Pairs, one a row: `prompt`, `chosen` and `rejected` (all text, or all messages), and a number `margin` if there is one.
+
+    Messages may come without `prompt`: it is then what both conversations begin with. Text is ended by an EOS.
+    A `tools` column is handed to the chat template.
+
+    Sequences longer than `max_length` tokens are cut at the right, with one warning. Raises DataError for missing
+    columns, wrong types, a completion that is empty or has no token within `max_length`, and completions that are
+    the same, or are within `max_length`; ValueError for a tokenizer that lacks what this needs.
+    """
+    implicit = "prompt" not in rows.column_names and "chosen" in rows.column_names and isinstance(rows[0]["chosen"], list)
+    need_columns(rows, *([] if implicit else ["prompt"]), "chosen", "rejected")
+    chat = implicit or isinstance(rows[0]["prompt"], list)
+    columns = ["chosen", "rejected"] if implicit else ["prompt", "chosen", "rejected"]
+    columns += [name for name in ("tools",) if chat and name in rows.column_names]
+    render = ChatTemplate(tokenizer).render if chat else join_texts
+
+    def both(row: Row) -> list[Any]:
+        row = _split_prompt(row) if implicit else row
+        if row["chosen"] == row["rejected"]:
+            raise DataError("columns 'chosen' and 'rejected' are the same")
+        return [render(row, "chosen"), render(row, "rejected")]
+
+    margins: Sequence[float | None] = [None] * len(rows)
+    if "margin" in rows.column_names:
+        margins = read_each(rows, ["margin"], _read_margin)
+    answers = read_each(rows, columns, both)
+    pairs = [
+        Pair(chosen, rejected, margin)
+        for (chosen, rejected), margin in zip(
+            tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length), margins, strict=True
+        )
+    ]
+    same = [index for index, pair in enumerate(pairs) if pair.chosen == pair.rejected]
+    refuse_rows(rows, {f"columns 'chosen' and 'rejected' are the same within max_length={max_length}": same})
+    return pairs
+
+
+def tokenize_unpaired(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Unpaired]:
+    """Judged completions, one a row: `prompt` and `completion` (both text, or both messages), and `label`, true for a desirable one.
+
+    Texts, lengths and errors as in `tokenize_pairs`; a label that is not true or false is refused too.
+    """
+    need_columns(rows, "prompt", "completion", "label")
+    chat = isinstance(rows[0]["prompt"], list)
+    columns = ["prompt", "completion"] + [name for name in ("tools",) if chat and name in rows.column_names]
+    render = ChatTemplate(tokenizer).render if chat else join_texts
+    labels = read_each(rows, ["label"], _read_label)
+    answers = read_each(rows, columns, lambda row: [render(row, "completion")])
+    sequences = tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length)
+    return [Unpaired(sequence, label) for [sequence], label in zip(sequences, labels, strict=True)]
+
+
+def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int) -> list[Unpaired]:
+    """The rows of a step, each with its prompt before the completion of another row of the step, cut at `max_length` tokens.
+
+    No row meets a completion equal to its own. Each completion is met once, where no completion is that of more than
+    half of the rows. The result is a function of the arguments. Raises ValueError where all completions are equal.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number in np.random.default_rng((seed, step)).permutation(len(rows)):
+        groups.setdefault(rows[number].completion, []).append(int(number))
+    if len(groups) < 2:
+        raise ValueError(
+            f"rows must have two different completions at least, as each prompt meets another row's; got {len(rows)} rows of one"
+        )
+    # Equal completions stand side by side in a ring, and each place meets the one that lies `shift` places on: past its
+    # own group's end, whatever the group, but short of its beginning, which the modulo sees to for a majority.
+    ring = [number for group in groups.values() for number in group]
+    shift = max(map(len, groups.values()))
+    met: dict[int, int] = {}
+    first = 0
+    for group in groups.values():
+        others = len(ring) - len(group)
+        for place, number in enumerate(group):
+            met[number] = ring[(first + len(group) + (place + shift - len(group)) % others) % len(ring)]
+        first += len(group)
+    return [row._replace(mismatched=_join(row, rows[met[number]], max_length)) for number, row in enumerate(rows)]
+
+
+def longest_mismatch(rows: Sequence[Unpaired], *, max_length: int) -> Tokenized:
+    """The longest sequence that `mismatch` can make of any of the rows."""
+    return _join(max(rows, key=lambda row: len(row.prompt)), max(rows, key=lambda row: len(row.completion)), max_length)
+
+
+def pack_sequences(sequences: Sequence[Tokenized], *, pad_id: int, attention: str = "sdpa", packing: bool = True) -> Batch:
+    """S sequences for one forward pass, and where each of them lies in it.
+
+    `arguments` are collate's, for a model; rows are as long as the longest sequence and hold further ones where they fit
+    (one a row without `packing`), flash attention's one row holds all. `starts` and `places` are int64: values [B, T]
+    of the tokens, flattened, belong to segments that begin at `starts` [segments + 1], and the sequences are the
+    segments `places` [S]; the others are padding. `lengths`: int64 [S], scored tokens. `sequences`: as given.
+    """
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    if attention == FLASH:
+        bins = [list(range(len(sequences)))]
+    else:
+        bins = pack(lengths, max(lengths)) if packing else [[number] for number in range(len(sequences))]
+    arguments = collate([[sequences[number] for number in row] for row in bins], pad_id=pad_id, attention=attention)
+    width = arguments["input_ids"].shape[1]
+    segments: list[int] = []
+    places = [0] * len(sequences)
+    for row in bins:
+        for number in row:
+            places[number] = len(segments)
+            segments.append(lengths[number])
+        segments.append(width - sum(lengths[number] for number in row))
+    return {
+        "arguments": arguments,
+        "starts": torch.tensor([0, *segments]).cumsum(0),
+        "places": torch.tensor(places),
+        "lengths": torch.tensor([sum(sequence.trained) for sequence in sequences]),
+        "sequences": tuple(sequences),
+    }
+
+
+def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[[Sequence[Tokenized]], Batch]) -> Batch:
+    """`both`: the chosen sequences, then the rejected ones, as `packer` packs them; `margins`: fp32 [pairs], where there are any."""
+    batch = {"both": packer([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])}
+    margins = [pair.margin for pair in pairs if pair.margin is not None]
+    return batch | ({"margins": torch.tensor(margins, dtype=torch.float32)} if margins else {})
+
+
+def collate_unpaired(rows: Sequence[Unpaired], *, packer: Callable[[Sequence[Tokenized]], Batch]) -> Batch:
+    """`answered`, `mismatched` and `both` (one after the other): the rows' sequences as `packer` packs them; `desirable`: bool [S].
+
+    Without mismatched sequences `both` are the answered ones, and `mismatched` is left out.
+    """
+    answered = [row.answered for row in rows]
+    mismatched = [row.mismatched for row in rows if row.mismatched is not None]
+    batch: Batch = {"answered": packer(answered), "both": packer(answered + mismatched)}
+    batch["desirable"] = torch.tensor([row.desirable for row in rows])
+    return batch | ({"mismatched": packer(mismatched)} if mismatched else {})
+
+
+def sequence_logps(model: nn.Module, packed: Batch) -> Tensor:
+    """log P(completion | prompt) of each sequence, [S] in nats (fp32, or fp64 for fp64), by a fused causal LM."""
+    output = model(**packed["arguments"], token_stats=True, use_cache=False)
+    return sum_by_sequence(output.logp.flatten(), packed["starts"])[packed["places"]]
+
+
+def _join(row: Unpaired, other: Unpaired, max_length: int) -> Tokenized:
+    prompt, sequence = row.prompt, other.answered
+    first = sequence.trained.index(True)
+    return Tokenized(
+        (prompt + sequence.input_ids[first:])[:max_length],
+        ([False] * len(prompt) + sequence.trained[first:])[:max_length],
+    )
+
+
+def _split_prompt(row: Row) -> Row:
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not isinstance(chosen, list) or not isinstance(rejected, list):
+        raise DataError("columns 'chosen' and 'rejected' must both be lists of messages where there is no column 'prompt'")
+    shared = next((place for place, (one, other) in enumerate(zip(chosen, rejected)) if one != other), min(len(chosen), len(rejected)))
+    if not shared:
+        raise DataError("columns 'chosen' and 'rejected' must begin with the same messages where there is no column 'prompt'")
+    return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _read_margin(row: Row) -> float:
+    margin = row["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(f"column 'margin' must be a finite number, got {margin!r}")
+    return float(margin)
+
+
+def _read_label(row: Row) -> bool:
+    label = row["label"]
+    if not isinstance(label, bool):
+        raise DataError(f"column 'label' must be true or false, got {label!r}")
+    return label

@@ -1,0 +1,139 @@
+"""Direct preference optimisation: a causal LM learns from pairs to prefer the chosen completions, near a reference.
+
+fastalign dpo model=runs/sft/model train_data=pairs.jsonl output_dir=runs/dpo beta=0.1 lora_rank=16 bf16=true
+torchrun --nproc-per-node 8 -m fastalign.stages.dpo --config dpo.yaml
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from fastalign_kernels.pair_losses import PAIR_LOSSES
+from fastalign_kernels.preference import dpo_loss
+
+from ..data import load_rows
+from ..preferences import Pair, collate_pairs, pack_sequences, sequence_logps, tokenize_pairs
+from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .config import CONFIG, parse
+from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, total_steps, train
+from .preference import Reference, ReferenceConfig, make_reference, without_dropout
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class DPOConfig(ReferenceConfig):
+    """Align a causal LM with rows of `prompt`, `chosen` and `rejected`."""
+
+    loss_type: Literal[
+        "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+        "sigmoid_norm",
+    ] = "sigmoid"  # fmt: skip
+    """The loss of a pair: sigmoid is DPO's. ipo and sigmoid_norm take log-probabilities per token."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of pairs in the wrong order, for sigmoid (cDPO), sigmoid_norm, robust and exo_pair, which needs one."""
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        logps, lengths = torch.zeros(4, 1), torch.ones(2, 1, dtype=torch.int64)
+        pair_loss(self, *logps, *lengths)  # refuses what does not go together
+        return self
+
+
+def run(config: DPOConfig) -> dict[str, float]:
+    """Align as configured; returns the last line of metrics.jsonl.
+
+    Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
+    """
+    with start(config) as world:
+        attention = choose_attention(config, world)
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        architecture = AutoConfig.from_pretrained(config.model)
+
+        def rows_of(source: str, split: str) -> list[Pair]:
+            return tokenize_pairs(load_rows(source, split=split), tokenizer, max_length=config.max_length)
+
+        rows = rows_of(config.train_data, config.train_split)
+        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
+        check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
+        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        without_dropout(model)
+        packer = partial(pack_sequences, pad_id=padding_id(tokenizer), attention=attention, packing=config.packing)
+        to_batch = partial(collate_pairs, packer=packer)
+        batches_of = epoch_batches(rows, to_batch, config, world)
+        evaluated = held_out_batches(held_out, to_batch, config, world)
+        # Later epochs have the rows of the first.
+        first_epoch = range(min(total_steps(config, len(rows)), math.ceil(len(rows) / config.batch_size)))
+        scored = (batch["both"] for batches in chain([evaluated], map(batches_of, first_epoch)) for batch in batches)
+        return train(
+            config,
+            world,
+            model,
+            tokenizer,
+            rows=len(rows),
+            batches_of=batches_of,
+            loss_fn=preference_loss(config, make_reference(config, world, model, scored)),
+            held_out=evaluated,
+            count_items=lambda batch: len(batch["both"]["places"]) // 2,
+            items_name="pairs",
+        )
+
+
+def preference_loss(config: DPOConfig, reference: Reference) -> LossFn:
+    """The loss; means over pairs of the rewards, their difference and order, and of log P of the completions, in nats."""
+
+    def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # The reference first: switching adapters off and on between a forward pass and its backward pass is a risk.
+        reference_chosen, reference_rejected = reference(batch["both"]).chunk(2)
+        chosen, rejected = sequence_logps(model, batch["both"]).chunk(2)
+        output = pair_loss(config, chosen, rejected, reference_chosen, reference_rejected, *batch["both"]["lengths"].chunk(2))
+        sums = {
+            "rewards/chosen": output.chosen_rewards.sum(),
+            "rewards/rejected": output.rejected_rewards.sum(),
+            "rewards/margins": (output.chosen_rewards - output.rejected_rewards).sum(),
+            "rewards/accuracies": (output.chosen_rewards > output.rejected_rewards).sum(),
+            "logps/chosen": chosen.detach().sum(),
+            "logps/rejected": rejected.detach().sum(),
+        }
+        return output.loss / items, {name: total.double() / items for name, total in sums.items()}
+
+    return loss_fn
+
+
+def pair_loss(
+    config: DPOConfig,
+    chosen: Tensor,
+    rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+) -> Any:
+    """dpo_loss as configured, summed over pairs, with the lengths (tokens) where the loss takes them."""
+    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    return dpo_loss(
+        chosen,
+        rejected,
+        reference_chosen,
+        reference_rejected,
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+        reduction="sum",
+        **(lengths if PAIR_LOSSES[config.loss_type].lengths != "refused" else {}),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: `--config FILE key=value …`."""
+    run(parse(DPOConfig, argv, prog="fastalign dpo"))
+
+
+if __name__ == "__main__":
+    main()

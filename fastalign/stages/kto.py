@@ -1,0 +1,192 @@
+"""Kahneman-Tversky optimisation: a causal LM learns from completions judged good or bad, one by one, near a reference.
+
+fastalign kto model=runs/sft/model train_data=judged.jsonl output_dir=runs/kto beta=0.1 lora_rank=16 bf16=true
+torchrun --nproc-per-node 8 -m fastalign.stages.kto --config kto.yaml
+
+The point of reference is the KL divergence of policy and reference, estimated on prompts with other rows' completions:
+over all rows of a step, whatever its micro-batches and ranks, with the weights as they are before the step.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Literal, Self
+
+import torch
+import torch.distributed as dist
+from pydantic import NonNegativeFloat, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from fastalign_kernels.preference import kto_kl, kto_loss
+
+from ..data import load_rows
+from ..preferences import (
+    Unpaired,
+    collate_unpaired,
+    longest_mismatch,
+    mismatch,
+    pack_sequences,
+    sequence_logps,
+    tokenize_unpaired,
+)
+from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .config import CONFIG, parse
+from .loop import Batch, LossFn, Prepare, epoch_batches, held_out_batches, rows_of_step, start, total_steps, train
+from .preference import Reference, ReferenceConfig, make_reference, without_dropout
+from .world import World
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class KTOConfig(ReferenceConfig):
+    """Align a causal LM with rows of `prompt`, `completion` and `label`, which is true for a desirable completion."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """kto, or APO-zero's loss, which takes the KL divergence to be zero."""
+    desirable_weight: NonNegativeFloat = 1.0
+    """Weight of desirable rows. Weight times number of rows of one kind should be 1 to 4/3 of that of the other kind."""
+    undesirable_weight: NonNegativeFloat = 1.0
+    """Weight of undesirable rows."""
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.loss_type == "kto" and self.batch_size < 2:
+            raise ValueError("batch_size must be at least 2: a prompt is paired with the completion of another row of its step; got 1")
+        return self
+
+
+def run(config: KTOConfig) -> dict[str, float]:
+    """Align as configured; returns the last line of metrics.jsonl.
+
+    Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
+    """
+    with start(config) as world:
+        attention = choose_attention(config, world)
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        architecture = AutoConfig.from_pretrained(config.model)
+
+        def rows_of(source: str, split: str) -> list[Unpaired]:
+            return tokenize_unpaired(load_rows(source, split=split), tokenizer, max_length=config.max_length)
+
+        def arrange(rows: list[Unpaired], step: int) -> list[Unpaired]:
+            if config.loss_type != "kto" or not rows:
+                return rows
+            return mismatch(rows, seed=config.seed, step=step, max_length=config.max_length)
+
+        rows = rows_of(config.train_data, config.train_split)
+        steps = range(total_steps(config, len(rows)))
+        if config.loss_type == "kto":
+            check_steps(config, rows, steps)
+        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
+        try:
+            held_out = arrange(held_out, 0)
+        except ValueError as error:
+            raise ValueError(f"eval_data: {error}") from error
+        sequences = [row.answered for row in [*rows, *held_out]]
+        longest = [longest_mismatch(part, max_length=config.max_length) for part in (rows, held_out) if part]
+        check_fit(architecture, tokenizer, [[*sequences, *longest]])
+        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        without_dropout(model)
+        packer = partial(pack_sequences, pad_id=padding_id(tokenizer), attention=attention, packing=config.packing)
+        to_batch = partial(collate_unpaired, packer=packer)
+        batches_of = epoch_batches(rows, to_batch, config, world, arrange)
+        evaluated = held_out_batches(held_out, to_batch, config, world)
+        scored = (batch["both"] for batches in chain([evaluated], map(batches_of, steps)) for batch in batches)
+        reference = make_reference(config, world, model, scored)
+        return train(
+            config,
+            world,
+            model,
+            tokenizer,
+            rows=len(rows),
+            batches_of=batches_of,
+            loss_fn=judged_loss(config),
+            held_out=evaluated,
+            count_items=lambda batch: len(batch["desirable"]),
+            items_name="rows",
+            prepare=with_reference(world, model, reference),
+        )
+
+
+def check_steps(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int]) -> None:
+    """Raise ValueError for a step whose rows have one completion in common: none of them could meet another one."""
+    numbers = {completion: number for number, completion in enumerate({row.completion: None for row in rows})}
+    completions = [numbers[row.completion] for row in rows]
+    for step in steps:
+        picked = rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
+        if len({completions[number] for number in picked}) < 2:
+            raise ValueError(
+                f"batch_size ({config.batch_size}): all rows of step {step + 1} have the same completion, and KTO pairs a prompt "
+                f"with another one; {len(numbers)} of the {len(rows)} rows' completions differ: a larger batch_size or another seed may do"
+            )
+
+
+def with_reference(world: World, model: nn.Module, reference: Reference) -> Prepare:
+    """Give to each micro-batch its `reference` log-probabilities [S], and of all rows of the step `kl` (nats) and the `counts` of labels.
+
+    Mismatched completions need no gradient, so that the policy scores them in a forward pass of their own, which keeps
+    nothing; the reference scores them with the others in one.
+    """
+
+    def prepare(batches: Sequence[Batch]) -> Sequence[Batch]:
+        references, policy_mismatched, reference_mismatched = [], [], []
+        for batch in batches:
+            logps = reference(world.place(batch["both"]))
+            references.append(logps[: len(batch["desirable"])])
+            if "mismatched" in batch:
+                reference_mismatched.append(logps[len(batch["desirable"]) :])
+                policy_mismatched.append(sequence_logps(model, world.place(batch["mismatched"])))
+        kl = None
+        if policy_mismatched:
+            group = dist.group.WORLD if world.size > 1 else None
+            kl = kto_kl(torch.cat(policy_mismatched), torch.cat(reference_mismatched), group=group)
+        desirable = world.count(sum(int(batch["desirable"].sum()) for batch in batches))
+        shared = {"kl": kl, "counts": (desirable, world.count(sum(len(batch["desirable"]) for batch in batches)) - desirable)}
+        kept = [{name: batch[name] for name in ("answered", "desirable")} for batch in batches]
+        return [batch | shared | {"reference": logps} for batch, logps in zip(kept, references, strict=True)]
+
+    return prepare
+
+
+def judged_loss(config: KTOConfig) -> LossFn:
+    """The loss; means over the rows of each label of rewards and log P (nats), the difference of the rewards, and the KL divergence (nats).
+
+    Means over a label that the step lacks are left out.
+    """
+
+    def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = sequence_logps(model, batch["answered"])
+        output = kto_loss(
+            logps,
+            batch["reference"],
+            batch["desirable"],
+            batch["kl"],
+            beta=config.beta,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+            loss_type=config.loss_type,
+            reduction="sum",
+        )
+        metrics = {}
+        labels = {"chosen": batch["desirable"], "rejected": ~batch["desirable"]}
+        for (name, wanted), count in zip(labels.items(), batch["counts"], strict=True):
+            if count:
+                metrics[f"rewards/{name}"] = (output.rewards * wanted).sum().double() / count
+                metrics[f"logps/{name}"] = (logps.detach() * wanted).sum().double() / count
+        if all(batch["counts"]):
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        if batch["kl"] is not None:
+            metrics["kl"] = batch["kl"].double() * len(logps) / items
+        return output.loss / items, metrics
+
+    return loss_fn
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: `--config FILE key=value …`."""
+    run(parse(KTOConfig, argv, prog="fastalign kto"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A reward model: a transformers sequence classifier whose score of the chosen completion is to exceed the rejected one's.
+
+fastalign reward model=my-model train_data=pairs.jsonl output_dir=runs/reward bf16=true
+torchrun --nproc-per-node 8 -m fastalign.stages.reward --config reward.yaml
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from peft import PeftModel
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from fastalign_kernels.preference import reward_loss
+
+from ..classifier import last_tokens
+from ..data import load_rows
+from ..preferences import Pair, collate_pairs, pack_sequences, tokenize_pairs
+from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .config import CONFIG, parse
+from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, train
+from .preference import PreferenceConfig, without_dropout
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class RewardConfig(PreferenceConfig):
+    """Train a reward model on rows of `prompt`, `chosen` and `rejected`, with a `margin` where there is such a column."""
+
+    center_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the squared sum of a pair's scores, which holds their mean at zero."""
+    zero_head: bool = False
+    """Start from scores of zero: the first loss is ln 2."""
+
+
+def run(config: RewardConfig) -> dict[str, float]:
+    """Train a reward model as configured; returns the last line of metrics.jsonl.
+
+    The score of a sequence is the classifier's at its last token; where the model has no padding token it gets the
+    tokenizer's, by which transformers finds that token in a padded batch. Raises ValueError for data, a tokenizer or a
+    model that cannot be used, before the model is loaded.
+    """
+    with start(config) as world:
+        attention = choose_attention(config, world)
+        tokenizer = load_tokenizer(config.tokenizer or config.model)
+        architecture = AutoConfig.from_pretrained(config.model)
+
+        def rows_of(source: str, split: str) -> list[Pair]:
+            return tokenize_pairs(load_rows(source, split=split), tokenizer, max_length=config.max_length)
+
+        rows = rows_of(config.train_data, config.train_split)
+        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
+        check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
+        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing, task="SEQ_CLS")
+        without_dropout(model)
+        if config.zero_head:
+            zero_head(model)
+        text = model.config.get_text_config()
+        text.pad_token_id = padding_id(tokenizer) if text.pad_token_id is None else text.pad_token_id
+        packer = partial(pack_sequences, pad_id=text.pad_token_id, attention=attention, packing=config.packing)
+
+        def to_batch(pairs: Sequence[Pair]) -> Batch:
+            batch = collate_pairs(pairs, packer=packer)
+            return batch | {"ends": last_tokens(batch["both"], pad_id=text.pad_token_id)}
+
+        return train(
+            config,
+            world,
+            model,
+            tokenizer,
+            rows=len(rows),
+            batches_of=epoch_batches(rows, to_batch, config, world),
+            loss_fn=bradley_terry(config),
+            held_out=held_out_batches(held_out, to_batch, config, world),
+            count_items=lambda batch: len(batch["ends"]) // 2,
+            items_name="pairs",
+        )
+
+
+def bradley_terry(config: RewardConfig) -> LossFn:
+    """The loss, the share of pairs in the right order, and the means over pairs of chosen - rejected score and over all scores."""
+
+    def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # fp32 at least: under autocast bfloat16 would round the scores' differences.
+        scores = model(**batch["both"]["arguments"], ends=batch["ends"], use_cache=False).logits[:, 0]
+        scores = scores if scores.element_size() > 4 else scores.float()
+        chosen, rejected = scores.chunk(2)
+        output = reward_loss(chosen, rejected, batch.get("margins"), center_coefficient=config.center_coefficient)
+        means = {"accuracy": output.accuracy, "margin": output.mean_margin, "mean_reward": scores.mean()}
+        return output.loss * len(chosen) / items, {name: mean.double() * len(chosen) / items for name, mean in means.items()}
+
+    return loss_fn
+
+
+def zero_head(model: PreTrainedModel | PeftModel) -> None:
+    """Make every score zero."""
+    for name, weight in model.named_parameters():
+        if "score" in name.split("."):
+            nn.init.zeros_(weight)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: `--config FILE key=value …`."""
+    run(parse(RewardConfig, argv, prog="fastalign reward"))
+
+
+if __name__ == "__main__":
+    main()
