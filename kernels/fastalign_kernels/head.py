@@ -20,6 +20,7 @@ measured for the bare ones, huggingface/trl#7244); between them fp32 logits are 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,10 +89,10 @@ def _head_table_grad(
 
 @_head_table_grad.register_fake
 def _(grad, table, hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, hidden_grad, weight_grad, bias_grad):
-    return _fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
+    return fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
 
 
-def _fake_gradients(
+def fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_grad: bool, weight_grad: bool, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
@@ -173,7 +174,7 @@ def _(
     bias_grad,
 ):
     table = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-    return table.new_empty(()), table, *_fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
+    return table.new_empty(()), table, *fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
 
 
 def _save_loss(ctx, inputs, output) -> None:
@@ -185,26 +186,32 @@ def _save_loss(ctx, inputs, output) -> None:
     ctx.gradients = gradients
 
 
-def _loss_backward(ctx, grad: Tensor | None, *_):
-    hidden, weight, ids, bias, scale, table = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    nothing = (None,) * 14
-    if grad is None:
-        return nothing
+def hand_over(ctx, grad: Tensor, again: Callable[[], Sequence[Tensor]]) -> list[Tensor | None]:
+    """ctx.gradients of hidden, weight and bias (inputs 0, 1 and 3) times the upstream scalar; `again` computes them for a second backward.
+
+    Scaled where they lie and handed over, so that no second [V, H] exists; traced code may not write to what the forward graph saved.
+    """
     gradients = ctx.gradients
     if traced(grad):
         gradients = [g * grad for g in gradients]
     else:
-        # Scaled where they lie and handed over, so that no second [V, H] exists; a second backward computes them again.
         ctx.gradients = None
         if gradients is None:
-            gradients = list(_head_loss(hidden, weight, ids, bias, scale, *ctx.options)[2:])
+            gradients = list(again())
         if grad.is_cuda or grad != 1:  # on a CPU looking is free, and the usual 1 saves a pass over [V, H]
             for g in gradients:
                 g.mul_(grad)
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3])))
+    return [g if ctx.needs_input_grad[i] else None for g, i in zip(gradients, (0, 1, 3))]
+
+
+def _loss_backward(ctx, grad: Tensor | None, *_):
+    hidden, weight, ids, bias, scale, table = ctx.saved_tensors
+    nothing = (None,) * 14
+    if grad is None:
+        return nothing
+    d_hidden, d_weight, d_bias = hand_over(ctx, grad, lambda: _head_loss(hidden, weight, ids, bias, scale, *ctx.options)[2:])
     label_smoothing, z_loss = ctx.options[:2]
-    d_scale = grad * token_loss(table, label_smoothing, z_loss) if needs[4] else None
+    d_scale = grad * token_loss(table, label_smoothing, z_loss) if ctx.needs_input_grad[4] else None
     return d_hidden, d_weight, None, d_bias, d_scale, *nothing[5:]
 
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from . import check as _check
-from .head import linear_logprobs, prepare
+from .head import fake_gradients, hand_over, linear_logprobs, prepare
 from .logits import sum_by_sequence
 from .pair_losses import PAIR_LOSSES
 from .preference import dpo_loss, kto_loss, pairs_op, unpaired_op
-from .rows import Stat, Transform, accumulator_dtype, coefficients, traced
+from .rows import Stat, Transform, accumulator_dtype, coefficients
 from .sweep import Head, capacity, sweep
 
 
@@ -139,15 +139,8 @@ def _head_sequences(
 
 @_head_sequences.register_fake
 def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, cu_seqlens, reference, *options):
-    hidden_grad, weight_grad, bias_grad = options[-3:]
     number = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
-    return (
-        number,
-        number.new_empty(reference.shape[0]),
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if weight_grad else weight.new_empty(0),
-        torch.empty_like(bias) if bias is not None and bias_grad else hidden.new_empty(0),
-    )
+    return number, number.new_empty(reference.shape[0]), *fake_gradients(hidden, weight, bias, *options[-3:])
 
 
 def _save(ctx, inputs, output) -> None:
@@ -161,24 +154,13 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor | None, *_: Tensor):
-    saved = ctx.saved_tensors  # also the check that nothing was changed in place since
+    tensors = iter(ctx.saved_tensors)  # also the check that nothing was changed in place since
+    nothing = (None,) * len(ctx.inputs)
     if grad is None:
-        return (None,) * len(ctx.inputs)
-    gradients = ctx.gradients
-    if traced(grad):
-        gradients = [g * grad for g in gradients]
-    else:
-        # As head.py's loss: scaled where they lie and handed over; a second backward computes them again.
-        ctx.gradients = None
-        if gradients is None:
-            tensors = iter(saved)
-            gradients = list(_head_sequences(*(next(tensors) if own else x for own, x in zip(ctx.tensors, ctx.inputs)))[2:])
-        if grad.is_cuda or grad != 1:
-            for g in gradients:
-                g.mul_(grad)
-    needs = ctx.needs_input_grad
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3])))
-    return d_hidden, d_weight, None, d_bias, *[None] * (len(ctx.inputs) - 4)
+        return nothing
+    inputs = [next(tensors) if own else x for own, x in zip(ctx.tensors, ctx.inputs)]
+    d_hidden, d_weight, d_bias = hand_over(ctx, grad, lambda: _head_sequences(*inputs)[2:])
+    return d_hidden, d_weight, None, d_bias, *nothing[4:]
 
 
 _head_sequences.register_autograd(_backward, setup_context=_save)
