@@ -5,9 +5,6 @@ What a method is, operation.py says.
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -17,30 +14,12 @@ from torch import Tensor
 
 import fastalign
 
-from .operation import COMPILED, EAGER, OURS, Absent, Ceiling, Forward, Operation, Shape, Tensors, here, module, needs_gpu
+from .head_methods import HEAD_ROWS, eager_logprobs, head_inputs, liger_scaled, trl_chunked
+from .operation import COMPILED, EAGER, OURS, Absent, Ceiling, Forward, Operation, Shape, Tensors, compiled, here, module, needs_gpu
+from .preference_methods import PREFERENCE
 from .sampling_methods import SAMPLING
 
-
-def _compiled(forward: Forward) -> Callable[[str], Forward]:
-    def load(device: str) -> Forward:
-        compiler = os.environ.get("CXX", "g++")
-        if device == "cpu" and shutil.which(compiler) is None:
-            raise Absent(f"no C++ compiler ({compiler}), which torch.compile needs on a CPU")
-        return torch.compile(forward, dynamic=False, fullgraph=True)
-
-    return load
-
-
 # From hidden states: hidden [N, H], weight [V, H], ids [N].
-
-
-def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Logits of standard deviation 2: neither a flat softmax nor one that a single id owns."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(shape.N, shape.H, generator=generator)
-    weight = torch.randn(shape.V, shape.H, generator=generator) * (2 / math.sqrt(shape.H))
-    ids = torch.randint(0, shape.V, (shape.N,), generator=generator)
-    return {"hidden": hidden.to(device, dtype), "weight": weight.to(device, dtype), "ids": ids.to(device)}
 
 
 def _ours_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -71,22 +50,6 @@ def _ours_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Ten
     return {"logp": fastalign.linear_logprobs(hidden, weight, ids)}
 
 
-def _eager_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    return {"logp": F.log_softmax(F.linear(hidden, weight), -1).gather(-1, ids[:, None])[:, 0]}
-
-
-def _liger_scaled(device: str) -> Forward:
-    """On a CPU and on other GPUs than Hopper's this is Liger's loop over 512 tokens in PyTorch."""
-    function = module("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel").LigerFusedLinearScaledCrossEntropyFunction
-    return lambda hidden, weight, ids: {"logp": -function.apply(hidden, weight, ids)}
-
-
-def _trl_chunked(device: str) -> Forward:
-    """With the vocabulary chunk that TRL's trainers use; on a CPU PyTorch stands in for its Triton kernel."""
-    function = module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
-    return lambda hidden, weight, ids: {"logp": function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]}
-
-
 def _mean_loss(load_logprobs: Callable[[str], Forward]) -> Callable[[str], Forward]:
     def load(device: str) -> Forward:
         logprobs = load_logprobs(device)
@@ -95,17 +58,16 @@ def _mean_loss(load_logprobs: Callable[[str], Forward]) -> Callable[[str], Forwa
     return load
 
 
-HEAD_ROWS = ("hidden", "ids")
 LINEAR_CROSS_ENTROPY = Operation(
     head_inputs,
     {
         OURS: here(_ours_cross_entropy),
         EAGER: here(_eager_cross_entropy),
-        COMPILED: _compiled(_eager_cross_entropy),
+        COMPILED: compiled(_eager_cross_entropy),
         "F.linear_cross_entropy, options as torch picks them": _torch_chunked(),
         "F.linear_cross_entropy, 512 tokens a chunk": _torch_chunked(batch_chunk_size=512, chunking_method=None),
-        "TRL ChunkedLogProbFunction": _mean_loss(_trl_chunked),
-        "Liger fused linear Scaled CE": _mean_loss(_liger_scaled),
+        "TRL ChunkedLogProbFunction": _mean_loss(trl_chunked),
+        "Liger fused linear Scaled CE": _mean_loss(liger_scaled),
         "Liger fused linear CE": _liger_fused,
     },
     HEAD_ROWS,
@@ -114,10 +76,10 @@ LINEAR_LOGPROBS = Operation(
     head_inputs,
     {
         OURS: here(_ours_logprobs),
-        EAGER: here(_eager_logprobs),
-        COMPILED: _compiled(_eager_logprobs),
-        "TRL ChunkedLogProbFunction": _trl_chunked,
-        "Liger fused linear Scaled CE": _liger_scaled,
+        EAGER: here(eager_logprobs),
+        COMPILED: compiled(eager_logprobs),
+        "TRL ChunkedLogProbFunction": trl_chunked,
+        "Liger fused linear Scaled CE": liger_scaled,
     },
     HEAD_ROWS,
 )
@@ -183,15 +145,15 @@ TOKEN_STATS = Operation(
         OURS: here(_ours_stats),
         LOGP_ONLY: here(_eager_logp),
         EAGER: here(_eager_stats),
-        "torch.compile, log_softmax + gather alone": _compiled(_eager_logp),
-        COMPILED: _compiled(_eager_stats),
+        "torch.compile, log_softmax + gather alone": compiled(_eager_logp),
+        COMPILED: compiled(_eager_stats),
         "TRL selective_log_softmax_and_entropy": _trl_stats,
     },
     LOGITS_ROWS,
 )
 CROSS_ENTROPY = Operation(
     logits_inputs,
-    {OURS: here(_ours_loss), EAGER: here(_eager_loss), COMPILED: _compiled(_eager_loss), "Liger CE": _liger_loss},
+    {OURS: here(_ours_loss), EAGER: here(_eager_loss), COMPILED: compiled(_eager_loss), "Liger CE": _liger_loss},
     LOGITS_ROWS,
 )
 
@@ -200,6 +162,7 @@ OPERATIONS = {
     "linear_logprobs": LINEAR_LOGPROBS,
     "token_stats": TOKEN_STATS,
     "cross_entropy": CROSS_ENTROPY,
+    **PREFERENCE,
     **SAMPLING,
 }
 

@@ -7,6 +7,8 @@ takes the operation's tensors by name and returns its outputs by name; the first
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ Ceiling = Callable[[Tensors], Callable[[], object]]
 OURS = "fastalign"
 EAGER = "PyTorch"  # defines the error that is allowed, and in fp64 the truth
 COMPILED = "torch.compile"
+EXPONENTS = "exponents"
 
 
 class Shape(NamedTuple):
@@ -51,12 +54,16 @@ class Operation(NamedTuple):
 
     check: from the inputs to the judge of a method's results, for an operation whose results plain PyTorch in fp64 does not determine;
     without it they are compared with EAGER's.
+    whole: for an operation that mixes all rows, EAGER with the logits of so many rows at a time, which is the truth in fp64. It may
+    return EXPONENTS too: numbers on the way to the results, which are made of their exponentials. Rounded in fp32, one of size B puts
+    B eps into every result, whoever computes it, and plain PyTorch's own error may by luck be less.
     """
 
     inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]]
     methods: dict[str, Callable[[str], Forward]]  # a loader takes the device
     rows: tuple[str, ...]
     check: Callable[[Tensors], Check] | None = None
+    whole: Callable[[int], Forward] | None = None
 
 
 def module(name: str, package: str) -> Any:
@@ -70,6 +77,16 @@ def module(name: str, package: str) -> Any:
 def here(forward: Forward) -> Callable[[str], Forward]:
     """A loader with nothing to load."""
     return lambda device: forward
+
+
+def compiled(forward: Forward) -> Callable[[str], Forward]:
+    def load(device: str) -> Forward:
+        compiler = os.environ.get("CXX", "g++")
+        if device == "cpu" and shutil.which(compiler) is None:
+            raise Absent(f"no C++ compiler ({compiler}), which torch.compile needs on a CPU")
+        return torch.compile(forward, dynamic=False, fullgraph=True)
+
+    return load
 
 
 def needs_gpu(device: str, kernels: str = "Triton") -> None:

@@ -82,6 +82,12 @@ def target_lines(case: Mapping[str, Any]) -> list[str]:
                 continue
             beyond = ours["peak_mib"] - ours["results_mib"]
             text, value = f"peak memory {ours['results_mib']:,.0f} MiB of results + {beyond:,.0f} MiB (target + {limit:g})", beyond
+        elif quantity == "growth":
+            if ours["longer_mib"] is None:
+                lines.append(f"{case['name']}: peak memory at {case['longer']} times the tokens was not measured")
+                continue
+            value = _over(ours["longer_mib"], ours["peak_mib"] - ours["results_mib"])
+            text = f"{ours['longer_mib']:,.0f} MiB beyond results at {case['longer']} x N, {value:.2f} times N's (target <= {limit:g})"
         elif other is None or other["refused"]:
             lines.append(f"{case['name']}: {quantity} against {over} was not measured: {other['refused'] if other else 'no such row'}")
             continue

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastalign.measure import Error, PeakMemoryUnavailable, Timing, interleaved, largest_error, peak_memory
 
 from .methods import OPERATIONS
-from .operation import COMPILED, EAGER, Absent, Ceiling, Check, Forward, Shape, Tensors, Verdict
+from .operation import COMPILED, EAGER, EXPONENTS, OURS, Absent, Ceiling, Check, Forward, Shape, Tensors, Verdict
 
 ROWS_AT_ONCE = 256  # of the truth in fp64
 ROUNDS = (3, 20)  # at least and at most, whatever the time of a case allows
@@ -26,6 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Target(NamedTuple):
     """What our row has to reach: quantity "time" or "error" as a multiple of another row's, or "memory" beyond its results in MiB.
 
+    "growth" is that memory at `Case.longer` times the tokens as a multiple of what it is at the case's own.
     "error" leaves the loss out, a single number that the other row may have right by luck.
     """
 
@@ -35,7 +36,10 @@ class Target(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One operation at one shape and dtype: which inputs are trained, the ceilings (ratios are to the first), and the targets."""
+    """One operation at one shape and dtype: which inputs are trained, the ceilings (ratios are to the first), and the targets.
+
+    longer: with memory, our row's is measured once more at so many times the tokens; 0: it is not.
+    """
 
     operation: str
     dtype: str
@@ -44,13 +48,14 @@ class Case(NamedTuple):
     targets: tuple[Target, ...]
     shape: Shape = Shape(2048, 576, 49152)  # SmolLM2-135M's head
     memory: bool = False
+    longer: int = 0
 
 
 class Row(NamedTuple):
     """What was found for a method or a ceiling. `refused` is the reason why it has no figures; empty: it has.
 
     errors: largest (absolute, relative) error of each result against fp64. results_mib: bytes of the results. peak_mib: peak memory
-    beyond the inputs, None where it was not measured.
+    beyond the inputs, None where it was not measured. longer_mib: that beyond inputs and results at `Case.longer` times the tokens.
     """
 
     refused: str = ""
@@ -58,6 +63,7 @@ class Row(NamedTuple):
     errors: Mapping[str, Error] = {}
     results_mib: float | None = None
     peak_mib: float | None = None
+    longer_mib: float | None = None
 
 
 class Measured(NamedTuple):
@@ -81,7 +87,7 @@ def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | No
         tensors[name].requires_grad_()
     if not case.trained:
         return tensors, None
-    if case.operation.endswith("cross_entropy"):
+    if case.operation.endswith(("cross_entropy", "dpo", "kto")):
         return tensors, torch.ones((), device=device)
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(case.shape.N, generator=generator).to(DTYPES[case.dtype])  # rounded, so that every method is given the same
@@ -103,6 +109,8 @@ def run(forward: Forward, tensors: Mapping[str, Tensor], upstream: Tensor | None
 def truth(case: Case, tensors: Mapping[str, Tensor], upstream: Tensor | None) -> dict[str, Tensor]:
     """Plain PyTorch in fp64, some rows at a time: token results are put end to end, sums over tokens are added up."""
     operation = OPERATIONS[case.operation]
+    if operation.whole:
+        return run(operation.whole(ROWS_AT_ONCE), {name: _widened(tensor) for name, tensor in tensors.items()}, upstream)
     forward = operation.methods[EAGER](tensors["ids"].device.type)
     shared = {name: _widened(tensor) for name, tensor in tensors.items() if name not in operation.rows}
     parts: dict[str, list[Tensor]] = {}
@@ -148,6 +156,8 @@ def checker(case: Case, tensors: dict[str, Tensor], upstream: Tensor | None) -> 
         return operation.check(tensors)
     true = truth(case, tensors, upstream)
     scales = {key: value.double().abs().amax().item() for key, value in true.items()}
+    exponent = scales.get(EXPONENTS, 0.0)
+    scales = {key: scale * (1 + exponent) for key, scale in scales.items()}
     eager = largest_error(run(operation.methods[EAGER](next(iter(tensors.values())).device.type), tensors, upstream), true)
 
     def check(results: Tensors) -> Verdict:
@@ -192,6 +202,7 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
     rounds = int(min(max(seconds / sum(timing.median for timing in first.values()), ROUNDS[0]), ROUNDS[1]))
     for row, timing in interleaved(functions, rounds - 1, warmup=0).items():
         rows[row] = rows[row]._replace(timing=Timing.of([*first[row].seconds, *timing.seconds]))
+    per_token = _mib({name: tensors[name] for name in case.trained if name in OPERATIONS[case.operation].rows})  # of the results
     functions.clear()  # and with them the inputs
     del tensors
     notes = []
@@ -202,6 +213,10 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
             with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
                 for method, peak in zip(fine, pool.map(lambda method: _peak(case, method, device), fine)):
                     rows[method] = rows[method]._replace(peak_mib=peak)
+            ours = rows[OURS]
+            if case.longer and ours.results_mib is not None and ours.peak_mib is not None:
+                peak = _peak(case._replace(shape=case.shape._replace(N=case.longer * case.shape.N)), OURS, device)
+                rows[OURS] = ours._replace(longer_mib=peak - ours.results_mib - (case.longer - 1) * per_token)
         except PeakMemoryUnavailable as reason:
             notes.append(str(reason))
     return Measured(name, case, rows, notes)
@@ -242,6 +257,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
         "dtype": case.dtype,
         "trained": list(case.trained),
         "shape": case.shape._asdict(),
+        "longer": case.longer,
         "ceilings": list(case.ceilings),
         "targets": [target._asdict() for target in case.targets],
         "notes": measured.notes,
@@ -252,6 +268,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
                 "errors": {key: error._asdict() for key, error in row.errors.items()},
                 "results_mib": row.results_mib,
                 "peak_mib": row.peak_mib,
+                "longer_mib": row.longer_mib,
             }
             for name, row in measured.rows.items()
         },

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_sampling, methods, report, sampling_methods, suite
+from bench import bench_sampling, methods, preference_methods, report, sampling_methods, suite
 from bench.__main__ import slug
 from bench.methods import OPERATIONS
 from bench.operation import EAGER, OURS, Absent, Forward, Shape
@@ -22,7 +22,7 @@ from fastalign.measure import Error, PeakMemoryUnavailable, largest_error
 
 ROOT = Path(__file__).parents[1]
 TINY = Shape(48, 32, 333)
-FILES = ("linear_cross_entropy", "linear_logprobs", "token_stats", "cross_entropy")
+FILES = ("linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "token_stats", "cross_entropy")
 INSTALLED = {
     package: importlib.util.find_spec(package) is not None for package in ("pytest_benchmark", "liger_kernel", "trl", "transformers")
 }
@@ -134,6 +134,40 @@ def test_a_wrong_method_is_refused_and_not_timed(three_methods: dict[str, int]) 
     assert set(timed) == {"copy", OURS, EAGER} and set(timed.values()) <= set(range(suite.ROUNDS[0], suite.ROUNDS[1] + 1))
 
 
+@pytest.mark.parametrize("name", ["linear_dpo fp32", "linear_kto fp32"])
+def test_a_preference_loss_with_other_maths_is_wrong(name: str) -> None:
+    """The allowance for rounded log-probabilities is small beside what an average, another beta or a lost row would change."""
+    case = CASES[name]._replace(shape=TINY)
+    tensors, upstream = suite.make_inputs(case, "cpu")
+    check = suite.checker(case, tensors, upstream)
+    eager = OPERATIONS[case.operation].methods[EAGER]("cpu")
+    right = suite.run(eager, tensors, upstream)
+    assert not check(right).refused
+    for key, factor in {"loss": 1 + 1e-4, "d hidden": 1 + 1e-4, "d weight": 1 - 1e-4}.items():
+        assert check({**right, key: right[key] * factor}).refused.startswith(f"wrong: {key} is off by"), key
+    swapped = {**tensors, "reference_hidden": tensors["reference_hidden"].roll(TINY.N // preference_methods.ROWS, 0)}
+    assert check(suite.run(eager, swapped, upstream)).refused.startswith("wrong: loss is off by")
+    no_gradient_of_the_last_row = right["d hidden"].clone()
+    no_gradient_of_the_last_row[-12:] = 0
+    assert check({**right, "d hidden": no_gradient_of_the_last_row}).refused.startswith("wrong: d hidden is off by")
+
+
+def test_rounding_one_large_log_prob_is_allowed_for_and_no_more() -> None:
+    """At 512 tokens a row log-probabilities are -6600: one rounding of those to fp32 moves the loss by 2e-5, plain PyTorch's or not."""
+    case = CASES["linear_dpo fp32"]._replace(shape=Shape(2048, 8, 400))
+    tensors, upstream = suite.make_inputs(case, "cpu")
+    widened = {key: t.detach().double() if t.is_floating_point() else t for key, t in tensors.items()}
+    true = suite.truth(case, tensors, upstream)
+    exponents = true["exponents"].abs().amax().item()
+    assert 0.1 * 400 * 6 < exponents < 0.1 * 512 * 12
+    check = suite.checker(case, tensors, upstream)
+    rounded = (true["exponents"] / preference_methods.BETA).float().double()
+    loss = preference_methods._dpo(rounded[:4], rounded[4:], widened).mean()
+    assert loss != true["loss"] and not check({"loss": loss.float()}).refused
+    halved = (true["exponents"] / preference_methods.BETA).bfloat16().double()
+    assert check({"loss": preference_methods._dpo(halved[:4], halved[4:], widened).mean().float()}).refused
+
+
 def test_results_with_nan_are_wrong() -> None:
     nan, fine = Error(float("nan"), float("nan")), Error(1e-6, 1e-6)
     results = {"d logits": torch.zeros(4)}
@@ -170,6 +204,28 @@ def test_a_report_renders_from_what_was_measured(three_methods: dict[str, int], 
     assert [verdict.rpartition(": ")[2] for verdict in verdicts[:4]] == ["met", "missed", "met", "met"]
     assert "tiny case: peak memory 0 MiB of results + 5 MiB (target + 96)" in verdicts[2]
     assert "time against wrong was not measured: wrong: d logits" in verdicts[4]
+
+
+def test_memory_at_more_tokens_is_measured_of_our_row_alone(three_methods: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    table = {key: OPERATIONS["linear_dpo"].methods[key] for key in (OURS, EAGER)}
+    monkeypatch.setitem(OPERATIONS, "linear_dpo", OPERATIONS["linear_dpo"]._replace(methods=table))
+
+    def peak(target: str, arguments: dict[str, object], **_: object) -> float:
+        asked.append((arguments["method"], Shape(*arguments["shape"]).N))  # type: ignore[misc]
+        gradients = (asked[-1][1] + TINY.V) * TINY.H * 4 / 2**20
+        return gradients + (1.6 if asked[-1][1] > TINY.N else 1.25)
+
+    monkeypatch.setattr(suite, "peak_memory", peak)
+    case = CASES["linear_dpo fp32"]._replace(shape=TINY, targets=(Target("memory", 128), Target("growth", 1.3), Target("growth", 1.2)))
+    measured = suite.measure("tiny", case, "cpu", seconds=0.01)
+    assert sorted(asked) == sorted([(OURS, TINY.N), (EAGER, TINY.N), (OURS, 8 * TINY.N)])
+    assert measured.rows[OURS].longer_mib == pytest.approx(1.6, abs=1e-4) and measured.rows[EAGER].longer_mib is None
+    rendered = json.loads(json.dumps(suite.as_json(measured)))
+    text = "2 MiB beyond results at 8 x N, 1.28 times N's"
+    assert report.target_lines(rendered)[1:] == [f"tiny: {text} (target <= {limit}" for limit in ("1.3): met", "1.2): missed")]
+    rendered["rows"][OURS]["longer_mib"] = None
+    assert report.target_lines(rendered)[1] == "tiny: peak memory at 8 times the tokens was not measured"
 
 
 @pytest.mark.parametrize("name", bench_sampling.CASES)
