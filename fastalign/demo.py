@@ -1,89 +1,53 @@
-"""`fastalign demo`: pre-training and SFT of a small Llama on real text, on a CPU in minutes, and a report of what came of it.
+"""`fastalign demo`: a small Llama pre-trained, tuned and aligned on real text, on a CPU in minutes, and a report of what came of it.
 
     fastalign demo                                  # writes runs/demo/report.md
     fastalign demo --steps 800 --seed 1 --output-dir runs/longer
 
 From 10,605 movie-review sentences (`demo_data` says where they come from) it trains a byte-level BPE tokenizer and a language model on all
-but 1,000, then tunes that on prompt -> continuation of the positively rated ones. The report has the loss curves, samples, the sentiment of
-the completions before and after, and this library's head beside plain PyTorch.
+but 1,000, then tunes that on prompt -> continuation of the positively rated ones. `demo_align` trains a reward model on the ratings, and
+policies by DPO and KTO on the tuned model's own samples. The report has the curves, samples, the sentiment of the completions before and
+after, reward against KL for every policy, and this library's head beside plain PyTorch.
 """
 
 import argparse
 import dataclasses
 import json
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from . import demo_report, rollout
+from . import demo_align, demo_report
 from .data import DataError
-from .demo_data import chats_of, cut, fetch, read_sentences, split, texts_of, train_tokenizer, write_rows
-from .demo_report import STAGES, Completion, Outcome, Shape
+from .demo_data import chats_of, cut, fetch, prompts_of, rated_pairs, read_sentences, split, texts_of, train_tokenizer, write_rows
+from .demo_report import STAGES, Completion, Outcome
+from .demo_settings import ROW_TOKENS, Settings, bar, draw, part, shared
 from .stages import pretrain, sft
-from .stages.report import PROGRESS_SECONDS
 
 VOCABULARY = 2048
 MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
-# A row holds 3.5 sentences of 36.5 tokens, so that nine hold 32; the longest sentence has 96.
-ROW_TOKENS, BATCH_ROWS = 128, 9
-RECIPE = {
-    "batch_size": BATCH_ROWS,
-    "schedule": "linear",
-    "final_fraction": 0.1,
-    "weight_decay": 0.05,
-    "max_grad_norm": 1.0,
-    "attention": "sdpa",
-    "device": "cpu",
-}
-GENERATED = 128  # completions in a batch
 MARKER = "demo.json"  # tells a folder of the demo, whose contents a new run replaces, from any other
-MADE = ("rows", "tokenizer", "pretrain", "sft", "report.md", "pretrain.png", "sft.png", "completions.jsonl")
+MADE = ("rows", "tokenizer", "reference", *STAGES, *demo_align.TITLES, "report.md", "completions.jsonl", "samples.jsonl")
+MADE += (*(f"{stage}.png" for stage in STAGES), *demo_align.PLOTS)
 THREADS_HELP = (
     "threads of torch (default: 1; on a small machine shared with anything else, torch with two threads was measured 3 to 8 times slower)"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The options of the command line, and what tests make smaller."""
-
-    output_dir: Path = Path("runs/demo")
-    steps: int = 400
-    """Optimizer steps of pre-training; SFT takes 3/8 as many, one pass over the positive sentences by default."""
-    data: Path | None = None
-    """A copy of the sentences in place of fetching them."""
-    seed: int = 0
-    threads: int = 1
-    held_out: int = 1000
-    prompts: int = 512
-    """Prompts, of held-out sentences, that are completed before and after SFT."""
-    new_tokens: int = 40
-    """Longest completion."""
-    shapes: tuple[Shape, ...] = demo_report.SHAPES
-    """Shapes of the head that are measured."""
-
-    @property
-    def sft_steps(self) -> int:
-        """Optimizer steps of SFT."""
-        return max(1, self.steps * 3 // 8)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; what is wrong with the options or the data ends it with status 2 and a line that says so."""
     defaults = Settings()
     parser = argparse.ArgumentParser(
-        prog="fastalign demo", description="Pre-training and SFT on real text at toy scale, with a report.", allow_abbrev=False
+        prog="fastalign demo",
+        description="Pre-training, SFT, a reward model, DPO and KTO on real text at toy scale, with a report.",
+        allow_abbrev=False,
     )
     parser.add_argument("--output-dir", type=Path, default=defaults.output_dir, metavar="DIR", help=f"default: {defaults.output_dir}")
     parser.add_argument(
@@ -98,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     disable_progress_bar()  # those of loading and saving, which would break into the demo's own
-    run(settings, prepared)
+    try:
+        run(settings, prepared)
+    except DataError as error:  # the tuned model's own samples, which may give nothing to learn from
+        parser.error(str(error))
 
 
 def _natural(text: str, least: int = 0) -> int:
@@ -112,11 +79,15 @@ def _positive(text: str) -> int:
 
 
 class Prepared(NamedTuple):
-    """What a run starts from: the tokenizer, the rows of each file, prompts to complete; and the seconds that making them took."""
+    """What a run starts from, and the seconds that making it took.
+
+    The tokenizer; the rows of each file; prompts of held-out sentences, to judge models by; others, whose completions policies learn from.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     rows: dict[str, list[dict[str, Any]]]
     prompts: list[str]
+    sampled: list[str]
     seconds: float
 
 
@@ -143,7 +114,19 @@ def prepare(settings: Settings) -> Prepared:
             f"{source}: {len(rows['sft_train'])} sentences to tune on, {len(rows['sft_held_out'])} held out and {len(prompts)} prompts; "
             "at least 1, 1 and 2 are needed: positively rated ones and prompts of at least 5 tokens with a continuation"
         )
-    return Prepared(tokenizer, rows, prompts, time.perf_counter() - began)
+    rows |= {
+        "reward_train": rated_pairs(train, rounds=2, seed=settings.seed),
+        "reward_held_out": rated_pairs(held_out, rounds=1, seed=0),
+    }
+    sampled = prompts_of(
+        train, tokenizer, besides={parts[0] for parts in cuts if parts is not None}, most=settings.sampled, seed=settings.seed
+    )
+    if not rows["reward_train"] or not rows["reward_held_out"] or not sampled:
+        raise DataError(
+            f"{source}: {len(rows['reward_train'])} pairs of positively and negatively rated sentences to train on, "
+            f"{len(rows['reward_held_out'])} held out and {len(sampled)} prompts beside the held-out ones; at least 1 of each is needed"
+        )
+    return Prepared(tokenizer, rows, prompts, sampled, time.perf_counter() - began)
 
 
 def run(settings: Settings, prepared: Prepared) -> Outcome:
@@ -156,15 +139,16 @@ def run(settings: Settings, prepared: Prepared) -> Outcome:
     for name, rows in prepared.rows.items():
         write_rows(folder / "rows" / f"{name}.jsonl", rows)
     seconds = {"text and tokenizer": prepared.seconds}
-    with _part(STAGES["pretrain"], seconds):
+    with part(STAGES["pretrain"], seconds):
         pretrain.run(pretrain_config(settings))
-    with _part(STAGES["sft"], seconds):
+    with part(STAGES["sft"], seconds):
         sft.run(sft_config(settings))
-    with _part("completions", seconds):
+    with part("completions", seconds):
         completions = complete(settings, prepared.tokenizer, prepared.prompts)
         write_rows(folder / "completions.jsonl", [completion._asdict() for completion in completions])
-    with _part("this head beside plain PyTorch", seconds):
-        heads = [head for shape in _bar(settings.shapes, unit="shape") for head in demo_report.measure_heads(shape)]
+    alignment = demo_align.align(settings, prepared.tokenizer, prepared.sampled, prepared.prompts, seconds)
+    with part("this head beside plain PyTorch", seconds):
+        heads = [head for shape in bar(settings.shapes, unit="shape") for head in demo_report.measure_heads(shape)]
     outcome = Outcome(
         folder=folder,
         data=settings.data,
@@ -175,6 +159,7 @@ def run(settings: Settings, prepared: Prepared) -> Outcome:
         seconds=seconds,
         curves={stage: demo_report.read_curve(folder / stage / "metrics.jsonl") for stage in STAGES},
         completions=completions,
+        alignment=alignment,
         heads=heads,
     )
     demo_report.write(outcome)
@@ -194,18 +179,6 @@ def _clear(folder: Path) -> None:
             path.unlink()
 
 
-def _bar(*arguments: Any, **options: Any) -> tqdm:
-    return tqdm(*arguments, mininterval=0.2 if sys.stderr.isatty() else PROGRESS_SECONDS, **options)
-
-
-@contextmanager
-def _part(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    print(f"== {name}", flush=True)
-    began = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - began
-
-
 def pretrain_config(settings: Settings) -> pretrain.PretrainConfig:
     """Pre-training from scratch on whole sentences, packed into rows in which they do not see each other."""
     folder = settings.output_dir
@@ -216,9 +189,9 @@ def pretrain_config(settings: Settings) -> pretrain.PretrainConfig:
         output_dir=str(folder / "pretrain"),
         model_config=MODEL,
         sequence_length=ROW_TOKENS,
-        max_steps=settings.steps,
         learning_rate=3e-3,
-        **_shared(settings, settings.steps),
+        eval_every=max(1, settings.steps // 8),
+        **shared(settings, settings.steps),
     )
 
 
@@ -232,14 +205,10 @@ def sft_config(settings: Settings) -> sft.SFTConfig:
         output_dir=str(folder / "sft"),
         max_length=ROW_TOKENS,
         packing=True,
-        max_steps=settings.sft_steps,
         learning_rate=3e-3,
-        **_shared(settings, settings.sft_steps),
+        eval_every=max(1, settings.sft_steps // 8),
+        **shared(settings, settings.sft_steps),
     )
-
-
-def _shared(settings: Settings, steps: int) -> dict[str, Any]:
-    return RECIPE | {"warmup_steps": min(20, steps), "eval_every": max(1, steps // 8), "seed": settings.seed}
 
 
 def complete(settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[Completion]:
@@ -251,28 +220,16 @@ def complete(settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Se
     shown = prompts[: demo_report.SHOWN]
     ways = [("greedy", shown, 0.0), ("sampled", prompts, demo_report.TEMPERATURE)]
     completions = []
-    with _bar(total=len(STAGES) * (len(shown) + len(prompts)), unit="completion") as bar:
+    with bar(total=len(STAGES) * (len(shown) + len(prompts)), unit="completion") as progress:
         for stage in STAGES:
-            model = AutoModelForCausalLM.from_pretrained(settings.output_dir / stage / "model").eval()
+            model = demo_align.load(settings, stage)
             for way, own, temperature in ways:
-                for first in range(0, len(own), GENERATED):
-                    batch = own[first : first + GENERATED]
-                    inputs = tokenizer(list(batch), return_tensors="pt", padding=True, return_token_type_ids=False)
-                    drawn = rollout.generate(
-                        model,
-                        inputs["input_ids"],
-                        inputs["attention_mask"],
-                        max_new_tokens=settings.new_tokens,
-                        seed=settings.seed,
-                        sequence_ids=torch.arange(first, first + len(batch)),
-                        eos_id=tokenizer.eos_token_id,
-                        pad_id=tokenizer.pad_token_id,
-                        temperature=temperature,
-                    )
+                options = {"max_new_tokens": settings.new_tokens, "seed": settings.seed, "temperature": temperature}
+                for batch, _, drawn in draw(model, tokenizer, own, **options):
                     texts = tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)
                     for prompt, text in zip(batch, texts, strict=True):
                         completions.append(Completion(stage, way, prompt, text, judge.polarity_scores(text)["compound"]))
-                    bar.update(len(batch))
+                    progress.update(len(batch))
     return completions
 
 

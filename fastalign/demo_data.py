@@ -13,7 +13,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,9 @@ SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
 INNER_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 INNER_FILE = "movieReviewSnippets_GroundTruth.txt"
 RATINGS = (-4.0, 4.0)
-POSITIVE = 0.5  # a mean rating from here on counts as positive
+POSITIVE = 0.5  # a mean rating from here on counts as positive, one from minus this down as negative
+GAP = 0.2  # of VADER's scores, from which one completion is preferred to another
+GOOD, BAD = 0.4, 0.05  # a completion that scores more is desirable, one that scores less is not: VADER calls 0.05 and more positive
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 # What a user says and what the assistant says to it are one text, so that a base model and a tuned one see the same prompt.
 CHAT_TEMPLATE = (
@@ -43,6 +45,14 @@ class Sentence(NamedTuple):
 
     rating: float
     text: str
+
+
+class Sample(NamedTuple):
+    """A model's completion of a prompt, and VADER's compound sentiment of that, in [-1, 1]."""
+
+    prompt: str
+    text: str
+    sentiment: float
 
 
 def fetch(folder: Path) -> Path:
@@ -201,6 +211,65 @@ def chats_of(sentences: Iterable[Sentence], tokenizer: PreTrainedTokenizerBase) 
     cuts = [cut(tokenizer, sentence.text) for sentence in sentences if sentence.rating >= POSITIVE]
     roles = ("user", "assistant")
     return [{"messages": [{"role": role, "content": part} for role, part in zip(roles, parts)]} for parts in cuts if parts is not None]
+
+
+def rated_pairs(sentences: Iterable[Sentence], *, rounds: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of `prompt` (a line break), `chosen` and `rejected`: sentences rated positively against others rated negatively, at random.
+
+    In each round every sentence of the rarer kind is in one pair, and none of the other kind is in two.
+    """
+    kinds: tuple[list[str], list[str]] = ([], [])
+    for sentence in sentences:
+        if abs(sentence.rating) >= POSITIVE:
+            kinds[sentence.rating < 0].append(sentence.text)
+    chance, fewest = random.Random(seed), min(map(len, kinds))
+    drawn = ((chance.sample(kind, fewest) for kind in kinds) for _ in range(rounds))
+    pairs = (pair for good, bad in drawn for pair in zip(good, bad, strict=True))
+    return [{"prompt": "\n", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs if chosen != rejected]
+
+
+def prompts_of(
+    sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, *, besides: Collection[str], most: int, seed: int
+) -> list[str]:
+    """Up to `most` prompts of sentences drawn at random, no two alike and none of them in `besides`."""
+    found: dict[str, None] = {}
+    for sentence in random.Random(seed).sample(sentences, len(sentences)):
+        parts = cut(tokenizer, sentence.text) if len(found) < most else None
+        if parts is not None and parts[0] not in besides:
+            found[parts[0]] = None
+    return list(found)
+
+
+def preferred(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """Rows of `prompt`, `chosen` and `rejected`: the best completion of a prompt and its worst, the second best and the second worst, ...
+
+    where the gap of their sentiment exceeds GAP.
+    """
+    rows = []
+    for prompt, own in _by_prompt(samples).items():
+        ranked = sorted(own, key=lambda sample: sample.sentiment)
+        for worse, better in zip(ranked[: len(ranked) // 2], reversed(ranked)):
+            if better.sentiment - worse.sentiment > GAP:
+                rows.append({"prompt": prompt, "chosen": better.text, "rejected": worse.text})
+    return rows
+
+
+def labels_of(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """Rows of `prompt`, `completion` and `label`, of the completions that are clearly positive or are not positive."""
+    judged = [sample for sample in samples if not BAD <= sample.sentiment <= GOOD]
+    return [{"prompt": own.prompt, "completion": own.text, "label": own.sentiment > GOOD} for own in judged]
+
+
+def _by_prompt(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.prompt, []).append(sample)
+    return groups
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from fastalign_kernels import linear_cross_entropy
 
 from .measure import PeakMemoryUnavailable, interleaved, largest_error, machine, peak_memory
+
+if TYPE_CHECKING:
+    from .demo_align import Alignment
 
 LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 TEMPERATURE = 0.7  # of the sampled completions
@@ -106,6 +109,7 @@ class Outcome:
     seconds: Mapping[str, float]
     curves: Mapping[str, Curve]
     completions: Sequence[Completion]
+    alignment: "Alignment"
     heads: Sequence[Head]
 
     def sentiment(self, stage: str) -> Mean:
@@ -227,6 +231,7 @@ def key_figures(outcome: Outcome) -> list[str]:
         f"Sentiment of sampled completions: {outcome.sentiment('pretrain')} before SFT, {outcome.sentiment('sft')} after; "
         f"gain {outcome.gain()}"
     )
+    lines += outcome.alignment.key_figures()
     for shape in dict.fromkeys(own.shape for own in outcome.heads):
         own = [f"{head.method} {head.milliseconds:,.0f} ms{_memory(head)}" for head in outcome.heads if head.shape == shape]
         lines.append(f"Head at {shape}: {'; '.join(own)}")
@@ -241,6 +246,7 @@ def write(outcome: Outcome) -> None:
     """Write report.md and the plots beside it."""
     for stage, title in STAGES.items():
         plot(outcome.curves[stage], title, outcome.folder / f"{stage}.png")
+    outcome.alignment.plot(outcome.folder)
     (outcome.folder / "report.md").write_text("\n".join(_lines(outcome)) + "\n", encoding="utf-8")
 
 
@@ -278,6 +284,7 @@ def _lines(outcome: Outcome) -> list[str]:
     lines += [*table(("prompt", "way", "before SFT", "after SFT"), sample_rows(outcome.completions)), ""]
     lines += ["## Sentiment", "", SENTIMENT_NOTE.format(prompts=prompts)]
     lines += [*table(("before SFT", "after SFT", "gain, prompt by prompt"), [sentiment]), ""]
+    lines += outcome.alignment.report()
     lines += ["## This head and plain PyTorch", "", HEAD_NOTE]
     lines += [*table(("shape", "method", "time, ms", "peak, MiB", "of it gradients, MiB", "error"), head_rows(outcome.heads)), ""]
     lines += ["## Time and machine", "", *table(("part", "seconds"), [*seconds, ("together", f"{sum(outcome.seconds.values()):.1f}")]), ""]
@@ -300,7 +307,8 @@ def _commands(outcome: Outcome) -> list[str]:
     folder = outcome.folder
     again = ["fastalign", "demo", "--output-dir", str(folder), "--steps", str(outcome.steps), "--seed", str(outcome.seed)]
     again += ["--threads", str(outcome.threads), *(["--data", str(outcome.data)] if outcome.data else [])]
-    alone = [["fastalign", stage, "--config", f"{folder}/{stage}/config.yaml", f"output_dir={folder}-{stage}"] for stage in STAGES]
+    runs = [*STAGES, *outcome.alignment.lines]  # each is named after its stage, and what sets it apart
+    alone = [["fastalign", run.split("-")[0], "--config", f"{folder}/{run}/config.yaml", f"output_dir={folder}-{run}"] for run in runs]
     # `fastalign demo` sets the number of threads itself; rounding, and so the figures' last digits, depend on it.
     return [shlex.join(again), *(f"OMP_NUM_THREADS={outcome.threads} {shlex.join(command)}" for command in alone)]
 

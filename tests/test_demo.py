@@ -16,8 +16,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from fastalign import data, demo, demo_data, demo_report
-from fastalign.demo_data import Sentence, cut, fetch, read_sentences, split, train_tokenizer
+from fastalign import data, demo, demo_align, demo_data, demo_report
+from fastalign.demo_align import Alignment, Policy
+from fastalign.demo_data import Sample, Sentence, cut, fetch, read_sentences, split, train_tokenizer
 from fastalign.demo_report import Completion, Head, Shape
 
 GOOD = ["warm", "bright", "lovely", "great", "fine"]
@@ -206,6 +207,42 @@ def test_the_tuned_rows_are_of_positive_sentences_only(tokenizer: PreTrainedToke
     assert {tuple(turn["role"] for turn in row["messages"]) for row in rows} == {("user", "assistant")}
 
 
+def test_rated_pairs_set_good_sentences_against_bad_ones() -> None:
+    sentences = [Sentence(rating, f"{rating} {number}") for number in range(5) for rating in (-2, -0.5, -0.4, 0.4, 0.5)]
+    rows = demo_data.rated_pairs(sentences, rounds=3, seed=1)
+    assert len(rows) == 15 and all(row["prompt"] == "\n" and row["chosen"].startswith("0.5 ") for row in rows)
+    assert {row["rejected"].split()[0] for row in rows} == {"-2", "-0.5"}
+    for first in range(0, 15, 5):
+        own = rows[first : first + 5]
+        assert len({row["chosen"] for row in own}) == len({row["rejected"] for row in own}) == 5
+    assert rows == demo_data.rated_pairs(sentences, rounds=3, seed=1) != demo_data.rated_pairs(sentences, rounds=3, seed=2)
+
+
+def test_prompts_to_learn_from_are_none_of_those_to_judge_by(tokenizer: PreTrainedTokenizerFast) -> None:
+    parts = [cut(tokenizer, own.text) for own in SENTENCES]
+    held_out = {part[0] for part in parts[:40] if part is not None}
+    found = demo_data.prompts_of(SENTENCES, tokenizer, besides=held_out, most=1000, seed=0)
+    assert len(found) == len(set(found)) > 50 and sorted(found) == sorted({part[0] for part in parts if part is not None} - held_out)
+    assert demo_data.prompts_of(SENTENCES, tokenizer, besides=held_out, most=7, seed=0) == found[:7]
+
+
+def test_samples_become_pairs_and_labels_by_their_sentiment() -> None:
+    samples = [Sample("p", text, score) for text, score in (("a", 0.3), ("b", 0.9), ("c", -0.5), ("d", 0.0), ("e", 0.05))]
+    samples += [Sample("q", "f", 0.4), Sample("q", "g", 0.21), Sample("r", "h", 0.5)]
+    assert demo_data.preferred(samples) == [
+        {"prompt": "p", "chosen": "b", "rejected": "c"},
+        {"prompt": "p", "chosen": "a", "rejected": "d"},
+    ]
+    labels = [(row["prompt"], row["completion"], row["label"]) for row in demo_data.labels_of(samples)]
+    assert labels == [("p", "b", True), ("p", "c", False), ("p", "d", False), ("r", "h", True)]
+
+
+def test_the_lexicon_is_right_on_pairs_it_orders_and_half_right_on_ties() -> None:
+    texts = [("good", "bad"), ("bad", "good"), ("a film", "the film"), ("great", "dull")]
+    rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts]
+    assert demo_align.lexicon_accuracy(rows, demo_align.SentimentIntensityAnalyzer()) == 0.625
+
+
 def test_mean_and_standard_error() -> None:
     found = demo_report.mean([1.0, 2.0, 4.0, 5.0])
     assert found.value == 3.0 and math.isclose(found.error, math.sqrt(10 / 3 / 4))
@@ -231,7 +268,15 @@ def test_the_tables_and_key_figures() -> None:
         ("p", "sampled", "pretrain sampled p", "sft sampled p"),
     ]
     curves = {stage: demo_report.Curve([(1, 6.0)], [(0, 7.0), (1, 5.5)]) for stage in ("pretrain", "sft")}
-    outcome = demo_report.Outcome(Path("x"), None, 1, 0, 1, counts, {}, curves, completions, heads)
+    policies = [Policy("SFT", [0.1, 0.3], [0.0, 0.0], [("p", "a")]), Policy("DPO", [0.3, 0.7], [1.0, 2.0, 3.0], [("p", "b")])]
+    alignment = Alignment({"reward": [{"step": 1, "eval/accuracy": 0.75}]}, 0.5, {"reward_held_out": 4}, policies)
+    assert alignment.key_figures() == [
+        "Reward model: 0.750 of 4 held-out pairs in the right order; VADER's lexicon 0.500",
+        "SFT: mean sentiment of held-out prompts 0.200 ± 0.100, KL to SFT 0.000 ± 0.000 nats",
+        "DPO: mean sentiment of held-out prompts 0.500 ± 0.200 (SFT's +0.300 ± 0.100), KL to SFT 2.000 ± 0.577 nats",
+    ]
+    outcome = demo_report.Outcome(Path("x"), None, 1, 0, 1, counts, {}, curves, completions, alignment, heads)
+    assert set(alignment.key_figures()) < set(demo_report.key_figures(outcome))
     assert demo_report.key_figures(outcome)[-1] == "Head at N 1024, H 512, V 1024: fastalign 1,235 ms, 170 MiB; plain PyTorch 2 ms"
 
 
@@ -303,8 +348,26 @@ def test_sentences_without_positive_ones_are_refused_before_anything_is_trained(
         demo.prepare(demo.Settings(tmp_path / "out", data=file, held_out=20))
 
 
+def test_sentences_without_negative_ones_and_samples_without_sentiment_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    file = tmp_path / "sentences.txt"
+    file.write_bytes(lines_of([own for own in SENTENCES if own.rating > -0.5]))
+    with pytest.raises(
+        data.DataError, match=r"0 pairs of positively and negatively rated sentences to train on, 0 held out and \d+ prompts"
+    ):
+        demo.prepare(demo.Settings(tmp_path / "out", data=file, held_out=20))
+    monkeypatch.setattr(demo_align.reward, "run", lambda config: {})
+    monkeypatch.setattr(demo_align, "sample", lambda *arguments: [Sample("p", "a", 0.0), Sample("p", "b", 0.0)])
+    settings = demo.Settings(tmp_path / "out", data=file)
+    (settings.output_dir / "rows").mkdir()
+    with pytest.raises(data.DataError, match="2 completions by the tuned model: 0 pairs to learn from, 0 good ones and 2 others"):
+        demo_align.align(settings, tokenizer, [], [], {})
+
+
 def short_run(folder: Path, data: Path, *shapes: Shape) -> demo_report.Outcome:
-    settings = demo.Settings(folder, steps=12, data=data, held_out=24, prompts=8, new_tokens=6, shapes=shapes)
+    small = {"held_out": 24, "prompts": 8, "new_tokens": 6, "sampled": 30, "policy_tokens": 24, "shapes": shapes}
+    settings = demo.Settings(folder, steps=24, data=data, **small)  # type: ignore[arg-type]
     return demo.run(settings, demo.prepare(settings))
 
 
@@ -312,7 +375,7 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(tmp_pa
     folder, archive = tmp_path / "out", archive_of(lines_of(SENTENCES), tmp_path / "sentences.zip")
     outcome = short_run(folder, archive, Shape(64, 16, 97))
     printed = capsys.readouterr().out
-    for stage, steps in (("pretrain", 12), ("sft", 4)):
+    for stage, steps in (("pretrain", 24), ("sft", 9)):
         curve = outcome.curves[stage]
         assert [step for step, _ in curve.training] == list(range(1, steps + 1))
         assert (curve.held_out[0][0], curve.held_out[-1][0]) == (0, steps)
@@ -336,10 +399,30 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(tmp_pa
         assert f"- {line}" in report and line in printed
     for part in ("![Pre-training](pretrain.png)", "![SFT](sft.png)", "N 64, H 16, V 97 | fastalign", "| torch | ", "--seed 0 --threads 1"):
         assert part in report
+    alignment = outcome.alignment
+    assert [policy.name for policy in alignment.policies] == ["SFT", "DPO, β 0.05", "DPO, β 0.5", "KTO, β 0.05"]
+    for policy in alignment.policies:
+        assert (len(policy.rewards), len(policy.kls)) == (4, 16)
+    sft, *others = alignment.policies
+    assert max(map(abs, sft.kls)) < 1e-4 and all(max(policy.kls) > 1e-3 for policy in others)
+    for name, steps in (("reward", 12), ("dpo-0.05", 7), ("dpo-0.5", 7), ("kto", 7)):
+        assert alignment.lines[name][-1]["step"] == steps and f"--config {folder}/{name}/config.yaml" in report
+    rows = {path.stem: demo_data.read_rows(path) for path in (folder / "rows").iterdir()}
+    held_out = {row["text"] for row in rows["held_out"]}
+    assert not held_out & {row[name] for row in rows["reward_train"] for name in ("chosen", "rejected")}
+    judged = {own.prompt for own in outcome.completions}
+    assert rows["pairs"] and rows["labels"] and not judged & {row["prompt"] for name in ("pairs", "labels") for row in rows[name]}
+    for part in ("![Reward against KL](reward-kl.png)", "![Curves](alignment.png)", "fastalign dpo --config", "## Samples of the policies"):
+        assert part in report
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in demo_align.PLOTS)
+    assert {path.name for path in folder.iterdir()} == {*demo.MADE, demo.MARKER}
     assert f"report: {folder / 'report.md'}" in printed and "replacing" not in printed
 
     (folder / "data").mkdir()
     (folder / "data" / "kept").write_text("x")
+    for name in ("reward", "dpo-0.5", "reference"):
+        (folder / name / "stale").write_text("x")
     again = short_run(folder, archive)
     assert "replacing the earlier demo" in capsys.readouterr().out and (folder / "data" / "kept").exists()
-    assert again.curves == outcome.curves and again.completions == outcome.completions
+    assert again.curves == outcome.curves and again.completions == outcome.completions and not list(folder.rglob("stale"))
+    assert again.alignment.policies == alignment.policies
