@@ -5,6 +5,7 @@ import importlib.util
 import math
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,10 @@ def counted(draw, x: torch.Tensor, draws: int = DRAWS, **options: object) -> tor
 
 @needs_native
 @pytest.mark.parametrize("case", DISTRIBUTIONS)
-def test_the_distribution(case: str, device: str) -> None:
+def test_the_distribution(case: str, device: str, request: pytest.FixtureRequest) -> None:
     x, options = DISTRIBUTIONS[case]
+    torch.set_num_threads(2)  # rows are all it has to share out; conftest sets 1
+    request.addfinalizer(lambda: torch.set_num_threads(1))
     drawn = counted(lambda rows, ids, o: sample(rows.to(device), seed=11, sequence_ids=ids.to(device), **o).token, x, **options)
     mass = kept_mass(x, **options)
     assert drawn[mass == 0].sum() == 0, "an id that is not kept was drawn"
@@ -278,12 +281,15 @@ def test_ids_24_nats_below_the_head_are_drawn(tmp_path: Path) -> None:
     tail = 87381
     x = torch.cat([torch.zeros(1), *(torch.full((tail,), -gap) for gap in (16.0, 20.0, 24.0))])
     library = compiled("g++", tmp_path, "-march=native")
-    counts = torch.zeros(4, dtype=torch.int64)
-    for first in range(0, DRAWS, 2**17):
+
+    def drawn(first: int) -> torch.Tensor:
         ids = torch.arange(first, first + 2**17)  # by name: the job has its address only
         job, found = job_of(x.expand(2**17, -1), 5, sequence_ids=ids)
         library.by_rows(ctypes.byref(job))
-        counts += torch.bincount((found.token + tail - 1) // tail, minlength=4)
+        return torch.bincount((found.token + tail - 1) // tail, minlength=4)
+
+    with ThreadPoolExecutor(2) as pool:
+        counts = torch.stack(list(pool.map(drawn, range(0, DRAWS, 2**17)))).sum(0)
     mass = torch.tensor([1.0, *(tail * math.exp(-gap) for gap in (16, 20, 24))], dtype=torch.float64)
     deviate = surprise(counts, mass / mass.sum())
     assert -5 < deviate < 4 and counts[3] > 0, (counts, mass / mass.sum() * DRAWS)
@@ -300,21 +306,22 @@ MUTANTS = {  # file, what is broken in it, and the test that must see it: "noise
 @needs_compiler
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_sampler_is_caught(mutant: str, tmp_path: Path) -> None:
-    """The same test passes with the source as it is and fails with its noise or a threshold broken."""
+    """A test that passes with the source as it is fails with its noise or a threshold broken."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     file, old, new, seen_by = MUTANTS[mutant]
 
-    def passes(name: str) -> bool:
+    def passes(root: Path, name: str) -> bool:
         (tmp_path / name).mkdir()
-        library = compiled("g++", tmp_path / name, "-march=native", root=tmp_path)
+        library = compiled("g++", tmp_path / name, "-march=native", root=root)
         return noise_is_right(library) if seen_by == "noise" else distribution_is_right(library, seen_by)
 
-    assert passes("whole")
     source = (tmp_path / "csrc" / file).read_text()
     assert source.count(old) == 1
     (tmp_path / "csrc" / file).write_text(source.replace(old, new))
-    assert not passes("broken")
+    with ThreadPoolExecutor(2) as pool:
+        whole, broken = pool.map(passes, (ROOT, tmp_path), ("whole", "broken"))
+    assert whole and not broken
 
 
 # Filters against transformers', in fp64.
