@@ -15,6 +15,13 @@ constexpr int L = 16;  // lanes
 FA_HD f32x16 splat(float x, f32x16) { return x - f32x16{}; }
 FA_HD f32x16 chosen(i32x16 yes, f32x16 a, f32x16 b) { return yes ? a : b; }
 FA_HD f32x16 power_of_two(f32x16 shifted) { return bit_cast<f32x16>((bit_cast<u32x16>(shifted) << 23) + 0x3f800000u); }
+#ifdef __AVX512F__  // three instructions of exp2 less: on Zen 5 a tempered row without filters takes 0.93 of the time
+FA_HD f32x16 nearest(f32x16 x, f32x16) { return (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FA_HD f32x16 scaled(f32x16 p, f32x16 n, f32x16) { return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n); }
+#else
+FA_HD f32x16 nearest(f32x16, f32x16 shifted) { return shifted - 12582912.0f; }
+FA_HD f32x16 scaled(f32x16 p, f32x16, f32x16 shifted) { return p * power_of_two(shifted); }
+#endif
 FA_HD f32x16 fused(f32x16 a, f32x16 b, f32x16 c) {
 #if defined(__AVX512F__)
   return (f32x16)__builtin_ia32_vfmaddps512_mask(a, b, c, uint16_t(-1), 4);

@@ -44,6 +44,9 @@ FA_HD float fraction(uint32_t high, uint32_t low) {  // (high 2^32 + (low | 1)) 
 FA_HD float power_of_two(float shifted) {  // 2^n for the n that the low mantissa bits of n + 1.5 * 2^23 hold
   return bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
 }
+// The integer nearest to x, and p 2^n, both exact, given shifted = x + 1.5 * 2^23.
+FA_HD float nearest(float, float shifted) { return shifted - 12582912.0f; }
+FA_HD float scaled(float p, float, float shifted) { return p * power_of_two(shifted); }
 
 }  // namespace FASTALIGN_TARGET
 }  // namespace fastalign
@@ -63,7 +66,7 @@ template <class F> FA_HD F clamped(F t) {
 }
 template <class F> FA_HD F exp2_of(F t) {
   const F whole = clamped(t), shifted = whole + splat(12582912.0f, t);
-  const F r = whole - (shifted - splat(12582912.0f, t));
+  const F n = nearest(whole, shifted), r = whole - n;
   F p = splat(0.00015353361959569156f, t);
   p = fused(p, r, splat(0.0013398875016719103f, t));
   p = fused(p, r, splat(0.00961843691766262f, t));
@@ -71,7 +74,7 @@ template <class F> FA_HD F exp2_of(F t) {
   p = fused(p, r, splat(0.24022647738456726f, t));
   p = fused(p, r, splat(0.6931471824645996f, t));
   p = fused(p, r, splat(1.0f, t));
-  return p * power_of_two(shifted);
+  return scaled(p, n, shifted);
 }
 
 // Natural log of a positive normal double, 1e-15: x = 2^e m with m in [0.71, 1.42], log m = 2 atanh((m - 1) / (m + 1)).
