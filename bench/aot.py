@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastalign_kernels import preference_triton, rows_triton
+from fastalign_kernels import columns_triton, preference_triton, rows_triton
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may have
 TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -70,6 +71,15 @@ def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in pointers or name.endswith("stride")
     }
     source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants, attrs=attributes)
+    return _triton_row(source, rows_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
+
+
+def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
+    """columns_triton's kernel, which reads fp32 logits whatever the head's dtype."""
+    function = getattr(columns_triton, kernel)
+    constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": columns_triton.COLUMNS, "ROWS": columns_triton.ROWS}
+    pointers = dict.fromkeys(("logits", "bias", "stats", "largest", "sums", "parts"), TYPES[dtype]) | {"ids": "*i64"}
+    source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants)
     return _triton_row(source, rows_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
 
 
@@ -167,6 +177,7 @@ def main() -> int:
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
         rows = list(pool.map(lambda job: compile_rows(*job), jobs))
+        rows += pool.map(lambda job: compile_columns("column_sums_kernel", job[0], "fp32", job[1]), product(ARCHITECTURES, (False, True)))
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
     rows += sampling.result() if sampling else []
     print(f"{'kernel':18} {'sm':>4} {'dtype':>5} {'variant':>12} {'registers':>9} {'spills':>6} {'shared':>7}")

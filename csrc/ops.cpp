@@ -8,8 +8,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
+#include <vector>
 
 namespace fastalign {
 FASTALIGN_DECLARE_KERNELS(RowKernels, kernels)
@@ -75,6 +77,27 @@ void row_grad(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logi
   torch::stable::parallel_for(0, rows.N, 1, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
+void check_vector(const Tensor& t, const char* name, int64_t V, ScalarType dtype) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == V && t.is_contiguous() && t.scalar_type() == dtype, name, ": contiguous [", V, "] wanted");
+}
+
+void column_sums(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats,
+                 Tensor largest, Tensor sums, Tensor totals) {
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
+  check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
+  check_vector(largest, "largest", rows.V, accumulator_of(logits));
+  check_vector(sums, "sums", rows.V, accumulator_of(logits));
+  check_table(totals, "totals", 2, rows.N, ScalarType::Double);
+  const int64_t stretches = (rows.V + STRETCH - 1) / STRETCH, size = 2 * rows.N;
+  std::vector<double> parts(stretches * size);
+  const ColumnSums job{rows, stats.const_data_ptr(), largest.mutable_data_ptr(), sums.mutable_data_ptr(), parts.data()};
+  const auto kernel = FASTALIGN_KERNELS(kernels).columns[dtype_of(logits)];
+  torch::stable::parallel_for(0, stretches, 1, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+  double* total = static_cast<double*>(totals.mutable_data_ptr());
+  std::fill(total, total + size, 0.0);
+  for (int64_t i = 0; i < stretches * size; ++i) total[i % size] += parts[i];
+}
+
 int64_t cpu_target() { return chosen_target(); }
 bool cpu_fast_bf16() { return fast_bf16(); }
 
@@ -85,6 +108,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
   m.def("row_stats(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor(a!) stats) -> ()");
   m.def("row_grad(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor stats, "
         "Tensor coefficients, Tensor(a!) out) -> ()");
+  m.def("column_sums(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor stats, "
+        "Tensor(a!) largest, Tensor(b!) sums, Tensor(c!) totals) -> ()");
   m.def("cpu_target() -> int");
   m.def("cpu_fast_bf16() -> bool");
 }
@@ -92,6 +117,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
   m.impl("row_stats", TORCH_BOX(&fastalign::row_stats));
   m.impl("row_grad", TORCH_BOX(&fastalign::row_grad));
+  m.impl("column_sums", TORCH_BOX(&fastalign::column_sums));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CompositeExplicitAutograd, m) {

@@ -11,13 +11,14 @@
 // per target (rows_target.cpp) and chosen at run time, so no binary needs the machine it was built on.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
 
-#include "dtypes.h"
+#include "rows_api.h"
 
 namespace fastalign {
 namespace FASTALIGN_TARGET {
@@ -192,7 +193,6 @@ FA_INLINE Sums<Accumulator<T>> sum_columns(const T* x, const T* bias, int64_t be
 template <class T, bool PLAIN>
 static void row_stats(const T* x, const T* bias, int64_t id, int64_t V, const Transform& t, Accumulator<T>* stats, int64_t stats_stride) {
   using A = Accumulator<T>;
-  constexpr int64_t STRETCH = 1024;
   constexpr A infinity = std::numeric_limits<A>::infinity();
   if (id < 0) {
     for (int k = 0; k < STATS; ++k) stats[k * stats_stride] = 0;
@@ -268,6 +268,52 @@ static void row_grad(const T* x, const T* bias, int64_t id, int64_t V, const Tra
   T one[L];
   store_lanes(one, dx_id);
   out[id] = one[0];
+}
+
+// Of the columns [begin, end) of N rows: largest P and the sum of P dz/dx of each column; of each row over these columns, the sums of P dz/dx and
+// of P log P dz/dx. Rows with a negative id are not read. A stretch of columns at a time, so that its sums stay in L1 while all rows pass.
+template <class T, bool PLAIN>
+static void column_sums(const T* x, const Strides& strides, const T* bias, const int64_t* ids, int64_t N, int64_t begin, int64_t end,
+                        const Transform& t, const Accumulator<T>* stats, Accumulator<T>* largest, Accumulator<T>* sums, double* totals) {
+  using A = Accumulator<T>;
+  constexpr int L = Lanes<A>::count;
+  std::fill(largest + begin, largest + end, A(0));
+  std::fill(sums + begin, sums + end, A(0));
+  for (int64_t n = 0; n < N; ++n) {
+    totals[n] = totals[N + n] = 0;
+    if (ids[n] < 0) continue;
+    const T* row = x + strides.at(n);
+    const A top = stats[MAX * N + n], logsum = stats[LOGSUM * N + n];
+    Vec<A> mass = {}, weighted = {};
+    const auto share = [&](const Transformed<A, PLAIN>& at, Vec<A>& p, Vec<A>& logp) __attribute__((always_inline)) {
+      logp = (at.z - top) - logsum;
+      p = exp_lanes(logp);
+      logp = max_lanes<A>(broadcast(A(-1e30)), logp);
+      if constexpr (PLAIN) return p;
+      return p * at.slope;
+    };
+    Vec<A> p, logp;
+    int64_t v = begin;
+    for (; v + L <= end; v += L) {
+      prefetch(row + v);
+      const Vec<A> own = share(transform<A, PLAIN>(load_lanes(row + v), bias_at<T, A, PLAIN>(bias, v, L), t), p, logp);
+      store_lanes(largest + v, max_lanes<A>(load_lanes(largest + v), p));
+      store_lanes(sums + v, load_lanes(sums + v) + own);
+      mass += own;
+      weighted += logp * own;
+    }
+    if (v < end) {
+      const Vec<A> own = share(transform<A, PLAIN>(load_some<T, A>(row + v, end - v, A(0)), bias_at<T, A, PLAIN>(bias, v, end - v), t), p, logp);
+      for (int64_t i = 0; i < end - v; ++i) {
+        if (p[i] > largest[v + i]) largest[v + i] = p[i];
+        sums[v + i] += own[i];
+        mass[i] += own[i];
+        weighted[i] += logp[i] * own[i];
+      }
+    }
+    totals[n] = horizontal_sum<A>(mass);
+    totals[N + n] = horizontal_sum<A>(weighted);
+  }
 }
 
 }  // namespace FASTALIGN_TARGET

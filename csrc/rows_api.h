@@ -33,12 +33,19 @@ struct GradRows : Rows {
   void* out;                 // [B, T, V] of the logits' dtype; may be `logits`
   Strides out_strides;
 };
+struct ColumnSums : Rows {
+  const void* stats;  // [7, N] as written by a StatsRows job
+  void *largest, *sums;  // [V]
+  double* totals;     // [stretches, 2, N]
+};
+constexpr int64_t STRETCH = 1024;  // columns that are worked on at a time: 4 KiB of a row and their sums stay in L1
 
 enum Dtype { F32, F64, BF16, F16, DTYPES };
 
 struct RowKernels {
   void (*stats[DTYPES])(const StatsRows&, int64_t begin, int64_t end);
   void (*grad[DTYPES])(const GradRows&, int64_t begin, int64_t end);
+  void (*columns[DTYPES])(const ColumnSums&, int64_t begin, int64_t end);  // stretches begin to end
 };
 
 }  // namespace fastalign

@@ -22,10 +22,20 @@ template <class T> static void grad_rows(const GradRows& job, int64_t begin, int
            static_cast<T*>(job.out) + job.out_strides.at(n));
 }
 
+template <class T> static void sum_columns(const ColumnSums& job, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const auto kernel = job.plain() ? column_sums<T, true> : column_sums<T, false>;
+  for (int64_t s = begin; s < end; ++s)
+    kernel(static_cast<const T*>(job.logits), job.strides, static_cast<const T*>(job.bias), job.ids, job.N, s * STRETCH,
+           std::min((s + 1) * STRETCH, job.V), job.transform, static_cast<const A*>(job.stats), static_cast<A*>(job.largest),
+           static_cast<A*>(job.sums), job.totals + s * 2 * job.N);
+}
+
 extern const RowKernels kernels;
 const RowKernels kernels = {
     {stats_rows<float>, stats_rows<double>, stats_rows<bf16>, stats_rows<fp16>},
     {grad_rows<float>, grad_rows<double>, grad_rows<bf16>, grad_rows<fp16>},
+    {sum_columns<float>, sum_columns<double>, sum_columns<bf16>, sum_columns<fp16>},
 };
 
 }  // namespace FASTALIGN_TARGET

@@ -74,6 +74,7 @@ class LinearCrossEntropyLoss(_Loss):
         logit_scale: float = 1.0,
         temperature: float = 1.0,
         reduction: str = "mean",
+        tail_eps: float | None = None,
         workspace_mib: float | None = None,
     ) -> None:
         super().__init__(
@@ -84,6 +85,7 @@ class LinearCrossEntropyLoss(_Loss):
             logit_scale=logit_scale,
             temperature=temperature,
             reduction=reduction,
+            tail_eps=tail_eps,
             workspace_mib=workspace_mib,
         )
 
@@ -117,6 +119,7 @@ class LinearDPOLoss(_Loss):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         temperature: float = 1.0,
+        tail_eps: float | None = None,
         workspace_mib: float | None = None,
     ) -> None:
         super().__init__(
@@ -127,6 +130,7 @@ class LinearDPOLoss(_Loss):
             softcap=softcap,
             logit_scale=logit_scale,
             temperature=temperature,
+            tail_eps=tail_eps,
             workspace_mib=workspace_mib,
         )
 
@@ -175,6 +179,7 @@ class LinearKTOLoss(_Loss):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         temperature: float = 1.0,
+        tail_eps: float | None = None,
         workspace_mib: float | None = None,
     ) -> None:
         super().__init__(
@@ -186,6 +191,7 @@ class LinearKTOLoss(_Loss):
             softcap=softcap,
             logit_scale=logit_scale,
             temperature=temperature,
+            tail_eps=tail_eps,
             workspace_mib=workspace_mib,
         )
 

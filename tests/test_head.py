@@ -211,8 +211,8 @@ def test_ignored_tokens_enter_no_gemm(monkeypatch):
     """The rows that reach the chunk loop's GEMMs are the kept ones. (On a GPU the first chunk may hold others: the count comes late.)"""
     hidden, weight, ids, bias = make("cpu")
     counted = []
-    original = sweep._mm
-    monkeypatch.setattr(sweep, "_mm", lambda a, b, out: counted.append(tuple(out.shape)) or original(a, b, out))
+    original = sweep.mm
+    monkeypatch.setattr(sweep, "mm", lambda a, b, out: counted.append(tuple(out.shape)) or original(a, b, out))
     linear_cross_entropy(hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS)
     assert sum(rows for rows, columns in counted if columns == 123) == int((ids >= 0).sum())
 
@@ -359,10 +359,11 @@ def test_compiles_with_a_dynamic_number_of_tokens(device):
         torch.testing.assert_close(compiled(hidden, weight, ids, bias), linear_cross_entropy(hidden, weight, ids, bias))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("tail_eps", [None, 0.1])
+def test_opcheck(tail_eps):
     hidden, weight, ids, bias = make("cpu", N=6, H=4, V=11)
     ids = ids.clamp(min=-1)
-    transform = (0.7, 5.0, 1.3, None)
+    transform = (0.7, 5.0, 1.3, None, tail_eps)
     ops = torch.ops.fastalign
     torch.library.opcheck(ops.head_table.default, (hidden, weight, ids, bias, *transform))
     torch.library.opcheck(

@@ -106,14 +106,14 @@ def test_kto_equals_plain_pytorch(loss_type: str, workspace: float) -> None:
 def test_whole_pairs_run_in_one_pass_and_long_ones_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """GEMMs for logits, as [tokens] of each chunk: the pairs have 10, 9 and 8 tokens, and 19 fit a chunk or 4 do."""
     seen: list[list[int]] = []
-    mm = sweep._mm
+    mm = sweep.mm
 
     def counted(a: Tensor, b: Tensor, out: Tensor) -> None:
         if out.shape[-1] == V:
             seen[-1].append(a.shape[0])
         mm(a, b, out)
 
-    monkeypatch.setattr(sweep, "_mm", counted)
+    monkeypatch.setattr(sweep, "mm", counted)
     given = inputs(torch.float64, 2 * S)
     reference = torch.zeros(2 * S, dtype=torch.float64)
     options = {name: given[name] for name in ("hidden", "weight", "ids", "bias")} | {"reference_logps": reference}
@@ -180,11 +180,22 @@ def test_upstream_scale_and_a_second_backward() -> None:
         torch.testing.assert_close(a, 3 * b, rtol=1e-12, atol=1e-15, msg=name)
 
 
-def test_opcheck_and_compile() -> None:
-    given = inputs(torch.float32, 2 * S)
+@pytest.mark.parametrize("tail_eps", [None, 0.1])
+def test_opcheck_and_compile(tail_eps: float | None) -> None:
+    given = inputs(torch.float32, 2 * S) | {"tail_eps": tail_eps}
     ids = torch.where(given["ids"] < 0, -1, given["ids"]).flatten()
     ends, reference = torch.arange(0, 2 * S * T + 1, T), torch.randn(2 * S, generator=torch.Generator().manual_seed(1))
-    head = (given["hidden"].detach().nan_to_num().view(-1, H).requires_grad_(), given["weight"], ids, given["bias"], 1.0, 0.0, 1.0, None)
+    head = (
+        given["hidden"].detach().nan_to_num().view(-1, H).requires_grad_(),
+        given["weight"],
+        ids,
+        given["bias"],
+        1.0,
+        0.0,
+        1.0,
+        None,
+        tail_eps,
+    )
     options = (None, None, "sigmoid", 0.1, 0.0, 1.0, 1.0, True, True, True)
     torch.library.opcheck(torch.ops.fastalign.head_sequences.default, (*head, ends, reference, *options))
     step = torch.compile(lambda **tensors: linear_dpo_loss(**tensors), fullgraph=True, backend="aot_eager")

@@ -8,6 +8,7 @@ from .head import (
     linear_token_stats,
 )
 from .logits import TokenStats, cross_entropy, sum_by_sequence, token_logprobs, token_stats
+from .plan import HeadPlan, plan_head
 from .preference import (
     PreferenceLoss,
     RewardLoss,
@@ -22,7 +23,6 @@ from .preference import (
 )
 from .sampling import Sample, sample
 from .sequence_head import LinearPreferenceLoss, LinearUnpairedLoss, linear_dpo_loss, linear_kto_loss
-from .sweep import HeadPlan, plan_head
 
 __all__ = [
     "CrossEntropyStats",

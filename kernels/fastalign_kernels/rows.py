@@ -39,6 +39,15 @@ class Stat(IntEnum):
     TOP1 = 6  # 1 where no logit exceeds the id's, else 0
 
 
+class Coefficient(IntEnum):
+    """Rows of the gradient kernel's table [4, N]."""
+
+    ONEHOT = 0
+    PROB = 1
+    PLOGP = 2
+    UNIFORM = 3
+
+
 class Transform(NamedTuple):
     """From raw logits to the z of the softmax; softcap 0 means none."""
 

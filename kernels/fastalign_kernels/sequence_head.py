@@ -15,6 +15,7 @@ long a sequence is. On a GPU the lengths are not known to the host without waiti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +23,13 @@ from torch import Tensor
 
 from . import check as _check
 from .head import fake_gradients, hand_over, linear_logprobs, prepare
+from .keeping import sweep_keeping, sweep_kept
 from .logits import sum_by_sequence
 from .pair_losses import PAIR_LOSSES
+from .plan import WORKSPACE_MIB, capacity
 from .preference import dpo_loss, kto_loss, pairs_op, unpaired_op
 from .rows import Stat, Transform, accumulator_dtype, coefficients
-from .sweep import WORKSPACE_MIB, Head, capacity, sweep
+from .sweep import Head, capturing, sweep
 
 
 class LinearPreferenceLoss(NamedTuple):
@@ -51,7 +54,7 @@ def _whole_units(
     head: Head, cu_seqlens: list[int], units: Sequence[tuple[int, ...]], wanted: tuple[bool, bool, bool]
 ) -> list[Tensor] | None:
     """Kept tokens of as many units (tuples of rows) as fit the workspace at a time; None where one unit alone does not."""
-    room, _ = capacity(head.weight.shape[0], head.hidden.dtype, "cpu", wanted[0], wanted[1] or wanted[2], head.workspace_mib)
+    room, _ = capacity(head.weight.shape[0], head.hidden.dtype, "cpu", wanted[0], wanted[1] or wanted[2], None, head.workspace_mib)
     kept = (head.ids >= 0).nonzero()[:, 0]
     ends = torch.searchsorted(kept, torch.tensor(cu_seqlens)).tolist()
     groups: list[list[Tensor]] = [[]]
@@ -79,6 +82,7 @@ def _head_sequences(
     softcap: float,
     temperature: float,
     workspace_mib: float | None,
+    tail_eps: float | None,
     cu_seqlens: Tensor,
     reference: Tensor,
     desirable: Tensor | None,
@@ -96,7 +100,7 @@ def _head_sequences(
 
     Rows: S chosen ones, then S rejected ones (R = 2S); with `desirable` [S] they are KTO's (R = S).
     """
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib)
+    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
     wanted = (hidden_grad, weight_grad, bias_grad)
     R = reference.shape[0]
     S = R if desirable is not None else R // 2
@@ -125,20 +129,24 @@ def _head_sequences(
         sums = torch.zeros(R, dtype=torch.float64).index_add_(0, row_of[index], stats[Stat.LOGP].double())
         return token_coefficients(stats, index, losses_and_slopes(sums.to(stats.dtype))[1])
 
-    units: list[tuple[int, ...]] = [(row,) if desirable is not None else (row, S + row) for row in range(S)]
-    chunks = None if ids.is_cuda else _whole_units(head, cu_seqlens.tolist(), units, wanted)
+    tail = tail_eps is not None and not capturing(ids)
+    chunks = None
+    if not tail and not ids.is_cuda:
+        units: list[tuple[int, ...]] = [(row,) if desirable is not None else (row, S + row) for row in range(S)]
+        chunks = _whole_units(head, cu_seqlens.tolist(), units, wanted)
     if chunks is not None:
         table, gradients = sweep(head, None, of_whole_rows, wanted, chunks)
     else:
-        table, _ = sweep(head, None, None, (False, False, False))
+        table, kept = sweep_keeping(head, wanted) if tail else (sweep(head, None, None, (False, False, False))[0], None)
         _, slopes = losses_and_slopes(sum_by_sequence(table[Stat.LOGP], cu_seqlens))
-        _, gradients = sweep(head, table, lambda stats, index: token_coefficients(stats, index, slopes), wanted)
+        of_tokens = partial(token_coefficients, slopes=slopes)
+        gradients = sweep(head, table, of_tokens, wanted)[1] if kept is None else sweep_kept(head, table, kept, of_tokens, wanted)
     logps = sum_by_sequence(table[Stat.LOGP], cu_seqlens)
     return losses_and_slopes(logps)[0].mean(), logps, *gradients
 
 
 @_head_sequences.register_fake
-def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, cu_seqlens, reference, *options):
+def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, cu_seqlens, reference, *options):
     number = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
     return number, number.new_empty(reference.shape[0]), *fake_gradients(hidden, weight, bias, *options[-3:])
 
@@ -235,17 +243,19 @@ def _run(
         logp = linear_logprobs(hidden, weight, rows.ids, bias, **options)
         logps = sum_by_sequence(logp.reshape(-1), rows.cu_seqlens)
         return loss(logps), logps.detach()
-    softcap, logit_scale, temperature, ignore_index, workspace_mib, check = (options[name] for name in OPTIONS)
+    softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check = (options[name] for name in OPTIONS)
     if workspace_mib is None and hidden.device.type == "cpu":
         workspace_mib = WORKSPACE_MIB["cpu"][False]  # 96 beside a gradient of the weight too: rows of 512 tokens of V = 49152 fit whole
-    arguments = prepare(hidden, weight, rows.ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, workspace_mib, check)
+    arguments = prepare(
+        hidden, weight, rows.ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check
+    )
     wanted = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     dtype = accumulator_dtype(arguments[0].dtype)
     total, logps, *_ = _head_sequences(*arguments, rows.cu_seqlens, reference.to(dtype), *op_options, *wanted)
     return total, logps
 
 
-OPTIONS = ("softcap", "logit_scale", "temperature", "ignore_index", "workspace_mib", "check")
+OPTIONS = ("softcap", "logit_scale", "temperature", "ignore_index", "tail_eps", "workspace_mib", "check")
 
 
 def linear_dpo_loss(
@@ -266,6 +276,7 @@ def linear_dpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    tail_eps: float | None = None,
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> LinearPreferenceLoss:
@@ -286,7 +297,7 @@ def linear_dpo_loss(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     rows = _rows_of(hidden, ids, cu_seqlens, 2)
-    options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, workspace_mib, check)))
+    options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)))
     reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
     S = rows.number // 2
     numbers: dict[str, Any] = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
@@ -327,6 +338,7 @@ def linear_kto_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    tail_eps: float | None = None,
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> LinearUnpairedLoss:
@@ -335,7 +347,7 @@ def linear_kto_loss(
     desirable: [S] bool. kl: scalar >= 0 of `kto_kl`. The weights and loss_type as in `kto_loss`.
     """
     rows = _rows_of(hidden, ids, cu_seqlens, 1)
-    options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, workspace_mib, check)))
+    options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)))
     reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
     numbers: dict[str, Any] = {
         "beta": beta,

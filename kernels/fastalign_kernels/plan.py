@@ -1,0 +1,119 @@
+"""How a head call runs: its way, and chunks of tokens whose logits fit the workspace. Functions of shapes, dtypes and gradients wanted.
+
+One GEMM here means one N x H x V matrix product, 2 N H V flops; the naive loss takes three.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from . import check as _check
+from . import native
+
+# Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V = 49152) run their GEMMs 9 %
+# faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak within 96 MiB of the gradients: MKL packs into 25 more.
+WORKSPACE_MIB = {"cuda": (512.0, 512.0), "cpu": (96.0, 72.0)}
+
+
+class HeadPlan(NamedTuple):
+    """How a head call runs: the way (head.py's table), tokens per chunk, bytes of the chunk's workspace, and GEMMs in all.
+
+    Chunk and workspace are those of the pass that makes the gradients; the forward pass of "general" makes none and runs as "no_grad".
+    """
+
+    way: str
+    chunk: int
+    workspace_bytes: int
+    gemms: int
+
+
+def choose_way(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
+    """The way of head.py's table for these gradients; see `plan_head` for the arguments."""
+    if not (hidden_grad or weight_grad):
+        return "no_grad"
+    # fp16 training scales the loss so that small gradients survive; the scale arrives with the upstream gradient, hence not in forward.
+    if upstream == "scalar" and dtype != torch.float16:
+        return "gradient_in_forward"
+    return "frozen_head" if upstream == "logp" and not weight_grad else "general"
+
+
+def plan_head(
+    n_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    hidden_grad: bool = True,
+    weight_grad: bool = True,
+    upstream: str = "scalar",
+    tail_eps: float | None = None,
+    workspace_mib: float | None = None,
+) -> HeadPlan:
+    """The way and the chunk that a head call takes: a pure function of shapes, dtype, gradients wanted and the workspace.
+
+    Args:
+        n_tokens, hidden_size, vocab_size: N (ignored tokens not counted), H, V.
+        dtype: of the hidden states.
+        device: only its type matters, and for bf16 on a CPU whether that has fast units for it.
+        hidden_grad, weight_grad: which gradients are wanted (weight_grad also stands for the bias).
+        upstream: what the backward pass brings: "scalar" (a loss that this package reduces), "logp" (any gradient of logp alone), or
+            "table" (any gradient of logp, entropy and lse).
+        tail_eps: whether the backward GEMMs leave columns out (see `linear_cross_entropy`); `gemms` is what they are at most.
+        workspace_mib: MiB for the logits of a chunk; default 512 on a GPU, on a CPU 96, or 72 with weight_grad.
+
+    Raises:
+        ValueError: a negative or zero size, an unknown upstream, or a workspace too small for one token's logits.
+    """
+    if n_tokens < 0:
+        raise ValueError(f"n_tokens: {n_tokens} seen, a number >= 0 wanted")
+    _check.positive("hidden_size", hidden_size)
+    _check.positive("vocab_size", vocab_size)
+    _check.choice("upstream", upstream, ("scalar", "logp", "table"))
+    way = choose_way(dtype, hidden_grad, weight_grad, upstream)
+    gradients = int(hidden_grad) + int(weight_grad)
+    gemms = 2 + gradients if way == "general" else 1 + gradients
+    largest, per_token = capacity(vocab_size, dtype, torch.device(device).type, hidden_grad, weight_grad, tail_eps, workspace_mib)
+    chunks = -(-n_tokens // largest) or 1
+    chunk = max(1, -(-n_tokens // chunks))  # even chunks: a last sliver of a few tokens would run its GEMMs at a fraction of the speed
+    return HeadPlan(way, chunk, chunk * per_token, gemms)
+
+
+def capacity(
+    vocab_size: int,
+    dtype: torch.dtype,
+    kind: str,
+    hidden_grad: bool,
+    weight_grad: bool,
+    tail_eps: float | None,
+    workspace_mib: float | None,
+) -> tuple[int, int]:
+    """Tokens that a workspace holds, and the bytes of each; arguments as in `plan_head`, `kind` the device's type."""
+    workspace_mib = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib
+    # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and its gradient in the GEMMs' dtype beside it: a tile
+    # of another dtype cannot be overwritten in place by parallel threads. On a CPU only the GEMM for dX takes a low-precision gradient.
+    low = hidden_grad and bf16_gemms(dtype) if kind == "cpu" else (hidden_grad or weight_grad) and dtype in (torch.bfloat16, torch.float16)
+    per_token = vocab_size * (8 if dtype == torch.float64 else 6 if low else 4)
+    if tail_eps is not None and (hidden_grad or weight_grad):  # beside them the kept columns, and on a GPU the next chunk's logits
+        per_token = per_token * 3 // 2 if kind == "cpu" else per_token * 5 // 2
+    largest = int(workspace_mib * 2**20) // per_token
+    if largest < 1:
+        raise ValueError(
+            f"workspace_mib: {workspace_mib} seen, at least {per_token / 2**20:.3g} wanted: one token's logits at V = {vocab_size}"
+        )
+    return largest, per_token
+
+
+def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None) -> int:
+    """What kept columns (tail.py) may take between a forward and a backward pass: as much as the workspace."""
+    return int((WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib) * 2**20)
+
+
+def bf16_gemms(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies bf16 faster than fp32: on AMD's AVX512-BF16 1,145 -> 254 ms for the logits at [2048, 576] x [576, 49152].
+
+    Elsewhere low-precision inputs are widened: on an Intel AVX512-BF16 without AMX, 65 GFLOP/s a core were measured against fp32's 115.
+    """
+    return dtype == torch.bfloat16 and native.fast_bf16()

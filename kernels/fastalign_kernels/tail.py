@@ -1,0 +1,113 @@
+"""The tail-compensated backward pass: GEMMs over the columns of the softmax that matter, and a rank-1 matrix for all the others.
+
+Of a block of C tokens with P = softmax(z) [C, V], let K be the columns where some token has p > eps, and those of the tokens' ids. The
+gradient dz of these columns is exact. The dropped part D of P is replaced by the rank-1 matrix with the same row sums and column sums,
+
+    D ~ m q^T / sum(q),     m[t] = sum over dropped v of P[t, v],     q[v] = sum over t of P[t, v],
+
+so that dX = dz_K W_K + r (q^T W) / sum(q) and dW[v] = q[v] / sum(q) (r^T X) outside of K, with r the dropped row sums of dz itself, for
+any upstream gradient. q is taken without the upstream gradient: its sums never vanish (DESIGN.md section 3 has the measured errors). All
+rows of W get their gradient. The products with q of many blocks are two thin GEMMs.
+
+GEMMs: 1 + 2 f for f = K / V, and dense (3) where f > DENSE. Kept between the passes: `Kept`, f of the block's logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .columns import column_sums
+from .rows import Coefficient, Transform, row_grad
+
+TOKENS = 256  # a block: more tokens keep more columns, fewer make slower GEMMs
+DENSE = 3 / 5  # share of columns above which a block's gathers cost more than its smaller GEMMs save
+
+
+class Kept(NamedTuple):
+    """What the gradient of a block needs of its logits, for any coefficients."""
+
+    columns: Tensor  # [K] int64, ascending
+    logits: Tensor  # [C, K] raw
+    bias: Tensor | None  # [K]
+    shape: Tensor  # [V], column sums of the other columns, divided by their sum
+    dropped: Tensor  # [2, C], sums over the other columns of p dz/dx and of p log p dz/dx
+
+
+class Choice(NamedTuple):
+    """The columns to keep, before the host knows how many they are."""
+
+    order: Tensor  # [V] or [K], the kept columns first
+    how_many: Callable[[], int]
+    sums: Tensor  # [V]
+    totals: Tensor  # [2, C]
+
+
+def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
+    """Indices with those of True first, in order (on a CPU only those), and a function that tells how many they are.
+
+    On a GPU the count is copied to pinned memory, and the function waits for no more than what was queued before this call.
+    """
+    if not mask.is_cuda:
+        index = mask.nonzero()[:, 0]
+        return index, index.numel
+    order = torch.argsort(~mask, stable=True)
+    count = torch.empty(1, dtype=torch.int64, pin_memory=True)
+    count.copy_(mask.sum().view(1), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def how_many() -> int:
+        copied.synchronize()
+        return int(count[0])
+
+    return order, how_many
+
+
+def choose(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, eps: float) -> Choice:
+    """Columns of logits [C, V] to keep; arguments as in `column_sums`."""
+    largest, sums, totals = column_sums(logits, ids, bias, transform, stats)
+    wanted = largest > eps
+    wanted[ids.clamp(min=0)] = True  # an ignored token keeps column 0 too, which is harmless
+    return Choice(*first_true(wanted), sums, totals)
+
+
+def keep(choice: Choice, logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> Kept | None:
+    """The kept columns of the logits; None where they are so many that the block is better served dense."""
+    V = logits.shape[1]
+    K = choice.how_many()
+    if K > DENSE * V:
+        return None
+    columns = choice.order[:K]
+    own = logits.index_select(1, columns)
+    own_bias = None if bias is None else bias[columns]
+    dropped = choice.totals - column_sums(own, at_columns(ids, columns), own_bias, transform, stats).totals
+    shape = choice.sums.index_fill(0, columns, 0)
+    shape /= shape.sum().clamp(min=torch.finfo(shape.dtype).tiny)
+    return Kept(columns, own, own_bias, shape, dropped.to(stats.dtype))
+
+
+def at_columns(ids: Tensor, columns: Tensor) -> Tensor:
+    """Where among the columns the ids stand, -1 for ignored ones."""
+    return torch.where(ids >= 0, torch.searchsorted(columns, ids), -1)
+
+
+def kept_grad(
+    kept: Kept, first: int, last: int, at: Tensor, transform: Transform, stats: Tensor, coefficients: Tensor, out: Tensor
+) -> None:
+    """dz of the kept columns first to last into out [C, last - first]; `at` of `at_columns`. Coefficients' `uniform` is left out."""
+    inside = (at >= first) & (at < last)
+    own = coefficients.clone()
+    own[Coefficient.ONEHOT] *= inside
+    own[Coefficient.UNIFORM] = 0
+    ids = torch.where(inside, at - first, torch.where(at >= 0, 0, -1))
+    bias = None if kept.bias is None else kept.bias[first:last]
+    row_grad(kept.logits[None, :, first:last], ids, bias, transform, stats, own, out[None])
+
+
+def dropped_grad(kept: Kept, coefficients: Tensor) -> Tensor:
+    """Row sums [C] of dz over the columns that were dropped."""
+    return coefficients[Coefficient.PROB] * kept.dropped[0] + coefficients[Coefficient.PLOGP] * kept.dropped[1]

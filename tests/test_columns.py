@@ -1,0 +1,85 @@
+"""Column sums against the fp64 specification: native C++, Triton (interpreted without a GPU) and the reference, on the same inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalign_kernels import columns, native
+from fastalign_kernels.columns import ColumnSums, column_sums_ref
+from fastalign_kernels.rows import Transform, accumulator_dtype, row_stats_ref
+
+columns_triton = pytest.importorskip("fastalign_kernels.columns_triton", reason="triton is not installed", exc_type=ImportError)
+
+TRANSFORMS = {"plain": Transform(), "softcap": Transform(1.0, 5.0, 1.0), "all": Transform(0.7, 30.0, 1.3)}
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, inside Triton's interpreter: overflow to inf is meant
+]
+
+
+@pytest.fixture(params=["native", "triton", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Any:
+    if request.param == "native" and native.missing:
+        pytest.skip(f"the native library is not there: {native.missing}")
+    return {"native": torch.ops.fastalign, "triton": columns_triton, "reference": columns._reference}[request.param]
+
+
+def run(implementation: Any, logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> ColumnSums:
+    N, V = logits.shape
+    out = ColumnSums(torch.empty(V, dtype=stats.dtype), torch.empty(V, dtype=stats.dtype), torch.empty(2, N, dtype=torch.float64))
+    if implementation is columns_triton and torch.cuda.is_available():
+        moved = ColumnSums(*(x.cuda() for x in out))
+        own_bias = None if bias is None else bias.cuda()
+        implementation.column_sums(logits[None].cuda(), ids.cuda(), own_bias, *transform, stats.cuda(), *moved)
+        return ColumnSums(*(x.cpu() for x in moved))
+    implementation.column_sums(logits[None], ids, bias, *transform, stats, *out)
+    return out
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("V, scale", [(123, 1.0), (1024, 8.0), (2051, 0.01), (2049, 1e4)], ids=lambda v: f"{v:g}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_sums(no_worse_than_eager: Any, implementation: Any, dtype: torch.dtype, V: int, scale: float, transform: str) -> None:
+    """[83, V] with a row stride; the ignored row holds NaN, which nobody may read."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(83, V + 5, generator=generator, dtype=torch.float64) * scale).to(dtype)[:, :V]
+    ids = torch.randint(0, V, (83,), generator=generator)
+    ids[[2, 82]] = -1
+    logits[2] = float("nan")
+    bias = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype) if transform == "all" else None
+    t = TRANSFORMS[transform]
+    wide = (logits.double(), ids, None if bias is None else bias.double(), t)
+    truth_stats = row_stats_ref(*wide)
+    # One table for all: errors of the statistics are tested in test_rows.py.
+    stats = truth_stats.to(accumulator_dtype(dtype))
+    truth = column_sums_ref(*wide, stats.double())
+    eager = column_sums_ref(logits, ids, bias, t, stats)
+    found = run(implementation, logits, ids, bias, t, stats)
+    for name in ColumnSums._fields:
+        no_worse_than_eager(getattr(found, name), getattr(eager, name), getattr(truth, name), name)
+    assert (found.totals[:, [2, 82]] == 0).all()
+
+
+def test_threads_change_no_bit() -> None:
+    if native.missing:
+        pytest.skip(f"the native library is not there: {native.missing}")
+    logits, ids = torch.randn(33, 5000, generator=torch.Generator().manual_seed(0)), torch.arange(33)
+    stats = row_stats_ref(logits, ids, None, Transform())
+    one = run(torch.ops.fastalign, logits, ids, None, Transform(), stats)
+    torch.set_num_threads(3)
+    try:
+        three = run(torch.ops.fastalign, logits, ids, None, Transform(), stats)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, three))
+
+
+def test_opcheck() -> None:
+    if native.missing:
+        pytest.skip(f"the native library is not there: {native.missing}")
+    logits, ids = torch.randn(1, 6, 40), torch.arange(6)
+    stats = row_stats_ref(logits, ids, None, Transform())
+    out = (torch.empty(40), torch.empty(40), torch.empty(2, 6, dtype=torch.float64))
+    torch.library.opcheck(torch.ops.fastalign.column_sums.default, (logits, ids, None, *Transform(), stats, *out))
