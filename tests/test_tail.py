@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign_kernels import (
+    kept_share,
     linear_cross_entropy,
     linear_dpo_loss,
     linear_kto_loss,
@@ -18,6 +19,7 @@ from fastalign_kernels import (
     rows,
     sweep,
     tail,
+    tail_report,
 )
 from fastalign_kernels.head import linear_cross_entropy_stats
 
@@ -224,6 +226,36 @@ def test_kept_columns_alone_enter_the_backward_gemms(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sweep, "TOKENS", 10)
     linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=EPS)
     assert len(widths) == 4 and max(widths) < V / 2
+
+
+def test_the_report_measures_what_the_formula_says() -> None:
+    given = make(peak=3.0)
+    args = (given["hidden"], given["weight"], given["ids"], given["bias"])
+    report = tail_report(*args, tail_eps=EPS)
+    assert kept_share() is None
+    exact, found = (gradients(linear_cross_entropy(*args, tail_eps=e), given) for e in (None, EPS))
+    for a, e, error in zip(found, exact, (report.hidden_error, report.weight_error)):
+        assert error == pytest.approx(float((a - e).norm() / e.norm()), rel=1e-6) and 0 < error < 0.05
+    kept = given["ids"] >= 0
+    P = (given["hidden"] @ given["weight"].t() + given["bias"]).softmax(-1)[kept].detach()
+    columns = P.amax(0) > EPS
+    columns[given["ids"][kept]] = True
+    assert report.kept_share == pytest.approx(float(columns.double().mean()))
+    assert report.dropped_mass == pytest.approx(float(P[:, ~columns].sum(1).mean()))
+    few = tail_report(*args, tail_eps=EPS, sample=5)
+    assert few.kept_share < report.kept_share  # of five tokens
+    with pytest.raises(ValueError, match="targets: none seen that is not ignored"):
+        tail_report(given["hidden"], given["weight"], torch.full((N,), -100), tail_eps=EPS)
+
+
+def test_kept_share_counts_what_ran_since_it_was_asked() -> None:
+    given = make(peak=0.0)
+    args = (given["hidden"], given["weight"], given["ids"])
+    kept_share()
+    linear_cross_entropy(*args, tail_eps=2**-14)
+    assert kept_share() == 1  # flat: dense
+    linear_cross_entropy(*args)
+    assert kept_share() is None
 
 
 def test_everything_ignored() -> None:

@@ -23,6 +23,8 @@ from .preference import (
 )
 from .sampling import Sample, sample
 from .sequence_head import LinearPreferenceLoss, LinearUnpairedLoss, linear_dpo_loss, linear_kto_loss
+from .tail import kept_share
+from .tail_report import TailReport, tail_report
 
 __all__ = [
     "CrossEntropyStats",
@@ -32,11 +34,13 @@ __all__ = [
     "PreferenceLoss",
     "RewardLoss",
     "Sample",
+    "TailReport",
     "TokenStats",
     "UnpairedLoss",
     "cpo_loss",
     "cross_entropy",
     "dpo_loss",
+    "kept_share",
     "kto_kl",
     "kto_loss",
     "linear_cross_entropy",
@@ -51,6 +55,7 @@ __all__ = [
     "sample",
     "simpo_loss",
     "sum_by_sequence",
+    "tail_report",
     "token_logprobs",
     "token_stats",
 ]

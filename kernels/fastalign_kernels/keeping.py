@@ -62,12 +62,12 @@ def sweep_keeping(head: Head, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, 
             C, K = block.ids.numel(), MADE_AGAIN
             own = block.tokens
             state.order[token : token + C] = torch.arange(own.start, own.stop) if isinstance(own, slice) else own
+            state.dropped[:, token : token + C] = 0 if kept is None else kept.dropped
             if kept is not None and value + kept.logits.numel() <= state.logits.numel():
                 K = kept.columns.numel()
                 state.logits[value : value + C * K] = kept.logits.view(-1)
                 state.columns[column : column + K] = kept.columns
                 state.shapes[b] = kept.shape
-                state.dropped[:, token : token + C] = kept.dropped
                 value, column = value + C * K, column + K
             state.sizes[b, 0], state.sizes[b, 1] = C, K
             token += C

@@ -23,6 +23,8 @@ from torch import Tensor
 from .columns import column_sums
 from .rows import Coefficient, Transform, row_grad
 
+_seen = {"kept": 0, "all": 0}  # columns times tokens since `kept_share` was last asked
+
 TOKENS = 256  # a block: more tokens keep more columns, fewer make slower GEMMs
 DENSE = 3 / 5  # share of columns above which a block's gathers cost more than its smaller GEMMs save
 
@@ -44,6 +46,16 @@ class Choice(NamedTuple):
     how_many: Callable[[], int]
     sums: Tensor  # [V]
     totals: Tensor  # [2, C]
+
+
+def kept_share() -> float | None:
+    """Share of the softmax's columns that entered backward GEMMs in this process since this was last asked, over all heads with tail_eps.
+
+    None where none ran. It rises where a model is less sure: at 1 all blocks ran dense, and tail_eps saves nothing.
+    """
+    share = _seen["kept"] / _seen["all"] if _seen["all"] else None
+    _seen.update(kept=0, all=0)
+    return share
 
 
 def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
@@ -79,6 +91,8 @@ def keep(choice: Choice, logits: Tensor, ids: Tensor, bias: Tensor | None, trans
     """The kept columns of the logits; None where they are so many that the block is better served dense."""
     V = logits.shape[1]
     K = choice.how_many()
+    _seen["kept"] += logits.shape[0] * (K if K <= DENSE * V else V)
+    _seen["all"] += logits.numel()
     if K > DENSE * V:
         return None
     columns = choice.order[:K]

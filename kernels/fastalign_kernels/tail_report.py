@@ -1,0 +1,76 @@
+"""What a tail_eps costs in accuracy and saves in columns, on a sample of a model's own tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check as _check
+from .head import linear_cross_entropy, prepare
+from .keeping import sweep_keeping
+from .rows import Transform
+from .sweep import Head
+from .tail import kept_share
+
+
+class TailReport(NamedTuple):
+    """Numbers, not tensors. Errors are relative, in the L2 norm over all entries, of the gradients of the mean cross-entropy."""
+
+    kept_share: float  # of the columns, mean over blocks of 256 tokens; 1 where a block ran dense
+    dropped_mass: float  # of the softmax, mean over tokens
+    hidden_error: float
+    weight_error: float
+
+
+def tail_report(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tail_eps: float,
+    sample: int = 2048,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    workspace_mib: float | None = None,
+) -> TailReport:
+    """Measure tail_eps on the first `sample` tokens that are not ignored: the tail's gradients against the exact ones.
+
+    hidden [..., H], weight [V, H], targets [...], bias [V] and the options as in `linear_cross_entropy`. Costs about 6 GEMMs and two
+    gradients of the weight; it waits for the device.
+
+    Raises:
+        ValueError: as `linear_cross_entropy`, and for tail_eps None, a sample below 1 or no token to measure.
+    """
+    if tail_eps is None:
+        raise ValueError("tail_eps: None seen, a probability in (0, 1) wanted")
+    _check.positive("sample", sample)
+    arguments = prepare(
+        hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, True
+    )
+    flat, _, ids, _, *transform, workspace, eps = arguments
+    own = (ids >= 0).nonzero()[:sample, 0]
+    if not own.numel():
+        raise ValueError("targets: none seen that is not ignored, at least one wanted")
+    x, w, y = flat[own].detach().requires_grad_(), weight.detach().requires_grad_(), ids[own]
+    b = None if bias is None else bias.detach()
+
+    kept_share()
+    _, state = sweep_keeping(Head(x.detach(), w.detach(), y, b, Transform(*transform), workspace, eps), (True, True, False))
+    share = kept_share()
+    assert share is not None
+    mass = float(state.dropped[0].double().mean()) * temperature / logit_scale  # of p dz/dx: a softcap's slope is counted in
+
+    def gradients(tail: float | None) -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy(
+            x, w, y, b, softcap=softcap, logit_scale=logit_scale, temperature=temperature, tail_eps=tail, workspace_mib=workspace_mib
+        )
+        return torch.autograd.grad(loss, (x, w))
+
+    errors = [float((a.double() - e.double()).norm() / e.double().norm()) for a, e in zip(gradients(eps), gradients(None))]
+    kept_share()
+    return TailReport(share, mass, *errors)
