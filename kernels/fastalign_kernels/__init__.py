@@ -1,5 +1,6 @@
 """Kernels of fastalign: torch, triton and the native library of csrc/ only. `fastalign` hands these names on."""
 
+from .advantage import Advantages, gae, masked_whiten
 from .head import (
     CrossEntropyStats,
     linear_cross_entropy,
@@ -8,6 +9,8 @@ from .head import (
     linear_token_stats,
 )
 from .logits import TokenStats, cross_entropy, sum_by_sequence, token_logprobs, token_stats
+from .policy import PolicyLoss, ValueLoss, ppo_loss, value_loss
+from .policy_head import linear_ppo_loss
 from .preference import (
     PreferenceLoss,
     RewardLoss,
@@ -25,18 +28,22 @@ from .sequence_head import LinearPreferenceLoss, LinearUnpairedLoss, linear_dpo_
 from .sweep import HeadPlan, plan_head
 
 __all__ = [
+    "Advantages",
     "CrossEntropyStats",
     "HeadPlan",
     "LinearPreferenceLoss",
     "LinearUnpairedLoss",
+    "PolicyLoss",
     "PreferenceLoss",
     "RewardLoss",
     "Sample",
     "TokenStats",
     "UnpairedLoss",
+    "ValueLoss",
     "cpo_loss",
     "cross_entropy",
     "dpo_loss",
+    "gae",
     "kto_kl",
     "kto_loss",
     "linear_cross_entropy",
@@ -44,13 +51,17 @@ __all__ = [
     "linear_dpo_loss",
     "linear_kto_loss",
     "linear_logprobs",
+    "linear_ppo_loss",
     "linear_token_stats",
+    "masked_whiten",
     "orpo_loss",
     "plan_head",
+    "ppo_loss",
     "reward_loss",
     "sample",
     "simpo_loss",
     "sum_by_sequence",
     "token_logprobs",
     "token_stats",
+    "value_loss",
 ]
