@@ -22,8 +22,8 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).parent / "csrc"
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 on its own intrinsics
 # <kernel>_target.cpp with its rule for a * b + c: the sampler gives the same bits everywhere, so its fused operations are written down.
-KERNELS = {"rows": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
-LAUNCHERS = ("ops", "sampling")
+KERNELS = {"rows": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
+LAUNCHERS = ("ops", "policy", "sampling")
 TARGETS = {"generic": []}  # instruction sets that the kernels are compiled for; csrc/targets.h chooses among them at run time
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS["avx2"] = ["-mavx2", "-mfma"]

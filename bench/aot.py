@@ -31,7 +31,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastalign_kernels import columns_triton, preference_triton, rows_triton
+from fastalign_kernels import advantage_triton, columns_triton, policy_triton, preference_triton, rows_triton
+from fastalign_kernels.policy import KL_ESTIMATORS
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may have
 TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -98,6 +99,21 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
     types = dict.fromkeys(constants, "constexpr") | vectors | scalars  # all others are inputs
     source = ASTSource(function, {name: types.get(name, TYPES[dtype]) for name in function.arg_names}, constexprs=constants)
     return _triton_row(source, preference_triton.NUM_WARPS, kernel, sm, dtype, variant)
+
+
+def compile_policy(kernel: str, sm: int, variant: str) -> Row:
+    """One of policy_triton's or advantage_triton's kernels with all its optional inputs; `variant` is policy_kernel's KL estimator."""
+    module = advantage_triton if kernel == "gae_kernel" else policy_triton
+    function = getattr(module, kernel)
+    constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith(("HAS_", "SCALE_", "ENTROPY_"))}
+    constants["BLOCK"] = module.BLOCK
+    if kernel == "policy_kernel":
+        constants["KL"] = KL_ESTIMATORS.index(variant)
+    types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1", "sums": "*fp64", "N": "i32", "T": "i32"}
+    numbers = ("lower", "upper", "dual", "entropy_coefficient", "kl_coefficient", "clip", "gamma", "decay")
+    types |= dict.fromkeys(numbers, "fp32")  # all others are inputs and outputs
+    source = ASTSource(function, {name: types.get(name, "*fp32") for name in function.arg_names}, constexprs=constants)
+    return _triton_row(source, module.NUM_WARPS, kernel, sm, "fp32", variant)
 
 
 def _triton_row(source: ASTSource, num_warps: int, kernel: str, sm: int, dtype: str, variant: str) -> Row:
@@ -173,12 +189,15 @@ def main() -> int:
         for variant in variants[kernel]
         for dtype in (TYPES if variant in ("sigmoid", "full") else ("fp32",))
     ]
+    policies = (*(("policy_kernel", estimator) for estimator in KL_ESTIMATORS), ("value_kernel", "full"), ("gae_kernel", "full"))
+    policy_jobs = [(kernel, sm, variant) for kernel, variant in policies for sm in ARCHITECTURES]
     nvcc = build_rules()["find_nvcc"]()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
         rows = list(pool.map(lambda job: compile_rows(*job), jobs))
         rows += pool.map(lambda job: compile_columns("column_sums_kernel", job[0], "fp32", job[1]), product(ARCHITECTURES, (False, True)))
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
+        rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
     rows += sampling.result() if sampling else []
     print(f"{'kernel':18} {'sm':>4} {'dtype':>5} {'variant':>12} {'registers':>9} {'spills':>6} {'shared':>7}")
     for row in rows:

@@ -1,6 +1,6 @@
 """What operations on hidden states share: inputs hidden [N, H], weight [V, H], ids [N], and the methods that give log P[id] of each token.
 
-The other losses are made of these log-probabilities in methods.py (cross-entropy) and preference_methods.py (DPO, KTO).
+The other losses are made of these log-probabilities: methods.py (cross-entropy), preference_methods.py (DPO, KTO), policy_methods.py (PPO).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ EXPONENTS = "exponents"
 
 
 class Shape(NamedTuple):
-    """N tokens, H hidden (0: an operation on logits, which does not ask), V vocabulary."""
+    """N tokens, H hidden (0: an operation on logits, which does not ask), V vocabulary; or N sequences of V tokens."""
 
     N: int
     H: int

@@ -87,7 +87,7 @@ def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | No
         tensors[name].requires_grad_()
     if not case.trained:
         return tensors, None
-    if case.operation.endswith(("cross_entropy", "dpo", "kto")):
+    if case.operation.endswith(("cross_entropy", "dpo", "kto", "ppo")):
         return tensors, torch.ones((), device=device)
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(case.shape.N, generator=generator).to(DTYPES[case.dtype])  # rounded, so that every method is given the same

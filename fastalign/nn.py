@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from fastalign_kernels import (
     LinearPreferenceLoss,
     LinearUnpairedLoss,
+    PolicyLoss,
     cross_entropy,
     linear_cross_entropy,
     linear_dpo_loss,
     linear_kto_loss,
+    linear_ppo_loss,
 )
 
 
@@ -221,6 +223,73 @@ class LinearKTOLoss(_Loss):
             reference_weight=reference_weight,
             reference_bias=reference_bias,
             reference_logps=reference_logps,
+            cu_seqlens=cu_seqlens,
+            **self.options,  # type: ignore[arg-type]
+        )
+
+
+class LinearPPOLoss(_Loss):
+    """`fastalign.linear_ppo_loss` as a module: hidden [B, T, H] or packed [N, H], weight [V, H], ids, old_logp, advantages and mask of one
+    shape, bias [V] or None, the reference's log-probabilities -> PolicyLoss.
+
+    The constructor takes that function's options; errors are raised as there.
+    """
+
+    def __init__(
+        self,
+        *,
+        clip: float | None = 0.2,
+        clip_high: float | None = None,
+        dual_clip: float | None = None,
+        entropy_coefficient: float = 0.0,
+        kl_coefficient: float = 0.0,
+        kl_estimator: str = "k3",
+        aggregation: str = "token_mean",
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        temperature: float = 1.0,
+        tail_eps: float | None = None,
+        workspace_mib: float | None = None,
+    ) -> None:
+        super().__init__(
+            clip=clip,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            entropy_coefficient=entropy_coefficient,
+            kl_coefficient=kl_coefficient,
+            kl_estimator=kl_estimator,
+            aggregation=aggregation,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            tail_eps=tail_eps,
+            workspace_mib=workspace_mib,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        old_logp: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        bias: Tensor | None = None,
+        *,
+        reference_logp: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> PolicyLoss:
+        return linear_ppo_loss(
+            hidden,
+            weight,
+            ids,
+            old_logp,
+            advantages,
+            mask,
+            bias,
+            reference_logp=reference_logp,
+            normalizer=normalizer,
             cu_seqlens=cu_seqlens,
             **self.options,  # type: ignore[arg-type]
         )

@@ -22,7 +22,10 @@ from fastalign.measure import Error, PeakMemoryUnavailable, largest_error
 
 ROOT = Path(__file__).parents[1]
 TINY = Shape(48, 32, 333)
-FILES = ("linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "token_stats", "cross_entropy")
+FILES = (
+    "linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "linear_ppo", "token_stats", "cross_entropy", "ppo_loss", "gae",
+)  # fmt: skip
+NOT_IN_TRL = ("cross_entropy", "ppo", "gae")
 INSTALLED = {
     package: importlib.util.find_spec(package) is not None for package in ("pytest_benchmark", "liger_kernel", "trl", "transformers")
 }
@@ -55,7 +58,7 @@ def test_every_method_present_agrees_with_the_truth(name: str) -> None:
         assert {f"d {trained}" for trained in case.trained} <= set(results)
         assert not check(results).refused, method
     assert {OURS, EAGER} <= present
-    assert INSTALLED["trl"] == any(method.startswith("TRL") for method in present) or case.operation == "cross_entropy"
+    assert INSTALLED["trl"] == any(method.startswith("TRL") for method in present) or case.operation in NOT_IN_TRL
     assert INSTALLED["liger_kernel"] == any(method.startswith("Liger") for method in present) or not case.operation.startswith("linear")
 
 

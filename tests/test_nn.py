@@ -2,8 +2,8 @@
 
 import torch
 
-from fastalign import cross_entropy, linear_cross_entropy, linear_dpo_loss, linear_kto_loss
-from fastalign.nn import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDPOLoss, LinearKTOLoss
+from fastalign import cross_entropy, linear_cross_entropy, linear_dpo_loss, linear_kto_loss, linear_ppo_loss
+from fastalign.nn import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDPOLoss, LinearKTOLoss, LinearPPOLoss
 
 HEAD = {"softcap": 5.0, "logit_scale": 0.5, "workspace_mib": 1.0}
 COMMON = {"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "temperature": 0.8, "reduction": "sum"}
@@ -45,3 +45,16 @@ def test_linear_preference_losses():
     found = LinearKTOLoss(**unpaired)(weight=weight, **packed, **given)
     assert all(map(torch.equal, found, linear_kto_loss(weight=weight, **packed, **given, **unpaired)))
     assert "loss_type='robust'" in repr(LinearDPOLoss(**pairs)) and "undesirable_weight=0.4" in repr(LinearKTOLoss(**unpaired))
+
+
+def test_linear_ppo_loss():
+    hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 6), (9, 6), (9,)))
+    ids, (old_logp, advantages, reference) = torch.randint(9, (2, 5)), torch.randn(3, 2, 5)
+    given = (hidden, weight, ids, old_logp, advantages, torch.rand(2, 5) > 0.3, bias)
+    options = {"clip": 0.1, "clip_high": 0.3, "dual_clip": 3.0, "entropy_coefficient": 0.1, "kl_coefficient": 0.2, "kl_estimator": "k2"}
+    options |= {"aggregation": "sequence_mean", "temperature": 0.8, **HEAD}
+    module, tensors = LinearPPOLoss(**options), {"reference_logp": reference, "normalizer": 7}
+    found = module(*given, **tensors)
+    assert all(map(torch.equal, found, linear_ppo_loss(*given, **options, **tensors)))
+    found.loss.backward()
+    assert weight.grad.abs().sum() > 0 and "kl_estimator='k2'" in repr(module)

@@ -13,9 +13,11 @@ from fastalign_kernels import (
     linear_dpo_loss,
     linear_kto_loss,
     linear_logprobs,
+    linear_ppo_loss,
     linear_token_stats,
     native,
     plan_head,
+    ppo_loss,
     rows,
     sweep,
     tail,
@@ -167,6 +169,22 @@ def test_sequence_losses_equal_their_tokens_losses(loss: str, dtype: torch.dtype
     torch.testing.assert_close(ours.loss, theirs)
     for a, b in zip(gradients(ours.loss, given), gradients(theirs, given)):
         assert (a - b).abs().max() <= bound * b.abs().max()
+
+
+def test_ppo_equals_its_tokens_loss() -> None:
+    """The gradient in forward, entropy included, against statistics that keep between forward and backward."""
+    given = make()
+    generator = torch.Generator().manual_seed(3)
+    old_logp, advantages = -3 * torch.rand(N, generator=generator).double(), torch.randn(N, generator=generator).double()
+    mask = given["ids"] >= 0
+    options: Any = {"entropy_coefficient": 0.1, "clip": 0.4}
+    tensors = (given["hidden"], given["weight"], given["ids"])
+    ours = linear_ppo_loss(*tensors, old_logp, advantages, mask, given["bias"], tail_eps=EPS, **options)
+    stats = linear_token_stats(*tensors, given["bias"], tail_eps=EPS)
+    theirs = ppo_loss(stats.logp, old_logp, advantages, mask, entropy=stats.entropy, **options)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    for a, b in zip(gradients(ours.loss, given), gradients(theirs.loss, given)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

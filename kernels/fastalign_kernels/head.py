@@ -301,6 +301,32 @@ def hand_over(ctx, grad: Tensor, again: Callable[[], Sequence[Tensor]]) -> list[
     return [g if ctx.needs_input_grad[i] else None for g, i in zip(gradients, (0, 1, 3))]
 
 
+def save_scalar_loss(ctx, inputs, output) -> None:
+    """For an op that gives a loss, numbers without gradient, and the gradients of hidden, weight and bias (inputs 0, 1 and 3)."""
+    _, numbers, *gradients = output
+    ctx.mark_non_differentiable(numbers, *gradients)
+    ctx.set_materialize_grads(False)  # else autograd allocates a [V, H] of zeros as the gradient of the output d_weight
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
+    ctx.gradients = gradients
+
+
+def scalar_loss_backward(op: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of such an op."""
+
+    def backward(ctx, grad: Tensor | None, *_: Tensor):
+        tensors = iter(ctx.saved_tensors)  # also the check that nothing was changed in place since
+        nothing = (None,) * len(ctx.inputs)
+        if grad is None:
+            return nothing
+        inputs = [next(tensors) if own else x for own, x in zip(ctx.tensors, ctx.inputs)]
+        d_hidden, d_weight, d_bias = hand_over(ctx, grad, lambda: op(*inputs)[2:])
+        return d_hidden, d_weight, None, d_bias, *nothing[4:]
+
+    return backward
+
+
 def _loss_backward(ctx, grad: Tensor | None, *_):
     hidden, weight, ids, bias, scale, table = ctx.saved_tensors
     nothing = (None,) * 15
@@ -399,7 +425,7 @@ def prepare(
     return hidden.reshape(-1, H), weight, kept_ids(ids, ignore_index), bias, *transform, workspace_mib, tail_eps
 
 
-def _way(hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: str) -> tuple[str, bool, bool, bool]:
+def find_way(hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: str) -> tuple[str, bool, bool, bool]:
     """The way, and which of hidden, weight and bias want a gradient."""
     grad = torch.is_grad_enabled()
     hidden_grad, weight_grad = grad and hidden.requires_grad, grad and weight.requires_grad
@@ -437,7 +463,7 @@ def linear_cross_entropy_stats(
     )
     flat, _, ids, *_ = arguments
     scale = loss_scale(ids >= 0, reduction, token_weights, num_items, accumulator_dtype(flat.dtype))
-    way, *wanted = _way(flat, weight, bias, "table" if reduction == "none" else "scalar")
+    way, *wanted = find_way(flat, weight, bias, "table" if reduction == "none" else "scalar")
     if way == "general" or reduction == "none":
         table = _table(arguments, wanted)
         loss = reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
@@ -520,7 +546,7 @@ def linear_logprobs(
     GEMMs: 1 without gradients, 2 with a frozen weight (LoRA runs), 4 in training. Ignored positions hold 0 and get no gradient.
     """
     arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)
-    way, *wanted = _way(arguments[0], weight, bias, "logp")
+    way, *wanted = find_way(arguments[0], weight, bias, "logp")
     table = _head_frozen(*arguments)[0] if way == "frozen_head" else _table(arguments, wanted)
     return table[Stat.LOGP].view(ids.shape)
 
@@ -545,7 +571,7 @@ def linear_token_stats(
     GEMMs: 1 without gradients, 3 with a frozen weight, 4 in training. Ignored positions hold 0 / False. entropy=False leaves it None.
     """
     arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)
-    _, *wanted = _way(arguments[0], weight, bias, "table")
+    _, *wanted = find_way(arguments[0], weight, bias, "table")
     return stats_of(_table(arguments, wanted), ids.shape, entropy)
 
 

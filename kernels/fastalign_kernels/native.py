@@ -1,8 +1,8 @@
 """The native library built from csrc/: loading it, and what runs without it.
 
 `setup.py` puts `_native.so` beside this file. Where it could not be built, or torch cannot load it, the row kernels on a CPU and the
-sampler are `rows.row_stats_ref`, `rows.row_grad_ref` and `sampling.sample_ref`, plain PyTorch; that is said once, by name, and
-`fastalign env` shows it.
+sampler are `rows.row_stats_ref`, `rows.row_grad_ref` and `sampling.sample_ref`, plain PyTorch, as are policy losses and GAE (policy.py,
+advantage.py); that is said once, by name, and `fastalign env` shows it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ def _load() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the native library does not load: {error}"
-    for op in ("row_stats", "row_grad", "column_sums"):  # they write into their last arguments and return nothing
+    for op in ("row_stats", "row_grad", "column_sums", "policy_tokens", "value_tokens", "gae_rows"):  # all write into arguments
         torch.library.register_fake(f"fastalign::{op}", lambda *arguments: None)
     return ""
 
 
 missing = _load()
 if missing:
-    warnings.warn(f"fastalign: {missing}; rows.row_stats_ref, rows.row_grad_ref and sampling.sample_ref serve instead", stacklevel=2)
+    substitutes = "rows.row_stats_ref, rows.row_grad_ref, sampling.sample_ref and PyTorch in policy.py and advantage.py"
+    warnings.warn(f"fastalign: {missing}; {substitutes} serve instead", stacklevel=2)
 triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 

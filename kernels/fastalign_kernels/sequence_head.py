@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import check as _check
-from .head import fake_gradients, hand_over, linear_logprobs, prepare
+from .head import fake_gradients, linear_logprobs, prepare, save_scalar_loss, scalar_loss_backward
 from .keeping import sweep_keeping, sweep_kept
 from .logits import sum_by_sequence
 from .pair_losses import PAIR_LOSSES
@@ -151,27 +151,7 @@ def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mi
     return number, number.new_empty(reference.shape[0]), *fake_gradients(hidden, weight, bias, *options[-3:])
 
 
-def _save(ctx, inputs, output) -> None:
-    _, logps, *gradients = output
-    ctx.mark_non_differentiable(logps, *gradients)
-    ctx.set_materialize_grads(False)  # else autograd allocates a [V, H] of zeros as the gradient of the output d_weight
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
-    ctx.gradients = gradients
-
-
-def _backward(ctx, grad: Tensor | None, *_: Tensor):
-    tensors = iter(ctx.saved_tensors)  # also the check that nothing was changed in place since
-    nothing = (None,) * len(ctx.inputs)
-    if grad is None:
-        return nothing
-    inputs = [next(tensors) if own else x for own, x in zip(ctx.tensors, ctx.inputs)]
-    d_hidden, d_weight, d_bias = hand_over(ctx, grad, lambda: _head_sequences(*inputs)[2:])
-    return d_hidden, d_weight, None, d_bias, *nothing[4:]
-
-
-_head_sequences.register_autograd(_backward, setup_context=_save)
+_head_sequences.register_autograd(scalar_loss_backward(_head_sequences), setup_context=save_scalar_loss)
 
 
 class _Rows(NamedTuple):

@@ -1,0 +1,12 @@
+// The kernels of policy losses for one instruction set: setup.py compiles this file once per target with -DFASTALIGN_TARGET=<name> and the
+// target's flags.
+#include "policy.h"
+
+namespace fastalign {
+namespace FASTALIGN_TARGET {
+
+extern const PolicyKernels policy_kernels;
+const PolicyKernels policy_kernels = {{policy_tokens<float>, policy_tokens<double>}, {value_tokens<float>, value_tokens<double>}};
+
+}  // namespace FASTALIGN_TARGET
+}  // namespace fastalign

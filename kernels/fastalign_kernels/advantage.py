@@ -1,0 +1,147 @@
+"""Advantages of tokens: generalised advantage estimation (1506.02438), and whitening over a mask and all ranks.
+
+Over the tokens of a row that are inside the mask, in their order, with what lies between them skipped and V after the last one 0 or given,
+
+    delta[t] = r[t] + gamma V[t+1] - V[t],     A[t] = delta[t] + gamma lam A[t+1],     R[t] = A[t] + V[t].
+
+A[t] is an affine function of A[t+1], and such functions compose: a GPU scans blocks of time in parallel (advantage_triton.py), a CPU loops
+over time with a row a thread (csrc/advantage.h). Bytes: 2 B T e + B T read, 2 B T e written, once. Nothing here has a gradient.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import check as _check
+from . import native
+from .policy import accumulator_of, as_bool, check_tokens
+
+
+class Advantages(NamedTuple):
+    """advantages and returns = advantages + values, [B, T], 0 outside the mask; without gradient."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+def _gae_rows(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float, advantages: Tensor, returns: Tensor
+) -> None:
+    """PyTorch in place of csrc/advantage.h: same arguments, the last two are written."""
+    following = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
+    running = torch.zeros_like(following)
+    for t in reversed(range(values.shape[1])):
+        inside = mask[:, t]
+        running = torch.where(inside, rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running, running)
+        following = torch.where(inside, values[:, t], following)
+        advantages[:, t] = torch.where(inside, running, 0.0)
+        returns[:, t] = torch.where(inside, running + following, 0.0)
+
+
+_twins = SimpleNamespace(gae_rows=_gae_rows)
+
+
+def _implementation(values: Tensor) -> Any:
+    if not values.is_cuda:
+        return _twins if native.missing else torch.ops.fastalign
+    if values.dtype == torch.float64 or native.triton_missing:  # Triton takes scalars as fp32
+        return _twins
+    from . import advantage_triton  # here, because triton is absent on macOS and Windows
+
+    return advantage_triton
+
+
+@torch.library.custom_op("fastalign::gae", mutates_args=())
+def gae_op(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, T]: fp32, fp64 if an input is; mask is bool."""
+    dtype = accumulator_of(rewards, values, bootstrap)
+    r, v = (x.to(dtype).contiguous() for x in (rewards, values))
+    after = None if bootstrap is None else bootstrap.to(dtype).contiguous()
+    out = torch.empty_like(v), torch.empty_like(v)
+    if v.numel():
+        _implementation(v).gae_rows(r, v, mask.contiguous(), after, gamma, lam, *out)
+    return out
+
+
+@gae_op.register_fake
+def _(rewards, values, mask, bootstrap, gamma, lam):
+    out = values.new_empty(values.shape, dtype=accumulator_of(rewards, values, bootstrap))
+    return out, torch.empty_like(out)
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95, bootstrap: Tensor | None = None
+) -> Advantages:
+    """Generalised advantage estimation (1506.02438, eq. 16) over the tokens of a mask; formula at the top of this file.
+
+    Args:
+        rewards, values: [B, T] fp32, bf16, fp16 or fp64, a row a sequence: of each token, and of the state in which it was drawn.
+        mask: [B, T] bool or integers, nonzero where a token was drawn. A token's next value and advantage are those of the next token
+            inside the mask, so prompts before, padding after and gaps (a tool's output) between are all skipped, and not used.
+        gamma, lam: in [0, 1]. lam 1: discounted rewards to come minus the value; lam 0: delta alone.
+        bootstrap: [B], the value after a row's last token, for rows that were cut off; None: 0, the episode ended.
+
+    Returns:
+        Advantages and returns (advantages + values), [B, T], 0 outside the mask, without gradient. fp32; fp64 if an input is.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range.
+    """
+    _check.unit_interval("gamma", gamma)
+    _check.unit_interval("lam", lam)
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards: shape {list(rewards.shape)} seen, [B, T] wanted")
+    check_tokens({"rewards": rewards, "values": values}, mask)
+    if bootstrap is not None:
+        _check.dtype("bootstrap", bootstrap, _check.FLOATS)
+        _check.shape("bootstrap", bootstrap, (rewards.shape[0],), "[B]")
+        _check.device("bootstrap", bootstrap, "rewards", rewards)
+    return Advantages(*gae_op(rewards, values, as_bool(mask), bootstrap, float(gamma), float(lam)))
+
+
+@torch.no_grad()
+def masked_whiten(
+    x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) with the moments of the tokens inside the mask, over all ranks of the group.
+
+    Args:
+        x: [B, T] or [N] fp32, bf16, fp16 or fp64.
+        mask: of x's shape, bool or integers, nonzero where a token counts. What stands elsewhere is not used.
+        shift_mean: False leaves the mean where it was, as TRL's whiten_rewards does.
+        group: the moments are over the tokens of all its ranks, of which some may have none; every rank must call. None: this process's.
+
+    Returns:
+        Whitened x, 0 outside the mask, without gradient. fp32; fp64 for fp64. The variance is divided by tokens - 1, as TRL's. A single
+        token becomes 0. The host waits for nothing.
+
+    Differences from TRL: moments are those of all ranks, not each rank's own, so that a token is worth the same on every rank; values
+    outside the mask are 0, as TRL's trainer leaves them after its next line, not what whitening made of padding.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or eps < 0.
+    """
+    check_tokens({"x": x}, mask)
+    if not eps >= 0:
+        raise ValueError(f"eps: {eps} seen, a number >= 0 wanted")
+    inside = as_bool(mask)
+    # In fp64 from the mean of each rank, whose squares cannot cancel; merged as Chan, Golub and LeVeque do.
+    own = torch.where(inside, x.double(), 0.0)
+    count = inside.sum()
+    mean = own.sum() / count.clamp(min=1)
+    squares = torch.where(inside, (own - mean) ** 2, 0.0).sum()
+    if group is not None:
+        moments = torch.stack([count.double(), mean, squares])
+        parts = [torch.empty_like(moments) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(parts, moments, group=group)
+        counts, means, within = torch.stack(parts, 1).unbind()
+        count = counts.sum()
+        mean = (counts * means).sum() / count.clamp(min=1)
+        squares = within.sum() + (counts * (means - mean) ** 2).sum()
+    white = (own - mean) * torch.rsqrt(squares / (count - 1).clamp(min=1) + eps)
+    return torch.where(inside, white if shift_mean else white + mean, 0.0).to(accumulator_of(x))

@@ -1,0 +1,156 @@
+"""PPO's policy loss from hidden states: the head and the loss in one pass over chunks of tokens, without logits in memory.
+
+    hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  sum of scale (policy - c_entropy H + c_kl KL), see policy.py
+
+What a token's logp and entropy are worth to the loss is known as soon as they are, so a chunk's gradient is made while its logits exist:
+3 GEMMs of N x H x V with a trained weight, 2 with a frozen one, 1 without gradients, where `linear_token_stats` and `ppo_loss` take
+4, 3 and 1. Kept for the backward pass: dX and dW. Tokens outside the mask enter no GEMM.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import check as _check
+from .head import fake_gradients, find_way, linear_token_stats, prepare, save_scalar_loss, scalar_loss_backward
+from .policy import (
+    PolicyLoss,
+    PolicyOptions,
+    PolicySum,
+    as_bool,
+    check_tokens,
+    policy_metrics,
+    policy_options,
+    policy_sums,
+    ppo_loss,
+    token_scale,
+)
+from .rows import Stat, Transform, accumulator_dtype, coefficients
+from .sweep import Head, sweep
+
+OUTSIDE = -(2**31)  # in place of an id outside the mask: no id, and nothing that data marks with, which inside the mask is refused
+
+
+@torch.library.custom_op("fastalign::head_policy", mutates_args=())
+def _head_policy(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    workspace_mib: float | None,
+    tail_eps: float | None,
+    old_logp: Tensor,
+    advantages: Tensor,
+    scale: Tensor,
+    reference_logp: Tensor | None,
+    options: list[float],
+    hidden_grad: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, `PolicySum`s [8] fp64, and the gradients of hidden, weight and bias. ids are -1 outside the mask."""
+    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    mask, numbers = ids >= 0, PolicyOptions.of(options)
+
+    def sums_and_slopes(stats: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        own_scale = scale if scale.numel() == 1 else scale[index]
+        reference = None if reference_logp is None else reference_logp[index]
+        fixed = (old_logp[index], advantages[index], mask[index], own_scale)
+        return policy_sums(stats[Stat.LOGP], *fixed, stats[Stat.ENTROPY], reference, numbers)
+
+    def chunk_coefficients(stats: Tensor, index: Tensor | slice) -> Tensor:
+        slopes = sums_and_slopes(stats, index)[1]
+        grad = torch.zeros_like(stats)
+        grad[Stat.LOGP] = slopes[0]
+        if len(slopes) > 1:
+            grad[Stat.ENTROPY] = slopes[1]
+        return coefficients(grad, stats, weight.shape[0])
+
+    wanted = (hidden_grad, weight_grad, bias_grad)
+    table, gradients = sweep(head, None, chunk_coefficients if any(wanted) else None, wanted)
+    sums, _ = sums_and_slopes(table, slice(None))  # once more and at once, so that the loss does not depend on the chunks
+    return sums[PolicySum.LOSS].to(scale.dtype, copy=True), sums, *gradients
+
+
+@_head_policy.register_fake
+def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, old_logp, advantages, scale, *options):
+    sums = scale.new_empty(len(PolicySum), dtype=torch.float64)
+    return scale.new_empty(()), sums, *fake_gradients(hidden, weight, bias, *options[-3:])
+
+
+_head_policy.register_autograd(scalar_loss_backward(_head_policy), setup_context=save_scalar_loss)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    *,
+    clip: float | None = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    entropy_coefficient: float = 0.0,
+    reference_logp: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
+    aggregation: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    tail_eps: float | None = None,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> PolicyLoss:
+    """`ppo_loss` from hidden states, with gradients of hidden, weight and bias, exact, without logits in memory.
+
+    Args:
+        hidden: [B, T, H] or packed [N, H]; hidden[t] predicts ids[t]: shift before. weight: [V, H]. bias: [V]. dtypes as in
+            `linear_cross_entropy`.
+        ids, old_logp, advantages, mask: [B, T] or [N]. ids in [0, V) where the mask is set, anything elsewhere: those tokens enter no
+            GEMM, and none of their values is used. old_logp under the same temperature, softcap and logit_scale.
+        clip, clip_high, dual_clip, entropy_coefficient, reference_logp, kl_coefficient, kl_estimator, aggregation, normalizer, cu_seqlens:
+            as in `ppo_loss`. The entropy is the head's own, over the whole vocabulary.
+        temperature, softcap, logit_scale, tail_eps, workspace_mib, check: as in `linear_cross_entropy`.
+
+    Returns:
+        As `ppo_loss`; entropy is always there. fp32; fp64 for fp64 hidden states. fp16's small gradients need the loss scale that comes
+        with the upstream gradient, so fp16 goes through `linear_token_stats`, with a GEMM more.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device, range or name.
+    """
+    options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
+    if reference_logp is None and kl_coefficient:
+        raise ValueError(f"reference_logp: None seen with kl_coefficient={kl_coefficient}, the shape of ids wanted")
+    _check.shape("old_logp", old_logp, tuple(ids.shape), "the shape of ids")
+    check_tokens({"old_logp": old_logp, "advantages": advantages, "reference_logp": reference_logp}, mask)
+    _check.device("ids", ids, "hidden", hidden)
+    _check.device("mask", mask, "ids", ids)
+    marked = torch.where(as_bool(mask), ids, OUTSIDE)
+    arguments = prepare(hidden, weight, marked, "ids", bias, softcap, logit_scale, temperature, OUTSIDE, tail_eps, workspace_mib, check)
+    way, *wanted = find_way(arguments[0], weight, bias, "scalar")
+    if way == "general":
+        stats = linear_token_stats(
+            hidden, weight, marked, bias, ignore_index=OUTSIDE, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
+            tail_eps=tail_eps, workspace_mib=workspace_mib,
+        )  # fmt: skip
+        return ppo_loss(
+            stats.logp, old_logp, advantages, mask, clip=clip, clip_high=clip_high, dual_clip=dual_clip, entropy=stats.entropy,
+            entropy_coefficient=entropy_coefficient, reference_logp=reference_logp, kl_coefficient=kl_coefficient,
+            kl_estimator=kl_estimator, aggregation=aggregation, normalizer=normalizer, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    _, scale = token_scale(mask, aggregation, normalizer, cu_seqlens, accumulator_dtype(arguments[0].dtype))
+    fixed = (old_logp.detach().reshape(-1), advantages.detach().reshape(-1))
+    reference = None if reference_logp is None else reference_logp.detach().reshape(-1)
+    loss, sums, *_ = _head_policy(*arguments, *fixed, scale, reference, list(options), *wanted)
+    return policy_metrics(loss, sums, True, reference is not None)
