@@ -17,6 +17,7 @@ import fastalign
 from .head_methods import HEAD_ROWS, eager_logprobs, head_inputs, liger_scaled, trl_chunked
 from .operation import COMPILED, EAGER, OURS, Absent, Ceiling, Forward, Operation, Shape, Tensors, compiled, here, module, needs_gpu
 from .policy_methods import POLICY
+from .ppo_methods import PPO
 from .preference_methods import PREFERENCE
 from .sampling_methods import SAMPLING
 
@@ -166,6 +167,7 @@ OPERATIONS = {
     **PREFERENCE,
     **POLICY,
     **SAMPLING,
+    **PPO,
 }
 
 

@@ -12,7 +12,7 @@ proven on ten tokens when the head is fused: a model that cannot be served exact
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from fastalign_kernels import linear_cross_entropy_stats, linear_token_stats
+from fastalign_kernels import PolicyLoss, linear_cross_entropy_stats, linear_ppo_loss, linear_token_stats
 
 from .probe import LogitTransform, UnsupportedModelError, check_fused, declared_transforms, explain_loss, probing, unsupported
 
@@ -39,6 +39,7 @@ class FusedCausalLMOutput(ModelOutput):
     `loss` is a scalar in nats. `logp`, `entropy`, `lse` (fp32, or fp64 for fp64; nats) and `top1` (bool) are
     [B, T] and aligned with `shift_labels`: position t speaks of token t + 1, ignored ones hold 0 or False.
     `logits` is always None; `past_key_values`, `hidden_states` and `attentions` are the backbone's.
+    `policy` takes the place of the statistics where PPO's loss is asked for; `last_hidden_state` is what entered lm_head.
     """
 
     loss: Tensor | None = None
@@ -50,6 +51,8 @@ class FusedCausalLMOutput(ModelOutput):
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    policy: PolicyLoss | None = None
+    last_hidden_state: Tensor | None = None
 
 
 def fuse_head(model: Model, *, verify: bool = True) -> Model:
@@ -62,7 +65,10 @@ def fuse_head(model: Model, *, verify: bool = True) -> Model:
       targets that are not `ignore_index` (-100) does.
     - `token_stats=True`: logp, entropy and lse are differentiable, and the loss is -Σ logp / count of them.
       By default the loss computes its gradient in the forward pass and the statistics carry none.
+    - `ppo`: arguments of `linear_ppo_loss` from `old_logp` on, [B, T] as `shift_labels`: the loss is PPO's, the output's
+      `policy` what that function returns, and there are no other statistics.
     - `temperature` (1.0) divides the logits; `workspace_mib` bounds the head's memory.
+    - `keep_hidden=True`: the output has the backbone's `last_hidden_state`, for a head of another kind.
 
     The same object is returned, and fusing twice changes nothing. Fuse before DDP, FSDP2 or torch.compile
     wraps the model. A deep copy of a fused model is fused.
@@ -132,6 +138,8 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         self: PreTrainedModel,
         *args: Any,
         token_stats: bool = False,
+        ppo: Mapping[str, Any] | None = None,
+        keep_hidden: bool = False,
         temperature: float = 1.0,
         workspace_mib: float | None = None,
         **kwargs: Any,
@@ -141,12 +149,15 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)  # raises Python's own TypeError
         arguments = given | kwargs
         if arguments.get("labels") is None and arguments.get("shift_labels") is None:
-            if token_stats or temperature != 1.0 or workspace_mib is not None:
-                options = f"token_stats={token_stats}, temperature={temperature}, workspace_mib={workspace_mib}"
-                raise ValueError(f"{options}: need labels or shift_labels")
+            if token_stats or ppo is not None or keep_hidden or temperature != 1.0 or workspace_mib is not None:
+                asked = f"token_stats={token_stats}, ppo={ppo and sorted(ppo)}, keep_hidden={keep_hidden}"
+                raise ValueError(f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or shift_labels")
             return original(self, *args, **kwargs)
+        if token_stats and ppo is not None:
+            raise ValueError("token_stats and ppo: both seen, one wanted")
         return_dict = arguments.pop("return_dict", None)
-        output = _run(self, arguments, token_stats, {"temperature": temperature, "workspace_mib": workspace_mib})
+        options = {"temperature": temperature, "workspace_mib": workspace_mib}
+        output = _run(self, arguments, token_stats, ppo, keep_hidden, options)
         if return_dict is None:
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
@@ -157,18 +168,24 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fastalign_head_forward(
-    self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, token_stats: bool = False, **options: Any
+    self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, head: Callable[..., Any] = linear_token_stats, **options: Any
 ) -> Any:
-    """lm_head's forward: logits as ever without targets, the kernels' named tuple with them."""
+    """lm_head's forward: logits as ever without targets, with them the named tuple of `head`, one of the kernels'."""
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
     if isinstance(self.weight, DTensor):
         raise UnsupportedModelError("lm_head.weight is a DTensor inside lm_head's own call: a tensor-parallel head is not served")
-    head = linear_token_stats if token_stats else linear_cross_entropy_stats
-    return head(hidden, self.weight, targets, self.bias, **options)
+    return head(hidden, self.weight, targets, bias=self.bias, **options)
 
 
-def _run(model: PreTrainedModel, arguments: dict[str, Any], token_stats: bool, options: dict[str, Any]) -> FusedCausalLMOutput:
+def _run(
+    model: PreTrainedModel,
+    arguments: dict[str, Any],
+    token_stats: bool,
+    ppo: Mapping[str, Any] | None,
+    keep_hidden: bool,
+    options: dict[str, Any],
+) -> FusedCausalLMOutput:
     """Backbone, then lm_head with the targets. `arguments` are the call's, by name."""
     labels, targets = arguments.pop("labels", None), arguments.pop("shift_labels", None)
     num_items = arguments.pop("num_items_in_batch", None)
@@ -186,30 +203,27 @@ def _run(model: PreTrainedModel, arguments: dict[str, Any], token_stats: bool, o
     if targets.shape != shape:
         raise ValueError(f"labels: shape {list(targets.shape)} seen, that of the tokens, {list(shape)}, wanted")
 
-    backbone = _backbone(model)(**arguments, return_dict=True)
-    hidden = backbone.last_hidden_state
+    inner = _backbone(model)(**arguments, return_dict=True)
+    hidden = inner.last_hidden_state
     targets = targets.to(hidden.device)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(hidden.device)
     transform: LogitTransform = model.__dict__["_fastalign_transform"]
     options |= {"ignore_index": ignore_index, **transform._asdict()}
-    if not token_stats:
-        options["num_items"] = num_items
-    stats = model.get_output_embeddings()(hidden, targets, token_stats=token_stats, **options)
+    kept = {name: getattr(inner, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
+    kept |= {"last_hidden_state": hidden} if keep_hidden else {}
+    head = model.get_output_embeddings()
+    if ppo is not None:
+        del options["ignore_index"]  # the mask says what counts
+        policy = head(hidden, targets, head=linear_ppo_loss, **options, **ppo)
+        return FusedCausalLMOutput(loss=policy.loss, policy=policy, **kept)
     if token_stats:
+        stats = head(hidden, targets, head=linear_token_stats, **options)
         loss = -stats.logp.sum() / ((targets != ignore_index).sum() if num_items is None else num_items)
     else:
+        stats = head(hidden, targets, head=linear_cross_entropy_stats, **options, num_items=num_items)
         loss = stats.loss
-    return FusedCausalLMOutput(
-        loss=loss,
-        logp=stats.logp,
-        entropy=stats.entropy,
-        lse=stats.lse,
-        top1=stats.top1,
-        past_key_values=getattr(backbone, "past_key_values", None),
-        hidden_states=getattr(backbone, "hidden_states", None),
-        attentions=getattr(backbone, "attentions", None),
-    )
+    return FusedCausalLMOutput(loss=loss, logp=stats.logp, entropy=stats.entropy, lse=stats.lse, top1=stats.top1, **kept)
 
 
 def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTransform) -> None:
@@ -221,6 +235,12 @@ def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTrans
 
 def _is_ours(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "__name__", "").startswith("_fastalign_")
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module of a causal LM (or of the one in a PeftModel) whose `last_hidden_state` enters lm_head."""
+    found: nn.Module = _backbone(_causal_lm(model))
+    return found
 
 
 def _backbone(model: PreTrainedModel) -> Any:

@@ -61,6 +61,18 @@ class ChatTemplate:
             marked = [span for span in marked if span[0] >= len(before)]
         return text, marked
 
+    def prompt(self, row: Row) -> str:
+        """The text of `prompt` up to where the assistant's turn begins; `tools` are handed to the template.
+
+        Raises DataError for messages that are none, that the template refuses, or of which the assistant has the last word.
+        """
+        messages = read_messages("prompt", row["prompt"])
+        if not messages:
+            raise DataError("column 'prompt' has no messages")
+        if messages[-1]["role"] == "assistant":
+            raise DataError("column 'prompt' ends in an assistant turn, and there is nothing to answer")
+        return self._text(messages, row.get("tools") or None, prompt=True)[0]
+
     def _added_by(self, turn: int, messages: list[Message], tools: Any, text: str) -> tuple[int, int]:
         """The span that a turn adds to the conversation before it with the generation prompt."""
         before, _ = self._text(messages[:turn], tools, prompt=True)

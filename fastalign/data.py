@@ -41,6 +41,14 @@ class Tokenized(NamedTuple):
     """Whether a token is a target that is trained on. Position 0 never is: nothing predicts it."""
 
 
+class Prompt(NamedTuple):
+    """What a completion is to follow."""
+
+    input_ids: list[int]
+    row: Row = {}
+    """The columns it was made of: `prompt`, as text or messages, and the others."""
+
+
 def load_rows(source: str, *, split: str = "train") -> Dataset:
     """Rows of JSONL, JSON (an array) or Parquet files, or of a data set that `datasets` knows.
 
@@ -114,6 +122,36 @@ def tokenize_sft(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_lengt
     convert = ChatTemplate(tokenizer).render if chat else join_texts
     answers = read_each(rows, columns, lambda row: [convert(row)])
     return [sequence for [sequence] in tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length)]
+
+
+def tokenize_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Prompt]:
+    """Prompts to complete, one a row: `prompt`, as text, or as messages that the template follows with the assistant's turn.
+
+    Text gets the tokenizer's own special tokens, less an EOS behind it. Prompts longer than `max_length` tokens are left out,
+    with one warning. Raises DataError for a missing column, wrong types, messages that the assistant ends, prompts without
+    tokens, and where all are too long; ValueError for a tokenizer that lacks what this needs.
+    """
+    need_columns(rows, "prompt")
+    chat = isinstance(rows[0]["prompt"], list)
+    columns = ["prompt"] + [name for name in ("tools",) if chat and name in rows.column_names]
+    convert = ChatTemplate(tokenizer).prompt if chat else lambda row: read_text("prompt", row["prompt"], blank=True)
+    texts = read_each(rows, columns, convert)
+    prompts, empty, long = [], [], []
+    every = rows.with_format(None)
+    for index, (ids, _) in enumerate(_encode(tokenizer, texts, add_special_tokens=not chat)):
+        if not chat and ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:
+            ids.pop()
+        if not ids:
+            empty.append(index)
+        elif len(ids) > max_length:
+            long.append(index)
+        else:
+            prompts.append(Prompt(ids, {name: value for name, value in every[index].items() if name != ROW}))
+    refuse_rows(rows, {"column 'prompt' has no tokens": empty})
+    if not prompts:
+        refuse_rows(rows, {f"longer than max_prompt_length={max_length}, and so are all": long})
+    _warn(rows, long, f"longer than max_prompt_length={max_length}, left out")
+    return prompts
 
 
 def tokenize_answers(

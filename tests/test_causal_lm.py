@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from fastalign.causal_lm import FusedCausalLMOutput, UnsupportedModelError, fuse_head, unfuse_head
-from fastalign_kernels import linear_cross_entropy
+from fastalign.causal_lm import FusedCausalLMOutput, UnsupportedModelError, backbone, fuse_head, unfuse_head
+from fastalign_kernels import linear_cross_entropy, ppo_loss
 
 VOCAB = 97  # odd, and a multiple of no block
 GQA = {
@@ -201,7 +201,8 @@ def test_generate_and_the_forward_without_labels_are_unaffected(name: str) -> No
     assert inspect.signature(model.forward) == signature
     with pytest.raises(ValueError, match="not_an_argument"):
         model.generate(**inputs, not_an_argument=1)
-    for unused in ({"token_stats": True}, {"temperature": 0.5}, {"workspace_mib": 8}):
+    unused: dict[str, Any]
+    for unused in ({"token_stats": True}, {"temperature": 0.5}, {"workspace_mib": 8}, {"ppo": {}}, {"keep_hidden": True}):
         with pytest.raises(ValueError, match="need labels or shift_labels"):
             model(**inputs, **unused)
 
@@ -265,6 +266,32 @@ def test_token_statistics_take_any_upstream_gradient() -> None:
     assert_equal_gradients(seen, expected)
 
 
+@pytest.mark.parametrize("name", ["gemma2-softcap", "cohere-multiplies", "phi-bias", "llama-tied"])
+def test_ppos_loss_and_its_gradients_equal_those_from_logits(name: str) -> None:
+    model = build(CONFIGS[name]())
+    inputs, labels = batch()
+    targets = shift(labels)
+    generator = torch.Generator().manual_seed(1)
+    mask = targets != -100
+    old, reference, advantages = torch.randn(3, *targets.shape, generator=generator, dtype=torch.float64)
+    old, reference = (
+        -own_nll(model, inputs, targets, 0.7).detach() + 0.3 * old,
+        -own_nll(model, inputs, targets, 0.7).detach() + 0.3 * reference,
+    )
+    options = {"clip": 0.1, "entropy_coefficient": 0.02, "reference_logp": reference, "kl_coefficient": 0.1, "normalizer": 9}
+    table = (model(**inputs).logits / 0.7).log_softmax(-1)
+    logp, entropy = table.gather(-1, targets.clamp_min(0)[..., None])[..., 0], -(table.exp() * table).sum(-1)
+    own = ppo_loss(logp, old, advantages, mask, entropy=entropy, **options)
+    expected = gradients(model, own.loss)
+    fuse_head(model)
+    ppo = {"old_logp": old, "advantages": advantages, "mask": mask, **options}
+    out = model(**inputs, shift_labels=targets, ppo=ppo, temperature=0.7, keep_hidden=True)
+    assert 0 < out.policy.clip_fraction < 1 and out.loss is out.policy.loss and out.logp is None
+    torch.testing.assert_close(tuple(out.policy), tuple(own), rtol=1e-10, atol=1e-12)
+    assert_equal_gradients(gradients(model, out.loss), expected)
+    torch.testing.assert_close(out.last_hidden_state, backbone(model)(**inputs).last_hidden_state, rtol=1e-10, atol=1e-12)
+
+
 def test_the_backbones_outputs_are_handed_on() -> None:
     model = fuse_head(
         build(
@@ -296,6 +323,8 @@ def test_a_batch_without_targets() -> None:
 def test_wrong_arguments_are_named() -> None:
     model = fuse_head(llama())
     inputs, labels = batch()
+    with pytest.raises(ValueError, match="token_stats and ppo: both seen, one wanted"):
+        model(**inputs, labels=labels, token_stats=True, ppo={})
     with pytest.raises(ValueError, match=r"labels: shape \[3, 10\] seen, that of the tokens, \[3, 11\], wanted"):
         model(**inputs, labels=labels[:, 1:])
     with pytest.raises(ValueError, match="logits_to_keep=2"):

@@ -112,17 +112,20 @@ def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedToke
     return config
 
 
-def check_fit(model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[Tokenized]]) -> None:
-    """Raise ValueError where the tokenizer's ids or the longest sequence of the rows do not fit the model."""
+def check_fit(
+    model: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[Tokenized]],
+    *,
+    lower: str = "sequence_length or max_length",
+) -> None:
+    """Raise ValueError where the tokenizer's ids or the longest sequence of the rows do not fit the model; it says what to `lower`."""
     if len(tokenizer) > model.vocab_size:
         raise ValueError(f"tokenizer: {len(tokenizer)} tokens do not fit the model's vocab_size {model.vocab_size}")
     positions = getattr(model, "max_position_embeddings", None)
     length = max(len(sequence.input_ids) for row in rows for sequence in row)
     if positions is not None and length > positions:
-        raise ValueError(
-            f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): "
-            "lower sequence_length or max_length"
-        )
+        raise ValueError(f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): lower {lower}")
 
 
 def load_model(

@@ -138,15 +138,37 @@ def held_out_batches(rows: Sequence[Row], collate: Callable[[Sequence[Row]], Bat
     return [collate(own[first : first + size]) for first in range(0, len(own), size)]
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW over what is trained; matrices decay, vectors (norms, biases) do not."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in trained if weight.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in trained if weight.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_eps, fused=True)
+def make_optimizer(config: TrainConfig, model: nn.Module, own_rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
+    """AdamW over what is trained; matrices decay, vectors (norms, biases) do not.
+
+    `own_rates`: from the start of a weight's name to a peak learning rate other than learning_rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            own = (rate for start, rate in (own_rates or {}).items() if name.startswith(start))
+            groups.setdefault((next(own, config.learning_rate), weight.ndim >= 2), []).append(weight)
+    return torch.optim.AdamW(
+        [
+            {"params": weights, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
+            for (rate, decays), weights in sorted(groups.items(), key=lambda group: not group[0][1])
+        ],
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+def distribute(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
+    """The model to call in training: compiled as configured, its gradients averaged over the ranks."""
+    if config.compile:
+        model.compile()
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+
+
+def trained_weights(model: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer changes."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 def count_targets(batch: Batch) -> int:
@@ -181,16 +203,58 @@ def train(
     epoch; `items_name` is what metrics.jsonl calls what `count_items` counts. Raises FloatingPointError, before
     the weights are touched, where the loss or the gradient is not finite.
     """
+    wrapped = distribute(config, world, model)
+    optimizer = make_optimizer(config, model)
+    precision = autocast(config, world)
+
+    def take(step: int) -> tuple[dict[str, float], int]:
+        return update(
+            world,
+            wrapped,
+            optimizer,
+            batches_of(step),
+            loss_fn,
+            precision=precision,
+            clipped={"grad_norm": trained_weights(model)},
+            max_grad_norm=config.max_grad_norm,
+            count_items=count_items,
+            prepare=prepare,
+            number=step,
+        )
+
+    def judge() -> dict[str, float]:
+        return evaluate(config, world, model, held_out, loss_fn, count_items, prepare)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(str(folder / "model"))
+        tokenizer.save_pretrained(str(folder / "model"))
+
+    return run_steps(
+        config, world, model, optimizer, take=take, judge=judge if held_out else None, save=save, rows=rows, items_name=items_name
+    )
+
+
+def run_steps(
+    config: TrainConfig,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    take: Callable[[int], tuple[dict[str, float], int]],
+    judge: Callable[[], dict[str, float]] | None,
+    save: Callable[[Path], None],
+    rows: int,
+    items_name: str,
+) -> dict[str, float]:
+    """Take every step of the run from where it stands, and return the last line of metrics.jsonl.
+
+    `take(step)` updates the weights and returns the step's metrics and items, `judge()` the held-out ones, and
+    `save(output_dir)` leaves the models there. Learning rates fall from those of the optimizer's groups.
+    """
     steps = total_steps(config, rows)
     if config.warmup_steps > steps:
         raise ValueError(f"warmup_steps ({config.warmup_steps}) must not exceed the {steps} steps of the run")
-    optimizer = make_optimizer(config, model)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if config.compile:
-        model.compile()
-    wrapped: nn.Module = model
-    if world.size > 1:
-        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     random.seed(config.seed + world.rank)
     torch.manual_seed(config.seed + world.rank)
     done, items_done = _resume(config, world, model, optimizer, rows)
@@ -200,15 +264,15 @@ def train(
         save_config(config, output_dir / "config.yaml")
 
     trained, every = (
-        sum(weight.numel() for weight in weights),
+        sum(weight.numel() for weight in trained_weights(model)),
         sum(weight.numel() for weight in model.parameters()),
     )
     world.say(f"{rows} rows, {steps} steps of {config.batch_size}; {trained:,} of {every:,} weights trained")
 
     model.train()
     with Report(config, world, step=done, steps=steps) as report:
-        if held_out and not done:
-            report.write({"step": 0} | evaluate(config, world, model, held_out, loss_fn, count_items, prepare))
+        if judge and not done:
+            report.write({"step": 0} | judge())
         for step in range(done, steps):
             began = time.perf_counter()
             fraction = multiplier(
@@ -218,31 +282,57 @@ def train(
                 warmup_steps=config.warmup_steps,
                 final_fraction=config.final_fraction,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * fraction
-            metrics, items = _totals(config, world, wrapped, batches_of(step), loss_fn, count_items, prepare)
-            norm = nn.utils.clip_grad_norm_(weights, config.max_grad_norm or math.inf)
-            metrics["grad_norm"] = float(norm)
-            _check_finite(metrics, step)
-            optimizer.step()
-            optimizer.zero_grad()
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * fraction
+            metrics, items = take(step)
             items_done += items
             seconds = time.perf_counter() - began
 
             line = {"step": step + 1, "epoch": (step + 1) * config.batch_size / rows, **metrics}
-            line |= {"learning_rate": optimizer.param_groups[0]["lr"], items_name: items_done}
+            line |= {"learning_rate": config.learning_rate * fraction, items_name: items_done}
             line |= {"seconds": seconds, f"{items_name}_per_second": items / seconds}
-            if held_out and _due(step + 1, config.eval_every, steps):
-                line |= evaluate(config, world, model, held_out, loss_fn, count_items, prepare)
+            if judge and _due(step + 1, config.eval_every, steps):
+                line |= judge()
             report.write(line)
             if config.save_every and _due(step + 1, config.save_every, steps):
                 checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=items_done)
 
     if world.main:
-        model.save_pretrained(str(output_dir / "model"))
-        tokenizer.save_pretrained(str(output_dir / "model"))
+        save(output_dir)
     world.barrier()
     return report.last
+
+
+def update(
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    loss_fn: LossFn,
+    *,
+    precision: torch.autocast,
+    clipped: Mapping[str, Sequence[nn.Parameter]],
+    max_grad_norm: float | None,
+    number: int,
+    unit: str = "step",
+    count_items: Callable[[Batch], int] = count_targets,
+    prepare: Prepare = lambda batches: batches,
+) -> tuple[dict[str, float], int]:
+    """One optimizer step over the micro-batches of all ranks; the loss, the metrics and how many items there were.
+
+    The gradients of each list in `clipped` are scaled down to max_grad_norm, and their norm before that is the
+    metric of that name. Raises FloatingPointError that names the step, or other `unit`, of this `number` (from 0)
+    where one of all these numbers is not finite; the weights are untouched then.
+    """
+    metrics, items = _totals(precision, world, model, batches, loss_fn, count_items, prepare)
+    for name, weights in clipped.items():
+        metrics[name] = float(nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf))
+    wrong = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
+    if wrong:
+        raise FloatingPointError(f"{unit} {number + 1}: {', '.join(wrong)}; the weights are still those of {unit} {number}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return metrics, items
 
 
 def evaluate(
@@ -257,7 +347,7 @@ def evaluate(
     """Loss and metrics over the held-out batches of all ranks, as eval/…; with nll, its perplexity too."""
     model.eval()
     with torch.no_grad():
-        metrics, _ = _totals(config, world, model, held_out, loss_fn, count_items, prepare)
+        metrics, _ = _totals(autocast(config, world), world, model, held_out, loss_fn, count_items, prepare)
     model.train()
     if "nll" in metrics:
         metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
@@ -265,7 +355,7 @@ def evaluate(
 
 
 def _totals(
-    config: TrainConfig,
+    precision: torch.autocast,
     world: World,
     model: nn.Module,
     batches: Sequence[Batch],
@@ -277,13 +367,13 @@ def _totals(
     items = world.count(sum(count_items(batch) for batch in batches))
     # A tensor, because torch.compile would make another graph when a number changes.
     divisor = torch.tensor(items, device=world.device)
-    with torch.no_grad(), autocast(config, world):
+    with torch.no_grad(), precision:
         batches = prepare(batches)
     totals: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, 1):
         last = number == len(batches)
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            with autocast(config, world):
+            with precision:
                 loss, metrics = loss_fn(model, world.place(batch), divisor)
             if torch.is_grad_enabled():
                 # DistributedDataParallel averages over the ranks, and these shares are to be added up.
@@ -307,9 +397,3 @@ def _resume(config: TrainConfig, world: World, model: nn.Module, optimizer: torc
 
 def _due(step: int, every: int | None, steps: int) -> bool:
     return step == steps or (every is not None and step % every == 0)
-
-
-def _check_finite(metrics: Mapping[str, float], step: int) -> None:
-    wrong = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
-    if wrong:
-        raise FloatingPointError(f"step {step + 1}: {', '.join(wrong)}; the weights are still those of step {step}")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .config import TrainConfig
 from .world import World
 
+SHOWN = ("loss", "eval/loss", "objective/scores", "objective/kl")  # beside the bar, with what is counted a second
 PROGRESS_SECONDS = 30.0  # between two lines of progress where stderr is a file
 
 
@@ -105,7 +106,7 @@ class Report:
         metrics = {name: value for name, value in line.items() if name != "step"}
         for reporter in self.reporters:
             reporter.log(metrics, line["step"])
-        shown = [name for name in metrics if name in ("loss", "eval/loss") or name.endswith("_per_second")]
+        shown = [name for name in metrics if name in SHOWN or name.endswith("_per_second")]
         self.bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown}, refresh=False)
         self.bar.update(line["step"] - self.bar.n)
 

@@ -1,0 +1,173 @@
+"""Where scores of completions come from: a sequence classifier, ours or any that transformers loads, or a Python function.
+
+What the policy's tokenizer wrote is scored as it is by a decoder that reads the same tokens; another classifier, with its own
+tokenizer, reads the text.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import AutoPeftModelForSequenceClassification, PeftConfig
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..classifier import last_tokens, score_packed
+from ..data import Prompt, Tokenized
+from ..preferences import pack_sequences
+from .build import load_tokenizer, padding_id
+from .world import World
+
+Reward = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]  # prompts, completions in tokens -> scores [B] fp64, on the CPU
+
+
+class Function(NamedTuple):
+    """A Python function, and what the configuration calls it."""
+
+    name: str
+    call: Callable[..., Any]
+
+
+class Classifier(NamedTuple):
+    """A sequence classifier that is not loaded yet."""
+
+    folder: str
+    architecture: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    label: int
+    """Whose logit is the score."""
+    labels: int
+    adapters: bool
+    """Whether the folder holds PEFT's adapters alone."""
+
+    def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether it reads the tokens that `tokenizer` writes."""
+        return bool(self.tokenizer.get_vocab() == tokenizer.get_vocab())
+
+
+def is_function(reward: str) -> bool:
+    """Whether it names a Python function, "module:function" or "file.py:function", and not a model."""
+    return ":" in reward
+
+
+def find_function(reward: str) -> Function:
+    """The function of "module:function" (modules of the working directory too) or "file.py:function".
+
+    Raises ValueError where there is none.
+    """
+    source, _, name = reward.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            if str(Path.cwd()) not in sys.path:
+                sys.path.insert(0, str(Path.cwd()))  # the command `fastalign` starts without it
+            module = importlib.import_module(source)
+    except (ImportError, FileNotFoundError) as error:
+        raise ValueError(f"reward: {reward!r}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"reward: {source} has no function {name!r}; it has: {', '.join(functions) or 'none'}")
+    return Function(reward, function)
+
+
+def find_classifier(reward: str, label: int | None) -> Classifier:
+    """The classifier in a folder or of a name. Raises ValueError for another kind of model, or a label that it has not."""
+    tokenizer = load_tokenizer(reward)
+    adapters = Path(reward, "adapter_config.json").is_file() and not Path(reward, "config.json").is_file()
+    if adapters:
+        architecture = AutoConfig.from_pretrained(PeftConfig.from_pretrained(reward).base_model_name_or_path, num_labels=1)
+    else:
+        architecture = AutoConfig.from_pretrained(reward)
+        kinds = architecture.architectures or []
+        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
+            raise ValueError(f"reward: {reward!r} holds {', '.join(kinds) or 'no architecture'}; a sequence classifier is wanted")
+    labels = architecture.id2label
+    if label is None and len(labels) > 1 or label is not None and label not in labels:
+        known = ", ".join(f"{number} ({name})" for number, name in labels.items())
+        raise ValueError(f"reward_label: {label} seen, and {reward!r} has the labels {known}: give the number of one")
+    return Classifier(reward, architecture, tokenizer, label or 0, len(labels), adapters)
+
+
+def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Reward:
+    """Scores by `function(prompts, completions)`: the rows' prompts, as text or messages, and the completions as text.
+
+    Further columns of the rows are handed over by keyword where the function has a parameter of that name.
+    """
+    wanted = list(inspect.signature(function.call).parameters)[2:]
+
+    def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        columns = {name: [prompt.row[name] for prompt in prompts] for name in wanted if name in prompts[0].row}
+        scores = [float(value) for value in function.call([prompt.row["prompt"] for prompt in prompts], texts, **columns)]
+        if len(scores) != len(prompts):
+            raise ValueError(f"reward: {function.name} returned {len(scores)} scores for {len(prompts)} completions")
+        wrong = [place for place, value in enumerate(scores) if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}; finite numbers are wanted")
+        return torch.tensor(scores, dtype=torch.float64)
+
+    return score
+
+
+def load_classifier(
+    classifier: Classifier,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    rows: int,
+    attention: str,
+    packing: bool,
+) -> Reward:
+    """Scores by the classifier, `rows` sequences at a time: of the tokens where it reads those of `tokenizer`, else of the text."""
+    if classifier.adapters:
+        adapted = AutoPeftModelForSequenceClassification.from_pretrained(classifier.folder, num_labels=1, dtype=dtype)
+        model: PreTrainedModel = adapted.merge_and_unload()
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(classifier.folder, dtype=dtype)
+    model.to(device=world.device).eval().requires_grad_(False)
+    of_tokens = classifier.reads(tokenizer) and hasattr(model, "score")
+    if of_tokens:
+        score_packed(model)
+    padding = model.config.get_text_config().pad_token_id
+    pad_id = padding_id(tokenizer) if padding is None else padding
+
+    def inputs_of(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Mapping[str, Any]:
+        if not of_tokens:
+            return _encode(classifier.tokenizer, prompts, tokenizer.batch_decode(completions, skip_special_tokens=True))
+        ids = [prompt.input_ids + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        sequences = [Tokenized(sequence, [False] * len(sequence)) for sequence in ids]
+        packed = pack_sequences(sequences, pad_id=pad_id, attention=attention, packing=packing)
+        inputs = {name: value for name, value in packed["arguments"].items() if name != "labels"}
+        return inputs | {"ends": last_tokens(packed, pad_id=pad_id), "use_cache": False}
+
+    @torch.no_grad()
+    def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
+        parts = [slice(first, first + rows) for first in range(0, len(prompts), rows)]
+        logits = [model(**world.place(inputs_of(prompts[part], completions[part]))).logits for part in parts]
+        return torch.cat(logits)[:, classifier.label].double().cpu()
+
+    return score
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str]) -> Mapping[str, Any]:
+    """Whole conversations in a classifier's own tokens; one with messages needs a chat template."""
+    chat = isinstance(prompts[0].row["prompt"], list)
+    if chat:
+        turns = [prompt.row["prompt"] + [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, completions, strict=True)]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False)
+    else:
+        texts = [prompt.row["prompt"] + text for prompt, text in zip(prompts, completions, strict=True)]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, add_special_tokens=not chat)
+    return dict(encoded)
