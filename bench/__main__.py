@@ -1,4 +1,4 @@
-"""`python -m bench`: run the suite, write bench/results/<machine>-<date>.json, print the report.
+"""`python -m bench`: run the suite, write bench/results/<machine>-<date>.json, and from it the report (.md) and plots (.png).
 
 Arguments that are not listed go to pytest: `python -m bench -k token_stats`, `python -m bench --shape 512,576,49152`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ import torch
 
 from fastalign.measure import available_cores, machine
 
+from .plots import draw
 from .report import render
 
 HERE = Path(__file__).parent
@@ -56,8 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     table = ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=mean", "-q", "-rs", f"--benchmark-json={output}"]
     status = int(pytest.main([str(HERE), *options, *table, *rest]))
     if output.exists() and output.stat().st_size:
-        print("\n" + render(json.loads(output.read_text())), end="")
-        print(f"\nresults: {output}")
+        results = json.loads(output.read_text())
+        report = output.with_suffix(".md")
+        report.write_text(render(results))
+        print("\n" + report.read_text(), end="")
+        plots = draw(results, output) if importlib.util.find_spec("matplotlib") else ["no plots: matplotlib is not installed"]
+        print(f"\nresults: {output}", report, *plots, sep="\n")
     return status
 
 

@@ -1,9 +1,9 @@
-"""Compile every GPU kernel ahead of time, without a GPU: registers, spills and shared memory for each architecture.
+"""Compile every GPU kernel ahead of time, without a GPU: registers, spills, shared memory and size for each architecture.
 
     python -m bench.aot                 # table; exit status 1 on a spill or on more shared memory than the architecture has
     python -m bench.aot --json FILE     # the rows as JSON too
 
-Triton's by its own compiler, csrc/sampling.cu by nvcc where setup.py finds one, with setup.py's flags.
+Triton's by its own compiler, for AMD's gfx942 (MI300) as well; csrc/sampling.cu by nvcc where setup.py finds one, with setup.py's flags.
 Must run without TRITON_INTERPRET, which replaces the compiled kernels by interpreted ones.
 """
 
@@ -35,14 +35,16 @@ from fastalign_kernels import advantage_triton, columns_triton, policy_triton, p
 from fastalign_kernels.policy import KL_ESTIMATORS
 
 ARCHITECTURES = {80: 163, 90: 227, 100: 227, 120: 99}  # compute capability -> KiB of shared memory a block may have
+AMD = {942: 64}  # gfx942, as far as Triton's wheel goes: to machine code, which nobody has run
 TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+LARGEST_V = 262144  # of the vocabularies in use
 ROOT = Path(__file__).parents[1]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 @dataclass
 class Row:
-    """What one kernel needs on one architecture. spills: bytes of local memory a thread."""
+    """What one kernel needs on one architecture. spills: bytes of local memory a thread. binary_bytes: of the file that holds it."""
 
     kernel: str
     sm: int
@@ -51,10 +53,15 @@ class Row:
     registers: int
     spills: int
     shared_bytes: int
+    binary_bytes: int = 0
 
     @property
     def fits(self) -> bool:
-        return self.spills == 0 and self.shared_bytes <= ARCHITECTURES[self.sm] * 1024
+        return self.spills == 0 and self.shared_bytes <= (ARCHITECTURES | AMD)[self.sm] * 1024
+
+    @property
+    def target(self) -> str:
+        return f"gfx{self.sm}" if self.sm in AMD else f"sm_{self.sm}"
 
 
 def _signature(function: triton.JITFunction, pointers: dict[str, str], constants: Mapping[str, object]) -> dict[str, str]:
@@ -65,14 +72,15 @@ def _signature(function: triton.JITFunction, pointers: dict[str, str], constants
 def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     """One of rows_triton's kernels; `full` has bias, softcap, scale and temperature, else none of them."""
     function = getattr(rows_triton, kernel)
-    constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": rows_triton.BLOCK}
+    block, warps = rows_triton.launch(kernel.removesuffix("_kernel"), 90 if sm in AMD else sm, LARGEST_V)
+    constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": block}
     pointers = {"logits": TYPES[dtype], "bias": TYPES[dtype], "out": TYPES[dtype], "ids": "*i64", "stats": "*fp32", "coefficients": "*fp32"}
     # Row strides and pointers are multiples of 16 bytes in practice, and Triton specialises launches on that.
     attributes = {
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(function.arg_names) if name in pointers or name.endswith("stride")
     }
     source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants, attrs=attributes)
-    return _triton_row(source, rows_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
+    return _triton_row(source, warps, kernel, sm, dtype, "full" if full else "plain")
 
 
 def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
@@ -81,7 +89,7 @@ def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": columns_triton.COLUMNS, "ROWS": columns_triton.ROWS}
     pointers = dict.fromkeys(("logits", "bias", "stats", "largest", "sums", "parts"), TYPES[dtype]) | {"ids": "*i64"}
     source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants)
-    return _triton_row(source, rows_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
+    return _triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
 
 
 def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
@@ -117,12 +125,18 @@ def compile_policy(kernel: str, sm: int, variant: str) -> Row:
 
 
 def _triton_row(source: ASTSource, num_warps: int, kernel: str, sm: int, dtype: str, variant: str) -> Row:
-    compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": num_warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        ((_, _, registers, spills, _),) = resource_usage(cubin.name)
-    return Row(kernel, sm, dtype, variant, registers, spills, compiled.metadata.shared)
+    target = GPUTarget("hip", f"gfx{sm}", 64) if sm in AMD else GPUTarget("cuda", sm, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    if sm in AMD:
+        numbers = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)$", compiled.asm["amdgcn"], flags=re.MULTILINE)}
+        registers, spills, binary = numbers["vgpr_count"], numbers["private_segment_fixed_size"], compiled.asm["hsaco"]
+    else:
+        binary = compiled.asm["cubin"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(binary)
+            cubin.flush()
+            ((_, _, registers, spills, _),) = resource_usage(cubin.name)
+    return Row(kernel, sm, dtype, variant, registers, spills, compiled.metadata.shared, len(binary))
 
 
 def resource_usage(binary: str) -> list[tuple[int, str, int, int, int]]:
@@ -158,14 +172,16 @@ def compile_sampling(nvcc: str) -> list[Row]:
         # Without TORCH_TARGET_VERSION, which says what host code may call and changes no kernel.
         options = [*rules["NVCC_FLAGS"], *rules["gpu_codes"](nvcc), f"-I{Path(torch.origin).parent / 'include'}"]
         subprocess.run([nvcc, *options, "-fatbin", "-o", binary, str(rules["CSRC"] / "sampling.cu")], check=True)
-        return [_sampling_row(*usage) for usage in resource_usage(binary)]
+        subprocess.run([CUOBJDUMP, "-xelf", "all", binary], cwd=folder, capture_output=True, check=True)
+        sizes = {int(re.findall(r"sm_(\d+)", path.name)[0]): path.stat().st_size for path in Path(folder).glob("*.cubin")}
+        return [_sampling_row(*usage, binary_bytes=sizes[usage[0]]) for usage in resource_usage(binary)]
 
 
-def _sampling_row(sm: int, mangled: str, registers: int, spills: int, shared: int) -> Row:
+def _sampling_row(sm: int, mangled: str, registers: int, spills: int, shared: int, binary_bytes: int) -> Row:
     """Mangled names end in <length><kernel>I<type>E..., the type being f or a struct bf16 or fp16 of ours."""
     found = re.search(r"\d([a-z]+(?:_[a-z]+)*_kernel)(?:I(?:f|NS_4(\w{4})E)E)?", mangled)
     assert found, mangled
-    return Row(found[1], sm, found[2] or "fp32", "", registers, spills, shared)
+    return Row(found[1], sm, found[2] or "fp32", "", registers, spills, shared, binary_bytes)
 
 
 def main() -> int:
@@ -177,7 +193,7 @@ def main() -> int:
     jobs = [
         (kernel, sm, dtype, full)
         for kernel in ("row_stats_kernel", "row_grad_kernel")
-        for sm in ARCHITECTURES
+        for sm in (*ARCHITECTURES, *AMD)
         for dtype in TYPES
         for full in (False, True)
     ]
@@ -185,23 +201,26 @@ def main() -> int:
     preference_jobs = [
         (kernel, sm, dtype, variant)
         for kernel in variants
-        for sm in ARCHITECTURES
+        for sm in (*ARCHITECTURES, *AMD)
         for variant in variants[kernel]
         for dtype in (TYPES if variant in ("sigmoid", "full") else ("fp32",))
     ]
     policies = (*(("policy_kernel", estimator) for estimator in KL_ESTIMATORS), ("value_kernel", "full"), ("gae_kernel", "full"))
-    policy_jobs = [(kernel, sm, variant) for kernel, variant in policies for sm in ARCHITECTURES]
+    policy_jobs = [(kernel, sm, variant) for kernel, variant in policies for sm in (*ARCHITECTURES, *AMD)]
     nvcc = build_rules()["find_nvcc"]()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
         rows = list(pool.map(lambda job: compile_rows(*job), jobs))
-        rows += pool.map(lambda job: compile_columns("column_sums_kernel", job[0], "fp32", job[1]), product(ARCHITECTURES, (False, True)))
+        rows += pool.map(
+            lambda job: compile_columns("column_sums_kernel", job[0], "fp32", job[1]), product((*ARCHITECTURES, *AMD), (False, True))
+        )
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
     rows += sampling.result() if sampling else []
-    print(f"{'kernel':18} {'sm':>4} {'dtype':>5} {'variant':>12} {'registers':>9} {'spills':>6} {'shared':>7}")
+    widths = {"kernel": 18, "target": 6, "dtype": 5, "variant": 12, "registers": 9, "spills": 6, "shared_bytes": 12, "binary_bytes": 12}
+    print(" ".join(f"{name:>{width}}" for name, width in widths.items()))
     for row in rows:
-        print(f"{row.kernel:18} {row.sm:4} {row.dtype:>5} {row.variant:>12} {row.registers:9} {row.spills:6} {row.shared_bytes:7}")
+        print(" ".join(f"{getattr(row, name):>{width}}" for name, width in widths.items()))
     if not nvcc:
         print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling.cu is not in the table")
     if arguments.json:

@@ -1,9 +1,10 @@
-"""KTO of 4 rows from hidden states, the reference's pass included, and its gradients of hidden states and weight: 512 tokens a row."""
+"""KTO of 4 rows from hidden states, the reference's pass and the gradients of hidden states and weight included."""
 
 import pytest
 
 from .methods import bare_gemms
 from .preference_methods import LIGER_KTO
+from .shapes import DTYPE, HALF
 from .suite import Case, Target, grid
 
 OPERATION = "linear_kto"
@@ -13,7 +14,7 @@ FOUR = {  # one of the reference, three of the policy
 }
 TARGETS = (Target("time", 1, "PyTorch"), Target("time", 0.55, LIGER_KTO), Target("memory", 128), Target("growth", 1.2))
 
-CASES = {"linear_kto fp32": Case(OPERATION, "fp32", ("hidden", "weight"), FOUR, TARGETS, memory=True, longer=8)}
+CASES = {f"linear_kto {DTYPE}": Case(OPERATION, DTYPE, ("hidden", "weight"), FOUR, TARGETS, HALF, memory=True, longer=8)}
 
 
 @pytest.mark.parametrize(("case", "row"), grid(CASES))

@@ -3,6 +3,7 @@
 import pytest
 
 from .methods import bare_gemms
+from .shapes import DTYPE, HALF
 from .suite import Case, Target, grid
 
 OPERATION = "linear_logprobs"
@@ -14,12 +15,14 @@ TWO = {
     "2 bare GEMMs": bare_gemms(1, hidden_grad=True),
     "2 bare GEMMs, preallocated": bare_gemms(1, hidden_grad=True, preallocated=True),
 }
+ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, preallocated": bare_gemms(1, preallocated=True)}
 
 CASES = {
-    "linear_logprobs fp32": Case(OPERATION, "fp32", ("hidden", "weight"), FOUR, (Target("error", 2, "PyTorch"),), memory=True),
-    "linear_logprobs fp32, frozen head": Case(
-        OPERATION, "fp32", ("hidden",), TWO, (Target("time", 1.1, "2 bare GEMMs"), Target("error", 2, "PyTorch"))
+    f"linear_logprobs {DTYPE}": Case(OPERATION, DTYPE, ("hidden", "weight"), FOUR, (Target("error", 2, "PyTorch"),), memory=True),
+    f"linear_logprobs {DTYPE}, frozen head": Case(
+        OPERATION, DTYPE, ("hidden",), TWO, (Target("time", 1.1, "2 bare GEMMs"), Target("error", 2, "PyTorch")), HALF
     ),
+    f"linear_logprobs {DTYPE}, no gradients": Case(OPERATION, DTYPE, (), ONE, (Target("time", 1.1, "1 bare GEMM"),), HALF),
 }
 
 

@@ -15,17 +15,20 @@ import pytest
 import torch
 
 from bench.operation import EAGER, OURS, Shape
-from bench.suite import Case, Measured, as_json, measure
+from bench.peers import found
+from bench.suite import Case, Measured, as_json, left_out, measure
 from fastalign.measure import machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_begun = time.monotonic()
 _measured: dict[str, Measured | None] = {}  # by case; None from its beginning to its end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastalign")
     group.addoption("--shape", help="N,H,V in place of each case's own shape", type=lambda text: Shape(*map(int, text.split(","))))
-    group.addoption("--seconds", help="time for the interleaved rounds of a case (3 to 20 rounds)", type=float, default=15.0)
+    group.addoption("--seconds", help="time for the interleaved rounds of a case (3 to 20 rounds)", type=float, default=6.0)
+    group.addoption("--minutes", help="no case starts after so many; those are named in the results", type=float, default=float("inf"))
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         result = _result(name, request.module.CASES[name], request.config)
         row = result.rows[row_name]
         if row.timing is None:
-            vital = row_name in (OURS, EAGER) and not row.refused.startswith("absent")
+            vital = row_name in (OURS, EAGER) and not row.refused.startswith(("absent", "left out"))
             (pytest.fail if vital else pytest.skip)(row.refused)
         replay = itertools.chain.from_iterable((0.0, seconds) for seconds in row.timing.seconds)
         request.node.add_marker(pytest.mark.benchmark(group=name, timer=lambda: next(replay)))
@@ -54,9 +57,13 @@ def record(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 def _result(name: str, case: Case, config: pytest.Config) -> Measured:
     if name not in _measured:
         _measured[name] = None
-        shape = config.getoption("--shape")
+        shape, minutes = config.getoption("--shape"), config.getoption("--minutes")
+        case = case._replace(shape=shape) if shape else case
         begin = time.monotonic()
-        _measured[name] = measure(name, case._replace(shape=shape) if shape else case, DEVICE, config.getoption("--seconds"))
+        if begin - _begun > 60 * minutes:
+            _measured[name] = left_out(name, case, f"left out: the {minutes:g} minutes of this run were over")
+        else:
+            _measured[name] = measure(name, case, DEVICE, config.getoption("--seconds"))
         terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
         terminal.write_line(f" {name}: measured in {time.monotonic() - begin:.0f} s")
     result = _measured[name]
@@ -75,4 +82,5 @@ def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    output_json["peers"] = found()
     output_json["cases"] = [as_json(result) for result in _measured.values() if result]

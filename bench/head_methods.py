@@ -6,12 +6,13 @@ The other losses are made of these log-probabilities: methods.py (cross-entropy)
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operation import Forward, Shape, module
+from .operation import Forward, Shape, module, needs_gpu
 
 HEAD_ROWS = ("hidden", "ids")
 
@@ -39,3 +40,14 @@ def trl_chunked(device: str) -> Forward:
     """With the vocabulary chunk that TRL's trainers use; on a CPU PyTorch stands in for its Triton kernel."""
     function = module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
     return lambda hidden, weight, ids: {"logp": function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]}
+
+
+def apple_cce(filter_eps: str | None) -> Callable[[str], Forward]:
+    """filter_eps "high" is its default, which drops small gradients; None drops none."""
+
+    def load(device: str) -> Forward:
+        needs_gpu(device)
+        function = module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+        return lambda hidden, weight, ids: {"logp": -function(hidden, weight, ids, reduction="none", filter_eps=filter_eps)}
+
+    return load

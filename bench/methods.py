@@ -14,12 +14,14 @@ from torch import Tensor
 
 import fastalign
 
-from .head_methods import HEAD_ROWS, eager_logprobs, head_inputs, liger_scaled, trl_chunked
+from . import smollm2
+from .head_methods import HEAD_ROWS, apple_cce, eager_logprobs, head_inputs, liger_scaled, trl_chunked
 from .operation import COMPILED, EAGER, OURS, Absent, Ceiling, Forward, Operation, Shape, Tensors, compiled, here, module, needs_gpu
 from .policy_methods import POLICY
 from .ppo_methods import PPO
 from .preference_methods import PREFERENCE
 from .sampling_methods import SAMPLING
+from .step_methods import STEPS
 
 # From hidden states: hidden [N, H], weight [V, H], ids [N].
 
@@ -32,12 +34,17 @@ def _eager_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[st
     return {"loss": F.cross_entropy(F.linear(hidden, weight), ids)}
 
 
-def _torch_chunked(**options: Any) -> Callable[[str], Forward]:
+def _torch_chunked(reduction: str = "mean", **options: Any) -> Callable[[str], Forward]:
     def load(device: str) -> Forward:
         function, make_options = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
         if function is None or make_options is None:
             raise Absent(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
-        return lambda hidden, weight, ids: {"loss": function(hidden, weight, ids, options=make_options(**options))}
+
+        def forward(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
+            loss = function(hidden, weight, ids, reduction=reduction, options=make_options(**options))
+            return {"logp": -loss} if reduction == "none" else {"loss": loss}
+
+        return forward
 
     return load
 
@@ -46,6 +53,12 @@ def _liger_fused(device: str) -> Forward:
     needs_gpu(device)
     loss = module("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
     return lambda hidden, weight, ids: {"loss": loss(weight, hidden, ids)}
+
+
+def _quack(device: str) -> Forward:
+    needs_gpu(device, "CuTe")
+    function = module("quack.linear_cross_entropy", "quack-kernels").chunked_linear_cross_entropy
+    return lambda hidden, weight, ids: {"loss": function(hidden, weight, ids)}
 
 
 def _ours_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -60,6 +73,7 @@ def _mean_loss(load_logprobs: Callable[[str], Forward]) -> Callable[[str], Forwa
     return load
 
 
+CHUNKED = "F.linear_cross_entropy, 512 tokens a chunk"
 LINEAR_CROSS_ENTROPY = Operation(
     head_inputs,
     {
@@ -67,10 +81,13 @@ LINEAR_CROSS_ENTROPY = Operation(
         EAGER: here(_eager_cross_entropy),
         COMPILED: compiled(_eager_cross_entropy),
         "F.linear_cross_entropy, options as torch picks them": _torch_chunked(),
-        "F.linear_cross_entropy, 512 tokens a chunk": _torch_chunked(batch_chunk_size=512, chunking_method=None),
+        CHUNKED: _torch_chunked(batch_chunk_size=512, chunking_method=None),
         "TRL ChunkedLogProbFunction": _mean_loss(trl_chunked),
         "Liger fused linear Scaled CE": _mean_loss(liger_scaled),
         "Liger fused linear CE": _liger_fused,
+        "Apple CCE": _mean_loss(apple_cce("high")),
+        "Apple CCE, exact": _mean_loss(apple_cce(None)),
+        "quack chunked linear CE": _quack,
     },
     HEAD_ROWS,
 )
@@ -80,8 +97,10 @@ LINEAR_LOGPROBS = Operation(
         OURS: here(_ours_logprobs),
         EAGER: here(eager_logprobs),
         COMPILED: compiled(eager_logprobs),
+        CHUNKED: _torch_chunked("none", batch_chunk_size=512, chunking_method=None),
         "TRL ChunkedLogProbFunction": trl_chunked,
         "Liger fused linear Scaled CE": liger_scaled,
+        "Apple CCE, exact": apple_cce(None),
     },
     HEAD_ROWS,
 )
@@ -139,6 +158,18 @@ def _liger_loss(device: str) -> Forward:
     return lambda logits, ids: {"loss": loss(logits, ids)}
 
 
+def _flash_attn_loss(device: str) -> Forward:
+    needs_gpu(device)
+    loss = module("flash_attn.losses.cross_entropy", "flash-attn").CrossEntropyLoss()
+    return lambda logits, ids: {"loss": loss(logits, ids)}
+
+
+def _quack_loss(device: str) -> Forward:
+    needs_gpu(device, "CuTe")
+    function = module("quack.cross_entropy", "quack-kernels").cross_entropy
+    return lambda logits, ids: {"loss": function(logits, ids)}
+
+
 LOGITS_ROWS = ("logits", "ids")
 LOGP_ONLY = "PyTorch, log_softmax + gather alone"
 TOKEN_STATS = Operation(
@@ -155,12 +186,20 @@ TOKEN_STATS = Operation(
 )
 CROSS_ENTROPY = Operation(
     logits_inputs,
-    {OURS: here(_ours_loss), EAGER: here(_eager_loss), COMPILED: compiled(_eager_loss), "Liger CE": _liger_loss},
+    {
+        OURS: here(_ours_loss),
+        EAGER: here(_eager_loss),
+        COMPILED: compiled(_eager_loss),
+        "Liger CE": _liger_loss,
+        "flash-attn CE": _flash_attn_loss,
+        "quack CE": _quack_loss,
+    },
     LOGITS_ROWS,
 )
 
 OPERATIONS = {
     "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
+    "linear_cross_entropy, SmolLM2's softmax": LINEAR_CROSS_ENTROPY._replace(inputs=smollm2.head_inputs),
     "linear_logprobs": LINEAR_LOGPROBS,
     "token_stats": TOKEN_STATS,
     "cross_entropy": CROSS_ENTROPY,
@@ -168,6 +207,7 @@ OPERATIONS = {
     **POLICY,
     **SAMPLING,
     **PPO,
+    **STEPS,
 }
 
 
@@ -202,6 +242,12 @@ def bare_gemms(forward: int, hidden_grad: bool = False, weight_grad: bool = Fals
         return reusing
 
     return make
+
+
+def read_write(tensors: Tensors) -> Callable[[], object]:
+    """One read and one write of every input."""
+    own = [tensor.detach() for tensor in tensors.values()]
+    return lambda: [tensor.clone() for tensor in own]
 
 
 def one_read(tensors: Tensors) -> Callable[[], object]:

@@ -84,6 +84,7 @@ def compiled(forward: Forward) -> Callable[[str], Forward]:
         compiler = os.environ.get("CXX", "g++")
         if device == "cpu" and shutil.which(compiler) is None:
             raise Absent(f"no C++ compiler ({compiler}), which torch.compile needs on a CPU")
+        torch.compiler.reset()  # the ninth shape of one function would be one recompilation too many
         return torch.compile(forward, dynamic=False, fullgraph=True)
 
     return load

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import fastalign
 from fastalign_kernels.sequence_head import linear_dpo_loss, linear_kto_loss
 
 from .head_methods import HEAD_ROWS, eager_logprobs, head_inputs, trl_chunked
@@ -130,6 +131,23 @@ def _liger_kto(device: str) -> Forward:
     return forward
 
 
+# The reward model's loss, from scores: shape.N pairs. Liger has none, and TRL's RewardTrainer computes PyTorch's row.
+
+
+def score_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, shape.N, generator=generator).to(device, dtype)
+    return {"chosen": scores[0].clone(), "rejected": scores[1].clone()}
+
+
+def _ours_reward(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    return {"loss": fastalign.reward_loss(chosen, rejected).loss}
+
+
+def _eager_reward(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    return {"loss": -F.logsigmoid(chosen - rejected).mean()}
+
+
 def _preference(
     inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]],
     ours: Forward,
@@ -148,4 +166,9 @@ def _preference(
 PREFERENCE = {
     "linear_dpo": _preference(pair_inputs, _ours_dpo, _dpo, {LIGER_DPO: _liger_dpo}),
     "linear_kto": _preference(unpaired_inputs, _ours_kto, _kto, {LIGER_KTO: _liger_kto}),
+    "reward": Operation(
+        score_inputs,
+        {OURS: here(_ours_reward), EAGER: here(_eager_reward), COMPILED: compiled(_eager_reward)},
+        ("chosen", "rejected"),
+    ),
 }

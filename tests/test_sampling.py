@@ -15,8 +15,9 @@ import torch
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
+from bench import smollm2
 from bench.operation import Shape
-from bench.sampling_methods import smollm2_inputs, trained_inputs
+from bench.sampling_methods import trained_inputs
 from fastalign_kernels import native
 from fastalign_kernels.sampling import CHUNK, Sample, sample, sample_ref
 
@@ -339,7 +340,7 @@ def warped(x: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> t
 @cache
 def real_or_random(logits: str) -> torch.Tensor:
     if logits in ("trained-like", "SmolLM2"):
-        make, V = (trained_inputs, 20011) if logits == "trained-like" else (smollm2_inputs, 49152)
+        make, V = (trained_inputs, 20011) if logits == "trained-like" else (smollm2.logits_inputs, 49152)
         return make(Shape(48, 0, V), torch.float32, "cpu")["logits"]
     return torch.randn(48, 7001, generator=torch.Generator().manual_seed(8)) * {"flat": 0.5, "random": 2.0, "peaked": 6.0}[logits]
 

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import _flags, _transformed
+from .rows_triton import transformed
 
+NUM_WARPS = 4
 COLUMNS, ROWS = 256, 4  # a tile: 8 logits a thread (16 spill on sm_120), and 594 programs at V = 151936 for an H100's 132 multiprocessors
 
 
@@ -55,7 +56,7 @@ def column_sums_kernel(
         logsum = tl.load(stats + 5 * N + n, mask=kept, other=0.0)
         here = kept[:, None] & inside[None, :]
         x = tl.load(logits + (n // T * batch_stride + n % T * time_stride)[:, None] + columns[None, :], mask=here, other=0.0).to(dtype)
-        z = _transformed(x, b[None, :], logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        z = transformed(x, b[None, :], logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         logp = z - row_top[:, None] - logsum[:, None]
         p = tl.where(here, tl.exp(logp), 0.0)
         share = p
@@ -90,10 +91,10 @@ def column_sums(
     B, T, V = logits.shape
     programs = triton.cdiv(V, COLUMNS)
     parts = torch.empty(programs, *totals.shape, dtype=stats.dtype, device=logits.device)
-    flags = _flags(bias, logit_scale, softcap, temperature) | {"BLOCK": COLUMNS, "ROWS": ROWS}
     with torch.cuda.device_of(logits):
         column_sums_kernel[(programs,)](
             logits, ids, bias, stats, largest, sums, parts, B * T, T, V, logits.stride(0), logits.stride(1), logit_scale, softcap,
-            temperature, **flags,
+            temperature, PLAIN=bias is None and logit_scale == 1 and softcap == 0 and temperature == 1, HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap != 0, BLOCK=COLUMNS, ROWS=ROWS, num_warps=NUM_WARPS,
         )  # fmt: skip
     torch.sum(parts, 0, dtype=totals.dtype, out=totals)

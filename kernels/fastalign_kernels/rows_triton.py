@@ -12,8 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 2048
-NUM_WARPS = 4  # 16 logits a thread: 4 vector loads of fp32 in flight, and four running vectors stay in registers (tests/test_aot.py)
+# (BLOCK, warps) by kernel and compute capability. Predicted, not measured: 16 logits a thread are 4 vector loads of fp32 in flight, and
+# four running vectors stay in registers (tests/test_aot.py). `python -m bench.tune` times a grid on a GPU and prints the lines to paste.
+LAUNCH = {
+    "row_stats": {80: (2048, 4)},
+    "row_grad": {80: (2048, 4)},
+}
+SHORTEST = 256  # of a block, in logits: two warps of 4 logits a thread
+
+
+def launch(kernel: str, sm: int, vocab: int) -> tuple[int, int]:
+    """(BLOCK, warps) for rows of `vocab` logits: the newest architecture's in LAUNCH up to `sm`, less for a row shorter than a block."""
+    table = LAUNCH[kernel]
+    block, warps = table[max((known for known in table if known <= sm), default=min(table))]
+    short = max(SHORTEST, triton.next_power_of_2(vocab))
+    return (short, max(1, warps * short // block)) if short < block else (block, warps)
 
 
 @triton.jit
@@ -26,7 +39,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _transformed(x, bias, logit_scale, softcap, temperature, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def transformed(x, bias, logit_scale, softcap, temperature, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z of raw logits x, see rows.py."""
     if PLAIN:
         return x
@@ -71,7 +84,7 @@ def row_stats_kernel(
             b = 0.0
             if HAS_BIAS:
                 b = tl.load(bias + begin + columns, mask=inside, other=0.0).to(dtype)
-            z = _transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+            z = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
             total += tl.where(inside, z, 0.0)
             z = tl.where(inside, z, float("-inf"))
             d = z - top
@@ -92,7 +105,7 @@ def row_stats_kernel(
         if HAS_BIAS:
             b_id = tl.load(bias + id, mask=id < V, other=0.0).to(dtype)
         x_id = tl.load(row + id, mask=id < V, other=float("nan")).to(dtype)
-        z_id = _transformed(x_id, b_id, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        z_id = transformed(x_id, b_id, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         tl.store(stats + n, z_id - row_top - logsum)
         tl.store(stats + N + n, tl.sum(total, 0) / V - row_top - logsum)
         tl.store(stats + 2 * N + n, tl.log(row_sum) - row_weighted / row_sum)
@@ -147,7 +160,7 @@ def row_grad_kernel(
             b = 0.0
             if HAS_BIAS:
                 b = tl.load(bias + begin + columns, mask=inside, other=0.0).to(dtype)
-            z = _transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+            z = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
             logp = z - top - logsum
             finite = tl.where(logp < -1e30, -1e30, logp)
             dz = tl.exp(logp) * (prob + plogp * finite) + uniform
@@ -163,13 +176,17 @@ def row_grad_kernel(
             tl.store(out_row + begin + columns, tl.zeros([BLOCK], stats.dtype.element_ty), mask=begin + columns < V)
 
 
-def _flags(bias: Tensor | None, logit_scale: float, softcap: float, temperature: float) -> dict[str, bool | int]:
+def _flags(
+    kernel: str, logits: Tensor, bias: Tensor | None, logit_scale: float, softcap: float, temperature: float
+) -> dict[str, bool | int]:
+    major, minor = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)  # the interpreter runs on a CPU
+    block, warps = launch(kernel, 10 * major + minor, logits.shape[-1])
     return {
         "PLAIN": bias is None and logit_scale == 1 and softcap == 0 and temperature == 1,
         "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": softcap != 0,
-        "BLOCK": BLOCK,
-        "num_warps": NUM_WARPS,
+        "BLOCK": block,
+        "num_warps": warps,
     }
 
 
@@ -183,7 +200,7 @@ def row_stats(
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         row_stats_kernel[(B * T,)](
             logits, ids, bias, stats, B * T, T, V, logits.stride(0), logits.stride(1), logit_scale, softcap, temperature,
-            **_flags(bias, logit_scale, softcap, temperature),
+            **_flags("row_stats", logits, bias, logit_scale, softcap, temperature),
         )  # fmt: skip
 
 
@@ -205,5 +222,5 @@ def row_grad(
     with torch.cuda.device_of(logits):
         row_grad_kernel[(B * T,)](
             logits, ids, bias, stats, coefficients, out, B * T, T, V, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
-            logit_scale, softcap, temperature, **_flags(bias, logit_scale, softcap, temperature),
+            logit_scale, softcap, temperature, **_flags("row_grad", logits, bias, logit_scale, softcap, temperature),
         )  # fmt: skip

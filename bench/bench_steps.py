@@ -1,0 +1,27 @@
+"""A whole step of each stage: what the losses are worth beside the rest of the training."""
+
+import pytest
+
+from .operation import Shape
+from .shapes import DTYPE, HEADS
+from .step_methods import BACKBONE, STAGES, without_loss
+from .suite import Case, Target, grid
+
+SHAPE = Shape(256 if DTYPE == "fp32" else 8192, *HEADS["SmolLM2-135M"])  # 2 to 4 s a step on two cores, most of it outside the head
+CASES = {
+    f"{stage} step {DTYPE}": Case(
+        f"{stage} step",
+        DTYPE,
+        (),
+        {BACKBONE: without_loss(stage)},
+        (Target("time", 1, "PyTorch"),),
+        SHAPE,
+        memory=stage in ("pretrain", "dpo"),
+    )
+    for stage in STAGES
+}
+
+
+@pytest.mark.parametrize(("case", "row"), grid(CASES))
+def bench_steps(case, row, record):
+    record(case, row)

@@ -1,0 +1,67 @@
+"""README.md's tables are those of the results files that it names."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import readme
+from bench.operation import EAGER, OURS
+from bench.step_methods import BACKBONE, STAGES
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_readme_is_in_sync_with_its_results_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert readme.main(["--check"]) == 0, "run python -m bench.readme"
+    assert {kind for _, _, kind, _ in readme.BLOCK.findall((ROOT / "README.md").read_text())} >= {"head", "sampling"}
+
+
+def test_a_table_that_was_changed_by_hand_is_found_and_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text()
+    copy = tmp_path / "README.md"
+    copy.write_text(text.replace("| 1.33 |", "| 9.33 |"))
+    (tmp_path / "bench").symlink_to(ROOT / "bench")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert readme.filled(copy.read_text(), tmp_path) == text != copy.read_text()
+    monkeypatch.setattr(readme, "filled", lambda text: readme.BLOCK.sub("", text))
+    assert readme.main(["--check"]) == 1 and readme.main([]) == 0
+    assert "<!-- end -->" not in copy.read_text()
+
+
+def test_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a table 'tail' seen, one of head, sampling, steps wanted"):
+        readme.filled("<!-- bench/results/x.json: tail -->\n<!-- end -->")
+
+
+def row(seconds: float | None, peak: float | None = None) -> dict:
+    return {
+        "seconds": [] if seconds is None else [seconds] * 3,
+        "peak_mib": peak,
+        "refused": "",
+        "errors": {"d weight": {"relative": 1e-6}},
+    }
+
+
+INFO = {"cpu": "A Processor", "gpu": "none", "threads": 2}
+SHAPE = {"N": 256, "H": 576, "V": 49152}
+
+
+def test_a_row_is_bold_where_its_least_is() -> None:
+    rows = {"3 bare GEMMs": row(1.0), OURS: row(2.0, 50.0), EAGER: row(1.5, 1400.0), "torch.compile": row(None)}
+    case = {"name": "linear_cross_entropy fp32", "shape": SHAPE, "ceilings": ["3 bare GEMMs"], "rows": rows}
+    lines = readme.head({"machine_info": INFO, "cases": [case]}).splitlines()
+    assert lines[0].startswith(
+        "| fp32, forward and backward unless said; A Processor, 2 threads; N 256, H 576, V 49152 | fastalign | torch.compile |"
+    )
+    assert lines[2] == "| `linear_cross_entropy`, times 3 GEMMs | 2.00 | – | – | **1.50** | – | – |"
+    assert lines[3] == "| its peak MiB beyond inputs | **50** | – | – | 1,400 | – | – |"
+
+
+def test_the_table_of_steps(tmp_path: Path) -> None:
+    rows = {OURS: row(2.0, 700.0), EAGER: row(2.5), BACKBONE: row(1.75)}
+    results = {"machine_info": INFO, "cases": [{"name": f"{stage} step fp32", "shape": SHAPE, "rows": rows} for stage in STAGES]}
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "x.json").write_text(json.dumps(results))
+    text = readme.filled("<!-- bench/results/x.json: steps -->\nold\n<!-- end -->", tmp_path)
+    assert "| dpo | 2.00 (700) | 2.50 | 1.75 |\n" in text and "old" not in text and text.endswith("<!-- end -->")
