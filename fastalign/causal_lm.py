@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from fastalign_kernels import PolicyLoss, linear_cross_entropy_stats, linear_ppo_loss, linear_token_stats
+from fastalign_kernels import PolicyLoss, check, linear_cross_entropy_stats, linear_ppo_loss, linear_token_stats
 
 from .probe import LogitTransform, UnsupportedModelError, check_fused, declared_transforms, explain_loss, probing, unsupported
 
@@ -55,7 +55,7 @@ class FusedCausalLMOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
-def fuse_head(model: Model, *, verify: bool = True) -> Model:
+def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = None) -> Model:
     """Let a transformers causal LM (or the one in a PeftModel) compute its loss through the fused head.
 
     Afterwards `model(..., labels=[B, T])` (shifted inside) or `model(..., shift_labels=[B, T])` (already
@@ -70,7 +70,9 @@ def fuse_head(model: Model, *, verify: bool = True) -> Model:
     - `temperature` (1.0) divides the logits; `workspace_mib` bounds the head's memory.
     - `keep_hidden=True`: the output has the backbone's `last_hidden_state`, for a head of another kind.
 
-    The same object is returned, and fusing twice changes nothing. Fuse before DDP, FSDP2 or torch.compile
+    `tail_eps` is `linear_cross_entropy`'s, for all losses of the model until it is fused with another.
+
+    The same object is returned, and fusing twice changes nothing else. Fuse before DDP, FSDP2 or torch.compile
     wraps the model. A deep copy of a fused model is fused.
 
     With `verify`, the model's own forward runs on ten tokens (eval mode, no gradient, RNG state kept) and its
@@ -80,11 +82,14 @@ def fuse_head(model: Model, *, verify: bool = True) -> Model:
         UnsupportedModelError: an encoder-decoder, no output embeddings, an lm_head that is not a plain
             nn.Linear (LoRA, quantised, tensor-parallel), an auxiliary router loss, a forward that is already
             replaced, or a mismatch found by `verify`.
-        ValueError: `verify` and weights on the meta device.
+        ValueError: `verify` and weights on the meta device; a tail_eps outside (0, 1).
     """
     base = _causal_lm(model)
     heads = _plain_heads(base)
+    if tail_eps is not None:
+        check.tail_eps(tail_eps)
     if all(_is_ours(module) for module in (base, *heads)):
+        base.__dict__["_fastalign_tail_eps"] = tail_eps
         return model
     unfuse_head(base)  # an lm_head that was replaced since: start afresh
     _refuse_unservable(base, heads)
@@ -102,6 +107,7 @@ def fuse_head(model: Model, *, verify: bool = True) -> Model:
             _patch(base, heads, own.transform)
             check_fused(base, own)
             undo.pop_all()
+    base.__dict__["_fastalign_tail_eps"] = tail_eps  # after the check, which is of the exact gradient
     return model
 
 
@@ -121,6 +127,7 @@ def unfuse_head(model: Model) -> Model:
         if _is_ours(module):
             del module.__dict__["forward"]
     base.__dict__.pop("_fastalign_transform", None)
+    base.__dict__.pop("_fastalign_tail_eps", None)
     return model
 
 
@@ -209,7 +216,7 @@ def _run(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(hidden.device)
     transform: LogitTransform = model.__dict__["_fastalign_transform"]
-    options |= {"ignore_index": ignore_index, **transform._asdict()}
+    options |= {"ignore_index": ignore_index, "tail_eps": model.__dict__.get("_fastalign_tail_eps"), **transform._asdict()}
     kept = {name: getattr(inner, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
     kept |= {"last_hidden_state": hidden} if keep_hidden else {}
     head = model.get_output_embeddings()

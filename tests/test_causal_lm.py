@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from fastalign.causal_lm import FusedCausalLMOutput, UnsupportedModelError, backbone, fuse_head, unfuse_head
-from fastalign_kernels import linear_cross_entropy, ppo_loss
+from fastalign_kernels import kept_share, linear_cross_entropy, ppo_loss
 
 VOCAB = 97  # odd, and a multiple of no block
 GQA = {
@@ -220,6 +220,27 @@ def test_fusing_is_idempotent_and_unfusing_restores() -> None:
     model.model.layers[1].train()
     assert unfuse_head(model) is model and unfuse_head(model) is model
     assert {module: dict(module.__dict__) for module in model.modules()} == before
+
+
+def test_a_tail_is_the_heads_own_and_fusing_again_changes_it() -> None:
+    model = llama()
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)  # sure enough that columns are left out
+    fuse_head(model, tail_eps=0.02)
+    inputs, labels = batch()
+    kept_share()
+    out = model(**inputs, labels=labels, keep_hidden=True)
+    (found,) = torch.autograd.grad(out.loss, model.lm_head.weight)
+    share = kept_share()
+    assert share is not None and share < 0.6
+    hidden, weight = out.last_hidden_state.detach(), model.lm_head.weight
+    expected = linear_cross_entropy(hidden, weight, shift(labels), tail_eps=0.02)
+    assert torch.equal(found, torch.autograd.grad(expected, weight)[0])
+    assert kept_share() == share
+    fuse_head(model)
+    exact = model(**inputs, labels=labels)
+    assert exact.loss == out.loss and not torch.equal(torch.autograd.grad(exact.loss, weight)[0], found) and kept_share() is None
+    with pytest.raises(ValueError, match=r"tail_eps: 2.0 seen, a probability in \(0, 1\) wanted"):
+        fuse_head(model, tail_eps=2.0)
 
 
 def test_a_deep_copy_is_fused_and_independent() -> None:

@@ -555,6 +555,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("kto", {"desirable_weight": -1}, "desirable_weight"),
         ("reward", {"center_coefficient": -1}, "center_coefficient"),
         ("reward", {"beta": 0.1}, "unknown key 'beta'"),
+        ("reward", {"tail_eps": 0.01}, r"tail_eps \(0.01\) is for a softmax"),
+        ("dpo", {"tail_eps": 1.0}, "tail_eps"),
     ],
 )
 def test_a_wrong_configuration_is_refused_by_name(make: Make, stage: str, changes: dict[str, Any], message: str) -> None:

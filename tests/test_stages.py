@@ -490,6 +490,13 @@ def test_the_ways_to_save_memory_train(pretraining: Callable[..., pretrain.Pretr
         assert stored == {torch.bfloat16 if "dtype" in options else torch.float32}
 
 
+def test_a_tail_is_the_fused_heads_and_its_share_is_logged(pretraining: Callable[..., pretrain.PretrainConfig]) -> None:
+    config = pretraining(max_steps=2, tail_eps=1e-4)
+    pretrain.run(config)
+    found = lines(config)
+    assert [line.get("kept_share") for line in found] == [None, 1.0, 1.0]  # an untrained softmax is flat: all blocks run dense
+
+
 def test_gradient_checkpointing_recomputes_the_layers(
     pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,7 +158,10 @@ def load_model(
     else:
         lm = auto.from_pretrained(weights, **options)
     lm.to(device=world.device)
-    (score_packed if classifier else fuse_head)(lm)
+    if classifier:
+        score_packed(lm)
+    else:
+        fuse_head(lm, tail_eps=config.tail_eps)
     lm.set_attn_implementation(attention)
     if packed:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):

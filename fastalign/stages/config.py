@@ -73,6 +73,10 @@ class TrainConfig:
     liger: bool = False
     """Liger's kernels for a model's layers (RMSNorm, RoPE, SwiGLU), never its losses; CUDA and liger-kernel needed."""
 
+    tail_eps: float | None = Field(default=None, gt=0, lt=1)
+    """Leave columns of the softmax below this probability out of the head's backward matrix products, but for a rank-1
+    matrix of their sums: faster where the model is sure, with a small error (docs/tail.md). null: exact."""
+
     lora_rank: NonNegativeInt = 0
     """Rank of LoRA adapters; 0 trains all weights."""
     lora_alpha: PositiveInt = 32

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastalign_kernels import kept_share
+
 from . import checkpoint
 from .build import check_liger
 from .config import TrainConfig, save_config
@@ -289,6 +291,8 @@ def run_steps(
             seconds = time.perf_counter() - began
 
             line = {"step": step + 1, "epoch": (step + 1) * config.batch_size / rows, **metrics}
+            share = kept_share()
+            line |= {} if share is None else {"kept_share": share}  # of this process; tail_eps
             line |= {"learning_rate": config.learning_rate * fraction, items_name: items_done}
             line |= {"seconds": seconds, f"{items_name}_per_second": items / seconds}
             if judge and _due(step + 1, config.eval_every, steps):

@@ -6,9 +6,10 @@ torchrun --nproc-per-node 8 -m fastalign.stages.reward --config reward.yaml
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Self
 
 from peft import PeftModel
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
@@ -32,6 +33,12 @@ class RewardConfig(PreferenceConfig):
     """Weight of the squared sum of a pair's scores, which holds their mean at zero."""
     zero_head: bool = False
     """Start from scores of zero: the first loss is ln 2."""
+
+    @model_validator(mode="after")
+    def _check_tail(self) -> Self:
+        if self.tail_eps is not None:
+            raise ValueError(f"tail_eps ({self.tail_eps}) is for a softmax over a vocabulary, and a reward model has none; allowed: null")
+        return self
 
 
 def run(config: RewardConfig) -> dict[str, float]:

@@ -42,6 +42,11 @@ def unit_interval(name: str, value: float) -> None:
         raise ValueError(f"{name}: {value} seen, a number in [0, 1] wanted")
 
 
+def tail_eps(value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"tail_eps: {value} seen, a probability in (0, 1) wanted, or None for the exact gradient")
+
+
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} seen, one of {', '.join(allowed)} wanted")

@@ -419,8 +419,7 @@ def prepare(
         _check.positive("workspace_mib", workspace_mib)
         workspace_mib = float(workspace_mib)
     if tail_eps is not None:
-        if not 0 < tail_eps < 1:
-            raise ValueError(f"tail_eps: {tail_eps} seen, a probability in (0, 1) wanted, or None for the exact gradient")
+        _check.tail_eps(tail_eps)
         tail_eps = float(tail_eps)
     return hidden.reshape(-1, H), weight, kept_ids(ids, ignore_index), bias, *transform, workspace_mib, tail_eps
 
