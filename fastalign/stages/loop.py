@@ -272,6 +272,7 @@ def run_steps(
     world.say(f"{rows} rows, {steps} steps of {config.batch_size}; {trained:,} of {every:,} weights trained")
 
     model.train()
+    kept_share()  # what ran before is not this run's
     with Report(config, world, step=done, steps=steps) as report:
         if judge and not done:
             report.write({"step": 0} | judge())
