@@ -23,8 +23,8 @@ def device() -> str:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch.empty and its kin return with NaN, so that an element nobody wrote fails the test."""
-    # A cached set of functions, torch.empty among them. If it were made first under the patch (by torch.compile, say), `torch.device("meta")`
-    # would not reach torch.empty for the rest of the process, and from_pretrained would draw other initial weights.
+    # A cached set of functions, torch.empty among them. Made under the patch (by torch.compile, say), it would keep `torch.device("meta")`
+    # from torch.empty for the rest of the process, and from_pretrained would draw other initial weights.
     torch.utils._device._device_constructors()
 
     def poison(allocate):
