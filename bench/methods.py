@@ -22,6 +22,7 @@ from .ppo_methods import PPO
 from .preference_methods import PREFERENCE
 from .sampling_methods import SAMPLING
 from .step_methods import STEPS
+from .tail_methods import TAIL
 
 # From hidden states: hidden [N, H], weight [V, H], ids [N].
 
@@ -208,6 +209,7 @@ OPERATIONS = {
     **SAMPLING,
     **PPO,
     **STEPS,
+    **TAIL,
 }
 
 

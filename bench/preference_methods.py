@@ -34,7 +34,11 @@ def pair_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tens
 
     Of two models without relation it would be 9, where the sigmoid is flat and the gradients of a pair are nothing.
     """
-    tensors = head_inputs(shape._replace(N=shape.N // ROWS * ROWS), dtype, device)
+    return with_reference(head_inputs(shape._replace(N=shape.N // ROWS * ROWS), dtype, device), dtype, device)
+
+
+def with_reference(tensors: dict[str, Tensor], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """`tensors` and the reference's hidden states and weight."""
     generator = torch.Generator().manual_seed(1)
     for name in ("hidden", "weight"):
         own = tensors[name]
@@ -48,20 +52,20 @@ def unpaired_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, 
     return {**pair_inputs(shape, dtype, device), "desirable": desirable, "kl": torch.tensor(2.0, device=device)}
 
 
-def _by_row(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+def by_row(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """hidden and reference_hidden [ROWS, T, H], ids [ROWS, T]."""
     hidden, reference, ids = (tensors[name].unflatten(0, (ROWS, -1)) for name in ("hidden", "reference_hidden", "ids"))
     return hidden, reference, ids
 
 
 def _ours_dpo(**tensors: Tensor) -> dict[str, Tensor]:
-    hidden, reference, ids = _by_row(tensors)
+    hidden, reference, ids = by_row(tensors)
     options: Any = {"reference_hidden": reference, "reference_weight": tensors["reference_weight"], "beta": BETA}
     return {"loss": linear_dpo_loss(hidden, tensors["weight"], ids, **options).loss}
 
 
 def _ours_kto(**tensors: Tensor) -> dict[str, Tensor]:
-    hidden, reference, ids = _by_row(tensors)
+    hidden, reference, ids = by_row(tensors)
     options: Any = {"reference_hidden": reference, "reference_weight": tensors["reference_weight"], "beta": BETA}
     return {"loss": linear_kto_loss(hidden, tensors["weight"], ids, tensors["desirable"], tensors["kl"], **options).loss}
 
@@ -112,7 +116,7 @@ def _liger_dpo(device: str) -> Forward:
     loss = module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearDPOLoss(beta=BETA, compiled=device != "cpu")
 
     def forward(**tensors: Tensor) -> dict[str, Tensor]:
-        hidden, reference, ids = _by_row(tensors)
+        hidden, reference, ids = by_row(tensors)
         return {"loss": loss(tensors["weight"], hidden, ids, ref_input=reference, ref_weight=tensors["reference_weight"])[0]}
 
     return forward
@@ -124,7 +128,7 @@ def _liger_kto(device: str) -> Forward:
     loss = kto(beta=BETA, compiled=device != "cpu", use_ref_model=True)
 
     def forward(**tensors: Tensor) -> dict[str, Tensor]:
-        hidden, reference, ids = _by_row(tensors)
+        hidden, reference, ids = by_row(tensors)
         own = {"preference_labels": tensors["desirable"], "kl": tensors["kl"]}
         return {"loss": loss(hidden, tensors["weight"], ids, ref_input=reference, ref_weight=tensors["reference_weight"], **own)[0]}
 

@@ -77,10 +77,10 @@ def _ms(seconds: float) -> str:
 
 def target_lines(case: Mapping[str, Any]) -> list[str]:
     """The targets of a case in words; a target whose figures are missing says so."""
-    ours = case["rows"][OURS]
     lines = []
     for target in case["targets"]:
-        quantity, limit, over = target["quantity"], target["limit"], target["over"]
+        quantity, limit, over, row = target["quantity"], target["limit"], target["over"], target.get("row", OURS)
+        ours, what = case["rows"][row], "" if row == OURS else f"{row}: "
         other = case["rows"].get(over)
         if ours["refused"]:
             verdict = "not measured" if ours["refused"].startswith("absent") else "missed"
@@ -109,7 +109,7 @@ def target_lines(case: Mapping[str, Any]) -> list[str]:
                 _over(error["absolute"], other["errors"][kind]["absolute"]) for kind, error in ours["errors"].items() if kind != "loss"
             )
             text = f"largest error {value:.2f} times that of {over} (target <= {limit:g})"
-        lines.append(f"{case['name']}: {text}: {'met' if value <= limit else 'missed'}")
+        lines.append(f"{case['name']}: {what}{text}: {'met' if value <= limit else 'missed'}")
     return lines
 
 

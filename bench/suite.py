@@ -26,7 +26,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Target(NamedTuple):
-    """What our row has to reach: quantity "time" or "error" as a multiple of another row's, or "memory" beyond its results in MiB.
+    """What our row (or `row`) has to reach: "time" or "error" as a multiple of another row's, or "memory" beyond its results in MiB.
 
     "growth" is that memory at `Case.longer` times the tokens as a multiple of what it is at the case's own.
     "error" leaves the loss out, a single number that the other row may have right by luck.
@@ -35,6 +35,7 @@ class Target(NamedTuple):
     quantity: str
     limit: float
     over: str = ""
+    row: str = OURS
 
 
 class Case(NamedTuple):

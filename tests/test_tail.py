@@ -241,7 +241,7 @@ def test_kept_columns_alone_enter_the_backward_gemms(monkeypatch: pytest.MonkeyP
     from fastalign_kernels import gradients as module
 
     monkeypatch.setattr(module, "kept_grad", counted)
-    monkeypatch.setattr(sweep, "TOKENS", 10)
+    monkeypatch.setattr(sweep, "TOKENS", {"cpu": 10})
     linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=EPS)
     assert len(widths) == 4 and max(widths) < V / 2
 

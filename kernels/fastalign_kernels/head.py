@@ -505,9 +505,9 @@ def linear_cross_entropy(
         reduction: "mean" over tokens that are not ignored (over their token_weights, or divided by num_items), "sum", or "none".
         token_weights: [...] float; multiplies each token's loss. Differentiable.
         num_items: divisor of "mean", for accumulation over micro-batches and ranks.
-        tail_eps: None for the exact gradient. Else columns of the softmax where no token of a block of 256 has a probability above it enter
-            the backward GEMMs as a rank-1 matrix with their row and column sums (tail.py): loss and statistics stay exact, gradients
-            are off by 0.1 to 0.2 % at 2**-14 and 0.4 to 0.6 % at 2**-12 on a trained model (`tail_report` measures it). 3 GEMMs become
+        tail_eps: None for the exact gradient. Else columns of the softmax where no token of a block (256 on a CPU) has a probability
+            above it enter the backward GEMMs as a rank-1 matrix with their row and column sums (tail.py): loss and statistics stay exact,
+            gradients are off by 0.1 to 0.2 % at 2**-14 and 0.4 to 0.6 % at 2**-12 on a trained model (`tail_report`). 3 GEMMs become
             1 + 2 f, f the share of columns kept; where f > 0.6, as in an untrained model, a block runs exact.
         workspace_mib: MiB for the logits of a chunk of tokens; default 512 on a GPU, on a CPU 96, or 72 beside a gradient of the weight.
             On a CPU, low-precision weights are widened once besides (4 V H bytes).

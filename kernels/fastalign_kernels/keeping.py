@@ -39,7 +39,7 @@ def empty_state(head: Head, wanted: tuple[bool, bool, bool]) -> KeptState:
     kind, dtype = hidden.device.type, accumulator_dtype(hidden.dtype)
     weight_grad = wanted[1] or wanted[2]
     chunk, _ = capacity(V, hidden.dtype, kind, wanted[0], weight_grad, head.tail_eps, head.workspace_mib)
-    blocks = -(-N // chunk) * -(-chunk // TOKENS)
+    blocks = -(-N // chunk) * -(-chunk // TOKENS["cpu" if kind == "cpu" else "cuda"])
     most = int(DENSE * V)
     return KeptState(
         hidden.new_empty(min(keeping_bytes(kind, weight_grad, head.workspace_mib) // dtype.itemsize, N * most), dtype=dtype),

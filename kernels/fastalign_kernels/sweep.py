@@ -122,7 +122,7 @@ def chunk_blocks(
 
 
 def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block]) -> Iterator[tuple[Block, Kept | None]]:
-    """Blocks of at most TOKENS tokens with their kept columns, None where the block had better be dense.
+    """Blocks of at most so many TOKENS with their kept columns, None where the block had better be dense.
 
     On a GPU the number of kept columns, which sizes the GEMMs, is asked for when the next chunk's logits are queued, so that the device
     has work while the host waits.
@@ -136,8 +136,8 @@ def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block]) -> Iter
             yield part, keep(choice, part.logits, part.ids, sums.bias, head.transform, part.stats)
 
     for block in blocks:
-        C = block.ids.numel()
-        parts = [block.part(begin, min(begin + TOKENS, C)) for begin in range(0, C, TOKENS)]
+        C, most = block.ids.numel(), TOKENS[head.hidden.device.type]
+        parts = [block.part(begin, min(begin + most, C)) for begin in range(0, C, most)]
         chosen = [(p, choose(p.logits, p.ids, sums.bias, head.transform, p.stats, eps)) for p in parts]
         if head.ids.is_cuda:
             yield from finished()

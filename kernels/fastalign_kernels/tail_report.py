@@ -18,7 +18,7 @@ from .tail import kept_share
 class TailReport(NamedTuple):
     """Numbers, not tensors. Errors are relative, in the L2 norm over all entries, of the gradients of the mean cross-entropy."""
 
-    kept_share: float  # of the columns, mean over blocks of 256 tokens; 1 where a block ran dense
+    kept_share: float  # of the columns, mean over blocks; 1 where a block ran dense
     dropped_mass: float  # of the softmax, mean over tokens
     hidden_error: float
     weight_error: float
