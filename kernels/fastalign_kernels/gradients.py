@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .plan import bf16_gemms
 from .rows import Coefficient, Transform, accumulator_dtype, row_grad
-from .tail import Kept, at_columns, dropped_grad, kept_grad
+from .tail import GATHERED_BYTES, Kept, at_columns, dropped_grad, kept_grad
 
-FLUSH = 16  # blocks whose rank-1 parts wait for one pair of thin GEMMs
-GATHERED_BYTES = 16 * 2**20  # of the gathered columns' gradient, rows of W and rows of dW at a time: GEMMs stay large, memory stays small
+FLUSH = 4  # blocks whose rank-1 parts wait for one pair of thin GEMMs
 
 
 class Gradients(NamedTuple):

@@ -58,7 +58,7 @@ def sweep_keeping(head: Head, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, 
         table = torch.zeros(len(Stat), head.hidden.shape[0], dtype=sums.accumulator, device=head.hidden.device)
         state = empty_state(head, wanted)
         token = value = column = 0
-        for b, (block, kept) in enumerate(tail_blocks(head, sums, chunk_blocks(head, sums, table, True, None, wanted))):
+        for b, (block, kept) in enumerate(tail_blocks(head, sums, chunk_blocks(head, sums, table, True, None, wanted), gather=True)):
             C, K = block.ids.numel(), MADE_AGAIN
             own = block.tokens
             state.order[token : token + C] = torch.arange(own.start, own.stop) if isinstance(own, slice) else own

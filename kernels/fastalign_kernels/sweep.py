@@ -121,7 +121,7 @@ def chunk_blocks(
         yield Block(index, y, x, table[:, index].contiguous(), logits)
 
 
-def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block]) -> Iterator[tuple[Block, Kept | None]]:
+def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block], gather: bool) -> Iterator[tuple[Block, Kept | None]]:
     """Blocks of at most so many TOKENS with their kept columns, None where the block had better be dense.
 
     On a GPU the number of kept columns, which sizes the GEMMs, is asked for when the next chunk's logits are queued, so that the device
@@ -133,7 +133,7 @@ def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block]) -> Iter
 
     def finished() -> Iterator[tuple[Block, Kept | None]]:
         for part, choice in queued:
-            yield part, keep(choice, part.logits, part.ids, sums.bias, head.transform, part.stats)
+            yield part, keep(choice, part.logits, part.ids, sums.bias, head.transform, part.stats, gather)
 
     for block in blocks:
         C, most = block.ids.numel(), TOKENS[head.hidden.device.type]
@@ -181,7 +181,7 @@ def add_all(head: Head, sums: GradientSums, blocks: Iterable[Block]) -> None:
         for block in blocks:
             sums.add(block)
         return
-    for block, kept in tail_blocks(head, sums, blocks):
+    for block, kept in tail_blocks(head, sums, blocks, gather=False):
         if kept is None:
             sums.add(block)
         else:

@@ -31,6 +31,7 @@ from .rows import Coefficient, Transform, row_grad
 _seen = {"kept": 0, "all": 0}  # columns times tokens since `kept_share` was last asked
 
 TOKENS = {"cpu": 256, "cuda": 4096}  # of a block at most: more keep more columns, fewer make slower GEMMs and more gathers
+GATHERED_BYTES = 8 * 2**20  # of gathered columns and of what is made of them, at a time: GEMMs stay large, memory stays small
 DENSE = 3 / 5  # share of columns above which a block's gathers cost more than its smaller GEMMs save
 
 
@@ -38,7 +39,7 @@ class Kept(NamedTuple):
     """What the gradient of a block needs of its logits, for any coefficients."""
 
     columns: Tensor  # [K] int64, ascending
-    logits: Tensor  # [C, K] raw
+    logits: Tensor  # raw, [C, K]; or [C, V], of which `columns` are the kept ones
     bias: Tensor | None  # [K]
     shape: Tensor  # [V], column sums of the other columns, divided by their sum
     dropped: Tensor  # [2, C], sums over the other columns of p dz/dx and of p log p dz/dx
@@ -92,18 +93,31 @@ def choose(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transfor
     return Choice(*first_true(wanted), sums, totals)
 
 
-def keep(choice: Choice, logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> Kept | None:
-    """The kept columns of the logits; None where they are so many that the block is better served dense."""
-    V = logits.shape[1]
+def keep(
+    choice: Choice, logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, gather: bool
+) -> Kept | None:
+    """The kept columns of the logits; None where they are so many that the block is better served dense.
+
+    Without `gather` they stay where they are, in the chunk's logits, for a gradient that is made before those go.
+    """
+    C, V = logits.shape
     K = choice.how_many()
-    _seen["kept"] += logits.shape[0] * (K if K <= DENSE * V else V)
+    _seen["kept"] += C * (K if K <= DENSE * V else V)
     _seen["all"] += logits.numel()
     if K > DENSE * V:
         return None
     columns = choice.order[:K]
-    own = logits.index_select(1, columns)
     own_bias = None if bias is None else bias[columns]
-    dropped = choice.totals - column_sums(own, at_columns(ids, columns), own_bias, transform, stats).totals
+    dropped = choice.totals.clone()
+    own = logits.new_empty(C, K) if gather else logits
+    width = max(1024, GATHERED_BYTES // (C * logits.itemsize))
+    for first in range(0, K, width):
+        last = min(first + width, K)
+        part = logits.index_select(1, columns[first:last])
+        part_bias = None if own_bias is None else own_bias[first:last]
+        dropped -= column_sums(part, torch.where(ids >= 0, 0, -1), part_bias, transform, stats).totals
+        if gather:
+            own[:, first:last] = part
     shape = choice.sums.index_fill(0, columns, 0)
     shape /= shape.sum().clamp(min=torch.finfo(shape.dtype).tiny)
     return Kept(columns, own, own_bias, shape, dropped.to(stats.dtype))
@@ -124,7 +138,9 @@ def kept_grad(
     own[Coefficient.UNIFORM] = 0
     ids = torch.where(inside, at - first, torch.where(at >= 0, 0, -1))
     bias = None if kept.bias is None else kept.bias[first:last]
-    row_grad(kept.logits[None, :, first:last], ids, bias, transform, stats, own, out[None])
+    gathered = kept.logits.shape[1] == kept.columns.numel()
+    logits = kept.logits[:, first:last] if gathered else kept.logits.index_select(1, kept.columns[first:last])
+    row_grad(logits[None], ids, bias, transform, stats, own, out[None])
 
 
 def dropped_grad(kept: Kept, coefficients: Tensor) -> Tensor:
