@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .operation import EAGER, OURS, Forward, Operation, Shape, Tensors, here, module
@@ -116,75 +115,26 @@ def _fused_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, Any]
     from fastalign.causal_lm import fuse_head
     from fastalign.classifier import score_packed
     from fastalign.preferences import sequence_logps
-    from fastalign.stages import dpo, kto, loop, reward
-    from fastalign.stages.world import World
+    from fastalign.step_losses import fused_loss
 
-    paths: Any = {"model": "", "train_data": "", "output_dir": ""}
-    device = model.device
-    if stage == "reward":
-        score_packed(model)
-        config = reward.RewardConfig(**paths)
-        pairs = torch.tensor(len(batch["ends"]) // 2, device=device)
-        return lambda: reward.bradley_terry(config)(model, batch, pairs)[0]
-    fuse_head(model)
-    if stage in ("pretrain", "sft"):
-        targets = torch.tensor(loop.count_targets(batch), device=device)
-        return lambda: loop.language_model_loss(model, batch, targets)[0]
-    fuse_head(reference)
-
-    def score(packed: dict[str, Any]) -> Tensor:
-        with torch.no_grad():
-            return sequence_logps(reference, packed)
-
-    if stage == "dpo":
-        pairs = torch.tensor(len(batch["both"]["places"]) // 2, device=device)
-        return lambda: dpo.preference_loss(dpo.DPOConfig(**paths, beta=BETA), score)(model, batch, pairs)[0]
-    prepare, rows = kto.with_reference(World(0, 1, device), model, score), torch.tensor(len(batch["desirable"]), device=device)
-
-    def judged() -> Tensor:
-        with torch.no_grad():
-            (prepared,) = prepare([batch])
-        return kto.judged_loss(kto.KTOConfig(**paths, beta=BETA))(model, prepared, rows)[0]
-
-    return judged
-
-
-def _plain_logps(model: Any, packed: Mapping[str, Any]) -> Tensor:
-    """[S], from logits."""
-    arguments = dict(packed["arguments"])
-    labels = F.pad(arguments.pop("labels"), (0, 1), value=-100)[:, 1:]
-    logp = F.log_softmax(model(**arguments, use_cache=False).logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    sums = torch.cat([logp.new_zeros(1), logp.masked_fill(labels < 0, 0).flatten().cumsum(0)])
-    return sums[packed["starts"]].diff()[packed["places"]]
+    for own in [model] if reference is None else [model, reference]:
+        (score_packed if stage == "reward" else fuse_head)(own)
+    return fused_loss(stage, _config(stage), model, batch, functools.partial(sequence_logps, reference))
 
 
 def _plain_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, Any]) -> Callable[[], Tensor]:
-    def language_model() -> Tensor:
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    from fastalign.step_losses import plain_logps, plain_loss
 
-    def bradley_terry() -> Tensor:
-        arguments = {name: value for name, value in batch["both"]["arguments"].items() if name != "labels"}
-        scores = model.score(model.model(**arguments, use_cache=False).last_hidden_state.flatten(0, 1)[batch["ends"]])[:, 0]
-        chosen, rejected = scores.chunk(2)
-        return -F.logsigmoid(chosen - rejected).mean()
+    return plain_loss(stage, _config(stage), model, batch, functools.partial(plain_logps, reference))
 
-    def score(packed: Mapping[str, Any]) -> Tensor:
-        with torch.no_grad():
-            return _plain_logps(reference, packed)
 
-    def pairs() -> Tensor:
-        chosen, rejected = (_plain_logps(model, batch["both"]) - score(batch["both"])).chunk(2)
-        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+def _config(stage: str) -> Any:
+    from fastalign.stages import dpo, kto, reward
 
-    def judged() -> Tensor:
-        own, mismatched = score(batch["both"]).chunk(2)
-        with torch.no_grad():
-            kl = (_plain_logps(model, batch["mismatched"]) - mismatched).mean().clamp(min=0)
-        above = BETA * (_plain_logps(model, batch["answered"]) - own - kl)
-        return 1 - torch.sigmoid(torch.where(batch["desirable"], above, -above)).mean()
-
-    return {"pretrain": language_model, "sft": language_model, "reward": bradley_terry, "dpo": pairs, "kto": judged}[stage]
+    paths: Any = {"model": "", "train_data": "", "output_dir": ""}
+    if stage == "reward":
+        return reward.RewardConfig(**paths)
+    return {"dpo": dpo.DPOConfig, "kto": kto.KTOConfig}[stage](**paths, beta=BETA) if stage in ("dpo", "kto") else None
 
 
 def _backbone_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, Any]) -> Callable[[], Tensor]:

@@ -5,8 +5,9 @@
 
 From 10,605 movie-review sentences (`demo_data` says where they come from) it trains a byte-level BPE tokenizer and a language model on all
 but 1,000, then tunes that on prompt -> continuation of the positively rated ones. `demo_align` trains a reward model on the ratings, and
-policies by DPO and KTO on the tuned model's own samples. The report has the curves, samples, the sentiment of the completions before and
-after, reward against KL for every policy, and this library's head beside plain PyTorch.
+policies by DPO and KTO on the tuned model's own samples, and by PPO (`demo_ppo`). The report has the curves, samples, the sentiment of
+the completions before and after, reward against KL for every policy, and this library beside plain PyTorch: a step of each stage
+(`demo_steps`), and the head alone.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from . import demo_align, demo_report
+from . import demo_align, demo_report, demo_steps
 from .data import DataError
 from .demo_data import chats_of, cut, fetch, prompts_of, rated_pairs, read_sentences, split, texts_of, train_tokenizer, write_rows
 from .demo_report import STAGES, Completion, Outcome
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="fastalign demo",
-        description="Pre-training, SFT, a reward model, DPO and KTO on real text at toy scale, with a report.",
+        description="Pre-training, SFT, a reward model, DPO, KTO and PPO on real text at toy scale, with a report.",
         allow_abbrev=False,
     )
     parser.add_argument("--output-dir", type=Path, default=defaults.output_dir, metavar="DIR", help=f"default: {defaults.output_dir}")
@@ -147,8 +148,11 @@ def run(settings: Settings, prepared: Prepared) -> Outcome:
         completions = complete(settings, prepared.tokenizer, prepared.prompts)
         write_rows(folder / "completions.jsonl", [completion._asdict() for completion in completions])
     alignment = demo_align.align(settings, prepared.tokenizer, prepared.sampled, prepared.prompts, seconds)
+    with part("a step of each stage beside plain PyTorch", seconds):
+        measured = demo_steps.measure(folder)
     with part("this head beside plain PyTorch", seconds):
         heads = [head for shape in bar(settings.shapes, unit="shape") for head in demo_report.measure_heads(shape)]
+    whole = {run: seconds[title] for run, title in (STAGES | demo_align.TITLES).items()}
     outcome = Outcome(
         folder=folder,
         data=settings.data,
@@ -160,6 +164,7 @@ def run(settings: Settings, prepared: Prepared) -> Outcome:
         curves={stage: demo_report.read_curve(folder / stage / "metrics.jsonl") for stage in STAGES},
         completions=completions,
         alignment=alignment,
+        stages=demo_steps.SideBySide(measured, whole, settings.policy_tokens, len(prepared.tokenizer)),
         heads=heads,
     )
     demo_report.write(outcome)

@@ -1,4 +1,4 @@
-"""The demo's second part: a reward model from human ratings, and policies from the tuned model's own samples, which VADER judges.
+"""The demo's second part: a reward model from human ratings, policies from the tuned model's own samples, and what came of all policies.
 
 The samples are drawn at temperature 1, so that rewards and KL divergences are those of the policies themselves.
 """
@@ -14,32 +14,43 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from .data import DataError
+from . import demo_ppo
+from .data import DataError, Prompt
 from .demo_data import Sample, labels_of, preferred, read_rows, write_rows
 from .demo_report import SHOWN, Mean, mean, table
 from .demo_settings import ROW_TOKENS, Settings, bar, draw, part, shared
-from .stages import dpo, kto, reward
+from .stages import dpo, kto, ppo, reward
+from .stages.rewards import Reward, find_classifier, load_classifier
+from .stages.world import World
 
 BETAS = {"dpo-0.05": 0.05, "dpo-0.5": 0.5, "kto": 0.05}
-TITLES = {"reward": "Reward model", "dpo-0.05": "DPO, β 0.05", "dpo-0.5": "DPO, β 0.5", "kto": "KTO, β 0.05"}
-POLICIES = {"sft": "SFT"} | {name: TITLES[name] for name in BETAS}
+TITLES = {"reward": "Reward model", "dpo-0.05": "DPO, β 0.05", "dpo-0.5": "DPO, β 0.5", "kto": "KTO, β 0.05", **demo_ppo.TITLES}
+POLICIES = {"sft": "SFT"} | {name: TITLES[name] for name in (*BETAS, *demo_ppo.TITLES)}
 PLOTS = ("alignment.png", "reward-kl.png")
-SECOND = {"reward": ("accuracy", "eval/accuracy"), "kto": ("rewards/margins",)}  # what is plotted below the loss
+LOSSES = ("loss", "eval/loss")
+PLOTTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # above, and below
+    "reward": (LOSSES, ("accuracy", "eval/accuracy")),
+    **dict.fromkeys(("dpo-0.05", "dpo-0.5"), (LOSSES, ("rewards/accuracies", "eval/rewards/accuracies"))),
+    "kto": (LOSSES, ("rewards/margins",)),
+    **dict.fromkeys(demo_ppo.TITLES, (("objective/scores",), ("objective/kl",))),
+}
 REWARD_BATCH, DPO_BATCH, KTO_BATCH = 24, 16, 32  # pairs, pairs, judged completions
 
 
 class Policy(NamedTuple):
-    """What VADER says of a policy's completions, by held-out prompt, and KL(policy ‖ SFT) in nats, by completion; a few of those."""
+    """What VADER says of a policy's completions, by held-out prompt; the reward model's scores, and KL(policy ‖ SFT) in nats, by
+    completion; a few of those."""
 
     name: str
     rewards: list[float]
+    scores: list[float]
     kls: list[float]
     texts: list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Everything the report tells of the second part."""
+    """Everything the report tells of the reward model and the policies."""
 
     lines: dict[str, list[dict[str, float]]]
     """metrics.jsonl of each run."""
@@ -58,13 +69,14 @@ class Alignment:
         return mean([after - before for before, after in zip(self.policies[0].rewards, policy.rewards, strict=True)])
 
     def key_figures(self) -> list[str]:
-        """The second part in a few lines."""
+        """All of it in a few lines."""
         pairs = self.counts["reward_held_out"]
         lines = [f"Reward model: {self.accuracy:.3f} of {pairs} held-out pairs in the right order; VADER's lexicon {self.lexicon:.3f}"]
         for policy in self.policies:
             gain = "" if policy.name == "SFT" else f" (SFT's {self.gain(policy).value:+.3f} ± {self.gain(policy).error:.3f})"
             lines.append(
-                f"{policy.name}: mean sentiment of held-out prompts {mean(policy.rewards)}{gain}, KL to SFT {mean(policy.kls)} nats"
+                f"{policy.name}: mean sentiment of held-out prompts {mean(policy.rewards)}{gain}, "
+                f"reward model's score {mean(policy.scores)}, KL to SFT {mean(policy.kls)} nats"
             )
         return lines
 
@@ -72,23 +84,26 @@ class Alignment:
         """The sections of report.md."""
         shown = list(dict.fromkeys(prompt for prompt, _ in self.policies[0].texts))
         texts = [[text for _, text in policy.texts] for policy in self.policies]
-        rows = [(own.name, mean(own.rewards), "" if own.name == "SFT" else self.gain(own), mean(own.kls)) for own in self.policies]
+        gains = ["" if own.name == "SFT" else self.gain(own) for own in self.policies]
+        rows = [
+            (own.name, mean(own.rewards), gain, mean(own.scores), mean(own.kls)) for own, gain in zip(self.policies, gains, strict=True)
+        ]
+        header = ("policy", "mean sentiment", "over SFT, prompt by prompt", "reward model's score", "KL to SFT, nats a completion")
         notes = self.counts | {"accuracy": f"{self.accuracy:.3f}", "lexicon": f"{self.lexicon:.3f}"}
         return [
             *("## Reward model and policies", "", NOTE.format_map(notes), "![Reward against KL](reward-kl.png)", ""),
-            *(*table(("policy", "mean sentiment", "over SFT, prompt by prompt", "KL to SFT, nats a completion"), rows), ""),
+            *(*table(header, rows), ""),
             *("![Curves](alignment.png)", "", "## Samples of the policies", "", "At temperature 1, with the same noise.", ""),
             *(*table(("prompt", *(own.name for own in self.policies)), zip(shown, *texts, strict=True)), ""),
         ]
 
     def plot(self, folder: Path) -> None:
         """Draw the curves of every run, and the policies' rewards against their KL divergences."""
-        figure = Figure(figsize=(13, 6), layout="constrained")
+        figure = Figure(figsize=(19, 6), layout="constrained")
         for (name, title), (above, below) in zip(TITLES.items(), figure.subplots(2, len(TITLES)).T, strict=True):
-            above.set(title=title, ylabel="loss")
-            wanted = SECOND.get(name, ("rewards/accuracies", "eval/rewards/accuracies"))
-            below.set(xlabel="optimizer step")
-            for axes, keys in ((above, ("loss", "eval/loss")), (below, wanted)):
+            above.set(title=title)
+            below.set(xlabel="rollout" if name in demo_ppo.TITLES else "optimizer step")
+            for axes, keys in zip((above, below), PLOTTED[name], strict=True):
                 for key in keys:
                     points = [(line["step"], line[key]) for line in self.lines[name] if key in line]
                     style = {"marker": "o", "markersize": 4} if "eval/" in key else {"alpha": 0.6, "linewidth": 1}
@@ -114,9 +129,12 @@ The reward model starts from the pre-trained model and learns from {reward_train
 half, {lexicon}.
 
 The policies start from SFT. DPO learns from {pairs:,} pairs and KTO from {labels:,} labels, made of {samples:,} of SFT's own completions of
-prompts to train on: VADER's compound score says which of two is better, and which one is good. Sentiment: that score of completions of
-{prompts:,} held-out prompts, {each} of each, and its mean over prompts with the standard error; all policies draw with the same noise. KL:
-log-probability under the policy minus that under SFT, of a whole completion, as the mean over the policy's own.
+prompts to train on: VADER's compound score says which of two is better, and which one is good. PPO, with a critic of its own and GAE,
+completes the same prompts itself: {episodes:,} times in all, each completion scored by VADER, or by the reward model.
+
+Sentiment: VADER's score of completions of {prompts:,} held-out prompts, {each} of each, and its mean over prompts with the standard error;
+all policies draw with the same noise. KL: log-probability under the policy minus that under SFT, of a whole completion, as the mean over
+the policy's own.
 """
 
 
@@ -193,23 +211,27 @@ def align(
         write_rows(folder / "rows" / "pairs.jsonl", pairs)
         write_rows(folder / "rows" / "pairs_held_out.jsonl", preferred(own for own in both if own.prompt in watched))
         write_rows(folder / "rows" / "labels.jsonl", labels)
-    for name in BETAS:
+        write_rows(folder / "rows" / "prompts.jsonl", [{"prompt": prompt} for prompt in sampled])
+    for name in (*BETAS, *demo_ppo.TITLES):
         with part(TITLES[name], seconds):
             if name == "kto":
                 kto.run(kto_config(settings, desirable, len(labels) - desirable))
+            elif name in demo_ppo.TITLES:
+                ppo.run(demo_ppo.ppo_config(settings, name))
             else:
                 dpo.run(dpo_config(settings, name))
     with part("rewards and KL divergences", seconds):
         policies = judge_policies(settings, tokenizer, judged, judge)
+    lines = {name: read_rows(folder / name / "metrics.jsonl") for name in TITLES}
     rated = {name: read_rows(folder / "rows" / f"{name}.jsonl") for name in ("reward_train", "reward_held_out")}
     counts = {name: len(rows) for name, rows in rated.items()} | {
         "samples": len(samples),
         "pairs": len(pairs),
         "labels": len(labels),
         "prompts": len(judged),
+        "episodes": int(lines["ppo-vader"][-1]["episode"]),
         "each": settings.samples,
     }
-    lines = {name: read_rows(folder / name / "metrics.jsonl") for name in TITLES}
     return Alignment(lines, lexicon_accuracy(rated["reward_held_out"], judge), counts, policies)
 
 
@@ -243,20 +265,28 @@ def sample(
 def judge_policies(
     settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], judge: SentimentIntensityAnalyzer
 ) -> list[Policy]:
-    """Every policy's completions of the prompts, judged by VADER and compared with SFT."""
-    reference, policies = load(settings, "sft"), []
+    """Every policy's completions of the prompts, judged by VADER and the reward model, and compared with SFT."""
+    reference, score, policies = load(settings, "sft"), rewarded(settings, tokenizer), []
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     options = {"max_new_tokens": settings.policy_tokens, "seed": settings.seed + 1}
     for name, title in bar(POLICIES.items(), unit="policy"):
-        kls, texts = [], []
+        kls, scores, texts = [], [], []
         for batch, inputs, drawn in draw(load(settings, name), tokenizer, repeated, **options):
             before = log_probabilities(reference, inputs["input_ids"], inputs["attention_mask"], drawn.tokens, drawn.mask)
             kls += (drawn.logp_raw.double().sum(1) - before).tolist()
+            ids = [Prompt(row[kept.bool()].tolist()) for row, kept in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+            scores += score(ids, [row[kept].tolist() for row, kept in zip(drawn.tokens, drawn.mask, strict=True)]).tolist()
             texts += list(zip(batch, tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True), strict=True))
-        scores = [judge.polarity_scores(text)["compound"] for _, text in texts]
-        rewards = torch.tensor(scores, dtype=torch.float64).view(len(prompts), settings.samples).mean(1).tolist()
-        policies.append(Policy(title, rewards, kls, texts[:: settings.samples][:SHOWN]))
+        found = [judge.polarity_scores(text)["compound"] for _, text in texts]
+        rewards = torch.tensor(found, dtype=torch.float64).view(len(prompts), settings.samples).mean(1).tolist()
+        policies.append(Policy(title, rewards, scores, kls, texts[:: settings.samples][:SHOWN]))
     return policies
+
+
+def rewarded(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Reward:
+    """The reward model's scores of prompts and completions, as PPO takes them."""
+    classifier, world = find_classifier(str(settings.output_dir / "reward" / "model"), None), World(0, 1, torch.device("cpu"))
+    return load_classifier(classifier, world, tokenizer, dtype=torch.float32, rows=64, attention="sdpa", packing=True)
 
 
 @torch.no_grad()

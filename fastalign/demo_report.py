@@ -1,4 +1,4 @@
-"""The demo's report: curves, samples, sentiment, and this library's head beside plain PyTorch."""
+"""The demo's report: curves, samples, sentiment, and this library beside plain PyTorch."""
 
 import json
 import math
@@ -23,6 +23,7 @@ from .measure import PeakMemoryUnavailable, interleaved, largest_error, machine,
 
 if TYPE_CHECKING:
     from .demo_align import Alignment
+    from .demo_steps import SideBySide
 
 LossFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 TEMPERATURE = 0.7  # of the sampled completions
@@ -110,6 +111,7 @@ class Outcome:
     curves: Mapping[str, Curve]
     completions: Sequence[Completion]
     alignment: "Alignment"
+    stages: "SideBySide"
     heads: Sequence[Head]
 
     def sentiment(self, stage: str) -> Mean:
@@ -231,7 +233,7 @@ def key_figures(outcome: Outcome) -> list[str]:
         f"Sentiment of sampled completions: {outcome.sentiment('pretrain')} before SFT, {outcome.sentiment('sft')} after; "
         f"gain {outcome.gain()}"
     )
-    lines += outcome.alignment.key_figures()
+    lines += outcome.alignment.key_figures() + outcome.stages.key_figures()
     for shape in dict.fromkeys(own.shape for own in outcome.heads):
         own = [f"{head.method} {head.milliseconds:,.0f} ms{_memory(head)}" for head in outcome.heads if head.shape == shape]
         lines.append(f"Head at {shape}: {'; '.join(own)}")
@@ -284,7 +286,7 @@ def _lines(outcome: Outcome) -> list[str]:
     lines += [*table(("prompt", "way", "before SFT", "after SFT"), sample_rows(outcome.completions)), ""]
     lines += ["## Sentiment", "", SENTIMENT_NOTE.format(prompts=prompts)]
     lines += [*table(("before SFT", "after SFT", "gain, prompt by prompt"), [sentiment]), ""]
-    lines += outcome.alignment.report()
+    lines += outcome.alignment.report() + outcome.stages.report()
     lines += ["## This head and plain PyTorch", "", HEAD_NOTE]
     lines += [*table(("shape", "method", "time, ms", "peak, MiB", "of it gradients, MiB", "error"), head_rows(outcome.heads)), ""]
     lines += ["## Time and machine", "", *table(("part", "seconds"), [*seconds, ("together", f"{sum(outcome.seconds.values()):.1f}")]), ""]

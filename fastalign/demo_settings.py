@@ -1,4 +1,4 @@
-"""What both parts of the demo share: the settings, the recipe of every stage, timing, and completions of many prompts."""
+"""What all parts of the demo share: the settings, the recipe of every stage, timing, and completions of many prompts."""
 
 import dataclasses
 import sys
@@ -69,6 +69,11 @@ class Settings:
     def policy_steps(self) -> int:
         """Optimizer steps of each policy that learns from preferences."""
         return max(1, self.steps * 3 // 10)
+
+    @property
+    def ppo_steps(self) -> int:
+        """Rollouts of PPO, of 64 completions each."""
+        return max(1, self.steps // 16)
 
 
 def shared(settings: Settings, steps: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,9 +137,20 @@ def _error(name: str, result: Tensor, reference: Tensor | None) -> Error:
 def peak_memory(target: str, arguments: Mapping[str, Any], *, warmup: Mapping[str, Any] | None = None, device: str = "cpu") -> float:
     """Peak memory of a call beyond what was held before it, in MiB: its results and everything it needs on the way, not its inputs.
 
+    As `peak_memories`, of one call.
+    """
+    return peak_memories(target, [arguments], warmup=warmup, device=device)[0]
+
+
+def peak_memories(
+    target: str, every: Sequence[Mapping[str, Any]], *, warmup: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> list[float]:
+    """Peak memory of calls, one after another, each beyond what was held before it, in MiB.
+
     Args:
         target: "module:function". function(**arguments) makes the inputs and returns the call to measure, which takes no argument.
-        arguments: what JSON can hold, for the call runs in a process of its own.
+        every: the arguments of each: what JSON can hold, for the calls run in a process of their own. To load torch and transformers
+            there takes 4 s, so that several calls had better share one.
         warmup: arguments of a call that runs first and does not count, so that libraries are loaded and threads started: small ones, or
             the same again for a target that compiles at its first call.
         device: "cpu": resident memory of a fresh process (Linux: VmHWM, reset through /proc/self/clear_refs), with as many threads as
@@ -150,12 +161,17 @@ def peak_memory(target: str, arguments: Mapping[str, Any], *, warmup: Mapping[st
         RuntimeError: the call failed in its process; the message ends with that process's last lines.
     """
     if torch.device(device).type == "cuda":
-        return _peak_cuda(target, arguments, warmup)
+        return [_peak_cuda(target, arguments, warmup) for arguments in every]
     if not _CLEAR_REFS.exists():
         raise PeakMemoryUnavailable(
             f"peak memory on {platform.system()}: {_CLEAR_REFS} is missing, which Linux has; measure on Linux or on a GPU"
         )
-    request = {"target": target, "arguments": dict(arguments), "warmup": warmup and dict(warmup), "threads": torch.get_num_threads()}
+    request = {
+        "target": target,
+        "every": [dict(arguments) for arguments in every],
+        "warmup": warmup and dict(warmup),
+        "threads": torch.get_num_threads(),
+    }
     child = subprocess.run(
         [sys.executable, "-c", "from fastalign.measure import _serve; _serve()"],
         input=json.dumps(request),
@@ -165,29 +181,34 @@ def peak_memory(target: str, arguments: Mapping[str, Any], *, warmup: Mapping[st
     )
     if child.returncode:
         raise RuntimeError(f"{target} failed in its own process:\n" + "\n".join(child.stderr.splitlines()[-5:]))
-    return float(child.stdout)
+    return [float(peak) for peak in json.loads(child.stdout)]
 
 
 def _serve() -> None:
-    """The child of `peak_memory`: the request comes on standard input, the peak in MiB leaves on standard output."""
+    """The child of `peak_memory`: the request comes on standard input, the peaks in MiB leave on standard output."""
     answer = os.dup(1)
     os.dup2(2, 1)  # what the target prints is no answer
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
     if request["warmup"] is not None:
         _prepared(request["target"], request["warmup"])()
-    call = _prepared(request["target"], request["arguments"])
+    peaks = [_peak_here(request["target"], arguments) for arguments in request["every"]]
+    with os.fdopen(answer, "w") as stream:
+        json.dump(peaks, stream)
+
+
+def _peak_here(target: str, arguments: Mapping[str, Any]) -> float:
+    call = _prepared(target, arguments)
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # else memory that the warm-up freed would serve the call unseen
+        libc.malloc_trim(0)  # else memory that an earlier call freed would serve this one unseen
     before = _kib("VmRSS")
     _CLEAR_REFS.write_text("5")
     result = call()
     peak = _kib("VmHWM")
     del result
-    with os.fdopen(answer, "w") as stream:
-        stream.write(str((peak - before) / 1024))
+    return (peak - before) / 1024
 
 
 def _prepared(target: str, arguments: Mapping[str, Any]) -> Callable[[], object]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from fastalign import data, demo, demo_align, demo_data, demo_report
+from fastalign import data, demo, demo_align, demo_data, demo_report, demo_steps
 from fastalign.demo_align import Alignment, Policy
 from fastalign.demo_data import Sample, Sentence, cut, fetch, read_sentences, split, train_tokenizer
 from fastalign.demo_report import Completion, Head, Shape
+from fastalign.demo_steps import SideBySide, Step
 
 GOOD = ["warm", "bright", "lovely", "great", "fine"]
 BAD = ["dull", "awful", "boring", "bad", "poor"]
@@ -268,14 +270,20 @@ def test_the_tables_and_key_figures() -> None:
         ("p", "sampled", "pretrain sampled p", "sft sampled p"),
     ]
     curves = {stage: demo_report.Curve([(1, 6.0)], [(0, 7.0), (1, 5.5)]) for stage in ("pretrain", "sft")}
-    policies = [Policy("SFT", [0.1, 0.3], [0.0, 0.0], [("p", "a")]), Policy("DPO", [0.3, 0.7], [1.0, 2.0, 3.0], [("p", "b")])]
+    policies = [Policy("SFT", [0.1, 0.3], [1.0, 2.0], [0.0, 0.0], [("p", "a")])]
+    policies.append(Policy("DPO", [0.3, 0.7], [3.0, 3.5], [1.0, 2.0, 3.0], [("p", "b")]))
     alignment = Alignment({"reward": [{"step": 1, "eval/accuracy": 0.75}]}, 0.5, {"reward_held_out": 4}, policies)
     assert alignment.key_figures() == [
         "Reward model: 0.750 of 4 held-out pairs in the right order; VADER's lexicon 0.500",
-        "SFT: mean sentiment of held-out prompts 0.200 ± 0.100, KL to SFT 0.000 ± 0.000 nats",
-        "DPO: mean sentiment of held-out prompts 0.500 ± 0.200 (SFT's +0.300 ± 0.100), KL to SFT 2.000 ± 0.577 nats",
+        "SFT: mean sentiment of held-out prompts 0.200 ± 0.100, reward model's score 1.500 ± 0.500, KL to SFT 0.000 ± 0.000 nats",
+        "DPO: mean sentiment of held-out prompts 0.500 ± 0.200 (SFT's +0.300 ± 0.100), reward model's score 3.250 ± 0.250, "
+        "KL to SFT 2.000 ± 0.577 nats",
     ]
-    outcome = demo_report.Outcome(Path("x"), None, 1, 0, 1, counts, {}, curves, completions, alignment, heads)
+    steps = [Step(run, method, time, 1.5) for run in demo_steps.TITLES for method, time in (("fastalign", 20.0), ("plain PyTorch", 30.0))]
+    stages = SideBySide(steps, {"sft": 7.25}, 64, 2048)
+    assert "| SFT | 7.2 | 20 | 30 | 1.50 | 1.5 | 1.5 |" in stages.report()
+    assert stages.key_figures()[-1] == "A step of PPO, rollout: fastalign 20 ms, 2 MiB; plain PyTorch 30 ms, 2 MiB"
+    outcome = demo_report.Outcome(Path("x"), None, 1, 0, 1, counts, {}, curves, completions, alignment, stages, heads)
     assert set(alignment.key_figures()) < set(demo_report.key_figures(outcome))
     assert demo_report.key_figures(outcome)[-1] == "Head at N 1024, H 512, V 1024: fastalign 1,235 ms, 170 MiB; plain PyTorch 2 ms"
 
@@ -371,7 +379,24 @@ def short_run(folder: Path, data: Path, *shapes: Shape) -> demo_report.Outcome:
     return demo.run(settings, demo.prepare(settings))
 
 
-def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses: dict[tuple[str, str], object] = {}
+    prepare = demo_steps.step
+
+    def noted(folder: str, run: str, method: str) -> Callable[[], object]:
+        call = prepare(folder, run, method)
+        losses[run, method] = call()
+        return call
+
+    def peaks_of(target: str, calls: list[dict[str, str]]) -> list[float]:  # without a process that loads all of it again
+        assert target == "fastalign.demo_steps:step" and all((call["run"], call["method"]) in losses for call in calls)
+        return [float(number) for number in range(len(calls))]
+
+    monkeypatch.setattr(demo_steps, "ROUNDS", 1)
+    monkeypatch.setattr(demo_steps, "peak_memories", peaks_of)
+    monkeypatch.setattr(demo_steps, "step", noted)
     folder, archive = tmp_path / "out", archive_of(lines_of(SENTENCES), tmp_path / "sentences.zip")
     outcome = short_run(folder, archive, Shape(64, 16, 97))
     printed = capsys.readouterr().out
@@ -390,6 +415,10 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(tmp_pa
         "sampled": 16,
     }
     peaks = {own.method: own.peak_mib for own in outcome.heads}
+    assert [own.peak_mib for own in outcome.stages.steps] == list(range(2 * len(demo_steps.TITLES)))
+    assert min(own.milliseconds for own in outcome.stages.steps) > 0
+    for run in demo_steps.TITLES.keys() - {"rollout"}:
+        torch.testing.assert_close(losses[run, "fastalign"], losses[run, "plain PyTorch"], rtol=1e-4, atol=1e-6)
     assert list(peaks) == ["fastalign", "plain PyTorch"] and (sys.platform != "linux" or None not in peaks.values())
     lines = (folder / "completions.jsonl").read_text().splitlines()
     assert [Completion(**json.loads(line)) for line in lines] == list(outcome.completions)
@@ -400,19 +429,34 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(tmp_pa
     for part in ("![Pre-training](pretrain.png)", "![SFT](sft.png)", "N 64, H 16, V 97 | fastalign", "| torch | ", "--seed 0 --threads 1"):
         assert part in report
     alignment = outcome.alignment
-    assert [policy.name for policy in alignment.policies] == ["SFT", "DPO, β 0.05", "DPO, β 0.5", "KTO, β 0.05"]
+    assert [policy.name for policy in alignment.policies] == [
+        "SFT",
+        "DPO, β 0.05",
+        "DPO, β 0.5",
+        "KTO, β 0.05",
+        "PPO, VADER",
+        "PPO, reward model",
+    ]
     for policy in alignment.policies:
-        assert (len(policy.rewards), len(policy.kls)) == (4, 16)
+        assert (len(policy.rewards), len(policy.scores), len(policy.kls)) == (4, 16, 16)
     sft, *others = alignment.policies
     assert max(map(abs, sft.kls)) < 1e-4 and all(max(policy.kls) > 1e-3 for policy in others)
-    for name, steps in (("reward", 12), ("dpo-0.05", 7), ("dpo-0.5", 7), ("kto", 7)):
+    for name, steps in (("reward", 12), ("dpo-0.05", 7), ("dpo-0.5", 7), ("kto", 7), ("ppo-vader", 1), ("ppo-reward", 1)):
         assert alignment.lines[name][-1]["step"] == steps and f"--config {folder}/{name}/config.yaml" in report
     rows = {path.stem: demo_data.read_rows(path) for path in (folder / "rows").iterdir()}
     held_out = {row["text"] for row in rows["held_out"]}
     assert not held_out & {row[name] for row in rows["reward_train"] for name in ("chosen", "rejected")}
     judged = {own.prompt for own in outcome.completions}
+    assert not judged & {row["prompt"] for row in rows["prompts"]}
     assert rows["pairs"] and rows["labels"] and not judged & {row["prompt"] for name in ("pairs", "labels") for row in rows[name]}
-    for part in ("![Reward against KL](reward-kl.png)", "![Curves](alignment.png)", "fastalign dpo --config", "## Samples of the policies"):
+    for part in (
+        "![Reward against KL](reward-kl.png)",
+        "![Curves](alignment.png)",
+        "fastalign dpo --config",
+        "## Samples of the policies",
+        "fastalign ppo --config",
+        "| PPO, rollout |",
+    ):
         assert part in report
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in demo_align.PLOTS)
     assert {path.name for path in folder.iterdir()} == {*demo.MADE, demo.MARKER}
@@ -422,6 +466,7 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(tmp_pa
     (folder / "data" / "kept").write_text("x")
     for name in ("reward", "dpo-0.5", "reference"):
         (folder / name / "stale").write_text("x")
+    monkeypatch.setattr(demo_steps, "measure", lambda folder: outcome.stages.steps)
     again = short_run(folder, archive)
     assert "replacing the earlier demo" in capsys.readouterr().out and (folder / "data" / "kept").exists()
     assert again.curves == outcome.curves and again.completions == outcome.completions and not list(folder.rglob("stale"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastalign import measure
-from fastalign.measure import Error, PeakMemoryUnavailable, Timing, interleaved, largest_error, machine, peak_memory
+from fastalign.measure import Error, PeakMemoryUnavailable, Timing, interleaved, largest_error, machine, peak_memories, peak_memory
 
 MIB = 2**20
 linux = pytest.mark.skipif(
@@ -84,6 +84,13 @@ def test_impossible_rounds_are_refused(rounds: int, warmup: int, named: str) -> 
 def test_peak_memory_counts_results_and_what_is_freed_on_the_way_but_no_inputs(targets: str) -> None:
     arguments = {"kept": 120, "freed": 80, "threads": torch.get_num_threads()}
     assert peak_memory(f"{targets}:filled", arguments, warmup={**arguments, "kept": 1, "freed": 1}) == pytest.approx(200, rel=0.1)
+
+
+@linux
+def test_calls_that_share_a_process_are_measured_apart(targets: str) -> None:
+    every = [{"kept": kept, "freed": freed, "threads": torch.get_num_threads()} for kept, freed in ((120, 80), (10, 40), (60, 90))]
+    found = peak_memories(f"{targets}:filled", every, warmup=every[1])
+    assert found == [pytest.approx(own["kept"] + own["freed"], rel=0.1) for own in every]
 
 
 @linux

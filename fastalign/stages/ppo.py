@@ -450,7 +450,7 @@ def ppo_step(
         )
     clipped = {f"{'val' if name == 'value' else name}/grad_norm": weights for name, weights in base.parts().items()}
     loss_fn = ppo_objective(options, float(base.kl_coefficient))
-    collate = partial(_collate, experience, options=options, pad_id=pad_id, packing=packing)
+    collate = partial(experience_batch, experience, options=options, pad_id=pad_id, packing=packing)
     found: list[tuple[dict[str, float], int]] = []
     for epoch in range(options.ppo_epochs):
         order = np.random.default_rng((seed, step, epoch)).permutation(rows).tolist()
@@ -484,7 +484,7 @@ def ppo_step(
     return metrics
 
 
-def _collate(experience: Experience, rows: list[int], *, options: PPOOptions, pad_id: int, packing: bool) -> Batch:
+def experience_batch(experience: Experience, rows: list[int], *, options: PPOOptions, pad_id: int, packing: bool) -> Batch:
     """The micro-batch of these completions: what `_pack` gives, and the numbers of their tokens, [N]."""
     sequences = [_sequence(experience.prompts[row], experience.completions[row]) for row in rows]
     mask = experience.mask[rows]
