@@ -148,8 +148,8 @@ def _loss_error(case: Mapping[str, Any], name: str) -> float:
     return case["rows"][name]["errors"]["loss"]["relative"]
 
 
-def filled(text: str, folder: Path = ROOT) -> str:
-    """README's text with every table made anew.
+def filled(text: str, folder: Path = ROOT, kinds: Mapping[str, Callable[[Mapping[str, Any]], str]] = KINDS) -> str:
+    """README's text, or with its own `kinds` another page's, with every table made anew.
 
     Raises:
         ValueError: a block of an unknown kind.
@@ -157,9 +157,9 @@ def filled(text: str, folder: Path = ROOT) -> str:
 
     def table(found: re.Match[str]) -> str:
         begin, file, kind, end = found.groups()
-        if kind not in KINDS:
-            raise ValueError(f"README.md: a table {kind!r} seen, one of {', '.join(KINDS)} wanted")
-        return begin + KINDS[kind](json.loads((folder / file).read_text())) + end
+        if kind not in kinds:
+            raise ValueError(f"a table {kind!r} seen, one of {', '.join(kinds)} wanted")
+        return begin + kinds[kind](json.loads((folder / file).read_text())) + end
 
     return BLOCK.sub(table, text)
 

