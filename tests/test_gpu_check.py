@@ -86,5 +86,6 @@ def test_what_the_sanitizer_runs_draws_the_same_tokens_everywhere() -> None:
 
 
 def test_make_runs_it_with_the_machines_own_python() -> None:
-    shown = subprocess.run(["make", "-n", "gpu-check", "PYTHON=python3.12"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "--no-print-directory", "-n", "gpu-check", "PYTHON=python3.12"]  # `make test` may have started this test
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "python3.12 -m bench.gpu_check"
