@@ -22,6 +22,16 @@ class Gradients(NamedTuple):
     bias: Tensor  # [V]
 
 
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if weight_grad else weight.new_empty(0),
+        bias.new_empty(bias.shape) if bias_grad and bias is not None else hidden.new_empty(0),
+    )
+
+
 class Block(NamedTuple):
     """Tokens whose logits, or their kept columns, are in memory."""
 

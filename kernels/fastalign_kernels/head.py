@@ -21,17 +21,18 @@ measured for the bare ones, huggingface/trl#7244); between them fp32 logits are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import check as _check
-from .keeping import KeptState, empty_state, sweep_keeping, sweep_kept
+from .gradients import fake_gradients
+from .head_table import head_table
 from .logits import TokenStats, check_loss_options, kept_ids, loss_scale, make_transform, reduced, stats_of, token_loss
 from .plan import choose_way
 from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref, traced
-from .sweep import Head, capturing, sweep
+from .sweep import Head, sweep
 
 
 class CrossEntropyStats(NamedTuple):
@@ -42,175 +43,6 @@ class CrossEntropyStats(NamedTuple):
     entropy: Tensor
     lse: Tensor
     top1: Tensor
-
-
-# Statistics, with any upstream gradient: the ways no_grad and general.
-
-
-@torch.library.custom_op("fastalign::head_table", mutates_args=())
-def _head_table(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float | None,
-) -> Tensor:
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
-    return sweep(head, None, None, (False, False, False))[0]
-
-
-@_head_table.register_fake
-def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps):
-    return hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-
-
-@torch.library.custom_op("fastalign::head_table_grad", mutates_args=())
-def _head_table_grad(
-    grad: Tensor,
-    table: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float | None,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
-    per_token = coefficients(grad, table, weight.shape[0])
-    _, gradients = sweep(head, table, lambda stats, index: per_token[:, index].contiguous(), (hidden_grad, weight_grad, bias_grad))
-    return gradients.hidden, gradients.weight, gradients.bias
-
-
-@_head_table_grad.register_fake
-def _(
-    grad, table, hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, hidden_grad, weight_grad, bias_grad
-):
-    return fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
-
-
-def fake_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, hidden_grad: bool, weight_grad: bool, bias_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(hidden, memory_format=torch.contiguous_format) if hidden_grad else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if weight_grad else weight.new_empty(0),
-        bias.new_empty(bias.shape) if bias_grad and bias is not None else hidden.new_empty(0),
-    )
-
-
-def _save_table(ctx, inputs, output) -> None:
-    hidden, weight, ids, bias, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, ids, bias, output)
-
-
-def _table_backward(ctx, grad: Tensor):
-    hidden, weight, ids, bias, table = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    gradients = _head_table_grad(grad, table, hidden, weight, ids, bias, *ctx.options, needs[0], needs[1], needs[3])
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3])))
-    return d_hidden, d_weight, None, d_bias, *[None] * 5
-
-
-_head_table.register_autograd(_table_backward, setup_context=_save_table)
-
-
-# The same with a tail: what the backward pass needs is kept, and no logits are made again.
-
-
-@torch.library.custom_op("fastalign::head_table_kept", mutates_args=())
-def _head_table_kept(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The table [7, N] and a KeptState."""
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
-    table, state = sweep_keeping(head, (hidden_grad, weight_grad, bias_grad))
-    return table, *state
-
-
-@_head_table_kept.register_fake
-def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, hidden_grad, weight_grad, bias_grad):
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
-    table = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-    return table, *empty_state(head, (hidden_grad, weight_grad, bias_grad))
-
-
-@torch.library.custom_op("fastalign::head_table_kept_grad", mutates_args=())
-def _head_table_kept_grad(
-    grad: Tensor,
-    table: Tensor,
-    state: Sequence[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
-    per_token = coefficients(grad, table, weight.shape[0])
-    wanted = (hidden_grad, weight_grad, bias_grad)
-    gradients = sweep_kept(head, table, KeptState(*state), lambda stats, index: per_token[:, index].contiguous(), wanted)
-    return gradients.hidden, gradients.weight, gradients.bias
-
-
-@_head_table_kept_grad.register_fake
-def _(grad, table, state, hidden, weight, ids, bias, *options):
-    return fake_gradients(hidden, weight, bias, *options[-3:])
-
-
-def _save_kept(ctx, inputs, output) -> None:
-    hidden, weight, ids, bias, *ctx.options = inputs
-    table, *state = output
-    ctx.mark_non_differentiable(*state)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, ids, bias, table, *state)
-
-
-def _kept_backward(ctx, grad: Tensor | None, *_):
-    if grad is None:
-        return (None,) * 12
-    hidden, weight, ids, bias, table, *state = ctx.saved_tensors
-    gradients = _head_table_kept_grad(grad, table, state, hidden, weight, ids, bias, *ctx.options)
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, ctx.options[-3:]))
-    return d_hidden, d_weight, None, d_bias, *[None] * 8
-
-
-_head_table_kept.register_autograd(_kept_backward, setup_context=_save_kept)
-
-
-def _table(arguments: Sequence[Any], wanted: Sequence[bool]) -> Tensor:
-    """The table [7, N] for any upstream gradient; `wanted`: gradients of hidden, weight and bias."""
-    hidden, *_, tail_eps = arguments
-    if tail_eps is not None and any(wanted) and not capturing(hidden):
-        return _head_table_kept(*arguments, *wanted)[0]
-    return _head_table(*arguments)
 
 
 # A loss whose upstream gradient is a scalar: the way gradient_in_forward.
@@ -464,7 +296,7 @@ def linear_cross_entropy_stats(
     scale = loss_scale(ids >= 0, reduction, token_weights, num_items, accumulator_dtype(flat.dtype))
     way, *wanted = find_way(flat, weight, bias, "table" if reduction == "none" else "scalar")
     if way == "general" or reduction == "none":
-        table = _table(arguments, wanted)
+        table = head_table(arguments, wanted)
         loss = reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
     else:
         total, table, *_ = _head_loss(*arguments[:4], scale, float(label_smoothing), float(z_loss), *arguments[4:], *wanted)
@@ -546,7 +378,7 @@ def linear_logprobs(
     """
     arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)
     way, *wanted = find_way(arguments[0], weight, bias, "logp")
-    table = _head_frozen(*arguments)[0] if way == "frozen_head" else _table(arguments, wanted)
+    table = _head_frozen(*arguments)[0] if way == "frozen_head" else head_table(arguments, wanted)
     return table[Stat.LOGP].view(ids.shape)
 
 
@@ -571,7 +403,7 @@ def linear_token_stats(
     """
     arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)
     _, *wanted = find_way(arguments[0], weight, bias, "table")
-    return stats_of(_table(arguments, wanted), ids.shape, entropy)
+    return stats_of(head_table(arguments, wanted), ids.shape, entropy)
 
 
 def _logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from . import check as _check
-from .head import fake_gradients, find_way, linear_token_stats, prepare, save_scalar_loss, scalar_loss_backward
+from .gradients import fake_gradients
+from .head import find_way, linear_token_stats, prepare, save_scalar_loss, scalar_loss_backward
 from .policy import (
     PolicyLoss,
     PolicyOptions,
