@@ -78,7 +78,7 @@ def _add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
 class GradientSums:
     """The sums in the accumulator's dtype; dX is rounded to hidden's once a token, dW and the bias's once at the end.
 
-    On a CPU low-precision GEMMs round their output, so there the chunk's hidden states and, once, the weight are widened (see `sweep` for
+    On a CPU low-precision GEMMs round their output, so there the chunk's hidden states and, once, the weight are widened (see sweep.py for
     their speed). On a GPU inputs stay as they are.
     """
 
