@@ -117,7 +117,15 @@ def run(part: Part, environment: dict[str, str]) -> dict[str, Any]:
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
-            child = subprocess.Popen(part.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            child = subprocess.Popen(
+                part.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_heed_interrupts,
+            )
         except FileNotFoundError:
             status = "not found"
         else:
@@ -129,6 +137,11 @@ def run(part: Part, environment: dict[str, str]) -> dict[str, Any]:
         log.seek(0)
         text = log.read()[-MOST_OUTPUT:]
     return {"name": part.name, "status": status, "seconds": round(time.monotonic() - begin, 1), "limit": part.limit, "output": text}
+
+
+def _heed_interrupts() -> None:
+    """A shell starts what it runs in the background with SIGINT ignored, and so would the part be that `_end` interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
