@@ -1,6 +1,7 @@
 """README.md's tables are those of the results files that it names."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def test_readme_is_in_sync_with_its_results_files(capsys: pytest.CaptureFixture[
 def test_a_table_that_was_changed_by_hand_is_found_and_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / "README.md").read_text()
     copy = tmp_path / "README.md"
-    copy.write_text(text.replace("| 1.33 |", "| 9.33 |"))
+    tables = text.index("<!-- bench/results/")
+    copy.write_text(text[:tables] + re.sub(r"\| \d+\.\d+ \|", "| 99.99 |", text[tables:], count=1))
     (tmp_path / "bench").symlink_to(ROOT / "bench")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     assert readme.filled(copy.read_text(), tmp_path) == text != copy.read_text()
