@@ -23,7 +23,7 @@ CSRC = Path(__file__).parent / "csrc"
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 on its own intrinsics
 # <kernel>_target.cpp with its rule for a * b + c: the sampler gives the same bits everywhere, so its fused operations are written down.
 KERNELS = {"rows": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
-LAUNCHERS = ("ops", "policy", "sampling")
+LAUNCHERS = ("ops", "gemm", "policy", "sampling")
 TARGETS = {"generic": []}  # instruction sets that the kernels are compiled for; csrc/targets.h chooses among them at run time
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS["avx2"] = ["-mavx2", "-mfma"]
@@ -70,6 +70,9 @@ class BuildNative(build_ext):
             for name, flags in TARGETS.items():
                 own = [*FLAGS, contract, *flags, f"-DFASTALIGN_TARGET={name}", "-c", str(CSRC / f"{kernel}_target.cpp")]
                 commands[objects / f"{kernel}_{name}.o"] = own
+        if "avx512" in TARGETS:
+            own = [*FLAGS, *TARGETS["avx512"], "-mavx512bf16", "-c", str(CSRC / "gemm_target.cpp")]
+            commands[objects / "gemm_avx512.o"] = own
         commands = {output: [compiler, *command] for output, command in commands.items()}
         nvcc = find_nvcc()
         cuda = objects / "cuda.o"

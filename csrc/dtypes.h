@@ -6,6 +6,8 @@
 
 namespace fastalign {
 
+enum Dtype { F32, F64, BF16, F16, DTYPES };
+
 struct Transform {
   double logit_scale, softcap, temperature;  // softcap 0: none
 };

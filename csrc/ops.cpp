@@ -99,7 +99,7 @@ void column_sums(Tensor logits, Tensor ids, std::optional<Tensor> bias, double l
 }
 
 int64_t cpu_target() { return chosen_target(); }
-bool cpu_fast_bf16() { return fast_bf16(); }
+bool cpu_own_gemm() { return own_gemm(); }
 
 }  // namespace
 }  // namespace fastalign
@@ -111,7 +111,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
   m.def("column_sums(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor stats, "
         "Tensor(a!) largest, Tensor(b!) sums, Tensor(c!) totals) -> ()");
   m.def("cpu_target() -> int");
-  m.def("cpu_fast_bf16() -> bool");
+  m.def("cpu_own_gemm() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
@@ -122,5 +122,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CompositeExplicitAutograd, m) {
   m.impl("cpu_target", TORCH_BOX(&fastalign::cpu_target));
-  m.impl("cpu_fast_bf16", TORCH_BOX(&fastalign::cpu_fast_bf16));
+  m.impl("cpu_own_gemm", TORCH_BOX(&fastalign::cpu_own_gemm));
 }

@@ -40,7 +40,7 @@ struct ColumnSums : Rows {
 };
 constexpr int64_t STRETCH = 1024;  // columns that are worked on at a time: 4 KiB of a row and their sums stay in L1
 
-enum Dtype { F32, F64, BF16, F16, DTYPES };
+
 
 struct RowKernels {
   void (*stats[DTYPES])(const StatsRows&, int64_t begin, int64_t end);

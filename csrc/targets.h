@@ -19,11 +19,11 @@ inline int chosen_target() {
 #endif
 }
 
-// AMD's AVX512-BF16 multiplies twice as many pairs a cycle as its fp32 units; Intel's, without AMX, was measured slower than fp32.
-inline bool fast_bf16() {
+// Whether matrix products run in gemm.cpp: AVX-512 on AMD, for which torch's library has AVX2 code only.
+inline bool own_gemm() {
 #ifdef FASTALIGN_X86_TARGETS
-  __builtin_cpu_init();
-  return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
+  static const bool own = __builtin_cpu_is("amd") && chosen_target() == 2;
+  return own;
 #else
   return false;
 #endif

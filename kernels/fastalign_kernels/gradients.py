@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plan import bf16_gemms
+from .gemm import mm, own_gemm
 from .rows import Coefficient, Transform, accumulator_dtype, row_grad
 from .tail import GATHERED_BYTES, Kept, at_columns, dropped_grad, kept_grad
 
@@ -61,36 +61,22 @@ class _Waiting(NamedTuple):
     x_sum: Tensor  # [H], dropped^T x
 
 
-def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _add_mm(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-
-
 class GradientSums:
     """The sums in the accumulator's dtype; dX is rounded to hidden's once a token, dW and the bias's once at the end.
 
-    On a CPU low-precision GEMMs round their output, so there the chunk's hidden states and, once, the weight are widened (see sweep.py for
-    their speed). On a GPU inputs stay as they are.
+    GEMMs take hidden states and weight in hidden's dtype. On a CPU without our own GEMMs, where torch's would round their output to that,
+    the chunk's hidden states and, once, the weight are widened.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, wanted: tuple[bool, bool, bool]) -> None:
         self.hidden, self.weight, self.transform, self.wanted = hidden, weight, transform, wanted
         self.accumulator = accumulator_dtype(hidden.dtype)
-        self.compute = self.accumulator if hidden.device.type == "cpu" else hidden.dtype
+        self.own_gemm = own_gemm(hidden.device, hidden.dtype)
+        self.compute = hidden.dtype if hidden.is_cuda or self.own_gemm else self.accumulator
+        self.gradient = self.compute if hidden.is_cuda else self.accumulator  # dlogits and dX; our GEMMs round them while they pack
         self.w = weight.to(self.compute)
         self.bias = None if bias is None else bias.to(self.accumulator)
         self.bias_dtype = None if bias is None else bias.dtype
-        narrow = wanted[0] and hidden.device.type == "cpu" and bf16_gemms(hidden.dtype)  # dX is rounded once anyway: a GEMM in bf16
-        self.w_narrow = weight.to(hidden.dtype) if narrow else self.w
         V, H = weight.shape
         self.d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else hidden.new_empty(0)
         self.d_weight = torch.empty(V, H, dtype=self.accumulator, device=hidden.device) if wanted[1] else weight.new_empty(0)
@@ -105,15 +91,17 @@ class GradientSums:
         assert block.coefficients is not None
         logits = block.logits
         grad = logits
-        if self.compute != self.accumulator:
+        if self.gradient != self.accumulator:
             if self.grad_tile is None or self.grad_tile.shape[0] < logits.shape[0]:
-                self.grad_tile = torch.empty_like(logits, dtype=self.compute)
+                self.grad_tile = torch.empty_like(logits, dtype=self.gradient)
             grad = self.grad_tile[: logits.shape[0]]
         row_grad(logits[None], block.ids, self.bias, self.transform, block.stats, block.coefficients, grad[None])
         if self.wanted[0]:
-            self.d_hidden[block.tokens] = torch.mm(grad.to(self.w_narrow.dtype), self.w_narrow).to(self.hidden.dtype)
+            dx = torch.empty(block.x.shape, dtype=self.gradient, device=logits.device)
+            mm(grad, self.w, dx)
+            self.d_hidden[block.tokens] = dx.to(self.hidden.dtype)
         if self.wanted[1]:
-            mm(grad.t(), block.x, self.d_weight) if self.empty else _add_mm(self.d_weight, grad.t(), block.x)
+            mm(grad.t(), block.x, self.d_weight, add=not self.empty)
             self.empty = False
         if self.wanted[2]:
             self.d_bias += grad.sum(0, dtype=self.accumulator)
@@ -128,22 +116,16 @@ class GradientSums:
             self.empty = False
         at = at_columns(ids, kept.columns)
         dx = torch.zeros(C, H, dtype=self.accumulator, device=x.device)
-        bytes_per_column = C * self.compute.itemsize + H * (self.w_narrow.dtype.itemsize + self.accumulator.itemsize)
-        width = max(1024, GATHERED_BYTES // bytes_per_column)
+        gathered = 0 if self.own_gemm else H * (self.compute.itemsize + self.accumulator.itemsize)
+        width = max(1024, GATHERED_BYTES // (C * self.gradient.itemsize + gathered))
         for first in range(0, kept.columns.numel(), width):
             columns = kept.columns[first : first + width]
-            grad = torch.empty(C, columns.numel(), dtype=self.compute, device=x.device)
+            grad = torch.empty(C, columns.numel(), dtype=self.gradient, device=x.device)
             kept_grad(kept, first, first + columns.numel(), at, self.transform, stats, coefficients, grad)
             if self.wanted[0]:
-                w = self.w_narrow.index_select(0, columns)
-                if w.dtype == self.compute:
-                    _add_mm(dx, grad, w)
-                else:
-                    dx += torch.mm(grad.to(w.dtype), w)
+                mm(grad, self.w, dx, add=True, right_rows=columns)
             if self.wanted[1]:
-                rows = torch.empty(columns.numel(), H, dtype=self.accumulator, device=x.device)
-                mm(grad.t(), x, rows)
-                self.d_weight.index_add_(0, columns, rows)
+                mm(grad.t(), x, self.d_weight, add=True, out_rows=columns)
             if self.wanted[2]:
                 self.d_bias.index_add_(0, columns, grad.sum(0, dtype=self.accumulator))
         dropped = dropped_grad(kept, coefficients)
@@ -161,13 +143,14 @@ class GradientSums:
         """dX and dW of the rank-1 parts."""
         shapes = torch.stack([part.shape for part in self.waiting])
         if self.wanted[0]:
-            towards = shapes.to(self.w.dtype) @ self.w
+            towards = torch.empty(len(shapes), self.w.shape[1], dtype=self.accumulator, device=shapes.device)
+            mm(shapes.to(self.compute), self.w, towards)
             every = self.w.sum(0, dtype=self.accumulator)
-            for part, w in zip(self.waiting, towards.to(self.accumulator)):
+            for part, w in zip(self.waiting, towards):
                 tail = torch.outer(part.dropped, w).add_(torch.outer(part.uniform, every))
                 self.d_hidden[part.tokens] = part.d_hidden.add_(tail).to(self.hidden.dtype)
         if self.wanted[1]:
-            self.d_weight.addmm_(shapes.t(), torch.stack([part.x_sum for part in self.waiting]))
+            mm(shapes.t(), torch.stack([part.x_sum for part in self.waiting]), self.d_weight, add=True)
         self.waiting.clear()
 
     def finish(self) -> Gradients:

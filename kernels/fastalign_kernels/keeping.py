@@ -15,7 +15,7 @@ from torch import Tensor
 from .gradients import Block, Gradients, GradientSums
 from .plan import capacity, keeping_bytes
 from .rows import Stat, accumulator_dtype
-from .sweep import ChunkCoefficients, Head, add_all, chunk_blocks, precision, tail_blocks
+from .sweep import ChunkCoefficients, Head, add_all, chunk_blocks, no_autocast, tail_blocks
 from .tail import DENSE, TOKENS, Kept
 
 MADE_AGAIN = -1  # in place of a number of columns
@@ -53,7 +53,7 @@ def empty_state(head: Head, wanted: tuple[bool, bool, bool]) -> KeptState:
 
 def sweep_keeping(head: Head, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, KeptState]:
     """The table [7, N] and what the tail keeps. `wanted`: the gradients of hidden, weight and bias that `sweep_kept` will be asked for."""
-    with precision(head):
+    with no_autocast(head):
         sums = GradientSums(head.hidden, head.weight, head.bias, head.transform, (False, False, False))
         table = torch.zeros(len(Stat), head.hidden.shape[0], dtype=sums.accumulator, device=head.hidden.device)
         state = empty_state(head, wanted)
@@ -93,7 +93,7 @@ def sweep_kept(
     head: Head, table: Tensor, state: KeptState, chunk_coefficients: ChunkCoefficients, wanted: tuple[bool, bool, bool]
 ) -> Gradients:
     """Gradients from what `sweep_keeping` kept, and from logits made again where it did not."""
-    with precision(head):
+    with no_autocast(head):
         sums = GradientSums(head.hidden, head.weight, head.bias, head.transform, wanted)
         again = []
         for index, kept in _kept_blocks(state, sums.bias):

@@ -38,9 +38,9 @@ if missing:
 triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def fast_bf16() -> bool:
-    """Whether the CPU has bf16 units that are faster than its fp32 ones."""
-    return not missing and torch.ops.fastalign.cpu_fast_bf16()
+def own_gemm() -> bool:
+    """Whether csrc/gemm.cpp multiplies matrices on this CPU, not torch."""
+    return not missing and torch.ops.fastalign.cpu_own_gemm()
 
 
 # Devices that the library samples on.
@@ -63,6 +63,10 @@ def warn_triton_missing() -> None:
     warnings.warn(f"fastalign: {triton_missing}; rows.row_stats_ref and rows.row_grad_ref serve the GPU instead", stacklevel=2)
 
 
+def _gemm_status() -> tuple[str, str]:
+    return ("native, AVX-512", "") if own_gemm() else ("torch's", missing or "the CPU is no AMD with AVX-512, where torch's are slower")
+
+
 def status() -> list[tuple[str, str, str]]:
     """(what, state, why) for each piece that can be native or fall back."""
     native = f"native, {TARGETS[torch.ops.fastalign.cpu_target()]}" if not missing else "reference, in PyTorch"
@@ -74,6 +78,7 @@ def status() -> list[tuple[str, str, str]]:
     return [
         ("CPU row kernels", native, missing),
         ("GPU row kernels", triton, triton_missing or unused),
+        ("CPU matrix products", *_gemm_status()),
         ("CPU sampler", sampler, missing),
         ("GPU sampler", cuda, no_cuda or unused),
     ]

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from . import check as _check
-from . import native
 
 # Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V = 49152) run their GEMMs 9 %
 # faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak within 96 MiB of the gradients: MKL packs into 25 more.
@@ -57,7 +56,7 @@ def plan_head(
     Args:
         n_tokens, hidden_size, vocab_size: N (ignored tokens not counted), H, V.
         dtype: of the hidden states.
-        device: only its type matters, and for bf16 on a CPU whether that has fast units for it.
+        device: only its type matters.
         hidden_grad, weight_grad: which gradients are wanted (weight_grad also stands for the bias).
         upstream: what the backward pass brings: "scalar" (a loss that this package reduces), "logp" (any gradient of logp alone), or
             "table" (any gradient of logp, entropy and lse).
@@ -93,8 +92,8 @@ def capacity(
     """Tokens that a workspace holds, and the bytes of each; arguments as in `plan_head`, `kind` the device's type."""
     workspace_mib = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib
     # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and its gradient in the GEMMs' dtype beside it: a tile
-    # of another dtype cannot be overwritten in place by parallel threads. On a CPU only the GEMM for dX takes a low-precision gradient.
-    low = hidden_grad and bf16_gemms(dtype) if kind == "cpu" else (hidden_grad or weight_grad) and dtype in (torch.bfloat16, torch.float16)
+    # of another dtype cannot be overwritten in place by parallel threads. On a CPU it stays in fp32.
+    low = kind != "cpu" and (hidden_grad or weight_grad) and dtype in (torch.bfloat16, torch.float16)
     per_token = vocab_size * (8 if dtype == torch.float64 else 6 if low else 4)
     if tail_eps is not None and (hidden_grad or weight_grad):  # beside them the kept columns, and on a GPU the next chunk's logits
         per_token = per_token * 3 // 2 if kind == "cpu" else per_token * 5 // 2
@@ -109,11 +108,3 @@ def capacity(
 def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None) -> int:
     """What kept columns (tail.py) may take between a forward and a backward pass: as much as the workspace."""
     return int((WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib) * 2**20)
-
-
-def bf16_gemms(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies bf16 faster than fp32: on AMD's AVX512-BF16 1,145 -> 254 ms for the logits at [2048, 576] x [576, 49152].
-
-    Elsewhere low-precision inputs are widened: on an Intel AVX512-BF16 without AMX, 65 GFLOP/s a core were measured against fp32's 115.
-    """
-    return dtype == torch.bfloat16 and native.fast_bf16()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .gradients import Block, Gradients, GradientSums, mm
-from .plan import HeadPlan, bf16_gemms, plan_head
+from .gemm import mm
+from .gradients import Block, Gradients, GradientSums
+from .plan import HeadPlan, plan_head
 from .rows import Stat, Transform, row_stats
 from .tail import TOKENS, Choice, Kept, choose, first_true, keep
 
@@ -73,25 +73,9 @@ def _chunks(ids: Tensor, plan: Callable[[int], HeadPlan]) -> Iterator[Tensor | s
         yield slice(begin, end) if order is None else order[begin:end]
 
 
-@contextmanager
-def precision(head: Head) -> Iterator[None]:
-    """Dtypes are chosen here: autocast would cast some of the GEMMs again. On a CPU with fast bf16, GEMMs of fp32 tensors that hold bf16
-    values run in bf16.
-
-    It is the only way on a CPU from bf16 inputs to fp32 outputs. It holds for the process, so for the time of this call another thread's
-    fp32 GEMMs on the CPU round their inputs to bf16 too.
-    """
-    with torch.autocast(head.hidden.device.type, enabled=False):
-        if head.hidden.device.type != "cpu" or not bf16_gemms(head.hidden.dtype):
-            yield
-            return
-        matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "bf16"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+def no_autocast(head: Head) -> torch.autocast:
+    """Dtypes are chosen here: autocast would cast some of the GEMMs again."""
+    return torch.autocast(head.hidden.device.type, enabled=False)
 
 
 def chunk_blocks(
@@ -162,7 +146,7 @@ def sweep(
     of hidden, weight and bias. `chunks`: token indices of each chunk, instead of the plan's. With head.tail_eps the backward GEMMs take
     the columns that tail.py keeps (under graph capture, where their number cannot be known, all of them).
     """
-    with precision(head):
+    with no_autocast(head):
         sums = GradientSums(head.hidden, head.weight, head.bias, head.transform, wanted)
         new = table is None
         if table is None:

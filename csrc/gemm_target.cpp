@@ -1,0 +1,168 @@
+// Matrix products with fp32 sums in AVX-512: setup.py compiles this file with its flags and AVX512-BF16's; gemm.cpp asks for pairs of bf16
+// only where the machine has the latter.
+#include "gemm_api.h"
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+namespace fastalign {
+namespace avx512 {
+namespace {
+
+constexpr int64_t LANES = 16;
+
+__mmask16 first(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+// 16 elements as fp32.
+inline __m512 widened(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+inline __m512 widened(const fp16* p, int64_t count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p)); }
+inline __m512 widened(const bf16* p, int64_t count) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p)), 16));
+}
+
+// 16 elements as bf16 in the lower halves of 32 bits.
+inline __m512i narrowed(const bf16* p, int64_t count) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p)); }
+template <class T> inline __m512i narrowed(const T* p, int64_t count) {
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(widened(p, count)));
+}
+
+// 16 words that follow each other along k, of which `count` elements exist.
+template <bool PAIRS, class T> inline __m512 along(const T* p, int64_t count) {
+  if constexpr (!PAIRS) return widened(p, count);
+  else return (__m512)_mm512_cvtne2ps_pbh(widened(p + LANES, count - LANES), widened(p, count));
+}
+template <> inline __m512 along<true, bf16>(const bf16* p, int64_t count) {
+  const __mmask32 mask = count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+}
+
+// The words of 16 neighbouring o at one k, and with PAIRS at the next, null beyond the end.
+template <bool PAIRS, class T> inline __m512 across(const T* p, const T* next, int64_t count) {
+  if constexpr (!PAIRS) return widened(p, count);
+  const __m512i above = next ? _mm512_slli_epi32(narrowed(next, count), 16) : _mm512_setzero_si512();
+  return _mm512_castsi512_ps(_mm512_or_si512(narrowed(p, count), above));
+}
+
+inline void transpose(__m512 (&r)[LANES]) {
+  __m512 s[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i += 2) s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i += 4) {
+    const auto low = [&](int a, int b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(s[a]), _mm512_castps_pd(s[b]))); };
+    const auto high = [&](int a, int b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(s[a]), _mm512_castps_pd(s[b]))); };
+    r[i] = low(i, i + 2), r[i + 1] = high(i, i + 2), r[i + 2] = low(i + 1, i + 3), r[i + 3] = high(i + 1, i + 3);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // r[4 g + i]: of rows 4 g to 4 g + 3, the columns i, 4 + i, 8 + i, 12 + i
+    const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+    const __m512 c = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+    s[i] = _mm512_shuffle_f32x4(a, b, 0x88), s[8 + i] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    s[4 + i] = _mm512_shuffle_f32x4(c, d, 0x88), s[12 + i] = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) r[i] = s[i];
+}
+
+template <int64_t P, bool PAIRS, class T> void pack(const Factor& x, int64_t o, int64_t o_end, int64_t k, int64_t k_end, float* panels) {
+  constexpr int64_t step = PAIRS ? 2 : 1;
+  constexpr __mmask16 lanes = P < LANES ? (1 << P) - 1 : 0xffff;
+  const int64_t words = (k_end - k + step - 1) / step;
+  const T* data = static_cast<const T*>(x.data);
+  if (x.inner == 1 && x.rows == nullptr) {
+    for (; o < o_end; o += P, panels += P * words)
+      for (int64_t s = 0; s < P; s += LANES)
+        for (int64_t w = 0; w < words; w += LANES) {
+          __m512 r[LANES];
+#pragma GCC unroll 16
+          for (int i = 0; i < LANES; ++i) {
+            const bool there = i < P && o + s + i < o_end;
+            r[i] = there ? along<PAIRS>(data + (o + s + i) * x.outer + k + w * step, k_end - k - w * step) : _mm512_setzero_ps();
+          }
+          transpose(r);
+          for (int64_t i = 0; i < std::min(LANES, words - w); ++i) _mm512_mask_storeu_ps(panels + (w + i) * P + s, lanes, r[i]);
+        }
+    return;
+  }
+  const auto at = [&](int64_t j) { return data + (x.rows ? x.rows[j] : j) * x.inner; };
+  for (int64_t w = 0; w < words; ++w) {  // a row at a time: its panels follow each other in memory
+    const int64_t j = k + w * step;
+    const T *row = at(j), *next = PAIRS && j + 1 < k_end ? at(j + 1) : nullptr;
+    float* panel = panels + w * P;
+    for (int64_t p = o; p < o_end; p += P, panel += P * words)
+      for (int64_t s = 0; s < P; s += LANES)
+        _mm512_mask_storeu_ps(panel + s, lanes, across<PAIRS>(row + p + s, next ? next + p + s : nullptr, std::min(P, o_end - p) - s));
+  }
+}
+
+template <int64_t P> void pack_any(const Factor& x, bool pairs, int64_t o, int64_t o_end, int64_t k, int64_t k_end, float* panels) {
+  const auto with = [&](auto of_single, auto of_pairs) { (pairs ? of_pairs : of_single)(x, o, o_end, k, k_end, panels); };
+  if (x.dtype == F32) with(pack<P, false, float>, pack<P, true, float>);
+  else if (x.dtype == BF16) with(pack<P, false, bf16>, pack<P, true, bf16>);
+  else with(pack<P, false, fp16>, pack<P, true, fp16>);
+}
+
+// Sums in registers are added to memory after so many words: one after another in fp32, 640 of them were off by 4 times MKL's error.
+constexpr int64_t SUMMED = 128;
+
+template <bool PAIRS> inline void tile(const float* left, const float* right, int64_t words, float* const* rows, int64_t M, int64_t N, bool add) {
+  constexpr int64_t COLUMNS = RIGHT / LANES;
+  do {
+    __m512 sum[LEFT][COLUMNS];
+#pragma GCC unroll 8
+    for (int i = 0; i < LEFT; ++i)
+#pragma GCC unroll 3
+      for (int j = 0; j < COLUMNS; ++j) sum[i][j] = _mm512_setzero_ps();
+    for (int64_t w = std::min(SUMMED, words); w > 0; --w, left += LEFT, right += RIGHT) {
+      const __m512 b[COLUMNS] = {_mm512_load_ps(right), _mm512_load_ps(right + LANES), _mm512_load_ps(right + 2 * LANES)};
+#pragma GCC unroll 8
+      for (int i = 0; i < LEFT; ++i) {
+        const __m512 a = _mm512_set1_ps(left[i]);
+#pragma GCC unroll 3
+        for (int j = 0; j < COLUMNS; ++j)
+          if constexpr (PAIRS) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], (__m512bh)a, (__m512bh)b[j]);
+          else sum[i][j] = _mm512_fmadd_ps(a, b[j], sum[i][j]);
+      }
+    }
+    if (M == LEFT && N == RIGHT) {
+#pragma GCC unroll 8
+      for (int i = 0; i < LEFT; ++i)
+#pragma GCC unroll 3
+        for (int j = 0; j < COLUMNS; ++j) {
+          float* p = rows[i] + j * LANES;
+          _mm512_storeu_ps(p, add ? _mm512_add_ps(_mm512_loadu_ps(p), sum[i][j]) : sum[i][j]);
+        }
+    } else {
+      for (int64_t i = 0; i < M; ++i)
+        for (int64_t j = 0; j < COLUMNS; ++j) {
+          const __mmask16 mask = first(N - j * LANES);
+          float* p = rows[i] + j * LANES;
+          _mm512_mask_storeu_ps(p, mask, add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, p), sum[i][j]) : sum[i][j]);
+        }
+    }
+    add = true;
+  } while ((words -= SUMMED) > 0);
+}
+
+template <bool PAIRS> void multiply_of(const float* left, const float* right, int64_t words, const Product& out) {
+  for (int64_t n = 0; n < out.N; n += RIGHT)
+    for (int64_t m = 0; m < out.M; m += LEFT) {
+      const int64_t M = std::min(LEFT, out.M - m);
+      float* rows[LEFT] = {};
+      for (int64_t i = 0; i < M; ++i) rows[i] = out.data + (out.rows ? out.rows[m + i] : m + i) * out.stride + n;
+      tile<PAIRS>(left + m * words, right + n * words, words, rows, M, std::min(RIGHT, out.N - n), out.add);
+    }
+}
+
+void multiply(const float* left, const float* right, bool pairs, int64_t words, const Product& out) {
+  (pairs ? multiply_of<true> : multiply_of<false>)(left, right, words, out);
+}
+
+}  // namespace
+
+extern const GemmKernels gemm_kernels;
+const GemmKernels gemm_kernels = {pack_any<LEFT>, pack_any<RIGHT>, multiply};
+
+}  // namespace avx512
+}  // namespace fastalign

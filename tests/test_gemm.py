@@ -1,0 +1,110 @@
+"""Our matrix products on a CPU against fp64: shapes with edges, orders in memory, dtypes, gathered and scattered rows."""
+
+import pytest
+import torch
+
+from fastalign_kernels import native
+from fastalign_kernels.gemm import FEW, mm, own_gemm
+
+own = pytest.mark.skipif(not native.own_gemm(), reason="gemm.cpp serves AMD CPUs with AVX-512 and this is none")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# Threads share out the columns, the rows, and k (the last three); edges of 1 to 8 rows, 1 to 48 columns, odd numbers of k.
+SHAPES = [(1, 1, 1), (3, 17, 5), (8, 48, 16), (9, 49, 33), (30, 700, 129), (700, 30, 641), (16, 577, 1301), (30, 20, 2001), (57, 90, 5003)]
+DTYPES = [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32), (F16, F16), (F32, F16)]
+
+
+def matrix(rows, columns, dtype, order, generator):
+    x = torch.randn(rows, columns, generator=generator).to(dtype)
+    return x.t().contiguous().t() if order == "columns" else x
+
+
+@own
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("orders", [("rows", "rows"), ("rows", "columns"), ("columns", "rows"), ("columns", "columns")], ids="-".join)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_products_match_fp64(orders, dtypes, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for M, N, K in SHAPES:
+            generator = torch.Generator().manual_seed(M)
+            left, right = matrix(M, K, dtypes[0], orders[0], generator), matrix(K, N, dtypes[1], orders[1], generator)
+            rounded = BF16 in dtypes  # both factors enter in bf16 then
+            a, b = (x.bfloat16().double() if rounded else x.double() for x in (left, right))
+            truth = a @ b
+            allowed = 4e-7 * (a.abs() @ b.abs())
+            out = torch.full((M, N + 3), torch.nan)
+            torch.ops.fastalign.gemm(left, right, out[:, :N], False, None, None)
+            assert ((out[:, :N].double() - truth).abs() <= allowed).all() and out[:, N:].isnan().all(), (M, N, K)
+            torch.ops.fastalign.gemm(left, right, out[:, :N], True, None, None)
+            assert ((out[:, :N].double() - 2 * truth).abs() <= 2 * allowed).all(), (M, N, K)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F32, F16), (torch.float64, torch.float64)], ids=str)
+@pytest.mark.parametrize("add", [False, True])
+def test_rows_are_gathered_and_scattered(dtypes, add):
+    """With torch's GEMMs (fp64) as with ours; rows that are not named are not touched."""
+    if dtypes[1] != torch.float64 and not native.own_gemm():
+        pytest.skip("mixed and low-precision products on a CPU are gemm.cpp's, which serves AMD CPUs with AVX-512")
+    for M, N, K in SHAPES:
+        generator = torch.Generator().manual_seed(K)
+        left, right = matrix(M, K, dtypes[0], "rows", generator), matrix(K + 9, N, dtypes[1], "rows", generator)
+        right_rows = torch.randperm(K + 9, generator=generator)[:K]
+        out_rows = torch.randperm(M + 5, generator=generator)[:M]
+        wide = BF16 if BF16 in dtypes else torch.float64
+        product = left.to(wide).double() @ right[right_rows].to(wide).double()
+        out = torch.randn(M + 5, N, generator=generator, dtype=torch.float64 if torch.float64 in dtypes else F32)
+        before = out.clone()
+        truth = out.double().clone()
+        truth[out_rows] = product + truth[out_rows] if add else product
+        mm(left, right, out, add=add, right_rows=right_rows, out_rows=out_rows)
+        torch.testing.assert_close(out.double(), truth, rtol=1e-5, atol=1e-5 * K**0.5)
+        untouched = torch.ones(M + 5, dtype=torch.bool).index_fill(0, out_rows, False)
+        assert torch.equal(out[untouched], before[untouched])
+
+
+@own
+def test_sums_of_many_terms_stay_as_exact_as_torchs():
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(64, 20000, generator=generator), torch.randn(20000, 64, generator=generator)
+    truth = left.double() @ right.double()
+    out = torch.empty(64, 64)
+    mm(left, right, out)
+    assert (out - truth).norm() <= 1.5 * (left @ right - truth).norm()
+
+
+@own
+def test_what_a_product_is_of_reaches_only_its_own_elements():
+    """Panels are filled up with zeros, and NaN times zero is NaN: a NaN must stay in its row or column."""
+    left, right = torch.ones(9, 33), torch.ones(33, 49)
+    left[3, 2] = right[5, 7] = torch.nan
+    out = torch.empty(9, 49)
+    mm(left, right, out)
+    expected = torch.zeros(9, 49, dtype=torch.bool)
+    expected[3] = expected[:, 7] = True
+    assert torch.equal(out.isnan(), expected) and (out[~expected] == 33).all()
+
+
+@own
+def test_bad_arguments_are_refused_by_name():
+    gemm, x = torch.ops.fastalign.gemm, torch.ones(4, 4)
+    for arguments, message in (
+        ((x, x[:3], x, False, None, None), "right"),
+        ((x, x, x[:, :3], False, None, None), "out"),
+        ((x, x, x.double(), False, None, None), "out: fp32"),
+        ((x.double(), x, x, False, None, None), "left: fp32, bf16 or fp16"),
+        ((torch.ones(8, 8)[::2, ::2], x, x, False, None, None), "left: unit stride"),
+        ((x, x.t(), x.clone(), False, torch.arange(4), None), "right: unit stride"),
+        ((x, x, x, False, torch.tensor([0, 1, 2, 4]), None), r"right_rows\[3\] is 4"),
+        ((x, x, x, False, None, torch.tensor([0, 1, 2, -1])), r"out_rows\[3\] is -1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            gemm(*arguments)
+
+
+def test_who_multiplies():
+    cpu = torch.device("cpu")
+    assert own_gemm(cpu, F32) == own_gemm(cpu, BF16) == native.own_gemm()
+    assert not own_gemm(cpu, torch.float64) and not own_gemm(torch.device("cuda"), F32) and FEW > 1
