@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastalign_kernels.sweep import plan_head
+from fastalign_kernels.plan import WORKSPACE_MIB, capacity, plan_head
 
 from .operation import OURS, Shape
+from .preference_methods import PAIRS, ROWS
 from .shapes import GPU_TOKENS, HEADS
 from .step_methods import Layers
 
@@ -85,8 +86,9 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
         return _step(base.removesuffix(" step"), dtype, shape, kind)
     if base in ("linear_cross_entropy", "linear_logprobs"):
         return _head(dtype, shape, kind, "hidden" in trained, "weight" in trained, "scalar" if base == "linear_cross_entropy" else "logp")
-    if base in ("linear_dpo", "linear_kto"):  # the reference's pass, which keeps nothing, and the policy's with the gradient in forward
-        reference, policy = _head(dtype, shape, kind, False, False, "scalar"), _head(dtype, shape, kind, True, True, "scalar")
+    if base in ("linear_dpo", "linear_kto"):  # the reference's pass, which keeps nothing, and the policy's
+        units = PAIRS if base == "linear_dpo" else ROWS
+        reference, policy = _head(dtype, shape, kind, False, False, "scalar"), _sequences_head(dtype, shape, kind, units)
         return Work(reference.gemms + policy.gemms, reference.pass_bytes + policy.pass_bytes, policy.held_bytes)
     size, logits = SIZES[dtype], shape.N * shape.V
     if base == "token_stats":
@@ -100,10 +102,25 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
     return None
 
 
-def _head(dtype: str, shape: Shape, kind: str, hidden_grad: bool, weight_grad: bool, upstream: str) -> Work:
+def _sequences_head(dtype: str, shape: Shape, kind: str, units: int) -> Work:
+    """A head whose loss is of whole sequences, in units of one length; see sequence_head.py for its GEMMs."""
+    if kind != "cpu":
+        return _head(dtype, shape, kind, True, True, "logp")
+    mib = WORKSPACE_MIB["cpu"][False]
+    work = _head(dtype, shape, kind, True, True, "logp", mib)
+    room, _ = capacity(shape.V, DTYPES[dtype], kind, True, True, None, mib)
+    chunks = -(-shape.N // units // room)
+    (_, m, n, k), *gradients = work.gemms
+    return work._replace(gemms=((2 - 1 / chunks, m, n, k), *gradients))
+
+
+def _head(
+    dtype: str, shape: Shape, kind: str, hidden_grad: bool, weight_grad: bool, upstream: str, workspace_mib: float | None = None
+) -> Work:
     N, H, V = shape
     plan = plan_head(
-        N, H, V, dtype=DTYPES[dtype], device=kind, hidden_grad=hidden_grad, weight_grad=weight_grad, upstream=upstream
+        N, H, V, dtype=DTYPES[dtype], device=kind, hidden_grad=hidden_grad, weight_grad=weight_grad, upstream=upstream,
+        workspace_mib=workspace_mib,
     )  # fmt: skip
     size = SIZES[dtype]
     dX, dW = int(hidden_grad), int(weight_grad)

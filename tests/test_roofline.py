@@ -34,7 +34,7 @@ def test_the_prediction_that_head_py_quotes() -> None:
         ("linear_logprobs", BOTH, 4, 10),
         ("linear_logprobs", ("hidden",), 2, 10),
         ("linear_logprobs", (), 1, 4),
-        ("linear_dpo", BOTH, 4, 14),
+        ("linear_dpo", BOTH, 5, 14),
         ("linear_cross_entropy, SmolLM2's softmax", BOTH, 3, 10),
     ],
 )
@@ -43,6 +43,15 @@ def test_gemms_and_passes_of_the_ways(operation: str, trained: tuple[str, ...], 
     assert work is not None
     assert sum(times * 2 * m * n * k for times, m, n, k in work.gemms) == gemms * GEMM
     assert work.pass_bytes == passes * 8192 * 151936
+
+
+@pytest.mark.parametrize(("operation", "tokens", "gemms"), [("linear_dpo", 1024, 4), ("linear_dpo", 2048, 4.5), ("linear_kto", 2048, 4)])
+def test_on_a_cpu_logits_of_pairs_and_rows_beyond_the_workspace_are_made_again(operation: str, tokens: int, gemms: float) -> None:
+    """96 MiB hold 512 tokens of V 49152; there are 2 pairs, or 4 rows."""
+    work = count(operation, "fp32", BOTH, Shape(tokens, 576, 49152), "cpu")
+    assert work is not None
+    assert sum(times * 2 * m * n * k for times, m, n, k in work.gemms) == gemms * 2 * tokens * 576 * 49152
+    assert work.held_bytes == 512 * 4 * 49152 + 28 * tokens + 4 * 576 * (tokens + 49152)
 
 
 def test_a_gemm_of_few_tokens_costs_the_bytes_of_the_weight() -> None:

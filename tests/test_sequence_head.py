@@ -1,19 +1,24 @@
 """DPO and KTO through the head: every way equals plain PyTorch with full logits, padded or packed, whatever the workspace."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fastalign.measure import peak_memories
 from fastalign_kernels import sequence_head, sweep
 from fastalign_kernels.pair_losses import DPO_LOSS_TYPES
 from fastalign_kernels.preference_ref import dpo_loss_ref, kto_loss_ref
 from fastalign_kernels.sequence_head import linear_dpo_loss, linear_kto_loss
 
 V, H, T, S = 257, 16, 9, 3
-# Two of the rows have no scored token, and a NaN hidden state stands where none is read.
-ROOMY, TIGHT = 1.0, V * 8 * 4 / 2**20  # MiB: all pairs at once; 4 tokens (of fp64 logits) at a time, so that no pair fits
+# One of the rows has no scored token, and a NaN hidden state stands where none is read.
+MIB_A_TOKEN = V * 8 / 2**20  # of fp64 logits
+# The pairs have 10, 9 and 8 tokens. All at once; two fit and one does not; chunks of 4 tokens at most, 3 for two of the pairs; of 1 token.
+WORKSPACES = [1.0, 9 * MIB_A_TOKEN, 4 * MIB_A_TOKEN, MIB_A_TOKEN]
+TIGHT = 4 * MIB_A_TOKEN
 
 
 def inputs(dtype: torch.dtype, rows: int, device: str = "cpu") -> dict[str, Any]:
@@ -65,7 +70,7 @@ def dpo(logps: Tensor, reference: Tensor, /, **options: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("loss_type", DPO_LOSS_TYPES)
-@pytest.mark.parametrize("workspace", [ROOMY, TIGHT, None])
+@pytest.mark.parametrize("workspace", [*WORKSPACES, None])
 def test_dpo_equals_plain_pytorch(loss_type: str, workspace: float | None, device: str) -> None:
     given = inputs(torch.float64, 2 * S)
     options: dict[str, Any] = {"beta": 0.3, "loss_type": loss_type, "label_smoothing": 0.1 if loss_type == "exo_pair" else 0.0}
@@ -88,7 +93,7 @@ def test_dpo_equals_plain_pytorch(loss_type: str, workspace: float | None, devic
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
-@pytest.mark.parametrize("workspace", [ROOMY, TIGHT])
+@pytest.mark.parametrize("workspace", WORKSPACES)
 def test_kto_equals_plain_pytorch(loss_type: str, workspace: float) -> None:
     given = inputs(torch.float64, 5)
     desirable, kl = torch.tensor([True, False, True, True, False]), torch.tensor(0.2, dtype=torch.float64)
@@ -103,25 +108,75 @@ def test_kto_equals_plain_pytorch(loss_type: str, workspace: float) -> None:
             torch.testing.assert_close(own[name], expected[name], rtol=1e-10, atol=1e-12)
 
 
-def test_whole_pairs_run_in_one_pass_and_long_ones_in_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GEMMs for logits, as [tokens] of each chunk: the pairs have 10, 9 and 8 tokens, and 19 fit a chunk or 4 do."""
-    seen: list[list[int]] = []
+@pytest.mark.parametrize(
+    "room, pairs, rows",
+    [
+        (19, [19, 8], [14, 6]),
+        (9, [9, 8, *[5] * 3], [4, 9, 7]),
+        (4, [4, 3, 3, 4, 3, *[3] * 5, *[4] * 3], [4, 1, *[3] * 5, *[3] * 3]),
+    ],
+)
+def test_of_a_long_unit_the_logits_of_all_chunks_but_one_are_made_again(
+    room: int, pairs: list[int], rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GEMMs for logits, as [tokens] of each: the pairs have 10, 9 and 8 tokens, the rows 4, 9, 1, 6 and 0, and `room` fit the workspace."""
+    seen: list[int] = []
+    tiles = set()
     mm = sweep.mm
 
     def counted(a: Tensor, b: Tensor, out: Tensor) -> None:
-        if out.shape[-1] == V:
-            seen[-1].append(a.shape[0])
+        assert out.shape == (len(a), V)
+        seen.append(len(a))
+        tiles.add(out.data_ptr())
         mm(a, b, out)
 
     monkeypatch.setattr(sweep, "mm", counted)
     given = inputs(torch.float64, 2 * S)
-    reference = torch.zeros(2 * S, dtype=torch.float64)
-    options = {name: given[name] for name in ("hidden", "weight", "ids", "bias")} | {"reference_logps": reference}
-    for workspace in (V * 8 * 19 / 2**20, TIGHT):
-        seen.append([])
-        linear_dpo_loss(**options, workspace_mib=workspace)
-    assert seen[0] == [19, 8]
-    assert len(seen[1]) == 14 and max(seen[1]) <= 4 and sum(seen[1]) == 2 * 27
+    options = {name: given[name] for name in ("hidden", "weight", "ids", "bias")}
+    linear_dpo_loss(**options, reference_logps=torch.zeros(2 * S, dtype=torch.float64), workspace_mib=room * MIB_A_TOKEN)
+    assert seen == pairs and len(tiles) == 1
+    seen.clear()
+    options |= {name: options[name][:5] for name in ("hidden", "ids")}
+    unpaired: dict[str, Any] = {"desirable": torch.arange(5) % 2 == 0, "kl": torch.zeros(())}
+    linear_kto_loss(**options, **unpaired, reference_logps=torch.zeros(5, dtype=torch.float64), workspace_mib=room * MIB_A_TOKEN)
+    assert seen == rows
+
+
+@pytest.mark.parametrize("scored", [[], [0, 3], [2]], ids=["none", "a pair", "a chosen row"])
+def test_pairs_without_a_scored_token(scored: list[int]) -> None:
+    given = inputs(torch.float64, 2 * S)
+    given["ids"] = torch.full_like(given["ids"], -100)
+    given["ids"][scored] = 7
+    given["hidden"] = torch.where((given["ids"] < 0)[..., None], torch.nan, given["hidden"].detach().nan_to_num()).requires_grad_()
+    loss, logps = plain(given, dpo)
+    found = linear_dpo_loss(**given, workspace_mib=TIGHT)
+    torch.testing.assert_close((found.loss, torch.cat([found.chosen_logps, found.rejected_logps])), (loss.detach(), logps))
+    expected, own = gradients(loss, given), gradients(found.loss, given)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+TARGET = f"""
+import torch
+
+from fastalign_kernels.sequence_head import linear_dpo_loss
+
+def pair(tokens, workspace_mib):
+    hidden = torch.ones(2, tokens, {H}, requires_grad=True)
+    weight = torch.zeros(8192, {H}, requires_grad=True)
+    ids, reference = torch.arange(2 * tokens).view(2, tokens) % 8192, torch.zeros(2)
+    return lambda: linear_dpo_loss(hidden, weight, ids, reference_logps=reference, workspace_mib=workspace_mib).loss.backward()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux's /proc/self/clear_refs")
+def test_a_longer_pair_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace of 32 MiB holds 1024 tokens; beyond it come the gradients, 2 MiB at most, and what the GEMMs pack."""
+    (tmp_path / "long_pairs.py").write_text(TARGET)
+    monkeypatch.syspath_prepend(tmp_path)
+    every = [{"tokens": tokens, "workspace_mib": 32} for tokens in (512, 1024, 8192)]
+    fits, twice, long = peak_memories("long_pairs:pair", every, warmup=every[1])
+    assert 32 < fits < 48 and twice < 48 and long < fits + 8
 
 
 def test_first_losses() -> None:
@@ -140,7 +195,8 @@ def test_first_losses() -> None:
 
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_trained_tensor(trained: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("workspace", [None, TIGHT])
+def test_one_trained_tensor(trained: str, dtype: torch.dtype, workspace: float | None) -> None:
     """A frozen head, and fp16, whose gradients come in the backward pass, give the same."""
     given = inputs(torch.float64, 2 * S)
     for name in ("hidden", "weight", "bias"):
@@ -149,14 +205,15 @@ def test_one_trained_tensor(trained: str, dtype: torch.dtype) -> None:
     wide = {name: value.detach().double() if value.is_floating_point() else value for name, value in given.items()}
     wide[trained].requires_grad_()
     loss, _ = plain(wide, dpo)
-    found = linear_dpo_loss(**given)
+    found = linear_dpo_loss(**given, workspace_mib=workspace)
     tolerance = 2e-3 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(found.loss.double(), loss.detach(), rtol=tolerance, atol=tolerance)
     own, expected = gradients(found.loss, given)[trained].double(), gradients(loss, wide)[trained]
     assert (own - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def test_low_precision_is_no_worse_than_eager(no_worse_than_eager) -> None:
+@pytest.mark.parametrize("workspace", [None, TIGHT])
+def test_low_precision_is_no_worse_than_eager(workspace: float | None, no_worse_than_eager) -> None:
     given = inputs(torch.bfloat16, 2 * S)
     wide = {
         name: value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
@@ -164,7 +221,7 @@ def test_low_precision_is_no_worse_than_eager(no_worse_than_eager) -> None:
     }
     truth, _ = plain(wide, dpo)
     eager, _ = plain(given, lambda logps, reference: dpo(logps.float(), reference.float()))
-    found = linear_dpo_loss(**given)
+    found = linear_dpo_loss(**given, workspace_mib=workspace)
     expected, theirs, own = gradients(truth, wide), gradients(eager, given), gradients(found.loss, given)
     for name, true in expected.items():
         no_worse_than_eager(own[name], theirs[name], true, name)

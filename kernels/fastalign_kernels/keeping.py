@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .gradients import Block, Gradients, GradientSums
 from .plan import capacity, keeping_bytes
-from .rows import Stat, accumulator_dtype
-from .sweep import ChunkCoefficients, Head, add_all, chunk_blocks, no_autocast, tail_blocks
+from .rows import accumulator_dtype
+from .sweep import ChunkCoefficients, Head, add_all, chunk_blocks, new_table, no_autocast, tail_blocks
 from .tail import DENSE, TOKENS, Kept
 
 MADE_AGAIN = -1  # in place of a number of columns
@@ -55,7 +55,7 @@ def sweep_keeping(head: Head, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, 
     """The table [7, N] and what the tail keeps. `wanted`: the gradients of hidden, weight and bias that `sweep_kept` will be asked for."""
     with no_autocast(head):
         sums = GradientSums(head.hidden, head.weight, head.bias, head.transform, (False, False, False))
-        table = torch.zeros(len(Stat), head.hidden.shape[0], dtype=sums.accumulator, device=head.hidden.device)
+        table = new_table(head)
         state = empty_state(head, wanted)
         token = value = column = 0
         for b, (block, kept) in enumerate(tail_blocks(head, sums, chunk_blocks(head, sums, table, True, None, wanted), gather=True)):
@@ -98,7 +98,7 @@ def sweep_kept(
         again = []
         for index, kept in _kept_blocks(state, sums.bias):
             if kept is None:
-                again.append(index)
+                again.append([index])
                 continue
             stats = table[:, index]
             x = head.hidden[index].to(sums.compute)

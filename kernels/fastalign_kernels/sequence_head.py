@@ -1,15 +1,17 @@
 """Losses of whole sequences from hidden states: DPO and KTO through the head, without logits.
 
 The gradient of a token's log-probability is its sequence's alone, d loss / d logps[row], and that is known as soon as the
-log-probabilities of its pair (DPO) or its row (KTO) are summed. So where those fit the workspace, chunks are made of whole pairs or rows:
+log-probabilities of its pair (DPO) or its row (KTO) are summed. On a CPU pairs or rows therefore go one by one (sequence_units.py):
 
-    way                  GEMMs            when
-    gradient_in_forward  1 + dX + dW      every pair or row of the batch fits the workspace
-    general              2 + dX + dW      one does not; statistics of all tokens first, then their logits again
-    frozen_head          2                the head's weight is not trained (`linear_logprobs`)
+    way          GEMMs                    when
+    units        (2 n - 1) / n + dX + dW  on a CPU, for a pair or row of n chunks: 1 + dX + dW where it fits the workspace
+    general      2 + dX + dW              on a GPU, where the lengths are not known to the host without waiting: statistics of all tokens
+                                          first, then their logits again
+    kept         1 + f dX + f dW          with a tail: statistics of all tokens first, of which the share f of columns is kept (keeping.py)
+    frozen_head  2                        the head's weight is not trained (`linear_logprobs`)
 
-and 1 GEMM for the reference's log-probabilities. All ways give the same result, and none holds more logits than the workspace, however
-long a sequence is. On a GPU the lengths are not known to the host without waiting, so there trained heads run the way general.
+and 1 GEMM for the reference's log-probabilities. All ways but the tail's give the same result, and none holds more logits than the
+workspace, however long a sequence is.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ from .head import linear_logprobs, prepare, save_scalar_loss, scalar_loss_backwa
 from .keeping import sweep_keeping, sweep_kept
 from .logits import sum_by_sequence
 from .pair_losses import PAIR_LOSSES
-from .plan import WORKSPACE_MIB, capacity
+from .plan import WORKSPACE_MIB
 from .preference import dpo_loss, kto_loss, pairs_op, unpaired_op
 from .rows import Stat, Transform, accumulator_dtype, coefficients
+from .sequence_units import sweep_units, unit_chunks
 from .sweep import Head, capturing, sweep
 
 
@@ -49,28 +52,6 @@ class LinearUnpairedLoss(NamedTuple):
     loss: Tensor
     rewards: Tensor
     logps: Tensor
-
-
-def _whole_units(
-    head: Head, cu_seqlens: list[int], units: Sequence[tuple[int, ...]], wanted: tuple[bool, bool, bool]
-) -> list[Tensor] | None:
-    """Kept tokens of as many units (tuples of rows) as fit the workspace at a time; None where one unit alone does not."""
-    room, _ = capacity(head.weight.shape[0], head.hidden.dtype, "cpu", wanted[0], wanted[1] or wanted[2], None, head.workspace_mib)
-    kept = (head.ids >= 0).nonzero()[:, 0]
-    ends = torch.searchsorted(kept, torch.tensor(cu_seqlens)).tolist()
-    groups: list[list[Tensor]] = [[]]
-    used = 0
-    for rows in units:
-        own = [kept[ends[row] : ends[row + 1]] for row in rows]
-        tokens = sum(map(len, own))
-        if tokens > room:
-            return None
-        if used + tokens > room:
-            groups.append([])
-            used = 0
-        groups[-1] += own
-        used += tokens
-    return [index for group in groups if group and len(index := torch.cat(group))]
 
 
 @torch.library.custom_op("fastalign::head_sequences", mutates_args=())
@@ -125,23 +106,20 @@ def _head_sequences(
         grad[Stat.LOGP] = slopes[row_of[index]]
         return coefficients(grad, stats, weight.shape[0])
 
-    def of_whole_rows(stats: Tensor, index: Tensor | slice) -> Tensor:
-        # Rows of other chunks are sums of nothing here, and their slopes are not read.
-        sums = torch.zeros(R, dtype=torch.float64).index_add_(0, row_of[index], stats[Stat.LOGP].double())
-        return token_coefficients(stats, index, losses_and_slopes(sums.to(stats.dtype))[1])
+    def slopes_of(table: Tensor) -> Tensor:
+        return losses_and_slopes(sum_by_sequence(table[Stat.LOGP], cu_seqlens))[1]
+
+    def of_units(table: Tensor, stats: Tensor, index: Tensor | slice) -> Tensor:
+        return token_coefficients(stats, index, slopes_of(table))  # rows of units to come are sums of nothing: not read
 
     tail = tail_eps is not None and not capturing(ids)
-    chunks = None
-    if not tail and not ids.is_cuda:
-        units: list[tuple[int, ...]] = [(row,) if desirable is not None else (row, S + row) for row in range(S)]
-        chunks = _whole_units(head, cu_seqlens.tolist(), units, wanted)
-    if chunks is not None:
-        table, gradients = sweep(head, None, of_whole_rows, wanted, chunks)
-    else:
+    if tail or ids.is_cuda:
         table, kept = sweep_keeping(head, wanted) if tail else (sweep(head, None, None, (False, False, False))[0], None)
-        _, slopes = losses_and_slopes(sum_by_sequence(table[Stat.LOGP], cu_seqlens))
-        of_tokens = partial(token_coefficients, slopes=slopes)
+        of_tokens = partial(token_coefficients, slopes=slopes_of(table))
         gradients = sweep(head, table, of_tokens, wanted)[1] if kept is None else sweep_kept(head, table, kept, of_tokens, wanted)
+    else:
+        units: list[tuple[int, ...]] = [(row,) if desirable is not None else (row, S + row) for row in range(S)]
+        table, gradients = sweep_units(head, unit_chunks(head, cu_seqlens.tolist(), units, wanted), of_units, wanted)
     logps = sum_by_sequence(table[Stat.LOGP], cu_seqlens)
     return losses_and_slopes(logps)[0].mean(), logps, *gradients
 
@@ -270,8 +248,8 @@ def linear_dpo_loss(
         reference_hidden, reference_weight, reference_bias: the reference model's, of the same layout; or
         reference_logps: [2S], its log-probabilities, where they are known.
         beta, loss_type, label_smoothing: as in `dpo_loss`; lengths, where the loss takes means over tokens, are counted here.
-        workspace_mib: default 512 on a GPU, 96 on a CPU. One that holds each pair's logits (4 V bytes a token) saves a GEMM in 5: at
-            V = 49152 a pair of 512 tokens each wants 192.
+        workspace_mib: default 512 on a GPU, 96 on a CPU. There a pair whose logits (4 V bytes a token) take n times as much costs 1 - 1 / n
+            of a GEMM more than one that fits, which costs 4 with the reference's: at V = 49152 a pair of 512 tokens each wants 192.
         The others as in `linear_cross_entropy`.
 
     Raises:

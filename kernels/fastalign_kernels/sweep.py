@@ -11,7 +11,7 @@ from torch import Tensor
 from .gemm import mm
 from .gradients import Block, Gradients, GradientSums
 from .plan import HeadPlan, plan_head
-from .rows import Stat, Transform, row_stats
+from .rows import Stat, Transform, accumulator_dtype, row_stats
 from .tail import TOKENS, Choice, Kept, choose, first_true, keep
 
 ChunkCoefficients = Callable[[Tensor, Tensor | slice], Tensor]  # statistics [7, C] of a chunk, its token indices -> row_grad's [4, C]
@@ -78,31 +78,48 @@ def no_autocast(head: Head) -> torch.autocast:
     return torch.autocast(head.hidden.device.type, enabled=False)
 
 
+def new_table(head: Head) -> Tensor:
+    """The statistics [7, N] before any is made: those of ignored tokens stay 0."""
+    return torch.zeros(len(Stat), head.hidden.shape[0], dtype=accumulator_dtype(head.hidden.dtype), device=head.hidden.device)
+
+
 def chunk_blocks(
-    head: Head, sums: GradientSums, table: Tensor, new: bool, chunks: Sequence[Tensor] | None, wanted: tuple[bool, ...]
+    head: Head, sums: GradientSums, table: Tensor, new: bool, groups: Sequence[Sequence[Tensor]] | None, wanted: tuple[bool, ...]
 ) -> Iterator[Block]:
     """Logits of each chunk and its statistics, which go to the table if that is new. They live until the next chunk.
+
+    `groups`: token indices of chunks, instead of the plan's, each of which is a group of its own. With a new table a group's blocks come
+    when the statistics of all its chunks are there: the last chunk's first, whose logits are in memory, then the others', made again.
 
     With a tail on a GPU they live until the chunk after the next: see `tail_blocks`.
     """
     hidden, _, ids, _, transform, *_ = head
     tiles: list[Tensor] = []
-    for index in chunks if chunks is not None else _chunks(ids, lambda n: head.plan(n, wanted[0], wanted[1] or wanted[2])):
+
+    def make(index: Tensor | slice, new: bool) -> Block:
         y = ids[index]
         x = hidden[index].to(sums.compute)
         if ids.is_cuda:  # ignored tokens of the first chunk: their gradient is 0, but 0 times a NaN hidden state would reach dW
             x = x.masked_fill((y < 0)[:, None], 0)
         if not tiles:
-            rows = y.numel() if chunks is None else max(map(len, chunks))  # the plan's first chunk is its largest
+            rows = y.numel() if groups is None else max(len(own) for group in groups for own in group)  # the plan's first is its largest
             shape = (rows, sums.w.shape[0])
             number = 2 if head.tail_eps is not None and ids.is_cuda else 1
-            tiles = [torch.empty(shape, dtype=sums.accumulator, device=hidden.device) for _ in range(number)]
+            tiles.extend(torch.empty(shape, dtype=sums.accumulator, device=hidden.device) for _ in range(number))
         tiles.append(tiles.pop(0))
         logits = tiles[-1][: y.numel()]
         mm(x, sums.w.t(), logits)
         if new:
             table[:, index] = row_stats(logits[None], y, sums.bias, transform)
-        yield Block(index, y, x, table[:, index].contiguous(), logits)
+        return Block(index, y, x, table[:, index].contiguous(), logits)
+
+    planned = ([index] for index in _chunks(ids, lambda n: head.plan(n, wanted[0], wanted[1] or wanted[2])))
+    for *others, last in planned if groups is None else groups:
+        for index in others:
+            make(index, new)
+        yield make(last, new)
+        for index in others:
+            yield make(index, False)
 
 
 def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block], gather: bool) -> Iterator[tuple[Block, Kept | None]]:
@@ -138,20 +155,19 @@ def sweep(
     table: Tensor | None,
     chunk_coefficients: ChunkCoefficients | None,
     wanted: tuple[bool, bool, bool],
-    chunks: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Gradients]:
     """The loop over chunks: logits by one GEMM, statistics (unless `table` has them), gradient in place, a GEMM each for dX and dW.
 
     `chunk_coefficients(table of the chunk [7, C], its token indices)` gives row_grad's [4, C]; None: statistics only. `wanted`: gradients
-    of hidden, weight and bias. `chunks`: token indices of each chunk, instead of the plan's. With head.tail_eps the backward GEMMs take
-    the columns that tail.py keeps (under graph capture, where their number cannot be known, all of them).
+    of hidden, weight and bias. With head.tail_eps the backward GEMMs take the columns that tail.py keeps (under graph capture, where their
+    number cannot be known, all of them).
     """
     with no_autocast(head):
         sums = GradientSums(head.hidden, head.weight, head.bias, head.transform, wanted)
         new = table is None
         if table is None:
-            table = torch.zeros(len(Stat), head.hidden.shape[0], dtype=sums.accumulator, device=head.hidden.device)
-        blocks = chunk_blocks(head, sums, table, new, chunks, wanted)
+            table = new_table(head)
+        blocks = chunk_blocks(head, sums, table, new, None, wanted)
         if chunk_coefficients is None:
             for _ in blocks:
                 pass
