@@ -85,7 +85,7 @@ def _sequences(ids: Tensor) -> list[Any]:
 
 
 def _batch(stage: str, ids: Tensor) -> dict[str, Any]:
-    """A micro-batch as the stage makes it, on the ids' device."""
+    """A micro-batch as the stage makes it, but with a prompt for each sequence (plain code shares none), on the ids' device."""
     from fastalign.classifier import last_tokens
     from fastalign.data import Tokenized, collate, pack
     from fastalign.preferences import Pair, Unpaired, collate_pairs, collate_unpaired, mismatch, pack_sequences

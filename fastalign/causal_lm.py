@@ -244,9 +244,9 @@ def _is_ours(module: nn.Module) -> bool:
     return getattr(module.__dict__.get("forward"), "__name__", "").startswith("_fastalign_")
 
 
-def backbone(model: nn.Module) -> nn.Module:
-    """The module of a causal LM (or of the one in a PeftModel) whose `last_hidden_state` enters lm_head."""
-    found: nn.Module = _backbone(_causal_lm(model))
+def backbone(model: nn.Module) -> PreTrainedModel:
+    """The module of a causal LM or classifier (or of the one in a PeftModel) whose `last_hidden_state` enters its head."""
+    found: PreTrainedModel = _backbone(_causal_lm(model))
     return found
 
 

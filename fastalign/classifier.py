@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .data import Tokenized
 from .probe import probing, unsupported
 
 
@@ -37,10 +38,15 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def last_token(sequence: Tokenized, *, pad_id: int) -> int:
+    """The place of a sequence's last token but `pad_id`, at which transformers scores it; 0 where there is none."""
+    return max((place for place, token in enumerate(sequence.input_ids) if token != pad_id), default=0)
+
+
 def last_tokens(packed: dict[str, Any], *, pad_id: int) -> Tensor:
     """The `ends` of sequences as `fastalign.preferences.pack_sequences` packs them: what transformers pools, the last but `pad_id`."""
-    lasts = [max((place for place, token in enumerate(s.input_ids) if token != pad_id), default=0) for s in packed["sequences"]]
-    return packed["starts"][packed["places"]] + torch.tensor(lasts)
+    behind = [len(sequence.input_ids) - last_token(sequence, pad_id=pad_id) for sequence in packed["sequences"]]
+    return packed["starts"][packed["places"] + 1] - torch.tensor(behind)
 
 
 def _forward(self: PreTrainedModel, *args: Any, ends: Tensor | None = None, **kwargs: Any) -> Any:

@@ -286,28 +286,38 @@ def check_packing(model: PreTrainedModel, *, attention: str = "sdpa") -> None:
 
     Recurrent layers that carry their state across sequences, and models that ignore position_ids, show up
     here and nowhere else. Two forward passes of at most 12 tokens, in evaluation mode; call it under
-    training's autocast. Logits, or a backbone's hidden states, must agree to √ε of their dtype, relative to
-    the largest, far above rounding. Raises ValueError.
+    training's autocast. Raises ValueError where logits, or a backbone's hidden states, do not agree.
     """
     vocab = model.config.get_text_config().vocab_size
     both = [Tokenized([(7 * i + first) % vocab for i in range(6)], [True] * 6) for first in (1, 4)]
-    logits = []
-    with probing(model):
-        for row in (both, both[1:]):
-            batch = collate([row], pad_id=0, attention=attention)
-            del batch["labels"]
-            tensors = {key: value.to(model.device) for key, value in batch.items() if torch.is_tensor(value)}
-            output = model(**batch | tensors, use_cache=False)
-            logits.append((output.logits if "logits" in output else output.last_hidden_state)[0, -6:])
-    packed, alone = logits
-    difference = (packed - alone).abs().max().item()
-    allowed = torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max().item()
-    if not difference <= allowed:
+    packed, alone = (outputs_of(model, collate([row], pad_id=0, attention=attention))[-6:] for row in (both, both[1:]))
+    if difference := beyond_rounding(packed, alone):
         raise ValueError(
             f"{type(model).__name__} with {attention} attention cannot be trained on packed rows: the logits "
-            f"of a packed sequence are {difference:.2g} off those of the same alone ({allowed:.2g} allowed): "
-            "turn packing off"
+            f"of a packed sequence are {difference}: turn packing off"
         )
+
+
+def outputs_of(model: PreTrainedModel, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """The logits, or a backbone's hidden states, of all [B·T] tokens, in evaluation mode without gradient."""
+    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in arguments.items() if name != "labels"}
+    with probing(model):
+        output = model(**inputs, use_cache=False)
+    seen: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return seen.flatten(0, 1)
+
+
+def beyond_rounding(packed: torch.Tensor, alone: torch.Tensor) -> str | None:
+    """How far outputs of packed sequences are from those of the same alone, where it is by more than rounding.
+
+    Allowed is √ε of the coarsest dtype that they went through, relative to the largest of them.
+    """
+    device = alone.device.type
+    dtypes = [alone.dtype, torch.float32]  # many a norm and softmax is in fp32 in a model in fp64 too
+    dtypes += [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
+    difference = (packed - alone).abs().max().item()
+    allowed = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * alone.abs().max().item()
+    return None if difference <= allowed else f"{difference:.2g} off those of the same alone ({allowed:.2g} allowed)"
 
 
 def _read_parquet(paths: Sequence[str]) -> Dataset:

@@ -91,7 +91,7 @@ def _reference(stage: str, folder: Path, batch: Mapping[str, Any], logps: Callab
 
 
 def _batch(stage: str, config: Any, model: Any, tokenizer: Any) -> Mapping[str, Any]:
-    """A micro-batch of the run's first rows, as the stage makes it."""
+    """A micro-batch of the run's first rows, as the stage makes it, but with a prompt for each sequence: plain code shares none."""
     pad_id, rows = tokenizer.pad_token_id, load_rows(config.train_data)
     packer = partial(pack_sequences, pad_id=pad_id)
     if stage in ("pretrain", "sft"):

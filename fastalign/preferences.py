@@ -2,11 +2,13 @@
 
 What is scored of a sequence is the completion alone, with its EOS or end-of-turn token: `Tokenized.trained`
 marks it. Sequences that a step compares run in one forward pass, packed without padding where the attention
-masks by sequence; `sequence_logps` gives each one's log-probability.
+masks by sequence, the prompt that two of them share computed once where it can (`shared_prompts`); `sequence_logps`
+gives each one's log-probability.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from fastalign_kernels import sum_by_sequence
 
 from .chat import ChatTemplate, DataError, Row, join_texts
-from .data import FLASH, Tokenized, collate, need_columns, pack, read_each, refuse_rows, tokenize_answers
+from .data import FLASH, Tokenized, collate, need_columns, read_each, refuse_rows, tokenize_answers
+from .shared_prompts import Family, count_operations, fill_rows, find_families, lay_out, model_arguments
 
 Batch = dict[str, Any]
 
@@ -136,59 +139,79 @@ def longest_mismatch(rows: Sequence[Unpaired], *, max_length: int) -> Tokenized:
     return _join(max(rows, key=lambda row: len(row.prompt)), max(rows, key=lambda row: len(row.completion)), max_length)
 
 
-def pack_sequences(sequences: Sequence[Tokenized], *, pad_id: int, attention: str = "sdpa", packing: bool = True) -> Batch:
+def pack_sequences(
+    sequences: Sequence[Tokenized],
+    prompts: Sequence[int] | None = None,
+    *,
+    pad_id: int,
+    attention: str = "sdpa",
+    packing: bool = True,
+    hidden_size: int | None = None,
+) -> Batch:
     """S sequences for one forward pass, and where each of them lies in it.
 
     `arguments` are collate's, for a model; rows are as long as the longest sequence and hold further ones where they fit
     (one a row without `packing`), flash attention's one row holds all. `starts` and `places` are int64: values [B, T]
     of the tokens, flattened, belong to segments that begin at `starts` [segments + 1], and the sequences are the
     segments `places` [S]; the others are padding. `lengths`: int64 [S], scored tokens. `sequences`: as given.
+
+    Where `prompts` [S] has a number twice, these sequences begin alike. With the `hidden_size` of a model that takes masks
+    (`fastalign.shared_prompts.explain_unshared`; not for flash attention, nor without `packing`) what they share is computed
+    once, if that takes fewer operations. Rows are then as long as the longest sequences that share; what is shared is a segment
+    of its own, a sequence's is the rest of it, and `prefixes`, int64 [segments], is the one before each, or itself.
+    `fastalign.shared_prompts.model_arguments` then adds the mask to the arguments, as numbers if `additive`, for eager attention.
     """
-    lengths = [len(sequence.input_ids) for sequence in sequences]
+    alone = [Family((number,), 0, len(sequence.input_ids)) for number, sequence in enumerate(sequences)]
     if attention == FLASH:
-        bins = [list(range(len(sequences)))]
+        rows = [alone]
     else:
-        bins = pack(lengths, max(lengths)) if packing else [[number] for number in range(len(sequences))]
-    arguments = collate([[sequences[number] for number in row] for row in bins], pad_id=pad_id, attention=attention)
-    width = arguments["input_ids"].shape[1]
-    segments: list[int] = []
-    places = [0] * len(sequences)
-    for row in bins:
-        for number in row:
-            places[number] = len(segments)
-            segments.append(lengths[number])
-        segments.append(width - sum(lengths[number] for number in row))
-    return {
+        rows = fill_rows(alone) if packing else [[family] for family in alone]
+    if hidden_size is not None and prompts is not None:
+        shared = fill_rows(find_families(sequences, prompts, pad_id=pad_id))
+        rows = min(rows, shared, key=partial(count_operations, hidden_size=hidden_size))
+    layout = lay_out(sequences, rows)
+    arguments = collate(layout.rows, pad_id=pad_id, attention=attention)
+    batch: Batch = {
         "arguments": arguments,
-        "starts": torch.tensor([0, *segments]).cumsum(0),
-        "places": torch.tensor(places),
+        "starts": layout.starts,
+        "places": layout.places,
         "lengths": torch.tensor([sum(sequence.trained) for sequence in sequences]),
         "sequences": tuple(sequences),
     }
+    if layout.skipped.any():
+        position_ids = arguments["position_ids"]
+        position_ids += layout.skipped.repeat_interleave(layout.starts.diff()).view_as(position_ids)
+        batch |= {"prefixes": layout.prefixes, "additive": attention == "eager"}
+    return batch
 
 
-def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[[Sequence[Tokenized]], Batch]) -> Batch:
-    """`both`: the chosen sequences, then the rejected ones, as `packer` packs them; `margins`: fp32 [pairs], where there are any."""
-    batch = {"both": packer([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])}
+def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[..., Batch]) -> Batch:
+    """`both`: the chosen sequences, then the rejected ones, as `packer` packs them; `margins`: fp32 [pairs], where there are any.
+
+    `packer` is `pack_sequences` with its options.
+    """
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    batch = {"both": packer(sequences, [*range(len(pairs))] * 2)}
     margins = [pair.margin for pair in pairs if pair.margin is not None]
     return batch | ({"margins": torch.tensor(margins, dtype=torch.float32)} if margins else {})
 
 
-def collate_unpaired(rows: Sequence[Unpaired], *, packer: Callable[[Sequence[Tokenized]], Batch]) -> Batch:
+def collate_unpaired(rows: Sequence[Unpaired], *, packer: Callable[..., Batch]) -> Batch:
     """`answered`, `mismatched` and `both` (one after the other): the rows' sequences as `packer` packs them; `desirable`: bool [S].
 
-    Without mismatched sequences `both` are the answered ones, and `mismatched` is left out.
+    Without mismatched sequences `both` are the answered ones, and `mismatched` is left out. `packer` is `pack_sequences` with
+    its options.
     """
     answered = [row.answered for row in rows]
-    mismatched = [row.mismatched for row in rows if row.mismatched is not None]
-    batch: Batch = {"answered": packer(answered), "both": packer(answered + mismatched)}
+    mismatched = {number: row.mismatched for number, row in enumerate(rows) if row.mismatched is not None}
+    batch: Batch = {"answered": packer(answered), "both": packer([*answered, *mismatched.values()], [*range(len(rows)), *mismatched])}
     batch["desirable"] = torch.tensor([row.desirable for row in rows])
-    return batch | ({"mismatched": packer(mismatched)} if mismatched else {})
+    return batch | ({"mismatched": packer([*mismatched.values()])} if mismatched else {})
 
 
 def sequence_logps(model: nn.Module, packed: Batch) -> Tensor:
     """log P(completion | prompt) of each sequence, [S] in nats (fp32, or fp64 for fp64), by a fused causal LM."""
-    output = model(**packed["arguments"], token_stats=True, use_cache=False)
+    output = model(**model_arguments(packed), token_stats=True, use_cache=False)
     return sum_by_sequence(output.logp.flatten(), packed["starts"])[packed["places"]]
 
 

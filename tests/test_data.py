@@ -34,6 +34,7 @@ from transformers import (
 from fastalign.data import (
     DataError,
     Tokenized,
+    beyond_rounding,
     check_packing,
     collate,
     load_rows,
@@ -610,6 +611,14 @@ class TestCheckPacking:
         modes = [module.training for module in model.modules()]
         check_packing(model)
         assert model.training and [module.training for module in model.modules()] == modes
+
+    def test_allows_for_the_rounding_of_autocast(self) -> None:
+        """The backbone's residual stream is fp32, and what is added to it bf16."""
+        outputs = torch.tensor([1.0, 0.5])
+        assert beyond_rounding(outputs + 1e-2, outputs) == "0.01 off those of the same alone (0.00035 allowed)"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert beyond_rounding(outputs + 1e-2, outputs) is None
+            assert beyond_rounding(outputs + 0.1, outputs) == "0.1 off those of the same alone (0.088 allowed)"
 
     @pytest.mark.usefixtures("flash_kernel")
     def test_accepts_flash_attention(self) -> None:

@@ -24,6 +24,7 @@ from transformers import (
     AutoTokenizer,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPT2Model,
     PreTrainedTokenizerFast,
 )
 
@@ -289,6 +290,41 @@ def test_eight_micro_batches_of_one_equal_one_of_eight_packed_or_not(make: Make,
         run(config)
     close(whole, parts)
     close(whole, padded)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [("reward", {}), ("dpo", {"lora_rank": 4}), ("kto", {}), ("dpo", {"reference": "precomputed", "gradient_checkpointing": True})],
+)
+def test_prompts_that_pairs_share_are_computed_once(
+    make: Make,
+    files: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+    options: dict[str, Any],
+    attention: str,
+) -> None:
+    options = options | {"max_steps": 3, "eval_data": files[f"held_out_{STAGES[stage][2]}"], "learning_rate": 1e-2, "attention": attention}
+    tokens: list[int] = []
+    forward = GPT2Model.forward
+
+    def counted(self: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        tokens.append(input_ids.numel())
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(GPT2Model, "forward", counted)
+    once, apart = make(stage, **options), make(stage, **options)
+    run(once)
+    assert "copy of the prompt" not in capsys.readouterr().out
+    tokens_once, tokens[:] = sum(tokens), []
+    monkeypatch.setattr(preference, "explain_unshared", lambda *_, **__: "a test's wish")
+    run(apart)
+    assert capsys.readouterr().out.count("packing: each sequence has its own copy of the prompt (a test's wish)\n") == 1
+    # Of KTO's passes the reference's alone has pairs.
+    assert tokens_once < (0.96 if stage == "kto" else 0.9) * sum(tokens)
+    close(once, apart)
 
 
 @pytest.mark.parametrize(

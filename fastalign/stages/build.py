@@ -118,14 +118,18 @@ def check_fit(
     rows: Sequence[Sequence[Tokenized]],
     *,
     lower: str = "sequence_length or max_length",
-) -> None:
-    """Raise ValueError where the tokenizer's ids or the longest sequence of the rows do not fit the model; it says what to `lower`."""
+) -> int:
+    """The tokens of the longest sequence of the rows.
+
+    Raises ValueError where it or the tokenizer's ids do not fit the model; it says what to `lower`.
+    """
     if len(tokenizer) > model.vocab_size:
         raise ValueError(f"tokenizer: {len(tokenizer)} tokens do not fit the model's vocab_size {model.vocab_size}")
     positions = getattr(model, "max_position_embeddings", None)
     length = max(len(sequence.input_ids) for row in rows for sequence in row)
     if positions is not None and length > positions:
         raise ValueError(f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): lower {lower}")
+    return length
 
 
 def load_model(

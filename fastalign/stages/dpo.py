@@ -20,11 +20,11 @@ from fastalign_kernels.pair_losses import PAIR_LOSSES
 from fastalign_kernels.preference import dpo_loss
 
 from ..data import load_rows
-from ..preferences import Pair, collate_pairs, pack_sequences, sequence_logps, tokenize_pairs
+from ..preferences import Pair, collate_pairs, sequence_logps, tokenize_pairs
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, parse
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, total_steps, train
-from .preference import Reference, ReferenceConfig, make_reference, without_dropout
+from .preference import Reference, ReferenceConfig, make_packer, make_reference, without_dropout
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -61,10 +61,10 @@ def run(config: DPOConfig) -> dict[str, float]:
 
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
+        longest = check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
         without_dropout(model)
-        packer = partial(pack_sequences, pad_id=padding_id(tokenizer), attention=attention, packing=config.packing)
+        packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer), longest=longest)
         to_batch = partial(collate_pairs, packer=packer)
         batches_of = epoch_batches(rows, to_batch, config, world)
         evaluated = held_out_batches(held_out, to_batch, config, world)

@@ -27,14 +27,13 @@ from ..preferences import (
     collate_unpaired,
     longest_mismatch,
     mismatch,
-    pack_sequences,
     sequence_logps,
     tokenize_unpaired,
 )
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, parse
 from .loop import Batch, LossFn, Prepare, epoch_batches, held_out_batches, rows_of_step, start, total_steps, train
-from .preference import Reference, ReferenceConfig, make_reference, without_dropout
+from .preference import Reference, ReferenceConfig, make_packer, make_reference, without_dropout
 from .world import World
 
 
@@ -84,11 +83,11 @@ def run(config: KTOConfig) -> dict[str, float]:
         except ValueError as error:
             raise ValueError(f"eval_data: {error}") from error
         sequences = [row.answered for row in [*rows, *held_out]]
-        longest = [longest_mismatch(part, max_length=config.max_length) for part in (rows, held_out) if part]
-        check_fit(architecture, tokenizer, [[*sequences, *longest]])
+        mismatches = [longest_mismatch(part, max_length=config.max_length) for part in (rows, held_out) if part]
+        longest = check_fit(architecture, tokenizer, [[*sequences, *mismatches]])
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
         without_dropout(model)
-        packer = partial(pack_sequences, pad_id=padding_id(tokenizer), attention=attention, packing=config.packing)
+        packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer), longest=longest)
         to_batch = partial(collate_unpaired, packer=packer)
         batches_of = epoch_batches(rows, to_batch, config, world, arrange)
         evaluated = held_out_batches(held_out, to_batch, config, world)

@@ -1,4 +1,4 @@
-"""What the preference stages share: their fields, and the reference that a policy is compared with.
+"""What the preference stages share: their fields, how they pack, and the reference that a policy is compared with.
 
 The reference is the model as it is before training. Its log-probabilities come from a frozen copy, from the model
 with its adapters switched off, or from a table made before the first step; the values are the same.
@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,8 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..causal_lm import backbone
 from ..data import Tokenized
-from ..preferences import Batch, sequence_logps
+from ..preferences import Batch, pack_sequences, sequence_logps
+from ..shared_prompts import explain_unshared
 from .config import CONFIG, TrainConfig
 from .loop import autocast
 from .world import World
@@ -38,7 +41,8 @@ class PreferenceConfig(TrainConfig):
     max_length: int = Field(default=1024, ge=2)
     """Longest prompt with its completion in tokens."""
     packing: bool = True
-    """Pack sequences that share a forward pass into rows as long as the longest, blind to each other."""
+    """Pack sequences that share a forward pass into rows as long as the longest, blind to each other, and compute the
+    prompt that two of them share once, where the attention takes a mask and it pays."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -74,6 +78,22 @@ def without_dropout(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
+
+
+def make_packer(
+    config: PreferenceConfig, world: World, model: PreTrainedModel | PeftModel, *, attention: str, pad_id: int, longest: int
+) -> Callable[..., Batch]:
+    """`pack_sequences` as configured, with shared prompts where the model takes them; where it does not, that is said.
+
+    `longest` is the number of tokens of the longest sequence.
+    """
+    packer = partial(pack_sequences, pad_id=pad_id, attention=attention, packing=config.packing)
+    if not config.packing:
+        return packer
+    if why := explain_unshared(backbone(model), packer, attention=attention, longest=longest):
+        world.say(f"packing: each sequence has its own copy of the prompt ({why})")
+        return packer
+    return partial(packer, hidden_size=model.config.get_text_config().hidden_size)
 
 
 def make_reference(config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]) -> Reference:

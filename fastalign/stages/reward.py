@@ -5,7 +5,6 @@ torchrun --nproc-per-node 8 -m fastalign.stages.reward --config reward.yaml
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Self
 
 from peft import PeftModel
@@ -18,11 +17,12 @@ from fastalign_kernels.preference import reward_loss
 
 from ..classifier import last_tokens
 from ..data import load_rows
-from ..preferences import Pair, collate_pairs, pack_sequences, tokenize_pairs
+from ..preferences import Pair, collate_pairs, tokenize_pairs
+from ..shared_prompts import model_arguments
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, parse
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, train
-from .preference import PreferenceConfig, without_dropout
+from .preference import PreferenceConfig, make_packer, without_dropout
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -58,14 +58,14 @@ def run(config: RewardConfig) -> dict[str, float]:
 
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
+        longest = check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing, task="SEQ_CLS")
         without_dropout(model)
         if config.zero_head:
             zero_head(model)
         text = model.config.get_text_config()
         text.pad_token_id = padding_id(tokenizer) if text.pad_token_id is None else text.pad_token_id
-        packer = partial(pack_sequences, pad_id=text.pad_token_id, attention=attention, packing=config.packing)
+        packer = make_packer(config, world, model, attention=attention, pad_id=text.pad_token_id, longest=longest)
 
         def to_batch(pairs: Sequence[Pair]) -> Batch:
             batch = collate_pairs(pairs, packer=packer)
@@ -90,7 +90,7 @@ def bradley_terry(config: RewardConfig) -> LossFn:
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # fp32 at least: under autocast bfloat16 would round the scores' differences.
-        scores = model(**batch["both"]["arguments"], ends=batch["ends"], use_cache=False).logits[:, 0]
+        scores = model(**model_arguments(batch["both"]), ends=batch["ends"], use_cache=False).logits[:, 0]
         scores = scores if scores.element_size() > 4 else scores.float()
         chosen, rejected = scores.chunk(2)
         output = reward_loss(chosen, rejected, batch.get("margins"), center_coefficient=config.center_coefficient)
