@@ -84,10 +84,15 @@ def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
 
 
 def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
-    """columns_triton's kernel, which reads fp32 logits whatever the head's dtype."""
+    """columns_triton's kernels, which read fp32 logits whatever the head's dtype; the gradient is written in that, here bf16."""
     function = getattr(columns_triton, kernel)
-    constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": columns_triton.COLUMNS, "ROWS": columns_triton.ROWS}
-    pointers = dict.fromkeys(("logits", "bias", "stats", "largest", "sums", "parts"), TYPES[dtype]) | {"ids": "*i64"}
+    constants: dict[str, object] = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
+    names = ("logits", "bias", "stats", "largest", "sums", "parts", "coefficients")
+    pointers = dict.fromkeys(names, TYPES[dtype]) | {"ids": "*i64", "columns": "*i64", "out": TYPES["bf16"], "totals": "*fp64"}
+    if kernel == "column_sums_kernel":
+        constants |= {"BLOCK": columns_triton.COLUMNS, "ROWS": columns_triton.ROWS}
+    else:
+        constants |= {"BLOCK": columns_triton.GRAD_COLUMNS, "GATHERED": full}
     source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants)
     return _triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
 
@@ -212,7 +217,8 @@ def main() -> int:
         sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
         rows = list(pool.map(lambda job: compile_rows(*job), jobs))
         rows += pool.map(
-            lambda job: compile_columns("column_sums_kernel", job[0], "fp32", job[1]), product((*ARCHITECTURES, *AMD), (False, True))
+            lambda job: compile_columns(job[0], job[1], "fp32", job[2]),
+            product(("column_sums_kernel", "column_grad_kernel"), (*ARCHITECTURES, *AMD), (False, True)),
         )
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)

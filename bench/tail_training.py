@@ -91,7 +91,7 @@ def gradient(way: Way) -> Any:
     if way.compensated:
         yield
         return
-    with mock.patch.object(gradients, "dropped_grad", lambda kept, coefficients: torch.zeros_like(coefficients[0])):
+    with mock.patch.object(gradients, "dropped_grad", lambda totals, coefficients: torch.zeros_like(coefficients[0])):
         yield
 
 

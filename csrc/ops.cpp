@@ -43,9 +43,11 @@ Strides strides_of(const Tensor& t, const char* name) {
   return {t.size(1), t.stride(0), t.stride(1)};
 }
 
-Rows rows_of(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& bias, double logit_scale, double softcap, double temperature) {
+// V: of the vocabulary, which logits of some of its columns do not tell.
+Rows rows_of(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& bias, double logit_scale, double softcap, double temperature,
+             int64_t V) {
   const Strides strides = strides_of(logits, "logits");
-  const int64_t N = logits.size(0) * logits.size(1), V = logits.size(2);
+  const int64_t N = logits.size(0) * logits.size(1);
   STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == N && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long, "ids: contiguous int64 [B*T] wanted");
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == V && bias->is_contiguous() && bias->scalar_type() == logits.scalar_type(),
@@ -57,7 +59,7 @@ Rows rows_of(const Tensor& logits, const Tensor& ids, const std::optional<Tensor
 }
 
 void row_stats(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats) {
-  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature, logits.size(2));
   check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
   const StatsRows job{rows, stats.mutable_data_ptr()};
   const auto kernel = FASTALIGN_KERNELS(kernels).stats[dtype_of(logits)];
@@ -66,7 +68,7 @@ void row_stats(Tensor logits, Tensor ids, std::optional<Tensor> bias, double log
 
 void row_grad(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats,
               Tensor coefficients, Tensor out) {
-  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature, logits.size(2));
   check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
   check_table(coefficients, "coefficients", 4, rows.N, accumulator_of(logits));
   const Strides out_strides = strides_of(out, "out");
@@ -83,7 +85,7 @@ void check_vector(const Tensor& t, const char* name, int64_t V, ScalarType dtype
 
 void column_sums(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats,
                  Tensor largest, Tensor sums, Tensor totals) {
-  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature, logits.size(2));
   check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
   check_vector(largest, "largest", rows.V, accumulator_of(logits));
   check_vector(sums, "sums", rows.V, accumulator_of(logits));
@@ -98,6 +100,27 @@ void column_sums(Tensor logits, Tensor ids, std::optional<Tensor> bias, double l
   for (int64_t i = 0; i < stretches * size; ++i) total[i % size] += parts[i];
 }
 
+void column_grad(Tensor logits, Tensor columns, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature,
+                 Tensor stats, Tensor coefficients, int64_t vocab_size, Tensor out, Tensor totals) {
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature, vocab_size);
+  const int64_t K = columns.numel();
+  STD_TORCH_CHECK(columns.dim() == 1 && columns.is_contiguous() && columns.scalar_type() == ScalarType::Long, "columns: contiguous int64 [K] wanted");
+  STD_TORCH_CHECK(logits.size(2) == K || logits.size(2) == vocab_size, "logits: of all columns or of the K ones wanted");
+  const int64_t* column = static_cast<const int64_t*>(columns.const_data_ptr());
+  for (int64_t k = 0; k < K; ++k)
+    STD_TORCH_CHECK(column[k] >= (k ? column[k - 1] + 1 : 0) && column[k] < vocab_size, "columns: ascending and below ", vocab_size, " wanted");
+  check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
+  check_table(coefficients, "coefficients", 4, rows.N, accumulator_of(logits));
+  check_table(totals, "totals", 2, rows.N, ScalarType::Double);
+  const Strides out_strides = strides_of(out, "out");
+  STD_TORCH_CHECK(out.size(0) == logits.size(0) && out.size(1) == logits.size(1) && out.size(2) == K && out.scalar_type() == logits.scalar_type(),
+                  "out: [B, T, K] of the logits' dtype wanted");
+  const ColumnGrad job{rows, column, K, logits.size(2) == K, stats.const_data_ptr(), coefficients.const_data_ptr(), out.mutable_data_ptr(), out_strides,
+                       static_cast<double*>(totals.mutable_data_ptr())};
+  const auto kernel = FASTALIGN_KERNELS(kernels).column_grad[dtype_of(logits)];
+  torch::stable::parallel_for(0, rows.N, 1, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+}
+
 int64_t cpu_target() { return chosen_target(); }
 bool cpu_own_gemm() { return own_gemm(); }
 
@@ -110,6 +133,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
         "Tensor coefficients, Tensor(a!) out) -> ()");
   m.def("column_sums(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor stats, "
         "Tensor(a!) largest, Tensor(b!) sums, Tensor(c!) totals) -> ()");
+  m.def("column_grad(Tensor logits, Tensor columns, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor stats, "
+        "Tensor coefficients, int vocab_size, Tensor(a!) out, Tensor(b!) totals) -> ()");
   m.def("cpu_target() -> int");
   m.def("cpu_own_gemm() -> bool");
 }
@@ -118,6 +143,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
   m.impl("row_stats", TORCH_BOX(&fastalign::row_stats));
   m.impl("row_grad", TORCH_BOX(&fastalign::row_grad));
   m.impl("column_sums", TORCH_BOX(&fastalign::column_sums));
+  m.impl("column_grad", TORCH_BOX(&fastalign::column_grad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CompositeExplicitAutograd, m) {

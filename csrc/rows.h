@@ -270,6 +270,57 @@ static void row_grad(const T* x, const T* bias, int64_t id, int64_t V, const Tra
   out[id] = one[0];
 }
 
+// A row's gradient at K of its columns, but for `uniform`; and over these the sums of P dz/dx and of P log P dz/dx, `stride` apart.
+template <class T, bool PLAIN>
+static void column_grad(const T* x, bool gathered, const int64_t* columns, int64_t K, const T* bias, int64_t id, const Transform& t,
+                        const Accumulator<T>* stats, const Accumulator<T>* coefficients, int64_t stride, T* out, double* totals) {
+  using A = Accumulator<T>;
+  constexpr int L = Lanes<A>::count;
+  totals[0] = totals[stride] = 0;
+  if (id < 0) {
+    std::memset(out, 0, K * sizeof(T));
+    return;
+  }
+  const A top = stats[MAX * stride], logsum = stats[LOGSUM * stride];
+  const A prob = coefficients[PROB * stride], plogp = coefficients[PLOGP * stride];
+  for (int64_t begin = 0; begin < K; begin += STRETCH) {
+    const int64_t end = std::min(begin + STRETCH, K);
+    Vec<A> mass = {}, weighted = {};
+    const auto some = [&](int64_t k, auto count) __attribute__((always_inline)) {  // `count` is known to the compiler but for the last ones
+      T own[L] = {}, own_bias[L] = {}, dx[L];
+      if (gathered) std::memcpy(own, x + k, count * sizeof(T));
+      else
+        for (int i = 0; i < count; ++i) own[i] = x[columns[k + i]];
+      if (!PLAIN && bias != nullptr)
+        for (int i = 0; i < count; ++i) own_bias[i] = bias[columns[k + i]];
+      const auto at = transform<A, PLAIN>(load_lanes(own), load_lanes(own_bias), t);
+      const Vec<A> logp = max_lanes<A>(broadcast(A(-1e30)), (at.z - top) - logsum);
+      Vec<A> share = exp_lanes(logp);
+      if constexpr (!PLAIN) share = share * at.slope;
+      store_lanes(dx, share * (prob + plogp * logp));
+      std::memcpy(out + k, dx, count * sizeof(T));
+      for (int i = count; i < L; ++i) share[i] = 0;
+      mass += share;
+      weighted += logp * share;
+    };
+    int64_t k = begin;
+    for (; k + L <= end; k += L) some(k, std::integral_constant<int, L>());
+    if (k < end) some(k, int(end - k));
+    totals[0] += horizontal_sum<A>(mass);
+    totals[stride] += horizontal_sum<A>(weighted);
+  }
+  const int64_t* found = std::lower_bound(columns, columns + K, id);
+  if (found == columns + K || *found != id) return;
+  const int64_t k = found - columns;
+  const auto at = transform<A, PLAIN>(load_some<T, A>(x + (gathered ? k : id), 1, A(0)), bias_at<T, A, PLAIN>(bias, id, 1), t);
+  const Vec<A> logp = max_lanes<A>(broadcast(A(-1e30)), (at.z - top) - logsum);
+  Vec<A> dx = exp_lanes(logp) * (prob + plogp * logp) + coefficients[ONEHOT * stride];
+  if constexpr (!PLAIN) dx = dx * at.slope;
+  T one[L];
+  store_lanes(one, dx);
+  out[k] = one[0];
+}
+
 // Of the columns [begin, end) of N rows: largest P and the sum of P dz/dx of each column; of each row over these columns, the sums of P dz/dx and
 // of P log P dz/dx. Rows with a negative id are not read. A stretch of columns at a time, so that its sums stay in L1 while all rows pass.
 template <class T, bool PLAIN>

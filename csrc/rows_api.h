@@ -38,6 +38,16 @@ struct ColumnSums : Rows {
   void *largest, *sums;  // [V]
   double* totals;     // [stretches, 2, N]
 };
+struct ColumnGrad : Rows {
+  const int64_t* columns;  // [K], ascending
+  int64_t K;
+  bool gathered;             // whether logits are [N, K], of these columns
+  const void* stats;         // [7, N] as written by a StatsRows job
+  const void* coefficients;  // [4, N]
+  void* out;                 // [N, K] of the logits' dtype
+  Strides out_strides;
+  double* totals;  // [2, N]
+};
 constexpr int64_t STRETCH = 1024;  // columns that are worked on at a time: 4 KiB of a row and their sums stay in L1
 
 
@@ -46,6 +56,7 @@ struct RowKernels {
   void (*stats[DTYPES])(const StatsRows&, int64_t begin, int64_t end);
   void (*grad[DTYPES])(const GradRows&, int64_t begin, int64_t end);
   void (*columns[DTYPES])(const ColumnSums&, int64_t begin, int64_t end);  // stretches begin to end
+  void (*column_grad[DTYPES])(const ColumnGrad&, int64_t begin, int64_t end);
 };
 
 }  // namespace fastalign

@@ -31,11 +31,21 @@ template <class T> static void sum_columns(const ColumnSums& job, int64_t begin,
            static_cast<A*>(job.sums), job.totals + s * 2 * job.N);
 }
 
+template <class T> static void grad_columns(const ColumnGrad& job, int64_t begin, int64_t end) {
+  using A = Accumulator<T>;
+  const auto kernel = job.plain() ? column_grad<T, true> : column_grad<T, false>;
+  for (int64_t n = begin; n < end; ++n)
+    kernel(static_cast<const T*>(job.logits) + job.strides.at(n), job.gathered, job.columns, job.K, static_cast<const T*>(job.bias), job.ids[n],
+           job.transform, static_cast<const A*>(job.stats) + n, static_cast<const A*>(job.coefficients) + n, job.N,
+           static_cast<T*>(job.out) + job.out_strides.at(n), job.totals + n);
+}
+
 extern const RowKernels kernels;
 const RowKernels kernels = {
     {stats_rows<float>, stats_rows<double>, stats_rows<bf16>, stats_rows<fp16>},
     {grad_rows<float>, grad_rows<double>, grad_rows<bf16>, grad_rows<fp16>},
     {sum_columns<float>, sum_columns<double>, sum_columns<bf16>, sum_columns<fp16>},
+    {grad_columns<float>, grad_columns<double>, grad_columns<bf16>, grad_columns<fp16>},
 };
 
 }  // namespace FASTALIGN_TARGET

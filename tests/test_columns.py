@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastalign_kernels import columns, native
 from fastalign_kernels.columns import ColumnSums, column_sums_ref
-from fastalign_kernels.rows import Transform, accumulator_dtype, row_stats_ref
+from fastalign_kernels.rows import Coefficient, Transform, accumulator_dtype, row_grad_ref, row_stats_ref
 
 columns_triton = pytest.importorskip("fastalign_kernels.columns_triton", reason="triton is not installed", exc_type=ImportError)
 
@@ -62,6 +62,63 @@ def test_sums(no_worse_than_eager: Any, implementation: Any, dtype: torch.dtype,
     assert (found.totals[:, [2, 82]] == 0).all()
 
 
+def run_grad(implementation: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """arguments: logits, columns, ids, bias, transform, stats, coefficients, V."""
+    logits, columns, ids, bias, transform, stats, coefficients, V = arguments
+    device = "cuda" if implementation is columns_triton and torch.cuda.is_available() else "cpu"
+    tensors = [None if x is None else x.to(device) for x in (logits[None], columns, ids, bias)]
+    # Triton's interpreter truncates fp32 to bf16 where hardware rounds to nearest, so there the kernel stores fp32 and torch rounds.
+    truncates = implementation is columns_triton and device == "cpu" and logits.dtype == torch.bfloat16
+    dtype = torch.float32 if truncates else logits.dtype
+    out = torch.empty(1, logits.shape[0], columns.numel(), dtype=dtype, device=device)
+    totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=device)
+    implementation.column_grad(*tensors, *transform, stats.to(device), coefficients.to(device), V, out, totals)
+    return out[0].cpu().to(logits.dtype), totals.cpu()
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["of all", "gathered"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("V, K, scale", [(123, 1, 1.0), (2051, 1040, 8.0), (5000, 2049, 0.01), (2049, 700, 1e4)], ids=lambda v: f"{v:g}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradient(
+    no_worse_than_eager: Any, implementation: Any, dtype: torch.dtype, V: int, K: int, scale: float, transform: str, gathered: bool
+) -> None:
+    """K columns of row_grad's, without its uniform part, and the totals over them; ids inside and outside of them, one row ignored."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(19, V + 5, generator=generator, dtype=torch.float64) * scale).to(dtype)[:, :V]
+    own = torch.randperm(V, generator=generator)[:K].sort()[0]
+    ids = torch.randint(0, V, (19,), generator=generator)
+    ids[:5] = own[torch.randint(0, K, (5,), generator=generator)]
+    ids[4] = own[-1]
+    ids[7] = -1
+    logits[7] = float("nan")
+    bias = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype) if transform == "all" else None
+    t = TRANSFORMS[transform]
+    coefficients = torch.randn(4, 19, generator=generator, dtype=torch.float64).to(accumulator_dtype(dtype))
+    coefficients[Coefficient.UNIFORM] = 0
+    wide_bias = None if bias is None else bias.double()
+    truth_stats = row_stats_ref(logits.double(), ids, wide_bias, t)
+    stats = truth_stats.to(accumulator_dtype(dtype))
+    truth = row_grad_ref(logits[None].double(), ids, wide_bias, t, stats.double(), coefficients.double())[0][:, own]
+    _, truth_totals = run_grad(columns._reference, logits.double(), own, ids, wide_bias, t, stats.double(), coefficients.double(), V)
+    given = logits[:, own] if gathered else logits
+    eager, eager_totals = run_grad(columns._reference, given, own, ids, bias, t, stats, coefficients, V)
+    found, totals = run_grad(implementation, given, own, ids, bias, t, stats, coefficients, V)
+    no_worse_than_eager(found, eager, truth, "gradient")
+    no_worse_than_eager(totals, eager_totals, truth_totals, "totals")
+    assert (found[7] == 0).all() and (totals[:, 7] == 0).all()
+
+
+def test_columns_that_do_not_ascend_are_refused() -> None:
+    if native.missing:
+        pytest.skip(f"the native library is not there: {native.missing}")
+    logits, ids = torch.randn(2, 9), torch.tensor([0, 1])
+    stats = row_stats_ref(logits, ids, None, Transform())
+    for wrong in ([3, 3], [4, 2], [2, 9], [-1, 2]):
+        with pytest.raises(RuntimeError, match="columns: ascending and below 9 wanted"):
+            run_grad(torch.ops.fastalign, logits, torch.tensor(wrong), ids, None, Transform(), stats, torch.zeros(4, 2), 9)
+
+
 def test_threads_change_no_bit() -> None:
     if native.missing:
         pytest.skip(f"the native library is not there: {native.missing}")
@@ -83,3 +140,8 @@ def test_opcheck() -> None:
     stats = row_stats_ref(logits, ids, None, Transform())
     out = (torch.empty(40), torch.empty(40), torch.empty(2, 6, dtype=torch.float64))
     torch.library.opcheck(torch.ops.fastalign.column_sums.default, (logits, ids, None, *Transform(), stats, *out))
+    grad_out = (torch.empty(1, 6, 3), torch.empty(2, 6, dtype=torch.float64))
+    own = torch.tensor([1, 5, 39])
+    torch.library.opcheck(
+        torch.ops.fastalign.column_grad.default, (logits, own, ids, None, *Transform(), stats, torch.ones(4, 6), 40, *grad_out)
+    )

@@ -23,6 +23,7 @@ from fastalign_kernels import (
     tail,
     tail_report,
 )
+from fastalign_kernels.columns import column_grad
 from fastalign_kernels.head import linear_cross_entropy_stats
 
 N, H, V = 41, 16, 301
@@ -234,13 +235,13 @@ def test_kept_columns_alone_enter_the_backward_gemms(monkeypatch: pytest.MonkeyP
     given = make(peak=3.0)
     widths: list[int] = []
 
-    def counted(kept: tail.Kept, first: int, last: int, *rest: Any) -> None:
-        widths.append(last - first)
-        tail.kept_grad(kept, first, last, *rest)
+    def counted(logits: Tensor, columns: Tensor, *rest: Any) -> Tensor:
+        widths.append(columns.numel())
+        return column_grad(logits, columns, *rest)
 
     from fastalign_kernels import gradients as module
 
-    monkeypatch.setattr(module, "kept_grad", counted)
+    monkeypatch.setattr(module, "column_grad", counted)
     monkeypatch.setattr(sweep, "TOKENS", {"cpu": 10})
     linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=EPS)
     assert len(widths) == 4 and max(widths) < V / 2

@@ -6,7 +6,8 @@ With P = softmax(z) and the transform of rows.py, over the rows n and the column
     totals[0, n] = sum_v P dz/dx      totals[1, n] = sum_v P log P dz/dx
 
 dz/dx is logit_scale / temperature, less where the softcap bends. Ignored rows (negative ids) are not read; their totals are zero.
-Bytes: N*V*e read. Implementations as in rows.py, with the same arguments.
+Bytes: N*V*e read. Then the gradient of rows.py at K of the columns, and the totals over these: N*K*e read and written; where the K lie
+scattered among the V, some lines of memory are read for a part of them only. Implementations as in rows.py, with the same arguments.
 """
 
 from __future__ import annotations
@@ -40,6 +41,26 @@ def column_sums(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Tra
     return out
 
 
+def column_grad(
+    logits: Tensor,
+    columns: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    stats: Tensor,
+    coefficients: Tensor,
+    vocab_size: int,
+    out: Tensor,
+) -> Tensor:
+    """dlogits, but for `uniform`, of the columns [K] (ascending) into out [N, K]; the totals [2, N] over these columns, fp64.
+
+    logits: [N, V], or [N, K] of these columns, of out's dtype on a CPU. ids, bias [V], stats and coefficients [4, N] as in `row_grad`.
+    """
+    totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=logits.device)
+    _implementation(logits).column_grad(logits[None], columns, ids, bias, *transform, stats, coefficients, vocab_size, out[None], totals)
+    return totals
+
+
 def _implementation(logits: Tensor) -> Any:
     if not logits.is_cuda:
         return _reference if native.missing else torch.ops.fastalign
@@ -52,17 +73,24 @@ def _implementation(logits: Tensor) -> Any:
 
 def column_sums_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> ColumnSums:
     """The specification of `column_sums`."""
+    p, share, logp, _ = _shares(logits, ids, bias, transform, stats)
+    return ColumnSums(p.amax(0), share.sum(0), _totals(share, logp))
+
+
+def _shares(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """P, P dz/dx, log P and dz/dx, [N, V]; the first three 0 in ignored rows."""
     z = transform_ref(logits, bias, transform)
     slope = torch.full_like(z, transform.logit_scale / transform.temperature)
     if transform.softcap:
         slope = slope * (1 - (z * transform.temperature / transform.softcap) ** 2)
-    logp = z - stats[Stat.MAX][:, None] - stats[Stat.LOGSUM][:, None]
     kept = (ids >= 0)[:, None]
+    logp = torch.where(kept, (z - stats[Stat.MAX][:, None] - stats[Stat.LOGSUM][:, None]).clamp(min=-1e30), 0)
     p = torch.where(kept, logp.exp(), 0)
-    share = torch.where(kept, p * slope, 0)
-    weighted = torch.where(kept, share * logp.clamp(min=-1e30), 0)
-    totals = torch.stack([share.sum(1, dtype=torch.float64), weighted.sum(1, dtype=torch.float64)])
-    return ColumnSums(p.amax(0), share.sum(0), totals)
+    return p, torch.where(kept, p * slope, 0), logp, slope
+
+
+def _totals(share: Tensor, logp: Tensor) -> Tensor:
+    return torch.stack([share.sum(1, dtype=torch.float64), (share * logp).sum(1, dtype=torch.float64)])
 
 
 def _column_sums_reference(
@@ -82,4 +110,28 @@ def _column_sums_reference(
         out.copy_(value)
 
 
-_reference = SimpleNamespace(column_sums=_column_sums_reference)
+def _column_grad_reference(
+    logits: Tensor,
+    columns: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    stats: Tensor,
+    coefficients: Tensor,
+    vocab_size: int,
+    out: Tensor,
+    totals: Tensor,
+) -> None:
+    """The specification of `column_grad`."""
+    own = logits[0] if logits.shape[2] == columns.numel() else logits[0].index_select(1, columns)
+    own_bias = None if bias is None else bias[columns]
+    _, share, logp, slope = _shares(own, ids, own_bias, Transform(logit_scale, softcap, temperature), stats)
+    onehot, prob, plogp, _ = coefficients[..., None]
+    here = columns == ids[:, None]
+    out[0] = (share * (prob + plogp * logp) + torch.where(here, onehot * slope, 0)).to(out.dtype)
+    totals.copy_(_totals(share, logp))
+
+
+_reference = SimpleNamespace(column_sums=_column_sums_reference, column_grad=_column_grad_reference)

@@ -1,4 +1,4 @@
-"""The sums of columns.py in Triton: one program a stretch of columns, all rows of the block in tiles.
+"""columns.py in Triton. Sums: one program a stretch of columns, all rows of the block in tiles. Gradient: one program a row.
 
 Bound by memory: a block of 256 tokens at V = 151936 in fp32 is 156 MB, 0.05 ms at an H100's 3.35 TB/s (predicted). No atomics: what
 programs add to a row lies apart, and is summed afterwards.
@@ -15,6 +15,21 @@ from .rows_triton import transformed
 
 NUM_WARPS = 4
 COLUMNS, ROWS = 256, 4  # a tile: 8 logits a thread (16 spill on sm_120), and 594 programs at V = 151936 for an H100's 132 multiprocessors
+
+
+GRAD_COLUMNS = 1024  # of a row at a time
+
+
+@triton.jit
+def slope(z, logit_scale, softcap, temperature, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """dz/dx at transformed logits z."""
+    result = tl.full(z.shape, 1.0, z.dtype)
+    if HAS_SOFTCAP:
+        h = z * temperature / softcap
+        result = (1.0 - h) * (1.0 + h)
+    if not PLAIN:
+        result *= logit_scale / temperature
+    return result
 
 
 @triton.jit
@@ -59,12 +74,7 @@ def column_sums_kernel(
         z = transformed(x, b[None, :], logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         logp = z - row_top[:, None] - logsum[:, None]
         p = tl.where(here, tl.exp(logp), 0.0)
-        share = p
-        if HAS_SOFTCAP:
-            h = z * temperature / softcap
-            share *= (1.0 - h) * (1.0 + h)
-        if not PLAIN:
-            share *= logit_scale / temperature
+        share = p * slope(z, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         weighted = share * tl.where(logp < -1e30, -1e30, logp)
         top = tl.maximum(top, tl.max(p, 0))
         sum += tl.sum(share, 0)
@@ -73,6 +83,92 @@ def column_sums_kernel(
         tl.store(row_part + N, tl.sum(tl.where(here, weighted, 0.0), 1), mask=n < N)
     tl.store(largest + columns, top, mask=inside)
     tl.store(sums + columns, sum, mask=inside)
+
+
+@triton.jit
+def column_grad_kernel(
+    logits,  # [B, T, V], or [B, T, K] if GATHERED
+    columns,  # [K] int64
+    ids,  # [B*T] int64, negative: ignored
+    bias,  # [V]; read if HAS_BIAS
+    stats,  # [7, B*T] of row_stats_kernel
+    coefficients,  # [4, B*T]
+    out,  # [B, T, K]
+    totals,  # [2, B*T] fp64
+    N,
+    T,
+    K,
+    batch_stride,
+    time_stride,
+    out_batch_stride,
+    out_time_stride,
+    logit_scale,
+    softcap,
+    temperature,
+    GATHERED: tl.constexpr,
+    PLAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    dtype = stats.dtype.element_ty
+    id = tl.load(ids + n)
+    kept = id >= 0
+    top = tl.load(stats + 4 * N + n)
+    logsum = tl.load(stats + 5 * N + n)
+    onehot = tl.load(coefficients + n)
+    prob = tl.load(coefficients + N + n)
+    plogp = tl.load(coefficients + 2 * N + n)
+    row = logits + n // T * batch_stride + n % T * time_stride
+    out_row = out + n // T * out_batch_stride + n % T * out_time_stride
+    mass = tl.zeros([BLOCK], dtype)
+    weighted = tl.zeros([BLOCK], dtype)
+    for begin in range(0, K, BLOCK):
+        k = begin + tl.arange(0, BLOCK)
+        inside = k < K
+        column = tl.load(columns + k, mask=inside, other=0)
+        x = tl.load(row + (k if GATHERED else column), mask=inside & kept, other=0.0).to(dtype)
+        b = tl.zeros([BLOCK], dtype)
+        if HAS_BIAS:
+            b = tl.load(bias + column, mask=inside, other=0.0).to(dtype)
+        z = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        logp = z - top - logsum
+        logp = tl.where(logp < -1e30, -1e30, logp)
+        dz_dx = slope(z, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        share = tl.where(inside & kept, tl.exp(logp) * dz_dx, 0.0)
+        mass += share
+        weighted += share * logp
+        dx = share * (prob + plogp * logp) + tl.where(column == id, onehot * dz_dx, 0.0)
+        tl.store(out_row + k, tl.where(kept, dx, 0.0), mask=inside)
+    tl.store(totals + n, tl.sum(mass, 0).to(tl.float64))
+    tl.store(totals + N + n, tl.sum(weighted, 0).to(tl.float64))
+
+
+def column_grad(
+    logits: Tensor,
+    columns: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    stats: Tensor,
+    coefficients: Tensor,
+    vocab_size: int,
+    out: Tensor,
+    totals: Tensor,
+) -> None:
+    """Fill out [B, T, K] and totals [2, B*T]; see columns.column_grad."""
+    B, T, _ = logits.shape
+    K = columns.numel()
+    with torch.cuda.device_of(logits):
+        column_grad_kernel[(B * T,)](
+            logits, columns, ids, bias, stats, coefficients, out, totals, B * T, T, K, logits.stride(0), logits.stride(1), out.stride(0),
+            out.stride(1), logit_scale, softcap, temperature, GATHERED=logits.shape[2] == K,
+            PLAIN=bias is None and logit_scale == 1 and softcap == 0 and temperature == 1, HAS_BIAS=bias is not None,
+            HAS_SOFTCAP=softcap != 0, BLOCK=GRAD_COLUMNS, num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 def column_sums(

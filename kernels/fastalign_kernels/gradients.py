@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .columns import column_grad
 from .gemm import mm, own_gemm
 from .rows import Coefficient, Transform, accumulator_dtype, row_grad
-from .tail import GATHERED_BYTES, Kept, at_columns, dropped_grad, kept_grad
+from .tail import GATHERED_BYTES, Kept, dropped_grad
 
-FLUSH = 4  # blocks whose rank-1 parts wait for one pair of thin GEMMs
+FLUSH = 7  # blocks whose rank-1 parts wait for one pair of thin GEMMs, the first of 8 rows: it reads the weight, the other dW
 
 
 class Gradients(NamedTuple):
@@ -82,9 +83,15 @@ class GradientSums:
         self.d_weight = torch.empty(V, H, dtype=self.accumulator, device=hidden.device) if wanted[1] else weight.new_empty(0)
         self.d_bias = torch.zeros(V, dtype=self.accumulator, device=hidden.device) if wanted[2] else hidden.new_empty(0)
         self.empty = True  # d_weight holds nothing yet
-        self.grad_tile: Tensor | None = None
+        self.tile = torch.empty(0, dtype=self.gradient, device=hidden.device)
         self.waiting: list[_Waiting] = []
         self.uniform_sum: Tensor | None = None
+
+    def _tile(self, rows: int, columns: int) -> Tensor:
+        """Memory for dlogits, until the next."""
+        if self.tile.numel() < rows * columns:
+            self.tile = torch.empty(rows * columns, dtype=self.gradient, device=self.hidden.device)
+        return self.tile[: rows * columns].view(rows, columns)
 
     def add(self, block: Block) -> None:
         """dlogits in place, or on a GPU from fp32 logits to the GEMMs' dtype, and a GEMM each for dX and dW."""
@@ -92,9 +99,7 @@ class GradientSums:
         logits = block.logits
         grad = logits
         if self.gradient != self.accumulator:
-            if self.grad_tile is None or self.grad_tile.shape[0] < logits.shape[0]:
-                self.grad_tile = torch.empty_like(logits, dtype=self.gradient)
-            grad = self.grad_tile[: logits.shape[0]]
+            grad = self._tile(*logits.shape)
         row_grad(logits[None], block.ids, self.bias, self.transform, block.stats, block.coefficients, grad[None])
         if self.wanted[0]:
             dx = torch.empty(block.x.shape, dtype=self.gradient, device=logits.device)
@@ -110,25 +115,26 @@ class GradientSums:
         """The same of a block's kept columns, gathered; the rank-1 matrix of the others waits for its thin GEMMs."""
         tokens, ids, x, stats, _, coefficients = block
         assert coefficients is not None
-        C, H = x.shape
+        (C, H), V = x.shape, self.w.shape[0]
         if self.wanted[1] and self.empty:
             self.d_weight.zero_()
             self.empty = False
-        at = at_columns(ids, kept.columns)
+        totals = kept.totals
         dx = torch.zeros(C, H, dtype=self.accumulator, device=x.device)
         gathered = 0 if self.own_gemm else H * (self.compute.itemsize + self.accumulator.itemsize)
         width = max(1024, GATHERED_BYTES // (C * self.gradient.itemsize + gathered))
         for first in range(0, kept.columns.numel(), width):
             columns = kept.columns[first : first + width]
-            grad = torch.empty(C, columns.numel(), dtype=self.gradient, device=x.device)
-            kept_grad(kept, first, first + columns.numel(), at, self.transform, stats, coefficients, grad)
+            grad = self._tile(C, columns.numel())
+            logits = kept.logits if kept.logits.shape[1] == V else kept.logits[:, first : first + width]
+            totals = totals - column_grad(logits, columns, ids, self.bias, self.transform, stats, coefficients, V, grad)
             if self.wanted[0]:
                 mm(grad, self.w, dx, add=True, right_rows=columns)
             if self.wanted[1]:
                 mm(grad.t(), x, self.d_weight, add=True, out_rows=columns)
             if self.wanted[2]:
                 self.d_bias.index_add_(0, columns, grad.sum(0, dtype=self.accumulator))
-        dropped = dropped_grad(kept, coefficients)
+        dropped = dropped_grad(totals, coefficients)
         scale, _, temperature = self.transform
         uniform = coefficients[Coefficient.UNIFORM] * (scale / temperature)
         wide = x.to(self.accumulator)
@@ -143,10 +149,10 @@ class GradientSums:
         """dX and dW of the rank-1 parts."""
         shapes = torch.stack([part.shape for part in self.waiting])
         if self.wanted[0]:
-            towards = torch.empty(len(shapes), self.w.shape[1], dtype=self.accumulator, device=shapes.device)
-            mm(shapes.to(self.compute), self.w, towards)
-            every = self.w.sum(0, dtype=self.accumulator)
-            for part, w in zip(self.waiting, towards):
+            towards = torch.empty(len(shapes) + 1, self.w.shape[1], dtype=self.accumulator, device=shapes.device)
+            mm(torch.cat([shapes, torch.ones_like(shapes[:1])]).to(self.compute), self.w, towards)
+            *own, every = towards
+            for part, w in zip(self.waiting, own):
                 tail = torch.outer(part.dropped, w).add_(torch.outer(part.uniform, every))
                 self.d_hidden[part.tokens] = part.d_hidden.add_(tail).to(self.hidden.dtype)
         if self.wanted[1]:

@@ -1,7 +1,7 @@
 """With a tail (tail.py), a forward pass keeps what the backward pass needs, where the exact way makes the logits again.
 
-For any upstream gradient that is 1 + 2 f GEMMs in place of 4. The kept columns' logits take f of all logits; what does not fit as many
-MiB as the workspace is made again, 2 + 2 f GEMMs for these tokens.
+For any upstream gradient that is 1 + 2 f GEMMs in place of 4. The kept columns' logits take f of all logits; what does not fit, together
+with a chunk's logits, twice the workspace is made again: 2 + 2 f GEMMs for these tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .gradients import Block, Gradients, GradientSums
-from .plan import capacity, keeping_bytes
+from .plan import TOKENS, capacity, keeping_bytes
 from .rows import accumulator_dtype
 from .sweep import ChunkCoefficients, Head, add_all, chunk_blocks, new_table, no_autocast, tail_blocks
-from .tail import DENSE, TOKENS, Kept
+from .tail import DENSE, Kept
 
 MADE_AGAIN = -1  # in place of a number of columns
 
@@ -27,7 +27,7 @@ class KeptState(NamedTuple):
     logits: Tensor  # [E], of each block [C, K]
     columns: Tensor  # [M] int64
     shapes: Tensor  # [blocks, V]
-    dropped: Tensor  # [2, N]
+    totals: Tensor  # [2, N] fp64
     order: Tensor  # [N] int64, the blocks' token indices
     sizes: Tensor  # [blocks, 2] int64 on the CPU: C and K, or MADE_AGAIN; C is 0 beyond the last block
 
@@ -38,14 +38,15 @@ def empty_state(head: Head, wanted: tuple[bool, bool, bool]) -> KeptState:
     N, V = hidden.shape[0], weight.shape[0]
     kind, dtype = hidden.device.type, accumulator_dtype(hidden.dtype)
     weight_grad = wanted[1] or wanted[2]
-    chunk, _ = capacity(V, hidden.dtype, kind, wanted[0], weight_grad, head.tail_eps, head.workspace_mib)
+    chunk, per_token = capacity(V, hidden.dtype, kind, wanted[0], weight_grad, head.tail_eps, head.workspace_mib)
     blocks = -(-N // chunk) * -(-chunk // TOKENS["cpu" if kind == "cpu" else "cuda"])
     most = int(DENSE * V)
+    room = keeping_bytes(kind, weight_grad, head.workspace_mib, chunk * per_token)
     return KeptState(
-        hidden.new_empty(min(keeping_bytes(kind, weight_grad, head.workspace_mib) // dtype.itemsize, N * most), dtype=dtype),
+        hidden.new_empty(min(room // dtype.itemsize, N * most), dtype=dtype),
         hidden.new_empty(blocks * most, dtype=torch.int64),
         hidden.new_empty(blocks, V, dtype=dtype),
-        hidden.new_empty(2, N, dtype=dtype),
+        hidden.new_empty(2, N, dtype=torch.float64),
         hidden.new_empty(N, dtype=torch.int64),
         torch.zeros(blocks, 2, dtype=torch.int64),
     )
@@ -58,14 +59,14 @@ def sweep_keeping(head: Head, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, 
         table = new_table(head)
         state = empty_state(head, wanted)
         token = value = column = 0
-        for b, (block, kept) in enumerate(tail_blocks(head, sums, chunk_blocks(head, sums, table, True, None, wanted), gather=True)):
+        for b, (block, kept) in enumerate(tail_blocks(head, sums, chunk_blocks(head, sums, table, True, None, wanted))):
             C, K = block.ids.numel(), MADE_AGAIN
             own = block.tokens
             state.order[token : token + C] = torch.arange(own.start, own.stop) if isinstance(own, slice) else own
-            state.dropped[:, token : token + C] = 0 if kept is None else kept.dropped
-            if kept is not None and value + kept.logits.numel() <= state.logits.numel():
+            if kept is not None and value + C * kept.columns.numel() <= state.logits.numel():
                 K = kept.columns.numel()
-                state.logits[value : value + C * K] = kept.logits.view(-1)
+                torch.index_select(kept.logits, 1, kept.columns, out=state.logits[value : value + C * K].view(C, K))
+                state.totals[:, token : token + C] = kept.totals
                 state.columns[column : column + K] = kept.columns
                 state.shapes[b] = kept.shape
                 value, column = value + C * K, column + K
@@ -74,7 +75,7 @@ def sweep_keeping(head: Head, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, 
     return table, state
 
 
-def _kept_blocks(state: KeptState, bias: Tensor | None) -> Iterator[tuple[Tensor, Kept | None]]:
+def _kept_blocks(state: KeptState) -> Iterator[tuple[Tensor, Kept | None]]:
     token = value = column = 0
     for b, (C, K) in enumerate(state.sizes.tolist()):
         index = state.order[token : token + C]
@@ -83,8 +84,7 @@ def _kept_blocks(state: KeptState, bias: Tensor | None) -> Iterator[tuple[Tensor
         elif C:
             columns = state.columns[column : column + K]
             logits = state.logits[value : value + C * K].view(C, K)
-            own_bias = None if bias is None else bias[columns]
-            yield index, Kept(columns, logits, own_bias, state.shapes[b], state.dropped[:, token : token + C])
+            yield index, Kept(columns, logits, state.totals[:, token : token + C], state.shapes[b], state.shapes.new_empty(0))
             value, column = value + C * K, column + K
         token += C
 
@@ -96,7 +96,7 @@ def sweep_kept(
     with no_autocast(head):
         sums = GradientSums(head.hidden, head.weight, head.bias, head.transform, wanted)
         again = []
-        for index, kept in _kept_blocks(state, sums.bias):
+        for index, kept in _kept_blocks(state):
             if kept is None:
                 again.append([index])
                 continue

@@ -26,7 +26,15 @@ def _load() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the native library does not load: {error}"
-    for op in ("row_stats", "row_grad", "column_sums", "policy_tokens", "value_tokens", "gae_rows"):  # all write into arguments
+    for op in (
+        "row_stats",
+        "row_grad",
+        "column_sums",
+        "column_grad",
+        "policy_tokens",
+        "value_tokens",
+        "gae_rows",
+    ):  # all write into arguments
         torch.library.register_fake(f"fastalign::{op}", lambda *arguments: None)
     return ""
 

@@ -15,6 +15,8 @@ from . import check as _check
 # faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak within 96 MiB of the gradients: MKL packs into 25 more.
 WORKSPACE_MIB = {"cuda": (512.0, 512.0), "cpu": (96.0, 72.0)}
 
+TOKENS = {"cpu": 256, "cuda": 4096}  # of a tail's block at most: more keep more columns, fewer make slower GEMMs and more gathers
+
 
 class HeadPlan(NamedTuple):
     """How a head call runs: the way (head.py's table), tokens per chunk, bytes of the chunk's workspace, and GEMMs in all.
@@ -95,16 +97,18 @@ def capacity(
     # of another dtype cannot be overwritten in place by parallel threads. On a CPU it stays in fp32.
     low = kind != "cpu" and (hidden_grad or weight_grad) and dtype in (torch.bfloat16, torch.float16)
     per_token = vocab_size * (8 if dtype == torch.float64 else 6 if low else 4)
-    if tail_eps is not None and (hidden_grad or weight_grad):  # beside them the kept columns, and on a GPU the next chunk's logits
-        per_token = per_token * 3 // 2 if kind == "cpu" else per_token * 5 // 2
+    tail = tail_eps is not None and (hidden_grad or weight_grad)
+    if tail and kind != "cpu":  # beside them the kept columns, and the next chunk's logits
+        per_token = per_token * 5 // 2
     largest = int(workspace_mib * 2**20) // per_token
     if largest < 1:
         raise ValueError(
             f"workspace_mib: {workspace_mib} seen, at least {per_token / 2**20:.3g} wanted: one token's logits at V = {vocab_size}"
         )
-    return largest, per_token
+    return min(largest, TOKENS["cpu"]) if tail and kind == "cpu" else largest, per_token
 
 
-def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None) -> int:
-    """What kept columns (tail.py) may take between a forward and a backward pass: as much as the workspace."""
-    return int((WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib) * 2**20)
+def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None, chunk_bytes: int) -> int:
+    """What kept columns (tail.py) may take between a forward and a backward pass: with a chunk's logits twice the workspace."""
+    workspace_mib = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib
+    return int(2 * workspace_mib * 2**20) - chunk_bytes

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .gemm import mm
 from .gradients import Block, Gradients, GradientSums
-from .plan import HeadPlan, plan_head
+from .plan import TOKENS, HeadPlan, plan_head
 from .rows import Stat, Transform, accumulator_dtype, row_stats
-from .tail import TOKENS, Choice, Kept, choose, first_true, keep
+from .tail import Choice, Kept, choose, first_true, keep
 
 ChunkCoefficients = Callable[[Tensor, Tensor | slice], Tensor]  # statistics [7, C] of a chunk, its token indices -> row_grad's [4, C]
 
@@ -122,7 +122,7 @@ def chunk_blocks(
             yield make(index, False)
 
 
-def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block], gather: bool) -> Iterator[tuple[Block, Kept | None]]:
+def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block]) -> Iterator[tuple[Block, Kept | None]]:
     """Blocks of at most so many TOKENS with their kept columns, None where the block had better be dense.
 
     On a GPU the number of kept columns, which sizes the GEMMs, is asked for when the next chunk's logits are queued, so that the device
@@ -134,7 +134,7 @@ def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block], gather:
 
     def finished() -> Iterator[tuple[Block, Kept | None]]:
         for part, choice in queued:
-            yield part, keep(choice, part.logits, part.ids, sums.bias, head.transform, part.stats, gather)
+            yield part, keep(choice, part.logits)
 
     for block in blocks:
         C, most = block.ids.numel(), TOKENS[head.hidden.device.type]
@@ -181,7 +181,7 @@ def add_all(head: Head, sums: GradientSums, blocks: Iterable[Block]) -> None:
         for block in blocks:
             sums.add(block)
         return
-    for block, kept in tail_blocks(head, sums, blocks, gather=False):
+    for block, kept in tail_blocks(head, sums, blocks):
         if kept is None:
             sums.add(block)
         else:

@@ -11,10 +11,11 @@ rows of W get their gradient. The products with q of many blocks are two thin GE
 
 GEMMs: 1 + 2 f for f = K / V, and dense (3) where f > DENSE. Kept between the passes: `Kept`, f of the block's logits.
 
-Bytes beside the GEMMs: (16 + 14 f) V for each token and 22 f V H for each block (its rows of W and dW gathered and put back), in bf16 with
-fp32 logits. Predicted, not measured, for N 8192, H 4096, V 151936 on an H100 (700 TFLOP/s reached, 3.35 TB/s; the exact way: 47 ms):
-53 ms in the 24 blocks of 353 tokens that 512 MiB hold (f 0.25), 44 ms in the 6 of 2 GiB (f 0.4). So there it pays where logits would be
-made twice (62 ms exact), and for cross-entropy with a large workspace only; a GEMM that gathers its own rows is the next step.
+Bytes beside the GEMMs: (16 + 6 f) V for each token and 22 f V H for each block (its rows of W and dW gathered and put back; on a CPU with
+our own GEMMs they are gathered while they are packed, 8 f V H), in bf16 with fp32 logits. Predicted, not measured, for N 8192, H 4096,
+V 151936 on an H100 (700 TFLOP/s reached, 3.35 TB/s; the exact way: 47 ms): 52 ms in the 24 blocks of 353 tokens that 512 MiB hold
+(f 0.25), 43 ms in the 6 of 2 GiB (f 0.4). So there it pays where logits would be made twice (62 ms exact), and for cross-entropy with a
+large workspace only; a GEMM that gathers its own rows, as the CPU's does, is the next step.
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ import torch
 from torch import Tensor
 
 from .columns import column_sums
-from .rows import Coefficient, Transform, row_grad
+from .rows import Coefficient, Transform
 
 _seen = {"kept": 0, "all": 0}  # columns times tokens since `kept_share` was last asked
 
-TOKENS = {"cpu": 256, "cuda": 4096}  # of a block at most: more keep more columns, fewer make slower GEMMs and more gathers
-GATHERED_BYTES = 8 * 2**20  # of gathered columns and of what is made of them, at a time: GEMMs stay large, memory stays small
+GATHERED_BYTES = 4 * 2**20  # of gathered columns and of what is made of them, at a time: GEMMs stay large, memory stays small
 DENSE = 3 / 5  # share of columns above which a block's gathers cost more than its smaller GEMMs save
 
 
@@ -39,10 +39,10 @@ class Kept(NamedTuple):
     """What the gradient of a block needs of its logits, for any coefficients."""
 
     columns: Tensor  # [K] int64, ascending
-    logits: Tensor  # raw, [C, K]; or [C, V], of which `columns` are the kept ones
-    bias: Tensor | None  # [K]
+    logits: Tensor  # raw: [C, V], of which `columns` are the kept ones, or [C, K] of these
+    totals: Tensor  # [2, C] fp64, sums over all columns of p dz/dx and of p log p dz/dx
     shape: Tensor  # [V], column sums of the other columns, divided by their sum
-    dropped: Tensor  # [2, C], sums over the other columns of p dz/dx and of p log p dz/dx
+    mass: Tensor  # [], their sum
 
 
 class Choice(NamedTuple):
@@ -93,13 +93,8 @@ def choose(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transfor
     return Choice(*first_true(wanted), sums, totals)
 
 
-def keep(
-    choice: Choice, logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, gather: bool
-) -> Kept | None:
-    """The kept columns of the logits; None where they are so many that the block is better served dense.
-
-    Without `gather` they stay where they are, in the chunk's logits, for a gradient that is made before those go.
-    """
+def keep(choice: Choice, logits: Tensor) -> Kept | None:
+    """The kept columns of the logits; None where they are so many that the block is better served dense."""
     C, V = logits.shape
     K = choice.how_many()
     _seen["kept"] += C * (K if K <= DENSE * V else V)
@@ -107,42 +102,12 @@ def keep(
     if K > DENSE * V:
         return None
     columns = choice.order[:K]
-    own_bias = None if bias is None else bias[columns]
-    dropped = choice.totals.clone()
-    own = logits.new_empty(C, K) if gather else logits
-    width = max(1024, GATHERED_BYTES // (C * logits.itemsize))
-    for first in range(0, K, width):
-        last = min(first + width, K)
-        part = logits.index_select(1, columns[first:last])
-        part_bias = None if own_bias is None else own_bias[first:last]
-        dropped -= column_sums(part, torch.where(ids >= 0, 0, -1), part_bias, transform, stats).totals
-        if gather:
-            own[:, first:last] = part
-    shape = choice.sums.index_fill(0, columns, 0)
-    shape /= shape.sum().clamp(min=torch.finfo(shape.dtype).tiny)
-    return Kept(columns, own, own_bias, shape, dropped.to(stats.dtype))
+    others = choice.sums.index_fill(0, columns, 0)
+    mass = others.sum()
+    return Kept(columns, logits, choice.totals, others / mass.clamp(min=torch.finfo(others.dtype).tiny), mass)
 
 
-def at_columns(ids: Tensor, columns: Tensor) -> Tensor:
-    """Where among the columns the ids stand, -1 for ignored ones."""
-    return torch.where(ids >= 0, torch.searchsorted(columns, ids), -1)
-
-
-def kept_grad(
-    kept: Kept, first: int, last: int, at: Tensor, transform: Transform, stats: Tensor, coefficients: Tensor, out: Tensor
-) -> None:
-    """dz of the kept columns first to last into out [C, last - first]; `at` of `at_columns`. Coefficients' `uniform` is left out."""
-    inside = (at >= first) & (at < last)
-    own = coefficients.clone()
-    own[Coefficient.ONEHOT] *= inside
-    own[Coefficient.UNIFORM] = 0
-    ids = torch.where(inside, at - first, torch.where(at >= 0, 0, -1))
-    bias = None if kept.bias is None else kept.bias[first:last]
-    gathered = kept.logits.shape[1] == kept.columns.numel()
-    logits = kept.logits[:, first:last] if gathered else kept.logits.index_select(1, kept.columns[first:last])
-    row_grad(logits[None], ids, bias, transform, stats, own, out[None])
-
-
-def dropped_grad(kept: Kept, coefficients: Tensor) -> Tensor:
-    """Row sums [C] of dz over the columns that were dropped."""
-    return coefficients[Coefficient.PROB] * kept.dropped[0] + coefficients[Coefficient.PLOGP] * kept.dropped[1]
+def dropped_grad(totals: Tensor, coefficients: Tensor) -> Tensor:
+    """Row sums [C] of dz over columns with these totals [2, C]."""
+    prob, plogp = coefficients[Coefficient.PROB], coefficients[Coefficient.PLOGP]
+    return (prob * totals[0] + plogp * totals[1]).to(coefficients.dtype)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import check as _check
+from .gradients import GradientSums
 from .head import linear_cross_entropy, prepare
-from .keeping import sweep_keeping
 from .rows import Transform
-from .sweep import Head
+from .sweep import Head, chunk_blocks, new_table, no_autocast, tail_blocks
 from .tail import kept_share
 
 
@@ -60,10 +60,15 @@ def tail_report(
     b = None if bias is None else bias.detach()
 
     kept_share()
-    _, state = sweep_keeping(Head(x.detach(), w.detach(), y, b, Transform(*transform), workspace, eps), (True, True, False))
+    head = Head(x.detach(), w.detach(), y, b, Transform(*transform), workspace, eps)
+    dropped = 0.0
+    with no_autocast(head):
+        sums = GradientSums(*head[:2], b, head.transform, (False, False, False))
+        for _, kept in tail_blocks(head, sums, chunk_blocks(head, sums, new_table(head), True, None, (True, True, False))):
+            dropped += 0.0 if kept is None else float(kept.mass)
     share = kept_share()
     assert share is not None
-    mass = float(state.dropped[0].double().mean()) * temperature / logit_scale  # of p dz/dx: a softcap's slope is counted in
+    mass = dropped / own.numel() * temperature / logit_scale  # of p dz/dx: a softcap's slope is counted in
 
     def gradients(tail: float | None) -> tuple[Tensor, ...]:
         loss = linear_cross_entropy(
