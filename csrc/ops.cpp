@@ -43,11 +43,11 @@ Strides strides_of(const Tensor& t, const char* name) {
   return {t.size(1), t.stride(0), t.stride(1)};
 }
 
-// V: of the vocabulary, which logits of some of its columns do not tell.
+// vocab_size: where the logits are of some of the columns.
 Rows rows_of(const Tensor& logits, const Tensor& ids, const std::optional<Tensor>& bias, double logit_scale, double softcap, double temperature,
-             int64_t V) {
+             std::optional<int64_t> vocab_size = {}) {
   const Strides strides = strides_of(logits, "logits");
-  const int64_t N = logits.size(0) * logits.size(1);
+  const int64_t N = logits.size(0) * logits.size(1), V = vocab_size.value_or(logits.size(2));
   STD_TORCH_CHECK(ids.dim() == 1 && ids.size(0) == N && ids.is_contiguous() && ids.scalar_type() == ScalarType::Long, "ids: contiguous int64 [B*T] wanted");
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == V && bias->is_contiguous() && bias->scalar_type() == logits.scalar_type(),
@@ -59,7 +59,7 @@ Rows rows_of(const Tensor& logits, const Tensor& ids, const std::optional<Tensor
 }
 
 void row_stats(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats) {
-  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature, logits.size(2));
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
   check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
   const StatsRows job{rows, stats.mutable_data_ptr()};
   const auto kernel = FASTALIGN_KERNELS(kernels).stats[dtype_of(logits)];
@@ -68,7 +68,7 @@ void row_stats(Tensor logits, Tensor ids, std::optional<Tensor> bias, double log
 
 void row_grad(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats,
               Tensor coefficients, Tensor out) {
-  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature, logits.size(2));
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
   check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
   check_table(coefficients, "coefficients", 4, rows.N, accumulator_of(logits));
   const Strides out_strides = strides_of(out, "out");
@@ -85,7 +85,7 @@ void check_vector(const Tensor& t, const char* name, int64_t V, ScalarType dtype
 
 void column_sums(Tensor logits, Tensor ids, std::optional<Tensor> bias, double logit_scale, double softcap, double temperature, Tensor stats,
                  Tensor largest, Tensor sums, Tensor totals) {
-  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature, logits.size(2));
+  const Rows rows = rows_of(logits, ids, bias, logit_scale, softcap, temperature);
   check_table(stats, "stats", 7, rows.N, accumulator_of(logits));
   check_vector(largest, "largest", rows.V, accumulator_of(logits));
   check_vector(sums, "sums", rows.V, accumulator_of(logits));
