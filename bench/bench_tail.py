@@ -4,17 +4,25 @@ import pytest
 
 from .bench_linear_cross_entropy import THREE
 from .bench_linear_dpo import FOUR
-from .operation import EAGER, Shape
+from .operation import EAGER, OURS, Shape
 from .preference_methods import LIGER_DPO
 from .shapes import DTYPE, HEADS
 from .suite import Case, Target, grid
-from .tail_methods import EPS
+from .tail_methods import EPS, SHARPNESS
 
 SMOLLM2 = HEADS["SmolLM2-135M"]
 SMALL, LARGE = EPS
 TRAINED = ("hidden", "weight")
 
 CASES = {
+    "linear_cross_entropy bf16, tail": Case(  # where the usual dtype is bf16, the next entry takes its place
+        "linear_cross_entropy, tail",
+        "bf16",
+        TRAINED,
+        THREE,
+        (Target("time", 0.8, OURS, SMALL), Target("time", 0.8, OURS, LARGE)),
+        Shape(2048, *SMOLLM2),
+    ),
     f"linear_cross_entropy {DTYPE}, tail": Case(
         "linear_cross_entropy, tail",
         DTYPE,
@@ -24,6 +32,17 @@ CASES = {
         Shape(2048, *SMOLLM2),
         memory=True,
     ),
+    **{
+        f"linear_cross_entropy {DTYPE}, tail, {name}": Case(
+            f"linear_cross_entropy, tail, {name}",
+            DTYPE,
+            TRAINED,
+            THREE,
+            (Target("time", 1.05, OURS, SMALL), Target("time", 1.05, OURS, LARGE)),
+            Shape(1024, *SMOLLM2),
+        )
+        for name in SHARPNESS
+    },
     f"linear_dpo {DTYPE}, tail": Case(
         "linear_dpo, tail",
         DTYPE,

@@ -65,6 +65,8 @@ inline void transpose(__m512 (&r)[LANES]) {
   for (int i = 0; i < LANES; ++i) r[i] = s[i];
 }
 
+// Where lines of 16 o are read at a time, those of the next 16 are asked for: they start in other places, which the hardware does not guess.
+// With it and with tile's, logits and dW of 256 tokens in bf16 take 0.83 and 0.81 of the time on one core; in panels of 8 it gave nothing.
 template <int64_t P, bool PAIRS, class T> void pack(const Factor& x, int64_t o, int64_t o_end, int64_t k, int64_t k_end, float* panels) {
   constexpr int64_t step = PAIRS ? 2 : 1;
   constexpr __mmask16 lanes = P < LANES ? (1 << P) - 1 : 0xffff;
@@ -78,6 +80,7 @@ template <int64_t P, bool PAIRS, class T> void pack(const Factor& x, int64_t o, 
 #pragma GCC unroll 16
           for (int i = 0; i < LANES; ++i) {
             const bool there = i < P && o + s + i < o_end;
+            if (P >= LANES && there) __builtin_prefetch(data + (o + s + i + LANES) * x.outer + k + w * step);
             r[i] = there ? along<PAIRS>(data + (o + s + i) * x.outer + k + w * step, k_end - k - w * step) : _mm512_setzero_ps();
           }
           transpose(r);
@@ -108,6 +111,8 @@ constexpr int64_t SUMMED = 128;
 
 template <bool PAIRS> inline void tile(const float* left, const float* right, int64_t words, float* const* rows, int64_t M, int64_t N, bool add) {
   constexpr int64_t COLUMNS = RIGHT / LANES;
+  for (int64_t i = 0; i < M; ++i)  // to be there when the sums are
+    for (int64_t j = 0; j < COLUMNS; ++j) __builtin_prefetch(rows[i] + j * LANES, 1);
   do {
     __m512 sum[LEFT][COLUMNS];
 #pragma GCC unroll 8
