@@ -10,13 +10,13 @@ from .suite import Case, Target, grid
 OPERATION = "linear_cross_entropy"
 THREE = {
     "3 bare GEMMs": bare_gemms(1, hidden_grad=True, weight_grad=True),
-    "3 bare GEMMs, preallocated": bare_gemms(1, hidden_grad=True, weight_grad=True, preallocated=True),
+    "3 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, weight_grad=True, ours=True),
 }
 TWO = {
     "2 bare GEMMs": bare_gemms(1, hidden_grad=True),
-    "2 bare GEMMs, preallocated": bare_gemms(1, hidden_grad=True, preallocated=True),
+    "2 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, ours=True),
 }
-ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, preallocated": bare_gemms(1, preallocated=True)}
+ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, gemm.py": bare_gemms(1, ours=True)}
 # Without what on a CPU is a fallback, or F.linear_cross_entropy in 64 chunks: two to four times the time of all others together.
 SLOW = ("F.linear_cross_entropy, options as torch picks them", "TRL ChunkedLogProbFunction", "Liger fused linear Scaled CE")
 QUICK = tuple(name for name in LINEAR_CROSS_ENTROPY.methods if DTYPE == "bf16" or name not in SLOW)

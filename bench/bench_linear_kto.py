@@ -10,7 +10,7 @@ from .suite import Case, Target, grid
 OPERATION = "linear_kto"
 FOUR = {  # one of the reference, three of the policy
     "4 bare GEMMs": bare_gemms(2, hidden_grad=True, weight_grad=True),
-    "4 bare GEMMs, preallocated": bare_gemms(2, hidden_grad=True, weight_grad=True, preallocated=True),
+    "4 bare GEMMs, gemm.py": bare_gemms(2, hidden_grad=True, weight_grad=True, ours=True),
 }
 TARGETS = (Target("time", 1, "PyTorch"), Target("time", 0.55, LIGER_KTO), Target("memory", 128), Target("growth", 1.2))
 

@@ -9,13 +9,13 @@ from .suite import Case, Target, grid
 OPERATION = "linear_logprobs"
 FOUR = {
     "4 bare GEMMs": bare_gemms(2, hidden_grad=True, weight_grad=True),
-    "4 bare GEMMs, preallocated": bare_gemms(2, hidden_grad=True, weight_grad=True, preallocated=True),
+    "4 bare GEMMs, gemm.py": bare_gemms(2, hidden_grad=True, weight_grad=True, ours=True),
 }
 TWO = {
     "2 bare GEMMs": bare_gemms(1, hidden_grad=True),
-    "2 bare GEMMs, preallocated": bare_gemms(1, hidden_grad=True, preallocated=True),
+    "2 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, ours=True),
 }
-ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, preallocated": bare_gemms(1, preallocated=True)}
+ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, gemm.py": bare_gemms(1, ours=True)}
 
 CASES = {
     f"linear_logprobs {DTYPE}": Case(OPERATION, DTYPE, ("hidden", "weight"), FOUR, (Target("error", 2, "PyTorch"),), memory=True),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastalign
+from fastalign_kernels.gemm import mm, own_gemm
 
 from . import smollm2
 from .head_methods import HEAD_ROWS, apple_cce, eager_logprobs, head_inputs, liger_scaled, trl_chunked
@@ -216,8 +217,8 @@ OPERATIONS = {
 # Ceilings: the part of the work that no method can leave out.
 
 
-def bare_gemms(forward: int, hidden_grad: bool = False, weight_grad: bool = False, preallocated: bool = False) -> Ceiling:
-    """The GEMMs of a head and nothing between them, on whole matrices; each product in memory of its own, or in memory made beforehand."""
+def bare_gemms(forward: int, hidden_grad: bool = False, weight_grad: bool = False, ours: bool = False) -> Ceiling:
+    """The GEMMs of a head and nothing between them, on whole matrices: torch's, or what gemm.py takes, in memory made beforehand."""
 
     def make(tensors: Tensors) -> Callable[[], object]:
         x, w = tensors["hidden"].detach(), tensors["weight"].detach()
@@ -228,17 +229,18 @@ def bare_gemms(forward: int, hidden_grad: bool = False, weight_grad: bool = Fals
                 z = x @ w.t()
             return z if not hidden_grad and not weight_grad else (z @ w if hidden_grad else None, z.t() @ x if weight_grad else None)
 
-        if not preallocated:
+        if not ours:
             return fresh
-        z, dx, dw = x.new_empty(N, V), x.new_empty(N, H), x.new_empty(V, H)
+        dtype = torch.float32 if own_gemm(x.device, x.dtype) else x.dtype
+        z, dx, dw = (x.new_empty(shape, dtype=dtype) for shape in ((N, V), (N, H), (V, H)))
 
         def reusing() -> object:
             for _ in range(forward):
-                torch.mm(x, w.t(), out=z)
+                mm(x, w.t(), z)
             if hidden_grad:
-                torch.mm(z, w, out=dx)
+                mm(z, w, dx)
             if weight_grad:
-                torch.mm(z.t(), x, out=dw)
+                mm(z.t(), x, dw)
             return None
 
         return reusing

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastalign_kernels import native
 from fastalign_kernels.plan import WORKSPACE_MIB, capacity, plan_head
 
 from .operation import OURS, Shape
@@ -130,7 +131,7 @@ def _head(
     held = plan.workspace_bytes + 28 * N + size * N * H * dX + 4 * V * H * dW
     if dW and size < 4:
         held += size * V * H  # the gradient in the weight's dtype, made of its fp32 sum
-    if kind == "cpu" and size < 4:
+    if kind == "cpu" and size < 4 and not native.own_gemm():
         held += 4 * V * H  # the weight in fp32
     return Work(tuple(gemms), float(passes * N * V), float(held))
 
@@ -155,23 +156,24 @@ def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
 
 
 def measured_machine(results: Mapping[str, Any]) -> Machine | None:
-    """The machine of a results file, with what its bare GEMMs in fp32 and its bare read of the logits reached; None without those rows."""
-    flops, reads = [], []
+    """The machine of a results file, with what its bare GEMMs and its bare read of the logits reached; None without those rows."""
+    flops: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    reads = []
     for case in results["cases"]:
         N, H, V = case["shape"].values()
-        for name, row in case["rows"].items():
-            if not row["seconds"] or case["dtype"] != "fp32":
-                continue
-            if name.endswith(("bare GEMMs", "bare GEMM")):
-                flops.append(int(name.split()[0]) * 2 * N * H * V / statistics.median(row["seconds"]))
-            elif name == "one read (amax)":
-                reads.append(4 * N * V / statistics.median(row["seconds"]))
-    if not flops or not reads:
+        rows = {name: statistics.median(row["seconds"]) for name, row in case["rows"].items() if row["seconds"]}
+        gemms = [int(name.split()[0]) * 2 * N * H * V / seconds for name, seconds in rows.items() if " bare GEMM" in name]
+        if gemms and case["dtype"] in flops:
+            flops[case["dtype"]].append(max(gemms))  # torch's or gemm.py's
+        if case["dtype"] == "fp32" and "one read (amax)" in rows:
+            reads.append(4 * N * V / rows["one read (amax)"])
+    if not flops["fp32"] or not reads:
         return None
     info = results["machine_info"]
     gpu = info["gpu"] != "none"
-    rate = statistics.median(flops)  # low precision included: measured in fp32, which a CPU without fast bf16 units computes in
-    return Machine(info["gpu"] if gpu else info["cpu"], rate, rate, statistics.median(reads), 1.0, 1.0, "cuda" if gpu else "cpu")
+    rate = statistics.median(flops["fp32"])  # that of bf16 too where none was measured
+    low = statistics.median(flops["bf16"] or [rate])
+    return Machine(info["gpu"] if gpu else info["cpu"], low, rate, statistics.median(reads), 1.0, 1.0, "cuda" if gpu else "cpu")
 
 
 def table(results: Mapping[str, Any] | None) -> str:
