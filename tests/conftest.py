@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch.utils._device
 
 GPU = torch.cuda.is_available()
 if not GPU:
