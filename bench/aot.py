@@ -115,15 +115,16 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
 
 
 def compile_policy(kernel: str, sm: int, variant: str) -> Row:
-    """One of policy_triton's or advantage_triton's kernels with all its optional inputs; `variant` is policy_kernel's KL estimator."""
-    module = advantage_triton if kernel == "gae_kernel" else policy_triton
+    """One of policy_triton's or advantage_triton's kernels with all its options; `variant` is policy_kernel's KL estimator."""
+    module = advantage_triton if hasattr(advantage_triton, kernel) else policy_triton
     function = getattr(module, kernel)
-    constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith(("HAS_", "SCALE_", "ENTROPY_"))}
+    constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith(("HAS_", "SCALE_", "ENTROPY_", "SHIFT_"))}
     constants["BLOCK"] = module.BLOCK
     if kernel == "policy_kernel":
         constants["KL"] = KL_ESTIMATORS.index(variant)
-    types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1", "sums": "*fp64", "N": "i32", "T": "i32"}
-    numbers = ("lower", "upper", "dual", "entropy_coefficient", "kl_coefficient", "clip", "gamma", "decay")
+    types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1", "N": "i32", "T": "i32", "P": "i32"}
+    types |= dict.fromkeys(("sums", "parts", "moments"), "*fp64")
+    numbers = ("lower", "upper", "dual", "entropy_coefficient", "kl_coefficient", "clip", "gamma", "decay", "eps")
     types |= dict.fromkeys(numbers, "fp32")  # all others are inputs and outputs
     source = ASTSource(function, {name: types.get(name, "*fp32") for name in function.arg_names}, constexprs=constants)
     return _triton_row(source, module.NUM_WARPS, kernel, sm, "fp32", variant)
@@ -210,7 +211,8 @@ def main() -> int:
         for variant in variants[kernel]
         for dtype in (TYPES if variant in ("sigmoid", "full") else ("fp32",))
     ]
-    policies = (*(("policy_kernel", estimator) for estimator in KL_ESTIMATORS), ("value_kernel", "full"), ("gae_kernel", "full"))
+    whole = ("value_kernel", "gae_kernel", "moments_kernel", "merge_kernel", "whiten_kernel")
+    policies = (*(("policy_kernel", estimator) for estimator in KL_ESTIMATORS), *((kernel, "full") for kernel in whole))
     policy_jobs = [(kernel, sm, variant) for kernel, variant in policies for sm in (*ARCHITECTURES, *AMD)]
     nvcc = build_rules()["find_nvcc"]()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

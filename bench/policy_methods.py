@@ -1,7 +1,7 @@
-"""PPO's policy loss from hidden states, from log-probabilities, and GAE: inputs and methods.
+"""PPO's policy loss from hidden states, from log-probabilities, GAE, and whitening: inputs and methods.
 
-From hidden states, N tokens are ROWS sequences of one length and one advantage each, for that is what Liger's GRPO takes. The other two are
-on N sequences of V tokens, padded at the end.
+From hidden states, N tokens are ROWS sequences of one length and one advantage each, for that is what Liger's GRPO takes. The others are on
+N sequences of V tokens, padded at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign_kernels import gae, linear_ppo_loss, ppo_loss
+from fastalign_kernels import gae, linear_ppo_loss, masked_whiten, ppo_loss
 
 from .head_methods import HEAD_ROWS, head_inputs
 from .operation import COMPILED, EAGER, OURS, Ceiling, Forward, Operation, Shape, Tensors, compiled, here, module
@@ -137,6 +137,23 @@ def _eager_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> dict[str, Tenso
     return {"advantages": advantages, "returns": advantages + values}
 
 
+def advantage_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    tensors = token_inputs(shape, dtype, device)
+    return {"advantages": tensors["advantages"], "mask": tensors["mask"]}
+
+
+def _ours_whiten(advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    return {"whitened": masked_whiten(advantages, mask)}
+
+
+def _eager_whiten(advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """TRL's masked_whiten, and the line of its trainer that sets the padding to 0."""
+    mean, tokens = _masked_mean(advantages, mask), mask.sum()
+    variance = _masked_mean((advantages - mean) ** 2, mask) * (tokens / (tokens - 1))
+    whitened = (advantages - mean) * torch.rsqrt(variance + 1e-8)
+    return {"whitened": whitened.masked_fill(~mask, 0)}
+
+
 def copies(tensors: Tensors) -> Callable[[], object]:
     """One read and one write of every input."""
     own = [x.detach() for x in tensors.values()]
@@ -163,4 +180,10 @@ POLICY = {
         whole=lambda rows: _eager_ppo,
     ),
     "gae": Operation(episode_inputs, {OURS: here(_ours_gae), EAGER: here(_eager_gae)}, (), whole=lambda rows: _eager_gae),
+    "whiten": Operation(
+        advantage_inputs,
+        {OURS: here(_ours_whiten), EAGER: here(_eager_whiten), COMPILED: compiled(_eager_whiten)},
+        (),
+        whole=lambda rows: _eager_whiten,
+    ),
 }

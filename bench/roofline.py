@@ -98,6 +98,13 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
         return Work((), 3 * size * logits, size * logits)
     if base == "reward":
         return Work((), 4 * size * shape.N, 2 * size * shape.N)
+    # N sequences of V tokens, with a mask of a byte: PPO's four inputs, two slopes, and these times the upstream gradient; GAE; whitening.
+    if base == "ppo":
+        return Work((), (10 * size + 1) * logits, 4 * size * logits)
+    if base == "gae":
+        return Work((), (4 * size + 1) * logits, 2 * size * logits)
+    if base == "whiten":
+        return Work((), (3 * size + 2) * logits, size * logits)
     if operation == "sample":
         return Work((), size * logits, 40 * shape.N)
     return None

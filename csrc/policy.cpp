@@ -1,4 +1,4 @@
-// Registration and checked launchers of the losses of policy optimisation and of GAE for CPUs, on torch's stable ABI.
+// Registration and checked launchers of the losses of policy optimisation, of GAE and of whitening for CPUs, on torch's stable ABI.
 #define FASTALIGN_TARGET generic
 #include "advantage.h"
 #include "policy_api.h"
@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -33,12 +34,16 @@ void check_like(const Tensor& t, const char* name, const Tensor& like) {
                   ": contiguous, of the first input's shape and dtype wanted");
 }
 
+void check_mask(const Tensor& mask, const Tensor& like) {
+  STD_TORCH_CHECK(mask.dim() == like.dim() && mask.numel() == like.numel() && mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool,
+                  "mask: contiguous bool of the first input's shape wanted");
+}
+
 Tokens tokens_of(const Tensor& mask, const Tensor& scale, const Tensor& like) {
-  STD_TORCH_CHECK(mask.dim() == 1 && mask.numel() == like.numel() && mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool,
-                  "mask: contiguous bool [N] wanted");
-  STD_TORCH_CHECK(scale.dim() == 1 && (scale.numel() == 1 || scale.numel() == like.numel()) && scale.is_contiguous() &&
+  check_mask(mask, like);
+  STD_TORCH_CHECK((scale.numel() == 1 || scale.numel() == like.numel()) && scale.is_contiguous() &&
                       scale.scalar_type() == like.scalar_type(),
-                  "scale: contiguous [1] or [N], of the first input's dtype wanted");
+                  "scale: contiguous, one number or one a token, of the first input's dtype wanted");
   return {static_cast<const bool*>(mask.const_data_ptr()), scale.const_data_ptr(), scale.numel() > 1};
 }
 
@@ -48,32 +53,44 @@ const void* data_of(const std::optional<Tensor>& t, const char* name, const Tens
   return t->const_data_ptr();
 }
 
-// Sums of fixed blocks, added up in their order: the same bits for every number of threads.
-template <class Kernel> void sum_blocks(int64_t N, int64_t count, const Tensor& sums, Kernel kernel) {
-  STD_TORCH_CHECK(sums.dim() == 1 && sums.size(0) == count && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(), "sums: fp64 [", count,
-                  "] wanted");
+// Calls kernel(begin, end, block) for fixed blocks of N tokens.
+template <class Kernel> void each_block(int64_t N, Kernel kernel) {
   const int64_t blocks = (N + BLOCK - 1) / BLOCK;
-  std::vector<double> parts(blocks * count);
   torch::stable::parallel_for(0, blocks, 4, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) kernel(b * BLOCK, b + 1 < blocks ? (b + 1) * BLOCK : N, parts.data() + b * count);
+    for (int64_t b = first; b < last; ++b) kernel(b * BLOCK, b + 1 < blocks ? (b + 1) * BLOCK : N, b);
   });
-  double* out = static_cast<double*>(sums.mutable_data_ptr());
-  for (int64_t k = 0; k < count; ++k) {
-    out[k] = 0;
-    for (int64_t b = 0; b < blocks; ++b) out[k] += parts[b * count + k];
-  }
+}
+
+// `count` numbers of each block, put there by kernel(begin, end, its numbers). Whoever adds them up in order gets the same bits from any threads.
+template <class Kernel> std::vector<double> of_blocks(int64_t N, int64_t count, Kernel kernel) {
+  std::vector<double> parts((N + BLOCK - 1) / BLOCK * count);
+  each_block(N, [&](int64_t begin, int64_t end, int64_t block) { kernel(begin, end, parts.data() + block * count); });
+  return parts;
+}
+
+double* doubles_of(const Tensor& t, const char* name, int64_t count) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count && t.scalar_type() == ScalarType::Double && t.is_contiguous(), name, ": fp64 [", count,
+                  "] wanted");
+  return static_cast<double*>(t.mutable_data_ptr());
+}
+
+template <class Kernel> void sum_blocks(int64_t N, int64_t count, const Tensor& sums, Kernel kernel) {
+  double* out = doubles_of(sums, "sums", count);
+  const std::vector<double> parts = of_blocks(N, count, kernel);
+  for (int64_t k = 0; k < count; ++k) out[k] = 0;
+  for (size_t p = 0; p < parts.size(); ++p) out[p % count] += parts[p];
 }
 
 void policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor scale, std::optional<Tensor> entropy,
                    std::optional<Tensor> reference_logp, double lower, double upper, double dual, double entropy_coefficient, double kl_coefficient,
                    int64_t kl_estimator, Tensor sums, Tensor slopes) {
   const bool wide = is_double(logp, "logp");
-  STD_TORCH_CHECK(logp.dim() == 1 && logp.is_contiguous(), "logp: contiguous [N] wanted");
+  STD_TORCH_CHECK(logp.is_contiguous(), "logp: contiguous wanted");
   check_like(old_logp, "old_logp", logp);
   check_like(advantages, "advantages", logp);
-  STD_TORCH_CHECK(slopes.dim() == 2 && slopes.size(0) >= 1 && slopes.size(0) <= 2 && slopes.size(1) == logp.numel() && slopes.is_contiguous() &&
-                      slopes.scalar_type() == logp.scalar_type(),
-                  "slopes: contiguous [1, N] or [2, N] of logp's dtype wanted");
+  STD_TORCH_CHECK(slopes.dim() == logp.dim() + 1 && slopes.size(0) >= 1 && slopes.size(0) <= 2 &&
+                      slopes.numel() == slopes.size(0) * logp.numel() && slopes.is_contiguous() && slopes.scalar_type() == logp.scalar_type(),
+                  "slopes: contiguous [1, ..] or [2, ..] of logp's shape and dtype wanted");
   char* first = static_cast<char*>(slopes.mutable_data_ptr());
   STD_TORCH_CHECK(kl_estimator >= 0 && kl_estimator < KL_ESTIMATORS, "kl_estimator: an index below ", int64_t(KL_ESTIMATORS), " wanted");
   const PolicyJob job{tokens_of(mask, scale, logp),
@@ -96,7 +113,7 @@ void policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask,
 
 void value_tokens(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor scale, double clip, Tensor sums, Tensor slopes) {
   const bool wide = is_double(values, "values");
-  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "values: contiguous [N] wanted");
+  STD_TORCH_CHECK(values.is_contiguous(), "values: contiguous wanted");
   check_like(old_values, "old_values", values);
   check_like(returns, "returns", values);
   check_like(slopes, "slopes", values);
@@ -128,13 +145,52 @@ void gae_rows(Tensor rewards, Tensor values, Tensor mask, std::optional<Tensor> 
   check_like(rewards, "rewards", values);
   check_like(advantages, "advantages", values);
   check_like(returns, "returns", values);
-  STD_TORCH_CHECK(mask.dim() == 2 && mask.numel() == values.numel() && mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool,
-                  "mask: contiguous bool of values' shape wanted");
+  check_mask(mask, values);
   if (bootstrap)
     STD_TORCH_CHECK(bootstrap->dim() == 1 && bootstrap->size(0) == values.size(0) && bootstrap->is_contiguous() &&
                         bootstrap->scalar_type() == values.scalar_type(),
                     "bootstrap: contiguous [B] of values' dtype wanted");
   (wide ? gae_of<double> : gae_of<float>)(rewards, values, mask, bootstrap, gamma, lam, advantages, returns);
+}
+
+WhitenJob whiten_job(const Tensor& x, const Tensor& mask) {
+  STD_TORCH_CHECK(x.is_contiguous(), "x: contiguous wanted");
+  check_mask(mask, x);
+  return {static_cast<const bool*>(mask.const_data_ptr()), x.const_data_ptr(), 0, 1, 0, nullptr};
+}
+
+// Blocks are merged as Chan, Golub and LeVeque merge two: what separates their means is squared by itself.
+void token_moments(Tensor x, Tensor mask, Tensor moments) {
+  const WhitenJob job = whiten_job(x, mask);
+  double* out = doubles_of(moments, "moments", MOMENTS);
+  const auto kernel = FASTALIGN_KERNELS(policy_kernels).moments[is_double(x, "x")];
+  const auto parts = of_blocks(x.numel(), MOMENTS, [&](int64_t begin, int64_t end, double* part) { kernel(job, begin, end, part); });
+  double count = 0, sum = 0, squares = 0;
+  for (size_t p = 0; p < parts.size(); p += MOMENTS) {
+    count += parts[p + M_COUNT];
+    sum += parts[p + M_COUNT] * parts[p + M_MEAN];
+  }
+  const double mean = sum / (count > 0 ? count : 1);
+  for (size_t p = 0; p < parts.size(); p += MOMENTS) {
+    const double apart = parts[p + M_MEAN] - mean;
+    squares += parts[p + M_SQUARES] + parts[p + M_COUNT] * apart * apart;
+  }
+  out[M_COUNT] = count;
+  out[M_MEAN] = mean;
+  out[M_SQUARES] = squares;
+}
+
+void whiten_tokens(Tensor x, Tensor mask, Tensor moments, bool shift_mean, double eps, Tensor out) {
+  WhitenJob job = whiten_job(x, mask);
+  check_like(out, "out", x);
+  const double* given = doubles_of(moments, "moments", MOMENTS);
+  const double count = given[M_COUNT];
+  job.mean = given[M_MEAN];
+  job.factor = 1 / std::sqrt(given[M_SQUARES] / (count > 2 ? count - 1 : 1) + eps);
+  job.offset = shift_mean ? 0 : job.mean;
+  job.out = out.mutable_data_ptr();
+  const auto kernel = FASTALIGN_KERNELS(policy_kernels).whiten[is_double(x, "x")];
+  each_block(x.numel(), [&](int64_t begin, int64_t end, int64_t) { kernel(job, begin, end); });
 }
 
 }  // namespace
@@ -147,10 +203,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
         "()");
   m.def("gae_rows(Tensor rewards, Tensor values, Tensor mask, Tensor? bootstrap, float gamma, float lam, Tensor(a!) advantages, "
         "Tensor(b!) returns) -> ()");
+  m.def("token_moments(Tensor x, Tensor mask, Tensor(a!) moments) -> ()");
+  m.def("whiten_tokens(Tensor x, Tensor mask, Tensor moments, bool shift_mean, float eps, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
   m.impl("policy_tokens", TORCH_BOX(&fastalign::policy_tokens));
   m.impl("value_tokens", TORCH_BOX(&fastalign::value_tokens));
   m.impl("gae_rows", TORCH_BOX(&fastalign::gae_rows));
+  m.impl("token_moments", TORCH_BOX(&fastalign::token_moments));
+  m.impl("whiten_tokens", TORCH_BOX(&fastalign::whiten_tokens));
 }

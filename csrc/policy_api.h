@@ -1,4 +1,4 @@
-// What the launcher (policy.cpp) hands to the kernels of policy losses, and the table of kernels of each compiled target. Torch-free.
+// What the launcher (policy.cpp) hands to the kernels of policy losses and of whitening, and each compiled target's table of kernels. Torch-free.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,7 @@ namespace fastalign {
 enum KlEstimator { K1, K2, K3, KL_ESTIMATORS };                                                                // policy.KL_ESTIMATORS
 enum PolicySum { LOSS, POLICY, ENTROPY_SUM, KL, RATIO, CLIPPED, SQUARES, TOKENS, POLICY_SUMS };                // policy.PolicySum
 enum ValueSum { V_LOSS, V_CLIPPED, V_RETURN, V_RETURN_SQUARE, V_ERROR, V_ERROR_SQUARE, V_TOKENS, VALUE_SUMS };  // policy.ValueSum
+enum Moment { M_COUNT, M_MEAN, M_SQUARES, MOMENTS };                                                             // advantage.masked_whiten
 
 // Arrays are [N], of one type, fp32 or fp64; what stands outside the mask is not used.
 struct Tokens {
@@ -29,10 +30,18 @@ struct ValueJob : Tokens {
   double clip;
   void* slopes;  // d loss / d values
 };
+struct WhitenJob {
+  const bool* mask;
+  const void* x;
+  double mean, factor, offset;  // out = (x - mean) factor + offset
+  void* out;
+};
 
-struct PolicyKernels {  // tokens [begin, end) into sums: by index 0 in fp32, by 1 in fp64
+struct PolicyKernels {  // tokens [begin, end), into sums or moments: by index 0 in fp32, by 1 in fp64
   void (*policy[2])(const PolicyJob&, int64_t begin, int64_t end, double* sums);
   void (*value[2])(const ValueJob&, int64_t begin, int64_t end, double* sums);
+  void (*moments[2])(const WhitenJob&, int64_t begin, int64_t end, double* moments);
+  void (*whiten[2])(const WhitenJob&, int64_t begin, int64_t end);
 };
 
 }  // namespace fastalign

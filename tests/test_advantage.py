@@ -39,7 +39,7 @@ def episodes(dtype=torch.float64, shape=(9, 53), seed=0, device="cpu"):
 
 @pytest.fixture(params=["chosen", "pytorch", "triton"])
 def implementation(request, monkeypatch):
-    """What a CPU or a GPU runs, PyTorch in its place, and Triton's kernel with 16 steps a block: compiled on a GPU, else interpreted."""
+    """What a CPU or a GPU runs, PyTorch in its place, and Triton's kernels with blocks of 16: compiled on a GPU, else interpreted."""
     other = advantage._twins
     if request.param == "triton":
         other = pytest.importorskip("fastalign_kernels.advantage_triton", reason="triton is not installed", exc_type=ImportError)
@@ -139,22 +139,26 @@ def test_any_number_of_threads_gives_the_same_bits():
     if native.missing:
         pytest.skip(native.missing)
     rewards, values, mask, bootstrap = episodes(torch.float32, (33, 70))
+    tokens = torch.randn(70_001, generator=torch.Generator().manual_seed(0))
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            results.append(gae(rewards, values, mask, bootstrap=bootstrap))
+            results.append((*gae(rewards, values, mask, bootstrap=bootstrap), masked_whiten(tokens, tokens > -1)))
         finally:
             torch.set_num_threads(1)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
     rows = [gae(*(x[i : i + 1] for x in (rewards, values, mask)), bootstrap=bootstrap[i : i + 1]).advantages for i in range(33)]
-    assert torch.equal(torch.cat(rows), results[0].advantages), "a row does not depend on its batch"
+    assert torch.equal(torch.cat(rows), results[0][0]), "a row does not depend on its batch"
 
 
 def test_opcheck_and_compile():
     rewards, values, mask, bootstrap = episodes(torch.float32)
     torch.library.opcheck(advantage.gae_op, (rewards.nan_to_num(), values.nan_to_num(posinf=0), mask, bootstrap, 0.9, 0.8))
     torch.library.opcheck(advantage.gae_op, (rewards.nan_to_num(), values.nan_to_num(posinf=0).half(), mask, None, 0.9, 0.8))
+    torch.library.opcheck(advantage.moments_op, (rewards.nan_to_num(), mask))
+    moments = torch.tensor([9.0, 0.5, 4.0], dtype=torch.float64)
+    torch.library.opcheck(advantage.whiten_op, (rewards.nan_to_num(), mask, moments, False, 1e-8))
 
     def both(*given):
         out = gae(*given, lam=0.9)
@@ -189,7 +193,7 @@ def test_gae_refusals_name_the_argument(change, named):
 
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_whitening_is_no_worse_than_eager(no_worse_than_eager, device, dtype, shift_mean):
+def test_whitening_is_no_worse_than_eager(implementation, no_worse_than_eager, device, dtype, shift_mean):
     x, _, mask, _ = episodes(dtype, device=device)
     x = x * 3 + 100
     found, eager, truth = (
@@ -205,7 +209,34 @@ def test_whitening_is_no_worse_than_eager(no_worse_than_eager, device, dtype, sh
     assert not found[~mask].any(), "TRL's trainer sets padding to 0 in the line after"
 
 
-def test_whitening_of_little(device):
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 2047, 2049, 5003])
+def test_whitening_of_blocks_far_from_zero(implementation, device, tokens):
+    """Packed tokens around 1e4, blocks at 1e4 and 2e4 among them: what fp32 sums of squares would have lost."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = 1e4 + torch.randn(tokens, generator=generator) + 1e4 * (torch.arange(tokens) >= 2048)
+    mask = (torch.rand(tokens, generator=generator) > 0.3) | (torch.arange(tokens) < 1)
+    truth = masked_whiten_ref(x.double(), mask)
+    found = masked_whiten(torch.where(mask, x, NAN).to(device), mask.to(device)).cpu()
+    torch.testing.assert_close(found.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_whitening_shows_what_is_not_finite_inside_the_mask(implementation, device):
+    x = torch.tensor([1.0, 2.0, NAN, 4.0], device=device)
+    assert masked_whiten(x, x == x).isfinite().all()
+    assert masked_whiten(x, torch.ones_like(x, dtype=torch.bool)).isnan().all()
+
+
+def test_whitening_strides_and_masks_of_integers(device):
+    x, _, mask, _ = episodes(torch.float32, device=device)
+    expected = masked_whiten(x, mask)
+    assert torch.equal(masked_whiten(x.t().contiguous().t(), mask.t().contiguous().t()), expected)
+    assert torch.equal(masked_whiten(x, mask.int() * 2), expected)
+    assert torch.equal(masked_whiten(x.flatten(), mask.flatten()), expected.flatten())
+    for shape in ((0,), (0, 4), (3, 0)):
+        assert masked_whiten(x.new_empty(shape), mask.new_empty(shape)).shape == shape
+
+
+def test_whitening_of_little(implementation, device):
     x = torch.tensor([[5.0, NAN, 7.0]], device=device)
     one = masked_whiten(x, torch.tensor([[1, 0, 0]], device=device))
     assert one.tolist() == [[0, 0, 0]]

@@ -26,7 +26,10 @@ def table(tmp_path_factory):
     return json.loads(file.read_text()), run.stdout
 
 
-KERNELS = ("row_stats", "row_grad", "column_sums", "column_grad", "pairs", "unpaired", "scores", "policy", "value", "gae")
+KERNELS = (
+    *("row_stats", "row_grad", "column_sums", "column_grad", "pairs", "unpaired", "scores"),
+    *("policy", "value", "gae", "moments", "merge", "whiten"),
+)
 
 
 @pytest.mark.parametrize("kernel", [f"{name}_kernel" for name in KERNELS])

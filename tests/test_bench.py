@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 TINY = Shape(48, 32, 333)
 FILES = (
     "linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "linear_ppo", "token_stats", "cross_entropy", "ppo_loss", "gae",
-    "reward", "steps", "tail",
+    "whiten", "reward", "steps", "tail",
 )  # fmt: skip
 INSTALLED = {
     package: importlib.util.find_spec(package) is not None for package in ("pytest_benchmark", "liger_kernel", "trl", "transformers")

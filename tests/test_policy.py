@@ -360,6 +360,21 @@ def test_only_logp_and_entropy_get_a_gradient(device):
     assert [name for name, x in own.items() if x.grad is not None] == ["values"]
     with torch.no_grad():
         assert not ppo_loss(**given).loss.requires_grad
+    fixed = {name: x.detach() if name in ("logp", "entropy") else x for name, x in given.items()}
+    assert not ppo_loss(**fixed).loss.requires_grad, "what is never given a gradient is no part of the graph"
+
+
+def test_a_gradient_that_was_handed_over_is_the_callers(device):
+    """An upstream gradient of 1 hands over what forward computed; what the caller makes of it reaches no second backward."""
+    given = tokens(torch.float32, device=device)
+    loss = ppo_loss(**given, **FULL).loss
+    first = torch.autograd.grad(loss, (given["logp"], given["entropy"]), retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()
+    for factor in (1.0, -2.0):
+        again = torch.autograd.grad(factor * loss, (given["logp"], given["entropy"]), retain_graph=True)
+        torch.testing.assert_close(list(again), [factor * gradient for gradient in kept])
 
 
 def test_a_metric_alone_has_no_gradient(device):

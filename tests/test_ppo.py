@@ -31,6 +31,7 @@ from fastalign import cli
 from fastalign.actor_critic import VALUE_HEAD, ActorCritic
 from fastalign.causal_lm import fuse_head
 from fastalign.data import Prompt, load_rows, tokenize_prompts
+from fastalign.rollout import generate
 from fastalign.stages import build, checkpoint, loop, ppo, reward
 from fastalign.stages.config import describe, save_config
 from fastalign.stages.ppo import PPOConfig, PPOOptions, ppo_step, rollout
@@ -482,8 +483,6 @@ def test_filters_of_the_rollout_leave_ratios_at_1_and_the_reference_is_tempered_
 
 @pytest.mark.parametrize("rescore", [False, True])
 def test_a_mismatch_is_logged_and_weighs_tokens_at_most_by_the_cap(base: str, monkeypatch: pytest.MonkeyPatch, rescore: bool) -> None:
-    generate = ppo.generate
-
     def off(*arguments: Any, **options: Any) -> Any:
         drawn = generate(*arguments, **options)
         return drawn._replace(logp=drawn.logp - torch.where(drawn.tokens % 2 == 0, 0.1, 0.4) * drawn.mask)
@@ -492,7 +491,7 @@ def test_a_mismatch_is_logged_and_weighs_tokens_at_most_by_the_cap(base: str, mo
     cap = 1.2 if rescore else None
     options = PPOOptions(max_new_tokens=8, ppo_epochs=1, kl_coef=0, rescore=rescore, importance_cap=cap)
     plainly = rollout(model, PROMPTS, lengths, options, **ENDS)
-    monkeypatch.setattr(ppo, "generate", off)
+    monkeypatch.setattr("fastalign.stages.experience.generate", off)
     experience = rollout(model, PROMPTS, lengths, options, **ENDS)
     even = torch.tensor([token % 2 == 0 for ids in experience.completions for token in ids])
     found = ppo_step(model, torch.optim.SGD(model.parameters(), lr=0), experience, options, pad_id=1)

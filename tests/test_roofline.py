@@ -68,6 +68,14 @@ def test_operations_on_logits_are_their_bytes() -> None:
     assert count("sample, top_k 50", "fp32", (), QWEN, "cuda") is None  # what is read again depends on the logits
 
 
+def test_operations_on_tokens_are_their_bytes() -> None:
+    """64 sequences of 1024 tokens: reads and writes of 4 bytes, a mask of 1."""
+    tokens = Shape(64, 0, 1024)
+    for operation, trained, passes in (("ppo", ("logp", "entropy"), 41), ("gae", (), 17), ("whiten", (), 14)):
+        work = count(operation, "fp32", trained, tokens, "cpu")
+        assert work is not None and work.pass_bytes == passes * 65536 and not work.gemms
+
+
 def test_a_whole_step_counts_smollm2s_weights() -> None:
     """SmolLM2-135M: 134,515,008 weights, of which 34,560 in norms, which are left out; 6 flops a token for each."""
     work = count("pretrain step", "fp32", (), Shape(512, 576, 49152), "cpu")

@@ -5,7 +5,11 @@ Over the tokens of a row that are inside the mask, in their order, with what lie
     delta[t] = r[t] + gamma V[t+1] - V[t],     A[t] = delta[t] + gamma lam A[t+1],     R[t] = A[t] + V[t].
 
 A[t] is an affine function of A[t+1], and such functions compose: a GPU scans blocks of time in parallel (advantage_triton.py), a CPU loops
-over time with a row a thread (csrc/advantage.h). Bytes: 2 B T e + B T read, 2 B T e written, once. Nothing here has a gradient.
+over time with a row a thread (csrc/advantage.h). Bytes: 2 B T e + B T read, 2 B T e written, once.
+
+Whitening reads x once for its moments, and once more to write (x - mean) / sqrt(variance + eps). Moments are fp64: each of fixed blocks has
+the squares of deviations from its own mean, and blocks, then ranks, are merged as Chan, Golub and LeVeque do; so no square cancels, and the
+bits do not depend on the threads. Bytes: 2 (N e + N) read, N e written. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from torch import Tensor
 from . import check as _check
 from . import native
 from .policy import accumulator_of, as_bool, check_tokens
+from .rows import traced
 
 
 class Advantages(NamedTuple):
@@ -42,7 +47,20 @@ def _gae_rows(
         returns[:, t] = torch.where(inside, running + following, 0.0)
 
 
-_twins = SimpleNamespace(gae_rows=_gae_rows)
+def _token_moments(x: Tensor, mask: Tensor, moments: Tensor) -> None:
+    """PyTorch in place of csrc/whiten.h, as `_whiten_tokens`."""
+    wide, count = torch.where(mask, x.double(), 0.0), mask.sum()
+    mean = wide.sum() / count.clamp(min=1)
+    torch.stack([count.double(), mean, torch.where(mask, (wide - mean) ** 2, 0.0).sum()], out=moments)
+
+
+def _whiten_tokens(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float, out: Tensor) -> None:
+    count, mean, squares = moments
+    white = (x.double() - mean) * torch.rsqrt(squares / (count - 1).clamp(min=1) + eps)
+    out.copy_(torch.where(mask, white if shift_mean else white + mean, 0.0))
+
+
+_twins = SimpleNamespace(gae_rows=_gae_rows, token_moments=_token_moments, whiten_tokens=_whiten_tokens)
 
 
 def _implementation(values: Tensor) -> Any:
@@ -104,6 +122,35 @@ def gae(
     return Advantages(*gae_op(rewards, values, as_bool(mask), bootstrap, float(gamma), float(lam)))
 
 
+def _moments(x: Tensor, mask: Tensor) -> Tensor:
+    """Tokens inside the mask, their mean, and the sum of squared deviations from it, [3] fp64; x fp32 or fp64, mask bool, both dense."""
+    out = torch.empty(3, dtype=torch.float64, device=x.device)
+    _implementation(x).token_moments(x, mask, out)
+    return out
+
+
+def _whiten(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float) -> Tensor:
+    """x by these moments, 0 outside the mask."""
+    out = torch.empty_like(x)
+    if x.numel():
+        _implementation(x).whiten_tokens(x, mask, moments, shift_mean, eps, out)
+    return out
+
+
+moments_op = torch.library.custom_op("fastalign::moments", _moments, mutates_args=())
+whiten_op = torch.library.custom_op("fastalign::whiten", _whiten, mutates_args=())
+
+
+@moments_op.register_fake
+def _(x, mask):
+    return x.new_empty(3, dtype=torch.float64)
+
+
+@whiten_op.register_fake
+def _(x, mask, moments, shift_mean, eps):
+    return torch.empty_like(x)
+
+
 @torch.no_grad()
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, group: torch.distributed.ProcessGroup | None = None
@@ -129,19 +176,15 @@ def masked_whiten(
     check_tokens({"x": x}, mask)
     if not eps >= 0:
         raise ValueError(f"eps: {eps} seen, a number >= 0 wanted")
-    inside = as_bool(mask)
-    # In fp64 from the mean of each rank, whose squares cannot cancel; merged as Chan, Golub and LeVeque do.
-    own = torch.where(inside, x.double(), 0.0)
-    count = inside.sum()
-    mean = own.sum() / count.clamp(min=1)
-    squares = torch.where(inside, (own - mean) ** 2, 0.0).sum()
+    own, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
+    # The ops without the dispatcher where nothing is traced, whose layers in Python take longer than the kernels.
+    moments_of, whiten = (moments_op, whiten_op) if traced(x) else (_moments, _whiten)
+    moments = moments_of(own, inside)
     if group is not None:
-        moments = torch.stack([count.double(), mean, squares])
         parts = [torch.empty_like(moments) for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather(parts, moments, group=group)
-        counts, means, within = torch.stack(parts, 1).unbind()
+        counts, means, squares = torch.stack(parts, 1).unbind()
         count = counts.sum()
         mean = (counts * means).sum() / count.clamp(min=1)
-        squares = within.sum() + (counts * (means - mean) ** 2).sum()
-    white = (own - mean) * torch.rsqrt(squares / (count - 1).clamp(min=1) + eps)
-    return torch.where(inside, white if shift_mean else white + mean, 0.0).to(accumulator_of(x))
+        moments = torch.stack([count, mean, squares.sum() + (counts * (means - mean) ** 2).sum()])
+    return whiten(own, inside, moments, shift_mean, float(eps))

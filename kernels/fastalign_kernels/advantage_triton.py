@@ -1,8 +1,11 @@
-"""GAE of advantage.py in Triton: one program a row, blocks of time from the last to the first, each a parallel scan.
+"""GAE and whitening of advantage.py in Triton.
 
-Two scans a block. The next token's value is that of the nearest later token inside the mask: of two stretches of time, what the later one
-has. The advantage is A[t] = b + a A[next], a = gamma lam, or A[next] itself outside the mask, and such maps compose to another one. Time is
-loaded backwards, so that both are ordinary forward scans. Bytes: 2 B T e + B T read (values and mask once more from L1), 2 B T e written.
+GAE: one program a row, blocks of time from the last to the first, each a parallel scan. Two scans a block. The next token's value is that
+of the nearest later token inside the mask: of two stretches of time, what the later one has. The advantage is A[t] = b + a A[next], a =
+gamma lam, or A[next] itself outside the mask, and such maps compose to another one. Time is loaded backwards, so that both are ordinary
+forward scans. Bytes: 2 B T e + B T read (values and mask once more from L1), 2 B T e written.
+
+Whitening: the moments of blocks of tokens, in fp64; a program that merges them; the values by them. Bytes: 2 (N e + N) read, N e written.
 """
 
 from __future__ import annotations
@@ -80,4 +83,93 @@ def gae_rows(
         gae_kernel[(B,)](
             rewards, values, mask, bootstrap, advantages, returns, T, gamma, gamma * lam, HAS_BOOTSTRAP=bootstrap is not None,
             BLOCK=min(BLOCK, max(16, triton.next_power_of_2(T))), num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+@triton.jit
+def moments_kernel(
+    x,  # [N]
+    mask,  # [N] bool
+    parts,  # [programs, 3] fp64: tokens, their mean, their squared deviations from it
+    N,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    i = program * BLOCK + tl.arange(0, BLOCK)
+    inside = tl.load(mask + i, mask=i < N, other=0) != 0
+    own = tl.load(x + i, mask=inside, other=0.0).to(tl.float64)
+    count = tl.sum(inside.to(tl.float64), 0)
+    mean = tl.sum(own, 0) / tl.maximum(count, 1.0)
+    deviation = tl.where(inside, own - mean, 0.0)
+    tl.store(parts + program * 3, count)
+    tl.store(parts + program * 3 + 1, mean)
+    tl.store(parts + program * 3 + 2, tl.sum(deviation * deviation, 0))
+
+
+@triton.jit
+def merge_kernel(
+    parts,  # [P, 3] fp64
+    moments,  # [3] fp64
+    P,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    count = tl.zeros([BLOCK], tl.float64)
+    total = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, P, BLOCK):
+        p = begin + lane
+        tokens = tl.load(parts + p * 3, mask=p < P, other=0.0)
+        count += tokens
+        total += tokens * tl.load(parts + p * 3 + 1, mask=p < P, other=0.0)
+    tokens_of_all = tl.sum(count, 0)
+    mean = tl.sum(total, 0) / tl.maximum(tokens_of_all, 1.0)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, P, BLOCK):
+        p = begin + lane
+        tokens = tl.load(parts + p * 3, mask=p < P, other=0.0)
+        apart = tl.load(parts + p * 3 + 1, mask=p < P, other=0.0) - mean
+        squares += tl.load(parts + p * 3 + 2, mask=p < P, other=0.0) + tokens * apart * apart
+    tl.store(moments, tokens_of_all)
+    tl.store(moments + 1, mean)
+    tl.store(moments + 2, tl.sum(squares, 0))
+
+
+@triton.jit
+def whiten_kernel(
+    x,  # [N]
+    mask,  # [N] bool
+    moments,  # [3] fp64
+    out,  # [N]
+    N,
+    eps,
+    SHIFT_MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = tl.load(mask + i, mask=i < N, other=0) != 0
+    own = tl.load(x + i, mask=inside, other=0.0).to(tl.float64)
+    mean = tl.load(moments + 1)
+    variance = tl.load(moments + 2) / tl.maximum(tl.load(moments) - 1.0, 1.0)
+    white = (own - mean) * (1.0 / tl.sqrt(variance + eps))
+    if not SHIFT_MEAN:
+        white += mean
+    tl.store(out + i, tl.where(inside, white, 0.0), mask=i < N)
+
+
+def token_moments(x: Tensor, mask: Tensor, moments: Tensor) -> None:
+    """Fill moments [3] of x [N] or [B, T]; see advantage.masked_whiten."""
+    N = x.numel()
+    parts = moments.new_empty(triton.cdiv(N, BLOCK), 3)
+    with torch.cuda.device_of(x):
+        if N:
+            moments_kernel[(len(parts),)](x, mask, parts, N, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        merge_kernel[(1,)](parts, moments, len(parts), BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
+def whiten_tokens(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float, out: Tensor) -> None:
+    """Fill out of x's shape; see advantage.masked_whiten."""
+    N = x.numel()
+    with torch.cuda.device_of(x):
+        whiten_kernel[(triton.cdiv(N, BLOCK),)](
+            x, mask, moments, out, N, eps, SHIFT_MEAN=shift_mean, BLOCK=BLOCK, num_warps=NUM_WARPS
         )  # fmt: skip

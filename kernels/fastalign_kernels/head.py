@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from . import check as _check
+from .backward import hand_over, saved_inputs
 from .gradients import fake_gradients
 from .head_table import head_table
 from .logits import TokenStats, check_loss_options, kept_ids, loss_scale, make_transform, reduced, stats_of, token_loss
 from .plan import choose_way
-from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref, traced
+from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref
 from .sweep import Head, sweep
 
 
@@ -115,45 +116,20 @@ def _save_loss(ctx, inputs, output) -> None:
     ctx.gradients = gradients
 
 
-def hand_over(ctx, grad: Tensor, again: Callable[[], Sequence[Tensor]]) -> list[Tensor | None]:
-    """ctx.gradients of hidden, weight and bias (inputs 0, 1 and 3) times the upstream scalar; `again` computes them for a second backward.
-
-    Scaled where they lie and handed over, so that no second [V, H] exists; traced code may not write to what the forward graph saved.
-    """
-    gradients = ctx.gradients
-    if traced(grad):
-        gradients = [g * grad for g in gradients]
-    else:
-        ctx.gradients = None
-        if gradients is None:
-            gradients = list(again())
-        if grad.is_cuda or grad != 1:  # on a CPU looking is free, and the usual 1 saves a pass over [V, H]
-            for g in gradients:
-                g.mul_(grad)
+def _wanted(ctx, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """Of the gradients of hidden, weight and bias (inputs 0, 1 and 3) those that are asked for."""
     return [g if ctx.needs_input_grad[i] else None for g, i in zip(gradients, (0, 1, 3))]
 
 
-def save_scalar_loss(ctx, inputs, output) -> None:
-    """For an op that gives a loss, numbers without gradient, and the gradients of hidden, weight and bias (inputs 0, 1 and 3)."""
-    _, numbers, *gradients = output
-    ctx.mark_non_differentiable(numbers, *gradients)
-    ctx.set_materialize_grads(False)  # else autograd allocates a [V, H] of zeros as the gradient of the output d_weight
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
-    ctx.gradients = gradients
-
-
 def scalar_loss_backward(op: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward of such an op."""
+    """The backward of an op saved by `save_scalar_loss` whose gradients are those of hidden, weight and bias."""
 
     def backward(ctx, grad: Tensor | None, *_: Tensor):
-        tensors = iter(ctx.saved_tensors)  # also the check that nothing was changed in place since
-        nothing = (None,) * len(ctx.inputs)
+        inputs = saved_inputs(ctx)
+        nothing = (None,) * len(inputs)
         if grad is None:
             return nothing
-        inputs = [next(tensors) if own else x for own, x in zip(ctx.tensors, ctx.inputs)]
-        d_hidden, d_weight, d_bias = hand_over(ctx, grad, lambda: op(*inputs)[2:])
+        d_hidden, d_weight, d_bias = _wanted(ctx, hand_over(ctx, grad, lambda: op(*inputs)[2:]))
         return d_hidden, d_weight, None, d_bias, *nothing[4:]
 
     return backward
@@ -164,7 +140,8 @@ def _loss_backward(ctx, grad: Tensor | None, *_):
     nothing = (None,) * 15
     if grad is None:
         return nothing
-    d_hidden, d_weight, d_bias = hand_over(ctx, grad, lambda: _head_loss(hidden, weight, ids, bias, scale, *ctx.options)[2:])
+    gradients = hand_over(ctx, grad, lambda: _head_loss(hidden, weight, ids, bias, scale, *ctx.options)[2:])
+    d_hidden, d_weight, d_bias = _wanted(ctx, gradients)
     label_smoothing, z_loss = ctx.options[:2]
     d_scale = grad * token_loss(table, label_smoothing, z_loss) if ctx.needs_input_grad[4] else None
     return d_hidden, d_weight, None, d_bias, d_scale, *nothing[5:]

@@ -1,8 +1,8 @@
 """The native library built from csrc/: loading it, and what runs without it.
 
 `setup.py` puts `_native.so` beside this file. Where it could not be built, or torch cannot load it, the row kernels on a CPU and the
-sampler are `rows.row_stats_ref`, `rows.row_grad_ref` and `sampling.sample_ref`, plain PyTorch, as are policy losses and GAE (policy.py,
-advantage.py); that is said once, by name, and `fastalign env` shows it.
+sampler are `rows.row_stats_ref`, `rows.row_grad_ref` and `sampling.sample_ref`, plain PyTorch, as are policy losses, GAE and whitening
+(policy.py, advantage.py); that is said once, by name, and `fastalign env` shows it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from pathlib import Path
 import torch
 
 TARGETS = ("generic vectors", "AVX2", "AVX-512")  # the order of ops.cpp's target indices
+# Ops that write into arguments and give nothing, which is all that a compiler must know of them.
+WRITING = (
+    *("row_stats", "row_grad", "column_sums", "column_grad"),
+    *("policy_tokens", "value_tokens", "gae_rows", "token_moments", "whiten_tokens"),
+)
 LIBRARY = Path(__file__).with_name("_native.so")
 
 
@@ -26,15 +31,7 @@ def _load() -> str:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the native library does not load: {error}"
-    for op in (
-        "row_stats",
-        "row_grad",
-        "column_sums",
-        "column_grad",
-        "policy_tokens",
-        "value_tokens",
-        "gae_rows",
-    ):  # all write into arguments
+    for op in WRITING:
         torch.library.register_fake(f"fastalign::{op}", lambda *arguments: None)
     return ""
 

@@ -6,9 +6,9 @@ For each token inside the mask, with d = logp - old_logp, r = e^d, A its advanta
     loss   = sum w (policy - entropy_coefficient H + kl_coefficient KL),     KL an estimator of `KL_ESTIMATORS`
     value  = sum w max((v - R)^2, (min(max(v, v_old - clip), v_old + clip) - R)^2) / 2
 
-in nats. One pass gives the loss, all metrics, and d loss / d logp and d loss / d entropy. The backward pass scales them by what arrives
-from upstream, so second derivatives do not exist. Sums are taken over fixed blocks, added up in fp64, so they do not depend on the
-number of threads. Bytes: 3 to 5 N e and N read, N e or 2 N e written.
+in nats. One pass gives the loss, all metrics, and d loss / d logp and d loss / d entropy. The backward pass scales them where they lie by
+what arrives from upstream (on a CPU 1 is left out), so second derivatives do not exist. Sums are taken over fixed blocks, added up in
+fp64, so they do not depend on the number of threads. Bytes: 3 to 5 N e and N read, N e or 2 N e written.
 
 Exponents d are held within +-20, as verl has it: beyond, r is e^20 or e^-20 and its gradient 0, so that no ratio is infinite. What stands
 outside the mask, NaN too, reaches nothing, and its gradient is 0.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import check as _check
 from . import native
+from .backward import hand_over, save_scalar_loss, saved_inputs
 from .logits import sum_by_sequence
 from .rows import traced
 
@@ -189,9 +190,9 @@ def policy_sums(
     reference_logp: Tensor | None,
     options: PolicyOptions,
 ) -> tuple[Tensor, Tensor]:
-    """`PolicySum`s [8] fp64, and d loss / d logp [1, N], or with d loss / d entropy [2, N], in scale's dtype, fp32 or fp64.
+    """`PolicySum`s [8] fp64, and d loss / d logp [1, ..], or with d loss / d entropy [2, ..], in scale's dtype, fp32 or fp64.
 
-    mask: bool. scale: [1], or [N] with one for each token of the mask. What stands outside the mask is not used.
+    All of logp's shape. mask: bool. scale: [1], or one for each token of the mask. What stands outside the mask is not used.
     """
     first, others = _dense(scale.dtype, logp, old_logp, advantages), _dense(scale.dtype, scale, entropy, reference_logp)
     sums, slopes = _policy_outputs(logp, entropy, scale, options)
@@ -231,30 +232,31 @@ def _(logp, entropy, old_logp, advantages, mask, scale, reference_logp, options)
     return scale.new_empty(()), *_policy_outputs(logp, entropy, scale, PolicyOptions.of(options))
 
 
-def _save_policy(ctx, inputs, output) -> None:
-    _, sums, slopes = output
-    ctx.mark_non_differentiable(sums, slopes)
-    ctx.set_materialize_grads(False)  # of theirs, which would be zeros to write
-    ctx.save_for_backward(slopes)
-    ctx.dtypes = [x.dtype for x in inputs[: slopes.shape[0]]]
-
-
 def _policy_backward(ctx, grad: Tensor | None, *_: None):
+    inputs = saved_inputs(ctx)
+    nothing = (None,) * len(inputs)
     if grad is None:
-        return (None,) * 8
-    scaled = grad * ctx.saved_tensors[0]
-    gradients = [row.to(dtype) for row, dtype in zip(scaled, ctx.dtypes)]
-    return *gradients, *(None,) * (8 - len(gradients))
+        return nothing
+    (slopes,) = hand_over(ctx, grad, lambda: _policy(*inputs)[2:])
+    gradients = [row.to(x.dtype) for row, x in zip(slopes, inputs)]
+    return *gradients, *nothing[len(gradients) :]
 
 
-policy_op.register_autograd(_policy_backward, setup_context=_save_policy)
+policy_op.register_autograd(_policy_backward, setup_context=save_scalar_loss)
 
 
 class _EagerPolicy(torch.autograd.Function):
-    """policy_op without the dispatcher, whose layers in Python take 30 us a call: half of what the kernel takes for [64, 1024] tokens."""
+    """policy_op without the dispatcher, whose layers in Python take 30 us a call: as long as the kernel does for [64, 1024] tokens.
 
-    forward = staticmethod(_policy)
-    setup_context = staticmethod(_save_policy)
+    Without setup_context too, for which torch inspects the signature of forward at every call, 12 us.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _policy(*inputs)
+        save_scalar_loss(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_policy_backward)
 
 
@@ -262,7 +264,7 @@ class _EagerPolicy(torch.autograd.Function):
 def value_op(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, scale: Tensor, clip: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, `ValueSum`s [7] fp64 and d loss / d values [N]; mask and scale as in `policy_sums`."""
+    """The loss, `ValueSum`s [7] fp64 and d loss / d values; mask and scale as in `policy_sums`."""
     dense = _dense(scale.dtype, values, old_values, returns)
     sums, slopes = scale.new_empty(len(ValueSum), dtype=torch.float64), scale.new_empty(values.shape)
     _implementation(slopes).value_tokens(*dense, mask.contiguous(), scale, clip, sums, slopes)
@@ -345,10 +347,9 @@ def ppo_loss(
     tensors = {"logp": logp, "old_logp": old_logp, "advantages": advantages, "entropy": entropy, "reference_logp": reference_logp}
     check_tokens(tensors, mask)
     inside, scale = token_scale(mask, aggregation, normalizer, cu_seqlens, accumulator_of(*tensors.values()))
-    reference = None if reference_logp is None else reference_logp.detach().reshape(-1)
-    fixed = (old_logp.detach().reshape(-1), advantages.detach().reshape(-1), inside, scale, reference)
     run = policy_op if traced(logp) else _EagerPolicy.apply
-    loss, sums, _ = run(logp.reshape(-1), None if entropy is None else entropy.reshape(-1), *fixed, list(options))
+    reference = None if reference_logp is None else reference_logp.detach()
+    loss, sums, _ = run(logp, entropy, old_logp.detach(), advantages.detach(), inside, scale, reference, list(options))
     return policy_metrics(loss, sums, entropy is not None, reference_logp is not None)
 
 
@@ -382,8 +383,7 @@ def value_loss(
     tensors = {"values": values, "old_values": old_values, "returns": returns}
     check_tokens(tensors, mask)
     tokens = token_scale(mask, "token_mean", normalizer, None, accumulator_of(*tensors.values()))
-    fixed = (old_values.detach().reshape(-1), returns.detach().reshape(-1), *tokens)
-    loss, sums, _ = value_op(values.reshape(-1), *fixed, torch.inf if clip is None else float(clip))
+    loss, sums, _ = value_op(values, old_values.detach(), returns.detach(), *tokens, torch.inf if clip is None else float(clip))
     means = sums / sums[ValueSum.TOKENS].clamp(min=1)
     squares = means[ValueSum.RETURN_SQUARE]
     left, spread = means[ValueSum.ERROR_SQUARE] - means[ValueSum.ERROR] ** 2, squares - means[ValueSum.RETURN] ** 2
@@ -425,7 +425,7 @@ def policy_metrics(loss: Tensor, sums: Tensor, has_entropy: bool, has_reference:
 def token_scale(
     mask: Tensor, aggregation: str, normalizer: float | Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The mask as bool [N], and what each of its tokens counts in the loss: [1], or [N] for "sequence_mean"."""
+    """The mask as bool, and what each of its tokens counts in the loss: [1], or of the mask's shape for "sequence_mean"."""
     _check.choice("aggregation", aggregation, AGGREGATIONS)
     if isinstance(normalizer, Tensor):
         _check.shape("normalizer", normalizer, (), "a scalar")
@@ -439,7 +439,7 @@ def token_scale(
     if aggregation == "sequence_mean":
         if inside.dim() == 2:
             counts = inside.sum(1, keepdim=True)
-            tokens = counts.expand_as(inside).reshape(-1)
+            tokens = counts.expand_as(inside)
         elif cu_seqlens is not None:
             counts = sum_by_sequence(inside.double(), cu_seqlens)
             tokens = counts.repeat_interleave(cu_seqlens.diff(), output_size=inside.numel())
@@ -452,9 +452,10 @@ def token_scale(
     elif isinstance(normalizer, Tensor):
         divisor = normalizer.detach()
     else:
-        return inside.reshape(-1), torch.full((1,), 1 / (normalizer or 1), dtype=dtype, device=inside.device)
+        return inside, torch.full((1,), 1 / (normalizer or 1), dtype=dtype, device=inside.device)
     # Infinite where there is nothing to average, and then no token to be multiplied with it.
-    return inside.reshape(-1), divisor.to(dtype).reciprocal().view(-1)
+    scale = divisor.to(dtype).reciprocal()
+    return inside, scale if scale.dim() else scale.view(1)
 
 
 def as_bool(mask: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import check as _check
+from .backward import save_scalar_loss
 from .gradients import fake_gradients
-from .head import find_way, linear_token_stats, prepare, save_scalar_loss, scalar_loss_backward
+from .head import find_way, linear_token_stats, prepare, scalar_loss_backward
 from .policy import (
     PolicyLoss,
     PolicyOptions,
@@ -153,5 +154,5 @@ def linear_ppo_loss(
     _, scale = token_scale(mask, aggregation, normalizer, cu_seqlens, accumulator_dtype(arguments[0].dtype))
     fixed = (old_logp.detach().reshape(-1), advantages.detach().reshape(-1))
     reference = None if reference_logp is None else reference_logp.detach().reshape(-1)
-    loss, sums, *_ = _head_policy(*arguments, *fixed, scale, reference, list(options), *wanted)
+    loss, sums, *_ = _head_policy(*arguments, *fixed, scale.reshape(-1), reference, list(options), *wanted)
     return policy_metrics(loss, sums, True, reference is not None)

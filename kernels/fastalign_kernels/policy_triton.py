@@ -148,7 +148,8 @@ def value_kernel(
 
 
 def _launch(kernel: triton.JITFunction, tensors: list[Tensor | None], sums: Tensor, slopes: Tensor, *numbers: float, **flags) -> None:
-    N = slopes.shape[-1]
+    assert tensors[0] is not None
+    N = tensors[0].numel()
     parts = sums.new_empty(triton.cdiv(N, BLOCK), len(sums))
     if N:
         with torch.cuda.device_of(slopes):  # Triton launches on the current device
@@ -173,7 +174,7 @@ def policy_tokens(
     sums: Tensor,
     slopes: Tensor,
 ) -> None:
-    """Fill sums [8] and slopes [1, N] or [2, N]; see policy.policy_sums."""
+    """Fill sums [8] and slopes [1, ..] or [2, ..]; see policy.policy_sums."""
     tensors = [logp, old_logp, advantages, mask, scale, entropy, reference_logp]
     _launch(
         policy_kernel, tensors, sums, slopes, lower, upper, dual, entropy_coefficient, kl_coefficient, SCALE_EACH=scale.numel() > 1,
@@ -184,5 +185,5 @@ def policy_tokens(
 def value_tokens(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, scale: Tensor, clip: float, sums: Tensor, slopes: Tensor
 ) -> None:
-    """Fill sums [7] and slopes [N]; see policy.value_op."""
+    """Fill sums [7] and slopes; see policy.value_op."""
     _launch(value_kernel, [values, old_values, returns, mask, scale], sums, slopes, clip, SCALE_EACH=scale.numel() > 1)

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from . import check as _check
+from .backward import save_scalar_loss
 from .gradients import fake_gradients
-from .head import linear_logprobs, prepare, save_scalar_loss, scalar_loss_backward
+from .head import linear_logprobs, prepare, scalar_loss_backward
 from .keeping import sweep_keeping, sweep_kept
 from .logits import sum_by_sequence
 from .pair_losses import PAIR_LOSSES
