@@ -8,10 +8,9 @@ from .operation import EAGER, OURS, Shape
 from .preference_methods import LIGER_DPO
 from .shapes import DTYPE, HEADS
 from .suite import Case, Target, grid
-from .tail_methods import EPS, SHARPNESS
+from .tail_methods import LARGE, SHARPNESS, SMALL
 
 SMOLLM2 = HEADS["SmolLM2-135M"]
-SMALL, LARGE = EPS
 TRAINED = ("hidden", "weight")
 
 CASES = {
@@ -22,6 +21,7 @@ CASES = {
         THREE,
         (Target("time", 0.8, OURS, SMALL), Target("time", 0.8, OURS, LARGE)),
         Shape(2048, *SMOLLM2),
+        only=(OURS, SMALL, LARGE),  # PyTorch's gradients in bf16 are off by 1.3 %, more than is allowed here
     ),
     f"linear_cross_entropy {DTYPE}, tail": Case(
         "linear_cross_entropy, tail",

@@ -20,11 +20,13 @@ from .methods import CHUNKED
 from .operation import COMPILED, EAGER, OURS
 from .sampling_methods import MULTINOMIAL, TRANSFORMERS
 from .step_methods import BACKBONE, STAGES
+from .tail_methods import SMALL
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 LCE, LOGP = "linear_cross_entropy", "linear_logprobs"
+LOSSES = (("linear_dpo", ""), ("linear_kto", ""), ("linear_ppo", ""), ("ppo_loss", ""), (LCE, ", tail"), ("linear_dpo", ", tail"))
 METHODS = {  # columns of the head's table, and what each is called in an operation's rows
     "fastalign": (OURS,),
     "torch.compile": (COMPILED,),
@@ -105,7 +107,32 @@ def steps(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-KINDS = {function.__name__: function for function in (head, sampling, steps)}
+def losses(results: Mapping[str, Any]) -> str:
+    """Losses of sequences and policies, and the tail, as multiples of plain PyTorch's time; the least of a row in bold."""
+    dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
+    columns: dict[str, Callable[[str], bool]] = {
+        "fastalign": lambda name: name == OURS,
+        "with `tail_eps=2**-14`": lambda name: name == SMALL,
+        "torch.compile": lambda name: name == COMPILED,
+        "Liger": lambda name: name.startswith("Liger"),
+    }
+    head = [f"forward and backward, times PyTorch; {dtype}; {_where(results, f'linear_dpo {dtype}', '').rstrip('; ')}", *columns]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for case in results["cases"]:
+        if case["name"] not in (f"{name} {dtype}{of}" for name, of in LOSSES) or not case["rows"][OURS]["seconds"]:
+            continue
+        values = [
+            next((v for n in case["rows"] if own(n) and (v := _value(case, n, _times_eager)) is not None), None) for own in columns.values()
+        ]
+        best = min(v for v in values if v is not None)
+        shape = case["shape"]
+        label = f"`{case['name'].split()[0]}`" + ("; SmolLM2's softmax" if "tail" in case["name"] else "")
+        label += f"; N {shape['N'] * (1 if shape['H'] else shape['V'])}" + (f", V {shape['V']}" if shape["H"] else "")
+        lines.append(_row([label, *("–" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values)]))
+    return "\n".join(lines) + "\n"
+
+
+KINDS = {function.__name__: function for function in (head, losses, sampling, steps)}
 
 
 def _where(results: Mapping[str, Any], name: str, letters: str = "NHV") -> str:

@@ -25,6 +25,7 @@ ALLOWED = 0.01
 SHARPNESS = {"flat": 0.01, "unsure": 0.5, "sure": 2.0}
 ALLOWED_OF_ANY = 0.05  # beyond a trained model's softmax: the error is not what these cases are about
 EPS = {f"{OURS}, tail_eps 2**-14": 2**-14, f"{OURS}, tail_eps 2**-12": 2**-12}
+SMALL, LARGE = EPS
 ROWS_AT_ONCE = 256
 
 

@@ -15,7 +15,6 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
-#include <vector>
 
 #ifdef FASTALIGN_X86_TARGETS
 namespace fastalign {

@@ -32,7 +32,7 @@ def test_a_table_that_was_changed_by_hand_is_found_and_made_anew(tmp_path: Path,
 
 
 def test_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a table 'tail' seen, one of head, sampling, steps wanted"):
+    with pytest.raises(ValueError, match="a table 'tail' seen, one of head, losses, sampling, steps wanted"):
         readme.filled("<!-- bench/results/x.json: tail -->\n<!-- end -->")
 
 
@@ -58,6 +58,26 @@ def test_a_row_is_bold_where_its_least_is() -> None:
     )
     assert lines[2] == "| `linear_cross_entropy`, times 3 GEMMs | 2.00 | – | – | **1.50** | – | – |"
     assert lines[3] == "| its peak MiB beyond inputs | **50** | – | – | 1,400 | – | – |"
+
+
+def test_the_table_of_losses_names_what_was_measured() -> None:
+    rows = {
+        OURS: row(1.0),
+        f"{OURS}, tail_eps 2**-14": row(0.5),
+        EAGER: row(2.0),
+        "LigerFusedLinearDPOLoss": row(None),
+        "Liger x": row(3.0),
+    }
+    whole, tokens = {"name": "linear_dpo fp32, tail", "shape": SHAPE, "rows": rows}, {"N": 64, "H": 0, "V": 1024}
+    policy = {"name": "ppo_loss fp32", "shape": tokens, "rows": {OURS: row(3.0), EAGER: row(2.0), "torch.compile": row(2.5)}}
+    other = {"name": "token_stats fp32", "shape": SHAPE, "rows": rows}
+    first = {"name": "linear_dpo fp32", "shape": SHAPE, "rows": {OURS: row(None), EAGER: row(1.0)}}
+    lines = readme.losses({"machine_info": INFO, "cases": [first, other, whole, policy]}).splitlines()
+    assert lines[0].startswith("| forward and backward, times PyTorch; fp32; A Processor, 2 threads | fastalign | with `tail_eps=2**-14` |")
+    assert lines[2:] == [
+        "| `linear_dpo`; SmolLM2's softmax; N 256, V 49152 | 0.50 | **0.25** | – | 1.50 |",
+        "| `ppo_loss`; N 65536 | 1.50 | – | **1.25** | – |",
+    ]
 
 
 def test_the_table_of_steps(tmp_path: Path) -> None:
