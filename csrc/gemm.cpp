@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <optional>
 
 #ifdef FASTALIGN_X86_TARGETS
@@ -31,7 +32,9 @@ constexpr int64_t OWN_SUMS = 8 << 20;     // bytes of sums that threads may hold
 
 struct Buffer {
   std::unique_ptr<float, void (*)(void*)> memory;
-  explicit Buffer(int64_t words) : memory(static_cast<float*>(std::aligned_alloc(64, (words * 4 + 63) / 64 * 64)), std::free) {}
+  explicit Buffer(int64_t words) : memory(static_cast<float*>(std::aligned_alloc(64, words / 16 * 64 + 64)), std::free) {
+    if (!memory) throw std::bad_alloc();
+  }
   float* at(int64_t word) const { return memory.get() + word; }
 };
 
