@@ -135,13 +135,14 @@ class GradientSums:
             if self.wanted[2]:
                 self.d_bias.index_add_(0, columns, grad.sum(0, dtype=self.accumulator))
         dropped = dropped_grad(totals, coefficients)
+        shape = kept.others / kept.others.sum().clamp(min=torch.finfo(kept.others.dtype).tiny)
         scale, _, temperature = self.transform
         uniform = coefficients[Coefficient.UNIFORM] * (scale / temperature)
         wide = x.to(self.accumulator)
-        self.waiting.append(_Waiting(tokens, dx, dropped, uniform, kept.shape, dropped @ wide))
+        self.waiting.append(_Waiting(tokens, dx, dropped, uniform, shape, dropped @ wide))
         self.uniform_sum = uniform @ wide if self.uniform_sum is None else self.uniform_sum + uniform @ wide
         if self.wanted[2]:
-            self.d_bias += kept.shape * dropped.sum() + uniform.sum()
+            self.d_bias += shape * dropped.sum() + uniform.sum()
         if len(self.waiting) == FLUSH:
             self._flush()
 

@@ -26,7 +26,7 @@ class KeptState(NamedTuple):
 
     logits: Tensor  # [E], of each block [C, K]
     columns: Tensor  # [M] int64
-    shapes: Tensor  # [blocks, V]
+    others: Tensor  # [blocks, V]
     totals: Tensor  # [2, N] fp64
     order: Tensor  # [N] int64, the blocks' token indices
     sizes: Tensor  # [blocks, 2] int64 on the CPU: C and K, or MADE_AGAIN; C is 0 beyond the last block
@@ -68,7 +68,7 @@ def sweep_keeping(head: Head, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, 
                 torch.index_select(kept.logits, 1, kept.columns, out=state.logits[value : value + C * K].view(C, K))
                 state.totals[:, token : token + C] = kept.totals
                 state.columns[column : column + K] = kept.columns
-                state.shapes[b] = kept.shape
+                state.others[b] = kept.others
                 value, column = value + C * K, column + K
             state.sizes[b, 0], state.sizes[b, 1] = C, K
             token += C
@@ -84,7 +84,7 @@ def _kept_blocks(state: KeptState) -> Iterator[tuple[Tensor, Kept | None]]:
         elif C:
             columns = state.columns[column : column + K]
             logits = state.logits[value : value + C * K].view(C, K)
-            yield index, Kept(columns, logits, state.totals[:, token : token + C], state.shapes[b], state.shapes.new_empty(0))
+            yield index, Kept(columns, logits, state.totals[:, token : token + C], state.others[b])
             value, column = value + C * K, column + K
         token += C
 

@@ -41,8 +41,7 @@ class Kept(NamedTuple):
     columns: Tensor  # [K] int64, ascending
     logits: Tensor  # raw: [C, V], of which `columns` are the kept ones, or [C, K] of these
     totals: Tensor  # [2, C] fp64, sums over all columns of p dz/dx and of p log p dz/dx
-    shape: Tensor  # [V], column sums of the other columns, divided by their sum
-    mass: Tensor  # [], their sum
+    others: Tensor  # [V], column sums of p dz/dx, 0 for the kept columns
 
 
 class Choice(NamedTuple):
@@ -102,9 +101,7 @@ def keep(choice: Choice, logits: Tensor) -> Kept | None:
     if K > DENSE * V:
         return None
     columns = choice.order[:K]
-    others = choice.sums.index_fill(0, columns, 0)
-    mass = others.sum()
-    return Kept(columns, logits, choice.totals, others / mass.clamp(min=torch.finfo(others.dtype).tiny), mass)
+    return Kept(columns, logits, choice.totals, choice.sums.index_fill(0, columns, 0))
 
 
 def dropped_grad(totals: Tensor, coefficients: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def tail_report(
     with no_autocast(head):
         sums = GradientSums(*head[:2], b, head.transform, (False, False, False))
         for _, kept in tail_blocks(head, sums, chunk_blocks(head, sums, new_table(head), True, None, (True, True, False))):
-            dropped += 0.0 if kept is None else float(kept.mass)
+            dropped += 0.0 if kept is None else float(kept.others.sum())
     share = kept_share()
     assert share is not None
     mass = dropped / own.numel() * temperature / logit_scale  # of p dz/dx: a softcap's slope is counted in
