@@ -1,8 +1,9 @@
 """Regressions between two results files: `python -m bench.compare BEFORE.json AFTER.json`; exit status 1 on one.
 
-Times are compared as multiples of the case's first ceiling, round by round, so that a machine that was slow for one of the runs does not
-count. A row is slower when that multiple grew by more than its noise: the interquartile ranges of the two runs' rounds, added up, and at
-least `LEAST_NOISE`, for a run's median moves more than its rounds tell. Only our rows decide the exit status.
+Times are compared twice: as multiples of the case's first ceiling, round by round, so that a machine that was slow for one of the runs does
+not count, and as they are, so that a ceiling that moved by itself does not. A row is slower when both grew by more than their noise: the
+interquartile ranges of the two runs' rounds, added up, and at least `LEAST_NOISE`, for a run's median moves more than its rounds tell.
+Where only the multiple moved, the row is named. Only our rows decide the exit status.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .operation import OURS
+from .operation import is_ours
 
 LEAST_NOISE = 0.10
 MORE_MIB = 4.0  # that a peak may grow beside a tenth of it: what a process's resident set moves by
@@ -24,11 +25,24 @@ EXACT = 4 * 2**-23
 SAME = ("cpu", "gpu", "threads", "torch", "triton")  # entries of machine_info without which figures say nothing of the code
 
 
-class Multiple(NamedTuple):
-    """A time as a multiple of the ceiling: median over the rounds, and their interquartile range as a share of it."""
+class Spread(NamedTuple):
+    """Median over the rounds, and their interquartile range as a share of it."""
 
     median: float
     noise: float
+
+    @staticmethod
+    def of(rounds: Sequence[float]) -> Spread:
+        low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
+        return Spread(median, (high - low) / median)
+
+    def moved(self, later: Spread) -> int:
+        """1: `later` is larger beyond the noise of both; -1: smaller; 0: neither."""
+        beyond, growth = 1 + self.with_noise_of(later), later.median / self.median
+        return (growth > beyond) - (growth < 1 / beyond)
+
+    def with_noise_of(self, later: Spread) -> float:
+        return max(LEAST_NOISE, self.noise + later.noise)
 
 
 class Change(NamedTuple):
@@ -40,14 +54,10 @@ class Change(NamedTuple):
     regression: bool
 
 
-def multiple(case: Mapping[str, Any], row: str) -> Multiple | None:
-    """None for a row, or a ceiling, without figures."""
+def multiple(case: Mapping[str, Any], row: str) -> Spread | None:
+    """A row's time as a multiple of the ceiling's; None for a row, or a ceiling, without figures."""
     own, ceiling = case["rows"][row]["seconds"], case["rows"][case["ceilings"][0]]["seconds"]
-    if not own or not ceiling:
-        return None
-    ratios = [a / b for a, b in zip(own, ceiling, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return Multiple(median, (high - low) / median)
+    return Spread.of([a / b for a, b in zip(own, ceiling, strict=True)]) if own and ceiling else None
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
@@ -73,7 +83,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[C
 
 
 def _row(older: Mapping[str, Any], newer: Mapping[str, Any], row: str) -> tuple[list[Change], list[str]]:
-    case, ours = older["name"], row == OURS
+    case, ours = older["name"], is_ours(row)
     a, b = older["rows"][row], newer["rows"][row]
     if bool(a["refused"]) != bool(b["refused"]):
         gone = bool(b["refused"])
@@ -82,10 +92,13 @@ def _row(older: Mapping[str, Any], newer: Mapping[str, Any], row: str) -> tuple[
     found, notes = [], []
     was, now = multiple(older, row), multiple(newer, row)
     if was and now and row != older["ceilings"][0]:
-        noise, growth = max(LEAST_NOISE, was.noise + now.noise), now.median / was.median
+        noise, moved = was.with_noise_of(now), was.moved(now)
         text = f"{was.median:.3g} -> {now.median:.3g} times {older['ceilings'][0]} (noise {noise:.0%})"
-        if not 1 / (1 + noise) <= growth <= 1 + noise:
-            found.append(Change(case, row, f"{'slower' if growth > 1 else 'faster'}: {text}", ours and growth > 1))
+        seconds, later = Spread.of(a["seconds"]), Spread.of(b["seconds"])
+        if moved and seconds.moved(later) == moved:
+            found.append(Change(case, row, f"{'slower' if moved > 0 else 'faster'}: {text}", ours and moved > 0))
+        elif moved:
+            notes.append(f"{case}, {row}: {text}, but {seconds.median * 1e3:.3g} -> {later.median * 1e3:.3g} ms: the ceiling moved")
         elif noise > LEAST_NOISE:
             notes.append(f"{case}, {row}: too noisy to tell 10 %: {text}")
     if a["peak_mib"] is not None and b["peak_mib"] is not None:

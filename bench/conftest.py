@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.operation import EAGER, OURS, Shape
+from bench.operation import EAGER, Shape, is_ours
 from bench.peers import found
 from bench.suite import Case, Measured, as_json, left_out, measure
 from fastalign.measure import machine
@@ -27,7 +27,7 @@ _measured: dict[str, Measured | None] = {}  # by case; None from its beginning t
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastalign")
     group.addoption("--shape", help="N,H,V in place of each case's own shape", type=lambda text: Shape(*map(int, text.split(","))))
-    group.addoption("--seconds", help="time for the interleaved rounds of a case (3 to 20 rounds)", type=float, default=6.0)
+    group.addoption("--seconds", help="time for the interleaved rounds of a case (3 to 20 rounds)", type=float, default=10.0)
     group.addoption("--minutes", help="no case starts after so many; those are named in the results", type=float, default=float("inf"))
 
 
@@ -42,7 +42,7 @@ def record(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         result = _result(name, request.module.CASES[name], request.config)
         row = result.rows[row_name]
         if row.timing is None:
-            vital = row_name in (OURS, EAGER) and not row.refused.startswith(("absent", "left out"))
+            vital = (is_ours(row_name) or row_name == EAGER) and not row.refused.startswith(("absent", "left out"))
             (pytest.fail if vital else pytest.skip)(row.refused)
         replay = itertools.chain.from_iterable((0.0, seconds) for seconds in row.timing.seconds)
         request.node.add_marker(pytest.mark.benchmark(group=name, timer=lambda: next(replay)))

@@ -27,6 +27,11 @@ COMPILED = "torch.compile"
 EXPONENTS = "exponents"
 
 
+def is_ours(row: str) -> bool:
+    """OURS, or one of its options: "fastalign, tail_eps 2**-14"."""
+    return row == OURS or row.startswith(f"{OURS}, ")
+
+
 class Shape(NamedTuple):
     """N tokens, H hidden (0: an operation on logits, which does not ask), V vocabulary; or N sequences of V tokens."""
 

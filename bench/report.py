@@ -10,7 +10,7 @@ from typing import Any
 
 from fastalign.measure import Timing
 
-from .operation import OURS
+from .operation import OURS, is_ours
 
 
 def render(results: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def render_case(case: Mapping[str, Any]) -> str:
         if memory:
             cells.append("" if row["peak_mib"] is None else f"{row['peak_mib']:,.0f}")
         cells += [f"{row['errors'][kind]['relative']:.1e}" if kind in row["errors"] else "" for kind in kinds]
-        lines.append(f"| {' | '.join(f'**{cell}**' if name == OURS and cell else cell for cell in cells)} |")
+        lines.append(f"| {' | '.join(f'**{cell}**' if is_ours(name) and cell else cell for cell in cells)} |")
     shape = ", ".join(
         f"{letter} {size}" for letter, size in case["shape"].items() if size and (letter != "H" or _has_hidden(case["operation"]))
     )

@@ -21,6 +21,7 @@ from .operation import COMPILED, EAGER, EXPONENTS, OURS, Absent, Ceiling, Check,
 from .step_methods import STEPS
 
 ROWS_AT_ONCE = 256  # of the truth in fp64
+COLD_MIB = 16  # inputs from which on a call finds the caches full of other data; smaller ones lie where the call before left them
 ROUNDS = (3, 20)  # at least and at most, whatever the time of a case allows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -234,9 +235,10 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
         functions[ceiling]()  # methods are warm from their check
         rows[ceiling] = Row()
     functions = {**{c: functions[c] for c in case.ceilings}, **functions}
-    first = interleaved(functions, 1, warmup=0)
+    cold = _mib(tensors) >= COLD_MIB
+    first = interleaved(functions, 1, warmup=0, cold=cold)
     rounds = int(min(max(seconds / sum(timing.median for timing in first.values()), ROUNDS[0]), ROUNDS[1]))
-    for row, timing in interleaved(functions, rounds - 1, warmup=0).items():
+    for row, timing in interleaved(functions, rounds - 1, warmup=0, cold=cold).items():
         rows[row] = rows[row]._replace(timing=Timing.of([*first[row].seconds, *timing.seconds]))
     per_token = _mib({name: tensors[name] for name in case.trained if name in OPERATIONS[case.operation].rows})  # of the results
     functions.clear()  # and with them the inputs

@@ -11,12 +11,12 @@ from bench import compare
 from bench.operation import EAGER, OURS
 
 
-def results(ours: tuple[float, ...] = (1.0, 1.02, 0.98), peak: float = 100.0, machine: float = 1.0) -> dict[str, Any]:
+def results(ours: tuple[float, ...] = (1.0, 1.02, 0.98), peak: float = 100.0, machine: float = 1.0, ceiling: float = 0.5) -> dict[str, Any]:
     def row(seconds: tuple[float, ...]) -> dict[str, Any]:
         own = [machine * s for s in seconds]
         return {"refused": "", "seconds": own, "errors": {"d weight": {"absolute": 1e-3, "relative": 1e-5}}, "peak_mib": peak}
 
-    rows = {"copy": row((0.5, 0.5, 0.5)), OURS: row(ours), EAGER: row((2.0, 2.0, 2.0))}
+    rows = {"copy": row((ceiling,) * 3), OURS: row(ours), EAGER: row((2.0, 2.0, 2.0))}
     case = {"name": "loss fp32", "shape": {"N": 8, "H": 4, "V": 99}, "ceilings": ["copy"], "rows": rows}
     return {"machine_info": {"cpu": "A", "gpu": "none", "threads": 2, "torch": "2", "triton": "3"}, "cases": [case]}
 
@@ -41,6 +41,20 @@ def test_what_the_rounds_spread_by_is_no_regression_and_is_named(tmp_path: Path,
     noisy = results((0.9, 1.2, 1.5))
     assert status(results(), noisy, tmp_path) == 0
     assert f"note: loss fp32, {OURS}: too noisy to tell 10 %: 2 -> 2.4 times copy (noise 27%)" in capsys.readouterr().out
+
+
+def test_a_ceiling_that_moved_by_itself_is_no_regression_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(results(), results(ceiling=0.3), tmp_path) == 0
+    assert f"note: loss fp32, {OURS}: 2 -> 3.33 times copy (noise 10%), but 1e+03 -> 1e+03 ms: the ceiling moved" in capsys.readouterr().out
+    assert status(results(), results((1.2, 1.22, 1.18), ceiling=0.3), tmp_path) == 1  # both moved
+
+
+def test_a_row_with_an_option_of_ours_is_ours() -> None:
+    before, after = results(), results((1.2, 1.22, 1.18))
+    for file in (before, after):
+        rows = file["cases"][0]["rows"]
+        rows[f"{OURS}, tail_eps 2**-14"] = rows.pop(OURS)
+    assert [change.regression for change in compare.changes(before, after)[0]] == [True]
 
 
 def test_a_peer_that_got_slower_is_told_and_decides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,14 @@ def test_a_timing_is_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert interleaved({"A": lambda: None}, rounds=3) == {"A": Timing(2, 1, 7, (1, 2, 7))}
 
 
+def test_a_cold_clock_reads_other_memory_before_each_call_and_does_not_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str | int] = []
+    monkeypatch.setattr(torch.Tensor, "sum", lambda self: order.append(self.nbytes // MIB) or self.amax())  # type: ignore[func-returns-value]
+    timings = interleaved({name: lambda name=name: order.append(name) for name in "AB"}, rounds=2, warmup=0, cold=True)  # type: ignore[misc]
+    assert order == [256, "A", 256, "B"] * 2
+    assert all(timing.minimum < 1e-3 for timing in timings.values())  # a read of 256 MiB takes longer
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_own_events_tell_the_time() -> None:
     x = torch.ones(2**28, device="cuda")  # 1 GiB: a read and a write take 0.2 to 4 ms on anything from a T4 to a B200

@@ -67,6 +67,10 @@ class GradientSums:
 
     GEMMs take hidden states and weight in hidden's dtype. On a CPU without our own GEMMs, where torch's would round their output to that,
     the chunk's hidden states and, once, the weight are widened.
+
+    Memory is fresh in each call, and on a CPU its first touches cost: of the 174 ms x 2 cores at N 512 in bf16 on SmolLM2's head (a virtual
+    machine, AMD EPYC) 95 went into 54 k page faults. Pages of 2 MiB (madvise) made it 127 ms when calls followed each other, and 304 after
+    3 s without one, when the host had taken the free memory back: not used.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, wanted: tuple[bool, bool, bool]) -> None:
