@@ -1,6 +1,7 @@
 // Registration of `fastalign::sample` and its launcher for CPUs: threads over rows, and over the chunks of a row where there are few rows.
 #define FASTALIGN_TARGET generic
 #include <array>
+#include <cstring>
 #include <memory>
 
 #include "sampling_launch.h"
@@ -15,8 +16,9 @@ namespace {
 class Workspace {
  public:
   explicit Workspace(int64_t V) : chunks_((V + CHUNK - 1) / CHUNK), padded_((chunks_ + COMBINE_LANES - 1) / COMBINE_LANES * COMBINE_LANES) {
-    memory_ = std::make_unique<float[]>(6 * padded_ + V + 16);  // zeros: the sums of chunks that only fill the last lanes
+    memory_ = std::make_unique_for_overwrite<float[]>(6 * padded_ + V + 16);  // pages that no filter needs stay untouched
     float* p = memory_.get();
+    memset(p, 0, 6 * padded_ * sizeof(float));  // the sums of chunks that only fill the last lanes
     summaries = {p, p + padded_, p + 2 * padded_, p + 3 * padded_, p + 4 * padded_, reinterpret_cast<int32_t*>(p + 5 * padded_)};
     for (int64_t c = chunks_; c < padded_; ++c) summaries.top[c] = summaries.raw_top[c] = -INFINITY;
     values = p + 6 * padded_;

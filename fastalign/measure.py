@@ -64,7 +64,7 @@ def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int, warm
 
     A function's time includes what it allocates; freeing the result does not count. Where a GPU is in use its events tell the time, from
     the moment that the device gets to the function's work to its end, and its L2 cache is overwritten before each call. With `cold` a
-    CPU's caches are filled with other data before each call too.
+    CPU's caches are filled with other data before each call too, and the C library gives back what it holds of freed memory.
 
     Raises:
         ValueError: rounds below 1, or warmup below 0.
@@ -95,10 +95,14 @@ def _cold_clock() -> Callable[[Callable[[], object]], float]:
     """Inputs as large as the last cache are found there or not by chance: reads of 37 MiB, on 32 MiB of cache that other guests of the
     machine use too, took 0.46 to 0.94 ms from run to run; from memory 0.76 to 0.85. It reads, for what it wrote would be written back
     while a call runs.
+
+    glibc maps a large tensor afresh, and its first touches take longer than most kernels, unless earlier calls left a hole in the heap:
+    log_softmax of 192 MiB took 70 ms in one run and 13 in another, 64 in a process of its own.
     """
     lines = torch.ones(_OTHER_MIB * 2**20 // 4)
 
     def clock(function: Callable[[], object]) -> float:
+        _trim_heap()
         lines.sum()
         return _host_clock(function)
 
@@ -216,15 +220,20 @@ def _serve() -> None:
 def _peak_here(target: str, arguments: Mapping[str, Any]) -> float:
     call = _prepared(target, arguments)
     gc.collect()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # else memory that an earlier call freed would serve this one unseen
+    _trim_heap()  # else memory that an earlier call freed would serve this one unseen
     before = _kib("VmRSS")
     _CLEAR_REFS.write_text("5")
     result = call()
     peak = _kib("VmHWM")
     del result
     return (peak - before) / 1024
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system; only glibc can be asked to."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _prepared(target: str, arguments: Mapping[str, Any]) -> Callable[[], object]:

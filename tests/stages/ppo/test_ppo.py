@@ -1,8 +1,6 @@
-"""PPO on a tiny model: a step by hand, first ratios, ranks, resume, rewards of all kinds; and the defects of TRL's trainer, each a test."""
+"""PPO on a tiny model: a step by hand, first ratios, ranks, resume; and the defects of TRL's trainer, each a test."""
 
 import dataclasses
-import itertools
-import json
 import math
 import os
 import subprocess
@@ -15,144 +13,32 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
 )
 
-from fastalign import cli
 from fastalign.actor_critic import VALUE_HEAD, ActorCritic
 from fastalign.causal_lm import fuse_head
 from fastalign.data import Prompt, load_rows, tokenize_prompts
 from fastalign.rollout import generate
-from fastalign.stages import build, checkpoint, loop, ppo, reward
-from fastalign.stages.config import describe, save_config
+from fastalign.stages import build, checkpoint, ppo
+from fastalign.stages.config import save_config
 from fastalign.stages.ppo import PPOConfig, PPOOptions, ppo_step, rollout
-from fastalign.stages.rewards import by_function, find_classifier, find_function, load_classifier
+from fastalign.stages.rewards import by_function, find_function
 from fastalign.stages.world import World
+from tests.stages.tiny import assert_close, lines, sentence, weights
 
-WORDS = ["the", "a", "film", "story", "actor", "is", "was", "good", "bad", "dull", "bright", "and", "but", "never"]
-GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}  # and its dropout of 0.1
-CLOCK = ("seconds", "episode_per_second", "seconds_rollout", "seconds_update")
-CHAT = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
-FUNCTIONS = """
-seen = []
-
-def count(prompts, completions):
-    seen.append((prompts, completions))
-    return [text.count("a") - 0.05 * len(text) for text in completions]
-
-def answered(prompts, completions, answer):
-    return [float(text.count(wanted)) for text, wanted in zip(completions, answer, strict=True)]
-
-def of_the_prompt(prompts, completions):
-    return [float(len(prompt) > 40) for prompt in prompts]
-
-def short(prompts, completions):
-    return [0.0]
-
-def infinite(prompts, completions):
-    return [float("inf")] * len(completions)
-"""
 ALONE = World(0, 1, torch.device("cpu"))
 Make = Callable[..., PPOConfig]
 
 
-def sentence(number: int) -> str:
-    """Ragged on purpose: 3 to 14 words."""
-    return " ".join(WORDS[(number * 5 + 3 * place * place) % len(WORDS)] for place in range(3 + number * 5 % 12))
-
-
-def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A byte-level BPE tokenizer of 300 entries, prompts as text and messages, preference pairs, and reward functions."""
-    folder = tmp_path_factory.mktemp("files")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(map(sentence, range(40)), vocab_size=300, special_tokens=["<eos>", "<pad>", "<s>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=CHAT)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "functions.py").write_text(FUNCTIONS)
-    rows: dict[str, list[Any]] = {
-        "prompts": [{"prompt": sentence(n), "answer": WORDS[n % 3]} for n in range(24)],
-        "held_out": [{"prompt": sentence(n + 30)} for n in range(7)],
-        "chats": [{"prompt": [{"role": "user", "content": sentence(n)}]} for n in range(24)],
-        "answered": [
-            {"prompt": [{"role": role, "content": "a"} for role in roles]} for roles in (["user"], ["user", "assistant"], ["user"])
-        ],
-        "pairs": [{"prompt": sentence(n), "chosen": " good " + sentence(n), "rejected": " bad " + sentence(n + 81)} for n in range(8)],
-    }
-    paths = {name: write(folder / f"{name}.jsonl", records) for name, records in rows.items()}
-    return paths | {"tokenizer": str(folder / "tokenizer"), "functions": str(folder / "functions.py")}
-
-
-@pytest.fixture(scope="module")
-def base(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of an untrained tiny GPT-2 in fp64."""
-    folder = str(tmp_path_factory.mktemp("base"))
-    tokenizer = build.load_tokenizer(files["tokenizer"])
-    torch.manual_seed(3)
-    AutoModelForCausalLM.from_config(build.scratch_config(GPT2, tokenizer, length=96), dtype=torch.float64).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_model(files: dict[str, str], base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a reward model that the stage `reward` left."""
-    folder = tmp_path_factory.mktemp("reward")
-    options: dict[str, Any] = {"max_length": 96, "batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "dtype": "float64"}
-    reward.run(reward.RewardConfig(model=base, train_data=files["pairs"], output_dir=str(folder), device="cpu", **options))
-    return str(folder / "model")
-
-
-@pytest.fixture
-def make(files: dict[str, str], base: str, tmp_path: Path) -> Make:
-    """A function from fields to a small configuration with an output_dir of its own, in fp64."""
-    runs = itertools.count()
-
-    def configure(**changes: Any) -> PPOConfig:
-        values: dict[str, Any] = {"train_data": files["prompts"], "model": base, "output_dir": str(tmp_path / f"run{next(runs)}")}
-        values |= {"reward": files["functions"] + ":count", "max_new_tokens": 12, "batch_size": 8, "learning_rate": 1e-3}
-        values |= {"ppo_epochs": 1, "max_steps": 1, "dtype": "float64", "device": "cpu"}
-        return PPOConfig(**(values | changes))
-
-    return configure
-
-
-def weights(config: PPOConfig, part: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(Path(config.output_dir, part, "adapter_model.safetensors" if config.lora_rank else "model.safetensors"))
-
-
-def lines(config: PPOConfig) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock says."""
-    parsed = [json.loads(line) for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in parsed]
-
-
 def close(one: PPOConfig, other: PPOConfig) -> None:
     """fp64 to 1e-9: the weights of all models, and the metrics of every step."""
-    for part in ("model", "value") if one.value == "own" else ("model",):
-        expected, found = weights(one, part), weights(other, part)
-        assert expected.keys() == found.keys()
-        for name, tensor in expected.items():
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-9)
-    assert len(lines(one)) == len(lines(other))
-    for a, b in zip(lines(one), lines(other), strict=True):
-        assert a == pytest.approx(b, rel=1e-8, abs=1e-9)
+    assert_close(one, other, atol=1e-9, rel=1e-8, parts=("model", "value") if one.value == "own" else ("model",))
 
 
 def actor_critic(base: str) -> ActorCritic:
@@ -504,81 +390,6 @@ def test_a_mismatch_is_logged_and_weighs_tokens_at_most_by_the_cap(base: str, mo
     torch.testing.assert_close(weight, expected.double(), rtol=1e-6, atol=0)
 
 
-# Rewards
-
-
-def test_a_function_is_found_by_module_and_file_and_gets_the_columns_that_it_names(
-    make: Make, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(files["functions"]).parent))
-    config = make(reward="functions:count")
-    ppo.run(config)
-    prompts, completions = sys.modules["functions"].seen[-1]
-    rows = [json.loads(line) for line in Path(files["prompts"]).read_text().splitlines()]
-    picked = [rows[n] for n in loop.rows_of_step(0, rows=24, batch_size=8, seed=0)]
-    assert prompts == [row["prompt"] for row in picked] and not any("<eos>" in text for text in completions)
-    scores = [text.count("a") - 0.05 * len(text) for text in completions]
-    assert lines(config)[0]["objective/scores"] == pytest.approx(sum(scores) / 8)
-    named = make(reward="functions:answered")
-    wanted = [text.count(row["answer"]) for text, row in zip(completions, picked, strict=True)]
-    assert ppo.run(named)["objective/scores"] == pytest.approx(sum(wanted) / 8), "the same tokens were drawn"
-
-
-def test_our_reward_model_scores_the_tokens_as_transformers_does(base: str, files: dict[str, str], reward_model: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    prompts = tokenize_prompts(load_rows(files["prompts"]), tokenizer, max_length=64)[:5]
-    completions = [[9, 10, 0], [11] * 7, [12, 13, 0], [3, 0], [40] * 12]
-    classifier = find_classifier(reward_model, None)
-    assert classifier.reads(tokenizer) and not classifier.adapters
-    scores = load_classifier(classifier, ALONE, tokenizer, dtype=torch.float64, rows=3, attention="sdpa", packing=True)(
-        prompts, completions
-    )
-    model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float64).eval()
-    expected = [model(torch.tensor([prompt.input_ids + ids])).logits.item() for prompt, ids in zip(prompts, completions, strict=True)]
-    assert scores.tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("chat", [False, True])
-def test_another_classifier_reads_the_text_with_its_own_tokenizer(base: str, files: dict[str, str], tmp_path: Path, chat: bool) -> None:
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(map(sentence, range(9)), vocab_size=280, special_tokens=["<pad>", "<eos>", "<s>"], show_progress=False)
-    own = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", chat_template=CHAT)
-    own.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    names = {0: "NEGATIVE", 1: "POSITIVE"}
-    model = BertForSequenceClassification(BertConfig(vocab_size=280, pad_token_id=0, id2label=names, **shape)).double().eval()
-    model.save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    prompts = tokenize_prompts(load_rows(files["chats" if chat else "prompts"]), tokenizer, max_length=64)[:3]
-    completions = [tokenizer.encode(text) + [0] for text in (" good", " a dull story", " bright and never bad")]
-    with pytest.raises(ValueError, match=r"reward_label: None seen, and .* has the labels 0 \(NEGATIVE\), 1 \(POSITIVE\): give the number"):
-        find_classifier(str(tmp_path), None)
-    classifier = find_classifier(str(tmp_path), 1)
-    assert not classifier.reads(tokenizer)
-    score = load_classifier(classifier, ALONE, tokenizer, dtype=torch.float64, rows=2, attention="sdpa", packing=True)
-    for place, (text, value) in enumerate(
-        zip((" good", " a dull story", " bright and never bad"), score(prompts, completions), strict=True)
-    ):
-        whole = prompts[place].row["prompt"]
-        whole = f"<s>user: {whole[0]['content']}<eos><s>assistant: {text}<eos>" if chat else whole + text
-        assert value.item() == pytest.approx(model(torch.tensor([own.encode(whole)])).logits[0, 1].item(), rel=1e-6)
-
-
-def test_a_reward_model_of_adapters_scores(make: Make, files: dict[str, str], base: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_length": 96, "batch_size": 8, "max_steps": 2, "learning_rate": 1e-2, "lora_rank": 2, "dtype": "float64"}
-    reward.run(reward.RewardConfig(model=base, train_data=files["pairs"], output_dir=str(tmp_path / "r"), device="cpu", **options))
-    config = make(reward=str(tmp_path / "r" / "model"))
-    assert math.isfinite(ppo.run(config)["objective/scores"])
-
-
-def test_scores_that_are_none_are_refused(make: Make, files: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"functions\.py:short returned 1 scores for 8 completions"):
-        ppo.run(make(reward=files["functions"] + ":short"))
-    with pytest.raises(ValueError, match=r"functions\.py:infinite scored '.*' as inf; finite numbers are wanted"):
-        ppo.run(make(reward=files["functions"] + ":infinite"))
-
-
 def test_a_completion_without_an_end_is_penalised(base: str) -> None:
     ends = list(range(100, 300, 2))
     model = actor_critic(base)
@@ -692,85 +503,6 @@ def test_a_loop_of_ones_own_needs_no_configuration(base: str) -> None:
     assert sum(scores[-2:]) > sum(scores[:2]) + 4
 
 
-# Prompts
-
-
-def test_prompts_lose_an_eos_and_long_ones_are_left_out_with_a_warning(files: dict[str, str], tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"])
-    rows = load_rows(
-        write(tmp_path / "p.jsonl", [{"prompt": "the film<eos>"}, {"prompt": sentence(1) * 3}, {"prompt": "a", "answer": "b"}])
-    )
-    with pytest.warns(UserWarning, match=r"p\.jsonl, row 2: longer than max_prompt_length=8, left out \(1 of 3 rows\)"):
-        first, second = tokenize_prompts(rows, tokenizer, max_length=8)
-    assert tokenizer.decode(first.input_ids) == "the film" and second.row == {"prompt": "a", "answer": "b"}
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"text": "a"}], r"p\.jsonl: no column 'prompt'; there are: text"),
-        ([{"prompt": "a"}, {"prompt": 3}], r"p\.jsonl, row 2: column 'prompt' must be text, got int"),
-        ([{"prompt": "a"}, {"prompt": ""}], r"p\.jsonl, row 2: column 'prompt' is empty"),
-        ([{"prompt": "a " * 40}], r"p\.jsonl, row 1: longer than max_prompt_length=8, and so are all"),
-        ([{"prompt": []}], r"p\.jsonl, row 1: column 'prompt' has no messages"),
-    ],
-)
-def test_prompts_that_cannot_be_completed_are_refused(files: dict[str, str], tmp_path: Path, rows: list[Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        tokenize_prompts(load_rows(write(tmp_path / "p.jsonl", rows)), AutoTokenizer.from_pretrained(files["tokenizer"]), max_length=8)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"importance_cap": 2.0}, r"importance_cap \(2.0\) needs rescore=true"),
-        ({"target_kl": 6.0, "kl_coef": 0}, r"target_kl \(6.0\) needs a kl_coef above 0"),
-        ({"minibatches": 3}, r"batch_size \(8\) must be a multiple of minibatches \(3\)"),
-        ({"reference": "adapters_off"}, r"reference: adapters_off needs adapters \(lora_rank > 0\); allowed without: auto, copy, none"),
-        ({"reference": "none"}, "reference: none needs kl_coef=0, not 0.05"),
-        ({"value": "shared", "value_model": "x"}, r"value_model \('x'\) needs value=own, not shared"),
-        ({"reward_label": 1}, r"reward_label \(1\) needs a classifier, and reward is the function"),
-        ({"attention": "flash_attention_2"}, "attention: flash_attention_2 .*; allowed: auto, sdpa, eager"),
-        ({"lora_rank": 2, "lora_dropout": 0.1}, "lora_dropout: 0.1 seen"),
-        ({"temperature": 0}, "temperature"),
-        ({"dual_clip": 1.0}, "dual_clip"),
-        ({"kl_estimator": "k4"}, "kl_estimator"),
-        ({"beta": 0.1}, "unknown key 'beta'"),
-    ],
-)
-def test_a_wrong_configuration_is_refused_by_name(make: Make, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(**changes)
-
-
-def test_what_cannot_be_used_is_refused_before_a_model_loads(
-    make: Make, files: dict[str, str], base: str, reward_model: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*arguments: Any, **options: Any) -> None:
-        pytest.fail("the model was loaded")
-
-    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        monkeypatch.setattr(auto, "from_pretrained", refuse)
-    for changes, message in (
-        ({"train_data": files["answered"]}, r"answered\.jsonl, row 2: column 'prompt' ends in an assistant turn"),
-        ({"max_new_tokens": 90}, "a sequence of .* tokens does not fit the model's 96 .*: lower max_prompt_length or max_new_tokens"),
-        ({"reward": base}, r"reward: .* holds GPT2LMHeadModel; a sequence classifier is wanted"),
-        ({"reward": reward_model, "reward_label": 1}, r"reward_label: 1 seen, and .* has the labels 0 \(LABEL_0\)"),
-        (
-            {"reward": files["functions"] + ":cuont"},
-            r"reward: .*functions\.py has no function 'cuont'; it has: count, answered, of_the_prompt",
-        ),
-        ({"reward": "no_such_module:score"}, "reward: 'no_such_module:score': No module named 'no_such_module'"),
-        ({"reward": "no/such.py:score"}, "reward: 'no/such.py:score': .*No such file"),
-        ({"minibatches": 2, "micro_batch_size": 8}, r"batch_size / minibatches \(8 / 2\) must be a multiple of micro_batch_size x devices"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ppo.run(make(**changes))
-
-
 def test_a_plain_call_says_what_is_wrong(base: str) -> None:
     model, options = actor_critic(base), PPOOptions(max_new_tokens=3, minibatches=3)
     with pytest.raises(ValueError, match=r"score: returned \[2\], \[8\] wanted"):
@@ -785,13 +517,3 @@ def test_a_plain_call_says_what_is_wrong(base: str) -> None:
     with pytest.raises(FloatingPointError, match="update of step 1, 1: .*; the weights are still those of update of step 1, 0"):
         ppo_step(model, torch.optim.SGD(model.parameters()), broken, PPOOptions(max_new_tokens=3), pad_id=1)
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-
-
-def test_every_field_is_described_and_the_command_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
-    for kind in PPOConfig.__mro__:
-        own = getattr(kind, "__pydantic_fields__", {})
-        assert not [name for name in getattr(kind, "__annotations__", {}) if name in own and not own[name].description]
-    with pytest.raises(SystemExit):
-        cli.main(["ppo", "--help"])
-    shown = capsys.readouterr().out
-    assert shown.startswith("usage: fastalign ppo") and describe(PPOConfig) in shown and "learning_rate: float (> 0) = 3.0e-06" in shown

@@ -4,9 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +12,6 @@ from typing import Any, get_args
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
-from safetensors.torch import load_file
-from tokenizers import ByteLevelBPETokenizer
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +20,6 @@ from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     GPT2Model,
-    PreTrainedTokenizerFast,
 )
 
 from fastalign import cli, preferences
@@ -36,10 +30,8 @@ from fastalign.stages.config import TrainConfig, describe, save_config
 from fastalign.stages.world import World
 from fastalign_kernels.pair_losses import DPO_LOSS_TYPES
 from fastalign_kernels.preference import KTO_LOSS_TYPES
+from tests.stages.tiny import assert_close, lines, save_base, save_tokenizer, sentence, torchrun, weights, write
 
-WORDS = ["the", "a", "film", "story", "actor", "is", "was", "good", "bad", "dull", "bright", "and", "but", "never"]
-GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}  # and its dropout of 0.1
-CLOCK = ("seconds", "pairs_per_second", "rows_per_second")
 STAGES: dict[str, tuple[ModuleType, type[TrainConfig], str]] = {
     "reward": (reward, reward.RewardConfig, "pairs"),
     "dpo": (dpo, dpo.DPOConfig, "pairs"),
@@ -48,19 +40,10 @@ STAGES: dict[str, tuple[ModuleType, type[TrainConfig], str]] = {
 Make = Callable[..., Any]
 
 
-def sentence(number: int) -> str:
-    """Ragged on purpose: 3 to 14 words."""
-    return " ".join(WORDS[(number * 5 + 3 * place * place) % len(WORDS)] for place in range(3 + number * 5 % 12))
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A byte-level BPE tokenizer of 300 entries, pairs and judged completions."""
     folder = tmp_path_factory.mktemp("files")
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(map(sentence, range(40)), vocab_size=300, special_tokens=["<eos>", "<pad>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>")
-    tokenizer.save_pretrained(folder / "tokenizer")
     pairs = [{"prompt": sentence(n), "chosen": " good " + sentence(n + 50), "rejected": " bad " + sentence(n + 81)} for n in range(24)]
     rows: dict[str, list[Any]] = {
         "pairs": pairs,
@@ -81,21 +64,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "bad": [pairs[0], pairs[1] | {"rejected": pairs[1]["chosen"]}],
         "bad_labels": [{"prompt": "a", "completion": " b", "label": label} for label in (True, "yes")],
     }
-    for name, records in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return {name: str(folder / f"{name}.jsonl") for name in rows} | {"tokenizer": str(folder / "tokenizer")}
+    paths = {name: write(folder / f"{name}.jsonl", records) for name, records in rows.items()}
+    return paths | {"tokenizer": save_tokenizer(folder / "tokenizer")}
 
 
 @pytest.fixture(scope="module")
 def base(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of an untrained tiny GPT-2 in fp64."""
-    folder = str(tmp_path_factory.mktemp("base"))
-    tokenizer = build.load_tokenizer(files["tokenizer"])
-    torch.manual_seed(3)
-    architecture = build.scratch_config(GPT2, tokenizer, length=64)
-    AutoModelForCausalLM.from_config(architecture, dtype=torch.float64).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"), files["tokenizer"], length=64)
 
 
 @pytest.fixture
@@ -118,25 +94,8 @@ def run(config: Any) -> dict[str, float]:
     return result
 
 
-def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.output_dir, "model", "adapter_model.safetensors" if config.lora_rank else "model.safetensors"))
-
-
-def lines(config: TrainConfig) -> list[dict[str, Any]]:
-    """metrics.jsonl without what the clock says."""
-    parsed = [json.loads(line) for line in Path(config.output_dir, "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in parsed]
-
-
 def close(one: TrainConfig, other: TrainConfig) -> None:
-    """fp64 to 1e-10: weights, and the metrics of every step."""
-    expected, found = weights(one), weights(other)
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-10)
-    assert len(lines(one)) == len(lines(other))
-    for a, b in zip(lines(one), lines(other), strict=True):
-        assert a == pytest.approx(b, rel=1e-9, abs=1e-10)
+    assert_close(one, other, atol=1e-10, rel=1e-9)
 
 
 def plain_logps(model: Any, sequences: list[Tokenized]) -> torch.Tensor:
@@ -338,13 +297,6 @@ def test_two_gloo_ranks_equal_one_process(make: Make, files: dict[str, str], tmp
     save_config(together, tmp_path / "two.yaml")
     torchrun(2, f"fastalign.stages.{stage}", "--config", str(tmp_path / "two.yaml"))
     close(alone, together)
-
-
-def torchrun(processes: int, module: str, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, "-m", module, *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -565,17 +517,6 @@ def test_the_ways_to_save_memory_train(make: Make, stage: str, options: dict[str
 
 
 # Refusals
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test where a model is loaded."""
-
-    def refuse(*arguments: Any, **options: Any) -> None:
-        pytest.fail("the model was loaded")
-
-    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        monkeypatch.setattr(auto, "from_pretrained", refuse)
 
 
 @pytest.mark.parametrize(
