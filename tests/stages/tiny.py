@@ -91,7 +91,8 @@ def assert_close(
 
 
 def torchrun(processes: int, module: str, *arguments: str) -> None:
+    """Run a stage in so many processes; one that hangs at its end fails the test."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, "-m", module, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "-m", module, *arguments], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

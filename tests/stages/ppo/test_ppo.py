@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from fastalign.stages.config import save_config
 from fastalign.stages.ppo import PPOConfig, PPOOptions, ppo_step, rollout
 from fastalign.stages.rewards import by_function, find_function
 from fastalign.stages.world import World
-from tests.stages.tiny import assert_close, lines, sentence, weights
+from tests.stages.tiny import assert_close, lines, sentence, torchrun, weights
 
 ALONE = World(0, 1, torch.device("cpu"))
 Make = Callable[..., PPOConfig]
@@ -231,11 +228,7 @@ def test_two_gloo_ranks_equal_one_process(make: Make, files: dict[str, str], tmp
     alone, together = make(**options), make(**options)
     ppo.run(alone)
     save_config(together, tmp_path / "two.yaml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastalign.stages.ppo"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command += ["--config", str(tmp_path / "two.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, "fastalign.stages.ppo", "--config", str(tmp_path / "two.yaml"))
     close(alone, together)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -162,13 +161,8 @@ def test_a_wrong_configuration_is_refused_by_name(make: Make, changes: dict[str,
 
 
 def test_what_cannot_be_used_is_refused_before_a_model_loads(
-    make: Make, files: dict[str, str], base: str, reward_model: str, monkeypatch: pytest.MonkeyPatch
+    make: Make, files: dict[str, str], base: str, reward_model: str, no_model: None
 ) -> None:
-    def refuse(*arguments: Any, **options: Any) -> None:
-        pytest.fail("the model was loaded")
-
-    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-        monkeypatch.setattr(auto, "from_pretrained", refuse)
     for changes, message in (
         ({"train_data": files["answered"]}, r"answered\.jsonl, row 2: column 'prompt' ends in an assistant turn"),
         ({"max_new_tokens": 90}, "a sequence of .* tokens does not fit the model's 96 .*: lower max_prompt_length or max_new_tokens"),
