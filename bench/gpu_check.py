@@ -46,9 +46,15 @@ DEVICE_TESTS = (
     "measure",
     "causal_lm",
     "rollout",
-    "stages",
+    "stages/training",
 )
 DRAW = "from bench.gpu_check import draw; draw('cuda')"
+
+
+def test_file(name: str) -> Path:
+    """From the root: of one of DEVICE_TESTS."""
+    folder, _, stem = name.rpartition("/")
+    return Path("tests", folder, f"test_{stem}.py")
 
 
 class Part(NamedTuple):
@@ -64,7 +70,7 @@ def plan(wheels: Sequence[Path], site: Path) -> list[Part]:
     python = sys.executable
     pip = (python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site))
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-    tests = [f"tests/test_{name}.py" for name in DEVICE_TESTS]
+    tests = [str(test_file(name)) for name in DEVICE_TESTS]
     return [
         Part("GPU and driver", ("nvidia-smi",), 10),
         Part("nvcc", ("nvcc", "--version"), 10),

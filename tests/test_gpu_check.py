@@ -34,9 +34,9 @@ def test_the_plan_fits_nine_minutes_and_leaves_the_benchmark_its_share(tmp_path:
 
 def test_every_test_that_uses_the_device_is_in_the_plan() -> None:
     uses = re.compile(r"def test_\w+\([^)]*\bdevice\b|needs a CUDA device")
-    using = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py") if uses.search(path.read_text())}
-    assert using - {"gpu_check"} <= set(gpu_check.DEVICE_TESTS)
-    assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in gpu_check.DEVICE_TESTS)
+    using = {path for path in (ROOT / "tests").rglob("test_*.py") if uses.search(path.read_text())}
+    planned = {ROOT / gpu_check.test_file(name) for name in gpu_check.DEVICE_TESTS}
+    assert using - {Path(__file__)} <= planned and all(path.is_file() for path in planned)
 
 
 def test_a_failing_a_missing_and_a_slow_part_are_recorded_and_the_benchmark_still_runs(
