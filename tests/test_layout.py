@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import fastalign
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -43,11 +45,50 @@ def test_importing_fastalign_imports_neither_transformers_nor_triton_kernels():
 
 
 def test_public_names_are_the_kernels_own():
-    import fastalign
     import fastalign_kernels
 
     for name in fastalign_kernels.__all__:
         assert getattr(fastalign, name) is getattr(fastalign_kernels, name) and name in fastalign.__all__
+
+
+def in_a_fresh_interpreter(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_importing_fastalign_imports_no_torch_until_a_name_is_used():
+    used = "fastalign.cross_entropy; print('torch' in sys.modules)"
+    assert in_a_fresh_interpreter(f"import sys, fastalign; print('torch' in sys.modules); {used}").split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("module", ["nn", "rollout", "causal_lm", "data", "preferences", "measure", "actor_critic", "classifier", "stages"])
+def test_a_module_needs_no_import_of_its_own(module):
+    assert module in fastalign._MODULES and getattr(fastalign, module).__name__ == f"fastalign.{module}"
+
+
+def test_modules_load_when_they_are_first_used():
+    code = "import fastalign; print(fastalign.nn.CrossEntropyLoss.__name__, fastalign.rollout.generate.__name__)"
+    assert in_a_fresh_interpreter(code) == "CrossEntropyLoss generate"
+
+
+def test_a_star_import_gives_the_public_names_and_dir_lists_them():
+    names = in_a_fresh_interpreter("from fastalign import *; print(*dir())").split()
+    assert {*fastalign.__all__} <= {*names} and {*fastalign.__all__, "nn", "rollout"} <= {*dir(fastalign)}
+
+
+def test_an_absent_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'fastalign' has no attribute 'cross_entropi'"):
+        fastalign.cross_entropi  # noqa: B018
+
+
+def test_a_compiled_function_may_be_the_first_to_use_a_name():
+    code = """
+import fastalign, torch
+compiled = torch.compile(lambda logits, targets: fastalign.cross_entropy(logits, targets), fullgraph=True, backend="eager")
+print(float(compiled(torch.zeros(2, 4), torch.tensor([0, 1]))) > 0)
+"""
+    assert in_a_fresh_interpreter(code) == "True"
 
 
 def test_the_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
