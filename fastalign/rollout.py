@@ -75,8 +75,12 @@ def generate(
     top_p: float | Tensor = 1.0,
     min_p: float | Tensor = 0.0,
     repetition_penalty: float | Tensor = 1.0,
+    seen: Tensor | None = None,
     allowed: Tensor | None = None,
+    finished: Tensor | None = None,
     sequence_ids: Tensor | None = None,
+    positions: Tensor | None = None,
+    check: bool = False,
     progress: bool = False,
     cuda_graph: bool = True,
 ) -> Rollout:
@@ -86,10 +90,17 @@ def generate(
         model: a transformers causal LM, or PEFT's wrapper of one, on one device; its attention "eager" or "sdpa".
         input_ids, attention_mask: [B, T] int64 or int32 (the mask 0 and 1, or bool); prompts padded on the left.
         seed, temperature, top_k, top_p, min_p, allowed: as in `sample`: numbers or [B]; 0 to 2^63 - 1; int32 bits [B, ceil(V / 32)].
-        repetition_penalty: a number or [B], for the ids of the row's prompt and of what it drew.
+        repetition_penalty: a number or [B], for the ids of the row's prompt and of what it drew, and those that `seen` marks.
+        seen: int32 bit masks [B, ceil(V / 32)] as in `sample`: ids that the penalty counts as drawn, beside the prompt's.
+        finished: [B] bool: rows that draw nothing. They have length 0.
         eos_id: ids that end a row, which keeps the one it drew.
         pad_id: the token behind a row's end; an id of the model's, which reads it.
         sequence_ids: [B] integers that key the noise, the row numbers by default; give running numbers where a rollout has many batches.
+        positions: [B] integers, the position that keys the noise of each row's first token; later tokens count on from there. Default:
+            the number of the prompt's tokens. With it, a prompt that was cut goes on with the noise of the whole one. The model's own
+            positions count from the prompt's first token, whatever is given here.
+        check: look at the device after every step, so that logits that are not finite raise at the step that has them. By default every
+            8th step looks.
         progress: show a bar of the steps.
         cuda_graph: False runs every step eagerly on a GPU too. A model that transformers does not declare fit for one graph, or whose RoPE
             depends on the length, does so anyway.
@@ -97,22 +108,29 @@ def generate(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range, a prompt that is empty or not padded on the left, more positions
             than the model has, or (UnsupportedModelError) a model without a static cache of keys and values.
-        FloatingPointError: NaN, +inf or no finite allowed logit, with the first step and the rows; seen at the next look at the device.
+        FloatingPointError: NaN, +inf or no finite allowed logit in a row that is not finished, with the first step and the rows; seen at
+            the next look at the device.
     """
     base = _servable(model)
     eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
     _check_prompts(base, input_ids, attention_mask, max_new_tokens, {"eos_id": eos, "pad_id": [pad_id]})
     options: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"sequence_ids": sequence_ids, "repetition_penalty": repetition_penalty}
-    sample(input_ids.new_zeros(len(input_ids), 1, dtype=torch.float32), check=True, **options)  # raises before the model runs
+    one_id = input_ids.new_zeros(len(input_ids), 1, dtype=torch.float32)
+    sample(one_id, positions=positions, finished=finished, check=True, **options)  # raises before the model runs
+    if positions is not None and int(positions.max()) >= 2**32 - max_new_tokens:
+        raise ValueError(f"positions: got {positions.tolist()[:8]}, expected numbers below 2^32 - max_new_tokens")
+    rows = {"seen": seen, "finished": finished, "positions": positions}
 
     bar = tqdm(total=max_new_tokens, unit="step", disable=not progress)
     with probing(model), torch.cuda.device_of(input_ids), bar:
-        state = _Decoding(model, base, input_ids, attention_mask.long(), max_new_tokens, eos, pad_id, options | {"allowed": allowed})
+        options |= {"allowed": allowed}
+        state = _Decoding(model, base, input_ids, attention_mask.long(), max_new_tokens, eos, pad_id, options, **rows)
         steps = _run(state.step, capture=cuda_graph and _can_capture(base, state.logs))
+        poll = 1 if check else POLL
         for done in range(1, max_new_tokens):
-            if done % POLL == 0:
-                bar.update(POLL)
+            if done % poll == 0:
+                bar.update(poll)
                 if state.all_ended():
                     break
             next(steps)
@@ -221,7 +239,19 @@ class _Decoding:
     """A rollout under way, on the device. `step` and `draw` keep the host out: shapes are fixed, addresses too, nothing is read back."""
 
     def __init__(
-        self, model: Any, base: Any, ids: Tensor, mask: Tensor, new: int, eos: list[int], pad_id: int, options: dict[str, Any]
+        self,
+        model: Any,
+        base: Any,
+        ids: Tensor,
+        mask: Tensor,
+        new: int,
+        eos: list[int],
+        pad_id: int,
+        options: dict[str, Any],
+        *,
+        seen: Tensor | None = None,
+        finished: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         (B, T), device = ids.shape, ids.device
         self.model, self.options = model, options | {"pad_id": pad_id}
@@ -229,12 +259,13 @@ class _Decoding:
         self.cache = _static_cache(base, T + new - 1)  # the last token is drawn, not read
         self.attention = torch.cat((mask, mask.new_ones(B, new - 1)), 1)
         self.position = mask.sum(1) - 1  # of the latest token in its own sequence
+        self.noise = None if positions is None else positions.long() - 1 - self.position  # from there to the position that keys the noise
         self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
         self.tokens = torch.empty(B, new, dtype=torch.int64, device=device)
         self.mask = torch.zeros(B, new, dtype=torch.bool, device=device)
         self.token = torch.empty(B, 1, dtype=torch.int64, device=device)
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(B, dtype=torch.bool, device=device)
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device) if finished is None else finished.clone()
         self.failed = torch.full((B,), -1, device=device)  # the column of a row's first failure
 
         logits = self.forward(ids, (mask.cumsum(1) - 1).clamp(min=0))
@@ -242,6 +273,11 @@ class _Decoding:
         self.logs = torch.empty(4, B, new, dtype=torch.promote_types(logits.dtype, torch.float32), device=device)
         penalty = options["repetition_penalty"]
         self.seen = _bits(ids, mask, logits.shape[1]) if isinstance(penalty, Tensor) or penalty != 1 else None
+        if seen is not None:
+            check.shape("seen", seen, (B, -(-logits.shape[1] // 32)), "[B, ceil(V / 32)]")
+            check.dtype("seen", seen, (torch.int32,))
+            check.device("seen", seen, "input_ids", ids)
+            self.seen = None if self.seen is None else self.seen | seen
         self.draw(logits)
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -256,7 +292,8 @@ class _Decoding:
 
     def draw(self, logits: Tensor) -> None:
         self.position.add_(1)
-        drawn = sample(logits, positions=self.position, seen=self.seen, finished=self.finished, **self.options)
+        positions = self.position if self.noise is None else self.position + self.noise
+        drawn = sample(logits, positions=positions, seen=self.seen, finished=self.finished, **self.options)
         self.token.copy_(drawn.token[:, None])
         self.tokens.index_copy_(1, self.column, self.token)
         self.mask.index_copy_(1, self.column, ~self.finished[:, None])

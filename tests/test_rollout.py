@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from fastalign import rollout as module
-from fastalign import token_stats
+from fastalign import sample, token_stats
 from fastalign.causal_lm import fuse_head
 from fastalign.probe import UnsupportedModelError
 from fastalign.rollout import POLL, WARM_UP, Rollout, RolloutOutput, custom_generate, generate
@@ -209,6 +209,76 @@ def test_a_prompt_that_holds_the_first_tokens_goes_on_as_the_rollout_did(name: s
     torch.testing.assert_close(rest.logp, whole.logp[:, 4:], rtol=0, atol=2e-6)
 
 
+def test_positions_key_the_noise_from_each_rows_first_token_on() -> None:
+    model = llama()
+    lengths = prompts()[1].sum(1)
+    free = draw(model)
+    assert torch.equal(draw(model, positions=lengths).tokens, free.tokens), "the prompt's length is the default"
+    assert torch.equal(draw(model, positions=lengths.int()).tokens, free.tokens)
+    moved = draw(model, positions=lengths + torch.tensor([0, 3, 0, 0]))
+    assert torch.equal(moved.tokens[[0, 2, 3]], free.tokens[[0, 2, 3]]) and not torch.equal(moved.tokens[1], free.tokens[1])
+    # One draw of `sample` at the position that a row's first token has.
+    ids, mask = prompts()
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
+    assert torch.equal(draw(model, positions=lengths + 40).tokens[:, 0], sample(logits, seed=7, positions=lengths + 40).token)
+
+
+def test_seen_ids_join_the_prompts_under_the_penalty() -> None:
+    model = llama()
+    ids, _ = prompts()
+    free = draw(model, temperature=0.0, repetition_penalty=1.4).tokens
+    marked = torch.zeros(4, 4, dtype=torch.int32)
+    first = int(free[1, 0])
+    marked[1, first // 32] = 1 << first % 32 if first % 32 < 31 else -(2**31)
+
+    class Marked(tf.RepetitionPenaltyLogitsProcessor):  # transformers' own, told of one more id in row 1
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            extra = torch.full((4, 1), PAD)
+            extra[1] = first
+            return super().__call__(torch.cat((extra, input_ids), 1), scores)
+
+    processors = tf.LogitsProcessorList([Marked(1.4)])
+    own = model.generate(
+        ids, attention_mask=prompts()[1], max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, logits_processor=processors
+    )
+    seen = draw(model, temperature=0.0, repetition_penalty=1.4, seen=marked).tokens
+    assert seen[1, 0] != first and torch.equal(seen[1], own[1, ids.shape[1] :])
+    assert torch.equal(seen[[0, 2, 3]], free[[0, 2, 3]])
+    assert torch.equal(draw(model, temperature=0.0, seen=marked).tokens, draw(model, temperature=0.0).tokens), "no penalty, no effect"
+
+
+def test_finished_rows_draw_nothing_and_leave_the_others_as_they_are() -> None:
+    model = llama()
+    free = draw(model)
+    finished = torch.tensor([False, True, False, True])
+
+    def poison(logits: Tensor, _: int) -> None:
+        logits[finished] = math.nan  # nobody reads them
+
+    with calls_of(model, poison):
+        seen = draw(model, finished=finished, pad_id=4)
+    assert seen.lengths.tolist() == [NEW, 0, NEW, 0] and not finished.equal(seen.mask.any(1))
+    assert (seen.tokens[finished] == 4).all() and not torch.stack(seen[2:6])[:, finished].any()
+    assert torch.equal(seen.tokens[~finished], free.tokens[~finished]) and torch.equal(seen.logp[~finished], free.logp[~finished])
+    assert finished.tolist() == [False, True, False, True], "the argument is not written to"
+    nothing = draw(model, finished=torch.ones(4, dtype=torch.bool))
+    assert nothing.tokens.shape == (4, 0) and nothing.lengths.tolist() == [0] * 4
+
+
+def test_check_looks_after_every_step() -> None:
+    model = llama()
+
+    def poison(logits: Tensor, number: int) -> None:
+        if number >= 2:
+            logits[1] = math.nan
+
+    for check, steps in ((False, POLL), (True, 3)):
+        with calls_of(model, poison) as calls, pytest.raises(FloatingPointError, match=r"at step 2 \(from 0\) in 1 rows, \[1\]"):
+            draw(model, check=check)
+        assert len(calls) == steps
+    assert torch.equal(draw(model, check=True).tokens, draw(model).tokens)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes(dtype: torch.dtype) -> None:
     ids, mask = prompts()
@@ -338,6 +408,10 @@ HOLE[0, 4], EMPTY[3] = 0, 0
         ({"top_p": torch.tensor([1.0, 2.0, 1.0, 1.0])}, r"top_p: .* seen, numbers in \[0, 1\] wanted"),
         ({"repetition_penalty": torch.ones(3)}, r"repetition_penalty: shape \[3\] seen, \[B\] = \[4\] wanted"),
         ({"sequence_ids": torch.arange(3)}, r"sequence_ids: shape \[3\] seen"),
+        ({"positions": torch.arange(3)}, r"positions: shape \[3\] seen"),
+        ({"positions": torch.arange(4) - 1}, r"positions: \[-1, 0, 1, 2\] seen, whole numbers in \[0, 2\^32\) wanted"),
+        ({"positions": torch.arange(4) + 2**32 - 6}, r"positions: got .*, expected numbers below 2\^32 - max_new_tokens"),
+        ({"finished": torch.zeros(4)}, r"finished: torch.float32 seen, torch.bool wanted"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -405,6 +479,8 @@ def test_training_flags_and_rng_are_restored_and_checkpointing_does_not_break_th
     assert [m.training for m in model.modules()] == training and torch.equal(torch.get_rng_state(), rng)
     with pytest.raises(ValueError, match="allowed"):
         draw(model, allowed=torch.zeros(4, 9, dtype=torch.int32))  # seen at the first draw only
+    with pytest.raises(ValueError, match=r"seen: shape \[4, 9\] seen, \[B, ceil\(V / 32\)\] = \[4, 4\] wanted"):
+        draw(model, seen=torch.zeros(4, 9, dtype=torch.int32))
     assert [m.training for m in model.modules()] == training
 
 

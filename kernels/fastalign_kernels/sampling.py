@@ -123,7 +123,7 @@ def sample(
             _check.shape(name, ids, (B,), "[B]")
             _check.dtype(name, ids, _check.INTEGERS)
             _check.device(name, ids, "logits", logits)
-    if positions is not None and look and B and bool(((positions < 0) | (positions >= 2**32)).any()):
+    if positions is not None and look and B and bool(((positions < 0) | (positions.long() >= 2**32)).any()):
         raise ValueError(f"positions: {positions.tolist()[:8]} seen, whole numbers in [0, 2^32) wanted")
     for name, mask in (("seen", seen), ("allowed", allowed)):
         if mask is not None:
