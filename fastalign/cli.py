@@ -14,6 +14,7 @@ COMMANDS = {
     "dpo": ("fastalign.stages.dpo", "align a causal LM with pairs of completions, by DPO and its kin"),
     "kto": ("fastalign.stages.kto", "align a causal LM with completions judged good or bad, by KTO"),
     "ppo": ("fastalign.stages.ppo", "align a causal LM with scores of its own completions, by PPO"),
+    "merge": ("fastalign.stages.merge", "write a model with its LoRA adapters merged in"),
     "demo": ("fastalign.demo", "pre-training, SFT, reward model, DPO and KTO on real text at toy scale, with a report"),
     "env": ("fastalign.cli", "versions, devices, what is native, what falls back and why"),
 }

@@ -4,11 +4,11 @@ import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from ..causal_lm import fuse_head
 from ..classifier import score_packed
 from ..data import Tokenized, check_packing
+from .adapters import Task, add_adapters, find_source, has_adapters, load_plain
 from .config import TrainConfig, unknown_key
 from .world import World
 
@@ -65,8 +66,10 @@ def check_liger(config: TrainConfig, world: World) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or name."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    """The tokenizer of a folder or name; adapters that were saved without one have their base's."""
+    parts = find_source(name, argument="tokenizer").parts
+    whole = (part for part in parts if not has_adapters(part) or Path(part, "tokenizer_config.json").is_file())
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(next(whole))
     return tokenizer
 
 
@@ -140,13 +143,14 @@ def load_model(
     weights: str | None,
     attention: str,
     packed: bool,
-    task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM",
+    task: Task = "CAUSAL_LM",
 ) -> PreTrainedModel | PeftModel:
     """The model with its head fused, its layers and adapters as configured, on the world's device.
 
     `task` is PEFT's name of a causal LM, or of a sequence classifier with one label, which scores packed sequences.
-    `weights` is a folder or name; None draws initial ones. Raises ValueError for a model without Liger's layers (where
-    they are asked for), one that the head cannot serve, or one in which `packed` rows would see each other.
+    `weights` is a folder or name, None draws initial ones; adapters there are merged before new ones go on. Raises ValueError
+    for a model without Liger's layers (where they are asked for), one that the head cannot serve, or one in which `packed` rows
+    would see each other.
     """
     if config.liger:
         _check_liger_layers(architecture)
@@ -155,12 +159,15 @@ def load_model(
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     options["attn_implementation"] = "sdpa" if attention == "flash_attention_2" else attention
     classifier = task == "SEQ_CLS"
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     options |= {"num_labels": 1} if classifier else {}
     if weights is None:
+        auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
         lm: PreTrainedModel = auto.from_config(architecture, **options)
     else:
-        lm = auto.from_pretrained(weights, **options)
+        lm = load_plain(weights, task=task, **options)
+        base, adapters = find_source(weights)
+        if adapters:
+            world.say(f"model: {' and '.join(adapters)}: adapters, merged into {base}")
     lm.to(device=world.device)
     if classifier:
         score_packed(lm)
@@ -179,16 +186,7 @@ def load_model(
         enable({"use_reentrant": False})
     if not config.lora_rank:
         return lm
-    targets = "all-linear" if config.lora_targets == ["all-linear"] else config.lora_targets
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=targets,
-        task_type=task,
-    )
-    adapted: PeftModel = get_peft_model(lm, lora)
-    return adapted
+    return add_adapters(lm, config, task=task, base=weights)
 
 
 def _check_liger_layers(architecture: PretrainedConfig) -> None:

@@ -42,7 +42,22 @@ Reporters = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeVa
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class TrainConfig:
+class Options:
+    """What the configuration of every command refuses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, given: Any) -> Any:
+        # Only to name the close matches: extra="forbid" alone says just that the key is unexpected.
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        for key in (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given:
+            if key not in allowed:
+                raise ValueError(unknown_key(key, allowed))
+        return given
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class TrainConfig(Options):
     """What every stage shares: data, model loading, optimisation, evaluation, checkpoints and reports."""
 
     train_data: str
@@ -128,16 +143,6 @@ class TrainConfig:
     project: str = "fastalign"
     """Project name for wandb and trackio; the run is named after output_dir."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, given: Any) -> Any:
-        # Only to name the close matches: extra="forbid" alone says just that the key is unexpected.
-        allowed = [field.name for field in dataclasses.fields(cls)]
-        for key in (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given:
-            if key not in allowed:
-                raise ValueError(unknown_key(key, allowed))
-        return given
-
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
@@ -151,7 +156,7 @@ class TrainConfig:
         return self
 
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config", bound=Options)
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
@@ -210,7 +215,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
-def describe(stage: type[TrainConfig]) -> str:
+def describe(stage: type[Options]) -> str:
     """Every field with its type, default and description, as text."""
     lines = ["fields:"]
     for name, field in _fields(stage).items():

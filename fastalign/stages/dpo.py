@@ -14,13 +14,13 @@ import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from fastalign_kernels.pair_losses import PAIR_LOSSES
 from fastalign_kernels.preference import dpo_loss
 
 from ..data import load_rows
 from ..preferences import Pair, collate_pairs, sequence_logps, tokenize_pairs
+from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, parse
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, total_steps, train
@@ -54,7 +54,7 @@ def run(config: DPOConfig) -> dict[str, float]:
     with start(config) as world:
         attention = choose_attention(config, world)
         tokenizer = load_tokenizer(config.tokenizer or config.model)
-        architecture = AutoConfig.from_pretrained(config.model)
+        architecture = load_architecture(config.model)
 
         def rows_of(source: str, split: str) -> list[Pair]:
             return tokenize_pairs(load_rows(source, split=split), tokenizer, max_length=config.max_length)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from pydantic import NonNegativeFloat, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from fastalign_kernels.preference import kto_kl, kto_loss
 
@@ -30,6 +29,7 @@ from ..preferences import (
     sequence_logps,
     tokenize_unpaired,
 )
+from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, parse
 from .loop import Batch, LossFn, Prepare, epoch_batches, held_out_batches, rows_of_step, start, total_steps, train
@@ -63,7 +63,7 @@ def run(config: KTOConfig) -> dict[str, float]:
     with start(config) as world:
         attention = choose_attention(config, world)
         tokenizer = load_tokenizer(config.tokenizer or config.model)
-        architecture = AutoConfig.from_pretrained(config.model)
+        architecture = load_architecture(config.model)
 
         def rows_of(source: str, split: str) -> list[Unpaired]:
             return tokenize_unpaired(load_rows(source, split=split), tokenizer, max_length=config.max_length)

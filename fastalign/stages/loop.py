@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastalign_kernels import kept_share
 
 from . import checkpoint
+from .adapters import record_base
 from .build import check_liger
 from .config import TrainConfig, save_config
 from .report import Report, check_reporters
@@ -229,6 +230,7 @@ def train(
 
     def save(folder: Path) -> None:
         model.save_pretrained(str(folder / "model"))
+        record_base(model, folder / "model")
         tokenizer.save_pretrained(str(folder / "model"))
 
     return run_steps(

@@ -25,12 +25,13 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastalign_kernels import value_loss
 
 from ..actor_critic import ActorCritic
 from ..data import Prompt, Tokenized, load_rows, tokenize_prompts
+from .adapters import find_source, is_classifier, load_architecture, record_base
 from .build import check_fit, load_model, load_tokenizer, padding_id
 from .config import CONFIG, TrainConfig, parse
 from .experience import Experience, PPOOptions, experience_batch, rollout
@@ -207,7 +208,7 @@ def run(config: PPOConfig) -> dict[str, float]:
         micro_batch(config, world)
         attention = "sdpa" if config.attention == "auto" else config.attention
         tokenizer = load_tokenizer(config.tokenizer or config.model)
-        architecture = AutoConfig.from_pretrained(config.model)
+        architecture = load_architecture(config.model)
         scorer = find_function(config.reward) if is_function(config.reward) else find_classifier(config.reward, config.reward_label)
         reader = scorer if isinstance(scorer, Classifier) and scorer.reads(tokenizer) else None
 
@@ -271,8 +272,10 @@ def train(
 
     def save(folder: Path) -> None:
         model.save_pretrained(folder / "model", folder / "value")
-        for name in ("model",) if model.shared else ("model", "value"):
-            tokenizer.save_pretrained(str(folder / name))
+        for name, part in {"model": model.policy, "value": model.value}.items():
+            if name == "model" or not model.shared:
+                record_base(part, folder / name)
+                tokenizer.save_pretrained(str(folder / name))
 
     return run_steps(
         config,
@@ -313,11 +316,12 @@ def make_value(config: PPOConfig, reader: Classifier | None, load: Callable[...,
     """The value model of its own, None for a shared one. `reader`: the reward model, if it reads the policy's tokens."""
     if config.value == "shared":
         return None
-    usable = reader is not None and not reader.adapters and reader.labels == 1
+    usable = reader is not None and reader.labels == 1
     source = config.value_model or (config.reward if usable else config.model)
-    architecture = AutoConfig.from_pretrained(source)
+    argument = "value_model" if config.value_model else "reward" if usable else "model"
+    architecture = load_architecture(source, task="SEQ_CLS", argument=argument)
     value = load(architecture, weights=source, task="SEQ_CLS")
-    if not any(kind.endswith("ForSequenceClassification") for kind in architecture.architectures or []):
+    if not is_classifier(find_source(source, argument=argument), architecture):
         zero_head(value)
     return value
 

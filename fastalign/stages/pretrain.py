@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
-from transformers import AutoConfig
 
 from ..data import Tokenized, collate, load_rows, pack, tokenize_text
+from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
 from .config import CONFIG, TrainConfig, parse
 from .loop import epoch_batches, held_out_batches, language_model_loss, start, train
@@ -40,6 +40,8 @@ class PretrainConfig(TrainConfig):
             raise ValueError(f"give one of model (to go on training) and model_config (from scratch), got {given}")
         if self.model is None and self.tokenizer is None:
             raise ValueError("tokenizer is needed with model_config: a model from scratch has none")
+        if self.model is None and self.lora_rank:
+            raise ValueError(f"lora_rank: got {self.lora_rank} with model_config, expected 0: the initial weights below would not be saved")
         return self
 
 
@@ -52,7 +54,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
         attention = choose_attention(config, world)
         tokenizer = load_tokenizer(config.tokenizer or str(config.model))
         architecture = (
-            AutoConfig.from_pretrained(config.model)
+            load_architecture(config.model)
             if config.model is not None
             else scratch_config(config.model_config or {}, tokenizer, length=config.sequence_length)
         )

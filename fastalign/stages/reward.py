@@ -11,7 +11,7 @@ from peft import PeftModel
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastalign_kernels.preference import reward_loss
 
@@ -19,6 +19,7 @@ from ..classifier import last_tokens
 from ..data import load_rows
 from ..preferences import Pair, collate_pairs, tokenize_pairs
 from ..shared_prompts import model_arguments
+from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, parse
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, train
@@ -51,7 +52,7 @@ def run(config: RewardConfig) -> dict[str, float]:
     with start(config) as world:
         attention = choose_attention(config, world)
         tokenizer = load_tokenizer(config.tokenizer or config.model)
-        architecture = AutoConfig.from_pretrained(config.model)
+        architecture = load_architecture(config.model, task="SEQ_CLS")
 
         def rows_of(source: str, split: str) -> list[Pair]:
             return tokenize_pairs(load_rows(source, split=split), tokenizer, max_length=config.max_length)

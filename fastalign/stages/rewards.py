@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftConfig
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ..classifier import last_tokens, score_packed
 from ..data import Prompt, Tokenized
 from ..preferences import pack_sequences
+from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .build import load_tokenizer, padding_id
 from .world import World
 
@@ -43,8 +43,6 @@ class Classifier(NamedTuple):
     label: int
     """Whose logit is the score."""
     labels: int
-    adapters: bool
-    """Whether the folder holds PEFT's adapters alone."""
 
     def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether it reads the tokens that `tokenizer` writes."""
@@ -84,19 +82,15 @@ def find_function(reward: str) -> Function:
 def find_classifier(reward: str, label: int | None) -> Classifier:
     """The classifier in a folder or of a name. Raises ValueError for another kind of model, or a label that it has not."""
     tokenizer = load_tokenizer(reward)
-    adapters = Path(reward, "adapter_config.json").is_file() and not Path(reward, "config.json").is_file()
-    if adapters:
-        architecture = AutoConfig.from_pretrained(PeftConfig.from_pretrained(reward).base_model_name_or_path, num_labels=1)
-    else:
-        architecture = AutoConfig.from_pretrained(reward)
-        kinds = architecture.architectures or []
-        if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
-            raise ValueError(f"reward: {reward!r} holds {', '.join(kinds) or 'no architecture'}; a sequence classifier is wanted")
+    architecture = load_architecture(reward, task="SEQ_CLS", argument="reward")
+    if not is_classifier(find_source(reward), architecture):
+        kinds = ", ".join(architecture.architectures or [])
+        raise ValueError(f"reward: {reward!r} holds {kinds or 'no architecture'}; a sequence classifier is wanted")
     labels = architecture.id2label
     if label is None and len(labels) > 1 or label is not None and label not in labels:
         known = ", ".join(f"{number} ({name})" for number, name in labels.items())
         raise ValueError(f"reward_label: {label} seen, and {reward!r} has the labels {known}: give the number of one")
-    return Classifier(reward, architecture, tokenizer, label or 0, len(labels), adapters)
+    return Classifier(reward, architecture, tokenizer, label or 0, len(labels))
 
 
 def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Reward:
@@ -131,11 +125,7 @@ def load_classifier(
     packing: bool,
 ) -> Reward:
     """Scores by the classifier, `rows` sequences at a time: of the tokens where it reads those of `tokenizer`, else of the text."""
-    if classifier.adapters:
-        adapted = AutoPeftModelForSequenceClassification.from_pretrained(classifier.folder, num_labels=1, dtype=dtype)
-        model: PreTrainedModel = adapted.merge_and_unload()
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(classifier.folder, dtype=dtype)
+    model = load_plain(classifier.folder, task="SEQ_CLS", argument="reward", dtype=dtype, num_labels=classifier.labels)
     model.to(device=world.device).eval().requires_grad_(False)
     of_tokens = classifier.reads(tokenizer) and hasattr(model, "score")
     if of_tokens:

@@ -9,9 +9,9 @@ from functools import partial
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from transformers import AutoConfig
 
 from ..data import Tokenized, collate, load_rows, pack, tokenize_sft
+from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, TrainConfig, parse
 from .loop import epoch_batches, held_out_batches, language_model_loss, start, train
@@ -37,7 +37,7 @@ def run(config: SFTConfig) -> dict[str, float]:
     with start(config) as world:
         attention = choose_attention(config, world)
         tokenizer = load_tokenizer(config.tokenizer or config.model)
-        architecture = AutoConfig.from_pretrained(config.model)
+        architecture = load_architecture(config.model)
 
         def rows_of(source: str, split: str) -> list[list[Tokenized]]:
             examples = tokenize_sft(load_rows(source, split=split), tokenizer, max_length=config.max_length)

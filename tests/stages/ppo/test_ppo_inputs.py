@@ -56,7 +56,7 @@ def test_our_reward_model_scores_the_tokens_as_transformers_does(base: str, file
     prompts = tokenize_prompts(load_rows(files["prompts"]), tokenizer, max_length=64)[:5]
     completions = [[9, 10, 0], [11] * 7, [12, 13, 0], [3, 0], [40] * 12]
     classifier = find_classifier(reward_model, None)
-    assert classifier.reads(tokenizer) and not classifier.adapters
+    assert classifier.reads(tokenizer)
     scores = load_classifier(classifier, ALONE, tokenizer, dtype=torch.float64, rows=3, attention="sdpa", packing=True)(
         prompts, completions
     )

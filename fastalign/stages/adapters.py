@@ -1,0 +1,182 @@
+"""Folders of PEFT adapters, taken wherever a model is: the base is found, and the adapters are merged into it.
+
+Adapters that a stage trains on such a model lie on the merged one. Their base is then the folder of the earlier adapters, and so on down
+to plain weights: runs/dpo/model -> runs/sft/model -> runs/base/model. A saved folder names its base twice: by its absolute path in
+adapter_config.json, where PEFT and others look too, and relative to the folder, so that both may be moved together.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from .config import TrainConfig
+
+Task = Literal["CAUSAL_LM", "SEQ_CLS"]
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+RELATIVE_BASE = "base_model.json"  # {"relative_path": the base, seen from this folder}
+CLASSIFIER = "ForSequenceClassification"
+_AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
+
+
+class Source(NamedTuple):
+    """What a model is made of: plain weights, and folders of adapters in the order in which they are merged."""
+
+    base: str
+    adapters: list[str]
+
+    @property
+    def parts(self) -> list[str]:
+        """The adapters from the last to the first, then the base."""
+        return [*reversed(self.adapters), self.base]
+
+
+def has_adapters(name: str) -> bool:
+    """Whether `name` is a folder of adapters, without the weights of a whole model."""
+    return Path(name, ADAPTER_CONFIG).is_file() and not Path(name, "config.json").is_file()
+
+
+def find_source(name: str, *, argument: str = "model") -> Source:
+    """The parts of the model in a folder or of a name. Raises ValueError, which begins with `argument`, where a base is not found."""
+    adapters: list[str] = []
+    while has_adapters(name):
+        if str(Path(name).resolve()) in [str(Path(folder).resolve()) for folder in adapters]:
+            raise ValueError(f"{argument}: the adapters in {name!r} are their own base, expected the folder of a model below them")
+        adapters.append(name)
+        name = _base_of(name, argument)
+    return Source(name, adapters[::-1])
+
+
+def _base_of(folder: str, argument: str) -> str:
+    named = _read(Path(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
+    if not named:
+        raise ValueError(
+            f"{argument}: {ADAPTER_CONFIG} in {folder!r} has no base_model_name_or_path, expected the folder of the base model"
+        )
+    candidates = [named, str(Path(folder, named))]  # as PEFT reads it, and seen from the folder
+    if Path(folder, RELATIVE_BASE).is_file():
+        candidates.append(str(Path(folder, _read(Path(folder, RELATIVE_BASE))["relative_path"]).resolve()))
+    for candidate in candidates:
+        if Path(candidate).is_dir():
+            return candidate
+    if Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1:
+        looked = " and ".join(repr(candidate) for candidate in dict.fromkeys(candidates))
+        raise ValueError(
+            f"{argument}: got the adapters in {folder!r}, whose base model is neither of {looked}; expected its folder there: "
+            f"move it back, or write its path into {ADAPTER_CONFIG} as base_model_name_or_path"
+        )
+    return str(named)  # of a hub
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], json.loads(path.read_text()))
+
+
+def is_classifier(source: Source, architecture: PretrainedConfig) -> bool:
+    """Whether these are a sequence classifier's weights, and not a causal LM's."""
+    if any(_task(folder) == "SEQ_CLS" for folder in source.adapters):
+        return True
+    return any(kind.endswith(CLASSIFIER) for kind in architecture.architectures or [])
+
+
+def _task(folder: str) -> str | None:
+    return cast(str | None, _read(Path(folder, ADAPTER_CONFIG)).get("task_type"))
+
+
+def load_architecture(name: str, *, task: Task = "CAUSAL_LM", argument: str = "model") -> PretrainedConfig:
+    """The configuration of the model in a folder or of a name, that of the base for a folder of adapters.
+
+    A classifier's has the number of labels of its trained head. Raises ValueError where the base is not found, or where the adapters
+    are a classifier's and a causal LM is wanted.
+    """
+    source = find_source(name, argument=argument)
+    classifiers = [folder for folder in source.adapters if _task(folder) == "SEQ_CLS"]
+    if task == "CAUSAL_LM" and classifiers:
+        raise ValueError(f"{argument}: got {name!r}, the adapters of a sequence classifier ({classifiers[0]!r}), expected a causal LM")
+    labels = {} if not classifiers else {"num_labels": _labels(classifiers[-1], argument)}
+    architecture: PretrainedConfig = AutoConfig.from_pretrained(source.base, **labels)
+    return architecture
+
+
+def _labels(folder: str, argument: str) -> int:
+    """The labels of the head that a classifier's adapters bring along."""
+    if not Path(folder, ADAPTER_WEIGHTS).is_file():
+        raise ValueError(f"{argument}: no {ADAPTER_WEIGHTS} in {folder!r}, expected the adapters' weights there")
+    with safe_open(Path(folder, ADAPTER_WEIGHTS), framework="pt") as weights:
+        heads = [name for name in weights.keys() if name.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
+        if not heads:
+            raise ValueError(f"{argument}: the classifier's adapters in {folder!r} bring no weight of its head, expected score.weight")
+        return int(weights.get_slice(heads[0]).get_shape()[0])
+
+
+def load_plain(name: str, *, task: Task, argument: str = "model", **options: Any) -> PreTrainedModel:
+    """The model in a folder or of a name, all its weights trainable, adapters merged into it.
+
+    `options` are from_pretrained's. Raises ValueError where the adapters do not fit the base, or cannot be merged.
+    """
+    source = find_source(name, argument=argument)
+    model: PreTrainedModel = _AUTO[task].from_pretrained(source.base, **options)
+    for folder in source.adapters:
+        model = _merge(model, folder, argument)
+    return model
+
+
+def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedModel:
+    config = PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning:
+        raise ValueError(f"{argument}: the adapters in {folder!r} are of type {config.peft_type.value}, expected ones that can be merged")
+    # A causal LM's adapters are put on a classifier too, whose class PEFT's task types would not take.
+    config.task_type, config.inference_mode = None, True
+    try:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws weights that the loaded ones replace: what follows draws as on a plain model
+            adapted = PeftModel(model, config)
+        loaded = adapted.load_adapter(folder, "default")
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{argument}: the adapters in {folder!r} do not fit their base {model.name_or_path!r}: {error}") from error
+    # An adapter of the head that a classifier lacks has nothing to act on.
+    extra = [name for name in loaded.unexpected_keys if hasattr(model, "lm_head") or "lm_head" not in name]
+    if wrong := [*loaded.missing_keys, *extra]:
+        raise ValueError(
+            f"{argument}: the adapters in {folder!r} do not fit their base {model.name_or_path!r}: "
+            f"{len(wrong)} weights are missing or left over, {wrong[0]} among them"
+        )
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return merged.requires_grad_(True)
+
+
+def add_adapters(model: PreTrainedModel, config: TrainConfig, *, task: Task, base: str | None) -> PeftModel:
+    """The model with new LoRA adapters as configured; `base` is the folder or name it was loaded from."""
+    targets = "all-linear" if config.lora_targets == ["all-linear"] else config.lora_targets
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets, task_type=task
+    )
+    adapted: Any = get_peft_model(model, lora)
+    adapted.base_source = base
+    return cast(PeftModel, adapted)
+
+
+def record_base(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Write where the base of the adapters that were saved in `folder` is; other models need none."""
+    if not isinstance(model, PeftModel):
+        return
+    base = str(cast(Any, model).base_source)
+    path = folder / ADAPTER_CONFIG
+    if Path(base).is_dir():
+        absolute = Path(base).resolve()
+        relative = Path(os.path.relpath(absolute, folder.resolve()))
+        (folder / RELATIVE_BASE).write_text(json.dumps({"relative_path": relative.as_posix()}) + "\n")
+        base = str(absolute)
+    path.write_text(json.dumps({**_read(path), "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n")
