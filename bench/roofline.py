@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastalign_kernels import native
-from fastalign_kernels.plan import WORKSPACE_MIB, capacity, plan_head
+from fastalign_kernels.plan import capacity, default_workspace_mib, plan_head
 
 from .operation import OURS, Shape
 from .preference_methods import PAIRS, ROWS
@@ -114,7 +114,7 @@ def _sequences_head(dtype: str, shape: Shape, kind: str, units: int) -> Work:
     """A head whose loss is of whole sequences, in units of one length; see sequence_head.py for its GEMMs."""
     if kind != "cpu":
         return _head(dtype, shape, kind, True, True, "logp")
-    mib = WORKSPACE_MIB["cpu"][False]
+    mib = default_workspace_mib("cpu", weight_grad=False)
     work = _head(dtype, shape, kind, True, True, "logp", mib)
     room, _ = capacity(shape.V, DTYPES[dtype], kind, True, True, None, mib)
     chunks = -(-shape.N // units // room)

@@ -23,38 +23,38 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastalign_kernels import PolicyLoss, check, linear_cross_entropy_stats, linear_ppo_loss, linear_token_stats
 
+from .hosts import CACHE
 from .probe import LogitTransform, UnsupportedModelError, check_fused, declared_transforms, explain_loss, probing, unsupported
+from .versions import noting_newer_packages
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass
-class FusedCausalLMOutput(ModelOutput):
-    """What a fused model returns when it is given labels.
+class FusedCausalLMOutput(CausalLMOutputWithPast):
+    """What a fused model returns when it is given labels: a plain model's output and the fields below.
 
-    `loss` is a scalar in nats. `logp`, `entropy`, `lse` (fp32, or fp64 for fp64; nats) and `top1` (bool) are
-    [B, T] and aligned with `shift_labels`: position t speaks of token t + 1, ignored ones hold 0 or False.
-    `logits` is always None; `past_key_values`, `hidden_states` and `attentions` are the backbone's.
+    `loss` is a scalar in nats. `logits` is always None. The cache, `hidden_states` and `attentions` are the backbone's;
+    the cache has the name that this transformers gives it (`past_key_values` up to 5.23, `cache` since 5.24).
+
+    `logp`, `entropy`, `lse` (fp32, or fp64 for fp64; nats) and `top1` (bool) are [B, T] and aligned with `shift_labels`:
+    position t speaks of token t + 1, ignored ones hold 0 or False.
     `policy` takes the place of the statistics where PPO's loss is asked for; `last_hidden_state` is what entered lm_head.
     """
 
-    loss: Tensor | None = None
-    logits: None = None
     logp: Tensor | None = None
     entropy: Tensor | None = None
     lse: Tensor | None = None
     top1: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     policy: PolicyLoss | None = None
     last_hidden_state: Tensor | None = None
 
 
+@noting_newer_packages()
 def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = None) -> Model:
     """Let a transformers causal LM (or the one in a PeftModel) compute its loss through the fused head.
 
@@ -217,7 +217,7 @@ def _run(
         num_items = num_items.to(hidden.device)
     transform: LogitTransform = model.__dict__["_fastalign_transform"]
     options |= {"ignore_index": ignore_index, "tail_eps": model.__dict__.get("_fastalign_tail_eps"), **transform._asdict()}
-    kept = {name: getattr(inner, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
+    kept = {name: getattr(inner, name, None) for name in (CACHE, "hidden_states", "attentions")}
     kept |= {"last_hidden_state": hidden} if keep_hidden else {}
     head = model.get_output_embeddings()
     if ppo is not None:
@@ -241,7 +241,9 @@ def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTrans
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return getattr(module.__dict__.get("forward"), "__name__", "").startswith("_fastalign_")
+    forward = module.__dict__.get("forward")
+    # torch.compile traces this. The compiler of torch 2.11 does not read a bound method's own __name__.
+    return isinstance(forward, MethodType) and forward.__func__.__name__.startswith("_fastalign_")
 
 
 def backbone(model: nn.Module) -> PreTrainedModel:

@@ -15,8 +15,10 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .data import Tokenized
 from .probe import probing, unsupported
+from .versions import noting_newer_packages
 
 
+@noting_newer_packages()
 def score_packed(model: PreTrainedModel) -> PreTrainedModel:
     """Let a sequence classifier be called with `ends`, int64 [S]: it then returns `logits` [S, labels] at these of the [B·T] tokens.
 

@@ -7,6 +7,8 @@ import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from .versions import newer_than_tested, noting_newer_packages
+
 COMMANDS = {
     "pretrain": ("fastalign.stages.pretrain", "train a causal LM on plain text"),
     "sft": ("fastalign.stages.sft", "fine-tune a causal LM on conversations or prompts with completions"),
@@ -37,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         argparse.ArgumentParser(prog="fastalign env", description=COMMANDS["env"][1]).parse_args(given.arguments)
         print(environment())
     else:
-        try:
-            # On demand: transformers takes seconds to import, and --help and env do without.
-            command = importlib.import_module(COMMANDS[given.command][0])
-        except ModuleNotFoundError as error:
-            extra = "demo" if given.command == "demo" else "train"
-            parser.error(f"{given.command} needs {error.name}, which is not installed: pip install 'fastalign[{extra}]'")
-        command.main(given.arguments)
+        with noting_newer_packages():
+            try:
+                # On demand: transformers takes seconds to import, and --help and env do without.
+                command = importlib.import_module(COMMANDS[given.command][0])
+            except ModuleNotFoundError as error:
+                extra = "demo" if given.command == "demo" else "train"
+                parser.error(f"{given.command} needs {error.name}, which is not installed: pip install 'fastalign[{extra}]'")
+            command.main(given.arguments)
 
 
 def environment() -> str:
@@ -66,7 +69,7 @@ def environment() -> str:
     if torch.version.cuda and not torch.cuda.is_available():
         machine.append(("device", "no CUDA device is visible: everything runs on the CPU"))
     parts = [(name, f"{state} ({reason})" if reason else state) for name, state, reason in native.status()]
-    rows = [*versions, *machine, *parts]
+    rows = [*versions, *machine, *parts, *(("note", line) for line in newer_than_tested())]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 

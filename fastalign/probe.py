@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .versions import newer_than_tested
+
 # Names in configs; `logits_scaling` divides (Granite), but not in HyperCLOVA-X.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
@@ -26,8 +28,8 @@ class UnsupportedModelError(ValueError):
 
 
 def unsupported(model: nn.Module, why: str) -> UnsupportedModelError:
-    """The error to raise, which names the model's class."""
-    return UnsupportedModelError(f"model: {type(model).__name__} {why}")
+    """The error to raise, which names the model's class, and the packages that are newer than those tested."""
+    return UnsupportedModelError("; ".join([f"model: {type(model).__name__} {why}", *newer_than_tested()]))
 
 
 class LogitTransform(NamedTuple):

@@ -34,7 +34,9 @@ from transformers.generation import (
 
 from fastalign_kernels import check, native, sample
 
+from .hosts import CACHE
 from .probe import probing, unsupported
+from .versions import noting_newer_packages
 
 # Steps between two looks at the device. A look drains the queue of launches, which costs a fraction of one step; once the last row has
 # ended, half of POLL steps on average are taken in vain.
@@ -61,6 +63,7 @@ class Rollout(NamedTuple):
     lengths: Tensor
 
 
+@noting_newer_packages()
 def generate(
     model: nn.Module,
     input_ids: Tensor,
@@ -150,6 +153,7 @@ class RolloutOutput(GenerateDecoderOnlyOutput):
     rollout: Rollout | None = None
 
 
+@noting_newer_packages()
 def custom_generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -175,14 +179,14 @@ def custom_generate(
             raise ValueError(f"{name}: True seen, False wanted; Rollout has the log-probabilities of the tokens")
     mask = model_kwargs.pop("attention_mask", None)
     mask = torch.ones_like(input_ids) if mask is None else mask  # transformers drops one that is all 1
-    positions, past = model_kwargs.pop("position_ids", None), model_kwargs.pop("past_key_values", None)
+    positions, past = model_kwargs.pop("position_ids", None), model_kwargs.pop(CACHE, None)
     others = [name for name, value in model_kwargs.items() if name not in ("use_cache", "logits_to_keep") and value is not None]
     if others:
         raise ValueError(f"{', '.join(others)}: input_ids and attention_mask are all that is served")
     if positions is not None and not torch.equal(positions.expand_as(mask), (mask.long().cumsum(1) - 1).clamp(min=0)):
         raise ValueError("position_ids: others than 0, 1, ... from each row's first token seen; those wanted")
     if past is not None and (type(past) not in (DynamicCache, StaticCache) or past.get_seq_length()):
-        raise ValueError(f"past_key_values: a {type(past).__name__} of {past.get_seq_length()} tokens seen, none wanted")
+        raise ValueError(f"{CACHE}: a {type(past).__name__} of {past.get_seq_length()} tokens seen, none wanted")
     options = _sampling_options(logits_processor, mask)
     limits: dict[type, Any] = {type(criterion): criterion for criterion in stopping_criteria}
     unknown = [kind.__name__ for kind in limits if kind not in (MaxLengthCriteria, EosTokenCriteria)]
@@ -284,7 +288,7 @@ class _Decoding:
         """Logits [B, V] behind the last of the ids [B, t] at positions [B, t]."""
         optional = {"position_ids": positions, "logits_to_keep": 1}
         given = {name: value for name, value in optional.items() if name in self.accepted}
-        given |= {"attention_mask": self.attention, "past_key_values": self.cache, "use_cache": True}
+        given |= {"attention_mask": self.attention, CACHE: self.cache, "use_cache": True}
         return self.model(input_ids=ids, return_dict=True, **given).logits[:, -1]
 
     def step(self) -> None:
@@ -401,7 +405,7 @@ def _servable(model: Any) -> Any:
     if not base.can_generate():
         raise unsupported(base, "has no language-model head")
     accepted = inspect.signature(base.forward).parameters
-    missing = [name for name in ("input_ids", "attention_mask", "past_key_values") if name not in accepted]
+    missing = [name for name in ("input_ids", "attention_mask", CACHE) if name not in accepted]
     if missing or base._is_stateful or not base._supports_default_dynamic_cache():
         raise unsupported(base, "keeps another state than a cache of keys and values")
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):

@@ -21,7 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from fastalign.causal_lm import FusedCausalLMOutput, UnsupportedModelError, backbone, fuse_head, unfuse_head
+from fastalign.hosts import CACHE, enable_checkpointing
 from fastalign_kernels import kept_share, linear_cross_entropy, ppo_loss
+
+pytestmark = pytest.mark.hosts
 
 VOCAB = 97  # odd, and a multiple of no block
 GQA = {
@@ -325,7 +328,8 @@ def test_the_backbones_outputs_are_handed_on() -> None:
     own, out = model(**inputs, **asked), model(**inputs, **asked, labels=labels)
     assert len(out.hidden_states) == 3 and len(out.attentions) == 2
     assert all(torch.equal(a, b) for a, b in zip(out.hidden_states + out.attentions, own.hidden_states + own.attentions, strict=True))
-    assert out.past_key_values.get_seq_length() == 11
+    assert getattr(out, CACHE).get_seq_length() == out[CACHE].get_seq_length() == 11
+    assert {*own} - {"logits"} < {*out}, "what a plain model names, a fused one names alike"
     as_tuple = model(**inputs, labels=labels, return_dict=False, use_cache=False)
     assert type(as_tuple) is tuple and torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logp)
 
@@ -409,7 +413,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     model = fuse_head(llama())
     inputs, labels = batch()
     expected = gradients(model, model(**inputs, labels=labels).loss)
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     assert_equal_gradients(gradients(model, model(**inputs, labels=labels).loss), expected)
 
 

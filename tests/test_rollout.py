@@ -20,8 +20,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from fastalign import rollout as module
 from fastalign import sample, token_stats
 from fastalign.causal_lm import fuse_head
+from fastalign.hosts import CACHE
 from fastalign.probe import UnsupportedModelError
 from fastalign.rollout import POLL, WARM_UP, Rollout, RolloutOutput, custom_generate, generate
+
+pytestmark = pytest.mark.hosts
 
 VOCAB = 97
 PAD, NEW = 0, 13  # more than POLL steps, and no multiple of it
@@ -436,7 +439,7 @@ def _flash() -> Any:
 def _ignores_its_cache() -> Any:
     model = llama()
     forward = model.model.forward
-    model.model.forward = lambda *args, past_key_values=None, **kwargs: forward(*args, **kwargs)
+    model.model.forward = lambda *args, **kwargs: forward(*args, **{name: value for name, value in kwargs.items() if name != CACHE})
     return model
 
 
@@ -674,7 +677,7 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         ({"max_time": 1.0}, "stopping_criteria: MaxTimeCriteria"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: True seen"),
         ({"position_ids": torch.arange(9).expand(4, -1)}, "position_ids: others than"),
-        ({"cache_implementation": "offloaded", "past_key_values": None, "output_attentions": True}, "output_attentions: True seen"),
+        ({"cache_implementation": "offloaded", CACHE: None, "output_attentions": True}, "output_attentions: True seen"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -689,8 +692,8 @@ def test_custom_generate_refuses_a_cache_that_holds_tokens_and_other_inputs() ->
     model = llama()
     ids, mask = prompts()
     cache = tf.DynamicCache(config=model.config)
-    model(input_ids=ids[:, :4], attention_mask=mask[:, :4], past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values: a DynamicCache of 4 tokens seen"):
-        own_call(model, past_key_values=cache)
+    model(input_ids=ids[:, :4], attention_mask=mask[:, :4], **{CACHE: cache})
+    with pytest.raises(ValueError, match=f"{CACHE}: a DynamicCache of 4 tokens seen"):
+        own_call(model, **{CACHE: cache})
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2, custom_generate=custom_generate)

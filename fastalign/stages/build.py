@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from ..causal_lm import fuse_head
 from ..classifier import score_packed
 from ..data import Tokenized, check_packing
+from ..hosts import enable_checkpointing
 from .adapters import Task, add_adapters, find_source, has_adapters, load_plain
 from .config import TrainConfig, unknown_key
 from .world import World
@@ -181,9 +182,7 @@ def load_model(
         layers = {"rope": True, "rms_norm": True, "swiglu": True}
         apply_liger_kernel(lm, layers | {"cross_entropy": False, "fused_linear_cross_entropy": False})
     if config.gradient_checkpointing:
-        # transformers 5.23 deprecates the older name.
-        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(lm)
     if not config.lora_rank:
         return lm
     return add_adapters(lm, config, task=task, base=weights)

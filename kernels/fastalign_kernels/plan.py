@@ -82,6 +82,12 @@ def plan_head(
     return HeadPlan(way, chunk, chunk * per_token, gemms)
 
 
+def default_workspace_mib(kind: str, *, weight_grad: bool) -> float:
+    """The default `workspace_mib` on a device of type `kind`."""
+    frozen, trained = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"]
+    return trained if weight_grad else frozen  # by name: torch.compile of torch 2.11 cannot index a tuple by a bool
+
+
 def capacity(
     vocab_size: int,
     dtype: torch.dtype,
@@ -92,7 +98,7 @@ def capacity(
     workspace_mib: float | None,
 ) -> tuple[int, int]:
     """Tokens that a workspace holds, and the bytes of each; arguments as in `plan_head`, `kind` the device's type."""
-    workspace_mib = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib
+    workspace_mib = default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
     # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and its gradient in the GEMMs' dtype beside it: a tile
     # of another dtype cannot be overwritten in place by parallel threads. On a CPU it stays in fp32.
     low = kind != "cpu" and (hidden_grad or weight_grad) and dtype in (torch.bfloat16, torch.float16)
@@ -110,5 +116,5 @@ def capacity(
 
 def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None, chunk_bytes: int) -> int:
     """What kept columns (tail.py) may take between a forward and a backward pass: with a chunk's logits twice the workspace."""
-    workspace_mib = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"][weight_grad] if workspace_mib is None else workspace_mib
+    workspace_mib = default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
     return int(2 * workspace_mib * 2**20) - chunk_bytes

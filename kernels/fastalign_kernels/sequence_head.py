@@ -30,7 +30,7 @@ from .head import linear_logprobs, prepare, scalar_loss_backward
 from .keeping import sweep_keeping, sweep_kept
 from .logits import sum_by_sequence
 from .pair_losses import PAIR_LOSSES
-from .plan import WORKSPACE_MIB
+from .plan import default_workspace_mib
 from .preference import dpo_loss, kto_loss, pairs_op, unpaired_op
 from .rows import Stat, Transform, accumulator_dtype, coefficients
 from .sequence_units import sweep_units, unit_chunks
@@ -205,7 +205,8 @@ def _run(
         return loss(logps), logps.detach()
     softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check = (options[name] for name in OPTIONS)
     if workspace_mib is None and hidden.device.type == "cpu":
-        workspace_mib = WORKSPACE_MIB["cpu"][False]  # 96 beside a gradient of the weight too: rows of 512 tokens of V = 49152 fit whole
+        # 96 beside a gradient of the weight too: rows of 512 tokens of V = 49152 fit whole.
+        workspace_mib = default_workspace_mib("cpu", weight_grad=False)
     arguments = prepare(
         hidden, weight, rows.ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check
     )
