@@ -6,7 +6,7 @@ EXTRAS ?= dev
 # With several threads on a small shared machine torch was measured 3-8 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint bench gpu-check clean
+.PHONY: setup demo test test-newest test-oldest lint bench gpu-check clean
 setup: $(SETUP)
 
 # torch first and by version, so that no dependency's range pulls another build of it.
@@ -21,6 +21,14 @@ demo: $(SETUP)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest
+
+# The tests marked `hosts` beside the newest transformers, datasets, peft and tokenizers, which are laid over .venv for the run.
+test-newest: $(SETUP)
+	$(BIN)/python .ci/hosts.py newest
+
+# The same beside the floors of pyproject.toml, by hand: .venv-oldest takes several GB. HOSTS=tests runs all tests.
+test-oldest: $(SETUP)
+	$(BIN)/python .ci/hosts.py oldest $(HOSTS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -449,6 +449,7 @@ def test_the_first_steps_are_trls(make: Make, files: dict[str, str], tmp_path: P
 # What is trained and saved
 
 
+@pytest.mark.hosts
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
 def test_policies_learn_their_rows_and_load_as_causal_lms(make: Make, files: dict[str, str], stage: str) -> None:
     config = make(stage, max_steps=25, eval_data=files[STAGES[stage][2]], beta=0.3, learning_rate=2e-3, dtype="float32")
@@ -466,6 +467,7 @@ def test_policies_learn_their_rows_and_load_as_causal_lms(make: Make, files: dic
         assert logps == pytest.approx(result["eval/logps/chosen"], rel=1e-5)
 
 
+@pytest.mark.hosts
 def test_a_reward_model_learns_its_pairs_and_scores_a_padded_batch_as_transformers_does(make: Make, files: dict[str, str]) -> None:
     config = make("reward", max_steps=25, eval_data=files["pairs"], learning_rate=1e-3, dtype="float32")
     result = run(config)
@@ -484,6 +486,7 @@ def test_a_reward_model_learns_its_pairs_and_scores_a_padded_batch_as_transforme
     assert means[0] - means[1] == pytest.approx(result["eval/margin"], rel=1e-4)
 
 
+@pytest.mark.hosts
 @pytest.mark.parametrize("stage", STAGES)
 def test_lora_trains_the_adapters_and_they_load_on_the_base(make: Make, base: str, stage: str) -> None:
     config = make(stage, lora_rank=4, max_steps=12, learning_rate=1e-2, dtype="float32")

@@ -110,6 +110,7 @@ def test_held_out_rows_are_shared_without_loss_or_repetition() -> None:
 # What is trained, and what is left on disk
 
 
+@pytest.mark.hosts
 def test_a_memorisable_set_is_memorised_and_the_saved_model_is_that_model(
     pretraining: Callable[..., pretrain.PretrainConfig], files: dict[str, str]
 ) -> None:
@@ -147,6 +148,7 @@ def test_the_saved_folder_gives_the_logits_of_the_model_that_was_trained(
         assert torch.equal(loaded(ids).logits, built[0].eval()(ids).logits)
 
 
+@pytest.mark.hosts
 def test_lora_trains_the_adapters_alone_and_saves_them_alone(
     tuning: Callable[..., sft.SFTConfig], base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +219,7 @@ def test_a_tail_is_the_fused_heads_and_its_share_is_logged(pretraining: Callable
     assert [line.get("kept_share") for line in found] == [None, 1.0, 1.0]  # an untrained softmax is flat: all blocks run dense
 
 
+@pytest.mark.hosts
 def test_gradient_checkpointing_recomputes_the_layers(
     pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +289,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(
     assert all(weight.isfinite().all() for weight in built[0].parameters())
 
 
+@pytest.mark.hosts
 @pytest.mark.parametrize("packing", [False, True])
 def test_sft_trains_the_completions_and_packing_does_not_change_what_they_cost(
     tuning: Callable[..., sft.SFTConfig], files: dict[str, str], packing: bool

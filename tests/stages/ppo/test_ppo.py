@@ -427,6 +427,7 @@ def test_without_a_reference_there_is_no_divergence(make: Make) -> None:
 # What is saved
 
 
+@pytest.mark.hosts
 def test_both_models_load_as_transformers_own(make: Make, base: str, reward_model: str) -> None:
     config = make(reward=reward_model, max_steps=2, learning_rate=1e-3, value_learning_rate=1e-5)
     ppo.run(config)

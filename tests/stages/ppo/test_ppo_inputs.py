@@ -51,6 +51,7 @@ def test_a_function_is_found_by_module_and_file_and_gets_the_columns_that_it_nam
     assert ppo.run(named)["objective/scores"] == pytest.approx(sum(wanted) / 8), "the same tokens were drawn"
 
 
+@pytest.mark.hosts
 def test_our_reward_model_scores_the_tokens_as_transformers_does(base: str, files: dict[str, str], reward_model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     prompts = tokenize_prompts(load_rows(files["prompts"]), tokenizer, max_length=64)[:5]
