@@ -26,7 +26,7 @@ def newest(arguments: list[str]) -> int:
     report = subprocess.run([*pip, "--dry-run", "--report", "-", "--upgrade", *PACKAGES], check=True, stdout=subprocess.PIPE).stdout
     changed = {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report)["install"]}
     for package in dict.fromkeys((*PACKAGES, *changed)):
-        print(f"{package}: {changed.get(package, version(package))}, locked {version(package)}")
+        print(f"{package}: {changed.get(package, version(package))}, in this environment {version(package)}", flush=True)
     if not changed:
         print("The newest versions are the locked ones, which `make test` uses: nothing more to run.")
         return 0
@@ -45,7 +45,7 @@ def oldest(arguments: list[str]) -> int:
         venv.create(OLDEST, with_pip=True)
     tools = ["pytest>=9", "pytest-benchmark", "pytest-timeout", "setuptools", "wheel"]
     subprocess.run([python, "-m", "pip", "install", "--quiet", *floors, *tools], check=True)
-    print(subprocess.run([python, "-m", "pip", "freeze"], check=True, stdout=subprocess.PIPE, text=True).stdout)
+    print(subprocess.run([python, "-m", "pip", "freeze"], check=True, stdout=subprocess.PIPE, text=True).stdout, flush=True)
     return pytest(python, arguments, [str(ROOT), str(ROOT / "kernels")])
 
 
