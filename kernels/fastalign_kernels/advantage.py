@@ -110,16 +110,17 @@ def gae(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    _check.unit_interval("gamma", gamma)
-    _check.unit_interval("lam", lam)
+    gamma, lam = _check.unit_interval("gamma", gamma), _check.unit_interval("lam", lam)
+    _check.tensors(rewards=rewards, values=values)
     if rewards.dim() != 2:
         raise ValueError(f"rewards: shape {list(rewards.shape)} seen, [B, T] wanted")
     check_tokens({"rewards": rewards, "values": values}, mask)
     if bootstrap is not None:
+        _check.tensors(bootstrap=bootstrap)
         _check.dtype("bootstrap", bootstrap, _check.FLOATS)
         _check.shape("bootstrap", bootstrap, (rewards.shape[0],), "[B]")
         _check.device("bootstrap", bootstrap, "rewards", rewards)
-    return Advantages(*gae_op(rewards, values, as_bool(mask), bootstrap, float(gamma), float(lam)))
+    return Advantages(*gae_op(rewards, values, as_bool(mask), bootstrap, gamma, lam))
 
 
 def _moments(x: Tensor, mask: Tensor) -> Tensor:
@@ -173,9 +174,11 @@ def masked_whiten(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or eps < 0.
     """
+    eps = _check.at_least_zero("eps", eps)
+    _check.flags(shift_mean=shift_mean)
+    _check.process_group(group)
+    _check.tensors(x=x)
     check_tokens({"x": x}, mask)
-    if not eps >= 0:
-        raise ValueError(f"eps: {eps} seen, a number >= 0 wanted")
     own, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
     # The ops without the dispatcher where nothing is traced, whose layers in Python take longer than the kernels.
     moments_of, whiten = (moments_op, whiten_op) if traced(x) else (_moments, _whiten)
@@ -187,4 +190,4 @@ def masked_whiten(
         count = counts.sum()
         mean = (counts * means).sum() / count.clamp(min=1)
         moments = torch.stack([count, mean, squares.sum() + (counts * (means - mean) ** 2).sum()])
-    return whiten(own, inside, moments, shift_mean, float(eps))
+    return whiten(own, inside, moments, shift_mean, eps)

@@ -1,14 +1,121 @@
-"""Argument checks shared by the public functions: ValueError with what was seen and what is allowed."""
+"""Argument checks shared by the public functions and modules: ValueError with what was got and what is expected.
+
+Numbers must be finite in fp32, in which most kernels compute: of size 0, or within fp32's normal numbers (1.2e-38 to 3.4e38). A temperature
+of 1e-40 would be 0 there.
+"""
 
 from __future__ import annotations
 
 import os
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, Real)  # Real: NumPy's numbers. The common ones first, which are quick to tell.
+_WHOLE = (int, torch.SymInt)
+
+
+# Kinds of values.
+
+
+def shown(value: object) -> str:
+    """A value in an error message: short, and a collection by its type alone."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if value is None or isinstance(value, (str, *_NUMBERS)):
+        return repr(value)
+    name = type(value).__qualname__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def tensors(**given: object) -> None:
+    """All are tensors."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: got {shown(value)}, expected a torch.Tensor")
+
+
+def optional_tensors(**given: object) -> None:
+    """All are tensors or None."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name}: got {shown(value)}, expected a torch.Tensor or None")
+
+
+def flags(**given: object) -> None:
+    """All are True or False."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: got {shown(value)}, expected True or False")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}: {value!r} seen, one of {', '.join(allowed)} wanted")
+
+
+def process_group(value: object) -> None:
+    """A process group or None."""
+    if value is not None and not isinstance(value, torch.distributed.ProcessGroup):
+        raise ValueError(f"group: got {shown(value)}, expected a torch.distributed.ProcessGroup or None")
+
+
+# Numbers. Each returns the number as a float.
+
+
+def number(name: str, value: float, low: float = -LARGEST, high: float = LARGEST, expected: str = "a finite number") -> float:
+    """A number in [low, high] that fp32 holds: 0, or of a size within fp32's normal numbers."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise ValueError(f"{name}: {shown(value)} seen, {expected} wanted")
+    if not low <= value <= high or -SMALLEST < value < 0 or 0 < value < SMALLEST:
+        limits = f", in size 0 or {SMALLEST:.2g} to {LARGEST:.2g} (fp32)" if 0 < abs(value) < SMALLEST or abs(value) > LARGEST else ""
+        raise ValueError(f"{name}: {value!r} seen, {expected} wanted{limits}")
+    return float(value)
+
+
+def above_zero(name: str, value: float) -> float:
+    return number(name, value, SMALLEST, expected="a number above 0")
+
+
+def at_least_zero(name: str, value: float) -> float:
+    return number(name, value, 0, expected="a number >= 0")
+
+
+def unit_interval(name: str, value: float) -> float:
+    return number(name, value, 0, 1, "a number in [0, 1]")
+
+
+def tail_eps(value: float) -> float:
+    return number("tail_eps", value, SMALLEST, 1 - 2**-24, "a probability in (0, 1), or None for the exact gradient")
+
+
+def whole(name: str, value: int, low: int = -(2**63), high: int = 2**63 - 1, expected: str = "a whole number") -> int:
+    """A whole number in [low, high]; a float is none, even 1.0."""
+    if isinstance(value, bool) or not isinstance(value, (*_WHOLE, Integral)) or not low <= value <= high:
+        raise ValueError(f"{name}: {shown(value)} seen, {expected} wanted")
+    return value if isinstance(value, _WHOLE) else int(value)
+
+
+def divisor(name: str, value: float | Tensor | None, like_name: str, like: Tensor) -> None:
+    """A number above 0, a tensor of one number above 0, or None."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: {shown(value)} seen, a number above 0 or a scalar tensor wanted")
+        dtype(name, value, (*FLOATS, *INTEGERS))
+        if value.dim() or value.device.type != "cpu":  # torch takes a CPU scalar beside CUDA tensors
+            device(name, value, like_name, like)
+        if readable(value) and not 0 < value.item() < float("inf"):
+            raise ValueError(f"{name}: {value.item()} seen, a number above 0 wanted")
+    elif value is not None:
+        above_zero(name, value)
+
+
+# Tensors.
 
 
 def shape(name: str, tensor: Tensor, wanted: tuple[int, ...], letters: str) -> None:
@@ -32,35 +139,27 @@ def device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
         raise ValueError(f"{name}: on {tensor.device}, but {like_name} is on {like.device}; one device wanted")
 
 
-def positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: {value} seen, a number above 0 wanted")
-
-
-def unit_interval(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: {value} seen, a number in [0, 1] wanted")
-
-
-def tail_eps(value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"tail_eps: {value} seen, a probability in (0, 1) wanted, or None for the exact gradient")
-
-
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} seen, one of {', '.join(allowed)} wanted")
-
-
 def everywhere() -> bool:
     """Whether FASTALIGN_CHECK=1 asks for the checks that wait for the device."""
     return os.environ.get("FASTALIGN_CHECK") == "1"
 
 
+def readable(tensor: Tensor, check: bool = False) -> bool:
+    """Whether the values of a tensor may be read.
+
+    A meta or fake tensor has none, and neither has one under a compiler. On CUDA reading waits for the device, so it is done only with
+    `check` or FASTALIGN_CHECK=1.
+    """
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return not tensor.is_cuda or check or everywhere()
+
+
 def ids(name: str, values: Tensor, vocab_size: int, ignore_index: int, check: bool) -> None:
-    """Ids in [0, V) or ignore_index. On CUDA reading them back would wait for the device, so only with check or FASTALIGN_CHECK=1."""
-    if torch.compiler.is_compiling() or (values.is_cuda and not check and not everywhere()):
+    """Ids in [0, V) or ignore_index, where `readable`."""
+    if not readable(values, check):
         return
+    values = values.long()  # an int32 tensor would meet an ignore_index of 2^32 + 5 as 5
     bad = (values != ignore_index) & ((values < 0) | (values >= vocab_size))
     if bad.any():
         where = bad.nonzero()[0].tolist()

@@ -30,7 +30,7 @@ from . import check as _check
 from .backward import hand_over, saved_inputs
 from .gradients import fake_gradients
 from .head_table import head_table
-from .logits import TokenStats, check_loss_options, kept_ids, loss_scale, make_transform, reduced, stats_of, token_loss
+from .logits import TokenStats, check_loss_tensors, kept_ids, loss_options, loss_scale, make_transform, reduced, stats_of, token_loss
 from .plan import choose_way
 from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref
 from .sweep import Head, sweep
@@ -198,12 +198,46 @@ def _frozen_backward(ctx, grad: Tensor | None, *_):
 _head_frozen.register_autograd(_frozen_backward, setup_context=_save_frozen)
 
 
+class HeadOptions(NamedTuple):
+    """The options that every head function shares, checked."""
+
+    transform: Transform
+    ignore_index: int
+    tail_eps: float | None
+    workspace_mib: float | None
+
+
+def head_options(
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    tail_eps: float | None,
+    workspace_mib: float | None,
+) -> HeadOptions:
+    return HeadOptions(
+        make_transform(logit_scale, softcap, temperature),
+        _check.whole("ignore_index", ignore_index),
+        None if tail_eps is None else _check.tail_eps(tail_eps),
+        None if workspace_mib is None else _check.above_zero("workspace_mib", workspace_mib),
+    )
+
+
+def check_tail_smoothing(tail_eps: float | None, label_smoothing: float, softcap: float | None) -> None:
+    if tail_eps is not None and label_smoothing and softcap:
+        raise ValueError(
+            f"tail_eps: {tail_eps} seen with label_smoothing and softcap, None wanted: under a softcap the smoothed part has no rank of 1"
+        )
+
+
 def prepare(
     hidden: Tensor, weight: Tensor, ids: Tensor, name: str, bias: Tensor | None, softcap: float | None, logit_scale: float,
     temperature: float, ignore_index: int, tail_eps: float | None, workspace_mib: float | None, check: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, float, float, float | None, float | None]:  # fmt: skip
     """Check the arguments and bring them into the form of the head ops."""
-    transform = make_transform(logit_scale, softcap, temperature)
+    options = head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
+    _check.flags(check=check)
+    _check.tensors(**{"hidden": hidden, "weight": weight, name: ids})
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: shape {list(weight.shape)} seen, [V, H] wanted")
     V, H = weight.shape
@@ -221,15 +255,12 @@ def prepare(
     _check.device(name, ids, "hidden", hidden)
     _check.ids(name, ids, V, ignore_index, check)
     if bias is not None:
+        _check.tensors(bias=bias)
         _check.shape("bias", bias, (V,), "[V]")
         _check.dtype("bias", bias, allowed)
         _check.device("bias", bias, "hidden", hidden)
-    if workspace_mib is not None:
-        _check.positive("workspace_mib", workspace_mib)
-        workspace_mib = float(workspace_mib)
-    if tail_eps is not None:
-        _check.tail_eps(tail_eps)
-        tail_eps = float(tail_eps)
+        bias = bias.contiguous()  # the row kernels read it with a stride of 1
+    transform, ignore_index, tail_eps, workspace_mib = options
     return hidden.reshape(-1, H), weight, kept_ids(ids, ignore_index), bias, *transform, workspace_mib, tail_eps
 
 
@@ -261,11 +292,9 @@ def linear_cross_entropy_stats(
     check: bool = False,
 ) -> CrossEntropyStats:
     """`linear_cross_entropy`, and the statistics of its tokens from the same pass: [...] each, no gradient, 0 / False where ignored."""
-    check_loss_options(targets, reduction, label_smoothing, z_loss, token_weights, num_items)
-    if tail_eps is not None and label_smoothing and softcap:
-        raise ValueError(
-            f"tail_eps: {tail_eps} seen with label_smoothing and softcap, None wanted: under a softcap the smoothed part has no rank of 1"
-        )
+    label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
+    check_tail_smoothing(tail_eps, label_smoothing, softcap)
+    check_loss_tensors(targets, reduction, token_weights, num_items)
     arguments = prepare(
         hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check
     )
@@ -276,7 +305,7 @@ def linear_cross_entropy_stats(
         table = head_table(arguments, wanted)
         loss = reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
     else:
-        total, table, *_ = _head_loss(*arguments[:4], scale, float(label_smoothing), float(z_loss), *arguments[4:], *wanted)
+        total, table, *_ = _head_loss(*arguments[:4], scale, label_smoothing, z_loss, *arguments[4:], *wanted)
         loss = total / 0.0 if reduction == "mean" and ids.numel() == 0 else total
     stats = table.detach().view(len(Stat), *targets.shape)
     return CrossEntropyStats(loss, stats[Stat.LOGP], stats[Stat.ENTROPY], stats[Stat.LSE], stats[Stat.TOP1] > 0)
@@ -378,6 +407,7 @@ def linear_token_stats(
 
     GEMMs: 1 without gradients, 3 with a frozen weight, 4 in training. Ignored positions hold 0 / False. entropy=False leaves it None.
     """
+    _check.flags(entropy=entropy)
     arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)
     _, *wanted = find_way(arguments[0], weight, bias, "table")
     return stats_of(head_table(arguments, wanted), ids.shape, entropy)

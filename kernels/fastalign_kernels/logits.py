@@ -110,28 +110,30 @@ def reduced(loss: Tensor, scale: Tensor, reduction: str, shape: torch.Size) -> T
     return scaled.sum() / 0.0 if reduction == "mean" and loss.numel() == 0 else scaled.sum()
 
 
-def check_loss_options(
-    targets: Tensor, reduction: str, label_smoothing: float, z_loss: float, token_weights: Tensor | None, num_items: float | Tensor | None
-) -> None:
+def loss_options(reduction: str, label_smoothing: float, z_loss: float) -> tuple[float, float]:
+    """Check the options of a cross-entropy: label_smoothing and z_loss as floats."""
     _check.choice("reduction", reduction, ("mean", "sum", "none"))
-    _check.unit_interval("label_smoothing", label_smoothing)
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss: {z_loss} seen, a number >= 0 wanted")
+    return _check.unit_interval("label_smoothing", label_smoothing), _check.at_least_zero("z_loss", z_loss)
+
+
+def check_loss_tensors(targets: Tensor, reduction: str, token_weights: Tensor | None, num_items: float | Tensor | None) -> None:
+    _check.tensors(targets=targets)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: {num_items} seen with reduction={reduction!r}; it is the divisor of reduction='mean'")
-    if isinstance(num_items, (int, float)):
-        _check.positive("num_items", num_items)
+    _check.divisor("num_items", num_items, "targets", targets)
     if token_weights is not None:
+        _check.tensors(token_weights=token_weights)
         _check.shape("token_weights", token_weights, tuple(targets.shape), "the targets' shape")
         _check.dtype("token_weights", token_weights, _check.FLOATS)
         _check.device("token_weights", token_weights, "targets", targets)
 
 
 def make_transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
-    _check.positive("temperature", temperature)
-    if softcap is not None:
-        _check.positive("softcap", softcap)
-    return Transform(float(logit_scale), float(softcap or 0.0), float(temperature))
+    return Transform(
+        _check.number("logit_scale", logit_scale),
+        0.0 if softcap is None else _check.above_zero("softcap", softcap),
+        _check.above_zero("temperature", temperature),
+    )
 
 
 def _table(
@@ -145,6 +147,9 @@ def _table(
     inplace_backward: bool = False,
 ) -> Tensor:
     transform = make_transform(1.0, softcap, temperature)
+    ignore_index = _check.whole("ignore_index", ignore_index)
+    _check.flags(check=check, inplace_backward=inplace_backward)
+    _check.tensors(**{"logits": logits, name: ids})
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: shape {list(logits.shape)} seen, [..., V] with V >= 1 wanted")
     _check.dtype("logits", logits, _check.FLOATS)
@@ -199,9 +204,10 @@ def cross_entropy(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
-    check_loss_options(targets, reduction, label_smoothing, z_loss, token_weights, num_items)
+    label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
+    check_loss_tensors(targets, reduction, token_weights, num_items)
     table = _table(logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward)
-    kept = targets.reshape(-1) != ignore_index
+    kept = targets.reshape(-1).long() != ignore_index
     scale = loss_scale(kept, reduction, token_weights, num_items, table.dtype)
     return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
 
@@ -220,6 +226,7 @@ def token_stats(
 
     Ignored positions hold 0 / False and get no gradient. `entropy=False` leaves that field None. Errors as in `cross_entropy`.
     """
+    _check.flags(entropy=entropy)
     table = _table(logits, ids, "ids", softcap, temperature, ignore_index, check)
     return stats_of(table, ids.shape, entropy)
 
@@ -257,6 +264,8 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -
     Raises:
         ValueError: wrong shape, dtype or device; on a CPU also cu_seqlens that do not describe values.
     """
+    _check.tensors(values=values, cu_seqlens=cu_seqlens)
+    _check.flags(mean=mean)
     if values.dim() != 1:
         raise ValueError(f"values: shape {list(values.shape)} seen, [N] wanted")
     _check.dtype("values", values, _check.FLOATS)
@@ -264,7 +273,7 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -
     _check.device("cu_seqlens", cu_seqlens, "values", values)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: shape {list(cu_seqlens.shape)} seen, [S+1] wanted")
-    if not torch.compiler.is_compiling() and not values.is_cuda:
+    if _check.readable(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != values.numel() or any(b < a for a, b in zip(ends, ends[1:])):
             raise ValueError(
@@ -301,6 +310,6 @@ def cross_entropy_ref(
     """The specification of `cross_entropy`."""
     rows = logits.reshape(1, -1, logits.shape[-1])
     table = row_stats_ref(rows, kept_ids(targets, ignore_index), None, Transform(1.0, softcap or 0.0, temperature))
-    kept = targets.reshape(-1) != ignore_index
+    kept = targets.reshape(-1).long() != ignore_index
     scale = loss_scale(kept, reduction, token_weights, num_items, table.dtype)
     return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)

@@ -66,17 +66,24 @@ def plan_head(
         workspace_mib: MiB for the logits of a chunk; default 512 on a GPU, on a CPU 96, or 72 with weight_grad.
 
     Raises:
-        ValueError: a negative or zero size, an unknown upstream, or a workspace too small for one token's logits.
+        ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small for one token's logits.
     """
-    if n_tokens < 0:
-        raise ValueError(f"n_tokens: {n_tokens} seen, a number >= 0 wanted")
-    _check.positive("hidden_size", hidden_size)
-    _check.positive("vocab_size", vocab_size)
+    _check.whole("n_tokens", n_tokens, 0, expected="a whole number >= 0")
+    _check.whole("hidden_size", hidden_size, 1, expected="a whole number >= 1")
+    _check.whole("vocab_size", vocab_size, 1, expected="a whole number >= 1")
+    if dtype not in _check.FLOATS:
+        raise ValueError(f"dtype: got {_check.shown(dtype)}, expected {' or '.join(map(str, _check.FLOATS))}")
+    kind = _device_type(device)
+    _check.flags(hidden_grad=hidden_grad, weight_grad=weight_grad)
     _check.choice("upstream", upstream, ("scalar", "logp", "table"))
+    if tail_eps is not None:
+        _check.tail_eps(tail_eps)
+    if workspace_mib is not None:
+        _check.above_zero("workspace_mib", workspace_mib)
     way = choose_way(dtype, hidden_grad, weight_grad, upstream)
     gradients = int(hidden_grad) + int(weight_grad)
     gemms = 2 + gradients if way == "general" else 1 + gradients
-    largest, per_token = capacity(vocab_size, dtype, torch.device(device).type, hidden_grad, weight_grad, tail_eps, workspace_mib)
+    largest, per_token = capacity(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib)
     chunks = -(-n_tokens // largest) or 1
     chunk = max(1, -(-n_tokens // chunks))  # even chunks: a last sliver of a few tokens would run its GEMMs at a fraction of the speed
     return HeadPlan(way, chunk, chunk * per_token, gemms)
@@ -86,6 +93,16 @@ def default_workspace_mib(kind: str, *, weight_grad: bool) -> float:
     """The default `workspace_mib` on a device of type `kind`."""
     frozen, trained = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"]
     return trained if weight_grad else frozen  # by name: torch.compile of torch 2.11 cannot index a tuple by a bool
+
+
+def _device_type(device: torch.device | str) -> str:
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = ""
+    if kind not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device: got {device!r}, expected a CPU or CUDA device")
+    return kind
 
 
 def capacity(

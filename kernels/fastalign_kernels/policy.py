@@ -54,6 +54,7 @@ class ValueLoss(NamedTuple):
 KL_ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sum")
 LARGEST_EXPONENT = 20.0
+ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
 
 
 class PolicySum(IntEnum):
@@ -340,6 +341,8 @@ def ppo_loss(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
+    _check.tensors(logp=logp, old_logp=old_logp, advantages=advantages)
+    _check.optional_tensors(entropy=entropy, reference_logp=reference_logp)
     if entropy is None and entropy_coefficient:
         raise ValueError(f"entropy: None seen with entropy_coefficient={entropy_coefficient}, logp's shape wanted")
     if reference_logp is None and kl_coefficient:
@@ -378,12 +381,12 @@ def value_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    if clip is not None:
-        _check.positive("clip", clip)
+    bound = torch.inf if clip is None else _check.above_zero("clip", clip)
+    _check.tensors(values=values, old_values=old_values, returns=returns)
     tensors = {"values": values, "old_values": old_values, "returns": returns}
     check_tokens(tensors, mask)
     tokens = token_scale(mask, "token_mean", normalizer, None, accumulator_of(*tensors.values()))
-    loss, sums, _ = value_op(values, old_values.detach(), returns.detach(), *tokens, torch.inf if clip is None else float(clip))
+    loss, sums, _ = value_op(values, old_values.detach(), returns.detach(), *tokens, bound)
     means = sums / sums[ValueSum.TOKENS].clamp(min=1)
     squares = means[ValueSum.RETURN_SQUARE]
     left, spread = means[ValueSum.ERROR_SQUARE] - means[ValueSum.ERROR] ** 2, squares - means[ValueSum.RETURN] ** 2
@@ -401,17 +404,17 @@ def policy_options(
 ) -> PolicyOptions:
     _check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     for name, value in (("clip", clip), ("clip_high", clip_high)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name}: {value} seen, None or a number >= 0 wanted")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip: {dual_clip} seen, None or a number above 1 wanted")
+        if value is not None:
+            _check.number(name, value, 0, expected="None or a number >= 0")
+    if dual_clip is not None:
+        _check.number("dual_clip", dual_clip, ABOVE_ONE, expected="None or a number above 1")
     high = clip if clip_high is None else clip_high
     return PolicyOptions(
         -torch.inf if clip is None else 1.0 - clip,
         torch.inf if high is None else 1.0 + high,
         torch.inf if dual_clip is None else float(dual_clip),
-        float(entropy_coefficient),
-        float(kl_coefficient),
+        _check.number("entropy_coefficient", entropy_coefficient),
+        _check.number("kl_coefficient", kl_coefficient),
         KL_ESTIMATORS.index(kl_estimator),
     )
 
@@ -431,10 +434,13 @@ def token_scale(
         _check.shape("normalizer", normalizer, (), "a scalar")
         _check.dtype("normalizer", normalizer, (*_check.FLOATS, *_check.INTEGERS))
         _check.device("normalizer", normalizer, "mask", mask)
+        if _check.readable(normalizer) and not 0 <= normalizer.item() < torch.inf:  # 0: the whole batch has no token
+            raise ValueError(f"normalizer: {normalizer.item()} seen, a number above 0 wanted")
     elif normalizer is not None:
-        _check.positive("normalizer", normalizer)
+        _check.above_zero("normalizer", normalizer)
     inside = as_bool(mask)
     if cu_seqlens is not None:
+        _check.tensors(cu_seqlens=cu_seqlens)
         _check_cu_seqlens(cu_seqlens, inside)
     if aggregation == "sequence_mean":
         if inside.dim() == 2:
@@ -471,6 +477,7 @@ def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
     """[B, T] or [N], floating point, of the first one's shape and device, and a mask of that shape."""
     first, like = next(iter(tensors.items()))
     assert like is not None
+    _check.tensors(mask=mask)
     _check.supported_device(first, like)
     if like.dim() not in (1, 2):
         raise ValueError(f"{first}: shape {list(like.shape)} seen, [B, T] or [N] wanted")

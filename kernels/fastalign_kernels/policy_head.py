@@ -132,12 +132,15 @@ def linear_ppo_loss(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
+    _check.tensors(hidden=hidden, ids=ids, old_logp=old_logp, advantages=advantages)
+    _check.optional_tensors(reference_logp=reference_logp)
     if reference_logp is None and kl_coefficient:
         raise ValueError(f"reference_logp: None seen with kl_coefficient={kl_coefficient}, the shape of ids wanted")
     _check.shape("old_logp", old_logp, tuple(ids.shape), "the shape of ids")
     check_tokens({"old_logp": old_logp, "advantages": advantages, "reference_logp": reference_logp}, mask)
     _check.device("ids", ids, "hidden", hidden)
     _check.device("mask", mask, "ids", ids)
+    _check.dtype("ids", ids, _check.INTEGERS)
     marked = torch.where(as_bool(mask), ids, OUTSIDE)
     arguments = prepare(hidden, weight, marked, "ids", bias, softcap, logit_scale, temperature, OUTSIDE, tail_eps, workspace_mib, check)
     way, *wanted = find_way(arguments[0], weight, bias, "scalar")

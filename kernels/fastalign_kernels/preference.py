@@ -295,8 +295,8 @@ def simpo_loss(
     _need_lengths(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     lengths: dict[str, Tensor | None] = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    _check.positive("beta", beta)
-    return _preference(logps, lengths, "sigmoid", beta, label_smoothing, reduction, offset=gamma / beta, alpha=alpha)
+    offset = _check.number("gamma / beta", _check.number("gamma", gamma) / _check.above_zero("beta", beta))
+    return _preference(logps, lengths, "sigmoid", beta, label_smoothing, reduction, offset=offset, alpha=alpha)
 
 
 def orpo_loss(
@@ -392,12 +392,10 @@ def kto_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
-    _check.choice("loss_type", loss_type, KTO_LOSS_TYPES)
+    beta, desirable_weight, undesirable_weight = unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
     _check.choice("reduction", reduction, ("mean", "sum", "none"))
-    _check.positive("beta", beta)
-    for name, weight in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
-        if not weight >= 0:
-            raise ValueError(f"{name}: {weight} seen, a number >= 0 wanted")
+    _check.tensors(desirable=desirable)
+    _check.optional_tensors(kl=kl)
     _check_sequences({"policy_logps": policy_logps, "reference_logps": reference_logps})
     _check_like("desirable", desirable, (torch.bool,), "policy_logps", policy_logps)
     if loss_type == "apo_zero_unpaired":
@@ -433,6 +431,7 @@ def kto_kl(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device.
     """
+    _check.process_group(group)
     _check_sequences({"policy_mismatched_logps": policy_mismatched_logps, "reference_mismatched_logps": reference_mismatched_logps})
     # In fp64: counts are exact, and a sum of many sequences of -10^4 nats loses nothing.
     total = (policy_mismatched_logps.double() - reference_mismatched_logps.double()).sum()
@@ -462,10 +461,9 @@ def reward_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
+    center_coefficient = _check.at_least_zero("center_coefficient", center_coefficient)
     scores = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores}
     _check_sequences(scores if margin is None else scores | {"margin": margin})
-    if not center_coefficient >= 0:
-        raise ValueError(f"center_coefficient: {center_coefficient} seen, a number >= 0 wanted")
     asked = None if margin is None else margin.reshape(-1)
     losses, metrics, _ = scores_op(chosen_scores.reshape(-1), rejected_scores.reshape(-1), asked, center_coefficient)
     accuracy, mean_margin = metrics.mean(1).unbind()
@@ -484,16 +482,13 @@ def _preference(
 ) -> PreferenceLoss:
     """Check what all losses of pairs share, and run them. logps: policy's chosen and rejected, and the reference's where there is one."""
     _check.choice("reduction", reduction, ("mean", "sum", "none"))
-    _check.positive("beta", beta)
-    wanted = PAIR_LOSSES[loss_type].smoothing
-    if not SMOOTHING[wanted](label_smoothing):
-        raise ValueError(f"label_smoothing: {label_smoothing} seen with loss_type={loss_type!r}, {wanted} wanted")
-    if not alpha >= 0:
-        raise ValueError(f"alpha: {alpha} seen, a number >= 0 wanted")
+    beta, label_smoothing = _pair_numbers(loss_type, beta, label_smoothing)
+    alpha = _check.at_least_zero("alpha", alpha)
     _check_sequences(logps)
     name, like = next(iter(logps.items()))
     for key, value in lengths.items():
         if value is not None:
+            _check.tensors(**{key: value})
             _check_like(key, value, _check.INTEGERS, name, like)
             _check_least_zero(key, value)
     flat = [x.reshape(-1) for x in logps.values()]
@@ -504,6 +499,31 @@ def _preference(
     return PreferenceLoss(reduce_losses(losses, reduction, like.shape), chosen.view(like.shape), rejected.view(like.shape))
 
 
+def pair_options(loss_type: str, beta: float, label_smoothing: float) -> tuple[float, float]:
+    """Check the options of `dpo_loss`: beta and label_smoothing as floats."""
+    _check.choice("loss_type", loss_type, DPO_LOSS_TYPES)
+    return _pair_numbers(loss_type, beta, label_smoothing)
+
+
+def _pair_numbers(loss_type: str, beta: float, label_smoothing: float) -> tuple[float, float]:
+    beta = _check.above_zero("beta", beta)
+    label_smoothing = _check.number("label_smoothing", label_smoothing)
+    wanted = PAIR_LOSSES[loss_type].smoothing
+    if not SMOOTHING[wanted](label_smoothing):
+        raise ValueError(f"label_smoothing: {label_smoothing} seen with loss_type={loss_type!r}, {wanted} wanted")
+    return beta, label_smoothing
+
+
+def unpaired_options(loss_type: str, beta: float, desirable_weight: float, undesirable_weight: float) -> tuple[float, float, float]:
+    """Check the options of `kto_loss`: its numbers as floats."""
+    _check.choice("loss_type", loss_type, KTO_LOSS_TYPES)
+    return (
+        _check.above_zero("beta", beta),
+        _check.at_least_zero("desirable_weight", desirable_weight),
+        _check.at_least_zero("undesirable_weight", undesirable_weight),
+    )
+
+
 def reduce_losses(losses: Tensor, reduction: str, shape: torch.Size) -> Tensor:
     if reduction == "none":
         return losses.view(shape)
@@ -512,6 +532,7 @@ def reduce_losses(losses: Tensor, reduction: str, shape: torch.Size) -> Tensor:
 
 def _check_sequences(tensors: dict[str, Tensor]) -> None:
     """All floating point, of the first one's shape and device."""
+    _check.tensors(**tensors)
     first, like = next(iter(tensors.items()))
     _check.supported_device(first, like)
     for name, tensor in tensors.items():
@@ -525,9 +546,7 @@ def _check_like(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], lik
 
 
 def _check_least_zero(name: str, tensor: Tensor) -> None:
-    if torch.compiler.is_compiling() or tensor.is_meta or (tensor.is_cuda and not _check.everywhere()):
-        return
-    if (tensor < 0).any():
+    if _check.readable(tensor) and (tensor < 0).any():
         raise ValueError(f"{name}: {tensor.min().item()} seen, values >= 0 wanted")
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,18 +53,20 @@ class Sample(NamedTuple):
 
 
 class _Option(NamedTuple):
-    """A number that may differ from row to row: its allowed values, in words and as a test."""
+    """A number that may differ from row to row: 0 or in [least, most]."""
 
-    wanted: str
-    allowed: Callable[[Any], Any]
+    expected: str
+    least: float = _check.SMALLEST
+    most: float = _check.LARGEST
+    zero: bool = True
 
 
 _OPTIONS = {
-    "temperature": _Option("numbers >= 0", lambda x: (x >= 0) & (x < math.inf)),
-    "top_k": _Option("whole numbers >= 0 (0: no limit)", lambda x: x >= 0),
-    "top_p": _Option("numbers in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
-    "min_p": _Option("numbers in [0, 1]", lambda x: (x >= 0) & (x <= 1)),
-    "repetition_penalty": _Option("numbers > 0", lambda x: (x > 0) & (x < math.inf)),
+    "temperature": _Option("numbers >= 0"),
+    "top_k": _Option("whole numbers >= 0 (0: no limit)"),
+    "top_p": _Option("numbers in [0, 1]", most=1),
+    "min_p": _Option("numbers in [0, 1]", most=1),
+    "repetition_penalty": _Option("numbers > 0", zero=False),
 }
 
 
@@ -106,8 +108,8 @@ def sample(
         ValueError: an argument of the wrong shape, dtype, device or range; with check, also rows that are not valid, by number.
     """
     B, V = _check_logits(logits)
-    if not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed: {seed!r} seen, a whole number in [0, 2^63) wanted")
+    seed = _check.whole("seed", seed, 0, expected="a whole number in [0, 2^63)")
+    _check.flags(check=check)
     numbers = {
         "temperature": temperature,
         "top_k": top_k,
@@ -115,11 +117,12 @@ def sample(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    look = not torch.compiler.is_compiling() and (not logits.is_cuda or check or _check.everywhere())
+    look = _check.readable(logits, check)
     for name, value in numbers.items():
         _check_option(name, value, logits, look)
     for name, ids in (("sequence_ids", sequence_ids), ("positions", positions)):
         if ids is not None:
+            _check.tensors(**{name: ids})
             _check.shape(name, ids, (B,), "[B]")
             _check.dtype(name, ids, _check.INTEGERS)
             _check.device(name, ids, "logits", logits)
@@ -127,15 +130,16 @@ def sample(
         raise ValueError(f"positions: {positions.tolist()[:8]} seen, whole numbers in [0, 2^32) wanted")
     for name, mask in (("seen", seen), ("allowed", allowed)):
         if mask is not None:
+            _check.tensors(**{name: mask})
             _check.shape(name, mask, (B, -(-V // 32)), "[B, ceil(V / 32)]")
             _check.dtype(name, mask, (torch.int32,))
             _check.device(name, mask, "logits", logits)
     if finished is not None:
+        _check.tensors(finished=finished)
         _check.shape(name := "finished", finished, (B,), "[B]")
         _check.dtype(name, finished, (torch.bool,))
         _check.device(name, finished, "logits", logits)
-    if pad_id is not None and not -1 <= pad_id < 2**63:
-        raise ValueError(f"pad_id: {pad_id} seen, an id (or -1) wanted")
+    pad_id = -1 if pad_id is None else _check.whole("pad_id", pad_id, -1, expected="an id (or -1)")
     per_row = any(isinstance(value, Tensor) for value in numbers.values())
     table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
     scalars = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
@@ -149,7 +153,7 @@ def sample(
         None if seen is None else seen.contiguous(),
         None if allowed is None else allowed.contiguous(),
         None if finished is None else finished.contiguous(),
-        -1 if pad_id is None else pad_id,
+        pad_id,
     )
     token, logs, kept, valid = found
     logp, log_kept, logp_raw, entropy = logs.unbind()
@@ -160,6 +164,7 @@ def sample(
 
 
 def _check_logits(logits: Tensor) -> torch.Size:
+    _check.tensors(logits=logits)
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_VOCAB:
         raise ValueError(f"logits: shape {list(logits.shape)} seen, [B, V] with V in 1 to 2^20 wanted")
     _check.dtype("logits", logits, LOGITS)
@@ -176,10 +181,15 @@ def _check_option(name: str, value: float | Tensor, logits: Tensor, look: bool) 
             _check.dtype(name, value, _check.INTEGERS)
         elif not value.is_floating_point():
             raise ValueError(f"{name}: {value.dtype} seen, a floating-point tensor wanted")
-        if look and value.numel() and not bool(option.allowed(value).all()):
-            raise ValueError(f"{name}: {value.tolist()[:8]} seen, {option.wanted} wanted")
-    elif isinstance(value, bool) or (name == "top_k" and not isinstance(value, int)) or not option.allowed(value):
-        raise ValueError(f"{name}: {value!r} seen, {option.wanted} wanted")
+        if look and value.numel():
+            wide = value.double()  # fp16 holds neither bound
+            allowed = (wide >= option.least) & (wide <= option.most)
+            if not bool((allowed | (wide == 0) if option.zero else allowed).all()):
+                raise ValueError(f"{name}: {value.tolist()[:8]} seen, {option.expected} wanted")
+    elif name == "top_k":
+        _check.whole(name, value, 0, expected=option.expected)  # type: ignore[arg-type]
+    else:
+        _check.number(name, value, 0 if option.zero else option.least, option.most, option.expected)
 
 
 def _row_values(value: float | Tensor, logits: Tensor) -> Tensor:

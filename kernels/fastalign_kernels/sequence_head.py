@@ -26,12 +26,12 @@ from torch import Tensor
 from . import check as _check
 from .backward import save_scalar_loss
 from .gradients import fake_gradients
-from .head import linear_logprobs, prepare, scalar_loss_backward
+from .head import head_options, linear_logprobs, prepare, scalar_loss_backward
 from .keeping import sweep_keeping, sweep_kept
 from .logits import sum_by_sequence
 from .pair_losses import PAIR_LOSSES
 from .plan import default_workspace_mib
-from .preference import dpo_loss, kto_loss, pairs_op, unpaired_op
+from .preference import dpo_loss, kto_loss, pair_options, pairs_op, unpaired_op, unpaired_options
 from .rows import Stat, Transform, accumulator_dtype, coefficients
 from .sequence_units import sweep_units, unit_chunks
 from .sweep import Head, capturing, sweep
@@ -143,7 +143,18 @@ class _Rows(NamedTuple):
     number: int  # R
 
 
+def _check_head(weight: Tensor, bias: Tensor | None, options: dict[str, Any]) -> None:
+    """What must be known of the head before the reference runs; `prepare` checks the rest."""
+    check, numbers = options["check"], {name: value for name, value in options.items() if name != "check"}
+    head_options(**numbers)
+    _check.flags(check=check)
+    _check.tensors(weight=weight)
+    _check.optional_tensors(bias=bias)
+
+
 def _rows_of(hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, per_unit: int) -> _Rows:
+    _check.tensors(hidden=hidden, ids=ids)
+    _check.optional_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens is None:
         if ids.dim() != 2:
             raise ValueError(f"ids: shape {list(ids.shape)} seen, [rows, T] wanted, or [N] with cu_seqlens")
@@ -166,6 +177,12 @@ def _reference(
     options: dict[str, Any],
 ) -> Tensor:
     """log-probabilities [R] under the reference, without gradient: given, or from its hidden states."""
+    _check.optional_tensors(
+        reference_hidden=reference_hidden,
+        reference_weight=reference_weight,
+        reference_bias=reference_bias,
+        reference_logps=reference_logps,
+    )
     if reference_hidden is not None and reference_logps is not None:
         raise ValueError("reference_hidden, reference_logps: both seen, one of them wanted")
     if reference_logps is not None:
@@ -257,13 +274,15 @@ def linear_dpo_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
-    rows = _rows_of(hidden, ids, cu_seqlens, 2)
+    beta, label_smoothing = pair_options(loss_type, beta, label_smoothing)
     options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)))
+    _check_head(weight, bias, options)
+    rows = _rows_of(hidden, ids, cu_seqlens, 2)
     reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
     S = rows.number // 2
     numbers: dict[str, Any] = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
-    if loss_type in PAIR_LOSSES and PAIR_LOSSES[loss_type].lengths == "needed":
-        counts = sum_by_sequence((ids.reshape(-1) != ignore_index).float(), rows.cu_seqlens).long()
+    if PAIR_LOSSES[loss_type].lengths == "needed":
+        counts = sum_by_sequence((ids.reshape(-1).long() != ignore_index).float(), rows.cu_seqlens).long()
         lengths: dict[str, Any] = {"chosen_lengths": counts[:S], "rejected_lengths": counts[S:]}
     else:
         lengths = {}
@@ -271,8 +290,7 @@ def linear_dpo_loss(
     def loss(logps: Tensor) -> Tensor:
         return dpo_loss(logps[:S], logps[S:], reference[:S], reference[S:], **numbers, **lengths).loss
 
-    loss(reference)  # refuses options before the head runs
-    op_options = (None, None, loss_type, float(beta), float(label_smoothing), 1.0, 1.0)
+    op_options = (None, None, loss_type, beta, label_smoothing, 1.0, 1.0)
     total, logps = _run(rows, weight, bias, options, reference, loss, op_options)
     rewards = beta * (logps - reference)
     return LinearPreferenceLoss(total, rewards[:S], rewards[S:], logps[:S], logps[S:])
@@ -307,8 +325,10 @@ def linear_kto_loss(
 
     desirable: [S] bool. kl: scalar >= 0 of `kto_kl`. The weights and loss_type as in `kto_loss`.
     """
-    rows = _rows_of(hidden, ids, cu_seqlens, 1)
+    beta, desirable_weight, undesirable_weight = unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
     options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)))
+    _check_head(weight, bias, options)
+    rows = _rows_of(hidden, ids, cu_seqlens, 1)
     reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
     numbers: dict[str, Any] = {
         "beta": beta,
@@ -320,7 +340,7 @@ def linear_kto_loss(
     def loss(logps: Tensor) -> Tensor:
         return kto_loss(logps, reference, desirable, kl, **numbers).loss
 
-    loss(reference)  # refuses options before the head runs
-    op_options = (desirable, kl if loss_type == "kto" else None, "", float(beta), 0.0, float(desirable_weight), float(undesirable_weight))
+    loss(reference)  # refuses desirable and kl before the head runs
+    op_options = (desirable, kl if loss_type == "kto" else None, "", beta, 0.0, desirable_weight, undesirable_weight)
     total, logps = _run(rows, weight, bias, options, reference, loss, op_options)
     return LinearUnpairedLoss(total, beta * (logps - reference), logps)

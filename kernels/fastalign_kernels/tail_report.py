@@ -48,7 +48,7 @@ def tail_report(
     """
     if tail_eps is None:
         raise ValueError("tail_eps: None seen, a probability in (0, 1) wanted")
-    _check.positive("sample", sample)
+    _check.whole("sample", sample, 1, expected="a whole number >= 1")
     arguments = prepare(
         hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, True
     )
