@@ -187,7 +187,7 @@ def custom_generate(
         raise ValueError("position_ids: others than 0, 1, ... from each row's first token seen; those wanted")
     if past is not None and (type(past) not in (DynamicCache, StaticCache) or past.get_seq_length()):
         raise ValueError(f"{CACHE}: a {type(past).__name__} of {past.get_seq_length()} tokens seen, none wanted")
-    options = _sampling_options(logits_processor, mask)
+    options = _sampling_options(logits_processor, input_ids, mask, model.config.get_text_config(decoder=True).vocab_size)
     limits: dict[type, Any] = {type(criterion): criterion for criterion in stopping_criteria}
     unknown = [kind.__name__ for kind in limits if kind not in (MaxLengthCriteria, EosTokenCriteria)]
     if unknown or MaxLengthCriteria not in limits:
@@ -217,8 +217,8 @@ _PROCESSORS: dict[type, str] = {  # in the order in which `sample` applies their
 }
 
 
-def _sampling_options(processors: LogitsProcessorList, mask: Tensor) -> dict[str, Any]:
-    """The processors as options of `sample`. Their own numbers, because one handed to transformers' generate replaces the config's."""
+def _sampling_options(processors: LogitsProcessorList, input_ids: Tensor, mask: Tensor, vocab_size: int) -> dict[str, Any]:
+    """The processors as options of `generate`. Their own numbers, because one handed to transformers' generate replaces the config's."""
     order, options = list(_PROCESSORS), {}
     for processor in processors:
         kind = type(processor)
@@ -234,8 +234,14 @@ def _sampling_options(processors: LogitsProcessorList, mask: Tensor) -> dict[str
             raise ValueError(f"logits_processor: {kind.__name__} with min_tokens_to_keep {kept} or a filter_value seen, 1 and -inf wanted")
         if kind is RepetitionPenaltyLogitsProcessor:
             ignored = 0 if processor.prompt_ignore_length is None else processor.prompt_ignore_length
-            if not bool(((mask == 0).sum(1) == ignored).all()):
-                raise ValueError(f"logits_processor: prompt_ignore_length {ignored} seen, the padding of each row wanted")
+            padding = mask == 0
+            if bool((padding.sum(1) < ignored).any()):
+                raise ValueError(f"logits_processor: prompt_ignore_length {ignored} seen, at most the padding of each row wanted")
+            # A processor counts the padding that it does not ignore; those of older versions of transformers, such as 5.17, ignore none.
+            first = torch.as_tensor(ignored, device=mask.device).reshape(-1, 1)
+            counted = padding & (torch.arange(mask.shape[1], device=mask.device) >= first)
+            if bool(counted.any()):
+                options["seen"] = _bits(input_ids, counted, vocab_size)
     return options
 
 

@@ -53,12 +53,20 @@ def test_rounds_are_interleaved_and_warm_up_rounds_do_not_count() -> None:
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"A": 3, "B": 3, "C": 3}
 
 
+@pytest.fixture
+def host_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of a process without CUDA, on machines with it too."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+
+
+@pytest.mark.usefixtures("host_clock")
 def test_a_timing_is_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0, 9, 9, 10, 20, 22, 30, 37])  # the first reading pair is the warm-up
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
     assert interleaved({"A": lambda: None}, rounds=3) == {"A": Timing(2, 1, 7, (1, 2, 7))}
 
 
+@pytest.mark.usefixtures("host_clock")
 def test_a_cold_clock_reads_other_memory_before_each_call_and_does_not_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str | int] = []
     monkeypatch.setattr(torch.Tensor, "sum", lambda self: order.append(self.nbytes // MIB) or self.amax())  # type: ignore[func-returns-value]

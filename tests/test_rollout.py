@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from fastalign.rollout import POLL, WARM_UP, Rollout, RolloutOutput, custom_gene
 
 pytestmark = pytest.mark.hosts
 
+# Whether transformers' generate lets a penalty count padding. It hands over a tensor of lengths to ignore where the processor takes one.
+PADDING_COUNTS = "Tensor" not in str(inspect.signature(tf.RepetitionPenaltyLogitsProcessor).parameters["prompt_ignore_length"])
 VOCAB = 97
 PAD, NEW = 0, 13  # more than POLL steps, and no multiple of it
 GQA = {
@@ -92,9 +95,11 @@ def draw(model: Any, batch: tuple[Tensor, Tensor] | None = None, **options: Any)
 
 
 def own_greedy(model: Any, eos_id: Any = None, **options: Any) -> Tensor:
-    ids, mask = prompts()
+    """What transformers' generate draws for each prompt alone: some of its versions let a penalty count the padding of a batch."""
     own = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": eos_id, "pad_token_id": PAD, **options}
-    return model.generate(input_ids=ids, attention_mask=mask, **own)[:, ids.shape[1] :]
+    rows = [row[on.bool()][None] for row, on in zip(*prompts(), strict=True)]
+    drawn = [model.generate(input_ids=row, attention_mask=torch.ones_like(row), **own)[0, row.shape[1] :] for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=PAD)
 
 
 @contextmanager
@@ -639,9 +644,23 @@ def test_custom_generate_is_greedy_as_generate(name: str) -> None:
     assert torch.equal(model.generate(whole, max_new_tokens=5, do_sample=False, custom_generate=custom_generate), own)
 
 
+def test_custom_generate_counts_the_padding_that_a_penalty_does_not_ignore() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[PAD] = 2 * model.lm_head.weight[41]  # often drawn, so that its penalty is seen
+    counts = {"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.4)], "do_sample": False}
+    own = own_call(model, custom_generate=None, **counts)
+    assert torch.equal(own_call(model, **counts), own)
+    assert torch.equal(own_call(model, repetition_penalty=1.4, do_sample=False), own) == PADDING_COUNTS
+    ignores = {"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.4, prompt_ignore_length=2)], "do_sample": False}
+    ids, mask = prompts((7, 7))
+    batch = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": PAD}
+    assert torch.equal(model.generate(**batch, **ignores, custom_generate=custom_generate), model.generate(**batch, **ignores))
+
+
 def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> None:
     model = llama()
-    ids, _ = prompts()
+    ids, mask = prompts()
     for asked, options in (
         ({"top_k": 0}, {}),
         ({}, {"top_k": 50}),  # transformers' default
@@ -656,7 +675,8 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         output = own_call(model, do_sample=True, return_dict_in_generate=True, **asked)
         assert torch.equal(output.sequences, first) and not torch.equal(second, first)
         torch.manual_seed(3)
-        expected = draw(model, seed=int(torch.randint(2**63 - 1, ())), **options)
+        seen = module._bits(ids, mask == 0, VOCAB) if PADDING_COUNTS else None
+        expected = draw(model, seed=int(torch.randint(2**63 - 1, ())), seen=seen, **options)
         assert isinstance(output, RolloutOutput) and output.rollout is not None
         assert torch.equal(first, torch.cat((ids, expected.tokens), 1))
         assert all(torch.equal(a, b) for a, b in zip(output.rollout, expected, strict=True))
@@ -672,12 +692,12 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
         ({"typical_p": 0.9, "do_sample": True}, "TypicalLogitsWarper"),
         ({"logits_processor": [tf.TemperatureLogitsWarper(0.5)], "temperature": 0.7, "do_sample": True}, "TemperatureLogitsWarper"),
-        ({"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.2)]}, "prompt_ignore_length 0 seen"),
+        ({"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=9)]}, "prompt_ignore_length 9 seen"),
         ({"logits_processor": [tf.MinPLogitsWarper(0.5, min_tokens_to_keep=2)]}, "min_tokens_to_keep 2"),
         ({"max_time": 1.0}, "stopping_criteria: MaxTimeCriteria"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: True seen"),
         ({"position_ids": torch.arange(9).expand(4, -1)}, "position_ids: others than"),
-        ({"cache_implementation": "offloaded", CACHE: None, "output_attentions": True}, "output_attentions: True seen"),
+        ({CACHE: None, "output_attentions": True}, "output_attentions: True seen"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
