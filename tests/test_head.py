@@ -374,7 +374,7 @@ def test_opcheck(tail_eps):
     torch.library.opcheck(
         ops.head_loss.default, (hidden, weight, ids, bias, torch.rand(6, dtype=torch.float64), 0.1, 0.01, *transform, True, True, True)
     )
-    torch.library.opcheck(ops.head_frozen.default, (hidden, weight.detach(), ids, bias.detach(), *transform))
+    torch.library.opcheck(ops.head_frozen.default, (hidden, weight.detach(), ids, bias.detach(), *transform, hidden[:0].clone()))
     table = ops.head_table(hidden, weight, ids, bias, *transform).detach()
     arguments = (torch.randn_like(table), table, hidden.detach(), weight.detach(), ids, bias.detach(), *transform, True, True, True)
     torch.library.opcheck(ops.head_table_grad.default, arguments)

@@ -24,6 +24,7 @@ from . import check as _check
 from . import native
 from .policy import accumulator_of, as_bool, check_tokens
 from .rows import traced
+from .transforms import transforming
 
 
 class Advantages(NamedTuple):
@@ -181,7 +182,7 @@ def masked_whiten(
     check_tokens({"x": x}, mask)
     own, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
     # The ops without the dispatcher where nothing is traced, whose layers in Python take longer than the kernels.
-    moments_of, whiten = (moments_op, whiten_op) if traced(x) else (_moments, _whiten)
+    moments_of, whiten = (moments_op, whiten_op) if traced(x) or transforming() else (_moments, _whiten)
     moments = moments_of(own, inside)
     if group is not None:
         parts = [torch.empty_like(moments) for _ in range(torch.distributed.get_world_size(group))]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from .transforms import reject_derivatives, unwrapped
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -127,6 +129,7 @@ def shape(name: str, tensor: Tensor, wanted: tuple[int, ...], letters: str) -> N
 def dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
         raise ValueError(f"{name}: {tensor.dtype} seen, {' or '.join(str(d) for d in allowed)} wanted")
+    reject_derivatives(name, tensor)
 
 
 def supported_device(name: str, tensor: Tensor) -> None:
@@ -159,7 +162,7 @@ def ids(name: str, values: Tensor, vocab_size: int, ignore_index: int, check: bo
     """Ids in [0, V) or ignore_index, where `readable`."""
     if not readable(values, check):
         return
-    values = values.long()  # an int32 tensor would meet an ignore_index of 2^32 + 5 as 5
+    values = unwrapped(values).long()  # an int32 tensor would meet an ignore_index of 2^32 + 5 as 5
     bad = (values != ignore_index) & ((values < 0) | (values >= vocab_size))
     if bad.any():
         where = bad.nonzero()[0].tolist()

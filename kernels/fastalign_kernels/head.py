@@ -27,13 +27,14 @@ import torch
 from torch import Tensor
 
 from . import check as _check
-from .backward import hand_over, saved_inputs
+from .backward import InputGradients, first_order, hand_over, saved_inputs
 from .gradients import fake_gradients
 from .head_table import head_table
 from .logits import TokenStats, check_loss_tensors, kept_ids, loss_options, loss_scale, make_transform, reduced, stats_of, token_loss
 from .plan import choose_way
 from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref
 from .sweep import Head, sweep
+from .transforms import requires_grad
 
 
 class CrossEntropyStats(NamedTuple):
@@ -121,22 +122,22 @@ def _wanted(ctx, gradients: Sequence[Tensor]) -> list[Tensor | None]:
     return [g if ctx.needs_input_grad[i] else None for g, i in zip(gradients, (0, 1, 3))]
 
 
-def scalar_loss_backward(op: Callable[..., Sequence[Tensor]]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward of an op saved by `save_scalar_loss` whose gradients are those of hidden, weight and bias."""
+def scalar_loss_backward(losses: str, op: Callable[..., Sequence[Tensor]]) -> Callable[..., InputGradients]:
+    """The backward of an op of these losses saved by `save_scalar_loss` whose gradients are those of hidden, weight and bias."""
 
-    def backward(ctx, grad: Tensor | None, *_: Tensor):
-        inputs = saved_inputs(ctx)
+    def backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: Tensor) -> InputGradients:
+        inputs = saved_inputs(ctx, saved)
         nothing = (None,) * len(inputs)
         if grad is None:
             return nothing
         d_hidden, d_weight, d_bias = _wanted(ctx, hand_over(ctx, grad, lambda: op(*inputs)[2:]))
         return d_hidden, d_weight, None, d_bias, *nothing[4:]
 
-    return backward
+    return first_order(losses, backward)
 
 
-def _loss_backward(ctx, grad: Tensor | None, *_):
-    hidden, weight, ids, bias, scale, table = ctx.saved_tensors
+def _loss_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+    hidden, weight, ids, bias, scale, table = saved
     nothing = (None,) * 15
     if grad is None:
         return nothing
@@ -147,7 +148,7 @@ def _loss_backward(ctx, grad: Tensor | None, *_):
     return d_hidden, d_weight, None, d_bias, d_scale, *nothing[5:]
 
 
-_head_loss.register_autograd(_loss_backward, setup_context=_save_loss)
+_head_loss.register_autograd(first_order("linear_cross_entropy", _loss_backward), setup_context=_save_loss)
 
 
 # Log-probabilities under a head that is not trained: the way frozen_head.
@@ -164,8 +165,12 @@ def _head_frozen(
     temperature: float,
     workspace_mib: float | None,
     tail_eps: float | None,
+    origin: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The table [7, N] and D [N, H] = d logp / d hidden, in hidden's dtype."""
+    """The table [7, N] and D [N, H] = d logp / d hidden, in hidden's dtype.
+
+    origin: an empty tensor with hidden's graph, for the error of a second derivative. Hidden itself is not kept: [N, H] for nothing.
+    """
     head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
 
     def chunk_coefficients(stats: Tensor, index: Tensor | slice) -> Tensor:
@@ -178,7 +183,7 @@ def _head_frozen(
 
 
 @_head_frozen.register_fake
-def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps):
+def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, origin):
     table = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
     return table, torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
@@ -187,15 +192,15 @@ def _save_frozen(ctx, inputs, output) -> None:
     _, d_hidden = output
     ctx.mark_non_differentiable(d_hidden)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(d_hidden)
+    ctx.save_for_backward(d_hidden, inputs[-1])
 
 
-def _frozen_backward(ctx, grad: Tensor | None, *_):
-    (d_hidden,) = ctx.saved_tensors
-    return (None if grad is None else (grad[Stat.LOGP][:, None] * d_hidden).to(d_hidden.dtype), *(None,) * 8)
+def _frozen_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+    d_hidden = saved[0]
+    return (None if grad is None else (grad[Stat.LOGP][:, None] * d_hidden).to(d_hidden.dtype), *(None,) * 9)
 
 
-_head_frozen.register_autograd(_frozen_backward, setup_context=_save_frozen)
+_head_frozen.register_autograd(first_order("linear_logprobs", _frozen_backward), setup_context=_save_frozen)
 
 
 class HeadOptions(NamedTuple):
@@ -267,8 +272,7 @@ def prepare(
 def find_way(hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: str) -> tuple[str, bool, bool, bool]:
     """The way, and which of hidden, weight and bias want a gradient."""
     grad = torch.is_grad_enabled()
-    hidden_grad, weight_grad = grad and hidden.requires_grad, grad and weight.requires_grad
-    bias_grad = grad and bias is not None and bias.requires_grad
+    hidden_grad, weight_grad, bias_grad = (grad and x is not None and requires_grad(x) for x in (hidden, weight, bias))
     return choose_way(hidden.dtype, hidden_grad, weight_grad or bias_grad, upstream), hidden_grad, weight_grad, bias_grad
 
 
@@ -384,7 +388,10 @@ def linear_logprobs(
     """
     arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)
     way, *wanted = find_way(arguments[0], weight, bias, "logp")
-    table = _head_frozen(*arguments)[0] if way == "frozen_head" else head_table(arguments, wanted)
+    if way == "frozen_head":
+        table, _ = _head_frozen(*arguments, arguments[0][:0].clone())
+    else:
+        table = head_table(arguments, wanted)
     return table[Stat.LOGP].view(ids.shape)
 
 

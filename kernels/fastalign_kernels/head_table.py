@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backward import InputGradients, first_order
 from .gradients import fake_gradients
 from .keeping import KeptState, empty_state, sweep_keeping, sweep_kept
 from .rows import Stat, Transform, accumulator_dtype, coefficients
@@ -70,15 +71,16 @@ def _save_table(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, ids, bias, output)
 
 
-def _table_backward(ctx, grad: Tensor):
-    hidden, weight, ids, bias, table = ctx.saved_tensors
+def _table_backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGradients:
+    hidden, weight, ids, bias, table = saved
     needs = ctx.needs_input_grad
     gradients = _head_table_grad(grad, table, hidden, weight, ids, bias, *ctx.options, needs[0], needs[1], needs[3])
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3])))
     return d_hidden, d_weight, None, d_bias, *[None] * 5
 
 
-_head_table.register_autograd(_table_backward, setup_context=_save_table)
+_LOSSES = "linear_logprobs, linear_token_stats or linear_cross_entropy"
+_head_table.register_autograd(first_order(_LOSSES, _table_backward), setup_context=_save_table)
 
 
 # The same with a tail: what the backward pass needs is kept, and no logits are made again.
@@ -150,16 +152,16 @@ def _save_kept(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, ids, bias, table, *state)
 
 
-def _kept_backward(ctx, grad: Tensor | None, *_):
+def _kept_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
     if grad is None:
         return (None,) * 12
-    hidden, weight, ids, bias, table, *state = ctx.saved_tensors
+    hidden, weight, ids, bias, table, *state = saved
     gradients = _head_table_kept_grad(grad, table, state, hidden, weight, ids, bias, *ctx.options)
     d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, ctx.options[-3:]))
     return d_hidden, d_weight, None, d_bias, *[None] * 8
 
 
-_head_table_kept.register_autograd(_kept_backward, setup_context=_save_kept)
+_head_table_kept.register_autograd(first_order(_LOSSES, _kept_backward), setup_context=_save_kept)
 
 
 def head_table(arguments: Sequence[Any], wanted: Sequence[bool]) -> Tensor:

@@ -11,13 +11,16 @@ keeps 7 numbers a token. Peer for comparison: F.cross_entropy's log_softmax writ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import check as _check
+from .backward import InputGradients, first_order
 from .rows import Stat, Transform, coefficients, row_grad, row_stats, row_stats_ref, traced
+from .transforms import transforming
 
 
 class TokenStats(NamedTuple):
@@ -63,8 +66,8 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(logits, ids, output)
 
 
-def _backward(ctx, grad: Tensor):
-    logits, ids, stats = ctx.saved_tensors
+def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGradients:
+    logits, ids, stats = saved
     arguments = (ids, stats, coefficients(grad, stats, logits.shape[-1]), ctx.softcap, ctx.temperature)
     if ctx.inplace_backward and not traced(grad):
         grad_logits = logits.detach()
@@ -74,7 +77,7 @@ def _backward(ctx, grad: Tensor):
     return grad_logits, None, None, None, None
 
 
-_token_table.register_autograd(_backward, setup_context=_setup)
+_token_table.register_autograd(first_order("cross_entropy, token_logprobs or token_stats", _backward), setup_context=_setup)
 
 
 def token_loss(table: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
@@ -165,6 +168,7 @@ def _table(
     blocks = logits if logits.dim() == 3 else logits.reshape(1, -1, logits.shape[-1])
     if blocks.stride(-1) != 1 and blocks.shape[-1] > 1:
         blocks = blocks.contiguous()
+    inplace_backward = inplace_backward and not transforming()  # vmap's slices share memory, so autograd would refuse
     return _token_table(blocks, kept_ids(ids, ignore_index), transform.softcap, transform.temperature, inplace_backward)
 
 
@@ -195,7 +199,7 @@ def cross_entropy(
         token_weights: [...] float; multiplies each token's loss. Differentiable.
         num_items: divisor of "mean", for accumulation over micro-batches and ranks.
         inplace_backward: the backward pass overwrites the logits with their gradient instead of allocating one. Whoever else saved the
-            logits for backward gets autograd's in-place error. Under torch.compile the gradient is a tensor of its own all the same.
+            logits for backward gets autograd's in-place error. No effect under torch.compile and torch.func.vmap.
         check: on CUDA, also check the range of targets (waits for the device); FASTALIGN_CHECK=1 does so everywhere.
 
     Returns:

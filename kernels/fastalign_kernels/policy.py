@@ -7,7 +7,7 @@ For each token inside the mask, with d = logp - old_logp, r = e^d, A its advanta
     value  = sum w max((v - R)^2, (min(max(v, v_old - clip), v_old + clip) - R)^2) / 2
 
 in nats. One pass gives the loss, all metrics, and d loss / d logp and d loss / d entropy. The backward pass scales them where they lie by
-what arrives from upstream (on a CPU 1 is left out), so second derivatives do not exist. Sums are taken over fixed blocks, added up in
+what arrives from upstream (on a CPU 1 is left out), so a second derivative is an error. Sums are taken over fixed blocks, added up in
 fp64, so they do not depend on the number of threads. Bytes: 3 to 5 N e and N read, N e or 2 N e written.
 
 Exponents d are held within +-20, as verl has it: beyond, r is e^20 or e^-20 and its gradient 0, so that no ratio is infinite. What stands
@@ -16,7 +16,7 @@ outside the mask, NaN too, reaches nothing, and its gradient is 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,9 +26,10 @@ from torch import Tensor
 
 from . import check as _check
 from . import native
-from .backward import hand_over, save_scalar_loss, saved_inputs
+from .backward import InputGradients, first_order, hand_over, save_scalar_loss, saved_inputs
 from .logits import sum_by_sequence
 from .rows import traced
+from .transforms import transforming
 
 
 class PolicyLoss(NamedTuple):
@@ -233,8 +234,8 @@ def _(logp, entropy, old_logp, advantages, mask, scale, reference_logp, options)
     return scale.new_empty(()), *_policy_outputs(logp, entropy, scale, PolicyOptions.of(options))
 
 
-def _policy_backward(ctx, grad: Tensor | None, *_: None):
-    inputs = saved_inputs(ctx)
+def _policy_gradients(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+    inputs = saved_inputs(ctx, saved)
     nothing = (None,) * len(inputs)
     if grad is None:
         return nothing
@@ -243,6 +244,7 @@ def _policy_backward(ctx, grad: Tensor | None, *_: None):
     return *gradients, *nothing[len(gradients) :]
 
 
+_policy_backward = first_order("ppo_loss", _policy_gradients)
 policy_op.register_autograd(_policy_backward, setup_context=save_scalar_loss)
 
 
@@ -281,16 +283,15 @@ def _save_value(ctx, inputs, output) -> None:
     _, sums, slopes = output
     ctx.mark_non_differentiable(sums, slopes)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(slopes)
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(inputs[0], slopes)
 
 
-def _value_backward(ctx, grad: Tensor | None, *_: None):
-    (slopes,) = ctx.saved_tensors
-    return (None if grad is None else (grad * slopes).to(ctx.dtype), *(None,) * 5)
+def _value_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+    values, slopes = saved
+    return (None if grad is None else (grad * slopes).to(values.dtype), *(None,) * 5)
 
 
-value_op.register_autograd(_value_backward, setup_context=_save_value)
+value_op.register_autograd(first_order("value_loss", _value_backward), setup_context=_save_value)
 
 
 def ppo_loss(
@@ -350,7 +351,7 @@ def ppo_loss(
     tensors = {"logp": logp, "old_logp": old_logp, "advantages": advantages, "entropy": entropy, "reference_logp": reference_logp}
     check_tokens(tensors, mask)
     inside, scale = token_scale(mask, aggregation, normalizer, cu_seqlens, accumulator_of(*tensors.values()))
-    run = policy_op if traced(logp) else _EagerPolicy.apply
+    run = policy_op if traced(logp) or transforming() else _EagerPolicy.apply
     reference = None if reference_logp is None else reference_logp.detach()
     loss, sums, _ = run(logp, entropy, old_logp.detach(), advantages.detach(), inside, scale, reference, list(options))
     return policy_metrics(loss, sums, entropy is not None, reference_logp is not None)

@@ -84,7 +84,7 @@ def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mi
     return scale.new_empty(()), sums, *fake_gradients(hidden, weight, bias, *options[-3:])
 
 
-_head_policy.register_autograd(scalar_loss_backward(_head_policy), setup_context=save_scalar_loss)
+_head_policy.register_autograd(scalar_loss_backward("linear_ppo_loss", _head_policy), setup_context=save_scalar_loss)
 
 
 def linear_ppo_loss(

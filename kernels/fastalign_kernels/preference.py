@@ -3,12 +3,13 @@
 Inputs are log-probabilities [S], one a sequence: log pi(y|x) summed over the completion's tokens, in nats (`sum_by_sequence` of a head's
 logp). The formulas of pairs are pair_losses.py's, for a CPU and, compiled from the same source, for Triton (preference_triton.py); the
 specifications are in preference_ref.py. One pass gives losses, rewards and gradients; the backward pass scales the gradients by what
-arrives from upstream, so second derivatives do not exist. Bytes: 4 S e read, 5 S e written; at S = 10 to 1000 the launches are the cost,
+arrives from upstream, so a second derivative is an error. Bytes: 4 S e read, 5 S e written; at S = 10 to 1000 the launches are the cost,
 and this is one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,8 +18,10 @@ from torch import Tensor, sigmoid, where
 
 from . import check as _check
 from . import native
+from .backward import InputGradients, first_order
 from .pair_losses import DPO_LOSS_TYPES, PAIR_LOSSES, SMOOTHING, softplus
 from .rows import accumulator_dtype
+from .transforms import unwrapped
 
 
 class PreferenceLoss(NamedTuple):
@@ -193,20 +196,19 @@ def _setup(ctx, inputs, output) -> None:
     _, metrics, slopes = output
     ctx.mark_non_differentiable(metrics, slopes)
     ctx.set_materialize_grads(False)  # of theirs, which would be zeros to write
-    ctx.save_for_backward(slopes)
-    ctx.dtypes = [x.dtype for x in inputs[: slopes.shape[0]]]
+    ctx.save_for_backward(slopes, *inputs[: slopes.shape[0]])
     ctx.constants = len(inputs) - slopes.shape[0]
 
 
-def _backward(ctx, grad: Tensor | None, *_: None):
+def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+    slopes, *inputs = saved
     if grad is None:
-        return (None,) * (len(ctx.dtypes) + ctx.constants)
-    scaled = grad * ctx.saved_tensors[0]
-    return *(row.to(dtype) for row, dtype in zip(scaled, ctx.dtypes)), *[None] * ctx.constants
+        return (None,) * (len(inputs) + ctx.constants)
+    return *(row.to(x.dtype) for row, x in zip(grad * slopes, inputs)), *[None] * ctx.constants
 
 
-for _op in (pairs_op, unpaired_op, scores_op):
-    _op.register_autograd(_backward, setup_context=_setup)
+for _op, _losses in ((pairs_op, "dpo_loss, simpo_loss, orpo_loss or cpo_loss"), (unpaired_op, "kto_loss"), (scores_op, "reward_loss")):
+    _op.register_autograd(first_order(_losses, _backward), setup_context=_setup)
 
 
 def dpo_loss(
@@ -546,6 +548,7 @@ def _check_like(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], lik
 
 
 def _check_least_zero(name: str, tensor: Tensor) -> None:
+    tensor = unwrapped(tensor)
     if _check.readable(tensor) and (tensor < 0).any():
         raise ValueError(f"{name}: {tensor.min().item()} seen, values >= 0 wanted")
 

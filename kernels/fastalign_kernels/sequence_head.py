@@ -35,6 +35,7 @@ from .preference import dpo_loss, kto_loss, pair_options, pairs_op, unpaired_op,
 from .rows import Stat, Transform, accumulator_dtype, coefficients
 from .sequence_units import sweep_units, unit_chunks
 from .sweep import Head, capturing, sweep
+from .transforms import requires_grad
 
 
 class LinearPreferenceLoss(NamedTuple):
@@ -131,7 +132,9 @@ def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mi
     return number, number.new_empty(reference.shape[0]), *fake_gradients(hidden, weight, bias, *options[-3:])
 
 
-_head_sequences.register_autograd(scalar_loss_backward(_head_sequences), setup_context=save_scalar_loss)
+_head_sequences.register_autograd(
+    scalar_loss_backward("linear_dpo_loss or linear_kto_loss", _head_sequences), setup_context=save_scalar_loss
+)
 
 
 class _Rows(NamedTuple):
@@ -201,7 +204,7 @@ def _reference(
 
 def _in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the op above runs: a trained head; fp16's small gradients need the loss scale that comes with the upstream gradient."""
-    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    trained = requires_grad(weight) or (bias is not None and requires_grad(bias))
     return torch.is_grad_enabled() and trained and hidden.dtype != torch.float16
 
 
@@ -227,7 +230,7 @@ def _run(
     arguments = prepare(
         hidden, weight, rows.ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check
     )
-    wanted = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    wanted = [x is not None and requires_grad(x) for x in (hidden, weight, bias)]
     dtype = accumulator_dtype(arguments[0].dtype)
     total, logps, *_ = _head_sequences(*arguments, rows.cu_seqlens, reference.to(dtype), *op_options, *wanted)
     return total, logps
