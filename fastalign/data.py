@@ -1,36 +1,26 @@
-"""Rows of text in, batches of tokens out: readers, tokenization, packing, collation.
+"""Rows of text in, batches of tokens out: tokenization, packing, collation. `load_rows` is of readers.py.
 
 Reading and tokenizing need no model, so bad data is refused before one is loaded: DataError names the file, the
 column and the rows, counted from 1 as an editor shows them. B batch rows, T time, S sequences, as everywhere.
 """
 
-import glob
-import json
 import warnings
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from datasets import Dataset, Features, Json, Value, concatenate_datasets, load_dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .chat import ChatTemplate, DataError, Row, Spans, join_texts, overlapping, read_text, tokenizer_name
 from .probe import probing
+from .readers import load_rows as load_rows
+from .rows import BATCH, Rows, as_rows, name_rows, need_columns, read_each, refuse_rows
 
 IGNORE_INDEX = -100
-ROW = "__row__"  # a column that load_rows adds, "file:row": stays right when rows are shuffled or split
-SUFFIXES = (".jsonl", ".json", ".parquet")
 FLASH = "flash_attention_2"
 ATTENTION = ("sdpa", "eager", FLASH)
-BATCH = 1000  # rows read at once, and texts given to the tokenizer
-NAMED = 5  # rows that a message names; it counts the others
-
-T = TypeVar("T")
 
 
 class Tokenized(NamedTuple):
@@ -49,29 +39,7 @@ class Prompt(NamedTuple):
     """The columns it was made of: `prompt`, as text or messages, and the others."""
 
 
-def load_rows(source: str, *, split: str = "train") -> Dataset:
-    """Rows of JSONL, JSON (an array) or Parquet files, or of a data set that `datasets` knows.
-
-    `source` is a file or a glob ending in .jsonl, .json or .parquet; else a folder, a name or "name:config",
-    of which `datasets` reads `split`. Raises DataError for files that are missing, malformed or without rows,
-    and ValueError for a split of plain files, which have none.
-    """
-    if source.endswith(SUFFIXES):
-        if split != "train":
-            raise ValueError(f"split must be 'train' for files, which have no splits; got {split!r}")
-        paths = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
-        if not paths:
-            raise DataError(f"{source}: no such file")
-        rows = _read_parquet(paths) if source.endswith(".parquet") else _read_json(paths)
-    else:
-        name, _, config = (source, "", "") if Path(source).is_dir() else source.partition(":")
-        rows = load_dataset(name, config or None, split=split)
-    if len(rows) == 0:
-        raise DataError(f"{source}: no rows")
-    return rows
-
-
-def tokenize_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, column: str = "text") -> list[Tokenized]:
+def tokenize_text(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, column: str = "text") -> list[Tokenized]:
     """Documents for pre-training: the tokenizer's own special tokens (BOS where it adds one), then one EOS.
 
     A document longer than `max_length` tokens becomes pieces that overlap by one token, so that each of its
@@ -96,7 +64,7 @@ def tokenize_text(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_leng
     return pieces
 
 
-def tokenize_sft(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Tokenized]:
+def tokenize_sft(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Tokenized]:
     """Demonstrations, one a row: `messages`, or `prompt` and `completion` (both text, or both messages).
 
     Of `messages`, every assistant turn is trained, with its end-of-turn token; of `prompt` and `completion`,
@@ -110,9 +78,11 @@ def tokenize_sft(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_lengt
     """
     if "messages" in rows.column_names:
         if "completion" in rows.column_names:
-            raise DataError(f"{_where(rows)}columns 'messages' and 'completion' exclude each other: remove one")
+            raise DataError(f"{name_rows(rows)}columns 'messages' and 'completion' exclude each other: remove one")
         if "prompt" in rows.column_names:
-            warnings.warn(f"{_where(rows)}column 'prompt' is not used beside 'messages', which hold the whole conversation", stacklevel=2)
+            warnings.warn(
+                f"{name_rows(rows)}column 'prompt' is not used beside 'messages', which hold the whole conversation", stacklevel=2
+            )
         columns, chat = ["messages"], True
     else:
         need_columns(rows, "prompt", "completion")
@@ -124,7 +94,7 @@ def tokenize_sft(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_lengt
     return [sequence for [sequence] in tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length)]
 
 
-def tokenize_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Prompt]:
+def tokenize_prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Prompt]:
     """Prompts to complete, one a row: `prompt`, as text, or as messages that the template follows with the assistant's turn.
 
     Text gets the tokenizer's own special tokens, less an EOS behind it. Prompts longer than `max_length` tokens are left out,
@@ -137,8 +107,8 @@ def tokenize_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_l
     convert = ChatTemplate(tokenizer).prompt if chat else lambda row: read_text("prompt", row["prompt"], blank=True)
     texts = read_each(rows, columns, convert)
     prompts, empty, long = [], [], []
-    every = rows.with_format(None)
-    for index, (ids, _) in enumerate(_encode(tokenizer, texts, add_special_tokens=not chat)):
+    encoded = _encode(tokenizer, texts, add_special_tokens=not chat)
+    for index, ((ids, _), row) in enumerate(zip(encoded, as_rows(rows).read(), strict=True)):
         if not chat and ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:
             ids.pop()
         if not ids:
@@ -146,7 +116,7 @@ def tokenize_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_l
         elif len(ids) > max_length:
             long.append(index)
         else:
-            prompts.append(Prompt(ids, {name: value for name, value in every[index].items() if name != ROW}))
+            prompts.append(Prompt(ids, row))
     refuse_rows(rows, {"column 'prompt' has no tokens": empty})
     if not prompts:
         refuse_rows(rows, {f"longer than max_prompt_length={max_length}, and so are all": long})
@@ -155,7 +125,7 @@ def tokenize_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_l
 
 
 def tokenize_answers(
-    rows: Dataset, answers: Sequence[Sequence[tuple[str, Spans]]], tokenizer: PreTrainedTokenizerBase, *, chat: bool, max_length: int
+    rows: Rows, answers: Sequence[Sequence[tuple[str, Spans]]], tokenizer: PreTrainedTokenizerBase, *, chat: bool, max_length: int
 ) -> list[list[Tokenized]]:
     """The tokens of each row's texts, whose spans are trained; a text that no `chat` template wrote gets an EOS, trained too.
 
@@ -320,70 +290,6 @@ def beyond_rounding(packed: torch.Tensor, alone: torch.Tensor) -> str | None:
     return None if difference <= allowed else f"{difference:.2g} off those of the same alone ({allowed:.2g} allowed)"
 
 
-def _read_parquet(paths: Sequence[str]) -> Dataset:
-    parts = []
-    for path in paths:
-        try:
-            table = pq.read_table(path, partitioning=None)
-        except pa.ArrowException as error:
-            raise DataError(f"{path}: not Parquet: {error}") from error
-        places = pa.array([f"{path}:{row}" for row in range(1, len(table) + 1)], pa.string())
-        parts.append(Dataset(table.append_column(ROW, places)))
-    return concatenate_datasets(parts)
-
-
-def _read_json(paths: Sequence[str]) -> Dataset:
-    records = [(f"{path}:{row}", record) for path in paths for row, record in _json_objects(path)]
-    columns: dict[str, list[Any]] = {ROW: [place for place, _ in records]}
-    for name in dict.fromkeys(name for _, record in records for name in record):
-        columns[name] = [record.get(name) for _, record in records]
-    # Arrow would refuse mixed types without naming a row, and give all messages the union of their keys, and so all
-    # arguments of tools. Json keeps values as they are written.
-    text = {name for name, values in columns.items() if all(isinstance(value, str | None) for value in values)}
-    features = Features({name: Value("string") if name in text else Json() for name in columns})
-    return Dataset.from_dict(columns, features=features)
-
-
-def _json_objects(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each object with the row that an editor shows: its line, or in an array its place."""
-    row = 0
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            array = path.endswith(".json") and file.read(1) == "["
-            file.seek(0)
-            for row, item in enumerate(json.load(file) if array else file, 1):
-                if array or item.strip():
-                    record = item if array else json.loads(item)
-                    if not isinstance(record, dict):
-                        raise DataError(f"{path}, row {row}: must be a JSON object, got {type(record).__name__}")
-                    if array or "\\u" in item:  # JSON can spell half a surrogate pair, which is no text
-                        json.dumps(record, ensure_ascii=False).encode()
-                    yield row, record
-    except json.JSONDecodeError as error:
-        place = f"row {row}" if row else f"line {error.lineno}"
-        raise DataError(f"{path}, {place}: not JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeEncodeError as error:
-        raise DataError(f"{path}, row {row}: not Unicode: {error.reason}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after row {row}: not UTF-8: {error.reason}") from error
-
-
-def read_each(rows: Dataset, columns: list[str], convert: Callable[[Row], T]) -> list[T]:
-    """`convert` of these columns of every row; the DataErrors that it raises become one that names the rows."""
-    done = []
-    faults: dict[str, list[int]] = defaultdict(list)
-    plain = rows.with_format(None).select_columns(columns)
-    for begin in range(0, len(plain), BATCH):
-        part = plain[begin : begin + BATCH]  # row by row, datasets takes up to ten times as long
-        for index, values in enumerate(zip(*part.values(), strict=True), begin):
-            try:
-                done.append(convert(dict(zip(part, values, strict=True))))
-            except DataError as fault:
-                faults[str(fault)].append(index)
-    refuse_rows(rows, faults)
-    return done
-
-
 def _encode(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool = True, offsets: bool = False
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
@@ -400,40 +306,9 @@ def _encode(
         yield from zip(ids, encoded["offset_mapping"] if offsets else [[]] * len(ids), strict=True)
 
 
-def need_columns(rows: Dataset, *columns: str) -> None:
-    """Raise DataError where `rows` lack one of the columns."""
-    if missing := [repr(column) for column in columns if column not in rows.column_names]:
-        there = ", ".join(name for name in rows.column_names if name != ROW)
-        raise DataError(f"{_where(rows)}no column {' and no column '.join(missing)}; there are: {there}")
-
-
-def _where(rows: Dataset, indices: Sequence[int] = ()) -> str:
-    """As in "a.jsonl, rows 3, 9; b.jsonl, row 1 and 7 more: ", or "a.jsonl: " without indices."""
-    by_file: dict[str, list[str]] = defaultdict(list)
-    for index in indices[:NAMED] or [0]:
-        row = rows[index]
-        file, _, number = (row[ROW] if ROW in row else f"{rows.info.dataset_name or ''}:{index + 1}").rpartition(":")
-        by_file[file].append(number)
-    if not indices:
-        return "".join(f"{file}: " for file in by_file if file)
-    named = [
-        f"{f'{file}, ' if file else ''}{'rows' if len(numbers) > 1 else 'row'} {', '.join(numbers)}" for file, numbers in by_file.items()
-    ]
-    more = f" and {len(indices) - NAMED} more" if len(indices) > NAMED else ""
-    return f"{'; '.join(named)}{more}: "
-
-
-def refuse_rows(rows: Dataset, faults: Mapping[str, Sequence[int]]) -> None:
-    """Raise DataError where a fault has indices into `rows`, with a line for each fault that names its rows."""
-    lines = [f"{_where(rows, list(dict.fromkeys(indices)))}{fault}" for fault, indices in faults.items() if indices]
-    if lines:
-        more = [f"and {len(lines) - NAMED} more faults"] if len(lines) > NAMED else []
-        raise DataError("\n".join(lines[:NAMED] + more))
-
-
-def _warn(rows: Dataset, indices: Sequence[int], fact: str) -> None:
+def _warn(rows: Rows, indices: Sequence[int], fact: str) -> None:
     if indices := list(dict.fromkeys(indices)):
-        warnings.warn(f"{_where(rows, indices)}{fact} ({len(indices)} of {len(rows)} rows)", stacklevel=4)
+        warnings.warn(f"{name_rows(rows, indices)}{fact} ({len(indices)} of {len(rows)} rows)", stacklevel=4)
 
 
 def _check_max_length(max_length: int) -> None:

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fastalign_kernels import sum_by_sequence
 
 from .chat import ChatTemplate, DataError, Row, join_texts
-from .data import FLASH, Tokenized, collate, need_columns, read_each, refuse_rows, tokenize_answers
+from .data import FLASH, Tokenized, collate, tokenize_answers
+from .rows import Rows, need_columns, read_each, refuse_rows
 from .shared_prompts import Family, count_operations, fill_rows, find_families, lay_out, model_arguments
 
 Batch = dict[str, Any]
@@ -54,7 +54,7 @@ class Unpaired(NamedTuple):
         return tuple(self.answered.input_ids[self.answered.trained.index(True) :])
 
 
-def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Pair]:
+def tokenize_pairs(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Pair]:
     """Pairs, one a row: `prompt`, `chosen` and `rejected` (all text, or all messages), and a number `margin` if there is one.
 
     Messages may come without `prompt`: it is then what both conversations begin with. Text is ended by an EOS.
@@ -92,7 +92,7 @@ def tokenize_pairs(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_len
     return pairs
 
 
-def tokenize_unpaired(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Unpaired]:
+def tokenize_unpaired(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Unpaired]:
     """Judged completions, one a row: `prompt` and `completion` (both text, or both messages), and `label`, true for a desirable one.
 
     Texts, lengths and errors as in `tokenize_pairs`; a label that is not true or false is refused too.

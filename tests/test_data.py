@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -103,66 +102,6 @@ def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-class TestLoadRows:
-    def test_reads_jsonl_json_and_parquet_alike(self, tmp_path: Path) -> None:
-        rows = [{"messages": TALK, "n": 1}, {"messages": TALK[:3], "n": 2}, {"n": 3}]
-        write(tmp_path / "a.jsonl", rows)
-        (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows, indent=1), encoding="utf-8")
-        pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "p1.parquet")
-        pq.write_table(pa.Table.from_pylist(rows[1:]), tmp_path / "p2.parquet")
-        for source in ("a.jsonl", "a.json", "p*.parquet", "*.jsonl"):
-            read = load_rows(str(tmp_path / source))
-            assert read["n"][:] == [1, 2, 3]
-            assert read["messages"][:] == [TALK, TALK[:3], None]
-
-    def test_keeps_what_arrow_would_unify(self, tmp_path: Path) -> None:
-        calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "f", "arguments": {"b": "x"}}]
-        rows = [{"messages": [{"role": "assistant", "tool_calls": [call]}]} for call in calls]
-        read = load_rows(write(tmp_path / "a.jsonl", rows))
-        assert read["messages"][:] == [row["messages"] for row in rows]
-
-    def test_reads_a_split_of_a_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        (tmp_path / "data").mkdir()
-        for split in ("train", "test"):
-            pq.write_table(pa.table({"text": [split]}), tmp_path / "data" / f"{split}-0.parquet")
-        assert load_rows(str(tmp_path / "data"))["text"][:] == ["train"]
-        assert load_rows(str(tmp_path / "data"), split="test")["text"][:] == ["test"]
-
-    @pytest.mark.parametrize(
-        ("name", "content", "message"),
-        [
-            (
-                "a.jsonl",
-                b'{"text": "x"}\n\n{"text": \n',
-                "a.jsonl, row 3: not JSON: Expecting value at column",
-            ),
-            ("a.jsonl", b'{"text": "x"}\n["x"]\n', "a.jsonl, row 2: must be a JSON object, got list"),
-            ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, after row 0: not UTF-8"),
-            (
-                "a.jsonl",
-                b'{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n',
-                "a.jsonl, row 2: not Unicode: surrogates",
-            ),
-            ("a.jsonl", b"\n", "a.jsonl: no rows"),
-            ("a.json", b'[{"text": "x"}, 3]', "a.json, row 2: must be a JSON object, got int"),
-            ("a.json", b'[{"text": "x"},\n', "a.json, line 2: not JSON"),
-            ("a.parquet", b"PAR", "a.parquet: not Parquet"),
-        ],
-    )
-    def test_refuses_malformed_files(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=message):
-            load_rows(str(tmp_path / name))
-
-    def test_refuses_missing_files_and_splits_of_files(self, tmp_path: Path) -> None:
-        for name in ("no.jsonl", "*.parquet"):
-            with pytest.raises(DataError, match="no such file"):
-                load_rows(str(tmp_path / name))
-        with pytest.raises(ValueError, match=r"split must be 'train' for files.*'test'"):
-            load_rows(write(tmp_path / "a.jsonl", [{"text": "x"}]), split="test")
 
 
 class TestTokenizeText:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from fastalign import data, demo, demo_align, demo_data, demo_report, demo_steps
@@ -179,7 +180,7 @@ def test_the_chat_template_marks_the_answer_and_starts_like_a_plain_prompt(token
     chat = [{"role": "user", "content": "the film is"}, {"role": "assistant", "content": " great."}]
     asked = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
     assert asked == tokenizer("the film is")["input_ids"]
-    rows = data.Dataset.from_list([{"messages": chat}])
+    rows = Dataset.from_list([{"messages": chat}])
     (example,) = data.tokenize_sft(rows, tokenizer, max_length=64)
     answer = tokenizer.encode(" great.", add_special_tokens=False) + [tokenizer.eos_token_id]
     assert example.input_ids == asked + answer

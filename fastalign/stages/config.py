@@ -61,7 +61,8 @@ class TrainConfig(Options):
     """What every stage shares: data, model loading, optimisation, evaluation, checkpoints and reports."""
 
     train_data: str
-    """Rows to train on: a JSONL, JSON or Parquet file, or the name of a data set that `datasets` loads."""
+    """Rows to train on: a file or glob (.jsonl, .json, .parquet, .csv, or .txt with one document a line; all but Parquet also as
+    .gz, .bz2, .xz or .zst), a folder of such files, or the name of a data set that `datasets` loads."""
     train_split: str = "train"
     """Split of `train_data`."""
     eval_data: str | None = None

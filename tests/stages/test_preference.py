@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from torch.nn import functional as F
 from transformers import (
@@ -430,7 +431,7 @@ def test_the_first_steps_are_trls(make: Make, files: dict[str, str], tmp_path: P
     auto = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
     torch.manual_seed(config.seed)
     model = auto.from_pretrained(config.model, dtype=torch.float32, **({"num_labels": 1} if stage == "reward" else {}))
-    data = load_rows(config.train_data).remove_columns("__row__")
+    data = Dataset.from_list(list(load_rows(config.train_data)))
     trainer = trainer_class(model=model, args=settings, train_dataset=data, processing_class=build.load_tokenizer(config.model))
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]

@@ -1,0 +1,367 @@
+"""Readers of files, folders and data sets: what is written comes through as it is, or is refused with file and row.
+
+JSON is read by the standard library: numbers, texts and nulls stay what they are, and columns may mix types. What Python would
+change without a word is refused: a key twice in one object, NaN, numbers beyond a double, half a surrogate pair.
+"""
+
+import bz2
+import csv
+import difflib
+import glob
+import gzip
+import io
+import json
+import lzma
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .chat import DataError
+from .rows import NAMED, DatasetPart, Part, Rows, TablePart, TextPart, one_line
+from .strict_json import SPACE, Fault, decode_object
+
+# What begins so is not what a name with one of READERS' endings promises.
+MAGIC = {
+    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
+    b"\x1f\x8b": "compressed by gzip: name it .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: name it .zst",
+    b"PAR1": "Parquet: name it .parquet",
+    b"PK\x03\x04": "a zip archive: unpack it",
+}
+DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what decompressors raise
+NOT_DATA = re.compile(r"^[._]|^(readme|license|notice|dataset_infos?)\b", re.IGNORECASE)
+
+
+def load_rows(source: str, *, split: str = "train") -> Rows:
+    """Rows of files, of a folder, or of a data set that `datasets` knows. Each row is a dict of all columns.
+
+    `source` is one of
+    - a file, or a glob (`data/*.jsonl`) of files, ending in
+      - .jsonl or .json: an object a line, or one array of objects. Values stay as written.
+      - .parquet: files may differ in types and columns. Null fields of structs are left out, at any depth: Arrow gives all
+        structs of a column the same fields. A map becomes a dict.
+      - .csv: a header, then a record a row; every value is text, but for `label` (true or false) and `margin` (a number).
+      - .txt: one document a line, in the column `text`; blank lines are left out.
+
+      All but Parquet also compressed, as in .jsonl.gz, .bz2, .xz or .zst.
+    - a folder of such files, of which `datasets` finds those of `split` by their names; "folder:config" if its README has configs.
+    - "name" or "name:config" of a data set that `datasets` loads.
+
+    Raises DataError, with file and row (from 1; in .jsonl, .csv and .txt the line) for what is missing, malformed, or has no rows,
+    and ValueError for a split of plain files, which have none.
+    """
+    name, _, config = (source, "", "") if Path(source).is_dir() else source.partition(":")
+    if Path(name).is_dir():
+        rows = _read_folder(name, config or None, split)
+    elif paths := _find_files(source):
+        if split != "train":
+            raise ValueError(f"split must be 'train' for files, which have no splits; got {split!r}")
+        rows = Rows([read_file(path) for path in paths])
+    else:
+        rows = _load_named(source, name, config or None, split)
+    if len(rows) == 0:
+        raise DataError(f"{source}: no rows")
+    return rows
+
+
+def read_file(path: str) -> Part:
+    """The rows of one file, read as its name's ending says."""
+    reader = READERS.get(_kind(path))
+    if reader is None:
+        raise DataError(f"{path}: got a {''.join(Path(path).suffixes[-2:]) or 'file without ending'}, expected {_expected()}")
+    return reader(path)
+
+
+# Files
+
+
+def _kind(path: str) -> str:
+    """The ending that says how to read a file, less the compression's. It is none of READERS where no reader fits."""
+    *_, before, last = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)]
+    return before if last in COMPRESSED and before != ".parquet" else last
+
+
+def _expected() -> str:
+    return f"a file ending in {', '.join(READERS)}; all but .parquet may be compressed as {', '.join(COMPRESSED)}"
+
+
+def _find_files(source: str) -> list[str]:
+    """The files that `source` names; none for what may be the name of a data set."""
+    if Path(source).is_file():
+        return [source]
+    if glob.has_magic(source):
+        if found := [path for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]:
+            return found
+        raise DataError(f"{source}: no such file; the pattern matches none")
+    if _kind(source) in READERS or source.startswith(("/", "./", "../", "~")) or (source.count("/") > 1 and "://" not in source):
+        folder = Path(source).parent
+        there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        close = difflib.get_close_matches(Path(source).name, there, n=1)
+        raise DataError(f"{source}: no such file" + (f"; did you mean {folder / close[0]}?" if close else ""))
+    return []
+
+
+def _open_zst(path: str, mode: str) -> IO[bytes]:
+    stream: Any = pa.CompressedInputStream(pa.OSFile(path), "zstd")
+    return io.BufferedReader(stream)
+
+
+COMPRESSED: dict[str, Callable[[str, Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+
+
+def _open(path: str) -> Any:
+    """The file's bytes, decompressed. Refuses a file that is not of the sort its name says."""
+    file = COMPRESSED.get(Path(path).suffix.lower(), open)(path, "rb")
+    begin = file.peek(4)
+    for magic, what in MAGIC.items():
+        if begin.startswith(magic):
+            file.close()
+            raise DataError(f"{path}: is {what}")
+    return file
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Each line with its number, less its end (LF, CR LF or CR) and a byte order mark."""
+    number = 0
+    try:
+        with _open(path) as file:
+            for block in file:
+                for line in block.removesuffix(b"\n").removesuffix(b"\r").split(b"\r") if b"\r" in block else [block]:
+                    number += 1
+                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, row {number}: not UTF-8: {error.reason}") from error
+    except DAMAGE as error:
+        raise DataError(f"{path}, after row {number}: cannot be read: {one_line(error)}") from error
+
+
+# JSON
+
+
+def _read_json(path: str) -> TextPart:
+    part = TextPart(path)
+    lines = _lines(path)
+    for row, line in lines:
+        if not line.strip():
+            continue
+        if not len(part) and line.lstrip().startswith("["):
+            lines.close()  # type: ignore[attr-defined]
+            return _read_array(path)
+        try:
+            record, end = decode_object(line, SPACE.match(line).end())  # type: ignore[union-attr]
+            end = SPACE.match(line, end).end()  # type: ignore[union-attr]
+            if end < len(line):
+                raise json.JSONDecodeError("Extra data", line, end)
+        except json.JSONDecodeError as error:
+            hint = "" if row > 1 or not path.endswith(".json") else "; a .json file must be an array of objects, or have one a line"
+            raise DataError(f"{path}, row {row}: not JSON: {error.msg} at column {error.colno}{hint}") from error
+        except Fault as fault:
+            raise DataError(f"{path}, row {row}: {fault}") from fault
+        part.add(row, record, line.encode())
+    return part
+
+
+def _read_array(path: str) -> TextPart:
+    """Objects of one array; a row's number is its place. Errors of syntax name the line."""
+    part = TextPart(path)
+    text = "".join(f"{line}\n" for _, line in _lines(path))
+    row = 0
+
+    def skip(place: int) -> int:
+        return SPACE.match(text, place).end()  # type: ignore[union-attr]
+
+    try:
+        place = skip(skip(0) + 1)
+        while row or text[place : place + 1] != "]":
+            row += 1
+            record, end = decode_object(text, place)
+            part.add(row, record, text[place:end].encode())
+            place = skip(end)
+            if text[place : place + 1] == "]":
+                break
+            if text[place : place + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
+            place = skip(place + 1)
+        if skip(place + 1) < len(text):
+            raise json.JSONDecodeError("Extra data", text, skip(place + 1))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+    except Fault as fault:
+        raise DataError(f"{path}, row {row}: {fault}") from fault
+    return part
+
+
+# CSV, text and Parquet
+
+LABELS = {"true": True, "false": False}
+
+
+def _read_csv(path: str) -> TextPart:
+    part = TextPart(path)
+    limit = csv.field_size_limit(2**31 - 1)  # Python's own is 128 KiB
+    row = 1
+    try:
+        # newline="": what lies within quotes keeps its line ends
+        with io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise Fault(f"column {max(header, key=header.count)!r} comes twice in the header")
+            while True:
+                row = reader.line_num + 1
+                values = next(reader, None)
+                if values is None:
+                    return part
+                if not values:  # a blank line
+                    continue
+                if len(values) != len(header):
+                    raise Fault(f"got {len(values)} values, expected {len(header)}, as in the header")
+                record = {name: _csv_value(name, value) for name, value in zip(header, values, strict=True)}
+                part.add(row, record, json.dumps(record, ensure_ascii=False).encode())
+    except Fault as fault:
+        raise DataError(f"{path}, row {row}: {fault}") from fault
+    except csv.Error as error:
+        raise DataError(f"{path}, row {row}: not CSV: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after row {row - 1}: not UTF-8: {error.reason}") from error
+    except DAMAGE as error:
+        raise DataError(f"{path}, after row {row - 1}: cannot be read: {one_line(error)}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_value(column: str, written: str) -> Any:
+    """Text as it is; the two columns that are no text in any format become a number or a truth value where they can."""
+    if column == "label":
+        return LABELS.get(written.strip().lower(), written)
+    if column == "margin":
+        try:
+            return float(written)
+        except ValueError:
+            return written
+    return written
+
+
+def _read_text(path: str) -> TextPart:
+    part = TextPart(path)
+    for row, line in _lines(path):
+        if line.strip():
+            part.add(row, {"text": line}, json.dumps({"text": line}, ensure_ascii=False).encode())
+    return part
+
+
+def _read_parquet(path: str) -> TablePart:
+    tables = []
+    first = 1
+    rows = 0
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            tables.append(file.read_row_group(group))
+            first += rows
+        table = pa.concat_tables(tables) if tables else file.schema_arrow.empty_table()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        where = f", rows {first} to {first + rows - 1}: damaged" if rows else ": not Parquet"
+        raise DataError(f"{path}{where}: {one_line(error)}") from error
+    names = table.column_names
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise DataError(f"{path}: column {twice[0]!r} comes {names.count(twice[0])} times")
+    return TablePart(path, table)
+
+
+READERS: dict[str, Callable[[str], Part]] = {
+    ".jsonl": _read_json,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".txt": _read_text,
+}
+
+
+# Folders and names
+
+
+def _read_folder(folder: str, config: str | None, split: str) -> Rows:
+    """The split's files, as `datasets` finds them by their names, read by the readers above where there is one."""
+    import datasets  # on demand: it takes half a second to import
+
+    try:
+        if Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file():  # of save_to_disk
+            saved = datasets.load_from_disk(folder)
+            return Rows([DatasetPart(saved[split] if isinstance(saved, datasets.DatasetDict) else saved)])
+        builder = datasets.load_dataset_builder(folder, config)
+        files = {str(name): [str(path) for path in paths] for name, paths in (builder.config.data_files or {}).items()}
+        named = [name for name in files if re.search(rf"\b{re.escape(name)}\b", split)]
+        if not named:
+            raise DataError(f"{folder}: no split {split!r}; there are: {', '.join(files)}")
+        _warn_left(folder, [path for paths in files.values() for path in paths])
+        if any(_kind(path) not in READERS for paths in files.values() for path in paths):
+            return Rows([DatasetPart(datasets.load_dataset(folder, config, split=split))])
+        parts = {name: [read_file(path) for path in files[name]] for name in named}
+        return Rows(parts[split]) if split in parts else _slice_splits(parts, datasets.ReadInstruction.from_spec(split))
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, AssertionError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{folder}: {one_line(error.__cause__ or error)}; expected {_expected()}") from error
+
+
+def _slice_splits(parts: Mapping[str, Sequence[Part]], wanted: Any) -> Rows:
+    """The rows of a `datasets.ReadInstruction`, such as "train[:10%]+test"."""
+    splits = {name: Rows(own) for name, own in parts.items()}
+    firsts = dict(zip(splits, accumulate(map(len, splits.values()), initial=0)))
+    spans = wanted.to_absolute({name: len(rows) for name, rows in splits.items()})
+    numbers = {name: range(firsts[name], firsts[name] + len(rows)) for name, rows in splits.items()}
+    indices = [number for span in spans for number in numbers[span.splitname][span.from_ : span.to]]
+    return Rows([part for own in parts.values() for part in own], indices)
+
+
+def _warn_left(folder: str, read: list[str]) -> None:
+    used = {Path(path).resolve() for path in read}
+    names = [path.relative_to(folder) for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.resolve() not in used]
+    left = [str(name) for name in names if not any(NOT_DATA.match(part) for part in name.parts)]
+    if left:
+        more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+        warnings.warn(f"{folder}: files that are not read: {', '.join(left[:NAMED])}{more}", stacklevel=4)
+
+
+def _load_named(source: str, name: str, config: str | None, split: str) -> Rows:
+    import datasets
+
+    unreachable = _hub_error(name)
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        if unreachable is not None:  # the cache alone; `datasets` would try for 20 s
+            datasets.config.HF_HUB_OFFLINE = True
+        return Rows([DatasetPart(datasets.load_dataset(name, config, split=split))])
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if unreachable is not None and isinstance(error, OSError):
+            raise DataError(
+                f"{source}: no such file or folder, and no data set of this name in the cache of `datasets`; "
+                f"its hub cannot be reached: {unreachable}"
+            ) from error
+        raise DataError(f"{source}: no such file or folder, and `datasets` cannot load it: {one_line(error.__cause__ or error)}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _hub_error(name: str) -> str | None:
+    """Why the hub cannot be asked for a data set, None where it answers, if only slowly or by a refusal."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(name, timeout=3)
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except Exception as error:  # of requests or of httpx, as the hub's version has it
+        return None if "Timeout" in type(error).__name__ else one_line(error)
+    return None

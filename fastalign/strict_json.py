@@ -1,0 +1,74 @@
+"""JSON by the standard library, less what it would change or take without a word.
+
+Refused are a key twice in one object (the first value would be lost), NaN and Infinity, numbers beyond the range of doubles (they
+would become infinite, or 0), half a surrogate pair, whole numbers of more than 4,300 digits, and nesting deeper than NESTING.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from typing import Any
+
+NESTING = 200  # levels; Python's own limit depends on its version and on who calls, and templates recurse too
+
+
+class Fault(ValueError):
+    """What is wrong with a JSON text that Python's parser would take."""
+
+
+def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise Fault(f"key {name!r} comes twice in one object")
+    return made
+
+
+def _to_float(written: str) -> float:
+    value = float(written)
+    if math.isinf(value) or (value == 0 and NOT_ZERO.match(written)):
+        raise Fault(f"number {written[:20]} is beyond the range of doubles")
+    return value
+
+
+def _refuse_constant(written: str) -> None:
+    raise Fault(f"{written} is not JSON: write null")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_to_dict, parse_float=_to_float, parse_constant=_refuse_constant)
+NOT_ZERO = re.compile(r"[^eE]*[1-9]")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def decode_object(text: str, begin: int) -> tuple[dict[str, Any], int]:
+    """The object that begins there, and where it ends."""
+    try:
+        record, end = DECODER.raw_decode(text, begin)
+    except (json.JSONDecodeError, Fault):
+        raise
+    except RecursionError as error:
+        raise Fault(f"nested deeper than {NESTING} levels") from error
+    except ValueError as error:
+        raise Fault("a whole number has too many digits; Python reads 4300") from error
+    if not isinstance(record, dict):
+        raise Fault(f"must be a JSON object, got {type(record).__name__}")
+    if text.count("{", begin, end) + text.count("[", begin, end) > NESTING:
+        _check_nesting(record)
+    if SURROGATE.search(text, begin, end):  # JSON can spell half a surrogate pair, which is no text
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise Fault(f"not Unicode: {error.reason}") from error
+    return record, end
+
+
+def _check_nesting(record: Any) -> None:
+    level, depth = [record], 0
+    while level:
+        depth += 1
+        if depth > NESTING:
+            raise Fault(f"nested deeper than {NESTING} levels")
+        values = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
+        level = [value for value in values if isinstance(value, dict | list)]
