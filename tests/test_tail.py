@@ -347,3 +347,59 @@ def test_threads_change_no_bit() -> None:
     one = gradients(linear_cross_entropy(*args, tail_eps=EPS), given)
     again = gradients(linear_cross_entropy(*args, tail_eps=EPS), given)
     assert all(torch.equal(a, b) for a, b in zip(one, again))
+
+
+def head_losses(given: dict[str, Tensor], logit_scale: float) -> dict[str, Tensor]:
+    """A loss of each head function with a tail."""
+    head = {"bias": given["bias"], "logit_scale": logit_scale, "tail_eps": 2**-6}
+    hidden, weight, ids = given["hidden"], given["weight"], given["ids"]
+    fixed = torch.linspace(-1, 1, N, dtype=hidden.dtype)
+    mask, rows_of = ids >= 0, torch.tensor([0, 20, N])
+    packed = {"cu_seqlens": rows_of, "reference_logps": torch.tensor([-9.0, -8.0], dtype=hidden.dtype)}
+    stats = linear_token_stats(hidden, weight, ids, **head)
+    assert stats.entropy is not None
+    return {
+        "linear_cross_entropy": linear_cross_entropy(hidden, weight, ids, **head, z_loss=0.01, label_smoothing=0.1),
+        "linear_logprobs": (fixed * linear_logprobs(hidden, weight, ids, **head)).sum(),
+        "linear_token_stats": (fixed * (stats.entropy + stats.lse)).sum(),
+        "linear_ppo_loss": linear_ppo_loss(hidden, weight, ids, fixed - 1, fixed, mask, **head, entropy_coefficient=0.1).loss,
+        "linear_dpo_loss": linear_dpo_loss(hidden, weight, ids, **head, **packed).loss,
+        "linear_kto_loss": linear_kto_loss(hidden, weight, ids, torch.tensor([True, False]), fixed[-1], **head, **packed).loss,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_negative_logit_scale(dtype):
+    """The same logits from -hidden, -bias and -logit_scale: d_weight was up to 2.6e33 where 0.77 is right."""
+    given = make(dtype)
+    kept_share()
+    negative = given | {name: (-given[name].detach()).requires_grad_() for name in ("hidden", "bias")}
+    for (name, loss), same in zip(head_losses(given, 0.9).items(), head_losses(negative, -0.9).values()):
+        torch.testing.assert_close(loss, same, msg=lambda m: f"{name}: {m}")
+        d_hidden, d_weight, d_bias = gradients(loss, given)
+        assert d_weight.abs().max() < 50
+        for grad, expected in zip(gradients(same, negative), (-d_hidden, d_weight, -d_bias)):
+            torch.testing.assert_close(grad, expected, msg=lambda m: f"{name}: {m}")
+    share = kept_share()
+    assert share is not None and share < 0.6  # columns were dropped
+
+
+def test_logit_scale_of_zero():
+    """All logits are 0, whatever the weights, so every gradient is."""
+    given = make()
+    for name, loss in head_losses(given, 0.0).items():
+        for grad in gradients(loss, given):
+            assert torch.equal(grad, torch.zeros_like(grad)), name
+
+
+def test_report_with_other_logit_scales():
+    given = make()
+    hidden, weight, ids = (given[name].detach() for name in ("hidden", "weight", "ids"))
+    report = tail_report(hidden, weight, ids, tail_eps=2**-6, logit_scale=0.9)
+    assert 0 < report.dropped_mass < 1 and report.weight_error < 0.1
+    for found, expected in zip(tail_report(-hidden, weight, ids, tail_eps=2**-6, logit_scale=-0.9), report):
+        assert found == pytest.approx(expected)
+    with pytest.raises(ValueError, match="logit_scale: got 0, expected another number"):
+        tail_report(hidden, weight, ids, tail_eps=2**-6, logit_scale=0.0)
+    alone = tail_report(hidden, weight[:1], torch.zeros_like(ids), tail_eps=2**-6)  # of one column: all gradients are 0
+    assert (alone.hidden_error, alone.weight_error) == (0, 0)

@@ -139,7 +139,8 @@ class GradientSums:
             if self.wanted[2]:
                 self.d_bias.index_add_(0, columns, grad.sum(0, dtype=self.accumulator))
         dropped = dropped_grad(totals, coefficients)
-        shape = kept.others / kept.others.sum().clamp(min=torch.finfo(kept.others.dtype).tiny)
+        total = kept.others.sum()  # of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope
+        shape = kept.others / torch.where(total == 0, 1.0, total)
         scale, _, temperature = self.transform
         uniform = coefficients[Coefficient.UNIFORM] * (scale / temperature)
         wide = x.to(self.accumulator)

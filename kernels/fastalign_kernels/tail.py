@@ -6,8 +6,8 @@ gradient dz of these columns is exact. The dropped part D of P is replaced by th
     D ~ m q^T / sum(q),     m[t] = sum over dropped v of P[t, v],     q[v] = sum over t of P[t, v],
 
 so that dX = dz_K W_K + r (q^T W) / sum(q) and dW[v] = q[v] / sum(q) (r^T X) outside of K, with r the dropped row sums of dz itself, for
-any upstream gradient. q is taken without the upstream gradient: its sums never vanish (DESIGN.md section 3 has the measured errors). All
-rows of W get their gradient. The products with q of many blocks are two thin GEMMs.
+any upstream gradient. q is taken without the upstream gradient, so that its terms have one sign and cannot cancel (DESIGN.md section 3 has
+the measured errors). All rows of W get their gradient. The products with q of many blocks are two thin GEMMs.
 
 GEMMs: 1 + 2 f for f = K / V, and dense (3) where f > DENSE. Kept between the passes: `Kept`, f of the block's logits.
 

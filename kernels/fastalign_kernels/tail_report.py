@@ -44,11 +44,14 @@ def tail_report(
     gradients of the weight; it waits for the device.
 
     Raises:
-        ValueError: as `linear_cross_entropy`, and for tail_eps None, a sample below 1 or no token to measure.
+        ValueError: as `linear_cross_entropy`, and for tail_eps None, a sample below 1, no token to measure, or logit_scale 0, with which all
+            logits and all gradients are 0.
     """
     if tail_eps is None:
         raise ValueError("tail_eps: None seen, a probability in (0, 1) wanted")
     _check.whole("sample", sample, 1, expected="a whole number >= 1")
+    if logit_scale == 0:
+        raise ValueError("logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is relative to them")
     arguments = prepare(
         hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, True
     )
@@ -76,6 +79,12 @@ def tail_report(
         )
         return torch.autograd.grad(loss, (x, w))
 
-    errors = [float((a.double() - e.double()).norm() / e.double().norm()) for a, e in zip(gradients(eps), gradients(None))]
+    errors = [relative_error(a, e) for a, e in zip(gradients(eps), gradients(None))]
     kept_share()
     return TailReport(share, mass, *errors)
+
+
+def relative_error(approximate: Tensor, exact: Tensor) -> float:
+    """In the L2 norm; 0 where both are 0."""
+    difference, norm = (approximate.double() - exact.double()).norm(), exact.double().norm()
+    return float(difference / norm.clamp(min=torch.finfo(norm.dtype).tiny))
