@@ -44,8 +44,8 @@ def tail_report(
     gradients of the weight; it waits for the device.
 
     Raises:
-        ValueError: as `linear_cross_entropy`, and for tail_eps None, a sample below 1, no token to measure, or logit_scale 0, with which all
-            logits and all gradients are 0.
+        ValueError: as `linear_cross_entropy`, and for tail_eps None, a sample below 1, no token to measure, or logit_scale 0, which
+            makes all gradients 0.
     """
     if tail_eps is None:
         raise ValueError("tail_eps: None seen, a probability in (0, 1) wanted")
