@@ -343,12 +343,11 @@ def _load_named(source: str, name: str, config: str | None, split: str) -> Rows:
             datasets.config.HF_HUB_OFFLINE = True
         return Rows([DatasetPart(datasets.load_dataset(name, config, split=split))])
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        if unreachable is not None and isinstance(error, OSError):
-            raise DataError(
-                f"{source}: no such file or folder, and no data set of this name in the cache of `datasets`; "
-                f"its hub cannot be reached: {unreachable}"
-            ) from error
-        raise DataError(f"{source}: no such file or folder, and `datasets` cannot load it: {one_line(error.__cause__ or error)}") from error
+        reason = f"`datasets` cannot load it: {one_line(error.__cause__ or error)}"
+        if isinstance(error, OSError):
+            absent = f"no data set of this name is in the cache of `datasets`, and its hub cannot be reached: {unreachable}"
+            reason = f"no such file or folder; {absent if unreachable else reason}"
+        raise DataError(f"{source}: {reason}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
 

@@ -389,16 +389,33 @@ def test_a_folder_of_save_to_disk_is_read(folder: Path) -> None:
     assert load_rows(str(folder))["text"] == ["x"]
 
 
-@pytest.mark.parametrize("source", ["nosuch", "nosuch/name", "nosuch/name:config", "notes.md"])
-def test_an_unknown_name_without_network_is_told_at_once(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None:
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def dataset_info(*_: Any, **__: Any) -> None:
         raise ConnectionError("[Errno -2] Name or service not known")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+
+
+@pytest.mark.usefixtures("no_network", "folder")
+@pytest.mark.parametrize("source", ["nosuch", "nosuch/name", "nosuch/name:config", "notes.md"])
+def test_an_unknown_name_without_network_is_told_at_once(source: str) -> None:
     began = time.monotonic()
-    with pytest.raises(DataError, match=rf"^{source}: no such file or folder, and no data set.*its hub cannot be reached: .*not known$"):
+    with pytest.raises(DataError, match=rf"^{source}: no such file or folder; no data set.*its hub cannot be reached: .*not known$"):
         load_rows(source)
     assert time.monotonic() - began < 1 and not datasets.config.HF_HUB_OFFLINE
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_name_in_the_cache_is_read_without_network(folder: Path) -> None:
+    write(folder / "data" / "train.jsonl", [{"text": "x"}])
+    datasets.load_dataset(str(folder))
+    [made] = (folder.parent / "cache").rglob("*.arrow")
+    cached = shutil.copytree(made.parent, folder.parent / "cache" / "org___other_set" / "default" / "0.0.0" / made.parent.name)
+    (cached / made.name).rename(cached / "other_set-train.arrow")
+    assert load_rows("org/other_set")["text"] == ["x"]
+    with pytest.raises(DataError, match="^org/other_set: `datasets` cannot load it: Unknown split .dev.. Should be one of"):
+        load_rows("org/other_set", split="dev")
 
 
 # Fingerprints
