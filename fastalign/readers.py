@@ -36,6 +36,7 @@ MAGIC = {
     b"PAR1": "Parquet: name it .parquet",
     b"PK\x03\x04": "a zip archive: unpack it",
 }
+LINE_END = b"\n"
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what decompressors raise
 NOT_DATA = re.compile(r"^[._]|^(readme|license|notice|dataset_infos?)\b", re.IGNORECASE)
 
@@ -147,14 +148,26 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _read_json(path: str) -> TextPart:
+    return _read_array(path) if _holds_array(path) else _read_objects(path)
+
+
+def _holds_array(path: str) -> bool:
+    try:
+        with _open(path) as file:
+            begin = file.read(3).removeprefix(b"\xef\xbb\xbf") or file.read(4096)
+            while begin and not begin.strip():
+                begin = file.read(4096)
+            return bool(begin.lstrip().startswith(b"["))
+    except DAMAGE as error:
+        raise DataError(f"{path}, after row 0: cannot be read: {one_line(error)}") from error
+
+
+def _read_objects(path: str) -> TextPart:
+    """An object a line; a row's number is that of its line."""
     part = TextPart(path)
-    lines = _lines(path)
-    for row, line in lines:
+    for row, line in _lines(path):
         if not line.strip():
             continue
-        if not len(part) and line.lstrip().startswith("["):
-            lines.close()  # type: ignore[attr-defined]
-            return _read_array(path)
         try:
             record, end = decode_object(line, SPACE.match(line).end())  # type: ignore[union-attr]
             end = SPACE.match(line, end).end()  # type: ignore[union-attr]
@@ -172,7 +185,16 @@ def _read_json(path: str) -> TextPart:
 def _read_array(path: str) -> TextPart:
     """Objects of one array; a row's number is its place. Errors of syntax name the line."""
     part = TextPart(path)
-    text = "".join(f"{line}\n" for _, line in _lines(path))
+    data = b""
+    try:
+        with _open(path) as file:
+            data = file.read()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {data.count(LINE_END, 0, error.start) + 1}: not UTF-8: {error.reason}") from error
+    except DAMAGE as error:
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
+    del data
     row = 0
 
     def skip(place: int) -> int:
