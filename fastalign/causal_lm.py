@@ -5,7 +5,7 @@ Asked for a loss (`labels` or `shift_labels`), the model runs its backbone and c
 the targets; the head's kernels run inside that call. So whatever hooks modules sees an ordinary forward: DDP
 and FSDP2 find the loss and the statistics in the returned `ModelOutput`, FSDP2 has the head's weight whole
 when it is read, PEFT dispatches to the active copy. Without labels the model's own forward runs, so
-`generate` is unaffected.
+`generate` is unaffected. It also runs where the fused head cannot give what is asked for; see own_forward.py.
 
 What lies between `lm_head` and the loss (logit scale, softcap) is read from the config and, by default,
 proven on ten tokens when the head is fused: a model that cannot be served exactly is refused by name.
@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastalign_kernels import PolicyLoss, check, linear_cross_entropy_stats, linear_ppo_loss, linear_token_stats
 
 from .hosts import CACHE
+from .own_forward import LOSS_FUNCTION, takes_own_forward
 from .probe import LogitTransform, UnsupportedModelError, check_fused, declared_transforms, explain_loss, probing, unsupported
 from .versions import noting_newer_packages
 
@@ -73,7 +74,11 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
     `tail_eps` is `linear_cross_entropy`'s, for all losses of the model until it is fused with another.
 
     The same object is returned, and fusing twice changes nothing else. Fuse before DDP, FSDP2 or torch.compile
-    wraps the model. A deep copy of a fused model is fused.
+    wraps the model. A deep copy of a fused model is fused, and so is one that was pickled (torch.save).
+
+    The model's own forward runs, with logits, where transformers' Trainer collects predictions (`compute_metrics`,
+    `predict`). It runs with one warning in training without labels, after `model.loss_function` was set, and after PEFT
+    put an adapter on lm_head.
 
     With `verify`, the model's own forward runs on ten tokens (eval mode, no gradient, RNG state kept) and its
     logits and loss are compared with what the fused head makes of the same hidden states.
@@ -88,10 +93,10 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
     heads = _plain_heads(base)
     if tail_eps is not None:
         check.tail_eps(tail_eps)
-    if all(_is_ours(module) for module in (base, *heads)):
+    if all(_is_ours(module) for module in (base, *heads)) and base.loss_function is base.__dict__[LOSS_FUNCTION]:
         base.__dict__["_fastalign_tail_eps"] = tail_eps
         return model
-    unfuse_head(base)  # an lm_head that was replaced since: start afresh
+    unfuse_head(base)  # the lm_head or the loss_function was replaced after fusing, so fuse again
     _refuse_unservable(base, heads)
     if not verify:
         _patch(base, heads, declared_transforms(base)[0])
@@ -125,9 +130,9 @@ def unfuse_head(model: Model) -> Model:
         )
     for module in base.modules():
         if _is_ours(module):
-            del module.__dict__["forward"]
-    base.__dict__.pop("_fastalign_transform", None)
-    base.__dict__.pop("_fastalign_tail_eps", None)
+            del module.__dict__["forward"], module.__dict__["__reduce_ex__"]
+    for name in [name for name in base.__dict__ if name.startswith("_fastalign_")]:
+        del base.__dict__[name]
     return model
 
 
@@ -155,10 +160,12 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if len(args) > len(positional) or any(name in kwargs for name in given):
             return original(self, *args, **kwargs)  # raises Python's own TypeError
         arguments = given | kwargs
-        if arguments.get("labels") is None and arguments.get("shift_labels") is None:
-            if token_stats or ppo is not None or keep_hidden or temperature != 1.0 or workspace_mib is not None:
-                asked = f"token_stats={token_stats}, ppo={ppo and sorted(ppo)}, keep_hidden={keep_hidden}"
-                raise ValueError(f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or shift_labels")
+        unlabelled = arguments.get("labels") is None and arguments.get("shift_labels") is None
+        options_given = token_stats or ppo is not None or keep_hidden or temperature != 1.0 or workspace_mib is not None
+        if unlabelled and options_given:
+            asked = f"token_stats={token_stats}, ppo={ppo and sorted(ppo)}, keep_hidden={keep_hidden}"
+            raise ValueError(f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or shift_labels")
+        if not options_given and takes_own_forward(self, labelled=not unlabelled, unservable_head=_unservable_head(self)):
             return original(self, *args, **kwargs)
         if token_stats and ppo is not None:
             raise ValueError("token_stats and ppo: both seen, one wanted")
@@ -235,9 +242,37 @@ def _run(
 
 def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTransform) -> None:
     model.__dict__["_fastalign_transform"] = transform
-    model.__dict__["forward"] = MethodType(_fused_forward(type(model).forward), model)
-    for head in heads:
-        head.__dict__["forward"] = MethodType(_fastalign_head_forward, head)
+    model.__dict__[LOSS_FUNCTION] = model.loss_function
+    for module in (model, *heads):
+        module.__dict__["forward"] = _forward_of(module)
+        module.__dict__["__reduce_ex__"] = _reduce_of(module)
+
+
+def _forward_of(module: nn.Module) -> MethodType:
+    """Our forward, bound to the module: a model's or an lm_head's."""
+    function = _fused_forward(type(module).forward) if isinstance(module, PreTrainedModel) else _fastalign_head_forward
+    return MethodType(function, module)
+
+
+def _reduce_of(module: nn.Module) -> MethodType:
+    return MethodType(_reduce, module)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """How a fused module is pickled and copied. A bound method is pickled by its name, by which a module's class has none of ours."""
+    made, arguments, state, *rest = type(self).__reduce_ex__(self, protocol)
+    ours = {"forward": _Rebound(_forward_of, self)} if _is_ours(self) else {}
+    return made, arguments, state | ours | {"__reduce_ex__": _Rebound(_reduce_of, self)}, *rest
+
+
+class _Rebound:
+    """What is pickled as a call: when it is read back, the function's result stands in its place."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -293,6 +328,15 @@ def _plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
     return modules
 
 
+def _unservable_head(model: PreTrainedModel) -> str | None:
+    """What an adapter that came after fuse_head made of lm_head, where the fused head cannot read it."""
+    try:
+        _plain_heads(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
 def _refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
     _refuse_router_loss(model, None)
     if (model.tp_size or 1) > 1:
@@ -301,9 +345,15 @@ def _refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
         if "forward" in module.__dict__:
             raise unsupported(
                 model,
-                f"has the forward of its {type(module).__name__} replaced by {module.forward!r} already "
+                f"has the forward of its {type(module).__name__} replaced by {_name_of(module.forward)} already "
                 "(accelerate's device_map? another fused loss?); undo that first",
             )
+
+
+def _name_of(function: Any) -> str:
+    """Module and name; a bound method's repr would print the whole module tree."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def _refuse_router_loss(model: PreTrainedModel, asked: bool | None) -> None:

@@ -1,0 +1,61 @@
+"""Where a fused model runs its own forward, and so makes full logits.
+
+Two hosts need the logits: training without labels, whose loss lies outside of the model, and transformers' Trainer when it
+collects predictions. A loss function of the user's, or an adapter on lm_head, cannot be computed by the fused head. Each of
+these but the Trainer's predictions, which the user has asked for, is warned of once.
+"""
+
+import sys
+import warnings
+
+import torch
+from transformers import PreTrainedModel
+
+LOSS_FUNCTION = "_fastalign_loss_function"  # where a fused model keeps the loss_function that it was fused with
+_WARNED = "_fastalign_warned"
+
+
+def takes_own_forward(model: PreTrainedModel, *, labelled: bool, unservable_head: str | None) -> bool:
+    """Whether a call of a fused model, without options of the fused head, is one for the model's own forward.
+
+    `unservable_head` says why the fused head cannot read lm_head, if it cannot.
+    """
+    learns = model.training and torch.is_grad_enabled()
+    if not labelled:
+        if learns:
+            _warn(
+                model,
+                "was called in training without labels (Trainer takes them away for label_smoothing_factor and for a compute_loss_func; "
+                "unset these, or call unfuse_head(model))",
+            )
+        return True
+    if unservable_head is not None:
+        _warn(model, f"was changed after fuse_head ({unservable_head})")
+        return True
+    if model.loss_function is not model.__dict__[LOSS_FUNCTION]:
+        _warn(model, "got another loss_function after fuse_head (fuse_head(model) checks whether it can be served)")
+        return True
+    return not model.training and not torch.is_grad_enabled() and _trainer_collects_predictions(torch.compiler.is_compiling())
+
+
+@torch.compiler.assume_constant_result
+def _trainer_collects_predictions(compiling: bool) -> bool:
+    """Whether a transformers Trainer evaluates the model and will read its logits (compute_metrics, predict).
+
+    The Trainer tells its model nothing of that, so its frame is looked for. A compiled graph is used again by evaluations that
+    read only the loss and by others, so that there every evaluation of a Trainer gets logits.
+    """
+    trainer = sys.modules.get("transformers.trainer")
+    frame = None if trainer is None else sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "prediction_step" and isinstance(frame.f_locals.get("self"), trainer.Trainer):
+            return compiling or not frame.f_locals.get("prediction_loss_only")
+        frame = frame.f_back
+    return False
+
+
+def _warn(model: PreTrainedModel, why: str) -> None:
+    warned = model.__dict__.setdefault(_WARNED, [])
+    if why not in warned:
+        warned.append(why)
+        warnings.warn(f"model: {type(model).__name__} {why}: it makes full logits, and the fused head does nothing", stacklevel=4)
