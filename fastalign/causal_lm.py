@@ -260,7 +260,8 @@ def _reduce_of(module: nn.Module) -> MethodType:
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """How a fused module is pickled and copied. A bound method is pickled by its name, by which a module's class has none of ours."""
-    made, arguments, state, *rest = type(self).__reduce_ex__(self, protocol)
+    reduced: Any = type(self).__reduce_ex__(self, protocol)
+    made, arguments, state, *rest = reduced
     ours = {"forward": _Rebound(_forward_of, self)} if _is_ours(self) else {}
     return made, arguments, state | ours | {"__reduce_ex__": _Rebound(_reduce_of, self)}, *rest
 

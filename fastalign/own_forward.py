@@ -45,17 +45,25 @@ def _trainer_collects_predictions(compiling: bool) -> bool:
     The Trainer tells its model nothing of that, so its frame is looked for. A compiled graph is used again by evaluations that
     read only the loss and by others, so that there every evaluation of a Trainer gets logits.
     """
-    trainer = sys.modules.get("transformers.trainer")
-    frame = None if trainer is None else sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "prediction_step" and isinstance(frame.f_locals.get("self"), trainer.Trainer):
+    host: type | None = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    frame = sys._getframe(1)
+    while host is not None and frame is not None:
+        if frame.f_code.co_name == "prediction_step" and isinstance(frame.f_locals.get("self"), host):
             return compiling or not frame.f_locals.get("prediction_loss_only")
-        frame = frame.f_back
+        frame = frame.f_back  # type: ignore[assignment]
     return False
 
 
 def _warn(model: PreTrainedModel, why: str) -> None:
-    warned = model.__dict__.setdefault(_WARNED, [])
-    if why not in warned:
-        warned.append(why)
-        warnings.warn(f"model: {type(model).__name__} {why}: it makes full logits, and the fused head does nothing", stacklevel=4)
+    message = f"model: {type(model).__name__} {why}: it makes full logits, and the fused head does nothing"
+    if torch.compiler.is_compiling():
+        _say_in_trace(message)
+    elif message not in (warned := model.__dict__.setdefault(_WARNED, [])):
+        warned.append(message)
+        warnings.warn(message, stacklevel=4)
+
+
+@torch.compiler.assume_constant_result
+def _say_in_trace(message: str) -> None:
+    """A compiled call warns while it is traced, as a graph holds no warning."""
+    warnings.warn(message, stacklevel=2)

@@ -242,7 +242,7 @@ def test_a_tail_is_the_heads_own_and_fusing_again_changes_it() -> None:
     fuse_head(model)
     exact = model(**inputs, labels=labels)
     assert exact.loss == out.loss and not torch.equal(torch.autograd.grad(exact.loss, weight)[0], found) and kept_share() is None
-    with pytest.raises(ValueError, match=r"tail_eps: 2.0 seen, a probability in \(0, 1\) wanted"):
+    with pytest.raises(ValueError, match=r"tail_eps: 2.0 seen, a probability in \(0, 1\)"):
         fuse_head(model, tail_eps=2.0)
 
 

@@ -185,7 +185,8 @@ def load_model(
         enable_checkpointing(lm)
     if not config.lora_rank:
         return lm
-    return add_adapters(lm, config, task=task, base=weights)
+    adapted = add_adapters(lm, config, task=task, base=weights)
+    return adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps)  # which refuses an adapter on lm_head
 
 
 def _check_liger_layers(architecture: PretrainedConfig) -> None:
