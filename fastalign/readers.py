@@ -70,7 +70,19 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
         rows = _load_named(source, name, config or None, split)
     if len(rows) == 0:
         raise DataError(f"{source}: no rows")
+    _fingerprints[source, split] = rows.fingerprint
     return rows
+
+
+def fingerprint_of(source: str, *, split: str) -> str | None:
+    """The fingerprint of the rows that `load_rows` last read from there in this process; None if it read none.
+
+    What `source` holds may have changed since: a checkpoint is to know the rows that its run was given.
+    """
+    return _fingerprints.get((source, split))
+
+
+_fingerprints: dict[tuple[str, str], str] = {}
 
 
 def read_file(path: str) -> Part:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..readers import fingerprint_of
 from .config import TrainConfig
 from .world import World
 
@@ -45,7 +46,8 @@ def save(
     world.barrier()
     torch.save(_random_states(world), unfinished / f"random-{world.rank}.pt")
     if world.main:
-        state = {"step": step, "world_size": world.size, "config": dataclasses.asdict(config), **extra}
+        data = fingerprint_of(config.train_data, split=config.train_split)
+        state = {"step": step, "world_size": world.size, "config": dataclasses.asdict(config), "data": data, **extra}
         state |= {"tensors": _tensors(model), "optimizer": optimizer.state_dict()}
         torch.save(state, unfinished / "state.pt")
     world.barrier()
@@ -72,8 +74,8 @@ def load(
 ) -> dict[str, Any]:
     """Bring model, optimizer and random states to where they were; returns the state's other entries.
 
-    Raises ValueError where a field on which the position in the data depends, or one of `extra` (as given to
-    `save`), differs; other fields that differ are printed. Call it last before the loop: it sets the random
+    Raises ValueError where a field on which the position in the data depends, one of `extra` (as given to
+    `save`), or the content of train_data differs; other fields that differ are printed. Call it last before the loop: it sets the random
     states.
     """
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
@@ -83,6 +85,9 @@ def load(
             raise ValueError(f"resume: {name} is {new!r}, and the run in {path} was started with {old!r}")
         if old != new and name not in SILENT:
             world.say(f"resuming with {name}={new!r} (before: {old!r})")
+    data = fingerprint_of(config.train_data, split=config.train_split)
+    if state.get("data") not in (None, data):
+        raise ValueError(f"resume: {config.train_data!r} has other rows than when the run in {path} was started: bring those back")
     tensors = _tensors(model)
     if tensors.keys() != state["tensors"].keys():
         differing = sorted(tensors.keys() ^ state["tensors"].keys())

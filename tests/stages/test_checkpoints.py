@@ -1,6 +1,7 @@
 """Runs that are killed and resumed, and the checkpoints that they leave."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,21 @@ def test_resume_refuses_another_place_in_the_data_and_says_what_else_changed(
     assert "resuming with learning_rate=0.02 (before: 0.01)" in printed
     assert "resuming with max_steps=3 (before: 2)" in printed
     assert [line["step"] for line in lines(first)] == [0, 1, 2, 3]
+
+
+def test_resume_refuses_other_rows_in_the_same_file(
+    pretraining: Callable[..., pretrain.PretrainConfig], files: dict[str, str], tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(files["text"], str(tmp_path)))
+    first = pretraining(max_steps=2, save_every=2, train_data=str(path))
+    pretrain.run(first)
+    written = path.read_text().splitlines(keepends=True)
+    again = dataclasses.replace(first, resume=True, max_steps=3)
+    path.write_text("".join(written[::-1]))  # as many rows and tokens
+    with pytest.raises(ValueError, match=r"resume: .* has other rows than when the run in .*step-00000002 was started"):
+        pretrain.run(again)
+    path.write_text("".join(written))
+    assert pretrain.run(again)["step"] == 3
 
 
 def test_resume_without_a_checkpoint_starts_at_step_0_and_says_so(
