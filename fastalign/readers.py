@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from .chat import DataError
 from .rows import NAMED, DatasetPart, Part, Rows, TablePart, TextPart, one_line
-from .strict_json import SPACE, Fault, decode_object
+from .strict_json import Fault, decode_object, skip_space
 
 # What begins so is not what a name with one of READERS' endings promises.
 MAGIC = {
@@ -181,8 +181,8 @@ def _read_objects(path: str) -> TextPart:
         if not line.strip():
             continue
         try:
-            record, end = decode_object(line, SPACE.match(line).end())  # type: ignore[union-attr]
-            end = SPACE.match(line, end).end()  # type: ignore[union-attr]
+            record, end = decode_object(line, skip_space(line, 0))
+            end = skip_space(line, end)
             if end < len(line):
                 raise json.JSONDecodeError("Extra data", line, end)
         except json.JSONDecodeError as error:
@@ -208,24 +208,20 @@ def _read_array(path: str) -> TextPart:
         raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
     del data
     row = 0
-
-    def skip(place: int) -> int:
-        return SPACE.match(text, place).end()  # type: ignore[union-attr]
-
     try:
-        place = skip(skip(0) + 1)
+        place = skip_space(text, skip_space(text, 0) + 1)
         while row or text[place : place + 1] != "]":
             row += 1
             record, end = decode_object(text, place)
             part.add(row, record, text[place:end].encode())
-            place = skip(end)
+            place = skip_space(text, end)
             if text[place : place + 1] == "]":
                 break
             if text[place : place + 1] != ",":
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, place)
-            place = skip(place + 1)
-        if skip(place + 1) < len(text):
-            raise json.JSONDecodeError("Extra data", text, skip(place + 1))
+            place = skip_space(text, place + 1)
+        if skip_space(text, place + 1) < len(text):
+            raise json.JSONDecodeError("Extra data", text, skip_space(text, place + 1))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
     except Fault as fault:

@@ -65,6 +65,12 @@ def decode_object(text: str, begin: int) -> tuple[dict[str, Any], int]:
     return record, end
 
 
+def skip_space(text: str, begin: int) -> int:
+    """The first place from `begin` that is no white space of JSON."""
+    end: int = SPACE.match(text, begin).end()  # type: ignore[union-attr]  # it matches anywhere
+    return end
+
+
 def _check_nesting(record: Any) -> None:
     level, depth = [record], 0
     while level:
