@@ -65,8 +65,13 @@ class Row:
 
 
 def _signature(function: triton.JITFunction, pointers: dict[str, str], constants: Mapping[str, object]) -> dict[str, str]:
-    scalars = {"logit_scale": "fp32", "softcap": "fp32", "temperature": "fp32", "N": "i32", "T": "i32", "V": "i32"}
+    scalars = {"N": "i32", "T": "i32", "V": "i32"} | _annotated(function)
     return {name: "constexpr" if name in constants else pointers.get(name) or scalars.get(name, "i64") for name in function.arg_names}
+
+
+def _annotated(function: triton.JITFunction) -> dict[str, str]:
+    """The types that a kernel fixes for its float options, see options_triton.py."""
+    return {parameter.name: parameter.annotation_type for parameter in function.params if parameter.annotation_type}
 
 
 def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
@@ -106,10 +111,7 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
         constants["FORMULA"] = preference_triton.FORMULAS[variant]
     vectors = dict.fromkeys(("losses", "rewards", "metrics", "slopes"), "*fp32")
     vectors |= {"desirable": "*i1", "chosen_lengths": "*i64", "rejected_lengths": "*i64"}
-    scalars = {"S": "i32"} | dict.fromkeys(
-        ("beta", "label_smoothing", "offset", "nll", "center", "desirable_weight", "undesirable_weight"), "fp32"
-    )
-    types = dict.fromkeys(constants, "constexpr") | vectors | scalars  # all others are inputs
+    types = dict.fromkeys(constants, "constexpr") | vectors | {"S": "i32"} | _annotated(function)  # all others are inputs
     source = ASTSource(function, {name: types.get(name, TYPES[dtype]) for name in function.arg_names}, constexprs=constants)
     return _triton_row(source, preference_triton.NUM_WARPS, kernel, sm, dtype, variant)
 
@@ -124,8 +126,7 @@ def compile_policy(kernel: str, sm: int, variant: str) -> Row:
         constants["KL"] = KL_ESTIMATORS.index(variant)
     types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1", "N": "i32", "T": "i32", "P": "i32"}
     types |= dict.fromkeys(("sums", "parts", "moments"), "*fp64")
-    numbers = ("lower", "upper", "dual", "entropy_coefficient", "kl_coefficient", "clip", "gamma", "decay", "eps")
-    types |= dict.fromkeys(numbers, "fp32")  # all others are inputs and outputs
+    types |= _annotated(function)  # all others are inputs and outputs
     source = ASTSource(function, {name: types.get(name, "*fp32") for name in function.arg_names}, constexprs=constants)
     return _triton_row(source, module.NUM_WARPS, kernel, sm, "fp32", variant)
 

@@ -100,6 +100,22 @@ def test_the_gradient_formula_is_autograds():
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_slope_of_a_saturated_softcap_keeps_its_digits(implementation, dtype):
+    """1 - tanh^2 = 1 / cosh^2 to its last digits where tanh is 1 but for its last ones, and zero beyond."""
+    softcap, V, device = 5.0, 4000, DEVICES[implementation]
+    logits = torch.linspace(-60, 60, V, dtype=dtype)[None, None].to(device)
+    stats = torch.zeros(len(Stat), 1, dtype=dtype, device=device)
+    coefficient = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=dtype, device=device)[:, None]  # the gradient is then the slope
+    out = torch.empty_like(logits)
+    run_grad(implementation, logits, torch.tensor([7], device=device), None, Transform(1.0, softcap, 1.0), stats, coefficient, out)
+    x = logits[0, 0].cpu().double() / softcap
+    truth = x.cosh() ** -2
+    eps = torch.finfo(dtype).eps
+    allowed = truth * eps * (8 + 4 * x.abs())  # a rounding of x is |x| eps of e^x
+    assert ((out[0, 0].cpu().double() - truth).abs() <= allowed).all()
+
+
 def test_masked_and_broken_rows(implementation):
     """-inf is a masked token; NaN and +inf make a row NaN, as log_softmax has it; a row of one live logit is certain."""
     inf = float("inf")

@@ -67,7 +67,7 @@ _twins = SimpleNamespace(gae_rows=_gae_rows, token_moments=_token_moments, white
 def _implementation(values: Tensor) -> Any:
     if not values.is_cuda:
         return _twins if native.missing else torch.ops.fastalign
-    if values.dtype == torch.float64 or native.triton_missing:  # Triton takes scalars as fp32
+    if native.triton_missing:
         return _twins
     from . import advantage_triton  # here, because triton is absent on macOS and Windows
 

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .options_triton import as_scalar
+
 BLOCK = 1024
 NUM_WARPS = 4
 
@@ -40,16 +42,19 @@ def gae_kernel(
     advantages,  # [B, T]
     returns,  # [B, T]
     T,
-    gamma,
-    decay,  # gamma lam
+    gamma: tl.float64,
+    decay: tl.float64,  # gamma lam
     HAS_BOOTSTRAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     start = row * T
     lane = tl.arange(0, BLOCK)
-    following = tl.load(bootstrap + row) if HAS_BOOTSTRAP else 0.0  # value of the nearest token behind the block
-    running = 0.0  # its advantage
+    dtype = values.dtype.element_ty
+    gamma = as_scalar(gamma, dtype)
+    decay = as_scalar(decay, dtype)
+    following = tl.load(bootstrap + row) if HAS_BOOTSTRAP else tl.full((), 0.0, dtype)  # value of the nearest token behind the block
+    running = tl.full((), 0.0, dtype)  # its advantage
     for begin in range(0, T, BLOCK):
         t = T - 1 - begin - lane
         inside = tl.load(mask + start + t, mask=t >= 0, other=0) != 0
@@ -141,7 +146,7 @@ def whiten_kernel(
     moments,  # [3] fp64
     out,  # [N]
     N,
-    eps,
+    eps: tl.float64,
     SHIFT_MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .rows import Stat, Transform, accumulator_dtype, transform_ref
+from .rows import Stat, Transform, accumulator_dtype, slope_ref, transform_ref
 
 
 class ColumnSums(NamedTuple):
@@ -80,9 +80,7 @@ def column_sums_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform:
 def _shares(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P, P dz/dx, log P and dz/dx, [N, V]; the first three 0 in ignored rows."""
     z = transform_ref(logits, bias, transform)
-    slope = torch.full_like(z, transform.logit_scale / transform.temperature)
-    if transform.softcap:
-        slope = slope * (1 - (z * transform.temperature / transform.softcap) ** 2)
+    slope = slope_ref(logits, bias, transform)
     kept = (ids >= 0)[:, None]
     logp = torch.where(kept, (z - stats[Stat.MAX][:, None] - stats[Stat.LOGSUM][:, None]).clamp(min=-1e30), 0)
     p = torch.where(kept, logp.exp(), 0)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .options_triton import as_scalar
 from .rows_triton import transformed
 
 NUM_WARPS = 4
@@ -18,18 +19,6 @@ COLUMNS, ROWS = 256, 4  # a tile: 8 logits a thread (16 spill on sm_120), and 59
 
 
 GRAD_COLUMNS = 1024  # of a row at a time
-
-
-@triton.jit
-def slope(z, logit_scale, softcap, temperature, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """dz/dx at transformed logits z."""
-    result = tl.full(z.shape, 1.0, z.dtype)
-    if HAS_SOFTCAP:
-        h = z * temperature / softcap
-        result = (1.0 - h) * (1.0 + h)
-    if not PLAIN:
-        result *= logit_scale / temperature
-    return result
 
 
 @triton.jit
@@ -46,9 +35,9 @@ def column_sums_kernel(
     V,
     batch_stride,
     time_stride,
-    logit_scale,
-    softcap,
-    temperature,
+    logit_scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
     PLAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -59,6 +48,9 @@ def column_sums_kernel(
     columns = program * BLOCK + tl.arange(0, BLOCK)
     inside = columns < V
     dtype = stats.dtype.element_ty
+    logit_scale = as_scalar(logit_scale, dtype)
+    softcap = as_scalar(softcap, dtype)
+    temperature = as_scalar(temperature, dtype)
     b = tl.zeros([BLOCK], dtype)
     if HAS_BIAS:
         b = tl.load(bias + columns, mask=inside, other=0.0).to(dtype)
@@ -71,10 +63,10 @@ def column_sums_kernel(
         logsum = tl.load(stats + 5 * N + n, mask=kept, other=0.0)
         here = kept[:, None] & inside[None, :]
         x = tl.load(logits + (n // T * batch_stride + n % T * time_stride)[:, None] + columns[None, :], mask=here, other=0.0).to(dtype)
-        z = transformed(x, b[None, :], logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        z, dz_dx = transformed(x, b[None, :], logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         logp = z - row_top[:, None] - logsum[:, None]
         p = tl.where(here, tl.exp(logp), 0.0)
-        share = p * slope(z, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        share = p * dz_dx
         weighted = share * tl.where(logp < -1e30, -1e30, logp)
         top = tl.maximum(top, tl.max(p, 0))
         sum += tl.sum(share, 0)
@@ -102,9 +94,9 @@ def column_grad_kernel(
     time_stride,
     out_batch_stride,
     out_time_stride,
-    logit_scale,
-    softcap,
-    temperature,
+    logit_scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
     GATHERED: tl.constexpr,
     PLAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -113,6 +105,9 @@ def column_grad_kernel(
 ):
     n = tl.program_id(0).to(tl.int64)
     dtype = stats.dtype.element_ty
+    logit_scale = as_scalar(logit_scale, dtype)
+    softcap = as_scalar(softcap, dtype)
+    temperature = as_scalar(temperature, dtype)
     id = tl.load(ids + n)
     kept = id >= 0
     top = tl.load(stats + 4 * N + n)
@@ -132,10 +127,9 @@ def column_grad_kernel(
         b = tl.zeros([BLOCK], dtype)
         if HAS_BIAS:
             b = tl.load(bias + column, mask=inside, other=0.0).to(dtype)
-        z = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        z, dz_dx = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         logp = z - top - logsum
         logp = tl.where(logp < -1e30, -1e30, logp)
-        dz_dx = slope(z, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         share = tl.where(inside & kept, tl.exp(logp) * dz_dx, 0.0)
         mass += share
         weighted += share * logp

@@ -174,7 +174,7 @@ _twins = SimpleNamespace(policy_tokens=_policy_tokens, value_tokens=_value_token
 def _implementation(slopes: Tensor) -> Any:
     if not slopes.is_cuda:
         return _twins if native.missing else torch.ops.fastalign
-    # Triton takes scalars as fp32, so fp64 is the twins' on a GPU.
+    # The Triton kernels compute in fp32, so fp64 is the twins' on a GPU.
     if slopes.dtype == torch.float64 or native.triton_missing:
         return _twins
     from . import policy_triton  # here, because triton is absent on macOS and Windows

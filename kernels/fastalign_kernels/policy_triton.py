@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .options_triton import as_scalar
+
 BLOCK = 1024
 NUM_WARPS = 4
 LARGEST_EXPONENT = tl.constexpr(20.0)
@@ -42,11 +44,11 @@ def policy_kernel(
     sums,  # [programs, 8] fp64, order of policy.PolicySum
     slopes,  # [2, N], the second row written if ENTROPY_SLOPES
     N,
-    lower,
-    upper,
-    dual,
-    entropy_coefficient,
-    kl_coefficient,
+    lower: tl.float64,
+    upper: tl.float64,
+    dual: tl.float64,
+    entropy_coefficient: tl.float64,
+    kl_coefficient: tl.float64,
     SCALE_EACH: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
@@ -58,6 +60,11 @@ def policy_kernel(
     i = program * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(mask + i, mask=i < N, other=0) != 0
     one = token.to(tl.float32)
+    lower = as_scalar(lower, tl.float32)
+    upper = as_scalar(upper, tl.float32)
+    dual = as_scalar(dual, tl.float32)
+    entropy_coefficient = as_scalar(entropy_coefficient, tl.float32)
+    kl_coefficient = as_scalar(kl_coefficient, tl.float32)
     own = tl.load(logp + i, mask=token, other=0.0)
     d = own - tl.load(old_logp + i, mask=token, other=0.0)
     minus_a = -tl.load(advantages + i, mask=token, other=0.0)
@@ -116,7 +123,7 @@ def value_kernel(
     sums,  # [programs, 7] fp64, order of policy.ValueSum
     slopes,  # [N]
     N,
-    clip,
+    clip: tl.float64,
     SCALE_EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -131,6 +138,7 @@ def value_kernel(
         w = tl.load(scale + i, mask=token, other=0.0)
     else:
         w = tl.where(token, tl.load(scale), 0.0)
+    clip = as_scalar(clip, tl.float32)
     plain = v - target
     held = tl.where(v < old - clip, old - clip, tl.where(v > old + clip, old + clip, v)) - target
     clipped = held * held > plain * plain

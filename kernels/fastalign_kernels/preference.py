@@ -123,7 +123,7 @@ _twins = SimpleNamespace(pairs=_pairs, unpaired=_unpaired, scores=_scores)
 
 
 def _implementation(losses: Tensor) -> Any:
-    # Triton takes scalars as fp32, so fp64 is the twins' on every device.
+    # The Triton kernels compute in fp32, so fp64 is the twins' on every device.
     if not losses.is_cuda or losses.dtype == torch.float64 or native.triton_missing:
         return _twins
     from . import preference_triton  # here, because triton is absent on macOS and Windows

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .options_triton import as_scalar
 from .pair_losses import PAIR_LOSSES
 
 BLOCK = 128
@@ -80,10 +81,10 @@ def pairs_kernel(
     rewards,  # [2, S]
     slopes,  # [2, S]
     S,
-    beta,
-    label_smoothing,
-    offset,
-    nll,
+    beta: tl.float64,
+    label_smoothing: tl.float64,
+    offset: tl.float64,
+    nll: tl.float64,
     FORMULA: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HAS_CHOSEN_LENGTHS: tl.constexpr,
@@ -92,6 +93,10 @@ def pairs_kernel(
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < S
+    beta = as_scalar(beta, tl.float32)
+    label_smoothing = as_scalar(label_smoothing, tl.float32)
+    offset = as_scalar(offset, tl.float32)
+    nll = as_scalar(nll, tl.float32)
     own = tl.load(policy_chosen + i, mask=inside, other=0.0).to(tl.float32)
     c = own
     r = tl.load(policy_rejected + i, mask=inside, other=0.0).to(tl.float32)
@@ -130,14 +135,17 @@ def unpaired_kernel(
     rewards,  # [S]
     slopes,  # [S]
     S,
-    beta,
-    desirable_weight,
-    undesirable_weight,
+    beta: tl.float64,
+    desirable_weight: tl.float64,
+    undesirable_weight: tl.float64,
     HAS_KL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < S
+    beta = as_scalar(beta, tl.float32)
+    desirable_weight = as_scalar(desirable_weight, tl.float32)
+    undesirable_weight = as_scalar(undesirable_weight, tl.float32)
     ratio = tl.load(policy + i, mask=inside, other=0.0).to(tl.float32) - tl.load(reference + i, mask=inside, other=0.0).to(tl.float32)
     good = tl.load(desirable + i, mask=inside, other=0) != 0
     tl.store(rewards + i, beta * ratio, mask=inside)
@@ -159,12 +167,13 @@ def scores_kernel(
     metrics,  # [2, S]
     slopes,  # [2, S]
     S,
-    center,
+    center: tl.float64,
     HAS_MARGIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < S
+    center = as_scalar(center, tl.float32)
     c = tl.load(chosen + i, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(rejected + i, mask=inside, other=0.0).to(tl.float32)
     x = c - r

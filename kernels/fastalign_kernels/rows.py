@@ -112,6 +112,16 @@ def transform_ref(logits: Tensor, bias: Tensor | None, transform: Transform) -> 
     return z / transform.temperature
 
 
+def slope_ref(logits: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """dz/dx [..., V] of raw logits, in fp32 (fp64 for fp64)."""
+    x = logits.to(accumulator_dtype(logits.dtype))
+    if not transform.softcap:
+        return torch.full_like(x, transform.logit_scale / transform.temperature)
+    u = (x if bias is None else x + bias) * (transform.logit_scale / transform.softcap)
+    t = (-2 * u.abs()).exp()  # 1 - tanh^2 = 4 t / (1 + t)^2: the difference would have no digits left where tanh is near 1
+    return 4 * t / (1 + t) ** 2 * (transform.logit_scale / transform.temperature)
+
+
 def row_stats_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
     """The specification of `row_stats`, differentiable by autograd."""
     z = transform_ref(logits, bias, transform).flatten(0, -2)
@@ -127,15 +137,12 @@ def row_stats_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: T
 def row_grad_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, coefficients: Tensor) -> Tensor:
     """The specification of `row_grad`: d loss / d logits [B, T, V] in the accumulator's dtype."""
     z = transform_ref(logits, bias, transform)
-    slope = torch.full_like(z, transform.logit_scale / transform.temperature)
-    if transform.softcap:
-        slope = slope * (1 - (z * transform.temperature / transform.softcap) ** 2)
     per_row = (*logits.shape[:2], 1)
     onehot, prob, plogp, uniform = (c.view(per_row) for c in coefficients)
     logp = z - stats[Stat.MAX].view(per_row) - stats[Stat.LOGSUM].view(per_row)
     grad = logp.exp() * (prob + plogp * logp.clamp(min=-1e30)) + uniform
     grad.scatter_add_(-1, ids.clamp(min=0).view(per_row), onehot)
-    return torch.where((ids >= 0).view(per_row), grad * slope, torch.zeros_like(grad))
+    return torch.where((ids >= 0).view(per_row), grad * slope_ref(logits, bias, transform), torch.zeros_like(grad))
 
 
 def _row_stats_reference(
