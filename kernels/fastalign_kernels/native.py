@@ -1,7 +1,7 @@
 """The native library built from csrc/: loading it, and what runs without it.
 
-`setup.py` puts `_native.so` beside this file. Where it could not be built, or torch cannot load it, the row kernels on a CPU and the
-sampler are `rows.row_stats_ref`, `rows.row_grad_ref` and `sampling.sample_ref`, plain PyTorch, as are policy losses, GAE and whitening
+`setup.py` puts `_native.so` beside this file. Where it was not built (FASTALIGN_NATIVE=0), or torch cannot load it, the row kernels on a
+CPU and the sampler are `rows.row_stats_ref`, `rows.row_grad_ref` and `sampling.sample_ref`, plain PyTorch, as are policy losses, GAE and whitening
 (policy.py, advantage.py); that is said once, by name, and `fastalign env` shows it.
 """
 
@@ -26,7 +26,7 @@ LIBRARY = Path(__file__).with_name("_native.so")
 def _load() -> str:
     """Load the library; the reason why there is none, or the empty string."""
     if not LIBRARY.exists():
-        return "the native library was not built (no C++20 compiler when fastalign was installed)"
+        return "the native library is not there (installed with FASTALIGN_NATIVE=0, or run from sources that were not installed)"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
