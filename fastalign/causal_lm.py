@@ -203,7 +203,7 @@ def _run(
     """Backbone, then lm_head with the targets. `arguments` are the call's, by name."""
     labels, targets = arguments.pop("labels", None), arguments.pop("shift_labels", None)
     num_items = arguments.pop("num_items_in_batch", None)
-    ignore_index = arguments.pop("ignore_index", -100)
+    ignore_index = check.ignore_index(arguments.pop("ignore_index", None))
     logits_to_keep = arguments.pop("logits_to_keep", 0)
     if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
         raise ValueError(f"logits_to_keep={logits_to_keep} with labels: allowed is 0; ignore targets with -100")
@@ -228,7 +228,6 @@ def _run(
     kept |= {"last_hidden_state": hidden} if keep_hidden else {}
     head = model.get_output_embeddings()
     if ppo is not None:
-        del options["ignore_index"]  # the mask says what counts
         policy = head(hidden, targets, head=linear_ppo_loss, **options, **ppo)
         return FusedCausalLMOutput(loss=policy.loss, policy=policy, **kept)
     if token_stats:

@@ -176,7 +176,7 @@ def test_opcheck_and_compile():
         ({"rewards": torch.zeros(3)}, r"rewards: shape \[3\] seen, \[B, T\] wanted"),
         ({"values": torch.zeros(2, 4)}, r"values: shape \[2, 4\] seen, the shape of rewards = \[2, 3\] wanted"),
         ({"values": torch.zeros(2, 3, dtype=torch.int64)}, r"values: torch.int64 seen"),
-        ({"mask": torch.zeros(2, 3)}, r"mask: torch.float32 seen, torch.bool or"),
+        ({"mask": torch.full((2, 3), 0.5)}, "mask: got 0.5, expected 0 or 1 for each token"),
         ({"bootstrap": torch.zeros(3)}, r"bootstrap: shape \[3\] seen, \[B\] = \[2\] wanted"),
         ({"bootstrap": torch.zeros(2, dtype=torch.bool)}, r"bootstrap: torch.bool seen"),
         ({"bootstrap": torch.zeros(2, device="meta")}, r"bootstrap: on meta, but rewards is on cpu"),

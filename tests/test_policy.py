@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastalign_kernels import native, policy
-from fastalign_kernels.policy import AGGREGATIONS, KL_ESTIMATORS, ppo_loss, value_loss
+from fastalign_kernels.policy import KL_ESTIMATORS, ppo_loss, value_loss
 from fastalign_kernels.policy_ref import ppo_loss_ref, value_loss_ref
+from fastalign_kernels.tokens import AGGREGATIONS
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -454,9 +455,9 @@ REFUSALS = [
     ({"logp": torch.zeros(2, 3, 1)}, r"logp: shape \[2, 3, 1\] seen, \[B, T\] or \[N\] wanted"),
     ({"logp": torch.zeros(2, 3, dtype=torch.int64)}, r"logp: torch.int64 seen, torch.float32 or"),
     ({"old_logp": torch.zeros(3)}, r"old_logp: shape \[3\] seen, the shape of logp = \[2, 3\] wanted"),
-    ({"advantages": torch.zeros(2, 1)}, r"advantages: shape \[2, 1\] seen"),
+    ({"advantages": torch.zeros(1, 3)}, r"advantages: shape \[1, 3\] seen"),
     ({"advantages": torch.zeros(2, 3, device="meta")}, r"advantages: on meta, but logp is on cpu"),
-    ({"mask": torch.ones(2, 3)}, r"mask: torch.float32 seen, torch.bool or"),
+    ({"mask": torch.full((2, 3), 0.5)}, "mask: got 0.5, expected 0 or 1 for each token"),
     ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask: shape \[2\] seen"),
     ({"entropy": torch.zeros(2)}, r"entropy: shape \[2\] seen"),
     ({"reference_logp": torch.zeros(2)}, r"reference_logp: shape \[2\] seen"),

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fastalign_kernels import linear_token_stats, policy_head, ppo_loss, sweep
 from fastalign_kernels.head import linear_token_stats_ref
-from fastalign_kernels.policy import AGGREGATIONS, KL_ESTIMATORS
+from fastalign_kernels.policy import KL_ESTIMATORS
 from fastalign_kernels.policy_head import linear_ppo_loss
 from fastalign_kernels.policy_ref import ppo_loss_ref
+from fastalign_kernels.tokens import AGGREGATIONS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -209,11 +210,11 @@ def test_opcheck() -> None:
     "change, said",
     [
         ({"old_logp": torch.zeros(T)}, r"old_logp: shape \[9\] seen, the shape of ids = \[4, 9\] wanted"),
-        ({"advantages": torch.zeros(B, 1)}, r"advantages: shape \[4, 1\] seen"),
-        ({"mask": torch.ones(B, T)}, "mask: torch.float32 seen"),
+        ({"advantages": torch.zeros(1, T)}, r"advantages: shape \[1, 9\] seen"),
+        ({"mask": torch.full((B, T), 0.5)}, "mask: got 0.5, expected 0 or 1"),
         ({"ids": torch.full((B, T), V)}, rf"ids: {V} at .* seen"),
         ({"ids": torch.full((B, T), -1)}, r"ids: -1 at"),
-        ({"ids": torch.full((B, T), -100)}, r"ids: -100 at"),
+        ({"ids": torch.full((B, T), -100), "ignore_index": -1}, r"ids: -100 at"),
         ({"reference_logp": None, "kl_coefficient": 0.1}, "reference_logp: None seen with kl_coefficient=0.1"),
         ({"clip": -1.0}, "clip: -1.0 seen"),
         ({"weight": torch.zeros(V, H + 1)}, "hidden: shape"),

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from . import check as _check
 from . import native
-from .policy import accumulator_of, as_bool, check_tokens
 from .rows import traced
+from .tokens import accumulator_of, as_bool, check_tokens
 from .transforms import transforming
 
 
@@ -100,7 +100,7 @@ def gae(
 
     Args:
         rewards, values: [B, T] fp32, bf16, fp16 or fp64, a row a sequence: of each token, and of the state in which it was drawn.
-        mask: [B, T] bool or integers, nonzero where a token was drawn. A token's next value and advantage are those of the next token
+        mask: [B, T] as in `ppo_loss`, set where a token was drawn. A token's next value and advantage are those of the next token
             inside the mask, so prompts before, padding after and gaps (a tool's output) between are all skipped, and not used.
         gamma, lam: in [0, 1]. lam 1: discounted rewards to come minus the value; lam 0: delta alone.
         bootstrap: [B], the value after a row's last token, for rows that were cut off; None: 0, the episode ended.
@@ -161,7 +161,7 @@ def masked_whiten(
 
     Args:
         x: [B, T] or [N] fp32, bf16, fp16 or fp64.
-        mask: of x's shape, bool or integers, nonzero where a token counts. What stands elsewhere is not used.
+        mask: of x's shape, as in `ppo_loss`. What stands outside is not used.
         shift_mean: False leaves the mean where it was, as TRL's whiten_rewards does.
         group: the moments are over the tokens of all its ranks, of which some may have none; every rank must call. None: this process's.
 

@@ -216,13 +216,13 @@ def head_options(
     softcap: float | None,
     logit_scale: float,
     temperature: float,
-    ignore_index: int,
+    ignore_index: int | None,
     tail_eps: float | None,
     workspace_mib: float | None,
 ) -> HeadOptions:
     return HeadOptions(
         make_transform(logit_scale, softcap, temperature),
-        _check.whole("ignore_index", ignore_index),
+        _check.ignore_index(ignore_index),
         None if tail_eps is None else _check.tail_eps(tail_eps),
         None if workspace_mib is None else _check.above_zero("workspace_mib", workspace_mib),
     )
@@ -237,10 +237,15 @@ def check_tail_smoothing(tail_eps: float | None, label_smoothing: float, softcap
 
 def prepare(
     hidden: Tensor, weight: Tensor, ids: Tensor, name: str, bias: Tensor | None, softcap: float | None, logit_scale: float,
-    temperature: float, ignore_index: int, tail_eps: float | None, workspace_mib: float | None, check: bool,
+    temperature: float, ignore_index: int | None, tail_eps: float | None, workspace_mib: float | None, check: bool,
+    *, mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, float, float, float | None, float | None]:  # fmt: skip
-    """Check the arguments and bring them into the form of the head ops."""
+    """Check the arguments and bring them into the form of the head ops.
+
+    mask: bool of the ids' shape; ids outside it may be anything and are ignored.
+    """
     options = head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
+    transform, ignore_index, tail_eps, workspace_mib = options
     _check.flags(check=check)
     _check.tensors(**{"hidden": hidden, "weight": weight, name: ids})
     if weight.dim() != 2 or 0 in weight.shape:
@@ -258,15 +263,17 @@ def prepare(
     _check.dtype(name, ids, _check.INTEGERS)
     _check.shape(name, ids, tuple(hidden.shape[:-1]), "hidden's leading shape")
     _check.device(name, ids, "hidden", hidden)
-    _check.ids(name, ids, V, ignore_index, check)
+    _check.ids(name, ids if mask is None else torch.where(mask, ids, 0), V, ignore_index, check)
     if bias is not None:
         _check.tensors(bias=bias)
         _check.shape("bias", bias, (V,), "[V]")
         _check.dtype("bias", bias, allowed)
         _check.device("bias", bias, "hidden", hidden)
         bias = bias.contiguous()  # the row kernels read it with a stride of 1
-    transform, ignore_index, tail_eps, workspace_mib = options
-    return hidden.reshape(-1, H), weight, kept_ids(ids, ignore_index), bias, *transform, workspace_mib, tail_eps
+    kept = kept_ids(ids, ignore_index)
+    if mask is not None:
+        kept = torch.where(mask.reshape(-1), kept, -1)
+    return hidden.reshape(-1, H), weight, kept, bias, *transform, workspace_mib, tail_eps
 
 
 def find_way(hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: str) -> tuple[str, bool, bool, bool]:
@@ -282,7 +289,7 @@ def linear_cross_entropy_stats(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -321,7 +328,7 @@ def linear_cross_entropy(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -343,7 +350,8 @@ def linear_cross_entropy(
         hidden: [..., H] fp32, bf16, fp16 (fp64 on a CPU). Under autocast it is cast to the autocast dtype.
         weight: [V, H] of hidden's dtype, or fp32 master weights beside bf16 / fp16 hidden states: they are cast for the GEMMs and their
             gradient comes back in fp32, never rounded. bias: [V], likewise.
-        targets: [...] int64 or int32 in [0, V), or ignore_index; ignored tokens enter no GEMM.
+        targets: [...] int64 or int32 in [0, V), or ignore_index (None: -100, as torch's linear_cross_entropy has it); ignored tokens enter
+            no GEMM.
         reduction: "mean" over tokens that are not ignored (over their token_weights, or divided by num_items), "sum", or "none".
         token_weights: [...] float; multiplies each token's loss. Differentiable.
         num_items: divisor of "mean", for accumulation over micro-batches and ranks.
@@ -377,7 +385,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
     check: bool = False,
@@ -404,7 +412,7 @@ def linear_token_stats(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     entropy: bool = True,
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
@@ -434,7 +442,7 @@ def linear_token_stats_ref(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     entropy: bool = True,
 ) -> TokenStats:
     """The specification of `linear_token_stats`, and of `linear_logprobs` by its first field: plain PyTorch with full logits."""
@@ -449,7 +457,7 @@ def linear_cross_entropy_ref(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,

@@ -88,10 +88,10 @@ def token_loss(table: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
     return loss + z_loss * table[Stat.LSE] ** 2 if z_loss else loss
 
 
-def kept_ids(ids: Tensor, ignore_index: int) -> Tensor:
-    """Flat int64 ids with -1, the row kernels' mark, in place of ignore_index."""
+def kept_ids(ids: Tensor, ignore_index: int | None) -> Tensor:
+    """Flat int64 ids with -1, the row kernels' mark, in place of ignore_index (None: -100)."""
     flat = ids.reshape(-1).long()
-    return torch.where(flat == ignore_index, -1, flat)
+    return torch.where(flat == (-100 if ignore_index is None else ignore_index), -1, flat)
 
 
 def loss_scale(kept: Tensor, reduction: str, token_weights: Tensor | None, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -145,12 +145,12 @@ def _table(
     name: str,
     softcap: float | None,
     temperature: float,
-    ignore_index: int,
+    ignore_index: int | None,
     check: bool,
     inplace_backward: bool = False,
 ) -> Tensor:
     transform = make_transform(1.0, softcap, temperature)
-    ignore_index = _check.whole("ignore_index", ignore_index)
+    ignore_index = _check.ignore_index(ignore_index)
     _check.flags(check=check, inplace_backward=inplace_backward)
     _check.tensors(**{"logits": logits, name: ids})
     if logits.dim() < 1 or logits.shape[-1] == 0:
@@ -176,7 +176,7 @@ def cross_entropy(
     logits: Tensor,
     targets: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -191,7 +191,7 @@ def cross_entropy(
 
     Args:
         logits: [..., V] fp32, bf16, fp16 (fp64 on a CPU), any strides; shifted views such as logits[:, :-1] are not copied.
-        targets: [...] int64 or int32 in [0, V), or ignore_index.
+        targets: [...] int64 or int32 in [0, V), or ignore_index (None: -100, as torch's linear_cross_entropy has it).
         label_smoothing: e in (1 - e) nll + e mean_v(-log P[v]).
         z_loss: adds z_loss * lse^2 to each token's loss.
         softcap: z = softcap * tanh(z / softcap) before the temperature divides.
@@ -209,6 +209,7 @@ def cross_entropy(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
+    ignore_index = _check.ignore_index(ignore_index)
     check_loss_tensors(targets, reduction, token_weights, num_items)
     table = _table(logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward)
     kept = targets.reshape(-1).long() != ignore_index
@@ -222,7 +223,7 @@ def token_stats(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     entropy: bool = True,
     check: bool = False,
 ) -> TokenStats:
@@ -251,7 +252,7 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     check: bool = False,
 ) -> Tensor:
     """log P[id] of each position, [...] in nats, from one read of logits [..., V]; the other arguments as in `token_stats`."""
@@ -268,21 +269,12 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -
     Raises:
         ValueError: wrong shape, dtype or device; on a CPU also cu_seqlens that do not describe values.
     """
-    _check.tensors(values=values, cu_seqlens=cu_seqlens)
+    _check.tensors(values=values)
     _check.flags(mean=mean)
     if values.dim() != 1:
         raise ValueError(f"values: shape {list(values.shape)} seen, [N] wanted")
     _check.dtype("values", values, _check.FLOATS)
-    _check.dtype("cu_seqlens", cu_seqlens, _check.INTEGERS)
-    _check.device("cu_seqlens", cu_seqlens, "values", values)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
-        raise ValueError(f"cu_seqlens: shape {list(cu_seqlens.shape)} seen, [S+1] wanted")
-    if _check.readable(cu_seqlens):
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != values.numel() or any(b < a for a, b in zip(ends, ends[1:])):
-            raise ValueError(
-                f"cu_seqlens: {ends[:8]}{'...' if len(ends) > 8 else ''} seen, 0 <= ... <= N = {values.numel()} without a decrease wanted"
-            )
+    _check.cu_seqlens(cu_seqlens, "values", values)
     accumulated = values if values.dtype == torch.float64 else values.float()
     # fp64 inside: a sequence of 10^5 tokens summed one by one in fp32 would lose 3 digits.
     sums = torch.segment_reduce(accumulated.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0).to(accumulated.dtype)
@@ -290,7 +282,13 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -
 
 
 def token_stats_ref(
-    logits: Tensor, ids: Tensor, *, temperature: float = 1.0, softcap: float | None = None, ignore_index: int = -100, entropy: bool = True
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = -100,
+    entropy: bool = True,
 ) -> TokenStats:
     """The specification of `token_stats`."""
     transform = Transform(1.0, softcap or 0.0, temperature)
@@ -302,7 +300,7 @@ def cross_entropy_ref(
     logits: Tensor,
     targets: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
@@ -313,7 +311,7 @@ def cross_entropy_ref(
 ) -> Tensor:
     """The specification of `cross_entropy`."""
     rows = logits.reshape(1, -1, logits.shape[-1])
-    table = row_stats_ref(rows, kept_ids(targets, ignore_index), None, Transform(1.0, softcap or 0.0, temperature))
-    kept = targets.reshape(-1).long() != ignore_index
-    scale = loss_scale(kept, reduction, token_weights, num_items, table.dtype)
+    ids = kept_ids(targets, ignore_index)
+    table = row_stats_ref(rows, ids, None, Transform(1.0, softcap or 0.0, temperature))
+    scale = loss_scale(ids >= 0, reduction, token_weights, num_items, table.dtype)
     return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)

@@ -16,7 +16,7 @@ outside the mask, NaN too, reaches nothing, and its gradient is 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ from torch import Tensor
 from . import check as _check
 from . import native
 from .backward import InputGradients, first_order, hand_over, save_scalar_loss, saved_inputs
-from .logits import sum_by_sequence
 from .rows import traced
+from .tokens import accumulator_of, check_tokens, per_token, token_scale
 from .transforms import transforming
 
 
@@ -53,7 +53,6 @@ class ValueLoss(NamedTuple):
 
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-AGGREGATIONS = ("token_mean", "sequence_mean", "sum")
 LARGEST_EXPONENT = 20.0
 ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
 
@@ -296,7 +295,7 @@ value_op.register_autograd(first_order("value_loss", _value_backward), setup_con
 
 def ppo_loss(
     logp: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -316,8 +315,11 @@ def ppo_loss(
 
     Args:
         logp: [B, T] or packed [N] fp32, bf16, fp16 or fp64, log-probabilities of the tokens in nats. Differentiable.
-        old_logp, advantages: of logp's shape: of the policy that drew the tokens, and what each token is worth. Never given a gradient.
-        mask: of logp's shape, bool or integers, nonzero where a token counts. What stands elsewhere is not used.
+        old_logp: of logp's shape: of the policy that drew the tokens. None: that is this one, so every ratio is 1. Never given a gradient.
+        advantages: of logp's shape: what each token is worth; or [B] or [B, 1] beside [B, T], one number a row. Never given a gradient.
+        mask: of logp's shape, bool or integers, nonzero where a token counts, or floats, of which each is 0 or 1. What stands elsewhere is
+            not used. On a GPU other floats are a device-side assertion, as ids out of range are in torch; FASTALIGN_CHECK=1 makes it a
+            ValueError.
         clip, clip_high: the ratio is held within [1 - clip, 1 + clip_high], >= 0; clip_high None: as clip (DAPO, 2503.14476, has its own);
             clip None: no bound below, nor above without clip_high.
         dual_clip: with a negative advantage the loss is at most -A dual_clip, > 1 (1912.09729, which takes 3). None: no such bound.
@@ -342,18 +344,20 @@ def ppo_loss(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
-    _check.tensors(logp=logp, old_logp=old_logp, advantages=advantages)
-    _check.optional_tensors(entropy=entropy, reference_logp=reference_logp)
+    _check.tensors(logp=logp, advantages=advantages)
+    _check.optional_tensors(old_logp=old_logp, entropy=entropy, reference_logp=reference_logp)
     if entropy is None and entropy_coefficient:
         raise ValueError(f"entropy: None seen with entropy_coefficient={entropy_coefficient}, logp's shape wanted")
     if reference_logp is None and kl_coefficient:
         raise ValueError(f"reference_logp: None seen with kl_coefficient={kl_coefficient}, logp's shape wanted")
-    tensors = {"logp": logp, "old_logp": old_logp, "advantages": advantages, "entropy": entropy, "reference_logp": reference_logp}
+    old = logp if old_logp is None else old_logp
+    advantages = per_token(advantages, logp.shape)
+    tensors = {"logp": logp, "old_logp": old, "advantages": advantages, "entropy": entropy, "reference_logp": reference_logp}
     check_tokens(tensors, mask)
     inside, scale = token_scale(mask, aggregation, normalizer, cu_seqlens, accumulator_of(*tensors.values()))
     run = policy_op if traced(logp) or transforming() else _EagerPolicy.apply
     reference = None if reference_logp is None else reference_logp.detach()
-    loss, sums, _ = run(logp, entropy, old_logp.detach(), advantages.detach(), inside, scale, reference, list(options))
+    loss, sums, _ = run(logp, entropy, old.detach(), advantages.detach(), inside, scale, reference, list(options))
     return policy_metrics(loss, sums, entropy is not None, reference_logp is not None)
 
 
@@ -371,7 +375,7 @@ def value_loss(
     Args:
         values: [B, T] or [N] fp32, bf16, fp16 or fp64. Differentiable.
         old_values, returns: of values' shape: the values at the time of the rollout, and `gae`'s returns R. Never given a gradient.
-        mask: of values' shape, bool or integers, nonzero where a token counts. What stands elsewhere is not used.
+        mask: of values' shape, as in `ppo_loss`. What stands outside is not used.
         clip: > 0, in units of the values; None: no clip.
         normalizer: divisor in place of the mask's tokens, as in `ppo_loss`.
 
@@ -424,73 +428,3 @@ def policy_metrics(loss: Tensor, sums: Tensor, has_entropy: bool, has_reference:
     means = (sums / sums[PolicySum.TOKENS].clamp(min=1)).to(loss.dtype)
     _, policy, entropy, kl, ratio, clipped, squares, _ = means.unbind()  # in PolicySum's order
     return PolicyLoss(loss, policy, entropy if has_entropy else None, kl if has_reference else None, ratio, clipped, squares)
-
-
-def token_scale(
-    mask: Tensor, aggregation: str, normalizer: float | Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The mask as bool, and what each of its tokens counts in the loss: [1], or of the mask's shape for "sequence_mean"."""
-    _check.choice("aggregation", aggregation, AGGREGATIONS)
-    if isinstance(normalizer, Tensor):
-        _check.shape("normalizer", normalizer, (), "a scalar")
-        _check.dtype("normalizer", normalizer, (*_check.FLOATS, *_check.INTEGERS))
-        _check.device("normalizer", normalizer, "mask", mask)
-        if _check.readable(normalizer) and not 0 <= normalizer.item() < torch.inf:  # 0: the whole batch has no token
-            raise ValueError(f"normalizer: {normalizer.item()} seen, a number above 0 wanted")
-    elif normalizer is not None:
-        _check.above_zero("normalizer", normalizer)
-    inside = as_bool(mask)
-    if cu_seqlens is not None:
-        _check.tensors(cu_seqlens=cu_seqlens)
-        _check_cu_seqlens(cu_seqlens, inside)
-    if aggregation == "sequence_mean":
-        if inside.dim() == 2:
-            counts = inside.sum(1, keepdim=True)
-            tokens = counts.expand_as(inside)
-        elif cu_seqlens is not None:
-            counts = sum_by_sequence(inside.double(), cu_seqlens)
-            tokens = counts.repeat_interleave(cu_seqlens.diff(), output_size=inside.numel())
-        else:
-            seen = f"'sequence_mean' seen with a mask {list(inside.shape)} and without cu_seqlens"
-            raise ValueError(f"aggregation: {seen}, a mask [B, T] or cu_seqlens [S + 1] wanted")
-        divisor = tokens * ((counts > 0).sum() if normalizer is None else normalizer)
-    elif aggregation == "token_mean" and normalizer is None:
-        divisor = inside.sum(dtype=torch.int32)
-    elif isinstance(normalizer, Tensor):
-        divisor = normalizer.detach()
-    else:
-        return inside, torch.full((1,), 1 / (normalizer or 1), dtype=dtype, device=inside.device)
-    # Infinite where there is nothing to average, and then no token to be multiplied with it.
-    scale = divisor.to(dtype).reciprocal()
-    return inside, scale if scale.dim() else scale.view(1)
-
-
-def as_bool(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask != 0
-
-
-def accumulator_of(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any is, else fp32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
-    """[B, T] or [N], floating point, of the first one's shape and device, and a mask of that shape."""
-    first, like = next(iter(tensors.items()))
-    assert like is not None
-    _check.tensors(mask=mask)
-    _check.supported_device(first, like)
-    if like.dim() not in (1, 2):
-        raise ValueError(f"{first}: shape {list(like.shape)} seen, [B, T] or [N] wanted")
-    for name, tensor in (*tensors.items(), ("mask", mask)):
-        if tensor is not None:
-            _check.dtype(name, tensor, (torch.bool, torch.uint8, *_check.INTEGERS) if name == "mask" else _check.FLOATS)
-            _check.shape(name, tensor, tuple(like.shape), f"the shape of {first}")
-            _check.device(name, tensor, first, like)
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, inside: Tensor) -> None:
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or inside.dim() != 1:
-        raise ValueError(f"cu_seqlens: shape {list(cu_seqlens.shape)} seen with a mask {list(inside.shape)}, [S + 1] and [N] wanted")
-    _check.dtype("cu_seqlens", cu_seqlens, _check.INTEGERS)
-    _check.device("cu_seqlens", cu_seqlens, "mask", inside)

@@ -16,22 +16,10 @@ from . import check as _check
 from .backward import save_scalar_loss
 from .gradients import fake_gradients
 from .head import find_way, linear_token_stats, prepare, scalar_loss_backward
-from .policy import (
-    PolicyLoss,
-    PolicyOptions,
-    PolicySum,
-    as_bool,
-    check_tokens,
-    policy_metrics,
-    policy_options,
-    policy_sums,
-    ppo_loss,
-    token_scale,
-)
+from .policy import PolicyLoss, PolicyOptions, PolicySum, policy_metrics, policy_options, policy_sums, ppo_loss
 from .rows import Stat, Transform, accumulator_dtype, coefficients
 from .sweep import Head, sweep
-
-OUTSIDE = -(2**31)  # in place of an id outside the mask: no id, and nothing that data marks with, which inside the mask is refused
+from .tokens import as_bool, check_tokens, per_token, token_scale
 
 
 @torch.library.custom_op("fastalign::head_policy", mutates_args=())
@@ -45,7 +33,7 @@ def _head_policy(
     temperature: float,
     workspace_mib: float | None,
     tail_eps: float | None,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     scale: Tensor,
     reference_logp: Tensor | None,
@@ -61,7 +49,8 @@ def _head_policy(
     def sums_and_slopes(stats: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         own_scale = scale if scale.numel() == 1 else scale[index]
         reference = None if reference_logp is None else reference_logp[index]
-        fixed = (old_logp[index], advantages[index], mask[index], own_scale)
+        old = stats[Stat.LOGP] if old_logp is None else old_logp[index]
+        fixed = (old, advantages[index], mask[index], own_scale)
         return policy_sums(stats[Stat.LOGP], *fixed, stats[Stat.ENTROPY], reference, numbers)
 
     def chunk_coefficients(stats: Tensor, index: Tensor | slice) -> Tensor:
@@ -91,7 +80,7 @@ def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     bias: Tensor | None = None,
@@ -109,6 +98,7 @@ def linear_ppo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
     check: bool = False,
@@ -118,8 +108,10 @@ def linear_ppo_loss(
     Args:
         hidden: [B, T, H] or packed [N, H]; hidden[t] predicts ids[t]: shift before. weight: [V, H]. bias: [V]. dtypes as in
             `linear_cross_entropy`.
-        ids, old_logp, advantages, mask: [B, T] or [N]. ids in [0, V) where the mask is set, anything elsewhere: those tokens enter no
-            GEMM, and none of their values is used. old_logp under the same temperature, softcap and logit_scale.
+        ids: [B, T] or [N], in [0, V) or ignore_index (None: -100) where the mask is set, anything elsewhere. An ignored token counts as
+            outside the mask. Tokens outside enter no GEMM, and none of their values is used.
+        old_logp, advantages, mask: as in `ppo_loss`, beside ids; old_logp under the same temperature, softcap and logit_scale. None: every
+            ratio is 1.
         clip, clip_high, dual_clip, entropy_coefficient, reference_logp, kl_coefficient, kl_estimator, aggregation, normalizer, cu_seqlens:
             as in `ppo_loss`. The entropy is the head's own, over the whole vocabulary.
         temperature, softcap, logit_scale, tail_eps, workspace_mib, check: as in `linear_cross_entropy`.
@@ -132,30 +124,36 @@ def linear_ppo_loss(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
-    _check.tensors(hidden=hidden, ids=ids, old_logp=old_logp, advantages=advantages)
-    _check.optional_tensors(reference_logp=reference_logp)
+    _check.tensors(hidden=hidden, ids=ids, advantages=advantages)
+    _check.optional_tensors(old_logp=old_logp, reference_logp=reference_logp)
     if reference_logp is None and kl_coefficient:
         raise ValueError(f"reference_logp: None seen with kl_coefficient={kl_coefficient}, the shape of ids wanted")
-    _check.shape("old_logp", old_logp, tuple(ids.shape), "the shape of ids")
-    check_tokens({"old_logp": old_logp, "advantages": advantages, "reference_logp": reference_logp}, mask)
+    advantages = per_token(advantages, ids.shape)
+    for name, tensor in (("old_logp", old_logp), ("advantages", advantages)):
+        if tensor is not None:
+            _check.shape(name, tensor, tuple(ids.shape), "the shape of ids")
+    check_tokens({"advantages": advantages, "old_logp": old_logp, "reference_logp": reference_logp}, mask)
     _check.device("ids", ids, "hidden", hidden)
     _check.device("mask", mask, "ids", ids)
     _check.dtype("ids", ids, _check.INTEGERS)
-    marked = torch.where(as_bool(mask), ids, OUTSIDE)
-    arguments = prepare(hidden, weight, marked, "ids", bias, softcap, logit_scale, temperature, OUTSIDE, tail_eps, workspace_mib, check)
+    inside = as_bool(mask)
+    arguments = prepare(
+        hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check, mask=inside
+    )
+    kept = arguments[2].view(ids.shape)  # -1 outside the mask and where ignored
+    inside = kept >= 0
     way, *wanted = find_way(arguments[0], weight, bias, "scalar")
     if way == "general":
         stats = linear_token_stats(
-            hidden, weight, marked, bias, ignore_index=OUTSIDE, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
+            hidden, weight, kept, bias, ignore_index=-1, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
             tail_eps=tail_eps, workspace_mib=workspace_mib,
         )  # fmt: skip
         return ppo_loss(
-            stats.logp, old_logp, advantages, mask, clip=clip, clip_high=clip_high, dual_clip=dual_clip, entropy=stats.entropy,
+            stats.logp, old_logp, advantages, inside, clip=clip, clip_high=clip_high, dual_clip=dual_clip, entropy=stats.entropy,
             entropy_coefficient=entropy_coefficient, reference_logp=reference_logp, kl_coefficient=kl_coefficient,
             kl_estimator=kl_estimator, aggregation=aggregation, normalizer=normalizer, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    _, scale = token_scale(mask, aggregation, normalizer, cu_seqlens, accumulator_dtype(arguments[0].dtype))
-    fixed = (old_logp.detach().reshape(-1), advantages.detach().reshape(-1))
-    reference = None if reference_logp is None else reference_logp.detach().reshape(-1)
-    loss, sums, *_ = _head_policy(*arguments, *fixed, scale.reshape(-1), reference, list(options), *wanted)
+    _, scale = token_scale(inside, aggregation, normalizer, cu_seqlens, accumulator_dtype(arguments[0].dtype))
+    old, worth, reference = (None if x is None else x.detach().reshape(-1) for x in (old_logp, advantages, reference_logp))
+    loss, sums, *_ = _head_policy(*arguments, old, worth, scale.reshape(-1), reference, list(options), *wanted)
     return policy_metrics(loss, sums, True, reference is not None)

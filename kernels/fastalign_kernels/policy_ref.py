@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .advantage import Advantages
-from .policy import LARGEST_EXPONENT, PolicyLoss, ValueLoss, accumulator_of
+from .policy import LARGEST_EXPONENT, PolicyLoss, ValueLoss
+from .tokens import accumulator_of, per_token
 
 
 def _inside(mask: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -35,7 +36,7 @@ def _aggregated(losses: Tensor, mask: Tensor, aggregation: str, normalizer: floa
 
 def ppo_loss_ref(
     logp: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -53,7 +54,9 @@ def ppo_loss_ref(
 ) -> PolicyLoss:
     """The specification of `ppo_loss`."""
     mask = mask != 0
-    given = (logp, old_logp.detach(), advantages.detach(), entropy, None if reference_logp is None else reference_logp.detach())
+    drawn = logp if old_logp is None else old_logp
+    worth, reference = per_token(advantages, logp.shape), None if reference_logp is None else reference_logp.detach()
+    given = (logp, drawn.detach(), worth.detach(), entropy, reference)
     own, old, a, *others = _inside(mask, *given)
     high = clip if clip_high is None else clip_high
     ratio = (own - old).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()

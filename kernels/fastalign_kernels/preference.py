@@ -380,7 +380,8 @@ def kto_loss(
     Args:
         policy_logps, reference_logps: [S], summed over the completion's tokens, nats, as in `dpo_loss`; the policy's is differentiable.
         desirable: [S] bool.
-        kl: scalar >= 0 of `kto_kl`, the point of reference; never given a gradient. Not used, and may be None, for apo_zero_unpaired.
+        kl: scalar or [1], >= 0, of `kto_kl`, the point of reference; never given a gradient. Not used, and may be None, for
+            apo_zero_unpaired.
         beta: strength of the tie to the reference, > 0.
         desirable_weight, undesirable_weight: >= 0. The paper wants their ratio, times that of the numbers of examples, in [1, 4/3].
         loss_type: "kto", or "apo_zero_unpaired" (APO 2408.06266, eq. 7, without pairs): the same with kl = 0.
@@ -405,6 +406,7 @@ def kto_loss(
     elif kl is None:
         raise ValueError("kl: None seen with loss_type='kto', a scalar tensor >= 0 wanted")
     else:
+        kl = scalar_kl(kl)
         _check.shape("kl", kl, (), "a scalar")
         _check.dtype("kl", kl, _check.FLOATS)
         _check.device("kl", kl, "policy_logps", policy_logps)
@@ -524,6 +526,11 @@ def unpaired_options(loss_type: str, beta: float, desirable_weight: float, undes
         _check.at_least_zero("desirable_weight", desirable_weight),
         _check.at_least_zero("undesirable_weight", undesirable_weight),
     )
+
+
+def scalar_kl(kl: Tensor) -> Tensor:
+    """The kl of `kto_loss` as a scalar; some trainers have it in a tensor [1]."""
+    return kl.view(()) if kl.shape == (1,) else kl
 
 
 def reduce_losses(losses: Tensor, reduction: str, shape: torch.Size) -> Tensor:

@@ -28,10 +28,10 @@ from .backward import save_scalar_loss
 from .gradients import fake_gradients
 from .head import head_options, linear_logprobs, prepare, scalar_loss_backward
 from .keeping import sweep_keeping, sweep_kept
-from .logits import sum_by_sequence
+from .logits import kept_ids, sum_by_sequence
 from .pair_losses import PAIR_LOSSES
 from .plan import default_workspace_mib
-from .preference import dpo_loss, kto_loss, pair_options, pairs_op, unpaired_op, unpaired_options
+from .preference import dpo_loss, kto_loss, pair_options, pairs_op, scalar_kl, unpaired_op, unpaired_options
 from .rows import Stat, Transform, accumulator_dtype, coefficients
 from .sequence_units import sweep_units, unit_chunks
 from .sweep import Head, capturing, sweep
@@ -155,7 +155,7 @@ def _check_head(weight: Tensor, bias: Tensor | None, options: dict[str, Any]) ->
     _check.optional_tensors(bias=bias)
 
 
-def _rows_of(hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, per_unit: int) -> _Rows:
+def _rows_of(hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, per_unit: int, check: bool) -> _Rows:
     _check.tensors(hidden=hidden, ids=ids)
     _check.optional_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens is None:
@@ -163,8 +163,8 @@ def _rows_of(hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, per_unit: i
             raise ValueError(f"ids: shape {list(ids.shape)} seen, [rows, T] wanted, or [N] with cu_seqlens")
         R, T = ids.shape
         cu_seqlens = torch.arange(0, R * T + 1, T, device=ids.device) if T else torch.zeros(R + 1, dtype=torch.int64, device=ids.device)
-    elif cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or ids.dim() != 1:
-        raise ValueError(f"cu_seqlens: shape {list(cu_seqlens.shape)} seen with ids {list(ids.shape)}, [rows + 1] and [N] wanted")
+    else:
+        _check.cu_seqlens(cu_seqlens, "ids", ids, check)
     R = cu_seqlens.numel() - 1
     if R % per_unit:
         raise ValueError(f"ids: {R} rows seen, the chosen ones and then as many rejected ones wanted")
@@ -256,7 +256,7 @@ def linear_dpo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
     check: bool = False,
@@ -280,12 +280,12 @@ def linear_dpo_loss(
     beta, label_smoothing = pair_options(loss_type, beta, label_smoothing)
     options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)))
     _check_head(weight, bias, options)
-    rows = _rows_of(hidden, ids, cu_seqlens, 2)
+    rows = _rows_of(hidden, ids, cu_seqlens, 2, check)
     reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
     S = rows.number // 2
     numbers: dict[str, Any] = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
     if PAIR_LOSSES[loss_type].lengths == "needed":
-        counts = sum_by_sequence((ids.reshape(-1).long() != ignore_index).float(), rows.cu_seqlens).long()
+        counts = sum_by_sequence((kept_ids(ids, ignore_index) >= 0).float(), rows.cu_seqlens).long()
         lengths: dict[str, Any] = {"chosen_lengths": counts[:S], "rejected_lengths": counts[S:]}
     else:
         lengths = {}
@@ -319,7 +319,7 @@ def linear_kto_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
     check: bool = False,
@@ -331,7 +331,7 @@ def linear_kto_loss(
     beta, desirable_weight, undesirable_weight = unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
     options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)))
     _check_head(weight, bias, options)
-    rows = _rows_of(hidden, ids, cu_seqlens, 1)
+    rows = _rows_of(hidden, ids, cu_seqlens, 1, check)
     reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
     numbers: dict[str, Any] = {
         "beta": beta,
@@ -344,6 +344,7 @@ def linear_kto_loss(
         return kto_loss(logps, reference, desirable, kl, **numbers).loss
 
     loss(reference)  # refuses desirable and kl before the head runs
-    op_options = (desirable, kl if loss_type == "kto" else None, "", beta, 0.0, desirable_weight, undesirable_weight)
+    used = None if kl is None or loss_type != "kto" else scalar_kl(kl)
+    op_options = (desirable, used, "", beta, 0.0, desirable_weight, undesirable_weight)
     total, logps = _run(rows, weight, bias, options, reference, loss, op_options)
     return LinearUnpairedLoss(total, beta * (logps - reference), logps)

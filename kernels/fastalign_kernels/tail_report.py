@@ -32,7 +32,7 @@ def tail_report(
     *,
     tail_eps: float,
     sample: int = 2048,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,

@@ -1,0 +1,95 @@
+"""Arguments of functions over tokens [B, T] or [N] and a mask of them: checked, and in the form that the kernels take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from . import check as _check
+from .logits import sum_by_sequence
+from .transforms import unwrapped
+
+AGGREGATIONS = ("token_mean", "sequence_mean", "sum")
+MASKS = (torch.bool, torch.uint8, *_check.INTEGERS, *_check.FLOATS)
+
+
+def token_scale(
+    mask: Tensor, aggregation: str, normalizer: float | Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The mask as bool, and what each of its tokens counts in the loss: [1], or of the mask's shape for "sequence_mean"."""
+    _check.choice("aggregation", aggregation, AGGREGATIONS)
+    if isinstance(normalizer, Tensor):
+        _check.shape("normalizer", normalizer, (), "a scalar")
+        _check.dtype("normalizer", normalizer, (*_check.FLOATS, *_check.INTEGERS))
+        _check.device("normalizer", normalizer, "mask", mask)
+        if _check.readable(normalizer) and not 0 <= normalizer.item() < torch.inf:  # 0: the whole batch has no token
+            raise ValueError(f"normalizer: {normalizer.item()} seen, a number above 0 wanted")
+    elif normalizer is not None:
+        _check.above_zero("normalizer", normalizer)
+    inside = as_bool(mask)
+    if cu_seqlens is not None:
+        _check.cu_seqlens(cu_seqlens, "a mask", inside)
+    if aggregation == "sequence_mean":
+        if inside.dim() == 2:
+            counts = inside.sum(1, keepdim=True)
+            tokens = counts.expand_as(inside)
+        elif cu_seqlens is not None:
+            counts = sum_by_sequence(inside.double(), cu_seqlens)
+            tokens = counts.repeat_interleave(cu_seqlens.diff(), output_size=inside.numel())
+        else:
+            seen = f"'sequence_mean' seen with a mask {list(inside.shape)} and without cu_seqlens"
+            raise ValueError(f"aggregation: {seen}, a mask [B, T] or cu_seqlens [S + 1] wanted")
+        divisor = tokens * ((counts > 0).sum() if normalizer is None else normalizer)
+    elif aggregation == "token_mean" and normalizer is None:
+        divisor = inside.sum(dtype=torch.int32)
+    elif isinstance(normalizer, Tensor):
+        divisor = normalizer.detach()
+    else:
+        return inside, torch.full((1,), 1 / (normalizer or 1), dtype=dtype, device=inside.device)
+    # Infinite where there is nothing to average, and then no token to be multiplied with it.
+    scale = divisor.to(dtype).reciprocal()
+    return inside, scale if scale.dim() else scale.view(1)
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    """The mask as bool. One of floats may hold 0 and 1 alone: a weight in it would be cut to 1 without a word."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_floating_point() and not mask.is_meta:
+        right = (mask == 0) | (mask == 1)
+        if _check.readable(mask):
+            if not unwrapped(right).all():
+                raise ValueError(f"mask: got {unwrapped(mask)[~unwrapped(right)][0].item()}, expected 0 or 1 for each token")
+        elif not isinstance(mask, FakeTensor):  # on a GPU, and in compiled code, the device checks without the host
+            torch._assert_async(right.all(), "mask: expected 0 or 1 for each token")
+    return mask != 0
+
+
+def per_token(advantages: Tensor, shape: torch.Size) -> Tensor:
+    """Advantages of the tokens' shape: [B] or [B, 1] beside tokens [B, T] are one number a row."""
+    if len(shape) == 2 and tuple(advantages.shape) in ((shape[0],), (shape[0], 1)):
+        return advantages.view(-1, 1).expand(shape)
+    return advantages
+
+
+def accumulator_of(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if any is, else fp32."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
+    """[B, T] or [N], floating point, of the first one's shape and device, and a mask of that shape."""
+    first, like = next(iter(tensors.items()))
+    assert like is not None
+    _check.tensors(mask=mask)
+    _check.supported_device(first, like)
+    if like.dim() not in (1, 2):
+        raise ValueError(f"{first}: shape {list(like.shape)} seen, [B, T] or [N] wanted")
+    for name, tensor in (*tensors.items(), ("mask", mask)):
+        if tensor is not None:
+            _check.dtype(name, tensor, MASKS if name == "mask" else _check.FLOATS)
+            _check.shape(name, tensor, tuple(like.shape), f"the shape of {first}")
+            _check.device(name, tensor, first, like)
