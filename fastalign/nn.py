@@ -248,6 +248,7 @@ class LinearPPOLoss(_Loss):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         temperature: float = 1.0,
+        ignore_index: int | None = -100,
         tail_eps: float | None = None,
         workspace_mib: float | None = None,
     ) -> None:
@@ -262,6 +263,7 @@ class LinearPPOLoss(_Loss):
             softcap=softcap,
             logit_scale=logit_scale,
             temperature=temperature,
+            ignore_index=ignore_index,
             tail_eps=tail_eps,
             workspace_mib=workspace_mib,
         )
@@ -271,7 +273,7 @@ class LinearPPOLoss(_Loss):
         hidden: Tensor,
         weight: Tensor,
         ids: Tensor,
-        old_logp: Tensor,
+        old_logp: Tensor | None,
         advantages: Tensor,
         mask: Tensor,
         bias: Tensor | None = None,
