@@ -1,8 +1,8 @@
 """The native library built from csrc/: loading it, and what runs without it.
 
-`setup.py` puts `_native.so` beside this file. Where it was not built (FASTALIGN_NATIVE=0), or torch cannot load it, the row kernels on a
-CPU and the sampler are `rows.row_stats_ref`, `rows.row_grad_ref` and `sampling.sample_ref`, plain PyTorch, as are policy losses, GAE and whitening
-(policy.py, advantage.py); that is said once, by name, and `fastalign env` shows it.
+`setup.py` puts `_native.so` beside this file. Where it was not built (FASTALIGN_NATIVE=0), or torch cannot load it, PyTorch serves in its
+place: `rows.row_stats_ref`, `rows.row_grad_ref`, `sampling.sample_ref`, and the twins in policy.py and advantage.py. That is said once, by
+name, and `fastalign env` shows it.
 """
 
 from __future__ import annotations
