@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 try:
     from triton.runtime import interpreter
 except ImportError:  # triton is absent on macOS and Windows
-    interpreter = None  # type: ignore[assignment]
+    interpreter = None
 
 # Two threads on a shared two-core machine were measured 3-8 times slower than one.
 torch.set_num_threads(1)

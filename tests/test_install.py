@@ -1,5 +1,6 @@
 """Building the package: what it needs is said, and nothing is left out without being asked for."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -8,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import setuptools
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,9 @@ def setup_py(sources: Path, *arguments: str, isolated: bool = False, **environme
     """Run setup.py; `isolated` as in pip's build isolation: setuptools is there, torch is not."""
     command = [sys.executable, *(["-S"] if isolated else []), "setup.py", *arguments]
     if isolated:
-        site, folder = Path(setuptools.__file__).parents[1], sources.parent / "isolated"
+        found = importlib.util.find_spec("setuptools")
+        assert found is not None and found.origin is not None
+        site, folder = Path(found.origin).parents[1], sources.parent / "isolated"
         folder.mkdir()
         for part in (site / "_distutils_hack", *site.glob("setuptools*")):
             (folder / part.name).symlink_to(part)

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
-tl = pytest.importorskip("triton.language", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
 from fastalign_kernels import advantage_triton  # noqa: E402
 from fastalign_kernels.options_triton import as_scalar  # noqa: E402
