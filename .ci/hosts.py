@@ -11,7 +11,7 @@ import sys
 import tempfile
 import tomllib
 import venv
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ def newest(arguments: list[str]) -> int:
     report = subprocess.run([*pip, "--dry-run", "--report", "-", "--upgrade", *PACKAGES], check=True, stdout=subprocess.PIPE).stdout
     changed = {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report)["install"]}
     for package in dict.fromkeys((*PACKAGES, *changed)):
-        print(f"{package}: {changed.get(package, version(package))}, in this environment {version(package)}", flush=True)
+        print(f"{package}: {changed.get(package, installed(package))}, in this environment {installed(package)}", flush=True)
     if not changed:
         print("The newest versions are the locked ones, which `make test` uses: nothing more to run.")
         return 0
@@ -34,6 +34,14 @@ def newest(arguments: list[str]) -> int:
         # Without dependencies: pip's report names those that the environment lacks.
         subprocess.run([*pip, "--no-deps", "--target", folder, *(f"{name}=={number}" for name, number in changed.items())], check=True)
         return pytest(sys.executable, arguments, [folder])
+
+
+def installed(package: str) -> str:
+    """The version of a package in this environment, or "none"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def oldest(arguments: list[str]) -> int:

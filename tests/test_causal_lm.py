@@ -329,6 +329,11 @@ def test_the_backbones_outputs_are_handed_on() -> None:
     assert len(out.hidden_states) == 3 and len(out.attentions) == 2
     assert all(torch.equal(a, b) for a, b in zip(out.hidden_states + out.attentions, own.hidden_states + own.attentions, strict=True))
     assert getattr(out, CACHE).get_seq_length() == out[CACHE].get_seq_length() == 11
+    # The older name is served as long as transformers serves it, in outputs and in arguments.
+    assert out.past_key_values is out["past_key_values"] is getattr(out, CACHE)
+    for name in ("past_key_values", CACHE):
+        given = tf.DynamicCache(config=model.config)
+        assert getattr(model(**inputs, labels=labels, **{name: given}), CACHE) is given and given.get_seq_length() == 11
     assert {*own} - {"logits"} < {*out}, "what a plain model names, a fused one names alike"
     as_tuple = model(**inputs, labels=labels, return_dict=False, use_cache=False)
     assert type(as_tuple) is tuple and torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logp)
