@@ -7,7 +7,7 @@ column and the rows, counted from 1 as an editor shows them. B batch rows, T tim
 import warnings
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .chat import ChatTemplate, DataError, Row, Spans, join_texts, overlapping, read_text, tokenizer_name
 from .probe import probing
 from .readers import load_rows as load_rows
+from .rope import check_lengths, rope_switch
 from .rows import BATCH, Rows, as_rows, name_rows, need_columns, read_each, refuse_rows
 
 IGNORE_INDEX = -100
@@ -251,13 +252,19 @@ def collate(examples: Sequence[Sequence[Tokenized]], *, pad_id: int, length: int
     return batch
 
 
-def check_packing(model: PreTrainedModel, *, attention: str = "sdpa") -> None:
+def check_packing(model: PreTrainedModel, *, attention: str = "sdpa", lengths: Iterable[int] | None = None) -> None:
     """Refuse a model in which a packed sequence differs from the same sequence alone.
+
+    `lengths`: the tokens of the sequences that are to be packed. A model with LongRoPE or dynamic RoPE needs them, as the longest
+    sequence of a row decides on the frequencies of all.
 
     Recurrent layers that carry their state across sequences, and models that ignore position_ids, show up
     here and nowhere else. Two forward passes of at most 12 tokens, in evaluation mode; call it under
     training's autocast. Raises ValueError where logits, or a backbone's hidden states, do not agree.
     """
+    if lengths is None and (switch := rope_switch(model.config)):
+        raise ValueError(f"lengths: got None, expected those of the sequences to pack, because {type(model).__name__} changes at {switch}")
+    check_lengths(model.config, lengths or (), remedy="turn packing off")
     vocab = model.config.get_text_config().vocab_size
     both = [Tokenized([(7 * i + first) % vocab for i in range(6)], [True] * 6) for first in (1, 4)]
     packed, alone = (outputs_of(model, collate([row], pad_id=0, attention=attention))[-6:] for row in (both, both[1:]))

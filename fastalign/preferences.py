@@ -134,9 +134,13 @@ def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int)
     return [row._replace(mismatched=_join(row, rows[met[number]], max_length)) for number, row in enumerate(rows)]
 
 
-def longest_mismatch(rows: Sequence[Unpaired], *, max_length: int) -> Tokenized:
-    """The longest sequence that `mismatch` can make of any of the rows."""
-    return _join(max(rows, key=lambda row: len(row.prompt)), max(rows, key=lambda row: len(row.completion)), max_length)
+def mismatch_bounds(rows: Sequence[Unpaired], *, max_length: int) -> list[Tokenized]:
+    """The shortest and the longest sequence that `mismatch` can make of any of the rows."""
+    bounds = []
+    for end in (min, max):
+        prompt, completion = end(rows, key=lambda row: len(row.prompt)), end(rows, key=lambda row: len(row.completion))
+        bounds.append(_join(prompt, completion, max_length))
+    return bounds
 
 
 def pack_sequences(

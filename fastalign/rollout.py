@@ -36,6 +36,7 @@ from fastalign_kernels import check, native, sample
 
 from .hosts import CACHE
 from .probe import probing, unsupported
+from .rope import rope_switch
 from .versions import noting_newer_packages
 
 # Steps between two looks at the device. A look drains the queue of launches, which costs a fraction of one step; once the last row has
@@ -110,7 +111,8 @@ def generate(
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range, a prompt that is empty or not padded on the left, more positions
-            than the model has, or (UnsupportedModelError) a model without a static cache of keys and values.
+            than the model has or than its LongRoPE or dynamic RoPE has the same frequencies for, or (UnsupportedModelError) a model
+            without a static cache of keys and values.
         FloatingPointError: NaN, +inf or no finite allowed logit in a row that is not finished, with the first step and the rows; seen at
             the next look at the device.
     """
@@ -447,7 +449,14 @@ def _check_prompts(base: Any, input_ids: Tensor, attention_mask: Tensor, max_new
             f"attention_mask: {len(rows)} rows, {rows[:8]} first, do not go from 0 (padding) to 1 (tokens) and end in 1; "
             "prompts of at least one token, padded on the left, wanted"
         )
-    longest, most = int(mask.sum(1).max()), getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    shortest, longest = (int(end) for end in mask.sum(1).aminmax())
+    switch = rope_switch(base.config)
+    if switch is not None and switch.crossed_by(shortest, longest + max_new_tokens):
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens} behind prompts of {shortest} to {longest} tokens, expected a rollout that stays on one "
+            f"side of {switch}, because a cache would keep keys of both"
+        )
+    most = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is not None and longest + max_new_tokens > most:
         raise ValueError(
             f"max_new_tokens: {max_new_tokens} seen behind a prompt of {longest} tokens, "

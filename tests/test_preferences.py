@@ -231,12 +231,12 @@ def test_a_mismatched_sequence_is_cut_and_one_completion_alone_is_refused() -> N
 def test_the_longest_mismatch_bounds_every_mismatch() -> None:
     sequences = random_sequences([4, 9, 17, 30, 12])
     rows = [Unpaired(sequence, True) for sequence in sequences]
-    longest = preferences.longest_mismatch(rows, max_length=64)
+    longest = preferences.mismatch_bounds(rows, max_length=64)[1]
     found = [
         len(row.mismatched.input_ids) for step in range(30) for row in mismatch(rows, seed=0, step=step, max_length=64) if row.mismatched
     ]
     assert len(longest.input_ids) == 30 and max(found) <= 30
-    assert len(preferences.longest_mismatch(rows, max_length=20).input_ids) == 20
+    assert len(preferences.mismatch_bounds(rows, max_length=20)[1].input_ids) == 20
 
 
 # Packing

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..causal_lm import fuse_head
 from ..classifier import score_packed
 from ..data import Tokenized, check_packing
 from ..hosts import enable_checkpointing
+from ..rope import check_lengths
 from .adapters import Task, add_adapters, find_source, has_adapters, load_plain
 from .config import TrainConfig, unknown_key
 from .world import World
@@ -74,10 +75,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to fill rows with; it is never attended to nor trained on."""
+def padding_id(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig) -> int:
+    """An id of the model's to fill rows with; it is never attended to nor trained on."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(i) for i in ids if i is not None)
+    return next(int(i) for i in ids if i is not None and i < model.get_text_config().vocab_size)
 
 
 def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, length: int) -> PretrainedConfig:
@@ -85,7 +86,8 @@ def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedToke
 
     `model_config` is a transformers config.json or a mapping of `model_type` and the fields that differ from
     that type's defaults; there, vocab_size, special ids and max_position_embeddings follow the tokenizer and
-    `length` unless given. Raises ValueError for an unknown model_type or field.
+    `length` unless given, in the configuration of the language model where a model has several parts. Raises ValueError
+    for an unknown model_type or field.
     """
     if isinstance(model_config, str):
         if not Path(model_config).is_file():
@@ -99,21 +101,30 @@ def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedToke
         hint = f"did you mean {' or '.join(close)}?" if close else "allowed: what transformers knows, such as llama or gpt2"
         raise ValueError(f"model_config: model_type is {model_type!r}; {hint}")
     default: PretrainedConfig = CONFIG_MAPPING[model_type]()
-    allowed = [*default.to_dict(), *default.attribute_map]
-    for name in fields:
-        if name not in allowed:
-            raise ValueError(f"model_config: {unknown_key(name, allowed)}")
+    _check_fields(fields, default)
+    text = default.get_text_config()
+    part = next((name for name in default.sub_configs if getattr(default, name) is text), None)
+    if part is not None:
+        _check_fields(dict(fields.get(part) or {}), text)
     fitted: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
     fitted["eos_token_id"] = tokenizer.eos_token_id
     # An embedding row that is padding gets no gradient, so a pad token that also ends texts is not named.
     fitted["pad_token_id"] = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
-    if "max_position_embeddings" in allowed:
+    if "max_position_embeddings" in [*text.to_dict(), *text.attribute_map]:
         fitted["max_position_embeddings"] = length
+    fields = fitted | fields if part is None else fields | {part: fitted | dict(fields.get(part) or {})}
     try:
-        config = CONFIG_MAPPING[model_type](**(fitted | fields))
+        config = CONFIG_MAPPING[model_type](**fields)
     except StrictDataclassError as error:
         raise ValueError(f"model_config: {error}") from error
     return config
+
+
+def _check_fields(fields: Mapping[str, Any], default: PretrainedConfig) -> None:
+    allowed = [*default.to_dict(), *default.attribute_map]
+    for name in fields:
+        if name not in allowed:
+            raise ValueError(f"model_config: {unknown_key(name, allowed)}")
 
 
 def check_fit(
@@ -122,18 +133,36 @@ def check_fit(
     rows: Sequence[Sequence[Tokenized]],
     *,
     lower: str = "sequence_length or max_length",
+    alone: bool | None = None,
 ) -> int:
     """The tokens of the longest sequence of the rows.
 
-    Raises ValueError where it or the tokenizer's ids do not fit the model; it says what to `lower`.
+    `alone`: whether every forward pass has one sequence; None where a stage has no such choice. A tokenizer may have more ids
+    than the model as long as no row uses them. Raises ValueError where a sequence's length or ids do not fit the model, or where
+    sequences would change each other's rotary frequencies; it says what to `lower`.
     """
-    if len(tokenizer) > model.vocab_size:
-        raise ValueError(f"tokenizer: {len(tokenizer)} tokens do not fit the model's vocab_size {model.vocab_size}")
-    positions = getattr(model, "max_position_embeddings", None)
-    length = max(len(sequence.input_ids) for row in rows for sequence in row)
+    text = model.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        _check_ids(text.vocab_size, tokenizer, [sequence for row in rows for sequence in row])
+    positions = getattr(text, "max_position_embeddings", None)
+    lengths = [len(sequence.input_ids) for row in rows for sequence in row]
+    length = max(lengths)
     if positions is not None and length > positions:
         raise ValueError(f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): lower {lower}")
+    if not alone:
+        choice = "" if alone is None else ", or set packing=false and micro_batch_size=1"
+        check_lengths(model, lengths, remedy=f"lower {lower}{choice}")
     return length
+
+
+def _check_ids(vocab_size: int, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Tokenized]) -> None:
+    foreign = [sequence.input_ids for sequence in sequences if max(sequence.input_ids) >= vocab_size]
+    if foreign:
+        wrong = next(token for token in foreign[0] if token >= vocab_size)
+        raise ValueError(
+            f"tokenizer: {len(tokenizer)} tokens do not fit the model's vocab_size {vocab_size}, and {len(foreign)} sequences use such: "
+            f"{tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong}) is in the row that begins {tokenizer.decode(foreign[0])[:80]!r}"
+        )
 
 
 def load_model(
@@ -177,7 +206,8 @@ def load_model(
     lm.set_attn_implementation(attention)
     if packed:
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
-            check_packing(lm.base_model if classifier else lm, attention=attention)
+            packs = lm.base_model if classifier else lm
+            check_packing(packs, attention=attention, lengths=())  # check_fit has seen the lengths
     if config.liger:
         layers = {"rope": True, "rms_norm": True, "swiglu": True}
         apply_liger_kernel(lm, layers | {"cross_entropy": False, "fused_linear_cross_entropy": False})

@@ -64,7 +64,7 @@ def run(config: DPOConfig) -> dict[str, float]:
         longest = check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
         without_dropout(model)
-        packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer), longest=longest)
+        packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer, architecture), longest=longest)
         to_batch = partial(collate_pairs, packer=packer)
         batches_of = epoch_batches(rows, to_batch, config, world)
         evaluated = held_out_batches(held_out, to_batch, config, world)

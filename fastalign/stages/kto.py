@@ -24,8 +24,8 @@ from ..data import load_rows
 from ..preferences import (
     Unpaired,
     collate_unpaired,
-    longest_mismatch,
     mismatch,
+    mismatch_bounds,
     sequence_logps,
     tokenize_unpaired,
 )
@@ -83,11 +83,11 @@ def run(config: KTOConfig) -> dict[str, float]:
         except ValueError as error:
             raise ValueError(f"eval_data: {error}") from error
         sequences = [row.answered for row in [*rows, *held_out]]
-        mismatches = [longest_mismatch(part, max_length=config.max_length) for part in (rows, held_out) if part]
+        mismatches = [made for part in (rows, held_out) if part for made in mismatch_bounds(part, max_length=config.max_length)]
         longest = check_fit(architecture, tokenizer, [[*sequences, *mismatches]])
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
         without_dropout(model)
-        packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer), longest=longest)
+        packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer, architecture), longest=longest)
         to_batch = partial(collate_unpaired, packer=packer)
         batches_of = epoch_batches(rows, to_batch, config, world, arrange)
         evaluated = held_out_batches(held_out, to_batch, config, world)

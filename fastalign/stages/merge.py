@@ -44,7 +44,7 @@ def run(config: MergeConfig) -> Path:
     model = load_plain(config.model, task="SEQ_CLS" if classifier else "CAUSAL_LM", dtype=config.dtype, **options)
     text = model.config.get_text_config()
     if classifier and text.pad_token_id is None:
-        text.pad_token_id = padding_id(tokenizer)  # by which transformers finds the last token of each row
+        text.pad_token_id = padding_id(tokenizer, text)  # by which transformers finds the last token of each row
     # Renamed when it is whole, so that a run that was ended leaves no half of a model.
     unfinished = folder.with_name(folder.name + ".unfinished")
     model.save_pretrained(str(unfinished))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fastalign_kernels import value_loss
 
@@ -38,7 +38,17 @@ from .experience import Experience, PPOOptions, experience_batch, rollout
 from .loop import Batch, LossFn, autocast, distribute, make_optimizer, rows_of_step, run_steps, start, update
 from .preference import without_dropout
 from .reward import zero_head
-from .rewards import Classifier, Function, Reward, by_function, find_classifier, find_function, is_function, load_classifier
+from .rewards import (
+    Classifier,
+    Function,
+    Reward,
+    by_function,
+    check_classifier,
+    find_classifier,
+    find_function,
+    is_function,
+    load_classifier,
+)
 from .world import World
 
 
@@ -217,14 +227,20 @@ def run(config: PPOConfig) -> dict[str, float]:
 
         prompts = prompts_of(config.train_data, config.train_split)
         held_out = prompts_of(config.eval_data, config.eval_split) if config.eval_data else []
-        longest = max(len(prompt.input_ids) for prompt in [*prompts, *held_out]) + config.max_new_tokens
-        for read in [architecture, *([reader.architecture] if reader else [])]:
-            check_fit(read, tokenizer, [[Tokenized([0] * longest, [False] * longest)]], lower="max_prompt_length or max_new_tokens")
+        every = [*prompts, *held_out]
+        value_source = find_value(config, reader)
+        rows = [Tokenized(prompt.input_ids, []) for prompt in every]
+        rows += [Tokenized(prompt.input_ids + [0] * config.max_new_tokens, []) for prompt in every]
+        for read in [architecture, reader and reader.architecture, value_source and value_source.architecture]:
+            if read:
+                check_fit(read, tokenizer, [rows], lower="max_prompt_length or max_new_tokens")
+        if isinstance(scorer, Classifier):
+            check_classifier(scorer, tokenizer, every, max_new_tokens=config.max_new_tokens)
 
         load = partial(load_model, config, world, attention=attention, packed=config.packing)
         policy = load(architecture, weights=config.model)
         reward = make_reward(config, world, scorer, tokenizer, attention)
-        model = ActorCritic(policy, make_value(config, reader, load), kl_coefficient=config.kl_coef)
+        model = ActorCritic(policy, make_value(value_source, load), kl_coefficient=config.kl_coef)
         without_dropout(model)
         return train(config, world, model, make_reference(config, policy), reward, tokenizer, prompts, held_out)
 
@@ -248,7 +264,11 @@ def train(
     optimizer = make_optimizer(config, model, rates)
     ends = end_ids(model.policy, tokenizer)
     at_once = config.rollout_batch_size or config.batch_size // world.size
-    shared: dict[str, Any] = {"pad_id": padding_id(tokenizer), "packing": config.packing, "precision": autocast(config, world)}
+    shared: dict[str, Any] = {
+        "pad_id": padding_id(tokenizer, model.policy.config),
+        "packing": config.packing,
+        "precision": autocast(config, world),
+    }
     shared |= {"micro_batch_size": micro_batch(config, world), "world": world}
 
     def draw(chosen: Sequence[Prompt], **noise: int) -> Experience:
@@ -312,16 +332,32 @@ def make_reward(
     return load_classifier(scorer, world, tokenizer, dtype=getattr(torch, config.dtype), **options)
 
 
-def make_value(config: PPOConfig, reader: Classifier | None, load: Callable[..., Any]) -> Any:
-    """The value model of its own, None for a shared one. `reader`: the reward model, if it reads the policy's tokens."""
+class ValueSource(NamedTuple):
+    """What a value model of its own starts from."""
+
+    folder: str
+    architecture: PretrainedConfig
+    scores: bool
+    """Whether it is a classifier, whose head is kept."""
+
+
+def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | None:
+    """The source of a value model of its own, None for a shared one. `reader`: the reward model, if it reads the policy's tokens."""
     if config.value == "shared":
         return None
     usable = reader is not None and reader.labels == 1
-    source = config.value_model or (config.reward if usable else config.model)
+    folder = config.value_model or (config.reward if usable else config.model)
     argument = "value_model" if config.value_model else "reward" if usable else "model"
-    architecture = load_architecture(source, task="SEQ_CLS", argument=argument)
-    value = load(architecture, weights=source, task="SEQ_CLS")
-    if not is_classifier(find_source(source, argument=argument), architecture):
+    architecture = load_architecture(folder, task="SEQ_CLS", argument=argument)
+    return ValueSource(folder, architecture, is_classifier(find_source(folder, argument=argument), architecture))
+
+
+def make_value(source: ValueSource | None, load: Callable[..., Any]) -> Any:
+    """The value model of its own, None for a shared one."""
+    if source is None:
+        return None
+    value = load(source.architecture, weights=source.folder, task="SEQ_CLS")
+    if not source.scores:
         zero_head(value)
     return value
 
@@ -340,7 +376,8 @@ def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids that end a completion: the tokenizer's EOS, and those that the model generates by (the end of a turn, say)."""
     own = policy.generation_config.eos_token_id
     ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    found = sorted({id for id in ids if id is not None})
+    known = policy.config.get_text_config().vocab_size
+    found = sorted({id for id in ids if id is not None and id < known})  # a model cannot draw others
     if not found:
         raise ValueError("tokenizer: no EOS token, and the model's generation_config names none: completions could not end")
     return found

@@ -74,7 +74,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
         check_fit(architecture, tokenizer, [*rows, *held_out])
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=True)
         length = config.sequence_length if config.compile else None  # one shape is compiled once
-        to_batch = partial(collate, pad_id=padding_id(tokenizer), length=length, attention=attention)
+        to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), length=length, attention=attention)
         return train(
             config,
             world,

@@ -65,7 +65,7 @@ def run(config: RewardConfig) -> dict[str, float]:
         if config.zero_head:
             zero_head(model)
         text = model.config.get_text_config()
-        text.pad_token_id = padding_id(tokenizer) if text.pad_token_id is None else text.pad_token_id
+        text.pad_token_id = padding_id(tokenizer, architecture) if text.pad_token_id is None else text.pad_token_id
         packer = make_packer(config, world, model, attention=attention, pad_id=text.pad_token_id, longest=longest)
 
         def to_batch(pairs: Sequence[Pair]) -> Batch:

@@ -9,22 +9,25 @@ import importlib.util
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..classifier import last_tokens, score_packed
 from ..data import Prompt, Tokenized
 from ..preferences import pack_sequences
+from ..rope import rope_switch
 from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .build import load_tokenizer, padding_id
 from .world import World
 
 Reward = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]  # prompts, completions in tokens -> scores [B] fp64, on the CPU
+_NO_LIMIT = 10**9  # transformers writes 10**30 where a tokenizer has no model_max_length
 
 
 class Function(NamedTuple):
@@ -131,11 +134,14 @@ def load_classifier(
     if of_tokens:
         score_packed(model)
     padding = model.config.get_text_config().pad_token_id
-    pad_id = padding_id(tokenizer) if padding is None else padding
+    pad_id = padding_id(tokenizer, model.config) if padding is None else padding
+    if padding is None and not of_tokens:
+        model.config.get_text_config().pad_token_id = classifier.tokenizer.pad_token_id  # by which transformers finds the last token
+    limit = text_limit(classifier)
 
     def inputs_of(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Mapping[str, Any]:
         if not of_tokens:
-            return _encode(classifier.tokenizer, prompts, tokenizer.batch_decode(completions, skip_special_tokens=True))
+            return _encode(classifier.tokenizer, prompts, tokenizer.batch_decode(completions, skip_special_tokens=True), limit)
         ids = [prompt.input_ids + completion for prompt, completion in zip(prompts, completions, strict=True)]
         sequences = [Tokenized(sequence, [False] * len(sequence)) for sequence in ids]
         packed = pack_sequences(sequences, pad_id=pad_id, attention=attention, packing=packing)
@@ -151,13 +157,69 @@ def load_classifier(
     return score
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str]) -> Mapping[str, Any]:
-    """Whole conversations in a classifier's own tokens; one with messages needs a chat template."""
+def check_classifier(classifier: Classifier, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_new_tokens: int) -> None:
+    """Raise ValueError, before it is loaded, where a classifier that reads text with a tokenizer of its own cannot score the prompts.
+
+    It needs the pad token by which it pads and finds last tokens, a chat template for messages, and room for each prompt with
+    a completion of max_new_tokens, which is assumed to have as many tokens there as in the policy's tokenizer.
+    """
+    if classifier.reads(tokenizer) and hasattr(_on_meta(classifier), "score"):
+        return
+    own, text, name = classifier.tokenizer, classifier.architecture.get_text_config(), f"reward: {classifier.folder!r}"
+    pad = own.pad_token_id
+    if pad is None or pad >= text.vocab_size:
+        raise ValueError(
+            f"{name}: its tokenizer has the pad token id {pad}, expected one in [0, {text.vocab_size}): set pad_token and save it"
+        )
+    if text.pad_token_id not in (None, pad):
+        raise ValueError(
+            f"{name}: its tokenizer pads with id {pad}, and its config's pad_token_id is {text.pad_token_id}; expected the same"
+        )
+    if isinstance(prompts[0].row["prompt"], list) and not own.chat_template:
+        raise ValueError(f"{name}: its tokenizer has no chat template, expected one, because the prompts are messages")
+    limit = text_limit(classifier)
+    longest = max(_encode(own, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"{name}: a prompt of {longest} of its tokens and a completion of {max_new_tokens} do not fit its {limit}: "
+            "lower max_prompt_length or max_new_tokens"
+        )
+
+
+def text_limit(classifier: Classifier) -> int | None:
+    """The most tokens of a text that a classifier reads; None where nothing bounds them."""
+    text = classifier.architecture.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None:
+        tables = [part for name, part in _on_meta(classifier).named_modules() if name.endswith("position_embeddings")]
+        padding = [part.padding_idx for part in tables if getattr(part, "padding_idx", None) is not None]
+        positions -= padding[0] + 1 if padding else 0  # RoBERTa's positions begin behind the padding's
+    switch = rope_switch(text)
+    limits = (positions, None if switch is None else switch.tokens, classifier.tokenizer.model_max_length)
+    limit = min(number for number in limits if number is not None)
+    return limit if limit < _NO_LIMIT else None
+
+
+def _on_meta(classifier: Classifier) -> PreTrainedModel:
+    """The classifier's modules without memory for weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(classifier.architecture)
+    return model
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str], limit: int | None
+) -> Mapping[str, Any]:
+    """Whole conversations in a classifier's own tokens, at most `limit` of each; one with messages needs a chat template."""
     chat = isinstance(prompts[0].row["prompt"], list)
     if chat:
         turns = [prompt.row["prompt"] + [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, completions, strict=True)]
         texts = tokenizer.apply_chat_template(turns, tokenize=False)
     else:
         texts = [prompt.row["prompt"] + text for prompt, text in zip(prompts, completions, strict=True)]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, add_special_tokens=not chat)
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not chat}
+    encoded = tokenizer(texts, **options)
+    if limit is not None and encoded["input_ids"].shape[1] > limit:
+        warnings.warn(f"reward: conversations of more than the {limit} tokens that the classifier reads are cut at the right", stacklevel=2)
+        encoded = tokenizer(texts, truncation=True, max_length=limit, **options)
     return dict(encoded)

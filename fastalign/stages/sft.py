@@ -14,7 +14,7 @@ from ..data import Tokenized, collate, load_rows, pack, tokenize_sft
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, TrainConfig, parse
-from .loop import epoch_batches, held_out_batches, language_model_loss, start, train
+from .loop import epoch_batches, held_out_batches, language_model_loss, micro_batch_size, start, train
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -48,9 +48,10 @@ def run(config: SFTConfig) -> dict[str, float]:
 
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        check_fit(architecture, tokenizer, [*rows, *held_out])
+        alone = not config.packing and micro_batch_size(config, world) == 1
+        check_fit(architecture, tokenizer, [*rows, *held_out], alone=alone)
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
-        to_batch = partial(collate, pad_id=padding_id(tokenizer), attention=attention)
+        to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), attention=attention)
         return train(
             config,
             world,

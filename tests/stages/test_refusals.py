@@ -1,18 +1,22 @@
 """Configurations and data of the first two stages that are refused, all before a model is loaded."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
 )
 
+from fastalign.data import Tokenized
 from fastalign.stages import build, loop, pretrain, report, sft
 from fastalign.stages.world import World
-from tests.stages.tiny import LLAMA
+from tests.stages.tiny import LLAMA, write
 
 
 @pytest.mark.parametrize(
@@ -117,3 +121,76 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(
     monkeypatch.setattr(loop, "join_world", lambda device: nullcontext(World(0, 3, torch.device(device))))
     with pytest.raises(ValueError, match=r"batch_size \(4\) must be .* micro_batch_size x devices \(1 x 3\)"):
         pretrain.run(pretraining())
+
+
+@pytest.fixture
+def longrope(files: dict[str, str], tmp_path: Path) -> str:
+    """The folder of a tiny Phi-3 whose RoPE changes at 16 tokens."""
+    tokenizer = build.load_tokenizer(files["tokenizer"])
+    ropes = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    fields = {name: value for name, value in LLAMA.items() if name != "head_dim"}
+    fields |= {"model_type": "phi3", "original_max_position_embeddings": 16, "rope_parameters": ropes}
+    model = AutoModelForCausalLM.from_config(build.scratch_config(fields, tokenizer, length=64), dtype=torch.float64)
+    model.save_pretrained(tmp_path / "phi3")
+    tokenizer.save_pretrained(tmp_path / "phi3")
+    return str(tmp_path / "phi3")
+
+
+def test_rows_on_both_sides_of_a_longrope_switch_are_refused_unless_each_is_alone(
+    tuning: Callable[..., sft.SFTConfig], longrope: str
+) -> None:
+    remedy = "lower sequence_length or max_length, or set packing=false and micro_batch_size=1"
+    message = rf"got sequences of \d+ to \d+ tokens for one forward pass, .* 16 tokens \(original_max_position_embeddings .*: {remedy}"
+    for changes in ({"packing": True}, {"packing": True, "micro_batch_size": 1}, {"packing": False}):
+        with pytest.raises(ValueError, match=message):
+            sft.run(tuning(model=longrope, **changes))
+    assert math.isfinite(sft.run(tuning(model=longrope, packing=False, micro_batch_size=1, batch_size=2))["nll"])
+    short = write(
+        Path(longrope, "short.jsonl"), [{"prompt": "a film", "completion": " good"}, {"prompt": "the actor", "completion": " bad"}]
+    )
+    assert math.isfinite(sft.run(tuning(model=longrope, packing=True, max_length=16, train_data=short, batch_size=1))["nll"])
+
+
+def test_an_id_that_the_model_lacks_is_refused_only_where_a_row_uses_it(
+    tuning: Callable[..., sft.SFTConfig], files: dict[str, str], base: str, no_model: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokenizer = build.load_tokenizer(base)
+    tokenizer.add_special_tokens({"pad_token": "<padding>", "additional_special_tokens": ["<tool>"]})
+    tokenizer.save_pretrained(tmp_path / "larger")
+    assert len(tokenizer) == 302 and build.padding_id(tokenizer, AutoConfig.from_pretrained(base)) == tokenizer.eos_token_id
+    loaded: list[str] = []
+    monkeypatch.setattr(sft, "load_model", lambda *arguments, **options: loaded.append("model"))
+    monkeypatch.setattr(sft, "train", lambda *arguments, **options: {})
+    sft.run(tuning(tokenizer=str(tmp_path / "larger")))
+    assert loaded == ["model"]
+    rows = [{"prompt": "a film", "completion": " good"}, {"prompt": "the actor", "completion": " never <tool>"}]
+    message = r"tokenizer: 302 tokens .* vocab_size 300, and 1 sequences use such: '<tool>' \(id 301\) is in the row that begins 'the actor"
+    with pytest.raises(ValueError, match=message):
+        sft.run(tuning(tokenizer=str(tmp_path / "larger"), train_data=write(tmp_path / "rows.jsonl", rows)))
+
+
+TEXT = {name: value for name, value in LLAMA.items() if name != "model_type"}
+COMPOSITE: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "text_config": TEXT,
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    },
+    "llama4": {"text_config": {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2}},
+    "qwen3_5": {"text_config": {**TEXT, "layer_types": ["full_attention"] * 2}},
+}
+
+
+@pytest.mark.parametrize("kind", COMPOSITE)
+def test_models_of_several_parts_are_fitted_by_their_language_model(
+    pretraining: Callable[..., pretrain.PretrainConfig], files: dict[str, str], kind: str
+) -> None:
+    tokenizer = build.load_tokenizer(files["tokenizer"])
+    config = build.scratch_config({"model_type": kind} | COMPOSITE[kind], tokenizer, length=40)
+    text = config.get_text_config()
+    assert (text.vocab_size, text.max_position_embeddings, text.eos_token_id, text.hidden_size) == (300, 40, tokenizer.eos_token_id, 32)
+    row = [Tokenized(list(range(41)), [True] * 41)]
+    assert build.check_fit(config, tokenizer, [[Tokenized(row[0].input_ids[:40], row[0].trained[:40])]]) == 40
+    with pytest.raises(ValueError, match=r"a sequence of 41 tokens does not fit the model's 40"):
+        build.check_fit(config, tokenizer, [row])
+    with pytest.raises(ValueError, match=r"unknown key 'hiden_size'; did you mean hidden_size"):
+        build.scratch_config({"model_type": kind, "text_config": {"hiden_size": 3}}, tokenizer, length=40)
