@@ -7,13 +7,14 @@ column and the rows, counted from 1 as an editor shows them. B batch rows, T tim
 import warnings
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat import ChatTemplate, DataError, Row, Spans, join_texts, overlapping, read_text, tokenizer_name
+from .chat import WHOLE, ChatTemplate, DataError, Row, Spans, join_texts, overlapping, read_text, tokenizer_name
+from .messages import UNSERVED, refuse_beside_text
 from .probe import probing
 from .readers import load_rows as load_rows
 from .rope import check_lengths, rope_switch
@@ -22,6 +23,8 @@ from .rows import BATCH, Rows, as_rows, name_rows, need_columns, read_each, refu
 IGNORE_INDEX = -100
 FLASH = "flash_attention_2"
 ATTENTION = ("sdpa", "eager", FLASH)
+TooLong = Literal["refuse", "drop", "truncate"]
+BESIDE = ("tools", *UNSERVED)  # columns beside texts or messages that change what the model is to see
 
 
 class Tokenized(NamedTuple):
@@ -40,73 +43,86 @@ class Prompt(NamedTuple):
     """The columns it was made of: `prompt`, as text or messages, and the others."""
 
 
-def tokenize_text(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, column: str = "text") -> list[Tokenized]:
+def tokenize_text(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    column: str = "text",
+    too_long: Literal["split", "refuse", "drop", "truncate"] = "split",
+) -> list[Tokenized]:
     """Documents for pre-training: the tokenizer's own special tokens (BOS where it adds one), then one EOS.
 
-    A document longer than `max_length` tokens becomes pieces that overlap by one token, so that each of its
-    tokens but the first is a target exactly once. Raises DataError for a missing column and rows that are not
-    text or empty.
+    A document longer than `max_length` tokens is split into pieces that overlap by one token, so that each of its
+    tokens but the first is a target exactly once; or else `too_long` applies to it as in `tokenize_sft`. Raises DataError for a
+    missing column and rows that are not text or empty.
     """
     _check_max_length(max_length)
     eos = _eos_of(tokenizer)
     need_columns(rows, column)
     texts = read_each(rows, [column], lambda row: read_text(column, row[column]))
     pieces = []
-    empty = []
+    empty, long = [], []
     for index, (ids, _) in enumerate(_encode(tokenizer, texts)):
         if ids[-1:] != [eos]:
             ids.append(eos)
         if len(ids) < 2:
             empty.append(index)
+        if len(ids) > max_length and too_long != "split":
+            long.append(index)
+            ids = ids[:max_length] if too_long == "truncate" else []
         for first in range(0, len(ids) - 1, max_length - 1):
             piece = ids[first : first + max_length]
             pieces.append(Tokenized(piece, [False] + [True] * (len(piece) - 1)))
     refuse_rows(rows, {f"column {column!r} has no tokens": empty})
+    if too_long != "split":
+        _report_long(rows, long, too_long, f"sequence_length={max_length}")
     return pieces
 
 
-def tokenize_sft(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Tokenized]:
-    """Demonstrations, one a row: `messages`, or `prompt` and `completion` (both text, or both messages).
+def tokenize_sft(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop") -> list[Tokenized]:
+    """Demonstrations, one a row: `messages`, or `prompt` and `completion` (both text, or messages).
 
-    Of `messages`, every assistant turn is trained, with its end-of-turn token; of `prompt` and `completion`,
-    the completion alone, with an EOS after text. The chat template's own {% generation %} marks say what
+    Of `messages`, every assistant turn is trained, with its end-of-turn token, but those of "weight" 0; of `prompt` and
+    `completion`, the completion alone, with an EOS after text. The chat template's own {% generation %} marks say what
     belongs to a turn; where it has none, it is what the turn adds to the conversation before it with the
-    generation prompt. A `tools` column is handed to the template.
+    generation prompt. A `tools` column is handed to the template. ShareGPT's `conversations` are read as messages. A
+    completion of messages may repeat its prompt, which may then be the text of the user's last turn.
 
-    Rows longer than `max_length` tokens are cut at the right, with one warning. Raises DataError for missing
-    columns, wrong types, rows with nothing to train on (within `max_length`), and rows whose earlier turns the
-    template rewrites, where the difference would mask wrongly; ValueError for a tokenizer that lacks what this needs.
+    Rows longer than `max_length` tokens are refused, left out or cut at the right (`too_long`), the latter two with one warning that
+    counts them. Raises DataError for missing columns, wrong types, rows with nothing to train on (within `max_length`), messages of
+    which the template would lose a part, and rows whose earlier turns the template rewrites, where the difference would mask
+    wrongly; ValueError for a tokenizer that lacks what this needs.
     """
-    if "messages" in rows.column_names:
-        if "completion" in rows.column_names:
-            raise DataError(f"{name_rows(rows)}columns 'messages' and 'completion' exclude each other: remove one")
-        if "prompt" in rows.column_names:
+    whole = [column for column in WHOLE if column in rows.column_names]
+    if whole and "completion" in rows.column_names:
+        raise DataError(f"{name_rows(rows)}columns {whole[0]!r} and 'completion' exclude each other: remove one")
+    for column in ("prompt", *whole[1:]) if whole else ():
+        if column in rows.column_names:
             warnings.warn(
-                f"{name_rows(rows)}column 'prompt' is not used beside 'messages', which hold the whole conversation", stacklevel=2
+                f"{name_rows(rows)}column {column!r} is not used beside {whole[0]!r}, which hold the whole conversation", stacklevel=2
             )
-        columns, chat = ["messages"], True
-    else:
+    if not whole:
         need_columns(rows, "prompt", "completion")
-        columns, chat = ["prompt", "completion"], isinstance(rows[0]["prompt"], list)
-    if chat and "tools" in rows.column_names:
-        columns.append("tools")
-    convert = ChatTemplate(tokenizer).render if chat else join_texts
-    answers = read_each(rows, columns, lambda row: [convert(row)])
-    return [sequence for [sequence] in tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length)]
+    chat = bool(whole) or holds_messages(rows, "prompt", "completion")
+    convert = answer_converter(tokenizer, *(whole[:1] or ["completion"]), chat=chat)
+    answers = read_each(rows, whole[:1] or ["prompt", "completion"], convert, BESIDE)
+    tokenized = tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long)
+    return [sequences[0] for sequences in tokenized if sequences]
 
 
-def tokenize_prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Prompt]:
+def tokenize_prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop") -> list[Prompt]:
     """Prompts to complete, one a row: `prompt`, as text, or as messages that the template follows with the assistant's turn.
 
-    Text gets the tokenizer's own special tokens, less an EOS behind it. Prompts longer than `max_length` tokens are left out,
-    with one warning. Raises DataError for a missing column, wrong types, messages that the assistant ends, prompts without
-    tokens, and where all are too long; ValueError for a tokenizer that lacks what this needs.
+    Text gets the tokenizer's own special tokens, less an EOS behind it. Prompts longer than `max_length` tokens are refused, left
+    out or cut at the left (`too_long`), as what follows depends on their end; the latter two with one warning that counts them.
+    Raises DataError for a missing column, wrong types, messages that the assistant ends, prompts without
+    tokens, and where all are left out; ValueError for a tokenizer that lacks what this needs.
     """
     need_columns(rows, "prompt")
-    chat = isinstance(rows[0]["prompt"], list)
-    columns = ["prompt"] + [name for name in ("tools",) if chat and name in rows.column_names]
-    convert = ChatTemplate(tokenizer).prompt if chat else lambda row: read_text("prompt", row["prompt"], blank=True)
-    texts = read_each(rows, columns, convert)
+    chat = holds_messages(rows, "prompt")
+    convert = ChatTemplate(tokenizer).prompt if chat else _read_prompt
+    texts = read_each(rows, ["prompt"], convert, BESIDE)
     prompts, empty, long = [], [], []
     encoded = _encode(tokenizer, texts, add_special_tokens=not chat)
     for index, ((ids, _), row) in enumerate(zip(encoded, as_rows(rows).read(), strict=True)):
@@ -114,24 +130,42 @@ def tokenize_prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_leng
             ids.pop()
         if not ids:
             empty.append(index)
-        elif len(ids) > max_length:
+        if len(ids) > max_length:
             long.append(index)
-        else:
-            prompts.append(Prompt(ids, row))
+        if len(ids) <= max_length or too_long == "truncate":
+            prompts.append(Prompt(ids[-max_length:], row))
     refuse_rows(rows, {"column 'prompt' has no tokens": empty})
-    if not prompts:
-        refuse_rows(rows, {f"longer than max_prompt_length={max_length}, and so are all": long})
-    _warn(rows, long, f"longer than max_prompt_length={max_length}, left out")
+    _report_long(rows, long, too_long, f"max_prompt_length={max_length}", side="left")
     return prompts
 
 
+def answer_converter(tokenizer: PreTrainedTokenizerBase, *columns: str, chat: bool) -> Callable[[Row], list[tuple[str, Spans]]]:
+    """From a row to the text of its prompt with each of the columns, and what of it is trained: by the chat template, or as text."""
+    if chat:
+        template = ChatTemplate(tokenizer)
+        return lambda row: template.render(row, *columns)
+
+    def convert(row: Row) -> list[tuple[str, Spans]]:
+        refuse_beside_text(row)
+        return [join_texts(row, column) for column in columns]
+
+    return convert
+
+
 def tokenize_answers(
-    rows: Rows, answers: Sequence[Sequence[tuple[str, Spans]]], tokenizer: PreTrainedTokenizerBase, *, chat: bool, max_length: int
+    rows: Rows,
+    answers: Sequence[Sequence[tuple[str, Spans]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: bool,
+    max_length: int,
+    too_long: TooLong = "drop",
 ) -> list[list[Tokenized]]:
     """The tokens of each row's texts, whose spans are trained; a text that no `chat` template wrote gets an EOS, trained too.
 
-    Texts longer than `max_length` tokens are cut at the right, with one warning. Raises DataError for rows with
-    a text that has nothing to train on (within `max_length`), and ValueError for a tokenizer that lacks what this needs.
+    A row with a text longer than `max_length` tokens is refused, or left out, so that its list is empty, or cut at the right
+    (`too_long`), the latter two with one warning. Raises DataError for rows with a text that has nothing to train on (within
+    `max_length`), and where all are left out; ValueError for a tokenizer that lacks what this needs.
     """
     _check_max_length(max_length)
     if not tokenizer.is_fast:
@@ -154,21 +188,40 @@ def tokenize_answers(
                 ids.append(eos)
                 trained.append(True)
             trained[-1] = len(ids) > 1
-        if not any(trained[:max_length]):
-            (late if any(trained) else silent).append(index)
+        if not any(trained):
+            silent.append(index)
+        elif too_long == "truncate" and not any(trained[:max_length]):
+            late.append(index)
         if len(ids) > max_length:
             long.append(index)
         tokenized[index].append(Tokenized(ids, trained))
 
     within = f"no token to train on within max_length={max_length}: the prompt fills it"
     refuse_rows(rows, {"no token to train on": silent, within: late})
-    _warn(rows, long, f"longer than max_length={max_length}, cut at the right")
+    _report_long(rows, long, too_long, f"max_length={max_length}")
     _warn(rows, merged, "a token joins the end of the prompt to the start of the completion, and is trained")
-    special = set(tokenizer.all_special_ids)
+    special = {*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)}
     sequences = (sequence for row in tokenized for sequence in row)
     if chat and not any(train and id in special for sequence in sequences for id, train in zip(*sequence, strict=True)):
         warnings.warn(f"{tokenizer_name(tokenizer)}: no special token is trained, so turns may not learn to end", stacklevel=3)
+    if too_long == "drop":
+        for index in long:
+            tokenized[index] = []
     return [[Tokenized(ids[:max_length], trained[:max_length]) for ids, trained in row] for row in tokenized]
+
+
+def holds_messages(rows: Rows, *columns: str) -> bool:
+    """Whether the first row that has something in these columns has messages in one of them."""
+    for row in as_rows(rows).read([column for column in columns if column in rows.column_names]):
+        if any(value is not None for value in row.values()):
+            return any(isinstance(value, list) for value in row.values())
+    return False
+
+
+def turn_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an assistant's turn in the chat template of rows of messages; none for rows of text."""
+    chat = holds_messages(rows, *WHOLE, "prompt", "completion", "chosen")
+    return ChatTemplate(tokenizer).turn_ends() if chat else []
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -311,6 +364,21 @@ def _encode(
         )
         ids = encoded["input_ids"]
         yield from zip(ids, encoded["offset_mapping"] if offsets else [[]] * len(ids), strict=True)
+
+
+def _report_long(rows: Rows, long: Sequence[int], too_long: TooLong, limit: str, *, side: str = "right") -> None:
+    """Refuse the rows that are too long, or warn of them. Raises DataError where all are, and are left out."""
+    long = list(dict.fromkeys(long))
+    if too_long == "refuse":
+        refuse_rows(rows, {f"longer than {limit} (too_long=refuse; drop leaves such rows out, truncate cuts them)": long})
+    if too_long == "drop" and len(long) == len(rows):
+        refuse_rows(rows, {f"longer than {limit}, and so are all": long})
+    _warn(rows, long, f"longer than {limit}, {'left out' if too_long == 'drop' else f'cut at the {side}'}")
+
+
+def _read_prompt(row: Row) -> str:
+    refuse_beside_text(row)
+    return read_text("prompt", row["prompt"], blank=True)
 
 
 def _warn(rows: Rows, indices: Sequence[int], fact: str) -> None:

@@ -301,4 +301,4 @@ def log_probabilities(model: PreTrainedModel, ids: Tensor, attention_mask: Tenso
 
 def load(settings: Settings, stage: str) -> PreTrainedModel:
     """The model that a stage left."""
-    return AutoModelForCausalLM.from_pretrained(settings.output_dir / stage / "model").eval()
+    return AutoModelForCausalLM.from_pretrained(settings.output_dir / stage / "model", trust_remote_code=False).eval()

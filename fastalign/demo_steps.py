@@ -54,7 +54,7 @@ def step(folder: str, run: str, method: str) -> Callable[[], object]:
 def _update(folder: Path, run: str, method: str) -> Callable[[], object]:
     stage = run.split("-")[0]
     config = CONFIGS[stage](**read_config(str(folder / run / "config.yaml")))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     model: Any = _classifier(folder / run / "model") if stage == "reward" else _causal_lm(folder / run / "model")
     if stage == "ppo":
         model = ActorCritic(model, _classifier(folder / run / "value"))
@@ -76,11 +76,11 @@ def _update(folder: Path, run: str, method: str) -> Callable[[], object]:
 
 
 def _causal_lm(path: Path) -> Any:
-    return fuse_head(AutoModelForCausalLM.from_pretrained(path).eval())
+    return fuse_head(AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False).eval())
 
 
 def _classifier(path: Path) -> Any:
-    return score_packed(AutoModelForSequenceClassification.from_pretrained(path).eval())
+    return score_packed(AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).eval())
 
 
 def _reference(stage: str, folder: Path, batch: Mapping[str, Any], logps: Callable[..., Tensor]) -> Reference:
@@ -116,7 +116,7 @@ def _batch(stage: str, config: Any, model: Any, tokenizer: Any) -> Mapping[str, 
 def _rollout(folder: Path, method: str) -> Callable[[], object]:
     """Completions of a step's prompts with the log-probabilities of their tokens; none ends early, so that both methods draw as many."""
     config = ppo.PPOConfig(**read_config(str(folder / "ppo-vader" / "config.yaml")))
-    tokenizer, model = AutoTokenizer.from_pretrained(folder / "tokenizer"), _causal_lm(folder / "sft" / "model")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False), _causal_lm(folder / "sft" / "model")
     texts = load_rows(config.train_data)["prompt"][: config.batch_size]
     inputs = tokenizer(list(texts), return_tensors="pt", padding=True, return_token_type_ids=False)
     ids, mask, new, pad_id = inputs["input_ids"], inputs["attention_mask"], config.max_new_tokens, tokenizer.pad_token_id

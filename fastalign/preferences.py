@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign_kernels import sum_by_sequence
 
-from .chat import ChatTemplate, DataError, Row, join_texts
-from .data import FLASH, Tokenized, collate, tokenize_answers
+from .data import BESIDE, FLASH, Tokenized, TooLong, answer_converter, collate, holds_messages, tokenize_answers
+from .messages import DataError, Row
 from .rows import Rows, need_columns, read_each, refuse_rows
 from .shared_prompts import Family, count_operations, fill_rows, find_families, lay_out, model_arguments
 
@@ -54,57 +54,50 @@ class Unpaired(NamedTuple):
         return tuple(self.answered.input_ids[self.answered.trained.index(True) :])
 
 
-def tokenize_pairs(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Pair]:
+def tokenize_pairs(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop") -> list[Pair]:
     """Pairs, one a row: `prompt`, `chosen` and `rejected` (all text, or all messages), and a number `margin` if there is one.
 
-    Messages may come without `prompt`: it is then what both conversations begin with. Text is ended by an EOS.
+    Messages may come without `prompt`: it is then what both conversations begin with. Both may repeat a prompt of messages, and
+    both may be whole conversations beside a prompt of text, which the user says last in what they share. Text is ended by an EOS.
     A `tools` column is handed to the chat template.
 
-    Sequences longer than `max_length` tokens are cut at the right, with one warning. Raises DataError for missing
-    columns, wrong types, a completion that is empty or has no token within `max_length`, and completions that are
-    the same, or are within `max_length`; ValueError for a tokenizer that lacks what this needs.
+    Pairs with a sequence longer than `max_length` tokens are refused, left out or cut at the right (`too_long`), the latter two with
+    one warning that counts them. Raises DataError for missing columns, wrong types, a completion that is empty or has no token within
+    `max_length`, and completions that are the same, or are within `max_length`; ValueError for a tokenizer that lacks what this needs.
     """
-    implicit = "prompt" not in rows.column_names and "chosen" in rows.column_names and isinstance(rows[0]["chosen"], list)
+    implicit = "prompt" not in rows.column_names and "chosen" in rows.column_names and holds_messages(rows, "chosen")
     need_columns(rows, *([] if implicit else ["prompt"]), "chosen", "rejected")
-    chat = implicit or isinstance(rows[0]["prompt"], list)
-    columns = ["chosen", "rejected"] if implicit else ["prompt", "chosen", "rejected"]
-    columns += [name for name in ("tools",) if chat and name in rows.column_names]
-    render = ChatTemplate(tokenizer).render if chat else join_texts
+    chat = implicit or holds_messages(rows, "prompt", "chosen")
+    convert = answer_converter(tokenizer, "chosen", "rejected", chat=chat)
 
     def both(row: Row) -> list[Any]:
-        row = _split_prompt(row) if implicit else row
+        if implicit and not (isinstance(row["chosen"], list) and isinstance(row["rejected"], list)):
+            raise DataError("columns 'chosen' and 'rejected' must both be lists of messages where there is no column 'prompt'")
         if row["chosen"] == row["rejected"]:
             raise DataError("columns 'chosen' and 'rejected' are the same")
-        return [render(row, "chosen"), render(row, "rejected")]
+        return convert(row)
 
     margins: Sequence[float | None] = [None] * len(rows)
     if "margin" in rows.column_names:
         margins = read_each(rows, ["margin"], _read_margin)
-    answers = read_each(rows, columns, both)
-    pairs = [
-        Pair(chosen, rejected, margin)
-        for (chosen, rejected), margin in zip(
-            tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length), margins, strict=True
-        )
-    ]
-    same = [index for index, pair in enumerate(pairs) if pair.chosen == pair.rejected]
+    answers = read_each(rows, ["chosen", "rejected"] if implicit else ["prompt", "chosen", "rejected"], both, BESIDE)
+    tokenized = tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long)
+    same = [index for index, pair in enumerate(tokenized) if pair and pair[0] == pair[1]]
     refuse_rows(rows, {f"columns 'chosen' and 'rejected' are the same within max_length={max_length}": same})
-    return pairs
+    return [Pair(pair[0], pair[1], margin) for pair, margin in zip(tokenized, margins, strict=True) if pair]
 
 
-def tokenize_unpaired(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Unpaired]:
-    """Judged completions, one a row: `prompt` and `completion` (both text, or both messages), and `label`, true for a desirable one.
+def tokenize_unpaired(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop") -> list[Unpaired]:
+    """Judged completions, one a row: `prompt` and `completion` (both text, or messages), and `label`, true for a desirable one.
 
     Texts, lengths and errors as in `tokenize_pairs`; a label that is not true or false is refused too.
     """
     need_columns(rows, "prompt", "completion", "label")
-    chat = isinstance(rows[0]["prompt"], list)
-    columns = ["prompt", "completion"] + [name for name in ("tools",) if chat and name in rows.column_names]
-    render = ChatTemplate(tokenizer).render if chat else join_texts
+    chat = holds_messages(rows, "prompt", "completion")
     labels = read_each(rows, ["label"], _read_label)
-    answers = read_each(rows, columns, lambda row: [render(row, "completion")])
-    sequences = tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length)
-    return [Unpaired(sequence, label) for [sequence], label in zip(sequences, labels, strict=True)]
+    answers = read_each(rows, ["prompt", "completion"], answer_converter(tokenizer, "completion", chat=chat), BESIDE)
+    tokenized = tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long)
+    return [Unpaired(sequences[0], label) for sequences, label in zip(tokenized, labels, strict=True) if sequences]
 
 
 def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int) -> list[Unpaired]:
@@ -226,16 +219,6 @@ def _join(row: Unpaired, other: Unpaired, max_length: int) -> Tokenized:
         (prompt + sequence.input_ids[first:])[:max_length],
         ([False] * len(prompt) + sequence.trained[first:])[:max_length],
     )
-
-
-def _split_prompt(row: Row) -> Row:
-    chosen, rejected = row["chosen"], row["rejected"]
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise DataError("columns 'chosen' and 'rejected' must both be lists of messages where there is no column 'prompt'")
-    shared = next((place for place, (one, other) in enumerate(zip(chosen, rejected)) if one != other), min(len(chosen), len(rejected)))
-    if not shared:
-        raise DataError("columns 'chosen' and 'rejected' must begin with the same messages where there is no column 'prompt'")
-    return {**row, "prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def _read_margin(row: Row) -> float:

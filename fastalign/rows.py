@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from .chat import DataError, Row
+from .messages import DataError, FatalDataError, Row
 
 BATCH = 1000  # rows read at once
 NAMED = 5  # rows that a message names; it counts the others
@@ -222,13 +222,19 @@ def as_rows(rows: Any) -> Rows:
     return rows if isinstance(rows, Rows) else Rows([DatasetPart(rows)])
 
 
-def read_each(rows: Any, columns: list[str], convert: Callable[[Row], T]) -> list[T]:
-    """`convert` of these columns of every row; the DataErrors that it raises become one that names the rows."""
+def read_each(rows: Any, columns: Sequence[str], convert: Callable[[Row], T], optional: Sequence[str] = ()) -> list[T]:
+    """`convert` of these columns of every row, and of the `optional` ones that there are.
+
+    The DataErrors that it raises become one that names the rows.
+    """
     done = []
     faults: dict[str, list[int]] = defaultdict(list)
-    for index, row in enumerate(as_rows(rows).read(columns)):
+    there = [*columns, *(column for column in optional if column in rows.column_names)]
+    for index, row in enumerate(as_rows(rows).read(there)):
         try:
             done.append(convert(row))
+        except FatalDataError as fault:
+            refuse_rows(rows, faults | {str(fault): [index]})
         except DataError as fault:
             faults[str(fault)].append(index)
     refuse_rows(rows, faults)
@@ -238,7 +244,11 @@ def read_each(rows: Any, columns: list[str], convert: Callable[[Row], T]) -> lis
 def need_columns(rows: Any, *columns: str) -> None:
     """Raise DataError where `rows` lack one of the columns."""
     if missing := [repr(column) for column in columns if column not in rows.column_names]:
-        raise DataError(f"{name_rows(rows)}no column {' and no column '.join(missing)}; there are: {', '.join(rows.column_names)}")
+        hint = "; ShareGPT's are for fastalign sft, other stages want prompt and answers as messages" * (
+            "conversations" in rows.column_names
+        )
+        there = ", ".join(rows.column_names)
+        raise DataError(f"{name_rows(rows)}no column {' and no column '.join(missing)}; there are: {there}{hint}")
 
 
 def name_rows(rows: Any, indices: Sequence[int] = ()) -> str:

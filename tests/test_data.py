@@ -239,7 +239,15 @@ class TestTokenizeSft:
     def test_a_generation_prompt_that_no_turn_begins_with_is_refused_by_row(self) -> None:
         template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
         thoughtful = [TALK[1], {"role": "assistant", "content": "<think>Hm.</think>Good."}]
-        with pytest.raises(DataError, match=r"^row 2: the chat template of .* renders earlier turns differently"):
+        message = (
+            (
+                r"^row 2: the answer does not begin with the generation prompt of the chat template of .*: it begins with "
+                r"'<|im_start|>assistant\nIt was great..*', and a model is asked with '<|im_start|>assistant\n<think>'"
+            )
+            .replace("|", "\\|")
+            .replace("\\n", "\\\\n")
+        )
+        with pytest.raises(DataError, match=message):
             tokenize_sft(chats(thoughtful, TALK[1:3]), build(template), max_length=512)
 
     def test_nothing_is_added_to_what_the_template_writes_and_its_first_token_is_no_target(self) -> None:
@@ -270,7 +278,7 @@ class TestTokenizeSft:
         short, long = tokenize_sft(rows, build(CHATML), max_length=512)
         length = len(long.input_ids) - 3
         with pytest.warns(UserWarning, match=rf"^row 2: longer than max_length={length}, .* \(1 of 2 rows\)"):
-            kept, cut = tokenize_sft(rows, build(MARKED), max_length=length)
+            kept, cut = tokenize_sft(rows, build(MARKED), max_length=length, too_long="truncate")
         assert kept == short
         assert cut == (long.input_ids[:length], long.trained[:length])
 
@@ -280,9 +288,9 @@ class TestTokenizeSft:
         prompt = tokenizer.apply_chat_template(TALK[1:2], add_generation_prompt=True, return_dict=False)
         rows = chats(TALK[1:3], TALK[1:3])
         with pytest.warns(UserWarning, match="rows 1, 2: longer"):
-            assert len(tokenize_sft(rows, tokenizer, max_length=len(prompt) + 1)) == 2
+            assert len(tokenize_sft(rows, tokenizer, max_length=len(prompt) + 1, too_long="truncate")) == 2
         with pytest.raises(DataError, match=rf"^rows 1, 2: no token to train on within max_length={len(prompt)}"):
-            tokenize_sft(rows, tokenizer, max_length=len(prompt))
+            tokenize_sft(rows, tokenizer, max_length=len(prompt), too_long="truncate")
 
     @pytest.mark.parametrize(
         ("bad", "message"),
@@ -300,7 +308,7 @@ class TestTokenizeSft:
             ([TALK[1], {"role": "assistant", "content": " "}], "has assistant turns without content only"),
             (
                 [TALK[1], {"role": "assistant", "content": ["x"]}],
-                "chat template of .* refuses it: can only concat",
+                "must hold contents whose parts are .*, got 'x'",
             ),
             ([{"role": "other"}, TALK[2]], "the chat template of .* refuses it: unknown role"),
         ],

@@ -147,7 +147,7 @@ def test_long_pairs_are_cut_with_one_warning_and_refused_where_nothing_is_left_t
     long = {"prompt": "The film", "chosen": " was great." * 9, "rejected": " bad" * 40}
     rows = write(tmp_path / "a.jsonl", [short, long])
     with pytest.warns(UserWarning, match=r"a\.jsonl, row 2: longer than max_length=12, cut at the right \(1 of 2 rows\)") as caught:
-        pairs = tokenize_pairs(rows, tokenizer, max_length=12)
+        pairs = tokenize_pairs(rows, tokenizer, max_length=12, too_long="truncate")
     assert len(caught) == 1
     assert [len(sequence.input_ids) for sequence in pairs[1][:2]] == [12, 12]
     same_at_first = {"prompt": "The film", "chosen": " was great." * 9, "rejected": " was great." * 9 + " bad"}
@@ -155,9 +155,14 @@ def test_long_pairs_are_cut_with_one_warning_and_refused_where_nothing_is_left_t
         pytest.raises(DataError, match="row 2: columns 'chosen' and 'rejected' are the same within max_length=12$"),
         pytest.warns(UserWarning),
     ):
-        tokenize_pairs(write(tmp_path / "b.jsonl", [short, same_at_first]), tokenizer, max_length=12)
+        tokenize_pairs(write(tmp_path / "b.jsonl", [short, same_at_first]), tokenizer, max_length=12, too_long="truncate")
     with pytest.raises(DataError, match="row 2: no token to train on within max_length=12: the prompt fills it$"):
-        tokenize_pairs(write(tmp_path / "c.jsonl", [short, short | {"prompt": "The film was great." * 9}]), tokenizer, max_length=12)
+        tokenize_pairs(
+            write(tmp_path / "c.jsonl", [short, short | {"prompt": "The film was great." * 9}]),
+            tokenizer,
+            max_length=12,
+            too_long="truncate",
+        )
 
 
 # Judged completions

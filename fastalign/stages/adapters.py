@@ -18,9 +18,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .config import TrainConfig
 
@@ -107,7 +109,7 @@ def load_architecture(name: str, *, task: Task = "CAUSAL_LM", argument: str = "m
     if task == "CAUSAL_LM" and classifiers:
         raise ValueError(f"{argument}: got {name!r}, the adapters of a sequence classifier ({classifiers[0]!r}), expected a causal LM")
     labels = {} if not classifiers else {"num_labels": _labels(classifiers[-1], argument)}
-    architecture: PretrainedConfig = AutoConfig.from_pretrained(source.base, **labels)
+    architecture: PretrainedConfig = AutoConfig.from_pretrained(source.base, trust_remote_code=False, **labels)
     return architecture
 
 
@@ -128,9 +130,11 @@ def load_plain(name: str, *, task: Task, argument: str = "model", **options: Any
     `options` are from_pretrained's. Raises ValueError where the adapters do not fit the base, or cannot be merged.
     """
     source = find_source(name, argument=argument)
-    model: PreTrainedModel = _AUTO[task].from_pretrained(source.base, **options)
+    model: PreTrainedModel = _AUTO[task].from_pretrained(source.base, trust_remote_code=False, **options)
     for folder in source.adapters:
         model = _merge(model, folder, argument)
+        if model.can_generate() and Path(folder, GENERATION_CONFIG_NAME).is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
 
 
@@ -169,9 +173,11 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig, *, task: Task, bas
 
 
 def record_base(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Write where the base of the adapters that were saved in `folder` is; other models need none."""
+    """Write beside adapters that were saved in `folder` where their base is, and how it generates; other models have that already."""
     if not isinstance(model, PeftModel):
         return
+    if generation := getattr(model, "generation_config", None):
+        generation.save_pretrained(folder)
     base = str(cast(Any, model).base_source)
     path = folder / ADAPTER_CONFIG
     if Path(base).is_dir():

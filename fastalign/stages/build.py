@@ -71,7 +71,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or name; adapters that were saved without one have their base's."""
     parts = find_source(name, argument="tokenizer").parts
     whole = (part for part in parts if not has_adapters(part) or Path(part, "tokenizer_config.json").is_file())
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(next(whole))
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(next(whole), trust_remote_code=False)
     return tokenizer
 
 
@@ -79,6 +79,16 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig) -> i
     """An id of the model's to fill rows with; it is never attended to nor trained on."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(int(i) for i in ids if i is not None and i < model.get_text_config().vocab_size)
+
+
+def stop_at(model: PreTrainedModel | PeftModel, ends: Sequence[int]) -> None:
+    """Add ids that end a turn to those at which the model's `generate` stops, and rollouts, and which are saved with it."""
+    config: Any = model.generation_config
+    own = config.eos_token_id
+    known = [] if own is None else own if isinstance(own, list) else [own]
+    if new := [end for end in dict.fromkeys(ends) if end not in known]:
+        every = [*known, *new]
+        config.eos_token_id = every if len(every) > 1 else every[0]
 
 
 def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, length: int) -> PretrainedConfig:
@@ -92,7 +102,7 @@ def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedToke
     if isinstance(model_config, str):
         if not Path(model_config).is_file():
             raise ValueError(f"model_config: no file {model_config!r}")
-        config: PretrainedConfig = AutoConfig.from_pretrained(model_config)
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_config, trust_remote_code=False)
         return config
     fields = dict(model_config)
     model_type = fields.pop("model_type", None)
@@ -192,7 +202,7 @@ def load_model(
     options |= {"num_labels": 1} if classifier else {}
     if weights is None:
         auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-        lm: PreTrainedModel = auto.from_config(architecture, **options)
+        lm: PreTrainedModel = auto.from_config(architecture, trust_remote_code=False, **options)
     else:
         lm = load_plain(weights, task=task, **options)
         base, adapters = find_source(weights)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fastalign_kernels.pair_losses import PAIR_LOSSES
 from fastalign_kernels.preference import dpo_loss
 
-from ..data import load_rows
+from ..data import load_rows, turn_ends
 from ..preferences import Pair, collate_pairs, sequence_logps, tokenize_pairs
 from .adapters import load_architecture
-from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .config import CONFIG, parse
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, total_steps, train
 from .preference import Reference, ReferenceConfig, make_packer, make_reference, without_dropout
@@ -56,13 +56,19 @@ def run(config: DPOConfig) -> dict[str, float]:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model)
 
+        ends: list[int] = []
+
         def rows_of(source: str, split: str) -> list[Pair]:
-            return tokenize_pairs(load_rows(source, split=split), tokenizer, max_length=config.max_length)
+            loaded = load_rows(source, split=split)
+            tokenized = tokenize_pairs(loaded, tokenizer, max_length=config.max_length, too_long=config.too_long)
+            ends.extend(turn_ends(loaded, tokenizer))
+            return tokenized
 
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
         longest = check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        stop_at(model, ends)
         without_dropout(model)
         packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer, architecture), longest=longest)
         to_batch = partial(collate_pairs, packer=packer)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastalign_kernels.preference import kto_kl, kto_loss
 
-from ..data import load_rows
+from ..data import load_rows, turn_ends
 from ..preferences import (
     Unpaired,
     collate_unpaired,
@@ -30,7 +30,7 @@ from ..preferences import (
     tokenize_unpaired,
 )
 from .adapters import load_architecture
-from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .config import CONFIG, parse
 from .loop import Batch, LossFn, Prepare, epoch_batches, held_out_batches, rows_of_step, start, total_steps, train
 from .preference import Reference, ReferenceConfig, make_packer, make_reference, without_dropout
@@ -65,8 +65,13 @@ def run(config: KTOConfig) -> dict[str, float]:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model)
 
+        ends: list[int] = []
+
         def rows_of(source: str, split: str) -> list[Unpaired]:
-            return tokenize_unpaired(load_rows(source, split=split), tokenizer, max_length=config.max_length)
+            loaded = load_rows(source, split=split)
+            tokenized = tokenize_unpaired(loaded, tokenizer, max_length=config.max_length, too_long=config.too_long)
+            ends.extend(turn_ends(loaded, tokenizer))
+            return tokenized
 
         def arrange(rows: list[Unpaired], step: int) -> list[Unpaired]:
             if config.loss_type != "kto" or not rows:
@@ -86,6 +91,7 @@ def run(config: KTOConfig) -> dict[str, float]:
         mismatches = [made for part in (rows, held_out) if part for made in mismatch_bounds(part, max_length=config.max_length)]
         longest = check_fit(architecture, tokenizer, [[*sequences, *mismatches]])
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        stop_at(model, ends)
         without_dropout(model)
         packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer, architecture), longest=longest)
         to_batch = partial(collate_unpaired, packer=packer)

@@ -30,9 +30,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from fastalign_kernels import value_loss
 
 from ..actor_critic import ActorCritic
-from ..data import Prompt, Tokenized, load_rows, tokenize_prompts
+from ..data import Prompt, Tokenized, load_rows, tokenize_prompts, turn_ends
 from .adapters import find_source, is_classifier, load_architecture, record_base
-from .build import check_fit, load_model, load_tokenizer, padding_id
+from .build import check_fit, load_model, load_tokenizer, padding_id, stop_at
 from .config import CONFIG, TrainConfig, parse
 from .experience import Experience, PPOOptions, experience_batch, rollout
 from .loop import Batch, LossFn, autocast, distribute, make_optimizer, rows_of_step, run_steps, start, update
@@ -74,7 +74,9 @@ class PPOConfig(PPOOptions, TrainConfig):
     """What the policy is held near: a frozen copy of it as it was, the model without its LoRA adapters, or nothing (needs kl_coef=0).
     auto: adapters_off with LoRA, else copy."""
     max_prompt_length: PositiveInt = 512
-    """Longest prompt in tokens; rows with longer ones are left out."""
+    """Longest prompt in tokens."""
+    too_long: Literal["refuse", "drop", "truncate"] = "drop"
+    """What to do with a longer prompt: refuse it, leave it out or cut it at the left; the log counts them."""
     packing: bool = True
     """Pack sequences that share a forward pass into rows as long as the longest, blind to each other."""
     batch_size: PositiveInt = 64
@@ -222,8 +224,13 @@ def run(config: PPOConfig) -> dict[str, float]:
         scorer = find_function(config.reward) if is_function(config.reward) else find_classifier(config.reward, config.reward_label)
         reader = scorer if isinstance(scorer, Classifier) and scorer.reads(tokenizer) else None
 
+        ends: list[int] = []
+
         def prompts_of(source: str, split: str) -> list[Prompt]:
-            return tokenize_prompts(load_rows(source, split=split), tokenizer, max_length=config.max_prompt_length)
+            loaded = load_rows(source, split=split)
+            tokenized = tokenize_prompts(loaded, tokenizer, max_length=config.max_prompt_length, too_long=config.too_long)
+            ends.extend(turn_ends(loaded, tokenizer))
+            return tokenized
 
         prompts = prompts_of(config.train_data, config.train_split)
         held_out = prompts_of(config.eval_data, config.eval_split) if config.eval_data else []
@@ -239,6 +246,7 @@ def run(config: PPOConfig) -> dict[str, float]:
 
         load = partial(load_model, config, world, attention=attention, packed=config.packing)
         policy = load(architecture, weights=config.model)
+        stop_at(policy, ends)
         reward = make_reward(config, world, scorer, tokenizer, attention)
         model = ActorCritic(policy, make_value(value_source, load), kl_coefficient=config.kl_coef)
         without_dropout(model)

@@ -40,6 +40,8 @@ class PreferenceConfig(TrainConfig):
     """Folder or name of the model."""
     max_length: int = Field(default=1024, ge=2)
     """Longest prompt with its completion in tokens."""
+    too_long: Literal["refuse", "drop", "truncate"] = "drop"
+    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts the rows."""
     packing: bool = True
     """Pack sequences that share a forward pass into rows as long as the longest, blind to each other, and compute the
     prompt that two of them share once, where the attention takes a mask and it pays."""

@@ -7,7 +7,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -32,6 +32,9 @@ class PretrainConfig(TrainConfig):
     """Column that holds the documents."""
     sequence_length: int = Field(default=1024, ge=2)
     """Tokens in a row. Documents are packed into rows and do not see each other."""
+    too_long: Literal["split", "refuse", "drop", "truncate"] = "split"
+    """What to do with a document longer than sequence_length: split it into pieces, refuse it, leave it out or keep its
+    beginning; the log counts the documents of the latter two."""
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
@@ -65,6 +68,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
                 tokenizer,
                 max_length=config.sequence_length,
                 column=config.text_column,
+                too_long=config.too_long,
             )
             lengths = [len(document.input_ids) for document in documents]
             return [[documents[number] for number in row] for row in pack(lengths, config.sequence_length)]

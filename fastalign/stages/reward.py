@@ -55,7 +55,7 @@ def run(config: RewardConfig) -> dict[str, float]:
         architecture = load_architecture(config.model, task="SEQ_CLS")
 
         def rows_of(source: str, split: str) -> list[Pair]:
-            return tokenize_pairs(load_rows(source, split=split), tokenizer, max_length=config.max_length)
+            return tokenize_pairs(load_rows(source, split=split), tokenizer, max_length=config.max_length, too_long=config.too_long)
 
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..chat import ChatTemplate
 from ..classifier import last_tokens, score_packed
 from ..data import Prompt, Tokenized
 from ..preferences import pack_sequences
@@ -133,6 +134,7 @@ def load_classifier(
     of_tokens = classifier.reads(tokenizer) and hasattr(model, "score")
     if of_tokens:
         score_packed(model)
+    template = ChatTemplate(classifier.tokenizer) if classifier.tokenizer.chat_template else None
     padding = model.config.get_text_config().pad_token_id
     pad_id = padding_id(tokenizer, model.config) if padding is None else padding
     if padding is None and not of_tokens:
@@ -141,7 +143,8 @@ def load_classifier(
 
     def inputs_of(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Mapping[str, Any]:
         if not of_tokens:
-            return _encode(classifier.tokenizer, prompts, tokenizer.batch_decode(completions, skip_special_tokens=True), limit)
+            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            return _encode(classifier.tokenizer, template, prompts, texts, limit)
         ids = [prompt.input_ids + completion for prompt, completion in zip(prompts, completions, strict=True)]
         sequences = [Tokenized(sequence, [False] * len(sequence)) for sequence in ids]
         packed = pack_sequences(sequences, pad_id=pad_id, attention=attention, packing=packing)
@@ -178,7 +181,8 @@ def check_classifier(classifier: Classifier, tokenizer: PreTrainedTokenizerBase,
     if isinstance(prompts[0].row["prompt"], list) and not own.chat_template:
         raise ValueError(f"{name}: its tokenizer has no chat template, expected one, because the prompts are messages")
     limit = text_limit(classifier)
-    longest = max(_encode(own, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
+    template = ChatTemplate(own) if own.chat_template else None
+    longest = max(_encode(own, template, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"{name}: a prompt of {longest} of its tokens and a completion of {max_new_tokens} do not fit its {limit}: "
@@ -203,18 +207,22 @@ def text_limit(classifier: Classifier) -> int | None:
 def _on_meta(classifier: Classifier) -> PreTrainedModel:
     """The classifier's modules without memory for weights."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(classifier.architecture)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(classifier.architecture, trust_remote_code=False)
     return model
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], completions: Sequence[str], limit: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    limit: int | None,
 ) -> Mapping[str, Any]:
-    """Whole conversations in a classifier's own tokens, at most `limit` of each; one with messages needs a chat template."""
+    """Whole conversations in a classifier's own tokens, at most `limit` of each; one with messages needs its chat template."""
     chat = isinstance(prompts[0].row["prompt"], list)
     if chat:
-        turns = [prompt.row["prompt"] + [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, completions, strict=True)]
-        texts = tokenizer.apply_chat_template(turns, tokenize=False)
+        template = template or ChatTemplate(tokenizer)  # which says that there is none
+        texts = [template.answered(prompt.row, text) for prompt, text in zip(prompts, completions, strict=True)]
     else:
         texts = [prompt.row["prompt"] + text for prompt, text in zip(prompts, completions, strict=True)]
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not chat}

@@ -6,13 +6,14 @@ torchrun --nproc-per-node 8 -m fastalign.stages.sft --config sft.yaml
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from ..data import Tokenized, collate, load_rows, pack, tokenize_sft
+from ..data import Tokenized, collate, load_rows, pack, tokenize_sft, turn_ends
 from .adapters import load_architecture
-from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .config import CONFIG, TrainConfig, parse
 from .loop import epoch_batches, held_out_batches, language_model_loss, micro_batch_size, start, train
 
@@ -25,6 +26,8 @@ class SFTConfig(TrainConfig):
     """Folder or name of the model."""
     max_length: int = Field(default=1024, ge=2)
     """Longest conversation in tokens."""
+    too_long: Literal["refuse", "drop", "truncate"] = "drop"
+    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts the rows."""
     packing: bool = False
     """Pack conversations into rows of max_length, blind to each other; batch_size then counts such rows."""
 
@@ -39,8 +42,12 @@ def run(config: SFTConfig) -> dict[str, float]:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model)
 
+        ends: list[int] = []
+
         def rows_of(source: str, split: str) -> list[list[Tokenized]]:
-            examples = tokenize_sft(load_rows(source, split=split), tokenizer, max_length=config.max_length)
+            loaded = load_rows(source, split=split)
+            examples = tokenize_sft(loaded, tokenizer, max_length=config.max_length, too_long=config.too_long)
+            ends.extend(turn_ends(loaded, tokenizer))
             if not config.packing:
                 return [[example] for example in examples]
             lengths = [len(example.input_ids) for example in examples]
@@ -51,6 +58,7 @@ def run(config: SFTConfig) -> dict[str, float]:
         alone = not config.packing and micro_batch_size(config, world) == 1
         check_fit(architecture, tokenizer, [*rows, *held_out], alone=alone)
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        stop_at(model, ends)
         to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), attention=attention)
         return train(
             config,
