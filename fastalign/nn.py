@@ -1,5 +1,6 @@
 """The losses as modules: options in the constructor, tensors in the call, as torch.nn has it. No module owns parameters: the head's
-weight is the model's and comes with the call, so that ties, adapters and sharding stay the model's business.
+weight is the model's and comes with the call, so that ties, adapters and sharding stay the model's business. Options are checked in the
+constructor, tensors in the call.
 """
 
 from __future__ import annotations
@@ -10,15 +11,22 @@ from fastalign_kernels import (
     LinearPreferenceLoss,
     LinearUnpairedLoss,
     PolicyLoss,
+    check,
     cross_entropy,
     linear_cross_entropy,
     linear_dpo_loss,
     linear_kto_loss,
     linear_ppo_loss,
 )
+from fastalign_kernels.head import check_tail_smoothing, head_options
+from fastalign_kernels.logits import loss_options, make_transform
+from fastalign_kernels.policy import AGGREGATIONS, policy_options
+from fastalign_kernels.preference import pair_options, unpaired_options
 
 
 class _Loss(nn.Module):
+    """Keeps the options. Each constructor checks its own by the checks of its function, so that a bad one fails there."""
+
     def __init__(self, **options: object) -> None:
         super().__init__()
         self.options = options
@@ -44,6 +52,10 @@ class CrossEntropyLoss(_Loss):
         reduction: str = "mean",
         inplace_backward: bool = False,
     ) -> None:
+        loss_options(reduction, label_smoothing, z_loss)
+        make_transform(1.0, softcap, temperature)
+        check.whole("ignore_index", ignore_index)
+        check.flags(inplace_backward=inplace_backward)
         super().__init__(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -79,6 +91,9 @@ class LinearCrossEntropyLoss(_Loss):
         tail_eps: float | None = None,
         workspace_mib: float | None = None,
     ) -> None:
+        loss_options(reduction, label_smoothing, z_loss)
+        head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
+        check_tail_smoothing(tail_eps, label_smoothing, softcap)
         super().__init__(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -124,6 +139,8 @@ class LinearDPOLoss(_Loss):
         tail_eps: float | None = None,
         workspace_mib: float | None = None,
     ) -> None:
+        pair_options(loss_type, beta, label_smoothing)
+        head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
         super().__init__(
             beta=beta,
             loss_type=loss_type,
@@ -184,6 +201,8 @@ class LinearKTOLoss(_Loss):
         tail_eps: float | None = None,
         workspace_mib: float | None = None,
     ) -> None:
+        unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
+        head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
         super().__init__(
             beta=beta,
             loss_type=loss_type,
@@ -252,6 +271,9 @@ class LinearPPOLoss(_Loss):
         tail_eps: float | None = None,
         workspace_mib: float | None = None,
     ) -> None:
+        policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
+        check.choice("aggregation", aggregation, AGGREGATIONS)
+        head_options(softcap, logit_scale, temperature, ignore_index=-100, tail_eps=tail_eps, workspace_mib=workspace_mib)
         super().__init__(
             clip=clip,
             clip_high=clip_high,

@@ -253,10 +253,11 @@ def prepare(
     V, H = weight.shape
     if hidden.dim() < 1 or hidden.shape[-1] != H:
         raise ValueError(f"hidden: shape {list(hidden.shape)} seen, [..., H] = [..., {H}] wanted, as weight has it")
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    _check.dtype("hidden", hidden, _check.FLOATS)
     _check.supported_device("hidden", hidden)
+    kind = hidden.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    _check.dtype("hidden", hidden, _check.FLOATS)
     allowed = (hidden.dtype,) if hidden.dtype in (torch.float32, torch.float64) else (hidden.dtype, torch.float32)
     _check.dtype("weight", weight, allowed)
     _check.device("weight", weight, "hidden", hidden)

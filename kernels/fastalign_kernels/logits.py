@@ -167,7 +167,7 @@ def _table(
         )
     blocks = logits if logits.dim() == 3 else logits.reshape(1, -1, logits.shape[-1])
     if blocks.stride(-1) != 1 and blocks.shape[-1] > 1:
-        blocks = blocks.contiguous()
+        blocks = blocks.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty tensor's strides as they are
     inplace_backward = inplace_backward and not transforming()  # vmap's slices share memory, so autograd would refuse
     return _token_table(blocks, kept_ids(ids, ignore_index), transform.softcap, transform.temperature, inplace_backward)
 

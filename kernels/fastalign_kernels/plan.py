@@ -71,7 +71,7 @@ def plan_head(
     _check.whole("n_tokens", n_tokens, 0, expected="a whole number >= 0")
     _check.whole("hidden_size", hidden_size, 1, expected="a whole number >= 1")
     _check.whole("vocab_size", vocab_size, 1, expected="a whole number >= 1")
-    if dtype not in _check.FLOATS:
+    if not isinstance(dtype, torch.dtype) or dtype not in _check.FLOATS:
         raise ValueError(f"dtype: got {_check.shown(dtype)}, expected {' or '.join(map(str, _check.FLOATS))}")
     kind = _device_type(device)
     _check.flags(hidden_grad=hidden_grad, weight_grad=weight_grad)

@@ -144,7 +144,8 @@ def sample(
     table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
     scalars = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
     found = _implementation(logits)(
-        logits.detach() if logits.stride(-1) == 1 else logits.detach().contiguous(),
+        # contiguous() leaves an empty tensor's strides as they are
+        logits.detach() if logits.stride(-1) == 1 else logits.detach().clone(memory_format=torch.contiguous_format),
         seed,
         table,
         *scalars,

@@ -50,12 +50,15 @@ def tail_report(
     if tail_eps is None:
         raise ValueError("tail_eps: None seen, a probability in (0, 1) wanted")
     _check.whole("sample", sample, 1, expected="a whole number >= 1")
-    if logit_scale == 0:
+    if _check.number("logit_scale", logit_scale) == 0:
         raise ValueError("logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is relative to them")
+    _check.tensors(hidden=hidden)
+    if not _check.readable(hidden, check=True):
+        raise ValueError(f"hidden: got a tensor without values, on {hidden.device}, expected one with values")
     arguments = prepare(
         hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, True
     )
-    flat, _, ids, _, *transform, workspace, eps = arguments
+    flat, _, ids, bias, *transform, workspace, eps = arguments
     own = (ids >= 0).nonzero()[:sample, 0]
     if not own.numel():
         raise ValueError("targets: none seen that is not ignored, at least one wanted")
