@@ -20,7 +20,7 @@ MODULES: dict[str, Callable[..., Any]] = {
     if inspect.isclass(kind) and issubclass(kind, nn.Module) and not name.startswith("_")
 }
 NOT_FP32 = (math.nan, math.inf, -math.inf, 1e-40, -1e-40, 1e39)
-NO_ARGUMENT = ([1.0], (1.0,), {}, numpy.ones(3), object())
+NO_ARGUMENT: tuple[Any, ...] = ([1.0], (1.0,), {}, numpy.ones(3), object())
 # Bad values of each kind of argument; a kind among alternatives, as in "float | None", takes away what another one allows.
 BAD: dict[str, tuple[Any, ...]] = {
     "float": (*NOT_FP32, True, "1", None, torch.ones(()), *NO_ARGUMENT),
@@ -159,7 +159,7 @@ def run(name: str, given: dict[str, Any], layout: Callable[[Tensor], Tensor] | N
     differentiable = [x for x in fields if isinstance(x, Tensor) and x.requires_grad]
     if not differentiable:
         return fields, []
-    total = sum(x.nan_to_num().sum() for x in differentiable)
+    total = torch.stack([x.nan_to_num().sum() for x in differentiable]).sum()
     return fields, list(torch.autograd.grad(total, [x for x in leaves.values() if x.requires_grad], allow_unused=True))
 
 
@@ -184,7 +184,7 @@ def test_an_expanded_argument_is_as_its_copy(name):
         if isinstance(x, Tensor) and x.dim() and key != "cu_seqlens":
             expanded = (x[:1, :1] if x.dim() > 1 else x[:1]).expand(x.shape)
             found, expected = (run(name, {**given, key: value}, None) for value in (expanded, expanded.contiguous()))
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True, msg=lambda text: f"{key}: {text}")
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True, msg=f"{key}: expanded is not as its copy")
 
 
 # Tensors without values.

@@ -196,7 +196,7 @@ def _check_option(name: str, value: float | Tensor, logits: Tensor, look: bool) 
 def _row_values(value: float | Tensor, logits: Tensor) -> Tensor:
     """A number or [B] as fp64 [B]."""
     if isinstance(value, Tensor):
-        return value.double()
+        return value.detach().double()
     return torch.full(logits.shape[:1], float(value), dtype=torch.float64, device=logits.device)
 
 
