@@ -111,10 +111,17 @@ def divisor(name: str, value: float | Tensor | None, like_name: str, like: Tenso
         dtype(name, value, (*FLOATS, *INTEGERS))
         if value.dim() or value.device.type != "cpu":  # torch takes a CPU scalar beside CUDA tensors
             device(name, value, like_name, like)
-        if readable(value) and not 0 < value.item() < float("inf"):
-            raise ValueError(f"{name}: {value.item()} seen, a number above 0 wanted")
+        divisor_value(name, value, low=SMALLEST)
     elif value is not None:
         above_zero(name, value)
+
+
+def divisor_value(name: str, value: Tensor, *, low: float) -> None:
+    """The number in a tensor is finite and at least `low`, where `readable`; under vmap those of all slices."""
+    if readable(value):
+        for number in unwrapped(value).reshape(-1).tolist():
+            if not low <= number <= LARGEST:
+                raise ValueError(f"{name}: {number} seen, a number above 0 wanted")
 
 
 # Tensors.
