@@ -117,7 +117,7 @@ def gae(
         raise ValueError(f"rewards: shape {list(rewards.shape)} seen, [B, T] wanted")
     check_tokens({"rewards": rewards, "values": values}, mask)
     if bootstrap is not None:
-        _check.tensors(bootstrap=bootstrap)
+        _check.tensor("bootstrap", bootstrap)
         _check.dtype("bootstrap", bootstrap, _check.FLOATS)
         _check.shape("bootstrap", bootstrap, (rewards.shape[0],), "[B]")
         _check.device("bootstrap", bootstrap, "rewards", rewards)
@@ -178,7 +178,7 @@ def masked_whiten(
     eps = _check.at_least_zero("eps", eps)
     _check.flags(shift_mean=shift_mean)
     _check.process_group(group)
-    _check.tensors(x=x)
+    _check.tensor("x", x)
     check_tokens({"x": x}, mask)
     own, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
     # The ops without the dispatcher where nothing is traced, whose layers in Python take longer than the kernels.

@@ -35,11 +35,15 @@ def shown(value: object) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: got {shown(value)}, expected a torch.Tensor")
+
+
 def tensors(**given: object) -> None:
     """All are tensors."""
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: got {shown(value)}, expected a torch.Tensor")
+        tensor(name, value)
 
 
 def optional_tensors(**given: object) -> None:
@@ -72,6 +76,8 @@ def process_group(value: object) -> None:
 
 def number(name: str, value: float, low: float = -LARGEST, high: float = LARGEST, expected: str = "a finite number") -> float:
     """A number in [low, high] that fp32 holds: 0, or of a size within fp32's normal numbers."""
+    if type(value) is float and low <= value <= high and (value >= SMALLEST or value == 0 or value <= -SMALLEST):
+        return value  # what nearly every call brings, in half the time
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise ValueError(f"{name}: {shown(value)} seen, {expected} wanted")
     if not low <= value <= high or -SMALLEST < value < 0 or 0 < value < SMALLEST:
@@ -170,11 +176,15 @@ def ids(name: str, values: Tensor, vocab_size: int, ignore_index: int, check: bo
     if not readable(values, check):
         return
     values = unwrapped(values).long()  # an int32 tensor would meet an ignore_index of 2^32 + 5 as 5
+    if not values.numel():
+        return
+    low, high = torch.where(values == ignore_index, 0, values).aminmax()  # half the passes of the tests below
+    if low.item() >= 0 and high.item() < vocab_size:
+        return
     bad = (values != ignore_index) & ((values < 0) | (values >= vocab_size))
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        seen = f"{int(values[tuple(where)])} at {where} seen ({int(bad.sum())} such)"
-        raise ValueError(f"{name}: {seen}, ids in [0, {vocab_size}) or ignore_index {ignore_index} wanted")
+    where = bad.nonzero()[0].tolist()
+    seen = f"{int(values[tuple(where)])} at {where} seen ({int(bad.sum())} such)"
+    raise ValueError(f"{name}: {seen}, ids in [0, {vocab_size}) or ignore_index {ignore_index} wanted")
 
 
 def ignore_index(value: int | None) -> int:

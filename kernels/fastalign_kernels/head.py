@@ -266,7 +266,7 @@ def prepare(
     _check.device(name, ids, "hidden", hidden)
     _check.ids(name, ids if mask is None else torch.where(mask, ids, 0), V, ignore_index, check)
     if bias is not None:
-        _check.tensors(bias=bias)
+        _check.tensor("bias", bias)
         _check.shape("bias", bias, (V,), "[V]")
         _check.dtype("bias", bias, allowed)
         _check.device("bias", bias, "hidden", hidden)

@@ -120,12 +120,12 @@ def loss_options(reduction: str, label_smoothing: float, z_loss: float) -> tuple
 
 
 def check_loss_tensors(targets: Tensor, reduction: str, token_weights: Tensor | None, num_items: float | Tensor | None) -> None:
-    _check.tensors(targets=targets)
+    _check.tensor("targets", targets)
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: {num_items} seen with reduction={reduction!r}; it is the divisor of reduction='mean'")
     _check.divisor("num_items", num_items, "targets", targets)
     if token_weights is not None:
-        _check.tensors(token_weights=token_weights)
+        _check.tensor("token_weights", token_weights)
         _check.shape("token_weights", token_weights, tuple(targets.shape), "the targets' shape")
         _check.dtype("token_weights", token_weights, _check.FLOATS)
         _check.device("token_weights", token_weights, "targets", targets)
@@ -148,11 +148,13 @@ def _table(
     ignore_index: int | None,
     check: bool,
     inplace_backward: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The statistics [7, N] and the ids [N], -1 where ignored."""
     transform = make_transform(1.0, softcap, temperature)
     ignore_index = _check.ignore_index(ignore_index)
     _check.flags(check=check, inplace_backward=inplace_backward)
-    _check.tensors(**{"logits": logits, name: ids})
+    _check.tensor("logits", logits)
+    _check.tensor(name, ids)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: shape {list(logits.shape)} seen, [..., V] with V >= 1 wanted")
     _check.dtype("logits", logits, _check.FLOATS)
@@ -169,7 +171,8 @@ def _table(
     if blocks.stride(-1) != 1 and blocks.shape[-1] > 1:
         blocks = blocks.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty tensor's strides as they are
     inplace_backward = inplace_backward and not transforming()  # vmap's slices share memory, so autograd would refuse
-    return _token_table(blocks, kept_ids(ids, ignore_index), transform.softcap, transform.temperature, inplace_backward)
+    kept = kept_ids(ids, ignore_index)
+    return _token_table(blocks, kept, transform.softcap, transform.temperature, inplace_backward), kept
 
 
 def cross_entropy(
@@ -211,9 +214,8 @@ def cross_entropy(
     label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
     ignore_index = _check.ignore_index(ignore_index)
     check_loss_tensors(targets, reduction, token_weights, num_items)
-    table = _table(logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward)
-    kept = targets.reshape(-1).long() != ignore_index
-    scale = loss_scale(kept, reduction, token_weights, num_items, table.dtype)
+    table, ids = _table(logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward)
+    scale = loss_scale(ids >= 0, reduction, token_weights, num_items, table.dtype)
     return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
 
 
@@ -232,7 +234,7 @@ def token_stats(
     Ignored positions hold 0 / False and get no gradient. `entropy=False` leaves that field None. Errors as in `cross_entropy`.
     """
     _check.flags(entropy=entropy)
-    table = _table(logits, ids, "ids", softcap, temperature, ignore_index, check)
+    table, _ = _table(logits, ids, "ids", softcap, temperature, ignore_index, check)
     return stats_of(table, ids.shape, entropy)
 
 

@@ -397,7 +397,7 @@ def kto_loss(
     """
     beta, desirable_weight, undesirable_weight = unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
     _check.choice("reduction", reduction, ("mean", "sum", "none"))
-    _check.tensors(desirable=desirable)
+    _check.tensor("desirable", desirable)
     _check.optional_tensors(kl=kl)
     _check_sequences({"policy_logps": policy_logps, "reference_logps": reference_logps})
     _check_like("desirable", desirable, (torch.bool,), "policy_logps", policy_logps)
@@ -492,7 +492,7 @@ def _preference(
     name, like = next(iter(logps.items()))
     for key, value in lengths.items():
         if value is not None:
-            _check.tensors(**{key: value})
+            _check.tensor(key, value)
             _check_like(key, value, _check.INTEGERS, name, like)
             _check_least_zero(key, value)
     flat = [x.reshape(-1) for x in logps.values()]

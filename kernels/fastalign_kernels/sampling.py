@@ -110,6 +110,7 @@ def sample(
     B, V = _check_logits(logits)
     seed = _check.whole("seed", seed, 0, expected="a whole number in [0, 2^63)")
     _check.flags(check=check)
+    look = _check.readable(logits, check)
     numbers = {
         "temperature": temperature,
         "top_k": top_k,
@@ -117,12 +118,17 @@ def sample(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    look = _check.readable(logits, check)
+    scalars, per_row = [], False
     for name, value in numbers.items():
-        _check_option(name, value, logits, look)
+        if isinstance(value, Tensor):
+            _check_rows(name, value, logits, look)
+            scalars.append(0.0)
+            per_row = True
+        else:
+            scalars.append(_scalar(name, value))
     for name, ids in (("sequence_ids", sequence_ids), ("positions", positions)):
         if ids is not None:
-            _check.tensors(**{name: ids})
+            _check.tensor(name, ids)
             _check.shape(name, ids, (B,), "[B]")
             _check.dtype(name, ids, _check.INTEGERS)
             _check.device(name, ids, "logits", logits)
@@ -130,19 +136,17 @@ def sample(
         raise ValueError(f"positions: {positions.tolist()[:8]} seen, whole numbers in [0, 2^32) wanted")
     for name, mask in (("seen", seen), ("allowed", allowed)):
         if mask is not None:
-            _check.tensors(**{name: mask})
+            _check.tensor(name, mask)
             _check.shape(name, mask, (B, -(-V // 32)), "[B, ceil(V / 32)]")
             _check.dtype(name, mask, (torch.int32,))
             _check.device(name, mask, "logits", logits)
     if finished is not None:
-        _check.tensors(finished=finished)
+        _check.tensor("finished", finished)
         _check.shape(name := "finished", finished, (B,), "[B]")
         _check.dtype(name, finished, (torch.bool,))
         _check.device(name, finished, "logits", logits)
     pad_id = -1 if pad_id is None else _check.whole("pad_id", pad_id, -1, expected="an id (or -1)")
-    per_row = any(isinstance(value, Tensor) for value in numbers.values())
     table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
-    scalars = [0.0 if isinstance(value, Tensor) else float(value) for value in numbers.values()]
     found = _implementation(logits)(
         # contiguous() leaves an empty tensor's strides as they are
         logits.detach() if logits.stride(-1) == 1 else logits.detach().clone(memory_format=torch.contiguous_format),
@@ -165,7 +169,7 @@ def sample(
 
 
 def _check_logits(logits: Tensor) -> torch.Size:
-    _check.tensors(logits=logits)
+    _check.tensor("logits", logits)
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_VOCAB:
         raise ValueError(f"logits: shape {list(logits.shape)} seen, [B, V] with V in 1 to 2^20 wanted")
     _check.dtype("logits", logits, LOGITS)
@@ -173,24 +177,27 @@ def _check_logits(logits: Tensor) -> torch.Size:
     return logits.shape
 
 
-def _check_option(name: str, value: float | Tensor, logits: Tensor, look: bool) -> None:
+def _scalar(name: str, value: float) -> float:
     option = _OPTIONS[name]
-    if isinstance(value, Tensor):
-        _check.shape(name, value, (logits.shape[0],), "[B]")
-        _check.device(name, value, "logits", logits)
-        if name == "top_k":
-            _check.dtype(name, value, _check.INTEGERS)
-        elif not value.is_floating_point():
-            raise ValueError(f"{name}: {value.dtype} seen, a floating-point tensor wanted")
-        if look and value.numel():
-            wide = value.double()  # fp16 holds neither bound
-            allowed = (wide >= option.least) & (wide <= option.most)
-            if not bool((allowed | (wide == 0) if option.zero else allowed).all()):
-                raise ValueError(f"{name}: {value.tolist()[:8]} seen, {option.expected} wanted")
-    elif name == "top_k":
-        _check.whole(name, value, 0, expected=option.expected)  # type: ignore[arg-type]
-    else:
-        _check.number(name, value, 0 if option.zero else option.least, option.most, option.expected)
+    if name == "top_k":
+        return float(_check.whole(name, value, 0, expected=option.expected))  # type: ignore[arg-type]
+    return _check.number(name, value, 0 if option.zero else option.least, option.most, option.expected)
+
+
+def _check_rows(name: str, value: Tensor, logits: Tensor, look: bool) -> None:
+    """An option of each row; `look`: its values too."""
+    option = _OPTIONS[name]
+    _check.shape(name, value, (logits.shape[0],), "[B]")
+    _check.device(name, value, "logits", logits)
+    if name == "top_k":
+        _check.dtype(name, value, _check.INTEGERS)
+    elif not value.is_floating_point():
+        raise ValueError(f"{name}: {value.dtype} seen, a floating-point tensor wanted")
+    if look and value.numel():
+        wide = value.double()  # fp16 holds neither bound
+        allowed = (wide >= option.least) & (wide <= option.most)
+        if not bool((allowed | (wide == 0) if option.zero else allowed).all()):
+            raise ValueError(f"{name}: {value.tolist()[:8]} seen, {option.expected} wanted")
 
 
 def _row_values(value: float | Tensor, logits: Tensor) -> Tensor:

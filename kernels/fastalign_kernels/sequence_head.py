@@ -151,7 +151,7 @@ def _check_head(weight: Tensor, bias: Tensor | None, options: dict[str, Any]) ->
     check, numbers = options["check"], {name: value for name, value in options.items() if name != "check"}
     head_options(**numbers)
     _check.flags(check=check)
-    _check.tensors(weight=weight)
+    _check.tensor("weight", weight)
     _check.optional_tensors(bias=bias)
 
 

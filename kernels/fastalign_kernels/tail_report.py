@@ -52,7 +52,7 @@ def tail_report(
     _check.whole("sample", sample, 1, expected="a whole number >= 1")
     if _check.number("logit_scale", logit_scale) == 0:
         raise ValueError("logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is relative to them")
-    _check.tensors(hidden=hidden)
+    _check.tensor("hidden", hidden)
     if not _check.readable(hidden, check=True):
         raise ValueError(f"hidden: got a tensor without values, on {hidden.device}, expected one with values")
     arguments = prepare(
