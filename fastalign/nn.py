@@ -20,8 +20,9 @@ from fastalign_kernels import (
 )
 from fastalign_kernels.head import check_tail_smoothing, head_options
 from fastalign_kernels.logits import loss_options, make_transform
-from fastalign_kernels.policy import AGGREGATIONS, policy_options
+from fastalign_kernels.policy import policy_options
 from fastalign_kernels.preference import pair_options, unpaired_options
+from fastalign_kernels.tokens import AGGREGATIONS
 
 
 class _Loss(nn.Module):
@@ -54,7 +55,7 @@ class CrossEntropyLoss(_Loss):
     ) -> None:
         loss_options(reduction, label_smoothing, z_loss)
         make_transform(1.0, softcap, temperature)
-        check.whole("ignore_index", ignore_index)
+        check.ignore_index(ignore_index)
         check.flags(inplace_backward=inplace_backward)
         super().__init__(
             ignore_index=ignore_index,
@@ -273,7 +274,7 @@ class LinearPPOLoss(_Loss):
     ) -> None:
         policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
         check.choice("aggregation", aggregation, AGGREGATIONS)
-        head_options(softcap, logit_scale, temperature, ignore_index=-100, tail_eps=tail_eps, workspace_mib=workspace_mib)
+        head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
         super().__init__(
             clip=clip,
             clip_high=clip_high,

@@ -212,7 +212,6 @@ def cross_entropy(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
-    ignore_index = _check.ignore_index(ignore_index)
     check_loss_tensors(targets, reduction, token_weights, num_items)
     table, ids = _table(logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward)
     scale = loss_scale(ids >= 0, reduction, token_weights, num_items, table.dtype)

@@ -25,8 +25,7 @@ def token_scale(
         _check.shape("normalizer", normalizer, (), "a scalar")
         _check.dtype("normalizer", normalizer, (*_check.FLOATS, *_check.INTEGERS))
         _check.device("normalizer", normalizer, "mask", mask)
-        if _check.readable(normalizer) and not 0 <= normalizer.item() < torch.inf:  # 0: the whole batch has no token
-            raise ValueError(f"normalizer: {normalizer.item()} seen, a number above 0 wanted")
+        _check.divisor_value("normalizer", normalizer, low=0)  # 0: the whole batch has no token
     elif normalizer is not None:
         _check.above_zero("normalizer", normalizer)
     inside = as_bool(mask)
@@ -84,12 +83,13 @@ def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
     """[B, T] or [N], floating point, of the first one's shape and device, and a mask of that shape."""
     first, like = next(iter(tensors.items()))
     assert like is not None
-    _check.tensors(mask=mask)
+    _check.tensor("mask", mask)
     _check.supported_device(first, like)
     if like.dim() not in (1, 2):
         raise ValueError(f"{first}: shape {list(like.shape)} seen, [B, T] or [N] wanted")
+    wanted, letters = tuple(like.shape), f"the shape of {first}"
     for name, tensor in (*tensors.items(), ("mask", mask)):
         if tensor is not None:
             _check.dtype(name, tensor, MASKS if name == "mask" else _check.FLOATS)
-            _check.shape(name, tensor, tuple(like.shape), f"the shape of {first}")
+            _check.shape(name, tensor, wanted, letters)
             _check.device(name, tensor, first, like)
