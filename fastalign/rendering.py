@@ -43,8 +43,10 @@ class _Worker:
     def __init__(self) -> None:
         self.owner = os.getpid()  # a forked process must not read its parent's replies
         self.pipe, theirs = Pipe()
-        command = [sys.executable, str(Path(template_worker.__file__)), str(theirs.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # -P: fastalign's own modules must not hide others that are called data or nn. transformers is found as it is here.
+        command = [sys.executable, "-P", str(Path(template_worker.__file__)), str(theirs.fileno())]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
 
     def ask(self, request: Any) -> list[Any]:
