@@ -34,10 +34,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fastalign import demo
-from fastalign.demo_data import POSITIVE, Sentence, chats_of, fetch, read_sentences, split, texts_of, train_tokenizer, write_rows
+from fastalign.demo_data import CHAT_TEMPLATE, POSITIVE, Sentence, chats_of, fetch, read_sentences, split, texts_of, write_rows
 from fastalign.demo_settings import RECIPE, ROW_TOKENS
 from fastalign.measure import machine
 from fastalign.stages import pretrain, sft
+from fastalign.stages.tokenizer import train_tokenizer
 from fastalign_kernels import gradients, tail_report
 
 from . import smollm2, tail_smollm2
@@ -142,7 +143,7 @@ def toy(
     settings: Settings, folder: Path, ways: dict[str, Way], train: list[Sentence], held_out: list[Sentence], note: Note
 ) -> list[dict[str, Any]]:
     """Pre-training and fine-tuning with a tokenizer of the sentences; the error meter before and after the first exact run."""
-    tokenizer = train_tokenizer([sentence.text for sentence in train], settings.vocabulary)
+    tokenizer = train_tokenizer([sentence.text for sentence in train], settings.vocabulary, chat_template=CHAT_TEMPLATE)
     tokenizer.save_pretrained(folder / "tokenizer")
     write_rows(folder / "held_out.jsonl", texts_of(held_out))
     for name, part in (("train", train), ("held_out", held_out)):

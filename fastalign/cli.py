@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .versions import newer_than_tested, noting_newer_packages
 
 COMMANDS = {
+    "tokenizer": ("fastalign.stages.tokenizer", "train a byte-level BPE tokenizer on plain text"),
     "pretrain": ("fastalign.stages.pretrain", "train a causal LM on plain text"),
     "sft": ("fastalign.stages.sft", "fine-tune a causal LM on conversations or prompts with completions"),
     "reward": ("fastalign.stages.reward", "train a reward model on pairs of completions"),

@@ -26,10 +26,11 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from . import demo_align, demo_report, demo_steps
 from .data import DataError
-from .demo_data import chats_of, cut, fetch, prompts_of, rated_pairs, read_sentences, split, texts_of, train_tokenizer, write_rows
+from .demo_data import CHAT_TEMPLATE, chats_of, cut, fetch, prompts_of, rated_pairs, read_sentences, split, texts_of, write_rows
 from .demo_report import STAGES, Completion, Outcome
 from .demo_settings import ROW_TOKENS, Settings, bar, draw, part, shared
 from .stages import pretrain, sft
+from .stages.tokenizer import train_tokenizer
 
 VOCABULARY = 2048
 MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
@@ -105,7 +106,7 @@ def prepare(settings: Settings) -> Prepared:
     (folder / MARKER).write_text(json.dumps(dataclasses.asdict(settings), default=str, indent=1) + "\n")
     source = settings.data or fetch(folder / "data")
     train, held_out = split(read_sentences(source), settings.held_out)
-    tokenizer = train_tokenizer([sentence.text for sentence in train], VOCABULARY)
+    tokenizer = train_tokenizer([sentence.text for sentence in train], VOCABULARY, chat_template=CHAT_TEMPLATE)
     rows = {"train": texts_of(train), "held_out": texts_of(held_out)}
     rows |= {"sft_train": chats_of(train, tokenizer), "sft_held_out": chats_of(held_out, tokenizer)}
     cuts = [cut(tokenizer, sentence.text) for sentence in held_out]

@@ -17,8 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from .data import DataError
 
@@ -31,7 +30,6 @@ RATINGS = (-4.0, 4.0)
 POSITIVE = 0.5  # a mean rating from here on counts as positive, one from minus this down as negative
 GAP = 0.2  # of VADER's scores, from which one completion is preferred to another
 GOOD, BAD = 0.4, 0.05  # a completion that scores more is desirable, one that scores less is not: VADER calls 0.05 and more positive
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 # What a user says and what the assistant says to it are one text, so that a base model and a tuned one see the same prompt.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
@@ -161,26 +159,6 @@ def split(sentences: Sequence[Sentence], held_out: int) -> tuple[list[Sentence],
     chosen = set(random.Random(0).sample(once, held_out))
     train = [sentence for number, sentence in enumerate(sentences) if number not in chosen]
     return train, [sentence for number, sentence in enumerate(sentences) if number in chosen]
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text comes back as it was; BOS goes in front of a text, and the chat template adds an EOS."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False, padding_side="left"
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 5) -> tuple[str, str] | None:

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 
 from fastalign import data, demo, demo_align, demo_data, demo_report, demo_steps
 from fastalign.demo_align import Alignment, Policy
-from fastalign.demo_data import Sample, Sentence, cut, fetch, read_sentences, split, train_tokenizer
+from fastalign.demo_data import CHAT_TEMPLATE, Sample, Sentence, cut, fetch, read_sentences, split
 from fastalign.demo_report import Completion, Head, Shape
 from fastalign.demo_steps import SideBySide, Step
+from fastalign.stages.tokenizer import train_tokenizer
 
 GOOD = ["warm", "bright", "lovely", "great", "fine"]
 BAD = ["dull", "awful", "boring", "bad", "poor"]
@@ -60,7 +61,7 @@ def archive_of(content: bytes, path: Path, *, tar_name: str = "hutto_ICWSM_2014.
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer([own.text for own in SENTENCES], 400)
+    return train_tokenizer([own.text for own in SENTENCES], 400, chat_template=CHAT_TEMPLATE)
 
 
 def test_sentences_are_read_from_the_archive_and_from_the_file_in_it(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_the_tokenizer_gives_any_text_back(tokenizer: PreTrainedTokenizerFast, t
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
         assert tokenizer.decode(ids[1:]) == text
-    again = train_tokenizer([own.text for own in SENTENCES], 400)
+    again = train_tokenizer([own.text for own in SENTENCES], 400, chat_template=CHAT_TEMPLATE)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     tokenizer.save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
