@@ -139,6 +139,8 @@ class TrainConfig(Options):
     """How many of the latest checkpoints stay on disk."""
     resume: bool = False
     """Continue from the latest checkpoint of output_dir, or start where there is none."""
+    dry_run: bool = False
+    """Check data, configuration and model, print what the run takes in memory, tokens and steps, and stop before the model is loaded."""
     report_to: Reporters = Field(default_factory=list)
     """Besides metrics.jsonl: any of tensorboard, wandb, trackio, separated by commas."""
     project: str = "fastalign"

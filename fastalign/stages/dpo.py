@@ -23,8 +23,9 @@ from ..preferences import Pair, collate_pairs, sequence_logps, tokenize_pairs
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .config import CONFIG, parse
+from .estimate import announce
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, total_steps, train
-from .preference import Reference, ReferenceConfig, make_packer, make_reference, without_dropout
+from .preference import Reference, ReferenceConfig, make_packer, make_reference, pack_rows, parts_of, without_dropout
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -47,7 +48,7 @@ class DPOConfig(ReferenceConfig):
 
 
 def run(config: DPOConfig) -> dict[str, float]:
-    """Align as configured; returns the last line of metrics.jsonl.
+    """Align as configured; returns the last line of metrics.jsonl, nothing of a dry run.
 
     Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
     """
@@ -67,6 +68,11 @@ def run(config: DPOConfig) -> dict[str, float]:
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
         longest = check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
+        collate = partial(pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing)
+        both = [[pair.chosen, pair.rejected] for pair in rows]
+        announce(config, world, parts_of(config, architecture), both, collate=collate, upstream="logp")
+        if config.dry_run:
+            return {}
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
         stop_at(model, ends)
         without_dropout(model)

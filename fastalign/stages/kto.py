@@ -32,8 +32,9 @@ from ..preferences import (
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .config import CONFIG, parse
+from .estimate import announce
 from .loop import Batch, LossFn, Prepare, epoch_batches, held_out_batches, rows_of_step, start, total_steps, train
-from .preference import Reference, ReferenceConfig, make_packer, make_reference, without_dropout
+from .preference import Reference, ReferenceConfig, make_packer, make_reference, pack_rows, parts_of, without_dropout
 from .world import World
 
 
@@ -56,7 +57,7 @@ class KTOConfig(ReferenceConfig):
 
 
 def run(config: KTOConfig) -> dict[str, float]:
-    """Align as configured; returns the last line of metrics.jsonl.
+    """Align as configured; returns the last line of metrics.jsonl, nothing of a dry run.
 
     Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
     """
@@ -90,6 +91,10 @@ def run(config: KTOConfig) -> dict[str, float]:
         sequences = [row.answered for row in [*rows, *held_out]]
         mismatches = [made for part in (rows, held_out) if part for made in mismatch_bounds(part, max_length=config.max_length)]
         longest = check_fit(architecture, tokenizer, [[*sequences, *mismatches]])
+        collate = partial(pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing)
+        announce(config, world, parts_of(config, architecture), [[row.answered] for row in rows], collate=collate, upstream="logp")
+        if config.dry_run:
+            return {}
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
         stop_at(model, ends)
         without_dropout(model)

@@ -267,12 +267,6 @@ def run_steps(
         output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, output_dir / "config.yaml")
 
-    trained, every = (
-        sum(weight.numel() for weight in trained_weights(model)),
-        sum(weight.numel() for weight in model.parameters()),
-    )
-    world.say(f"{rows} rows, {steps} steps of {config.batch_size}; {trained:,} of {every:,} weights trained")
-
     model.train()
     kept_share()  # what ran before is not this run's
     with Report(config, world, step=done, steps=steps) as report:

@@ -34,9 +34,10 @@ from ..data import Prompt, Tokenized, load_rows, tokenize_prompts, turn_ends
 from .adapters import find_source, is_classifier, load_architecture, record_base
 from .build import check_fit, load_model, load_tokenizer, padding_id, stop_at
 from .config import CONFIG, TrainConfig, parse
+from .estimate import Part, announce
 from .experience import Experience, PPOOptions, experience_batch, rollout
 from .loop import Batch, LossFn, autocast, distribute, make_optimizer, rows_of_step, run_steps, start, update
-from .preference import without_dropout
+from .preference import pack_rows, without_dropout
 from .reward import zero_head
 from .rewards import (
     Classifier,
@@ -211,7 +212,7 @@ def ppo_objective(options: PPOOptions, kl_coefficient: float) -> LossFn:
 
 
 def run(config: PPOConfig) -> dict[str, float]:
-    """Align as configured; returns the last line of metrics.jsonl.
+    """Align as configured; returns the last line of metrics.jsonl, nothing of a dry run.
 
     Leaves the policy in output_dir/model, a value model of its own in output_dir/value. Raises ValueError for data, a tokenizer,
     a reward or a model that cannot be used, before a model is loaded.
@@ -244,6 +245,13 @@ def run(config: PPOConfig) -> dict[str, float]:
         if isinstance(scorer, Classifier):
             check_classifier(scorer, tokenizer, every, max_new_tokens=config.max_new_tokens)
 
+        drawn = [[_full(prompt, config.max_new_tokens)] for prompt in prompts]
+        collate = partial(pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing)
+        cached = (config.rollout_batch_size or config.batch_size // world.size, max(len(row[0].input_ids) for row in drawn))
+        parts = parts_of(config, architecture, scorer, value_source)
+        announce(config, world, parts, drawn, collate=collate, micro=micro_batch(config, world), cached=cached)
+        if config.dry_run:
+            return {}
         load = partial(load_model, config, world, attention=attention, packed=config.packing)
         policy = load(architecture, weights=config.model)
         stop_at(policy, ends)
@@ -318,6 +326,32 @@ def train(
     )
 
 
+class ValueSource(NamedTuple):
+    """What a value model of its own starts from."""
+
+    folder: str
+    architecture: PretrainedConfig
+    scores: bool
+    """Whether it is a classifier, whose head is kept."""
+
+
+def parts_of(config: PPOConfig, architecture: PretrainedConfig, scorer: Classifier | Function, value: ValueSource | None) -> list[Part]:
+    """The models that a step needs: the policy, a value model of its own, the reward model, and where the reference is a copy, that."""
+    parts = [Part("model", architecture)]
+    if value is not None:
+        parts.append(Part("value model", value.architecture, "SEQ_CLS"))
+    if isinstance(scorer, Classifier):
+        parts.append(Part("reward model", scorer.architecture, "SEQ_CLS", trained=False))
+    if config.reference == "copy" or (config.reference == "auto" and not config.lora_rank):
+        parts.append(Part("reference", architecture, trained=False))
+    return parts
+
+
+def _full(prompt: Prompt, new_tokens: int) -> Tokenized:
+    """A prompt with the longest completion."""
+    return Tokenized(prompt.input_ids + [0] * new_tokens, [False] * len(prompt.input_ids) + [True] * new_tokens)
+
+
 def micro_batch(config: PPOConfig, world: World) -> int:
     """Sequences of one forward pass on one device. Raises ValueError where minibatches do not divide into those of all devices."""
     size = config.batch_size // config.minibatches
@@ -338,15 +372,6 @@ def make_reward(
         return by_function(scorer, tokenizer)
     options: dict[str, Any] = {"rows": micro_batch(config, world), "attention": attention, "packing": config.packing}
     return load_classifier(scorer, world, tokenizer, dtype=getattr(torch, config.dtype), **options)
-
-
-class ValueSource(NamedTuple):
-    """What a value model of its own starts from."""
-
-    folder: str
-    architecture: PretrainedConfig
-    scores: bool
-    """Whether it is a classifier, whose head is kept."""
 
 
 def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | None:

@@ -7,7 +7,7 @@ with its adapters switched off, or from a table made before the first step; the 
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,13 +19,14 @@ from pydantic import Field, PositiveFloat, model_validator
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..causal_lm import backbone
 from ..data import Tokenized
 from ..preferences import Batch, pack_sequences, sequence_logps
 from ..shared_prompts import explain_unshared
 from .config import CONFIG, TrainConfig
+from .estimate import Part
 from .loop import autocast
 from .world import World
 
@@ -96,6 +97,19 @@ def make_packer(
         world.say(f"packing: each sequence has its own copy of the prompt ({why})")
         return packer
     return partial(packer, hidden_size=model.config.get_text_config().hidden_size)
+
+
+def pack_rows(rows: Sequence[Sequence[Tokenized]], **options: Any) -> Mapping[str, Any]:
+    """A model's arguments for all sequences of the rows, without shared prompts; `options` are `pack_sequences`'."""
+    arguments: Mapping[str, Any] = pack_sequences([sequence for row in rows for sequence in row], **options)["arguments"]
+    return arguments
+
+
+def parts_of(config: ReferenceConfig, architecture: PretrainedConfig) -> list[Part]:
+    """The models that a step needs: the one that is trained, and where the reference is a copy, that."""
+    copied = config.reference == "copy" or (config.reference == "auto" and not config.lora_rank)
+    reference = [Part("reference", architecture, trained=False)] if copied else []
+    return [Part("model", architecture), *reference]
 
 
 def make_reference(config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]) -> Reference:

@@ -16,6 +16,7 @@ from ..data import Tokenized, collate, load_rows, pack, tokenize_text
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
 from .config import CONFIG, TrainConfig, parse
+from .estimate import Part, announce
 from .loop import epoch_batches, held_out_batches, language_model_loss, start, train
 
 
@@ -49,7 +50,7 @@ class PretrainConfig(TrainConfig):
 
 
 def run(config: PretrainConfig) -> dict[str, float]:
-    """Pre-train as configured; returns the last line of metrics.jsonl.
+    """Pre-train as configured; returns the last line of metrics.jsonl, nothing of a dry run.
 
     Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
     """
@@ -76,9 +77,12 @@ def run(config: PretrainConfig) -> dict[str, float]:
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
         check_fit(architecture, tokenizer, [*rows, *held_out])
-        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=True)
         length = config.sequence_length if config.compile else None  # one shape is compiled once
         to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), length=length, attention=attention)
+        announce(config, world, [Part("model", architecture)], rows, collate=to_batch)
+        if config.dry_run:
+            return {}
+        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=True)
         return train(
             config,
             world,

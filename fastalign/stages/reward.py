@@ -5,6 +5,7 @@ torchrun --nproc-per-node 8 -m fastalign.stages.reward --config reward.yaml
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 from peft import PeftModel
@@ -22,8 +23,9 @@ from ..shared_prompts import model_arguments
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .config import CONFIG, parse
+from .estimate import Part, announce
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, train
-from .preference import PreferenceConfig, make_packer, without_dropout
+from .preference import PreferenceConfig, make_packer, pack_rows, without_dropout
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -43,7 +45,7 @@ class RewardConfig(PreferenceConfig):
 
 
 def run(config: RewardConfig) -> dict[str, float]:
-    """Train a reward model as configured; returns the last line of metrics.jsonl.
+    """Train a reward model as configured; returns the last line of metrics.jsonl, nothing of a dry run.
 
     The score of a sequence is the classifier's at its last token; where the model has no padding token it gets the
     tokenizer's, by which transformers finds that token in a padded batch. Raises ValueError for data, a tokenizer or a
@@ -60,6 +62,10 @@ def run(config: RewardConfig) -> dict[str, float]:
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
         longest = check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
+        collate = partial(pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing)
+        announce(config, world, [Part("model", architecture, "SEQ_CLS")], [[pair.chosen, pair.rejected] for pair in rows], collate=collate)
+        if config.dry_run:
+            return {}
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing, task="SEQ_CLS")
         without_dropout(model)
         if config.zero_head:

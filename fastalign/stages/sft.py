@@ -15,6 +15,7 @@ from ..data import Tokenized, collate, load_rows, pack, tokenize_sft, turn_ends
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .config import CONFIG, TrainConfig, parse
+from .estimate import Part, announce
 from .loop import epoch_batches, held_out_batches, language_model_loss, micro_batch_size, start, train
 
 
@@ -33,7 +34,7 @@ class SFTConfig(TrainConfig):
 
 
 def run(config: SFTConfig) -> dict[str, float]:
-    """Fine-tune as configured; returns the last line of metrics.jsonl.
+    """Fine-tune as configured; returns the last line of metrics.jsonl, nothing of a dry run.
 
     Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
     """
@@ -57,9 +58,12 @@ def run(config: SFTConfig) -> dict[str, float]:
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
         alone = not config.packing and micro_batch_size(config, world) == 1
         check_fit(architecture, tokenizer, [*rows, *held_out], alone=alone)
+        to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), attention=attention)
+        announce(config, world, [Part("model", architecture)], rows, collate=to_batch)
+        if config.dry_run:
+            return {}
         model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
         stop_at(model, ends)
-        to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), attention=attention)
         return train(
             config,
             world,

@@ -1,0 +1,317 @@
+"""What a run will take, told before its models are loaded: parameters, tokens a step, steps, and the memory of a step against what is free.
+
+The models are built without memory (FakeTensorMode: every operation gives shapes and dtypes alone, and picks the kernels of the real
+device), and one forward pass of each backbone counts what autograd would keep. So attention, adapters, autocast and any
+architecture are counted as they are; only the head and PPO's cache come from formulas.
+"""
+
+import heapq
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from fastalign_kernels import plan_head
+
+from ..data import IGNORE_INDEX, Tokenized
+from .adapters import Task, add_adapters
+from .config import TrainConfig
+from .loop import micro_batch_size, total_steps
+from .world import World
+
+GIB = 2**30
+Upstream = Literal["scalar", "logp"]
+ADAM_MOMENTS = 2
+TRANSIENTS = 2  # tensors as large as the largest kept one that a layer's backward pass holds besides
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class Part(NamedTuple):
+    """A model that a step needs on the device."""
+
+    name: str
+    architecture: PretrainedConfig
+    task: Task = "CAUSAL_LM"
+    trained: bool = True
+
+
+class Shape(NamedTuple):
+    """What of a micro-batch decides the memory that it takes."""
+
+    rows: int
+    width: int
+    targets: int
+    masked: bool
+    """Whether transformers makes a mask, which keeps packed sequences apart."""
+
+    @staticmethod
+    def of(arguments: Mapping[str, Any]) -> "Shape":
+        """That of `fastalign.data.collate`'s arguments."""
+        rows, width = arguments["input_ids"].shape
+        targets = int((arguments["labels"][:, 1:] != IGNORE_INDEX).sum())
+        several = int((arguments["position_ids"] == 0).sum()) > rows
+        return Shape(rows, width, targets, several and "cu_seq_lens_q" not in arguments)
+
+
+class Estimate(NamedTuple):
+    """Parameters, and bytes of one process. `activations` is None where the model cannot be traced, for the reason in `why`."""
+
+    parameters: int = 0
+    trained: int = 0
+    weights: int = 0
+    gradients: int = 0
+    moments: int = 0
+    activations: int | None = 0
+    head: int = 0
+    cache: int = 0
+    why: str = ""
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak. A rollout's cache is freed before the update keeps activations."""
+        return self.weights + self.gradients + self.moments + max((self.activations or 0) + self.head, self.cache)
+
+    def plus(self, other: "Estimate") -> "Estimate":
+        """Both models' together."""
+        known = self.activations is not None and other.activations is not None
+        return Estimate(
+            self.parameters + other.parameters,
+            self.trained + other.trained,
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.moments + other.moments,
+            (self.activations or 0) + (other.activations or 0) if known else None,
+            self.head + other.head,
+            max(self.cache, other.cache),
+            self.why or other.why,
+        )
+
+
+def announce(
+    config: TrainConfig,
+    world: World,
+    parts: Sequence[Part],
+    rows: Sequence[Sequence[Tokenized]],
+    *,
+    collate: Callable[[Sequence[Sequence[Tokenized]]], Mapping[str, Any]],
+    upstream: Upstream = "scalar",
+    micro: int | None = None,
+    cached: tuple[int, int] | None = None,
+) -> None:
+    """Print on the main process what the run takes, and warnings where rows are fewer than a batch or memory is less than a step needs.
+
+    `rows` are all rows in tokens, of which the longest make the micro-batch that is counted; `collate` gives its arguments, those of
+    `fastalign.data.collate`. `upstream` is `plan_head`'s. `micro`: rows of a forward pass. `cached`: rows and tokens of a rollout's cache.
+    """
+    if not world.main:
+        return
+    shape = Shape.of(collate(heapq.nlargest(micro or micro_batch_size(config, world), rows, key=_tokens)))
+    estimates = {part.name: estimate(config, world, part, shape, upstream=upstream, cached=cached) for part in parts}
+    for name, found in estimates.items():
+        world.say(f"{name}: {found.parameters:,} parameters, {found.trained:,} of them trained")
+    tokens = round(sum(map(_tokens, rows)) * config.batch_size / len(rows))
+    world.say(f"data: {len(rows):,} rows; {total_steps(config, len(rows)):,} steps of {config.batch_size}, about {tokens:,} tokens each")
+    if len(rows) < config.batch_size:
+        world.say(
+            f"warning: batch_size: got {config.batch_size}, expected at most the {len(rows)} rows: a step takes some of them more than once"
+        )
+    total = Estimate()
+    for found in estimates.values():
+        total = total.plus(found)
+    free = free_memory(world)
+    world.say(_memory_line(total, free, world))
+    if free is not None and total.total > free:
+        world.say(
+            f"warning: memory: a step is estimated to take {total.total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free: "
+            "lower micro_batch_size or the length of rows, or set gradient_checkpointing=true or lora_rank"
+        )
+
+
+def _tokens(row: Sequence[Tokenized]) -> int:
+    return sum(len(sequence.input_ids) for sequence in row)
+
+
+def _memory_line(total: Estimate, free: int | None, world: World) -> str:
+    shares = {"weights": total.weights, "gradients": total.gradients, "AdamW": total.moments}
+    shares |= {} if total.activations is None else {"activations": total.activations}
+    shares |= {"head": total.head} | ({"rollout's cache": total.cache} if total.cache else {})
+    listed = ", ".join(f"{name} {share / GIB:.2f}" for name, share in shares.items())
+    known = f"{free / GIB:.2f} GiB free on {world.device.type}" if free is not None else f"what is free on {world.device.type} is not known"
+    left_out = f"; activations not counted ({total.why})" if total.activations is None else ""
+    return f"memory: about {total.total / GIB:.2f} GiB a step ({listed}{left_out}), {known}"
+
+
+def estimate(
+    config: TrainConfig,
+    world: World,
+    part: Part,
+    shape: Shape,
+    *,
+    upstream: Upstream,
+    cached: tuple[int, int] | None = None,
+) -> Estimate:
+    """What a model takes: its parameters, and in training what a micro-batch keeps."""
+    dtype = getattr(torch, config.dtype)
+    with torch.device("meta"):  # PEFT cannot put adapters on fake tensors
+        model, whole = _build(config, part, dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(world.device.type):
+        _on_device(whole)
+        parameters, trained = (sum(w.numel() for w in weights) for weights in (whole.parameters(), _trained(whole)))
+        weights = sum(w.numel() * w.element_size() for w in whole.parameters())
+        if not part.trained:
+            return Estimate(parameters, 0, weights)
+        gradients = sum(w.numel() * w.element_size() for w in _trained(whole))
+        activations, why = _activations(config, world, model, shape)
+        head = _head(config, world, model, shape, upstream) if part.task == "CAUSAL_LM" else 0
+    cache = _cache(part.architecture, cached, dtype) if part.task == "CAUSAL_LM" else 0
+    return Estimate(parameters, trained, weights, gradients, ADAM_MOMENTS * gradients, activations, head, cache, why)
+
+
+def _build(config: TrainConfig, part: Part, dtype: torch.dtype) -> tuple[PreTrainedModel, nn.Module]:
+    """The model and, where it is trained with adapters, what holds both."""
+    auto = AutoModelForCausalLM if part.task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    # sdpa for flash_attention_2 too: both keep the inputs, the output and a number a row.
+    options = {"dtype": dtype, "attn_implementation": "eager" if config.attention == "eager" else "sdpa"}
+    model: PreTrainedModel = auto.from_config(part.architecture, **options)
+    if not (part.trained and config.lora_rank):
+        return model.requires_grad_(part.trained), model
+    return model, add_adapters(model, config, task=part.task, base=None)
+
+
+def _on_device(model: nn.Module) -> None:
+    """Replace weights and buffers on the meta device by ones of the default device, shared ones by one."""
+    replaced: dict[int, Any] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in replaced:
+                    new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    replaced[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                tensors[name] = replaced[id(tensor)]
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def _activations(config: TrainConfig, world: World, model: PreTrainedModel, shape: Shape) -> tuple[int | None, str]:
+    """Bytes that autograd keeps of a forward pass of the backbone, and what the backward pass adds; or None and why it is not known."""
+    weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that its address is not another's later
+        return tensor
+
+    inputs: dict[str, Tensor] = {"input_ids": torch.zeros(shape.rows, shape.width, dtype=torch.int64)}
+    if shape.masked:
+        inputs["attention_mask"] = torch.ones(shape.rows, 1, shape.width, shape.width, dtype=torch.bool)
+    try:
+        model.train()
+        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+            model.base_model(**inputs, use_cache=False)
+    except Exception as error:  # a model's own code, on tensors without values; an estimate must not end a run
+        return None, f"{type(model).__name__} cannot be traced: {type(error).__name__}"
+    sizes = [storage.nbytes() for storage in kept.values()]
+    text = model.config.get_text_config()
+    everything = sum(sizes)
+    if config.gradient_checkpointing:
+        layers = int(text.num_hidden_layers)
+        everything = everything // layers + layers * shape.rows * shape.width * text.hidden_size * model.dtype.itemsize
+    return everything + TRANSIENTS * max(sizes, default=0), ""
+
+
+def _head(config: TrainConfig, world: World, model: PreTrainedModel, shape: Shape, upstream: Upstream) -> int:
+    """Bytes of the head's workspace and of the gradients that it makes."""
+    text = model.config.get_text_config()
+    weight: Any = model.get_output_embeddings().weight
+    hidden_size, vocab_size = weight.shape[1], weight.shape[0]
+    plan = plan_head(
+        shape.targets,
+        hidden_size,
+        vocab_size,
+        dtype=torch.bfloat16 if config.bf16 else weight.dtype,
+        device=world.device,
+        weight_grad=weight.requires_grad,
+        upstream=upstream,
+        tail_eps=config.tail_eps,
+    )
+    size = max(4, weight.element_size())
+    # Where the weight is the embedding's too, both gradients are there before they are added.
+    apart = weight.requires_grad and (getattr(text, "tie_word_embeddings", False) or weight.element_size() < 4)
+    return plan.workspace_bytes + shape.targets * hidden_size * size + (vocab_size * hidden_size * size if apart else 0)
+
+
+def _cache(architecture: PretrainedConfig, cached: tuple[int, int] | None, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of a rollout."""
+    if cached is None:
+        return 0
+    text = architecture.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * cached[0] * cached[1] * heads * width * dtype.itemsize)
+
+
+def free_memory(world: World) -> int | None:
+    """Bytes at hand for this process: free on its GPU, or its share of what the machine and its cgroups leave; None where unknown."""
+    if world.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(world.device)[0])
+    free = [limit for limit in (_available(), _cgroup_left()) if limit is not None]
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if free else None
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_left(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the tightest memory limit of this process's cgroups (v2, or v1's memory controller) leaves; page cache counts as free."""
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return None
+    left = []
+    for number, controllers, path in lines:
+        if number == "0":
+            top, limit, used = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        for place in [folder, *folder.parents]:
+            if place == top.parent:
+                break
+            if (most := _number(place / limit)) is not None and (now := _number(place / used)) is not None:
+                left.append(most - now + _page_cache(place / "memory.stat"))
+    return min(left, default=None)
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # "max": no limit
+
+
+def _page_cache(path: Path) -> int:
+    try:
+        entries = dict(line.split() for line in path.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(entries.get("total_inactive_file", entries.get("inactive_file", 0)))
