@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StaticCache, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, StaticLayer
@@ -36,7 +35,7 @@ from fastalign_kernels import check, native, sample
 
 from .hosts import CACHE
 from .probe import probing, unsupported
-from .rope import rope_switch
+from .rollout_checks import check_prompts, servable_model
 from .versions import noting_newer_packages
 
 # Steps between two looks at the device. A look drains the queue of launches, which costs a fraction of one step; once the last row has
@@ -116,9 +115,9 @@ def generate(
         FloatingPointError: NaN, +inf or no finite allowed logit in a row that is not finished, with the first step and the rows; seen at
             the next look at the device.
     """
-    base = _servable(model)
+    base = servable_model(model)
     eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
-    _check_prompts(base, input_ids, attention_mask, max_new_tokens, {"eos_id": eos, "pad_id": [pad_id]})
+    check_prompts(base, input_ids, attention_mask, max_new_tokens, {"eos_id": eos, "pad_id": [pad_id]})
     options: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     options |= {"sequence_ids": sequence_ids, "repetition_penalty": repetition_penalty}
     one_id = input_ids.new_zeros(len(input_ids), 1, dtype=torch.float32)
@@ -401,64 +400,3 @@ def _bits(ids: Tensor, mask: Tensor, V: int) -> Tensor:
     new = (ids >= 0) & (ids != torch.nn.functional.pad(ids, (1, 0), value=-1)[:, :-1])
     words = torch.zeros(len(ids), -(-V // 32), dtype=torch.int64, device=ids.device)
     return words.scatter_add_(1, ids.clamp(min=0) >> 5, torch.where(new, 1 << (ids & 31), 0)).int()
-
-
-def _servable(model: Any) -> Any:
-    """The transformers model in `model`, if one can generate from it here."""
-    base = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrappers have it
-    if not isinstance(base, PreTrainedModel):
-        raise unsupported(base, "is no transformers PreTrainedModel; hand over the one that DDP or torch.compile wraps")
-    if base.config.is_encoder_decoder:
-        raise unsupported(base, "is an encoder-decoder, not a causal LM")
-    if not base.can_generate():
-        raise unsupported(base, "has no language-model head")
-    accepted = inspect.signature(base.forward).parameters
-    missing = [name for name in ("input_ids", "attention_mask", CACHE) if name not in accepted]
-    if missing or base._is_stateful or not base._supports_default_dynamic_cache():
-        raise unsupported(base, "keeps another state than a cache of keys and values")
-    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        raise unsupported(base, "has PEFT's virtual tokens (prompt learning) in front of its own")
-    attention = base.config.get_text_config(decoder=True)._attn_implementation
-    if attention not in ("eager", "sdpa"):
-        raise unsupported(base, f'has attention {attention!r}; "eager" or "sdpa" (model.set_attn_implementation) read a static cache')
-    if any(isinstance(weight, DTensor) for weight in base.parameters()):
-        raise unsupported(base, "is sharded over ranks (DTensor), which would wait for each other where their rows end at different steps")
-    return base
-
-
-def _check_prompts(base: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, special: dict[str, list[int]]) -> None:
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids: shape {list(input_ids.shape)} seen, [B, T] of at least one row and token wanted")
-    check.dtype("input_ids", input_ids, check.INTEGERS)
-    check.shape("attention_mask", attention_mask, tuple(input_ids.shape), "[B, T]")
-    check.dtype("attention_mask", attention_mask, (*check.INTEGERS, torch.bool))
-    check.device("attention_mask", attention_mask, "input_ids", input_ids)
-    for device in {weight.device for weight in base.parameters()} - {input_ids.device}:
-        raise ValueError(f"input_ids: on {input_ids.device}, but model has weights on {device}; one device wanted")
-    V = base.get_input_embeddings().weight.shape[0]
-    for name, ids in (special | {"input_ids": [int(end) for end in input_ids.aminmax()]}).items():
-        if not all(isinstance(number, int) and 0 <= number < V for number in ids):
-            raise ValueError(f"{name}: {ids} seen, ids in [0, {V}) wanted")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} seen, a whole number >= 1 wanted")
-    mask = attention_mask.long()
-    ragged = (mask[:, :1] < 0) | (mask[:, -1:] != 1) | (mask.diff(dim=1) < 0)
-    rows = ragged.any(1).nonzero()[:, 0].tolist()
-    if rows:
-        raise ValueError(
-            f"attention_mask: {len(rows)} rows, {rows[:8]} first, do not go from 0 (padding) to 1 (tokens) and end in 1; "
-            "prompts of at least one token, padded on the left, wanted"
-        )
-    shortest, longest = (int(end) for end in mask.sum(1).aminmax())
-    switch = rope_switch(base.config)
-    if switch is not None and switch.crossed_by(shortest, longest + max_new_tokens):
-        raise ValueError(
-            f"max_new_tokens: got {max_new_tokens} behind prompts of {shortest} to {longest} tokens, expected a rollout that stays on one "
-            f"side of {switch}, because a cache would keep keys of both"
-        )
-    most = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if most is not None and longest + max_new_tokens > most:
-        raise ValueError(
-            f"max_new_tokens: {max_new_tokens} seen behind a prompt of {longest} tokens, "
-            f"at most {most} positions (config.max_position_embeddings) allowed"
-        )

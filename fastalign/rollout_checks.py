@@ -1,0 +1,77 @@
+"""What a rollout refuses before it begins: models without a static cache of keys and values, and prompts that do not fit."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from fastalign_kernels import check
+
+from .hosts import CACHE
+from .probe import unsupported
+from .rope import rope_switch
+
+
+def servable_model(model: Any) -> Any:
+    """The transformers model in `model`, if one can generate from it here."""
+    base = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrappers have it
+    if not isinstance(base, PreTrainedModel):
+        raise unsupported(base, "is no transformers PreTrainedModel; hand over the one that DDP or torch.compile wraps")
+    if base.config.is_encoder_decoder:
+        raise unsupported(base, "is an encoder-decoder, not a causal LM")
+    if not base.can_generate():
+        raise unsupported(base, "has no language-model head")
+    accepted = inspect.signature(base.forward).parameters
+    missing = [name for name in ("input_ids", "attention_mask", CACHE) if name not in accepted]
+    if missing or base._is_stateful or not base._supports_default_dynamic_cache():
+        raise unsupported(base, "keeps another state than a cache of keys and values")
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        raise unsupported(base, "has PEFT's virtual tokens (prompt learning) in front of its own")
+    attention = base.config.get_text_config(decoder=True)._attn_implementation
+    if attention not in ("eager", "sdpa"):
+        raise unsupported(base, f'has attention {attention!r}; "eager" or "sdpa" (model.set_attn_implementation) read a static cache')
+    if any(isinstance(weight, DTensor) for weight in base.parameters()):
+        raise unsupported(base, "is sharded over ranks (DTensor), which would wait for each other where their rows end at different steps")
+    return base
+
+
+def check_prompts(base: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, special: dict[str, list[int]]) -> None:
+    """Raise ValueError for prompts, a number of tokens or `special` ids (by the argument's name) that do not fit the model."""
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids: shape {list(input_ids.shape)} seen, [B, T] of at least one row and token wanted")
+    check.dtype("input_ids", input_ids, check.INTEGERS)
+    check.shape("attention_mask", attention_mask, tuple(input_ids.shape), "[B, T]")
+    check.dtype("attention_mask", attention_mask, (*check.INTEGERS, torch.bool))
+    check.device("attention_mask", attention_mask, "input_ids", input_ids)
+    for device in {weight.device for weight in base.parameters()} - {input_ids.device}:
+        raise ValueError(f"input_ids: on {input_ids.device}, but model has weights on {device}; one device wanted")
+    V = base.get_input_embeddings().weight.shape[0]
+    for name, ids in (special | {"input_ids": [int(end) for end in input_ids.aminmax()]}).items():
+        if not all(isinstance(number, int) and 0 <= number < V for number in ids):
+            raise ValueError(f"{name}: {ids} seen, ids in [0, {V}) wanted")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} seen, a whole number >= 1 wanted")
+    mask = attention_mask.long()
+    ragged = (mask[:, :1] < 0) | (mask[:, -1:] != 1) | (mask.diff(dim=1) < 0)
+    rows = ragged.any(1).nonzero()[:, 0].tolist()
+    if rows:
+        raise ValueError(
+            f"attention_mask: {len(rows)} rows, {rows[:8]} first, do not go from 0 (padding) to 1 (tokens) and end in 1; "
+            "prompts of at least one token, padded on the left, wanted"
+        )
+    shortest, longest = (int(end) for end in mask.sum(1).aminmax())
+    switch = rope_switch(base.config)
+    if switch is not None and switch.crossed_by(shortest, longest + max_new_tokens):
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens} behind prompts of {shortest} to {longest} tokens, expected a rollout that stays on one "
+            f"side of {switch}, because a cache would keep keys of both"
+        )
+    most = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if most is not None and longest + max_new_tokens > most:
+        raise ValueError(
+            f"max_new_tokens: {max_new_tokens} seen behind a prompt of {longest} tokens, "
+            f"at most {most} positions (config.max_position_embeddings) allowed"
+        )
