@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 TESTED = {
     "torch": "2.13.0",
     "triton": "3.7.1",
-    "transformers": "5.23.0",
+    "transformers": "5.24.0",
     "tokenizers": "0.23.3",
     "datasets": "5.2.0",
     "peft": "0.21.2",
