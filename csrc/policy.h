@@ -131,7 +131,7 @@ template <class A, bool WHOLE> FA_INLINE void policy_vector(const PolicyJob& job
   totals[LOSS] += w * loss;
   totals[POLICY] += policy;
   totals[RATIO] += one * r;
-  totals[CLIPPED] += clipped ? one : V{};
+  totals[CLIPPED] += policy != policy ? policy : clipped ? one : V{};  // of a NaN nobody knows
   totals[SQUARES] += A(0.5) * d * d;
   totals[TOKENS] += one;
   read.store(job.slopes, w * slope);
@@ -149,15 +149,17 @@ template <class A, bool WHOLE> FA_INLINE void value_vector(const ValueJob& job, 
   const V lowest = old - clip, highest = old + clip;
   const V held = (v < lowest ? lowest : v > highest ? highest : v) - target, plain = v - target;
   const auto clipped = held * held > plain * plain;
-  const V worse = clipped ? held : plain;
+  // No comparison with a NaN is true, so one in old would be passed over.
+  const auto broken = old != old;
+  const V worse = broken ? old : clipped ? held : plain;
   totals[V_LOSS] += A(0.5) * w * worse * worse;
-  totals[V_CLIPPED] += clipped ? one : V{};
+  totals[V_CLIPPED] += worse != worse ? worse : clipped ? one : V{};
   totals[V_TOKENS] += one;
   moments.target += widened(target);
   moments.target_square += squares(target);
   moments.error += widened(plain);
   moments.error_square += squares(plain);
-  read.store(job.slopes, clipped ? V{} : w * plain);
+  read.store(job.slopes, broken ? old : clipped ? V{} : w * plain);
 }
 
 // Runs vector(reader, sums in A) over the tokens [begin, end), and adds up the sums in fp64.

@@ -141,7 +141,8 @@ def _policy_tokens(
     torch.mul(inside, slope, out=slopes[0])
     if slopes.shape[0] > 1:
         torch.mul(inside, -entropy_coefficient, out=slopes[1])
-    rows = (inside * loss, policy, h, kl, torch.where(mask, r, 0.0), clipped, 0.5 * d * d, mask)
+    clips = torch.where(policy.isnan(), policy, clipped)  # of a NaN nobody knows
+    rows = (inside * loss, policy, h, kl, torch.where(mask, r, 0.0), clips, 0.5 * d * d, mask)
     sums.copy_(torch.stack([row.sum(dtype=torch.float64) for row in rows]))
 
 
@@ -161,9 +162,11 @@ def _value_tokens(
     v, old, target, inside = (torch.where(mask, x, 0.0) for x in (values, old_values, returns, scale))
     plain, held = v - target, torch.clamp(v, old - clip, old + clip) - target
     clipped = held * held > plain * plain
-    torch.mul(inside, torch.where(clipped, 0.0, plain), out=slopes)
-    worse = torch.where(clipped, held, plain)
-    rows = (0.5 * inside * worse * worse, clipped, target, target.double() ** 2, plain, plain.double() ** 2, mask)
+    # No comparison with a NaN is true, so one in old would be passed over.
+    torch.mul(inside, torch.where(old.isnan(), old, torch.where(clipped, 0.0, plain)), out=slopes)
+    worse = torch.where(old.isnan(), old, torch.where(clipped, held, plain))
+    clips = torch.where(worse.isnan(), worse, clipped)
+    rows = (0.5 * inside * worse * worse, clips, target, target.double() ** 2, plain, plain.double() ** 2, mask)
     sums.copy_(torch.stack([row.sum(dtype=torch.float64) for row in rows]))
 
 
@@ -374,7 +377,8 @@ def value_loss(
 
     Args:
         values: [B, T] or [N] fp32, bf16, fp16 or fp64. Differentiable.
-        old_values, returns: of values' shape: the values at the time of the rollout, and `gae`'s returns R. Never given a gradient.
+        old_values, returns: of values' shape: the values at the time of the rollout, and `gae`'s returns R. Never given a gradient. NaN
+            in either, inside the mask, makes the loss NaN, without a clip too.
         mask: of values' shape, as in `ppo_loss`. What stands outside is not used.
         clip: > 0, in units of the values; None: no clip.
         normalizer: divisor in place of the mask's tokens, as in `ppo_loss`.

@@ -76,7 +76,8 @@ def ppo_loss_ref(
         kl = {"k1": d, "k2": 0.5 * d**2, "k3": torch.expm1(-e) + e}[kl_estimator]
         losses = losses + kl_coefficient * kl
     loss = _aggregated(losses, mask, aggregation, normalizer, cu_seqlens)
-    means = [None if x is None else _mean(x, mask).detach() for x in (policy, h, kl, ratio, clipped.to(ratio), 0.5 * (own - old) ** 2)]
+    clips = torch.where(policy.isnan(), policy, clipped)
+    means = [None if x is None else _mean(x, mask).detach() for x in (policy, h, kl, ratio, clips, 0.5 * (own - old) ** 2)]
     return PolicyLoss(loss, *means)  # type: ignore[arg-type]
 
 
@@ -95,9 +96,11 @@ def value_loss_ref(
     squares = (v - target) ** 2
     held = squares if clip is None else (torch.clamp(v, old - clip, old + clip) - target) ** 2
     clipped = held > squares
-    loss = _aggregated(0.5 * torch.where(clipped, held, squares), mask, "token_mean", normalizer, None)
+    squares = torch.where(old.isnan(), old * v, torch.where(clipped, held, squares))
+    clips = torch.where(squares.isnan(), squares, clipped).detach()
+    loss = _aggregated(0.5 * squares, mask, "token_mean", normalizer, None)
     left, spread = (x[mask].detach().double().var(correction=0) for x in (target - v, target))
-    return ValueLoss(loss, _mean(clipped.to(v), mask), torch.where(spread > 0, 1 - left / spread, torch.nan).to(v.dtype))
+    return ValueLoss(loss, _mean(clips, mask), torch.where(spread > 0, 1 - left / spread, torch.nan).to(v.dtype))
 
 
 def gae_ref(

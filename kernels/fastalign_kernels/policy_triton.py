@@ -105,7 +105,7 @@ def policy_kernel(
     _add_up(sums, h, 2, program, 8)
     _add_up(sums, kl, 3, program, 8)
     _add_up(sums, one * r, 4, program, 8)
-    _add_up(sums, tl.where(clipped, one, 0.0), 5, program, 8)
+    _add_up(sums, tl.where(policy != policy, policy, tl.where(clipped, one, 0.0)), 5, program, 8)  # of a NaN nobody knows
     _add_up(sums, 0.5 * d * d, 6, program, 8)
     _add_up(sums, one, 7, program, 8)
     tl.store(slopes + i, w * slope, mask=i < N)
@@ -142,17 +142,18 @@ def value_kernel(
     plain = v - target
     held = tl.where(v < old - clip, old - clip, tl.where(v > old + clip, old + clip, v)) - target
     clipped = held * held > plain * plain
-    worse = tl.where(clipped, held, plain)
+    broken = old != old  # no comparison with a NaN is true, so it would be passed over
+    worse = tl.where(broken, old, tl.where(clipped, held, plain))
     wide_target = target.to(tl.float64)
     wide_error = plain.to(tl.float64)
     _add_up(sums, 0.5 * w * worse * worse, 0, program, 7)
-    _add_up(sums, tl.where(clipped, one, 0.0), 1, program, 7)
+    _add_up(sums, tl.where(worse != worse, worse, tl.where(clipped, one, 0.0)), 1, program, 7)
     _add_up(sums, wide_target, 2, program, 7)
     _add_up(sums, wide_target * wide_target, 3, program, 7)
     _add_up(sums, wide_error, 4, program, 7)
     _add_up(sums, wide_error * wide_error, 5, program, 7)
     _add_up(sums, one, 6, program, 7)
-    tl.store(slopes + i, tl.where(clipped, 0.0, w * plain), mask=i < N)
+    tl.store(slopes + i, tl.where(broken, old, tl.where(clipped, 0.0, w * plain)), mask=i < N)
 
 
 def _launch(kernel: triton.JITFunction, tensors: list[Tensor | None], sums: Tensor, slopes: Tensor, *numbers: float, **flags) -> None:

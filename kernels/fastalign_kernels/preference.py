@@ -115,7 +115,7 @@ def _scores(
     x = c - r if margin is None else c - r - margin.to(losses)
     total = c + r
     losses.copy_(softplus(-x) + center * total * total)
-    metrics[0], metrics[1] = c > r, c - r
+    metrics[0], metrics[1] = where((c - r).isnan(), c - r, c > r), c - r
     slopes[0], slopes[1] = 2 * center * total - sigmoid(-x), 2 * center * total + sigmoid(-x)
 
 
@@ -459,8 +459,8 @@ def reward_loss(
         center_coefficient: >= 0; draws the scores, of which the first term sees differences only, towards a mean of 0 (TRL suggests 0.01).
 
     Returns:
-        The loss; accuracy, the share of pairs with chosen > rejected (a tie is wrong); mean_margin of chosen - rejected. fp32; fp64 if an
-        input is. NaN where S = 0. Same values as TRL 1.16's RewardTrainer.
+        The loss; accuracy, the share of pairs with chosen > rejected (a tie is wrong, a NaN among the scores makes it NaN); mean_margin of
+        chosen - rejected. fp32; fp64 if an input is. NaN where S = 0. Same values as TRL 1.16's RewardTrainer.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.

@@ -160,4 +160,5 @@ def reward_loss_ref(
     asked = torch.zeros_like(chosen_scores) if margin is None else margin.detach()
     chosen, rejected, asked = _widened(chosen_scores, rejected_scores, asked)
     loss = -F.logsigmoid(chosen - rejected - asked) + center_coefficient * (chosen + rejected) ** 2
-    return RewardLoss(loss.mean(), (chosen > rejected).to(loss).mean().detach(), (chosen - rejected).mean().detach())
+    margins = (chosen - rejected).detach()
+    return RewardLoss(loss.mean(), torch.where(margins.isnan(), margins, margins > 0).mean(), margins.mean())

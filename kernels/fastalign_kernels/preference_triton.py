@@ -177,7 +177,7 @@ def scores_kernel(
     c = tl.load(chosen + i, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(rejected + i, mask=inside, other=0.0).to(tl.float32)
     x = c - r
-    tl.store(metrics + i, (c > r).to(tl.float32), mask=inside)
+    tl.store(metrics + i, tl.where(x != x, x, (c > r).to(tl.float32)), mask=inside)
     tl.store(metrics + S + i, x, mask=inside)
     if HAS_MARGIN:
         x -= tl.load(margin + i, mask=inside, other=0.0).to(tl.float32)
