@@ -16,16 +16,14 @@ if TYPE_CHECKING:
 
     __all__ = [*_kernels, "__version__"]
 
-_MODULES = ("actor_critic", "causal_lm", "classifier", "data", "measure", "nn", "preferences", "rollout", "stages")
-
 
 def __getattr__(name: str) -> Any:
-    import importlib
+    import importlib.util
 
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
     if name.startswith("_") and name != "__all__":  # what others look for in any module must not load torch
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
     _load_kernels()
     try:
         return globals()[name]
@@ -34,7 +32,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__getattr__("__all__"), *_MODULES})
+    import pkgutil
+
+    modules = [module.name for module in pkgutil.iter_modules(__path__)]  # noqa: F405
+    return sorted({*globals(), *__getattr__("__all__"), *modules})
 
 
 def _load_kernels() -> None:

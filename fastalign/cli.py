@@ -5,9 +5,9 @@ import importlib
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 
-from .versions import newer_than_tested, noting_newer_packages
+from ._version import __version__
+from .faults import Parser, told
 
 COMMANDS = {
     "tokenizer": ("fastalign.stages.tokenizer", "train a byte-level BPE tokenizer on plain text"),
@@ -18,36 +18,51 @@ COMMANDS = {
     "kto": ("fastalign.stages.kto", "align a causal LM with completions judged good or bad, by KTO"),
     "ppo": ("fastalign.stages.ppo", "align a causal LM with scores of its own completions, by PPO"),
     "merge": ("fastalign.stages.merge", "write a model with its LoRA adapters merged in"),
-    "demo": ("fastalign.demo", "pre-training, SFT, reward model, DPO and KTO on real text at toy scale, with a report"),
+    "demo": ("fastalign.demo", "pre-training, SFT, reward model, DPO, KTO and PPO on real text at toy scale, with a report"),
     "env": ("fastalign.cli", "versions, devices, what is native, what falls back and why"),
 }
 PACKAGES = ("fastalign", "torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; each takes its own arguments, which `fastalign COMMAND --help` lists."""
+    """Run one command; each takes its own arguments, which `fastalign COMMAND --help` lists. Without one, they are listed: status 0."""
     commands = "\n".join(f"  {name:<10} {help_line}" for name, (_, help_line) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastalign",
         description="Every stage of LLM training that turns logits into a loss, cheap in memory and time.",
         epilog=f"commands:\n{commands}\n\nfastalign COMMAND --help shows a command's own arguments.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"fastalign {__version__}")
+    parser.add_argument("command", nargs="?", metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     given = parser.parse_args(argv)
+    if given.command is None:
+        parser.print_help()
+        return
+    if given.command not in COMMANDS:
+        parser.error(_unknown(given.command))
+    module, help_line = COMMANDS[given.command]
     if given.command == "env":
-        argparse.ArgumentParser(prog="fastalign env", description=COMMANDS["env"][1]).parse_args(given.arguments)
-        print(environment())
-    else:
-        with noting_newer_packages():
-            try:
-                # On demand: transformers takes seconds to import, and --help and env do without.
-                command = importlib.import_module(COMMANDS[given.command][0])
-            except ModuleNotFoundError as error:
-                extra = "demo" if given.command == "demo" else "train"
-                parser.error(f"{given.command} needs {error.name}, which is not installed: pip install 'fastalign[{extra}]'")
-            command.main(given.arguments)
+        Parser(prog="fastalign env", description=help_line).parse_args(given.arguments)
+    with told(f"fastalign {given.command}"):
+        if given.command == "env":
+            print(environment())
+        elif module.startswith("fastalign.stages."):
+            from .stages.command import run_stage
+
+            run_stage(given.command, given.arguments)
+        else:
+            # On demand: torch and transformers take seconds to import, and --help does without.
+            importlib.import_module(module).main(given.arguments)
+
+
+def _unknown(command: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(command, COMMANDS, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(COMMANDS)}"
+    return f"unknown command {command!r}; {hint}"
 
 
 def environment() -> str:
@@ -55,6 +70,8 @@ def environment() -> str:
     import torch
 
     from fastalign_kernels import native
+
+    from .versions import newer_than_tested
 
     versions = [(package, _version(package)) for package in PACKAGES]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -76,6 +93,8 @@ def environment() -> str:
 
 
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

@@ -29,6 +29,7 @@ from .data import DataError
 from .demo_data import CHAT_TEMPLATE, chats_of, cut, fetch, prompts_of, rated_pairs, read_sentences, split, texts_of, write_rows
 from .demo_report import STAGES, Completion, Outcome
 from .demo_settings import ROW_TOKENS, Settings, bar, draw, part, shared
+from .faults import Parser, told
 from .stages import pretrain, sft
 from .stages.tokenizer import train_tokenizer
 
@@ -46,7 +47,7 @@ THREADS_HELP = (
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; what is wrong with the options or the data ends it with status 2 and a line that says so."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastalign demo",
         description="Pre-training, SFT, a reward model, DPO, KTO and PPO on real text at toy scale, with a report.",
         allow_abbrev=False,
@@ -59,15 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=_natural, default=defaults.seed, metavar="N", help=f"default: {defaults.seed}")
     parser.add_argument("--threads", type=_positive, default=defaults.threads, metavar="N", help=THREADS_HELP)
     settings = Settings(**vars(parser.parse_args(argv)))
-    try:
+    with told(parser.prog):
         prepared = prepare(settings)
-    except ValueError as error:
-        parser.error(str(error))
-    disable_progress_bar()  # those of loading and saving, which would break into the demo's own
-    try:
+        disable_progress_bar()  # those of loading and saving, which would break into the demo's own
         run(settings, prepared)
-    except DataError as error:  # the tuned model's own samples, which may give nothing to learn from
-        parser.error(str(error))
 
 
 def _natural(text: str, least: int = 0) -> int:

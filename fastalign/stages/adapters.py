@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from .config import TrainConfig
+from .names import check_name
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 ADAPTER_CONFIG = "adapter_config.json"
@@ -59,6 +60,8 @@ def find_source(name: str, *, argument: str = "model") -> Source:
             raise ValueError(f"{argument}: the adapters in {name!r} are their own base, expected the folder of a model below them")
         adapters.append(name)
         name = _base_of(name, argument)
+    if adapters:
+        check_name(argument, name)
     return Source(name, adapters[::-1])
 
 

@@ -49,7 +49,8 @@ def choose_attention(config: TrainConfig, world: World) -> str:
         return "flash_attention_2"
     if config.attention == "flash_attention_2":
         raise ValueError(f"attention: flash_attention_2 needs {' and '.join(missing)}; allowed here: auto, sdpa, eager")
-    world.say(f"attention: sdpa (flash_attention_2 needs {' and '.join(missing)})")
+    if world.device.type == "cuda":
+        world.say(f"attention: sdpa (flash_attention_2 needs {' and '.join(missing)})")
     return "sdpa"
 
 

@@ -10,6 +10,7 @@ Learning rates are a function of the step.
 
 import dataclasses
 import random
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -20,12 +21,13 @@ from torch import Tensor, nn
 
 from ..readers import fingerprint_of
 from .config import TrainConfig
+from .folder import check_room, naming
 from .world import World
 
 # The position in the data is a function of these: with another value, the step means another place.
 POSITION = ("train_data", "train_split", "seed", "batch_size")
 # Where and how a run goes on may change freely.
-SILENT = ("output_dir", "resume", "report_to", "project", "save_every", "keep_checkpoints")
+SILENT = ("output_dir", "resume", "report_to", "project", "save_every", "keep_checkpoints", "timeout")
 
 
 def save(
@@ -37,23 +39,30 @@ def save(
     step: int,
     **extra: Any,
 ) -> None:
-    """Write the checkpoint of `step` steps done, and delete the oldest. Every rank calls it."""
+    """Write the checkpoint of `step` steps done, and delete the oldest. Every rank calls it.
+
+    Raises OSError where the disk has no room for it; the checkpoints that are there stay.
+    """
     folder = Path(config.output_dir, "checkpoints")
     unfinished = folder / "unfinished"
+    needed, what = size(model), f"the checkpoint of step {step}"
     if world.main:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_room(folder, needed, what)
+        unfinished.mkdir()
     world.barrier()
     torch.save(_random_states(world), unfinished / f"random-{world.rank}.pt")
     if world.main:
         data = fingerprint_of(config.train_data, split=config.train_split)
         state = {"step": step, "world_size": world.size, "config": dataclasses.asdict(config), "data": data, **extra}
         state |= {"tensors": _tensors(model), "optimizer": optimizer.state_dict()}
-        torch.save(state, unfinished / "state.pt")
+        with naming(folder, needed, what):
+            torch.save(state, unfinished / "state.pt")
     world.barrier()
     if world.main:
         unfinished.rename(folder / f"step-{step:08d}")
-        for old in sorted(folder.glob("step-*"))[: -config.keep_checkpoints]:
+        for old in _all(config.output_dir)[: -config.keep_checkpoints]:
             # Renamed first: deleting takes many steps, and a kill between them must not leave half a folder.
             shutil.rmtree(old.rename(unfinished))
     world.barrier()
@@ -61,7 +70,19 @@ def save(
 
 def latest(output_dir: str) -> Path | None:
     """The newest checkpoint of a run, None where there is none."""
-    return max(Path(output_dir, "checkpoints").glob("step-*"), default=None)
+    return max(_all(output_dir), default=None)
+
+
+def count(output_dir: str) -> int:
+    """How many checkpoints a run has."""
+    return len(_all(output_dir))
+
+
+def size(model: nn.Module) -> int:
+    """Bytes of a checkpoint: what training changes, and AdamW's two moments of the weights."""
+    tensors = _tensors(model)
+    trained = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
+    return sum(tensor.nbytes for tensor in tensors.values()) + 2 * trained
 
 
 def load(
@@ -104,6 +125,12 @@ def load(
             stacklevel=2,
         )
     return {name: value for name, value in state.items() if name not in ("tensors", "optimizer", "config")}
+
+
+def _all(output_dir: str) -> list[Path]:
+    """The checkpoints of a run, the oldest first; nothing else that lies beside them."""
+    found = Path(output_dir, "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs
 
+from ..faults import Parser
+
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
@@ -137,6 +139,8 @@ class TrainConfig(Options):
     """Checkpoint every so many steps and after the last. Default: no checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """How many of the latest checkpoints stay on disk."""
+    timeout: PositiveFloat = 30.0
+    """Minutes without a sign of life from one process after which the others end, and tell which one it was."""
     resume: bool = False
     """Continue from the latest checkpoint of output_dir, or start where there is none."""
     dry_run: bool = False
@@ -174,7 +178,7 @@ def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) 
 
     Exits with status 2 and one line a fault where a key, type or range is wrong, as argparse does.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=inspect.getdoc(stage),
         epilog=describe(stage),

@@ -8,11 +8,9 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastalign_kernels.pair_losses import PAIR_LOSSES
@@ -22,29 +20,11 @@ from ..data import load_rows, turn_ends
 from ..preferences import Pair, collate_pairs, sequence_logps, tokenize_pairs
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
-from .config import CONFIG, parse
+from .command import run_stage
 from .estimate import announce
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, total_steps, train
-from .preference import Reference, ReferenceConfig, make_packer, make_reference, pack_rows, parts_of, without_dropout
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class DPOConfig(ReferenceConfig):
-    """Align a causal LM with rows of `prompt`, `chosen` and `rejected`."""
-
-    loss_type: Literal[
-        "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
-        "sigmoid_norm",
-    ] = "sigmoid"  # fmt: skip
-    """The loss of a pair: sigmoid is DPO's. ipo and sigmoid_norm take log-probabilities per token."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of pairs in the wrong order, for sigmoid (cDPO), sigmoid_norm, robust and exo_pair, which needs one."""
-
-    @model_validator(mode="after")
-    def _check_loss(self) -> Self:
-        logps, lengths = torch.zeros(4, 1), torch.ones(2, 1, dtype=torch.int64)
-        pair_loss(self, *logps, *lengths)  # refuses what does not go together
-        return self
+from .preference import Reference, make_packer, make_reference, pack_rows, parts_of, without_dropout
+from .stage_configs import DPOConfig
 
 
 def run(config: DPOConfig) -> dict[str, float]:
@@ -97,6 +77,12 @@ def run(config: DPOConfig) -> dict[str, float]:
         )
 
 
+def check_options(config: DPOConfig) -> None:
+    """Raise ValueError for options of the loss that do not go together."""
+    logps, lengths = torch.zeros(4, 1), torch.ones(2, 1, dtype=torch.int64)
+    pair_loss(config, *logps, *lengths)
+
+
 def preference_loss(config: DPOConfig, reference: Reference) -> LossFn:
     """The loss; means over pairs of the rewards, their difference and order, and of log P of the completions, in nats."""
 
@@ -144,7 +130,7 @@ def pair_loss(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run(parse(DPOConfig, argv, prog="fastalign dpo"))
+    run_stage("dpo", argv)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ scores, so that ratios begin at 1 (docs/rollout_logprobs.md).
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastalign_kernels import gae, masked_whiten
@@ -22,80 +20,9 @@ from ..actor_critic import ActorCritic
 from ..data import Prompt, Tokenized
 from ..preferences import pack_sequences
 from ..rollout import generate
-from .config import CONFIG
 from .loop import Batch
+from .stage_configs import PPOOptions
 from .world import World
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class PPOOptions:
-    """How completions are drawn and learnt from: what `rollout` and `ppo_step` take."""
-
-    max_new_tokens: PositiveInt = 64
-    """Longest completion in tokens."""
-    temperature: PositiveFloat = 1.0
-    """Divides the logits, in the rollout and in all log-probabilities."""
-    top_k: int = Field(default=0, ge=0)
-    """Draw among the so many likeliest tokens; 0: among all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Draw among the likeliest tokens that hold this probability."""
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    """Draw among tokens at least this fraction as likely as the likeliest."""
-    rescore: bool = False
-    """Take the old log-probabilities from a pass of the trainer over the rollout; false: as the rollout returned them."""
-    importance_cap: float | None = Field(default=None, gt=0)
-    """Weigh each token's policy loss by the ratio of trainer's and rollout's probabilities, at most this (needs rescore)."""
-
-    missing_eos_penalty: float | None = Field(default=None, gt=0)
-    """Subtracted from the score of a completion that did not end within max_new_tokens."""
-    kl_coef: NonNegativeFloat = 0.05
-    """Weight of the KL divergence from the reference, nats a token."""
-    kl_in: Literal["reward", "loss"] = "reward"
-    """Where the KL divergence counts: in each token's reward, or in the policy's loss."""
-    kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
-    """With d the log-ratio of policy and reference: k1 is d, k2 d²/2, k3 exp(-d) - 1 + d. auto: k1 in the reward, k3 in the loss."""
-    target_kl: float | None = Field(default=None, gt=0)
-    """Adapt kl_coef so that the KL divergence comes near this (nats a completion). Default: kl_coef is fixed."""
-    kl_horizon: PositiveInt = 10_000
-    """Completions after which an adaptive kl_coef has changed by a factor of about 1.2 at most."""
-    gamma: float = Field(default=1.0, ge=0, le=1)
-    """Discount a token."""
-    lam: float = Field(default=0.95, ge=0, le=1)
-    """GAE's lambda: 1 takes the rewards to come, 0 the value of the next token."""
-    whiten_rewards: bool = False
-    """Scale the rewards of all tokens of a step to variance 1."""
-    whiten_advantages: bool = True
-    """Shift and scale the advantages of all tokens of a step, on all ranks, to mean 0 and variance 1."""
-
-    ppo_epochs: PositiveInt = 4
-    """Passes over the completions of a step."""
-    minibatches: PositiveInt = 1
-    """Optimizer steps in a pass."""
-    clip: PositiveFloat = 0.2
-    """The ratio of new and old probabilities is held within 1 - clip and 1 + clip."""
-    clip_high: float | None = Field(default=None, gt=0)
-    """Another bound above, 1 + clip_high."""
-    dual_clip: float | None = Field(default=None, gt=1)
-    """Bounds the loss of a token with a negative advantage by this times its advantage."""
-    value_clip: float | None = Field(default=0.2, gt=0)
-    """A value counts as moved at most this far from the old one; null: no bound."""
-    vf_coef: NonNegativeFloat = 0.1
-    """Weight of the value loss."""
-    entropy_coef: float = 0.0
-    """Weight of the policy's entropy (nats), which is subtracted from the loss."""
-
-    @model_validator(mode="after")
-    def _check_options(self) -> Self:
-        if self.importance_cap is not None and not self.rescore:
-            raise ValueError(f"importance_cap ({self.importance_cap}) needs rescore=true, which gives the trainer's log-probabilities")
-        if self.target_kl is not None and not self.kl_coef:
-            raise ValueError(f"target_kl ({self.target_kl}) needs a kl_coef above 0 to begin with")
-        return self
-
-    @property
-    def estimator(self) -> str:
-        """kl_estimator, with auto decided."""
-        return self.kl_estimator if self.kl_estimator != "auto" else "k1" if self.kl_in == "reward" else "k3"
 
 
 class Experience(NamedTuple):

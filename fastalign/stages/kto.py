@@ -10,12 +10,9 @@ over all rows of a step, whatever its micro-batches and ranks, with the weights 
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
-from pydantic import NonNegativeFloat, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastalign_kernels.preference import kto_kl, kto_loss
@@ -31,29 +28,12 @@ from ..preferences import (
 )
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
-from .config import CONFIG, parse
+from .command import run_stage
 from .estimate import announce
 from .loop import Batch, LossFn, Prepare, epoch_batches, held_out_batches, rows_of_step, start, total_steps, train
-from .preference import Reference, ReferenceConfig, make_packer, make_reference, pack_rows, parts_of, without_dropout
+from .preference import Reference, make_packer, make_reference, pack_rows, parts_of, without_dropout
+from .stage_configs import KTOConfig
 from .world import World
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class KTOConfig(ReferenceConfig):
-    """Align a causal LM with rows of `prompt`, `completion` and `label`, which is true for a desirable completion."""
-
-    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
-    """kto, or APO-zero's loss, which takes the KL divergence to be zero."""
-    desirable_weight: NonNegativeFloat = 1.0
-    """Weight of desirable rows. Weight times number of rows of one kind should be 1 to 4/3 of that of the other kind."""
-    undesirable_weight: NonNegativeFloat = 1.0
-    """Weight of undesirable rows."""
-
-    @model_validator(mode="after")
-    def _check_batch(self) -> Self:
-        if self.loss_type == "kto" and self.batch_size < 2:
-            raise ValueError("batch_size must be at least 2: a prompt is paired with the completion of another row of its step; got 1")
-        return self
 
 
 def run(config: KTOConfig) -> dict[str, float]:
@@ -195,7 +175,7 @@ def judged_loss(config: KTOConfig) -> LossFn:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run(parse(KTOConfig, argv, prog="fastalign kto"))
+    run_stage("kto", argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,11 +28,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign_kernels import kept_share
 
+from ..faults import Stopped
 from . import checkpoint
 from .adapters import record_base
 from .build import check_liger
 from .config import TrainConfig, save_config
+from .folder import check_room, held, naming
+from .names import check_names
 from .report import Report, check_reporters
+from .signals import Signals, how_to_resume
 from .world import World, join_world
 
 Batch = Mapping[str, Any]
@@ -48,11 +52,12 @@ Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 def start(config: TrainConfig) -> Iterator[World]:
     """Join the other ranks, and refuse what cannot run here.
 
-    Raises ValueError for an absent reporter, device or Liger, a batch_size that the devices do not divide, or
-    an output_dir that already holds a run (resume=true continues it).
+    Raises ValueError for an absent model, reporter, device or Liger, a batch_size that the devices do not divide, or
+    an output_dir that another run holds, or that already holds a run (resume=true continues it).
     """
     check_reporters(config.report_to)
-    with join_world(config.device) as world:
+    check_names(config)
+    with join_world(config.device, config.timeout) as world, _held(config, world):
         check_liger(config, world)
         rows = micro_batch_size(config, world) * world.size
         if config.batch_size % rows:
@@ -63,6 +68,10 @@ def start(config: TrainConfig) -> Iterator[World]:
         if not config.resume and Path(config.output_dir, "metrics.jsonl").exists():
             raise ValueError(f"output_dir: {config.output_dir!r} already holds a run; continue it with resume=true or name another folder")
         yield world
+
+
+def _held(config: TrainConfig, world: World) -> AbstractContextManager[None]:
+    return held("output_dir", Path(config.output_dir)) if world.main and not config.dry_run else nullcontext()
 
 
 def micro_batch_size(config: TrainConfig, world: World) -> int:
@@ -253,7 +262,8 @@ def run_steps(
     """Take every step of the run from where it stands, and return the last line of metrics.jsonl.
 
     `take(step)` updates the weights and returns the step's metrics and items, `judge()` the held-out ones, and
-    `save(output_dir)` leaves the models there. Learning rates fall from those of the optimizer's groups.
+    `save(output_dir)` leaves the models there. Learning rates fall from those of the optimizer's groups. Raises Stopped, a
+    KeyboardInterrupt, after Ctrl-C or SIGTERM on any rank, once the step is done and a checkpoint of it is saved.
     """
     steps = total_steps(config, rows)
     if config.warmup_steps > steps:
@@ -266,14 +276,18 @@ def run_steps(
     if world.main:
         output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, output_dir / "config.yaml")
+        _check_room(config, model, steps - done)
 
     model.train()
     kept_share()  # what ran before is not this run's
-    with Report(config, world, step=done, steps=steps) as report:
+    with Signals(world) as signals, Report(config, world, step=done, steps=steps) as report:
         if judge and not done:
             report.write({"step": 0} | judge())
+        if number := signals.agreed():
+            raise Stopped(number, f" after step {done}, before the next; go on with: {how_to_resume(config, world)}")
         for step in range(done, steps):
             began = time.perf_counter()
+            world.at_step(step + 1)
             fraction = multiplier(
                 step,
                 schedule=config.schedule,
@@ -295,13 +309,29 @@ def run_steps(
             if judge and _due(step + 1, config.eval_every, steps):
                 line |= judge()
             report.write(line)
-            if config.save_every and _due(step + 1, config.save_every, steps):
+            number = signals.agreed() if step + 1 < steps else 0  # a run that is through needs no going on
+            if number or config.save_every and _due(step + 1, config.save_every, steps):
                 checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=items_done)
-
-    if world.main:
-        save(output_dir)
-    world.barrier()
+            if number:
+                raise Stopped(number, f" after step {step + 1}, which is saved; go on with: {how_to_resume(config, world)}")
+        if world.main:
+            with naming(output_dir, _bytes_trained(model), "the model"):
+                save(output_dir)
+        world.barrier()
     return report.last
+
+
+def _bytes_trained(model: nn.Module) -> int:
+    return sum(weight.nbytes for weight in trained_weights(model))
+
+
+def _check_room(config: TrainConfig, model: nn.Module, steps: int) -> None:
+    """Refuse a run of so many `steps` whose checkpoints and model would not find room, before its first step."""
+    saves = math.ceil(steps / config.save_every) if config.save_every else 0
+    # The oldest checkpoint goes after the newest has come.
+    more = max(min(saves, config.keep_checkpoints + 1) - checkpoint.count(config.output_dir), min(saves, 1))
+    needed = more * checkpoint.size(model) + _bytes_trained(model)
+    check_room(Path(config.output_dir), needed, f"{more} checkpoints and the model" if more else "the model")
 
 
 def update(

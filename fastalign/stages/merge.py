@@ -5,25 +5,12 @@ fastalign merge model=runs/sft/model output_dir=runs/sft-merged
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic.dataclasses import dataclass
+from typing import Any
 
 from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .build import load_tokenizer, padding_id
-from .config import CONFIG, Options, parse
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class MergeConfig(Options):
-    """Write base and adapters as one plain model, with its tokenizer and generation_config."""
-
-    model: str
-    """Folder of adapters. Where their base is a folder of adapters too, all are merged."""
-    output_dir: str
-    """Folder for the model: a new or empty one."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    """Type of the merged weights. auto: that of the base."""
+from .command import run_stage
+from .stage_configs import MergeConfig
 
 
 def run(config: MergeConfig) -> Path:
@@ -58,7 +45,7 @@ def run(config: MergeConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run(parse(MergeConfig, argv, prog="fastalign merge"))
+    run_stage("merge", argv)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft import PeftModel
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -33,9 +31,9 @@ from ..actor_critic import ActorCritic
 from ..data import Prompt, Tokenized, load_rows, tokenize_prompts, turn_ends
 from .adapters import find_source, is_classifier, load_architecture, record_base
 from .build import check_fit, load_model, load_tokenizer, padding_id, stop_at
-from .config import CONFIG, TrainConfig, parse
+from .command import run_stage
 from .estimate import Part, announce
-from .experience import Experience, PPOOptions, experience_batch, rollout
+from .experience import Experience, experience_batch, rollout
 from .loop import Batch, LossFn, autocast, distribute, make_optimizer, rows_of_step, run_steps, start, update
 from .preference import pack_rows, without_dropout
 from .reward import zero_head
@@ -47,65 +45,10 @@ from .rewards import (
     check_classifier,
     find_classifier,
     find_function,
-    is_function,
     load_classifier,
 )
+from .stage_configs import PPOConfig, PPOOptions, is_function
 from .world import World
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class PPOConfig(PPOOptions, TrainConfig):
-    """Align a causal LM with the scores of its completions of rows of `prompt`."""
-
-    model: str
-    """Folder or name of the model."""
-    reward: str
-    """What scores completions: folder or name of a sequence classifier, or a Python function, "module:function" or
-    "file.py:function", that is given prompts and completions (and columns that it names) and returns a score for each."""
-    reward_label: int | None = Field(default=None, ge=0)
-    """Which label's logit is the score, where the classifier has several."""
-    value: Literal["own", "shared"] = "own"
-    """A value model of its own, or a linear layer on the hidden states of the policy."""
-    value_model: str | None = None
-    """Folder or name that a value model of its own starts from. Default: the reward model, where it is a classifier with one
-    label that reads the policy's tokens, else the policy, with values of zero."""
-    value_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the value model or layer. Default: learning_rate."""
-    reference: Literal["auto", "copy", "adapters_off", "none"] = "auto"
-    """What the policy is held near: a frozen copy of it as it was, the model without its LoRA adapters, or nothing (needs kl_coef=0).
-    auto: adapters_off with LoRA, else copy."""
-    max_prompt_length: PositiveInt = 512
-    """Longest prompt in tokens."""
-    too_long: Literal["refuse", "drop", "truncate"] = "drop"
-    """What to do with a longer prompt: refuse it, leave it out or cut it at the left; the log counts them."""
-    packing: bool = True
-    """Pack sequences that share a forward pass into rows as long as the longest, blind to each other."""
-    batch_size: PositiveInt = 64
-    """Prompts in one step, over all devices; each is completed once."""
-    micro_batch_size: int | None = Field(default=None, gt=0)
-    """Sequences in one forward pass on one device. Default: batch_size / minibatches / devices, that is, no accumulation."""
-    rollout_batch_size: int | None = Field(default=None, gt=0)
-    """Completions drawn at once on one device. Default: batch_size / devices."""
-    learning_rate: PositiveFloat = 3e-6
-    """Peak learning rate of AdamW."""
-
-    @model_validator(mode="after")
-    def _check_stage(self) -> Self:
-        if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of minibatches ({self.minibatches})")
-        if self.reference == "adapters_off" and not self.lora_rank:
-            raise ValueError("reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, none")
-        if self.reference == "none" and self.kl_coef:
-            raise ValueError(f"reference: none needs kl_coef=0, not {self.kl_coef}")
-        if self.value_model is not None and self.value == "shared":
-            raise ValueError(f"value_model ({self.value_model!r}) needs value=own, not shared")
-        if self.reward_label is not None and is_function(self.reward):
-            raise ValueError(f"reward_label ({self.reward_label}) needs a classifier, and reward is the function {self.reward!r}")
-        if self.lora_dropout:
-            raise ValueError(f"lora_dropout: {self.lora_dropout} seen, and PPO compares the policy with its rollout; allowed: 0")
-        if self.attention == "flash_attention_2":
-            raise ValueError("attention: flash_attention_2 reads no static cache, which rollouts have; allowed: auto, sdpa, eager")
-        return self
 
 
 def ppo_step(
@@ -418,7 +361,7 @@ def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run(parse(PPOConfig, argv, prog="fastalign ppo"))
+    run_stage("ppo", argv)
 
 
 if __name__ == "__main__":

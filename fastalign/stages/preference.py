@@ -10,13 +10,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from pydantic import Field, PositiveFloat, model_validator
-from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -25,50 +23,13 @@ from ..causal_lm import backbone
 from ..data import Tokenized
 from ..preferences import Batch, pack_sequences, sequence_logps
 from ..shared_prompts import explain_unshared
-from .config import CONFIG, TrainConfig
 from .estimate import Part
+from .folder import held
 from .loop import autocast
+from .stage_configs import PreferenceConfig, ReferenceConfig
 from .world import World
 
 Reference = Callable[[Batch], Tensor]  # packed sequences, on the device -> their log-probabilities [S], without gradient
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class PreferenceConfig(TrainConfig):
-    """What every preference stage has."""
-
-    model: str
-    """Folder or name of the model."""
-    max_length: int = Field(default=1024, ge=2)
-    """Longest prompt with its completion in tokens."""
-    too_long: Literal["refuse", "drop", "truncate"] = "drop"
-    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts the rows."""
-    packing: bool = True
-    """Pack sequences that share a forward pass into rows as long as the longest, blind to each other, and compute the
-    prompt that two of them share once, where the attention takes a mask and it pays."""
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class ReferenceConfig(PreferenceConfig):
-    """What the stages that compare a policy with a reference have."""
-
-    learning_rate: PositiveFloat = 1e-6
-    """Peak learning rate of AdamW."""
-    beta: PositiveFloat = 0.1
-    """Strength of the pull to the reference: rewards are beta times the log-ratio of policy and reference."""
-    reference: Literal["auto", "copy", "adapters_off", "precomputed"] = "auto"
-    """Where the log-probabilities of the model before training come from: a frozen copy of it, the model without its
-    LoRA adapters, or one pass before the first step, kept in a file. auto: adapters_off with LoRA, else copy."""
-    reference_dir: str | None = None
-    """Folder of the precomputed log-probabilities; runs that share it score a sequence once. Default: output_dir."""
-
-    @model_validator(mode="after")
-    def _check_reference(self) -> Self:
-        if self.reference == "adapters_off" and not self.lora_rank:
-            raise ValueError("reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, precomputed")
-        if self.reference_dir is not None and self.reference != "precomputed":
-            raise ValueError(f"reference_dir ({self.reference_dir!r}) needs reference=precomputed, not {self.reference}")
-        return self
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -140,10 +101,7 @@ def _precompute(config: ReferenceConfig, world: World, model: PreTrainedModel | 
     """
     folder = Path(config.reference_dir or config.output_dir)
     path = folder / f"reference-{_digest_model(config, model).hex()}.safetensors"
-    table: dict[bytes, float] = {}
-    if path.exists():
-        stored = load_file(path)
-        table = dict(zip((bytes(key) for key in stored["sequences"].numpy()), stored["logps"].tolist(), strict=True))
+    table = _read_table(path)
     known = len(table)
     score = _adapters_off if isinstance(model, PeftModel) else _score
     with autocast(config, world):
@@ -157,11 +115,17 @@ def _precompute(config: ReferenceConfig, world: World, model: PreTrainedModel | 
         dist.all_gather_object(tables, table)
         table = {key: value for part in reversed(tables) for key, value in part.items()}  # the first rank's value wins
     if world.main and len(table) > known:
-        folder.mkdir(parents=True, exist_ok=True)
-        keys_of = torch.frombuffer(bytearray(b"".join(table)), dtype=torch.uint8).view(len(table), -1)
-        unfinished = path.with_suffix(".unfinished")
-        save_file({"sequences": keys_of, "logps": torch.tensor(list(table.values()), dtype=torch.float64)}, unfinished)
-        unfinished.rename(path)
+        # Another run that shares the folder may have come first: its values stay, so that both go on, and resume, with the same ones.
+        with held("reference_dir", folder, name=path.stem + ".lock", wait=True):
+            table |= _read_table(path)
+            keys_of = torch.frombuffer(bytearray(b"".join(table)), dtype=torch.uint8).view(len(table), -1)
+            unfinished = path.with_suffix(".unfinished")
+            save_file({"sequences": keys_of, "logps": torch.tensor(list(table.values()), dtype=torch.float64)}, unfinished)
+            unfinished.rename(path)
+    if world.size > 1:
+        shared = [table]
+        dist.broadcast_object_list(shared)
+        table = shared[0]
     world.say(f"reference: {len(table)} sequences, {known} of them known, in {path}")
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
 
@@ -170,6 +134,13 @@ def _precompute(config: ReferenceConfig, world: World, model: PreTrainedModel | 
         return torch.tensor(values, dtype=dtype, device=packed["starts"].device)
 
     return look_up
+
+
+def _read_table(path: Path) -> dict[bytes, float]:
+    if not path.exists():
+        return {}
+    stored = load_file(path)
+    return dict(zip((bytes(key) for key in stored["sequences"].numpy()), stored["logps"].tolist(), strict=True))
 
 
 def _digest(sequence: Tokenized) -> bytes:

@@ -7,46 +7,14 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Self
-
-from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 
 from ..data import Tokenized, collate, load_rows, pack, tokenize_text
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
-from .config import CONFIG, TrainConfig, parse
+from .command import run_stage
 from .estimate import Part, announce
 from .loop import epoch_batches, held_out_batches, language_model_loss, start, train
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class PretrainConfig(TrainConfig):
-    """Train a causal LM on plain text, from scratch or from a model that exists."""
-
-    model: str | None = None
-    """Folder or name of a model to go on training; or else give `model_config`."""
-    model_config: str | dict[str, Any] | None = None
-    """A model from scratch: a transformers config.json, or {model_type: llama, hidden_size: 256, …}, where
-    fields left out keep the type's defaults and vocab_size and special ids follow the tokenizer."""
-    text_column: str = "text"
-    """Column that holds the documents."""
-    sequence_length: int = Field(default=1024, ge=2)
-    """Tokens in a row. Documents are packed into rows and do not see each other."""
-    too_long: Literal["split", "refuse", "drop", "truncate"] = "split"
-    """What to do with a document longer than sequence_length: split it into pieces, refuse it, leave it out or keep its
-    beginning; the log counts the documents of the latter two."""
-
-    @model_validator(mode="after")
-    def _check_model(self) -> Self:
-        if (self.model is None) == (self.model_config is None):
-            given = "neither" if self.model is None else "both"
-            raise ValueError(f"give one of model (to go on training) and model_config (from scratch), got {given}")
-        if self.model is None and self.tokenizer is None:
-            raise ValueError("tokenizer is needed with model_config: a model from scratch has none")
-        if self.model is None and self.lora_rank:
-            raise ValueError(f"lora_rank: got {self.lora_rank} with model_config, expected 0: the initial weights below would not be saved")
-        return self
+from .stage_configs import PretrainConfig
 
 
 def run(config: PretrainConfig) -> dict[str, float]:
@@ -97,7 +65,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run(parse(PretrainConfig, argv, prog="fastalign pretrain"))
+    run_stage("pretrain", argv)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -101,8 +102,11 @@ class Report:
         self.last = line
         if not self.main:
             return
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"output_dir: {self.file.name} could not be written: {error.strerror}") from error
         metrics = {name: value for name, value in line.items() if name != "step"}
         for reporter in self.reporters:
             reporter.log(metrics, line["step"])
@@ -116,7 +120,9 @@ class Report:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.bar.close()
         if self.main:
-            self.file.close()
+            # What a full disk did not take cannot be written now either; the error is on its way.
+            with suppress(OSError) if error is not None else nullcontext():
+                self.file.close()
         for reporter in self.reporters:
             reporter.finish()
 

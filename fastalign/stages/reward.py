@@ -6,11 +6,8 @@ torchrun --nproc-per-node 8 -m fastalign.stages.reward --config reward.yaml
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Self
 
 from peft import PeftModel
-from pydantic import Field, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,26 +19,11 @@ from ..preferences import Pair, collate_pairs, tokenize_pairs
 from ..shared_prompts import model_arguments
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
-from .config import CONFIG, parse
+from .command import run_stage
 from .estimate import Part, announce
 from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, train
-from .preference import PreferenceConfig, make_packer, pack_rows, without_dropout
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class RewardConfig(PreferenceConfig):
-    """Train a reward model on rows of `prompt`, `chosen` and `rejected`, with a `margin` where there is such a column."""
-
-    center_coefficient: float = Field(default=0.0, ge=0)
-    """Weight of the squared sum of a pair's scores, which holds their mean at zero."""
-    zero_head: bool = False
-    """Start from scores of zero: the first loss is ln 2."""
-
-    @model_validator(mode="after")
-    def _check_tail(self) -> Self:
-        if self.tail_eps is not None:
-            raise ValueError(f"tail_eps ({self.tail_eps}) is for a softmax over a vocabulary, and a reward model has none; allowed: null")
-        return self
+from .preference import make_packer, pack_rows, without_dropout
+from .stage_configs import RewardConfig
 
 
 def run(config: RewardConfig) -> dict[str, float]:
@@ -116,7 +98,7 @@ def zero_head(model: PreTrainedModel | PeftModel) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run(parse(RewardConfig, argv, prog="fastalign reward"))
+    run_stage("reward", argv)
 
 
 if __name__ == "__main__":

@@ -53,11 +53,6 @@ class Classifier(NamedTuple):
         return bool(self.tokenizer.get_vocab() == tokenizer.get_vocab())
 
 
-def is_function(reward: str) -> bool:
-    """Whether it names a Python function, "module:function" or "file.py:function", and not a model."""
-    return ":" in reward
-
-
 def find_function(reward: str) -> Function:
     """The function of "module:function" (modules of the working directory too) or "file.py:function".
 

@@ -6,31 +6,14 @@ torchrun --nproc-per-node 8 -m fastalign.stages.sft --config sft.yaml
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
-
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
 from ..data import Tokenized, collate, load_rows, pack, tokenize_sft, turn_ends
 from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
-from .config import CONFIG, TrainConfig, parse
+from .command import run_stage
 from .estimate import Part, announce
 from .loop import epoch_batches, held_out_batches, language_model_loss, micro_batch_size, start, train
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class SFTConfig(TrainConfig):
-    """Train a causal LM on the answers in rows of `messages`, or of `prompt` and `completion`."""
-
-    model: str
-    """Folder or name of the model."""
-    max_length: int = Field(default=1024, ge=2)
-    """Longest conversation in tokens."""
-    too_long: Literal["refuse", "drop", "truncate"] = "drop"
-    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts the rows."""
-    packing: bool = False
-    """Pack conversations into rows of max_length, blind to each other; batch_size then counts such rows."""
+from .stage_configs import SFTConfig
 
 
 def run(config: SFTConfig) -> dict[str, float]:
@@ -78,7 +61,7 @@ def run(config: SFTConfig) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run(parse(SFTConfig, argv, prog="fastalign sft"))
+    run_stage("sft", argv)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,15 @@ fastalign tokenizer train_data=text.jsonl output_dir=runs/tokenizer vocab_size=8
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..chat import read_text
 from ..data import load_rows, need_columns, read_each
-from .config import CONFIG, Options, parse
+from .command import run_stage
+from .stage_configs import ROLES, TokenizerConfig
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
-ROLES = ("system", "user", "assistant")
 # One token opens a turn, EOS ends it: what ends a document in pre-training ends an answer too.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ raise_exception('this chat template has no place for tools') }}{% endif %}"
@@ -28,23 +26,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-SMALLEST = 256 + 3 + len(ROLES)
-
-
-@dataclass(config=CONFIG, kw_only=True, frozen=True)
-class TokenizerConfig(Options):
-    """Train a byte-level BPE tokenizer with a chat template for turns of system, user and assistant."""
-
-    train_data: str
-    """Rows of text: a JSONL, JSON or Parquet file, or the name of a data set that `datasets` loads."""
-    train_split: str = "train"
-    """Split of `train_data`."""
-    text_column: str = "text"
-    """Column that holds the documents."""
-    output_dir: str
-    """Folder for the tokenizer: a new or empty one."""
-    vocab_size: int = Field(default=8192, ge=SMALLEST)
-    """Tokens at most: 256 bytes, BOS, EOS, padding, one for each role, and merges. A short text has fewer merges."""
 
 
 def run(config: TokenizerConfig) -> PreTrainedTokenizerFast:
@@ -92,7 +73,7 @@ def train_tokenizer(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run(parse(TokenizerConfig, argv, prog="fastalign tokenizer"))
+    run_stage("tokenizer", argv)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    watch: Watch | None = None
+    """Of the other ranks, where there are any."""
 
     @property
     def main(self) -> bool:
@@ -29,6 +34,11 @@ class World:
         if self.main:
             print(message, flush=True)
 
+    def at_step(self, step: int) -> None:
+        """Note the step that this rank is in, counted from 1, for what others tell of it."""
+        if self.watch is not None:
+            self.watch.at_step(step)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -37,6 +47,14 @@ class World:
     def count(self, number: int) -> int:
         """A number summed over the ranks."""
         return number if self.size == 1 else int(self.sum([torch.tensor(number)])[0])
+
+    def max(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
 
     def sum(self, values: Sequence[Tensor]) -> list[float]:
         """Each scalar summed over the ranks, in fp64; waits for the device."""
@@ -57,10 +75,11 @@ class World:
 
 
 @contextmanager
-def join_world(device: str) -> Iterator[World]:
+def join_world(device: str, timeout: float = 30.0) -> Iterator[World]:
     """Join the process group that torchrun's environment describes: nccl on CUDA, gloo on CPUs.
 
-    `device` is auto, cpu or cuda. Raises ValueError where cuda is asked for and there is none.
+    `device` is auto, cpu or cuda. A rank that gives no sign of life for `timeout` minutes ends the others, and what ends one rank ends
+    all, told once, with rank and step where it is not rank 0's own (watch.py). Raises ValueError where cuda is asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, and torch sees no CUDA device; allowed here: auto, cpu")
@@ -72,9 +91,18 @@ def join_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(local)
     joined = size > 1 and not dist.is_initialized()
     if joined:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=local if cuda else None)
+        # Half a minute more, so that the watch, which knows the rank, is the one to tell.
+        limit = timedelta(minutes=timeout, seconds=30)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=local if cuda else None, timeout=limit)
+    watch = Watch(rank, size, minutes=timeout) if joined else None
     try:
-        yield World(rank, size, local)
-    finally:
-        if joined:
-            dist.destroy_process_group()
+        yield World(rank, size, local, watch)
+    except BaseException as error:
+        # The process group is left as it is: to leave it may mean to wait for a rank that is gone.
+        cause = error if watch is None else watch.end(error)
+        if cause is error:
+            raise
+        raise cause from error
+    if watch is not None:
+        watch.close()
+        dist.destroy_process_group()

@@ -1,11 +1,13 @@
 """Configurations and data of the first two stages that are refused, all before a model is loaded."""
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import (
@@ -14,7 +16,8 @@ from transformers import (
 )
 
 from fastalign.data import Tokenized
-from fastalign.stages import build, loop, pretrain, report, sft
+from fastalign.stages import build, loop, names, pretrain, report, sft
+from fastalign.stages.stage_configs import CONFIGS
 from fastalign.stages.world import World
 from tests.stages.tiny import LLAMA, write
 
@@ -118,7 +121,7 @@ def test_a_cuda_device_that_is_not_there_is_refused(
 def test_a_batch_that_the_devices_do_not_divide_is_refused(
     pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "join_world", lambda device: nullcontext(World(0, 3, torch.device(device))))
+    monkeypatch.setattr(loop, "join_world", lambda device, timeout: nullcontext(World(0, 3, torch.device(device))))
     with pytest.raises(ValueError, match=r"batch_size \(4\) must be .* micro_batch_size x devices \(1 x 3\)"):
         pretrain.run(pretraining())
 
@@ -194,3 +197,67 @@ def test_models_of_several_parts_are_fitted_by_their_language_model(
         build.check_fit(config, tokenizer, [row])
     with pytest.raises(ValueError, match=r"unknown key 'hiden_size'; did you mean hidden_size"):
         build.scratch_config({"model_type": kind, "text_config": {"hiden_size": 3}}, tokenizer, length=40)
+
+
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that cannot be reached, as huggingface_hub tells it; the addresses that were asked for."""
+    asked: list[str] = []
+
+    def refuse(url: str, **options: Any) -> None:
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    names.check_name.cache_clear()
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("field", "stage"), [("model", "sft"), ("tokenizer", "sft"), ("reward", "ppo"), ("value_model", "ppo"), ("model", "pretrain")]
+)
+def test_a_name_that_is_nowhere_is_told_at_once(field: str, stage: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = no_hub(monkeypatch)
+    given = {"model": base, "reward": base, "train_data": "rows.jsonl", "output_dir": "out"}
+    given = {name: value for name, value in given.items() if stage == "ppo" or name != "reward"} | {field: "foo/bar"}
+    with pytest.raises(ValueError) as refused:
+        names.check_names(CONFIGS[stage](**given))
+    expected = f"{field}: 'foo/bar' is no folder here, is not in the cache, and the hub cannot be reached (Name or service not known)"
+    assert str(refused.value) == expected
+    assert len(asked) == 1, "one question, no retries"
+
+
+def test_a_name_in_the_cache_is_taken_from_there_where_the_hub_is_away(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_hub(monkeypatch)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    names.check_name("model", "foo/bar")
+    names.check_name("tokenizer", "foo/bar")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+    assert capsys.readouterr().err == "the hub cannot be reached: models come from the cache\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("runs/sft/modle", "model: 'runs/sft/modle' is no folder here, and no name of a model on the hub"),
+        ("{tmp}/run", "model: folder '{tmp}/run' holds no config.json, so no model; did you mean '{tmp}/run/model'?"),
+        ("{tmp}", "model: folder '{tmp}' holds no config.json, so no model"),
+    ],
+)
+def test_a_folder_that_is_no_models_is_told(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_hub(monkeypatch)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with pytest.raises(ValueError) as refused:
+        names.check_name("model", name.format(tmp=tmp_path))
+    assert str(refused.value) == message.format(tmp=tmp_path)
+
+
+def test_what_attention_lacks_is_said_where_there_is_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    config = sft.SFTConfig(model="m", train_data="rows.jsonl", output_dir="out")
+    build.choose_attention(config, World(0, 1, torch.device("cpu")))
+    assert capsys.readouterr().out == ""
+    build.choose_attention(config, World(0, 1, torch.device("cuda")))
+    assert "attention: sdpa (flash_attention_2 needs" in capsys.readouterr().out

@@ -1,0 +1,73 @@
+"""Names of models and tokenizers, looked up before anything large is imported: in folders, in the hub's cache, on the hub.
+
+transformers asks a hub that cannot be reached for each file again and again, for 23 seconds and more. Here it is asked once.
+"""
+
+import os
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+from .config import Options
+from .stage_configs import is_function
+
+FIELDS = ("model", "tokenizer", "reward", "value_model")
+SECONDS = 3.0  # that the hub has to answer
+_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def check_names(config: Options) -> None:
+    """Check every field that names a model or a tokenizer: `check_name`."""
+    for field in FIELDS:
+        name = getattr(config, field, None)
+        if name is not None and not (field == "reward" and is_function(name)):
+            check_name(field, name)
+
+
+@lru_cache
+def check_name(field: str, name: str) -> None:
+    """Raise ValueError where `name` is no folder, is not in the hub's cache and is not found on the hub.
+
+    Where the hub cannot be reached, what is in the cache is used without asking again; that is said once.
+    """
+    if Path(name).is_dir():
+        if field != "tokenizer" and not any(Path(name, file).is_file() for file in _FILES[:2]):
+            inside = Path(name, "model")
+            hint = f"; did you mean {str(inside)!r}?" if inside.is_dir() else ""
+            raise ValueError(f"{field}: folder {name!r} holds no config.json, so no model{hint}")
+        return
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES)
+    except HFValidationError:
+        raise ValueError(f"{field}: {name!r} is no folder here, and no name of a model on the hub") from None
+    missing = f"{field}: {name!r} is no folder here, is not in the cache, and"
+    try:
+        get_hf_file_metadata(hf_hub_url(name, _FILES[0]), timeout=SECONDS)
+    except GatedRepoError:
+        if not cached:
+            raise ValueError(f"{missing} the hub gives it to those who were granted access only: log in with `hf auth login`") from None
+    except RepositoryNotFoundError:
+        if not cached:
+            raise ValueError(f"{missing} the hub has no such model (if it is private: `hf auth login`)") from None
+    except HfHubHTTPError:
+        return  # the hub can be reached; what it has against this is transformers' to tell
+    except Exception as error:
+        # Of a class that depends on huggingface_hub's version: requests', httpx's or its own.
+        if not cached:
+            raise ValueError(f"{missing} the hub cannot be reached ({error})") from None
+        _go_offline()
+
+
+def _go_offline() -> None:
+    """Let huggingface_hub, transformers and datasets read their caches without asking the hub."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        print("the hub cannot be reached: models come from the cache", file=sys.stderr, flush=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True

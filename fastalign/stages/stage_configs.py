@@ -1,0 +1,321 @@
+"""The configuration of every stage, of `merge` and of `tokenizer`: a dataclass that is its command line and its documentation too.
+
+They are apart from the stages so that `fastalign COMMAND --help` needs no torch: importing this takes a fifth of a second.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic.dataclasses import dataclass
+
+from .config import CONFIG, Options, TrainConfig
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class PretrainConfig(TrainConfig):
+    """Train a causal LM on plain text, from scratch or from a model that exists."""
+
+    model: str | None = None
+    """Folder or name of a model to go on training; or else give `model_config`."""
+    model_config: str | dict[str, Any] | None = None
+    """A model from scratch: a transformers config.json, or {model_type: llama, hidden_size: 256, …}, where
+    fields left out keep the type's defaults and vocab_size and special ids follow the tokenizer."""
+    text_column: str = "text"
+    """Column that holds the documents."""
+    sequence_length: int = Field(default=1024, ge=2)
+    """Tokens in a row. Documents are packed into rows and do not see each other."""
+    too_long: Literal["split", "refuse", "drop", "truncate"] = "split"
+    """What to do with a document longer than sequence_length: split it into pieces, refuse it, leave it out or keep its
+    beginning; the log counts the documents of the latter two."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if (self.model is None) == (self.model_config is None):
+            given = "neither" if self.model is None else "both"
+            raise ValueError(f"give one of model (to go on training) and model_config (from scratch), got {given}")
+        if self.model is None and self.tokenizer is None:
+            raise ValueError("tokenizer is needed with model_config: a model from scratch has none")
+        if self.model is None and self.lora_rank:
+            raise ValueError(f"lora_rank: got {self.lora_rank} with model_config, expected 0: the initial weights below would not be saved")
+        return self
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class SFTConfig(TrainConfig):
+    """Train a causal LM on the answers in rows of `messages`, or of `prompt` and `completion`."""
+
+    model: str
+    """Folder or name of the model."""
+    max_length: int = Field(default=1024, ge=2)
+    """Longest conversation in tokens."""
+    too_long: Literal["refuse", "drop", "truncate"] = "drop"
+    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts the rows."""
+    packing: bool = False
+    """Pack conversations into rows of max_length, blind to each other; batch_size then counts such rows."""
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class PreferenceConfig(TrainConfig):
+    """What every preference stage has."""
+
+    model: str
+    """Folder or name of the model."""
+    max_length: int = Field(default=1024, ge=2)
+    """Longest prompt with its completion in tokens."""
+    too_long: Literal["refuse", "drop", "truncate"] = "drop"
+    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts the rows."""
+    packing: bool = True
+    """Pack sequences that share a forward pass into rows as long as the longest, blind to each other, and compute the
+    prompt that two of them share once, where the attention takes a mask and it pays."""
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class RewardConfig(PreferenceConfig):
+    """Train a reward model on rows of `prompt`, `chosen` and `rejected`, with a `margin` where there is such a column."""
+
+    center_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the squared sum of a pair's scores, which holds their mean at zero."""
+    zero_head: bool = False
+    """Start from scores of zero: the first loss is ln 2."""
+
+    @model_validator(mode="after")
+    def _check_tail(self) -> Self:
+        if self.tail_eps is not None:
+            raise ValueError(f"tail_eps ({self.tail_eps}) is for a softmax over a vocabulary, and a reward model has none; allowed: null")
+        return self
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class ReferenceConfig(PreferenceConfig):
+    """What the stages that compare a policy with a reference have."""
+
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    beta: PositiveFloat = 0.1
+    """Strength of the pull to the reference: rewards are beta times the log-ratio of policy and reference."""
+    reference: Literal["auto", "copy", "adapters_off", "precomputed"] = "auto"
+    """Where the log-probabilities of the model before training come from: a frozen copy of it, the model without its
+    LoRA adapters, or one pass before the first step, kept in a file. auto: adapters_off with LoRA, else copy."""
+    reference_dir: str | None = None
+    """Folder of the precomputed log-probabilities; runs that share it score a sequence once. Default: output_dir."""
+
+    @model_validator(mode="after")
+    def _check_reference(self) -> Self:
+        if self.reference == "adapters_off" and not self.lora_rank:
+            raise ValueError("reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, precomputed")
+        if self.reference_dir is not None and self.reference != "precomputed":
+            raise ValueError(f"reference_dir ({self.reference_dir!r}) needs reference=precomputed, not {self.reference}")
+        return self
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class DPOConfig(ReferenceConfig):
+    """Align a causal LM with rows of `prompt`, `chosen` and `rejected`."""
+
+    loss_type: Literal[
+        "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+        "sigmoid_norm",
+    ] = "sigmoid"  # fmt: skip
+    """The loss of a pair: sigmoid is DPO's. ipo and sigmoid_norm take log-probabilities per token."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of pairs in the wrong order, for sigmoid (cDPO), sigmoid_norm, robust and exo_pair, which needs one."""
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        from .dpo import check_options  # here: --help needs no torch
+
+        check_options(self)
+        return self
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class KTOConfig(ReferenceConfig):
+    """Align a causal LM with rows of `prompt`, `completion` and `label`, which is true for a desirable completion."""
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """kto, or APO-zero's loss, which takes the KL divergence to be zero."""
+    desirable_weight: NonNegativeFloat = 1.0
+    """Weight of desirable rows. Weight times number of rows of one kind should be 1 to 4/3 of that of the other kind."""
+    undesirable_weight: NonNegativeFloat = 1.0
+    """Weight of undesirable rows."""
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.loss_type == "kto" and self.batch_size < 2:
+            raise ValueError("batch_size must be at least 2: a prompt is paired with the completion of another row of its step; got 1")
+        return self
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class PPOOptions:
+    """How completions are drawn and learnt from: what `rollout` and `ppo_step` take."""
+
+    max_new_tokens: PositiveInt = 64
+    """Longest completion in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits, in the rollout and in all log-probabilities."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw among the so many likeliest tokens; 0: among all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw among the likeliest tokens that hold this probability."""
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    """Draw among tokens at least this fraction as likely as the likeliest."""
+    rescore: bool = False
+    """Take the old log-probabilities from a pass of the trainer over the rollout; false: as the rollout returned them."""
+    importance_cap: float | None = Field(default=None, gt=0)
+    """Weigh each token's policy loss by the ratio of trainer's and rollout's probabilities, at most this (needs rescore)."""
+
+    missing_eos_penalty: float | None = Field(default=None, gt=0)
+    """Subtracted from the score of a completion that did not end within max_new_tokens."""
+    kl_coef: NonNegativeFloat = 0.05
+    """Weight of the KL divergence from the reference, nats a token."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL divergence counts: in each token's reward, or in the policy's loss."""
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
+    """With d the log-ratio of policy and reference: k1 is d, k2 d²/2, k3 exp(-d) - 1 + d. auto: k1 in the reward, k3 in the loss."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """Adapt kl_coef so that the KL divergence comes near this (nats a completion). Default: kl_coef is fixed."""
+    kl_horizon: PositiveInt = 10_000
+    """Completions after which an adaptive kl_coef has changed by a factor of about 1.2 at most."""
+    gamma: float = Field(default=1.0, ge=0, le=1)
+    """Discount a token."""
+    lam: float = Field(default=0.95, ge=0, le=1)
+    """GAE's lambda: 1 takes the rewards to come, 0 the value of the next token."""
+    whiten_rewards: bool = False
+    """Scale the rewards of all tokens of a step to variance 1."""
+    whiten_advantages: bool = True
+    """Shift and scale the advantages of all tokens of a step, on all ranks, to mean 0 and variance 1."""
+
+    ppo_epochs: PositiveInt = 4
+    """Passes over the completions of a step."""
+    minibatches: PositiveInt = 1
+    """Optimizer steps in a pass."""
+    clip: PositiveFloat = 0.2
+    """The ratio of new and old probabilities is held within 1 - clip and 1 + clip."""
+    clip_high: float | None = Field(default=None, gt=0)
+    """Another bound above, 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bounds the loss of a token with a negative advantage by this times its advantage."""
+    value_clip: float | None = Field(default=0.2, gt=0)
+    """A value counts as moved at most this far from the old one; null: no bound."""
+    vf_coef: NonNegativeFloat = 0.1
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy (nats), which is subtracted from the loss."""
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if self.importance_cap is not None and not self.rescore:
+            raise ValueError(f"importance_cap ({self.importance_cap}) needs rescore=true, which gives the trainer's log-probabilities")
+        if self.target_kl is not None and not self.kl_coef:
+            raise ValueError(f"target_kl ({self.target_kl}) needs a kl_coef above 0 to begin with")
+        return self
+
+    @property
+    def estimator(self) -> str:
+        """kl_estimator, with auto decided."""
+        return self.kl_estimator if self.kl_estimator != "auto" else "k1" if self.kl_in == "reward" else "k3"
+
+
+def is_function(reward: str) -> bool:
+    """Whether it names a Python function, "module:function" or "file.py:function", and not a model."""
+    return ":" in reward
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class PPOConfig(PPOOptions, TrainConfig):
+    """Align a causal LM with the scores of its completions of rows of `prompt`."""
+
+    model: str
+    """Folder or name of the model."""
+    reward: str
+    """What scores completions: folder or name of a sequence classifier, or a Python function, "module:function" or
+    "file.py:function", that is given prompts and completions (and columns that it names) and returns a score for each."""
+    reward_label: int | None = Field(default=None, ge=0)
+    """Which label's logit is the score, where the classifier has several."""
+    value: Literal["own", "shared"] = "own"
+    """A value model of its own, or a linear layer on the hidden states of the policy."""
+    value_model: str | None = None
+    """Folder or name that a value model of its own starts from. Default: the reward model, where it is a classifier with one
+    label that reads the policy's tokens, else the policy, with values of zero."""
+    value_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the value model or layer. Default: learning_rate."""
+    reference: Literal["auto", "copy", "adapters_off", "none"] = "auto"
+    """What the policy is held near: a frozen copy of it as it was, the model without its LoRA adapters, or nothing (needs kl_coef=0).
+    auto: adapters_off with LoRA, else copy."""
+    max_prompt_length: PositiveInt = 512
+    """Longest prompt in tokens."""
+    too_long: Literal["refuse", "drop", "truncate"] = "drop"
+    """What to do with a longer prompt: refuse it, leave it out or cut it at the left; the log counts them."""
+    packing: bool = True
+    """Pack sequences that share a forward pass into rows as long as the longest, blind to each other."""
+    batch_size: PositiveInt = 64
+    """Prompts in one step, over all devices; each is completed once."""
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    """Sequences in one forward pass on one device. Default: batch_size / minibatches / devices, that is, no accumulation."""
+    rollout_batch_size: int | None = Field(default=None, gt=0)
+    """Completions drawn at once on one device. Default: batch_size / devices."""
+    learning_rate: PositiveFloat = 3e-6
+    """Peak learning rate of AdamW."""
+
+    @model_validator(mode="after")
+    def _check_stage(self) -> Self:
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of minibatches ({self.minibatches})")
+        if self.reference == "adapters_off" and not self.lora_rank:
+            raise ValueError("reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, none")
+        if self.reference == "none" and self.kl_coef:
+            raise ValueError(f"reference: none needs kl_coef=0, not {self.kl_coef}")
+        if self.value_model is not None and self.value == "shared":
+            raise ValueError(f"value_model ({self.value_model!r}) needs value=own, not shared")
+        if self.reward_label is not None and is_function(self.reward):
+            raise ValueError(f"reward_label ({self.reward_label}) needs a classifier, and reward is the function {self.reward!r}")
+        if self.lora_dropout:
+            raise ValueError(f"lora_dropout: {self.lora_dropout} seen, and PPO compares the policy with its rollout; allowed: 0")
+        if self.attention == "flash_attention_2":
+            raise ValueError("attention: flash_attention_2 reads no static cache, which rollouts have; allowed: auto, sdpa, eager")
+        return self
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class MergeConfig(Options):
+    """Write base and adapters as one plain model, with its tokenizer and generation_config."""
+
+    model: str
+    """Folder of adapters. Where their base is a folder of adapters too, all are merged."""
+    output_dir: str
+    """Folder for the model: a new or empty one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Type of the merged weights. auto: that of the base."""
+
+
+ROLES = ("system", "user", "assistant")
+_SMALLEST = 256 + 3 + len(ROLES)  # the bytes; BOS, EOS and padding; a token for each role
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class TokenizerConfig(Options):
+    """Train a byte-level BPE tokenizer with a chat template for turns of system, user and assistant."""
+
+    train_data: str
+    """Rows of text: a JSONL, JSON or Parquet file, or the name of a data set that `datasets` loads."""
+    train_split: str = "train"
+    """Split of `train_data`."""
+    text_column: str = "text"
+    """Column that holds the documents."""
+    output_dir: str
+    """Folder for the tokenizer: a new or empty one."""
+    vocab_size: int = Field(default=8192, ge=_SMALLEST)
+    """Tokens at most: 256 bytes, BOS, EOS, padding, one for each role, and merges. A short text has fewer merges."""
+
+
+CONFIGS: dict[str, type[Options]] = {
+    "pretrain": PretrainConfig,
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "kto": KTOConfig,
+    "ppo": PPOConfig,
+    "merge": MergeConfig,
+    "tokenizer": TokenizerConfig,
+}
