@@ -163,6 +163,7 @@ def test_an_id_that_the_model_lacks_is_refused_only_where_a_row_uses_it(
     assert len(tokenizer) == 302 and build.padding_id(tokenizer, AutoConfig.from_pretrained(base)) == tokenizer.eos_token_id
     loaded: list[str] = []
     monkeypatch.setattr(sft, "load_model", lambda *arguments, **options: loaded.append("model"))
+    monkeypatch.setattr(sft, "stop_at", lambda *arguments: None)
     monkeypatch.setattr(sft, "train", lambda *arguments, **options: {})
     sft.run(tuning(tokenizer=str(tmp_path / "larger")))
     assert loaded == ["model"]
