@@ -164,6 +164,7 @@ def test_an_id_that_the_model_lacks_is_refused_only_where_a_row_uses_it(
     loaded: list[str] = []
     monkeypatch.setattr(sft, "load_model", lambda *arguments, **options: loaded.append("model"))
     monkeypatch.setattr(sft, "stop_at", lambda *arguments: None)
+    monkeypatch.setattr(sft, "announce", lambda *arguments, **options: None)
     monkeypatch.setattr(sft, "train", lambda *arguments, **options: {})
     sft.run(tuning(tokenizer=str(tmp_path / "larger")))
     assert loaded == ["model"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from transformers import (
 from fastalign.actor_critic import VALUE_HEAD, ActorCritic
 from fastalign.causal_lm import fuse_head
 from fastalign.data import Prompt, load_rows, tokenize_prompts
+from fastalign.faults import Stopped
 from fastalign.rollout import generate
 from fastalign.stages import build, checkpoint, ppo
 from fastalign.stages.config import save_config
+from fastalign.stages.experience import Experience
 from fastalign.stages.ppo import PPOConfig, PPOOptions, ppo_step, rollout
 from fastalign.stages.rewards import by_function, find_function
 from fastalign.stages.world import World
@@ -269,6 +272,25 @@ def test_a_run_killed_between_rollout_and_update_goes_on_bitwise(
         assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     if "target_kl" in options:
         assert len({line.get("kl_coef") for line in lines(whole)[1:]}) == 5, "the coefficient must have moved"
+
+
+def test_sigterm_during_a_rollout_finishes_the_step_and_the_run_goes_on_bitwise(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = make(max_steps=3, dtype="float32"), make(max_steps=3, dtype="float32")
+    ppo.run(whole)
+
+    def signalled(*arguments: Any, step: int = 0, **options: Any) -> Experience:
+        experience = rollout(*arguments, step=step, **options)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return experience
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "rollout", signalled)
+        with pytest.raises(Stopped, match="after step 2, which is saved; go on with: fastalign ppo --config "):
+            ppo.run(stopped)
+    ppo.run(dataclasses.replace(stopped, resume=True))
+    assert lines(stopped) == lines(whole)
+    assert all(torch.equal(tensor, weights(stopped)[name]) for name, tensor in weights(whole).items())
 
 
 # TRL's defects
