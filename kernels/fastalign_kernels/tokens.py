@@ -69,7 +69,7 @@ def as_bool(mask: Tensor) -> Tensor:
 
 def per_token(advantages: Tensor, shape: torch.Size) -> Tensor:
     """Advantages of the tokens' shape: [B] or [B, 1] beside tokens [B, T] are one number a row."""
-    if len(shape) == 2 and tuple(advantages.shape) in ((shape[0],), (shape[0], 1)):
+    if advantages.shape != shape and len(shape) == 2 and tuple(advantages.shape) in ((shape[0],), (shape[0], 1)):
         return advantages.view(-1, 1).expand(shape)
     return advantages
 
