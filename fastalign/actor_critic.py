@@ -92,8 +92,8 @@ class ActorCritic(nn.Module):
         parts = {"policy": self.policy, "value": self.value}
         return {name: [weight for weight in part.parameters() if weight.requires_grad] for name, part in parts.items()}
 
-    def save_pretrained(self, policy: Path, value: Path) -> None:
-        """The policy as transformers' causal LM; the value model as its classifier, or the value head in a file beside the policy."""
+    def save_pretrained(self, policy: Path, value: Path | None = None) -> None:
+        """The policy as transformers' causal LM; the value model as its classifier, or a shared one's head in a file beside the policy."""
         self.policy.save_pretrained(str(policy))
         if self.shared:
             save_file({name: tensor.contiguous() for name, tensor in self.value.state_dict().items()}, policy / VALUE_HEAD)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .data import Tokenized
+from .finite import find_not_finite
 from .probe import probing, unsupported
 from .versions import noting_newer_packages
 
@@ -36,6 +37,8 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
     allowed = torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()
     if not (own - ours).abs().max() <= allowed:
         del model.__dict__["forward"]
+        if wrong := find_not_finite(model.state_dict().items()):
+            raise ValueError(f"model: {type(model).__name__}'s {wrong}; expected finite numbers")
         raise unsupported(model, f"scores a sequence as {own.tolist()}, not by its layer `score` at the last token, {ours.tolist()}")
     return model
 

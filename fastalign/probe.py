@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .finite import find_not_finite
 from .versions import newer_than_tested
 
 # Names in configs; `logits_scaling` divides (Granite), but not in HyperCLOVA-X.
@@ -169,7 +170,9 @@ def _compare(model: PreTrainedModel, what: str, seen: Tensor, expected: Tensor, 
         raise _inexact(model, f"{what} differs by {difference:.3g}; rounding explains {rounding:.3g}")
 
 
-def _inexact(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+def _inexact(model: PreTrainedModel, why: str) -> ValueError:
+    if wrong := find_not_finite(model.state_dict().items()):
+        return ValueError(f"model: {type(model).__name__}'s {wrong}; expected finite numbers")
     return unsupported(model, f"cannot be served exactly by the fused head: {why}")
 
 

@@ -9,30 +9,22 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from ..finite import find_not_finite
 from .config import TrainConfig
 from .names import check_name
+from .weights import Task, load_whole, names_classifier
 
-Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RELATIVE_BASE = "base_model.json"  # {"relative_path": the base, seen from this folder}
-CLASSIFIER = "ForSequenceClassification"
-_AUTO = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_CLS": AutoModelForSequenceClassification}
 
 
 class Source(NamedTuple):
@@ -94,7 +86,7 @@ def is_classifier(source: Source, architecture: PretrainedConfig) -> bool:
     """Whether these are a sequence classifier's weights, and not a causal LM's."""
     if any(_task(folder) == "SEQ_CLS" for folder in source.adapters):
         return True
-    return any(kind.endswith(CLASSIFIER) for kind in architecture.architectures or [])
+    return names_classifier(architecture)
 
 
 def _task(folder: str) -> str | None:
@@ -130,10 +122,12 @@ def _labels(folder: str, argument: str) -> int:
 def load_plain(name: str, *, task: Task, argument: str = "model", **options: Any) -> PreTrainedModel:
     """The model in a folder or of a name, all its weights trainable, adapters merged into it.
 
-    `options` are from_pretrained's. Raises ValueError where the adapters do not fit the base, or cannot be merged.
+    `options` are from_pretrained's. Raises ValueError where weights are missing, left over or of another shape, where they hold NaN or
+    inf, and where the adapters do not fit the base, or cannot be merged. A classifier's head may be missing in a causal LM's folder:
+    it is drawn.
     """
     source = find_source(name, argument=argument)
-    model: PreTrainedModel = _AUTO[task].from_pretrained(source.base, trust_remote_code=False, **options)
+    model = load_whole(source.base, task=task, argument=argument, **options)
     for folder in source.adapters:
         model = _merge(model, folder, argument)
         if model.can_generate() and Path(folder, GENERATION_CONFIG_NAME).is_file():
@@ -153,6 +147,8 @@ def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedMode
         loaded = adapted.load_adapter(folder, "default")
     except (ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"{argument}: the adapters in {folder!r} do not fit their base {model.name_or_path!r}: {error}") from error
+    if broken := find_not_finite(adapted.named_parameters()):
+        raise ValueError(f"{argument}: in the adapters in {folder!r}, {broken}; expected finite numbers")
     # An adapter of the head that a classifier lacks has nothing to act on.
     extra = [name for name in loaded.unexpected_keys if hasattr(model, "lm_head") or "lm_head" not in name]
     if wrong := [*loaded.missing_keys, *extra]:

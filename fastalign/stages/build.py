@@ -185,12 +185,14 @@ def load_model(
     attention: str,
     packed: bool,
     task: Task = "CAUSAL_LM",
+    argument: str = "model",
 ) -> PreTrainedModel | PeftModel:
     """The model with its head fused, its layers and adapters as configured, on the world's device.
 
     `task` is PEFT's name of a causal LM, or of a sequence classifier with one label, which scores packed sequences.
-    `weights` is a folder or name, None draws initial ones; adapters there are merged before new ones go on. Raises ValueError
-    for a model without Liger's layers (where they are asked for), one that the head cannot serve, or one in which `packed` rows
+    `weights` is a folder or name, which errors call `argument`, and None draws initial ones; adapters there are merged before new ones
+    go on. Raises ValueError for weights that are not the model's (`load_plain`), a model without Liger's layers (where they are asked
+    for), one that the head cannot serve, or one in which `packed` rows
     would see each other.
     """
     if config.liger:
@@ -205,7 +207,7 @@ def load_model(
         auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
         lm: PreTrainedModel = auto.from_config(architecture, trust_remote_code=False, **options)
     else:
-        lm = load_plain(weights, task=task, **options)
+        lm = load_plain(weights, task=task, argument=argument, **options)
         base, adapters = find_source(weights)
         if adapters:
             world.say(f"model: {' and '.join(adapters)}: adapters, merged into {base}")

@@ -1,14 +1,17 @@
 """Checkpoints from which a run continues bitwise: trained weights, optimizer, random states, steps done.
 
-    checkpoints/step-00000200/state.pt       weights that are trained, buffers, optimizer, step, configuration
-                              random-0.pt    random states of rank 0, and one such file for each further rank
+    checkpoints/step-00000200/state.pt         weights that are trained, buffers, optimizer, step, configuration
+                              random-0.pt      random states of rank 0, and one such file for each further rank
+                              manifest.sha256  hashes of these files, which `sha256sum --check` reads
 
-A checkpoint is written to a temporary folder and renamed, so a folder named step-… is always whole. The
-position in the data is not stored: it is a function of the step and the seed (loop.py, `rows_of_step`).
-Learning rates are a function of the step.
+A checkpoint is written to a temporary folder, synced to the disk and renamed, so a kill or a power loss leaves no
+half of one under a name step-…. What a disk or a copy changes later, the hashes show: a run resumes from the newest
+checkpoint whose files are as they were written. The position in the data is not stored: it is a function of the step
+and the seed (loop.py, `rows_of_step`). Learning rates are a function of the step.
 """
 
 import dataclasses
+import os
 import random
 import re
 import shutil
@@ -17,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..readers import fingerprint_of
 from .config import TrainConfig
+from .files import find_damage, replace_folder, seal, sync
 from .folder import check_room, naming
 from .world import World
 
@@ -52,7 +57,9 @@ def save(
         check_room(folder, needed, what)
         unfinished.mkdir()
     world.barrier()
-    torch.save(_random_states(world), unfinished / f"random-{world.rank}.pt")
+    own = unfinished / f"random-{world.rank}.pt"
+    torch.save(_random_states(world), own)
+    sync(own)  # here: another machine's sync would not wait for it
     if world.main:
         data = fingerprint_of(config.train_data, split=config.train_split)
         state = {"step": step, "world_size": world.size, "config": dataclasses.asdict(config), "data": data, **extra}
@@ -61,16 +68,48 @@ def save(
             torch.save(state, unfinished / "state.pt")
     world.barrier()
     if world.main:
-        unfinished.rename(folder / f"step-{step:08d}")
+        with naming(folder, needed, what):
+            seal(unfinished)
+        replace_folder(unfinished, folder / f"step-{step:08d}")
+        sync(folder.parent)
         for old in _all(config.output_dir)[: -config.keep_checkpoints]:
             # Renamed first: deleting takes many steps, and a kill between them must not leave half a folder.
-            shutil.rmtree(old.rename(unfinished))
+            os.replace(old, unfinished)
+            shutil.rmtree(unfinished)
     world.barrier()
 
 
 def latest(output_dir: str) -> Path | None:
     """The newest checkpoint of a run, None where there is none."""
     return max(_all(output_dir), default=None)
+
+
+def latest_whole(output_dir: str, world: World) -> Path | None:
+    """The newest checkpoint whose files are as they were written, None where a run has no checkpoint. Every rank calls it.
+
+    Newer ones that are damaged are named, and renamed to ….damaged. Raises ValueError where there are only damaged ones.
+    """
+    found: list[Any] = [None, {}]
+    if world.main:
+        for path in reversed(_all(output_dir)):
+            damage = find_damage(path)
+            if damage is None:
+                found[0] = path
+                break
+            found[1][path] = damage
+    if world.size > 1:
+        dist.broadcast_object_list(found)
+    whole, damaged = found
+    if damaged and whole is None:
+        listed = "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
+        raise ValueError(
+            f"resume: no checkpoint in {output_dir!r} is whole ({listed}); bring one back from a copy, or name another output_dir"
+        )
+    for path, damage in damaged.items() if world.main else ():
+        aside = path.with_name(path.name + ".damaged")
+        replace_folder(path, aside)
+        world.say(f"resume: {path} is damaged ({damage}), and now {aside.name}; what was trained after {whole.name} is trained again")
+    return whole
 
 
 def count(output_dir: str) -> int:

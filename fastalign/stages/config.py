@@ -31,12 +31,20 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs
 
 from ..faults import Parser
+from .files import write_text
 
+NO_FP16 = "expected bf16=true or dtype=bfloat16: the stages have no loss scale, without which gradients in fp16 underflow to 0"
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _refuse_fp16(value: object) -> object:
+    if str(value).removeprefix("torch.") in ("float16", "fp16", "half"):
+        raise ValueError(f"got {value}, {NO_FP16}")
+    return value
 
 
 Names = Annotated[list[str], BeforeValidator(_split)]
@@ -53,6 +61,8 @@ class Options:
         # Only to name the close matches: extra="forbid" alone says just that the key is unexpected.
         allowed = [field.name for field in dataclasses.fields(cls)]
         for key in (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given:
+            if key == "fp16" and "bf16" in allowed:
+                raise ValueError(f"fp16: {NO_FP16}")
             if key not in allowed:
                 raise ValueError(unknown_key(key, allowed))
         return given
@@ -76,7 +86,7 @@ class TrainConfig(Options):
     tokenizer: str | None = None
     """Folder or name of the tokenizer. Default: the model's own."""
 
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16", "float64"], BeforeValidator(_refuse_fp16)] = "float32"
     """Type of the weights and of the optimizer's state."""
     bf16: bool = False
     """Compute in bfloat16 under autocast; the weights keep `dtype`."""
@@ -219,7 +229,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the configuration as YAML that `--config` reads."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
 def describe(stage: type[Options]) -> str:

@@ -9,6 +9,7 @@ over. That, the optimizer's state and the random states are all that a checkpoin
 bitwise (on a GPU: as far as its kernels are deterministic).
 """
 
+import itertools
 import math
 import random
 import time
@@ -29,10 +30,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastalign_kernels import kept_share
 
 from ..faults import Stopped
+from ..finite import find_not_finite
 from . import checkpoint
 from .adapters import record_base
 from .build import check_liger
 from .config import TrainConfig, save_config
+from .files import new_folder
 from .folder import check_room, held, naming
 from .names import check_names
 from .report import Report, check_reporters
@@ -67,7 +70,17 @@ def start(config: TrainConfig) -> Iterator[World]:
             )
         if not config.resume and Path(config.output_dir, "metrics.jsonl").exists():
             raise ValueError(f"output_dir: {config.output_dir!r} already holds a run; continue it with resume=true or name another folder")
+        _check_free(config)
         yield world
+
+
+def _check_free(config: TrainConfig) -> None:
+    """Refuse an output_dir in which the run's models would take the place of others."""
+    if Path(config.output_dir, "metrics.jsonl").exists():
+        return
+    for folder in (Path(config.output_dir, part) for part in ("model", "value")):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"output_dir: {str(folder)!r} is no run's and holds files, which the run would replace; name another folder")
 
 
 def _held(config: TrainConfig, world: World) -> AbstractContextManager[None]:
@@ -238,9 +251,10 @@ def train(
         return evaluate(config, world, model, held_out, loss_fn, count_items, prepare)
 
     def save(folder: Path) -> None:
-        model.save_pretrained(str(folder / "model"))
-        record_base(model, folder / "model")
-        tokenizer.save_pretrained(str(folder / "model"))
+        with new_folder(folder / "model") as unfinished:
+            model.save_pretrained(str(unfinished))
+            record_base(model, unfinished)
+            tokenizer.save_pretrained(str(unfinished))
 
     return run_steps(
         config, world, model, optimizer, take=take, judge=judge if held_out else None, save=save, rows=rows, items_name=items_name
@@ -282,7 +296,9 @@ def run_steps(
     kept_share()  # what ran before is not this run's
     with Signals(world) as signals, Report(config, world, step=done, steps=steps) as report:
         if judge and not done:
-            report.write({"step": 0} | judge())
+            line = {"step": 0} | judge()
+            _check_metrics(line, model, 0)
+            report.write(line)
         if number := signals.agreed():
             raise Stopped(number, f" after step {done}, before the next; go on with: {how_to_resume(config, world)}")
         for step in range(done, steps):
@@ -308,17 +324,35 @@ def run_steps(
             line |= {"seconds": seconds, f"{items_name}_per_second": items / seconds}
             if judge and _due(step + 1, config.eval_every, steps):
                 line |= judge()
+                _check_metrics(line, model, step + 1)
             report.write(line)
             number = signals.agreed() if step + 1 < steps else 0  # a run that is through needs no going on
             if number or config.save_every and _due(step + 1, config.save_every, steps):
+                _check_weights(model, step + 1)
+                report.sync()
                 checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=items_done)
             if number:
                 raise Stopped(number, f" after step {step + 1}, which is saved; go on with: {how_to_resume(config, world)}")
+        _check_weights(model, steps)
         if world.main:
             with naming(output_dir, _bytes_trained(model), "the model"):
                 save(output_dir)
         world.barrier()
     return report.last
+
+
+def _check_weights(model: nn.Module, step: int) -> None:
+    """Raise FloatingPointError that names a trained weight or a buffer with NaN or inf after so many steps."""
+    trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    if wrong := find_not_finite(itertools.chain(trained, model.named_buffers())):
+        raise FloatingPointError(f"step {step}: {wrong}; neither a checkpoint nor a model of this step is saved, and those before it stay")
+
+
+def _check_metrics(line: Mapping[str, float], model: nn.Module, step: int) -> None:
+    """Raise FloatingPointError that names the metrics after so many steps that are NaN or inf, or the weights where it comes from them."""
+    if wrong := [f"{name} = {value}" for name, value in line.items() if not math.isfinite(value)]:
+        _check_weights(model, step)
+        raise FloatingPointError(f"step {step}: {', '.join(wrong)}")
 
 
 def _bytes_trained(model: nn.Module) -> int:
@@ -416,7 +450,7 @@ def _totals(
 
 def _resume(config: TrainConfig, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, rows: int) -> tuple[int, int]:
     """Steps and tokens done by an earlier process, whose state is restored; (0, 0) without one."""
-    path = checkpoint.latest(config.output_dir) if config.resume else None
+    path = checkpoint.latest_whole(config.output_dir, world) if config.resume else None
     if path is None:
         if config.resume:
             world.say(f"resume: no checkpoint in {config.output_dir}, starting at step 0")

@@ -10,6 +10,7 @@ from typing import Any
 from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .build import load_tokenizer, padding_id
 from .command import run_stage
+from .files import new_folder
 from .stage_configs import MergeConfig
 
 
@@ -32,13 +33,9 @@ def run(config: MergeConfig) -> Path:
     text = model.config.get_text_config()
     if classifier and text.pad_token_id is None:
         text.pad_token_id = padding_id(tokenizer, text)  # by which transformers finds the last token of each row
-    # Renamed when it is whole, so that a run that was ended leaves no half of a model.
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    model.save_pretrained(str(unfinished))
-    tokenizer.save_pretrained(str(unfinished))
-    if folder.exists():
-        folder.rmdir()
-    unfinished.rename(folder)
+    with new_folder(folder) as unfinished:
+        model.save_pretrained(str(unfinished))
+        tokenizer.save_pretrained(str(unfinished))
     print(f"{config.output_dir}: {' and '.join(source.adapters)} merged into {source.base}", flush=True)
     return folder
 

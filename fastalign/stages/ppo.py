@@ -14,6 +14,7 @@ steps and hold none: a run that was killed between a rollout and its update draw
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from .build import check_fit, load_model, load_tokenizer, padding_id, stop_at
 from .command import run_stage
 from .estimate import Part, announce
 from .experience import Experience, experience_batch, rollout
+from .files import new_folder
 from .loop import Batch, LossFn, autocast, distribute, make_optimizer, rows_of_step, run_steps, start, update
 from .preference import pack_rows, without_dropout
 from .reward import zero_head
@@ -250,11 +252,13 @@ def train(
         return {f"eval/{name}": value for name, value in metrics.items() if name.startswith(("objective/", "completions/"))}
 
     def save(folder: Path) -> None:
-        model.save_pretrained(folder / "model", folder / "value")
-        for name, part in {"model": model.policy, "value": model.value}.items():
-            if name == "model" or not model.shared:
-                record_base(part, folder / name)
-                tokenizer.save_pretrained(str(folder / name))
+        parts = {"model": model.policy} if model.shared else {"model": model.policy, "value": model.value}
+        with ExitStack() as stack:
+            unfinished = {name: stack.enter_context(new_folder(folder / name)) for name in parts}
+            model.save_pretrained(unfinished["model"], unfinished.get("value"))
+            for name, part in parts.items():
+                record_base(part, unfinished[name])
+                tokenizer.save_pretrained(str(unfinished[name]))
 
     return run_steps(
         config,
@@ -272,6 +276,8 @@ def train(
 class ValueSource(NamedTuple):
     """What a value model of its own starts from."""
 
+    argument: str
+    """The field that gives it."""
     folder: str
     architecture: PretrainedConfig
     scores: bool
@@ -325,14 +331,14 @@ def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | No
     folder = config.value_model or (config.reward if usable else config.model)
     argument = "value_model" if config.value_model else "reward" if usable else "model"
     architecture = load_architecture(folder, task="SEQ_CLS", argument=argument)
-    return ValueSource(folder, architecture, is_classifier(find_source(folder, argument=argument), architecture))
+    return ValueSource(argument, folder, architecture, is_classifier(find_source(folder, argument=argument), architecture))
 
 
 def make_value(source: ValueSource | None, load: Callable[..., Any]) -> Any:
     """The value model of its own, None for a shared one."""
     if source is None:
         return None
-    value = load(source.architecture, weights=source.folder, task="SEQ_CLS")
+    value = load(source.architecture, weights=source.folder, task="SEQ_CLS", argument=source.argument)
     if not source.scores:
         zero_head(value)
     return value

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -24,6 +25,7 @@ from ..data import Tokenized
 from ..preferences import Batch, pack_sequences, sequence_logps
 from ..shared_prompts import explain_unshared
 from .estimate import Part
+from .files import new_file
 from .folder import held
 from .loop import autocast
 from .stage_configs import PreferenceConfig, ReferenceConfig
@@ -118,10 +120,7 @@ def _precompute(config: ReferenceConfig, world: World, model: PreTrainedModel | 
         # Another run that shares the folder may have come first: its values stay, so that both go on, and resume, with the same ones.
         with held("reference_dir", folder, name=path.stem + ".lock", wait=True):
             table |= _read_table(path)
-            keys_of = torch.frombuffer(bytearray(b"".join(table)), dtype=torch.uint8).view(len(table), -1)
-            unfinished = path.with_suffix(".unfinished")
-            save_file({"sequences": keys_of, "logps": torch.tensor(list(table.values()), dtype=torch.float64)}, unfinished)
-            unfinished.rename(path)
+            _write_table(path, table)
     if world.size > 1:
         shared = [table]
         dist.broadcast_object_list(shared)
@@ -136,11 +135,29 @@ def _precompute(config: ReferenceConfig, world: World, model: PreTrainedModel | 
     return look_up
 
 
+def _write_table(path: Path, table: dict[bytes, float]) -> None:
+    keys_of = torch.frombuffer(bytearray(b"".join(table)), dtype=torch.uint8).view(len(table), -1)
+    tensors = {"sequences": keys_of, "logps": torch.tensor(list(table.values()), dtype=torch.float64)}
+    with new_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"blake2b": _digest_tensors(tensors)})
+
+
 def _read_table(path: Path) -> dict[bytes, float]:
+    """The table in a file, none where there is no file. Raises ValueError where it is not as it was written."""
     if not path.exists():
         return {}
-    stored = load_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored, written = {name: file.get_tensor(name) for name in ("sequences", "logps")}, (file.metadata() or {}).get("blake2b")
+    except SafetensorError as error:
+        raise ValueError(f"reference: {path} is damaged ({error}); delete it, and its values are computed again") from error
+    if written != _digest_tensors(stored):
+        raise ValueError(f"reference: {path} is damaged: its hash is not that of its values; delete it, and they are computed again")
     return dict(zip((bytes(key) for key in stored["sequences"].numpy()), stored["logps"].tolist(), strict=True))
+
+
+def _digest_tensors(tensors: dict[str, Tensor]) -> str:
+    return hashlib.blake2b(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values()), digest_size=16).hexdigest()
 
 
 def _digest(sequence: Tokenized) -> bytes:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -13,6 +14,7 @@ from typing import Any, Protocol, Self
 from tqdm import tqdm
 
 from .config import TrainConfig
+from .files import write_text
 from .world import World
 
 SHOWN = ("loss", "eval/loss", "objective/scores", "objective/kl")  # beside the bar, with what is counted a second
@@ -90,8 +92,8 @@ class Report:
         if not world.main:
             return
         path = Path(config.output_dir, "metrics.jsonl")
-        kept = [line for line in _whole_lines(path) if step and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+        kept = [text for text in _whole_lines(path, world) if json.loads(text)["step"] <= step] if step else []
+        write_text(path, "".join(kept))
         self.last = json.loads(kept[-1]) if kept else {}
         self.file = path.open("a")
         for name in config.report_to:
@@ -114,6 +116,11 @@ class Report:
         self.bar.set_postfix({name: f"{metrics[name]:.4g}" for name in shown}, refresh=False)
         self.bar.update(line["step"] - self.bar.n)
 
+    def sync(self) -> None:
+        """Wait until the lines are on the disk: a checkpoint must not outlive those of its steps."""
+        if self.main:
+            os.fsync(self.file.fileno())
+
     def __enter__(self) -> Self:
         return self
 
@@ -127,6 +134,19 @@ class Report:
             reporter.finish()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    # A kill may leave the last line half-written.
-    return [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+def _whole_lines(path: Path, world: World) -> list[str]:
+    """The lines of an earlier process. A kill or a power loss may leave the last one half-written: it is cut off, and that is said."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = []
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode()
+            if not text.endswith("\n") or not isinstance(json.loads(text)["step"], int):
+                raise ValueError("not a whole line")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if number < len(lines):
+                raise ValueError(f"resume: {path}: line {number} is not one of metrics.jsonl ({error}); mend it or delete it") from error
+            world.say(f"resume: {path}: line {number}, the last, is not whole and is cut off: {line[:40]!r}")
+            break
+        whole.append(text)
+    return whole

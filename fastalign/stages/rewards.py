@@ -11,6 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,15 +103,42 @@ def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Rewar
     def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         columns = {name: [prompt.row[name] for prompt in prompts] for name in wanted if name in prompts[0].row}
-        scores = [float(value) for value in function.call([prompt.row["prompt"] for prompt in prompts], texts, **columns)]
-        if len(scores) != len(prompts):
-            raise ValueError(f"reward: {function.name} returned {len(scores)} scores for {len(prompts)} completions")
+        scores = _numbers(function.name, function.call([prompt.row["prompt"] for prompt in prompts], texts, **columns), texts)
         wrong = [place for place, value in enumerate(scores) if not math.isfinite(value)]
         if wrong:
             raise ValueError(f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}; finite numbers are wanted")
         return torch.tensor(scores, dtype=torch.float64)
 
     return score
+
+
+def _numbers(name: str, returned: Any, texts: Sequence[str]) -> list[float]:
+    """What a reward function returned, as numbers. Raises ValueError that names what is none."""
+    wanted = f"expected a list of {len(texts)} numbers"
+    # The items of a mapping are its keys, and a set has no order.
+    if isinstance(returned, str | bytes | Mapping | AbstractSet):
+        raise ValueError(f"reward: {name} returned {_short(returned)}, {wanted}")
+    try:
+        values = list(returned)
+    except TypeError as error:
+        raise ValueError(f"reward: {name} returned {_short(returned)}, {wanted}") from error
+    if len(values) != len(texts):
+        raise ValueError(f"reward: {name} returned {len(values)} scores for {len(texts)} completions")
+    numbers = []
+    for place, (value, text) in enumerate(zip(values, texts, strict=True), 1):
+        try:
+            if isinstance(value, str | bytes | complex):  # float would read some
+                raise TypeError("no number")
+            numbers.append(float(value))
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            what = f"scored completion {place} of {len(texts)}, {text[:60]!r}, as {_short(value)}"
+            raise ValueError(f"reward: {name} {what}, expected a finite number") from error
+    return numbers
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
 
 
 def load_classifier(

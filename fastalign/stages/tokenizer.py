@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from ..chat import read_text
 from ..data import load_rows, need_columns, read_each
 from .command import run_stage
+from .files import new_folder
 from .stage_configs import ROLES, TokenizerConfig
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
@@ -38,7 +39,8 @@ def run(config: TokenizerConfig) -> PreTrainedTokenizerFast:
     texts = read_each(rows, [config.text_column], lambda row: read_text(config.text_column, row[config.text_column]))
     turns = [f"<|{role}|>" for role in ROLES]
     tokenizer = train_tokenizer(texts, config.vocab_size, chat_template=CHAT_TEMPLATE, special_tokens=turns)
-    tokenizer.save_pretrained(str(folder))
+    with new_folder(folder) as unfinished:
+        tokenizer.save_pretrained(str(unfinished))
     fewer = "" if len(tokenizer) == config.vocab_size else f" (vocab_size={config.vocab_size}, but the text has no more pairs to merge)"
     print(f"{config.output_dir}: a tokenizer of {len(tokenizer)} tokens{fewer}, from {len(rows)} rows", flush=True)
     return tokenizer
