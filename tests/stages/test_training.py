@@ -61,7 +61,7 @@ def test_two_gloo_ranks_equal_one_process(tuning: Callable[..., sft.SFTConfig], 
     torchrun(2, "fastalign.stages.sft", "--config", str(tmp_path / "two.yaml"))
     found = checkpoint.latest(together.output_dir)
     assert found is not None
-    assert sorted(path.name for path in found.iterdir()) == ["random-0.pt", "random-1.pt", "state.pt"]
+    assert sorted(path.name for path in found.iterdir()) == ["manifest.sha256", "random-0.pt", "random-1.pt", "state.pt"]
 
     # The third step on one process shows that their checkpoint is good too.
     with pytest.warns(UserWarning, match="resuming on 1 processes a run of 2"):
