@@ -233,6 +233,14 @@ def test_micro_batches_add_up(device, aggregation):
     torch.testing.assert_close(split, value_loss(**wide).loss, rtol=1e-12, atol=1e-12)
 
 
+def test_a_normalizer_of_sequence_means_keeps_its_digits_in_fp64():
+    """A count of tokens times a Python number is fp32, and put 3e-8 into the loss."""
+    given = tokens() | {"mask": torch.ones(5, 23, dtype=torch.bool)}
+    given = {name: x if name == "mask" else x.detach().nan_to_num(0, 0, 0) for name, x in given.items()}
+    options = {"aggregation": "sequence_mean", "normalizer": 37.1997005624994}
+    torch.testing.assert_close(ppo_loss(**given, **options).loss, ppo_loss_ref(**given, **options).loss, rtol=1e-14, atol=0)
+
+
 def test_sequence_means_weigh_sequences_alike():
     logp, a = torch.zeros(2, 4, requires_grad=True), torch.tensor([[1.0] * 4, [3.0] + [NAN] * 3])
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])

@@ -594,3 +594,13 @@ if __name__ == "__main__":
     # Not by return: gloo's threads can end the process while the interpreter shuts down (tests/test_causal_lm.py).
     sys.stderr.flush()
     os._exit(0)
+
+
+@pytest.mark.parametrize("twin", ["pytorch", "triton"])
+def test_a_chosen_completion_without_probability_has_the_loss_of_the_formula(monkeypatch, device, twin):
+    """0 times its infinite NLL was NaN."""
+    if twin == "triton":
+        triton = pytest.importorskip("fastalign_kernels.preference_triton", reason="triton is not installed", exc_type=ImportError)
+        monkeypatch.setattr(preference, "_implementation", lambda losses: triton)
+    chosen, rejected = torch.tensor([-math.inf], device=device), torch.tensor([-3.0], device=device)
+    assert dpo_loss(chosen, rejected, rejected, rejected, loss_type="apo_zero").loss == 1.5

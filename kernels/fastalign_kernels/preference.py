@@ -82,7 +82,7 @@ def _pairs(
     value, d_c, d_r = PAIR_LOSSES[loss].formula(c - offset, r, losses.new_full((), beta), losses.new_full((), label_smoothing))
     if rejected_lengths is not None:
         d_c, d_r = d_c / n_c, d_r / n_r
-    losses.copy_(value - nll * own / n_c)
+    losses.copy_(value - nll * own / n_c if nll else value)  # 0 * -inf is NaN
     slopes[0] = d_c - nll / n_c
     slopes[1] = d_r
 

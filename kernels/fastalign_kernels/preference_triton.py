@@ -120,7 +120,8 @@ def pairs_kernel(
     if HAS_REJECTED_LENGTHS:
         d_c /= n_c
         d_r /= n_r
-    tl.store(losses + i, value - nll * own / n_c, mask=inside)
+    value = tl.where(nll == 0.0, value, value - nll * own / n_c)  # 0 * -inf is NaN
+    tl.store(losses + i, value, mask=inside)
     tl.store(slopes + i, d_c - nll / n_c, mask=inside)
     tl.store(slopes + S + i, d_r, mask=inside)
 

@@ -41,7 +41,7 @@ def token_scale(
         else:
             seen = f"'sequence_mean' seen with a mask {list(inside.shape)} and without cu_seqlens"
             raise ValueError(f"aggregation: {seen}, a mask [B, T] or cu_seqlens [S + 1] wanted")
-        divisor = tokens * ((counts > 0).sum() if normalizer is None else normalizer)
+        divisor = tokens.to(dtype) * ((counts > 0).sum() if normalizer is None else normalizer)  # a number times integers is fp32
     elif aggregation == "token_mean" and normalizer is None:
         divisor = inside.sum(dtype=torch.int32)
     elif isinstance(normalizer, Tensor):
