@@ -155,13 +155,15 @@ void gemm(Tensor left, Tensor right, Tensor out, bool add, std::optional<Tensor>
   STD_TORCH_CHECK((right_rows ? right_rows->numel() : right.size(0)) == K && out.size(1) == N, "left [M, K], right [K, N], out [M, N] wanted");
   STD_TORCH_CHECK((out_rows ? out_rows->numel() : out.size(0)) == M, "left [M, K], right [K, N], out [M, N] wanted");
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && (N <= 1 || out.stride(1) == 1), "out: fp32 with unit stride over N wanted");
-  STD_TORCH_CHECK(left.stride(0) == 1 || left.stride(1) == 1, "left: unit stride over M or K wanted");
-  STD_TORCH_CHECK(right.stride(1) == 1 || (right.stride(0) == 1 && !right_rows), "right: unit stride over N wanted, or over K without rows");
+  // The stride of a dimension of size 1 may be any number, and is 1 here.
+  const auto stride = [](const Tensor& t, int64_t dim) { return t.size(dim) <= 1 ? 1 : t.stride(dim); };
+  STD_TORCH_CHECK(stride(left, 0) == 1 || stride(left, 1) == 1, "left: unit stride over M or K wanted");
+  STD_TORCH_CHECK(stride(right, 1) == 1 || (stride(right, 0) == 1 && !right_rows), "right: unit stride over N wanted, or over K without rows");
   if (M == 0 || N == 0) return;
   const int64_t* gathered = rows_of(right_rows, "right_rows", right.size(0));
   const int64_t* scattered = rows_of(out_rows, "out_rows", out.size(0));
-  Job job{{left.const_data_ptr(), factor_dtype(left, "left"), left.stride(0), left.stride(1), M, K, nullptr},
-          {right.const_data_ptr(), factor_dtype(right, "right"), right.stride(1), right.stride(0), N, K, gathered},
+  Job job{{left.const_data_ptr(), factor_dtype(left, "left"), stride(left, 0), stride(left, 1), M, K, nullptr},
+          {right.const_data_ptr(), factor_dtype(right, "right"), stride(right, 1), stride(right, 0), N, K, gathered},
           {static_cast<float*>(out.mutable_data_ptr()), out.stride(0), M, N, scattered, add},
           __builtin_cpu_supports("avx512bf16") && (left.scalar_type() == ScalarType::BFloat16 || right.scalar_type() == ScalarType::BFloat16),
           K};

@@ -19,7 +19,7 @@ inline int chosen_target() {
 #endif
 }
 
-// Whether matrix products run in gemm.cpp: AVX-512 on AMD, for which torch's library has AVX2 code only.
+// Whether matrix products run in gemm.cpp where FASTALIGN_GEMM does not say: AVX-512 on AMD, for which torch's library has AVX2 code only.
 inline bool own_gemm() {
 #ifdef FASTALIGN_X86_TARGETS
   static const bool own = __builtin_cpu_is("amd") && chosen_target() == 2;

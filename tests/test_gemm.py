@@ -6,7 +6,7 @@ import torch
 from fastalign_kernels import native
 from fastalign_kernels.gemm import FEW, mm, own_gemm
 
-own = pytest.mark.skipif(not native.own_gemm(), reason="gemm.cpp serves AMD CPUs with AVX-512 and this is none")
+own = pytest.mark.skipif(not native.has_own_gemm(), reason="gemm.cpp needs AVX-512, and this CPU has none (or the library is not there)")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Threads share out the columns, the rows, and k (the last three); edges of 1 to 8 rows, 1 to 48 columns, odd numbers of k.
 SHAPES = [(1, 1, 1), (3, 17, 5), (8, 48, 16), (9, 49, 33), (30, 700, 129), (700, 30, 641), (16, 577, 1301), (30, 20, 2001), (57, 90, 5003)]
@@ -16,6 +16,12 @@ DTYPES = [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32), (F16, F16), (F32, 
 def matrix(rows, columns, dtype, order, generator):
     x = torch.randn(rows, columns, generator=generator).to(dtype)
     return x.t().contiguous().t() if order == "columns" else x
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch):
+    """Our products on every CPU that runs them, as with FASTALIGN_GEMM=own; by itself it serves AMD's alone."""
+    monkeypatch.setattr(native, "_own_gemm", native.has_own_gemm())
 
 
 @own
@@ -29,7 +35,7 @@ def test_products_match_fp64(orders, dtypes, threads):
         for M, N, K in SHAPES:
             generator = torch.Generator().manual_seed(M)
             left, right = matrix(M, K, dtypes[0], orders[0], generator), matrix(K, N, dtypes[1], orders[1], generator)
-            rounded = BF16 in dtypes  # both factors enter in bf16 then
+            rounded = BF16 in dtypes and torch.cpu._is_avx512_bf16_supported()  # both factors enter in bf16 then
             a, b = (x.bfloat16().double() if rounded else x.double() for x in (left, right))
             truth = a @ b
             allowed = 4e-7 * (a.abs() @ b.abs())
@@ -47,13 +53,13 @@ def test_products_match_fp64(orders, dtypes, threads):
 def test_rows_are_gathered_and_scattered(dtypes, add):
     """With torch's GEMMs (fp64) as with ours; rows that are not named are not touched."""
     if dtypes[1] != torch.float64 and not native.own_gemm():
-        pytest.skip("mixed and low-precision products on a CPU are gemm.cpp's, which serves AMD CPUs with AVX-512")
+        pytest.skip("mixed and low-precision products on a CPU are gemm.cpp's, which needs AVX-512")
     for M, N, K in SHAPES:
         generator = torch.Generator().manual_seed(K)
         left, right = matrix(M, K, dtypes[0], "rows", generator), matrix(K + 9, N, dtypes[1], "rows", generator)
         right_rows = torch.randperm(K + 9, generator=generator)[:K]
         out_rows = torch.randperm(M + 5, generator=generator)[:M]
-        wide = BF16 if BF16 in dtypes else torch.float64
+        wide = BF16 if BF16 in dtypes and torch.cpu._is_avx512_bf16_supported() else torch.float64
         product = left.to(wide).double() @ right[right_rows].to(wide).double()
         out = torch.randn(M + 5, N, generator=generator, dtype=torch.float64 if torch.float64 in dtypes else F32)
         before = out.clone()
@@ -85,6 +91,21 @@ def test_what_a_product_is_of_reaches_only_its_own_elements():
     expected = torch.zeros(9, 49, dtype=torch.bool)
     expected[3] = expected[:, 7] = True
     assert torch.equal(out.isnan(), expected) and (out[~expected] == 33).all()
+
+
+@own
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 5), (1, 5, 1), (5, 1, 1), (9, 1, 20), (1, 50, 20), (9, 50, 1)], ids=str)
+def test_strides_of_sizes_of_one_are_any_number(shape):
+    M, N, K = shape
+
+    def laid_out(rows, columns):
+        x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
+        return x.as_strided(x.shape, [2 if size == 1 else stride for size, stride in zip(x.shape, x.stride())])
+
+    left, right, out = laid_out(M, K), laid_out(K, N), torch.empty(M, N)
+    for a, b in ((left, right), (laid_out(K, M).t(), laid_out(N, K).t())):
+        torch.ops.fastalign.gemm(a, b, out, False, None, None)
+        torch.testing.assert_close(out, a @ b, rtol=1e-5, atol=1e-5)
 
 
 @own

@@ -8,6 +8,7 @@ name, and `fastalign env` shows it.
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from functools import cache
 from pathlib import Path
@@ -43,9 +44,28 @@ if missing:
 triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
+def has_own_gemm() -> bool:
+    """Whether csrc/gemm.cpp can multiply matrices on this CPU: it needs AVX-512."""
+    return not missing and TARGETS[torch.ops.fastalign.cpu_target()] == "AVX-512"
+
+
+def _choose_gemm() -> bool:
+    wanted = os.environ.get("FASTALIGN_GEMM") or None
+    if wanted is None:
+        return not missing and torch.ops.fastalign.cpu_own_gemm()
+    if wanted not in ("own", "torch"):
+        raise ValueError(f"FASTALIGN_GEMM: got {wanted!r}, expected own or torch, or nothing for the faster one on this CPU")
+    if wanted == "own" and not has_own_gemm():
+        raise ValueError(f"FASTALIGN_GEMM: got 'own', expected torch: {missing or 'this CPU has no AVX-512'}")
+    return wanted == "own"
+
+
+_own_gemm = _choose_gemm()
+
+
 def own_gemm() -> bool:
-    """Whether csrc/gemm.cpp multiplies matrices on this CPU, not torch."""
-    return not missing and torch.ops.fastalign.cpu_own_gemm()
+    """Whether csrc/gemm.cpp multiplies matrices, not torch: on AMD CPUs with AVX-512, or as FASTALIGN_GEMM (own or torch) says."""
+    return not missing and _own_gemm
 
 
 # Devices that the library samples on.
@@ -69,7 +89,10 @@ def warn_triton_missing() -> None:
 
 
 def _gemm_status() -> tuple[str, str]:
-    return ("native, AVX-512", "") if own_gemm() else ("torch's", missing or "the CPU is no AMD with AVX-512, where torch's are slower")
+    if own_gemm():
+        return "native, AVX-512", ""
+    why = "FASTALIGN_GEMM=torch" if os.environ.get("FASTALIGN_GEMM") else "the CPU is no AMD with AVX-512, where torch's are slower"
+    return "torch's", missing or why
 
 
 def status() -> list[tuple[str, str, str]]:
