@@ -6,7 +6,7 @@ EXTRAS ?= dev
 # With several threads on a small shared machine torch was measured 3-8 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-newest test-oldest lint wheel bench gpu-check clean
+.PHONY: setup demo test test-newest test-oldest soak fuzz sanitize lint wheel bench gpu-check clean
 setup: $(SETUP)
 
 # torch first and by version, so that no dependency's range pulls another build of it.
@@ -29,6 +29,16 @@ test-newest: $(SETUP)
 # The same beside the floors of pyproject.toml, by hand: .venv-oldest takes several GB. HOSTS=tests runs all tests.
 test-oldest: $(SETUP)
 	$(BIN)/python .ci/hosts.py oldest $(HOSTS)
+
+# Kills, damage and sanitizers: CONTRIBUTING.md. SEED= goes over the same cases again; without it soak and fuzz draw and print one.
+soak: $(SETUP)
+	$(BIN)/python -m tests.hammer.soak --kills $(or $(SOAK_KILLS),200) $(if $(SEED),--seed $(SEED))
+
+fuzz: $(SETUP)
+	$(BIN)/python -m tests.hammer.fuzz --seconds $(or $(FUZZ_SECONDS),120) $(if $(SEED),--seed $(SEED))
+
+sanitize: $(SETUP)
+	$(BIN)/python -m tests.hammer.sanitize --seconds $(or $(FUZZ_SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -6,6 +6,9 @@ and every Python, and torch.utils.cpp_extension would tie it to one of each, and
 The build needs torch's headers and a C++20 compiler. Where one is missing it stops and says what to do: `--no-build-isolation`, a compiler,
 or FASTALIGN_NATIVE=0, which installs without the library (PyTorch then serves in its place, which is said at import). Without nvcc the
 library has no CUDA sampler.
+
+FASTALIGN_SANITIZE=1 compiles AddressSanitizer and UndefinedBehaviorSanitizer in, without CUDA, for `make sanitize`
+(tests/hammer/sanitize.py).
 """
 
 import importlib.util
@@ -24,6 +27,7 @@ from setuptools.errors import PlatformError
 
 CSRC = Path(__file__).parent / "csrc"
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 on its own intrinsics
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # <kernel>_target.cpp with its rule for a * b + c: the sampler gives the same bits everywhere, so its fused operations are written down.
 KERNELS = {"rows": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
 LAUNCHERS = ("ops", "gemm", "policy", "sampling")
@@ -71,19 +75,20 @@ class BuildNative(build_ext):
             raise PlatformError(f"fastalign: no C++ compiler found as $CXX, g++ or clang++; install g++ 12 or newer, {OR_NONE}")
         root, objects = Path(torch.origin).parent, Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
-        ops = [*FLAGS, "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{root / 'include'}"]
+        compiled = [*FLAGS, *(SANITIZED if sanitize else [])]
+        ops = [*compiled, "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{root / 'include'}"]
         if len(TARGETS) > 1:
             ops.append("-DFASTALIGN_X86_TARGETS")
         commands = {objects / f"{name}.o": [*ops, "-c", str(CSRC / f"{name}.cpp")] for name in LAUNCHERS}
         for kernel, contract in KERNELS.items():
             for name, flags in TARGETS.items():
-                own = [*FLAGS, contract, *flags, f"-DFASTALIGN_TARGET={name}", "-c", str(CSRC / f"{kernel}_target.cpp")]
+                own = [*compiled, contract, *flags, f"-DFASTALIGN_TARGET={name}", "-c", str(CSRC / f"{kernel}_target.cpp")]
                 commands[objects / f"{kernel}_{name}.o"] = own
         if "avx512" in TARGETS:
-            own = [*FLAGS, *TARGETS["avx512"], "-mavx512bf16", "-c", str(CSRC / "gemm_target.cpp")]
+            own = [*compiled, *TARGETS["avx512"], "-mavx512bf16", "-c", str(CSRC / "gemm_target.cpp")]
             commands[objects / "gemm_avx512.o"] = own
         commands = {output: [compiler, *command] for output, command in commands.items()}
-        nvcc = find_nvcc()
+        nvcc = None if sanitize else find_nvcc()
         cuda = objects / "cuda.o"
         if nvcc is not None:
             stable = [option for option in ops if option.startswith(("-DTORCH", "-I"))]
@@ -99,7 +104,16 @@ class BuildNative(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         linked = library.with_suffix(".new")  # then renamed: processes that have the old library mapped keep it
-        link = ["-shared", *map(str, commands), "-o", str(linked), f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+        link = [
+            "-shared",
+            *(SANITIZED if sanitize else []),
+            *map(str, commands),
+            "-o",
+            str(linked),
+            f"-L{root / 'lib'}",
+            "-ltorch_cpu",
+            "-lc10",
+        ]
         if cuda in commands:  # by nvcc, which knows where its runtime lies; static, so that the library loads without CUDA too
             hide = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-as-needed", "-ltorch"]  # libtorch.so: see csrc/sampling.cu
             subprocess.run([nvcc, "-ccbin", compiler, "-cudart", "static", *link, *hide], check=True)
@@ -113,8 +127,15 @@ class AnyPython(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-wanted = os.environ.get("FASTALIGN_NATIVE", "1")
-if wanted not in ("0", "1"):
-    sys.exit(f"FASTALIGN_NATIVE: got {wanted!r}, expected 1 (the default) or 0 (no native library)")
+def switch(name: str, default: str, meaning: str) -> bool:
+    """Whether an environment variable is 1, not 0."""
+    value = os.environ.get(name, default)
+    if value not in ("0", "1"):
+        sys.exit(f"{name}: got {value!r}, expected {meaning}")
+    return value == "1"
+
+
+sanitize = switch("FASTALIGN_SANITIZE", "0", "0 (the default) or 1 (sanitizers, for make sanitize)")
+wanted = switch("FASTALIGN_NATIVE", "1", "1 (the default) or 0 (no native library)")
 native = Extension("fastalign_kernels._native", sources=[], depends=[str(p) for p in CSRC.iterdir()])
-setup(ext_modules=[native] if wanted == "1" else [], cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython})
+setup(ext_modules=[native] if wanted else [], cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython})

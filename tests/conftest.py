@@ -12,6 +12,8 @@ if not GPU:
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.tolerance import assert_no_worse_than_eager  # noqa: E402
+
 try:
     from triton.runtime import interpreter
 except ImportError:  # triton is absent on macOS and Windows
@@ -68,31 +70,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
-def _assert_no_worse_than_eager(ours: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, what: str) -> None:
-    """|ours - truth| <= 2 |eager - truth| + floor for every element, truth in fp64.
-
-    Elementwise eager can be right by luck, so the floor is what one rounding of the result (eps |truth|) and fp32 arithmetic on terms as
-    large as the largest element (4 eps32 max|truth|) can cost anyone; eager's own largest error stands for elements it hit by luck.
-    """
-    assert truth.dtype == torch.float64 and ours.shape == truth.shape, what
-    ours, eager = ours.double(), eager.double()
-    finite = truth.isfinite()
-    assert torch.equal(ours.isfinite(), finite) and torch.equal(ours.isnan(), truth.isnan()), f"{what}: NaN or inf in other places"
-    if not finite.any():
-        return
-    ours, eager, truth = ours[finite], eager[finite], truth[finite]
-    dtype_eps = torch.finfo(torch.float32).eps
-    floor = 4 * dtype_eps * truth.abs().max() + dtype_eps * truth.abs()
-    allowed = 2 * (eager - truth).abs().clamp(min=(eager - truth).abs().max().item() / 2) + floor
-    excess = (ours - truth).abs() - allowed
-    worst = excess.argmax()
-    assert excess[worst] <= 0, (
-        f"{what}: element {int(worst)} is {ours[worst]:.9g}, truth {truth[worst]:.9g}, error {(ours - truth)[worst].abs():.3g}, "
-        f"eager's {(eager - truth)[worst].abs():.3g} (largest {(eager - truth).abs().max():.3g})"
-    )
-
-
 @pytest.fixture(scope="session")
 def no_worse_than_eager():
-    """The tolerance of every numerical test: see `_assert_no_worse_than_eager`."""
-    return _assert_no_worse_than_eager
+    """The tolerance of every numerical test: see tolerance.py."""
+    return assert_no_worse_than_eager

@@ -1,0 +1,109 @@
+"""The moments of a run at which it may be killed: each touch of a file below its output_dir, and each step's parts.
+
+Python announces every open, rename and removal to audit hooks, so no window is missed that a change of fastalign opens. What is not
+announced (fsync, files that torch and safetensors write by themselves) and the parts of a step are functions that are wrapped here.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from fastalign.stages import checkpoint, loop, ppo, preference, report
+
+AUDITED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
+# What the issue of a hammer asks for by name, and the moments that belong to it.
+AIMED: dict[str, tuple[str, ...]] = {
+    "rewrite of metrics.jsonl": ("open metrics", "os.rename metrics", "os.remove metrics", "os.truncate metrics"),
+    "checkpoint": ("os.mkdir checkpoints", "open checkpoints", "torch.save", "checkpoint.save"),
+    "rename of a checkpoint": ("os.rename checkpoints", "os.remove checkpoints", "os.rmdir checkpoints"),
+    "fsync": ("os.fsync",),
+    "reference": ("save_file", "os.rename reference", "open reference"),
+    "between rollout and update": ("ppo_step",),
+    "line of metrics.jsonl": ("Report.write",),
+    "final model": ("save_pretrained", "open model", "open value", "os.rename model"),
+}
+
+
+class Moments:
+    """Counts the moments of this process, and ends it by SIGKILL at one of them."""
+
+    def __init__(self, output_dir: str, wanted: Callable[[str], bool] | None = None, number: int = 0, *, torn: bool = False) -> None:
+        """Kill at the `number`-th moment (from 1) whose name is `wanted`, with what is being written cut in half where `torn`."""
+        self.output_dir = os.path.realpath(output_dir)
+        self.wanted = wanted
+        self.left = number
+        self.torn = torn
+        self.seen: list[str] = []
+
+    def reach(self, name: str, tear: Callable[[], None] | None = None) -> None:
+        """A moment has come."""
+        self.seen.append(name)
+        if self.wanted is not None and self.wanted(name):
+            self.left -= 1
+            if self.left == 0:
+                if self.torn and tear is not None:
+                    tear()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(self) -> None:
+        """Begin; it cannot be ended, as audit hooks cannot be removed."""
+        sys.addaudithook(self._audit)
+        wrap = self._wrap
+        wrap(os, "fsync")
+        wrap(torch, "save", after=True, tear=lambda value, path, *rest: _halve(path))
+        wrap(preference, "save_file", after=True, tear=lambda tensors, path, *rest: _halve(path))
+        wrap(report.Report, "write", after=True, tear=self._tear_line)
+        wrap(checkpoint, "save", name="checkpoint.save", after=True)
+        wrap(loop, "update", after=True)
+        wrap(ppo, "ppo_step", after=True)
+        wrap(transformers.PreTrainedModel, "save_pretrained", after=True)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in AUDITED or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+            return
+        if event == "open" and not _writes(arguments):
+            return
+        path = os.path.realpath(os.fsdecode(arguments[0]))
+        if path.startswith(self.output_dir + os.sep):
+            part = Path(path).relative_to(self.output_dir).parts[0]
+            self.reach(f"{event} {part}")
+
+    def _wrap(
+        self, owner: Any, attribute: str, *, name: str | None = None, after: bool = False, tear: Callable[..., None] | None = None
+    ) -> None:
+        function = getattr(owner, attribute)
+        label = name or (f"{owner.__name__}.{attribute}" if owner in (os, torch, report.Report) else attribute)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self.reach(f"{label}, before")
+            result = function(*arguments, **options)
+            if after:
+                self.reach(f"{label}, after", None if tear is None else lambda: tear(*arguments))
+            return result
+
+        setattr(owner, attribute, watched)
+
+    def _tear_line(self, reporter: report.Report, *rest: Any) -> None:
+        path = Path(self.output_dir, "metrics.jsonl")
+        text = path.read_bytes()
+        last = text.rstrip(b"\n").rfind(b"\n") + 1
+        os.truncate(path, (last + len(text)) // 2)
+
+
+def _writes(arguments: tuple[Any, ...]) -> bool:
+    mode, flags = arguments[1], arguments[2]
+    if isinstance(mode, str):
+        return any(letter in mode for letter in "wax+")
+    return bool(isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+
+
+def _halve(path: Any) -> None:
+    """What a kill in the middle of a write leaves."""
+    if isinstance(path, (str, os.PathLike)) and os.path.exists(path):
+        os.truncate(path, os.path.getsize(path) // 2)
