@@ -42,6 +42,7 @@ DEVICE_TESTS = (
     "sequence_head",
     "sampling",
     "native",
+    "triton_options",
     "nn",
     "measure",
     "causal_lm",

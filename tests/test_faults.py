@@ -101,7 +101,12 @@ def test_a_bug_keeps_its_traceback() -> None:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_before_training_ends_at_once_with_one_line(number: int, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_before_training_ends_at_once_with_one_line(
+    number: int, status: int, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    # A shell starts its background jobs, and with them these tests, so that they ignore SIGINT.
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupt))
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop, faults.told("fastalign sft"):
         signal.raise_signal(number)
