@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <optional>
 
 #ifdef FASTALIGN_X86_TARGETS
@@ -28,7 +29,9 @@ using torch::stable::Tensor;
 
 constexpr int64_t WORDS = 640;            // of k at a time, so that a panel of 48 (120 KiB) and a block stay in L2
 constexpr int64_t BLOCK = 384 * 1024;     // bytes of a block of the larger factor
-constexpr int64_t OWN_SUMS = 8 << 20;     // bytes of sums that threads may hold where they share out k
+constexpr int64_t OWN_SUMS = 8 << 20;     // bytes of sums that the parts of k may hold
+constexpr int64_t MOST_PARTS = 8;         // of k
+constexpr int64_t LEAST_WORDS = 256;      // of a part of k
 
 struct Buffer {
   std::unique_ptr<float, void (*)(void*)> memory;
@@ -100,13 +103,16 @@ void share_out_o(const Job& job, const GemmKernels& kernels, bool rows) {
   });
 }
 
-// Threads share out k, and rows where their own sums would take too much; the sums are added up in the order of k.
+// Threads share out k, and rows too where the parts of k do not divide among them evenly. The parts' sums are added up in the order of k.
+// How k is cut follows from the shape alone, never from the number of threads, so the sums have the same bits with any number of them.
 void share_out_k(const Job& job, const GemmKernels& kernels) {
   const int64_t M = job.out.M, N = job.out.N, threads = torch::stable::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>(OWN_SUMS / (M * N * 4), 1, threads);
-  const Cut ks(job.words(), ceil_div(job.words(), parts)), rows(M, ceil_div(ceil_div(M, ceil_div(threads, ks.number)), LEFT) * LEFT);
+  const int64_t parts = std::clamp<int64_t>(std::min(OWN_SUMS / (M * N * 4), job.words() / LEAST_WORDS), 1, MOST_PARTS);
+  const Cut ks(job.words(), ceil_div(job.words(), parts));
+  const int64_t shares = threads > ks.number ? ceil_div(threads, ks.number) : threads / std::gcd(threads, ks.number);
+  const Cut rows(M, ceil_div(ceil_div(M, shares), LEFT) * LEFT);
   const int64_t padded_rows = ceil_div(rows.size, LEFT) * LEFT, padded = ceil_div(N, RIGHT) * RIGHT;
-  const int64_t most = std::clamp<int64_t>(2 * BLOCK / ((padded_rows + padded) * 4), 32, WORDS) / 16 * 16;
+  const int64_t most = std::clamp<int64_t>(2 * BLOCK / ((ceil_div(M, LEFT) * LEFT + padded) * 4), 32, WORDS) / 16 * 16;
   const Buffer sums((ks.number - 1) * M * N);
   torch::stable::parallel_for(0, ks.number * rows.number, 1, [&](int64_t first, int64_t last) {
     const Buffer left(padded_rows * most), right(padded * most);

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastalign_kernels import PolicyLoss, check, linear_cross_entropy_stats, linear_ppo_loss, linear_token_stats
+from fastalign_kernels.ordered_sum import ordered_sum
 
 from .hosts import CACHE
 from .own_forward import LOSS_FUNCTION, takes_own_forward
@@ -232,7 +233,7 @@ def _run(
         return FusedCausalLMOutput(loss=policy.loss, policy=policy, **kept)
     if token_stats:
         stats = head(hidden, targets, head=linear_token_stats, **options)
-        loss = -stats.logp.sum() / ((targets != ignore_index).sum() if num_items is None else num_items)
+        loss = -ordered_sum(stats.logp) / ((targets != ignore_index).sum() if num_items is None else num_items)
     else:
         stats = head(hidden, targets, head=linear_cross_entropy_stats, **options, num_items=num_items)
         loss = stats.loss

@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign_kernels import kept_share
+from fastalign_kernels.ordered_sum import ordered_sum
 
 from ..faults import Stopped
 from ..finite import find_not_finite
@@ -204,7 +205,7 @@ def count_targets(batch: Batch) -> int:
 def language_model_loss(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """NLL (nats a token), token accuracy and the model's entropy (nats), over the trained tokens."""
     output = model(**batch, num_items_in_batch=items, use_cache=False)
-    sums = {"nll": -output.logp.sum(), "accuracy": output.top1.sum(), "entropy": output.entropy.sum()}
+    sums = {"nll": -ordered_sum(output.logp), "accuracy": output.top1.sum(), "entropy": ordered_sum(output.entropy)}
     return output.loss, {name: total / items for name, total in sums.items()}
 
 

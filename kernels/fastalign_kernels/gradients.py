@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .columns import column_grad
 from .gemm import mm, own_gemm
+from .ordered_sum import ordered_sum
 from .rows import Coefficient, Transform, accumulator_dtype, row_grad
 from .tail import GATHERED_BYTES, Kept, dropped_grad
 
@@ -139,7 +140,7 @@ class GradientSums:
             if self.wanted[2]:
                 self.d_bias.index_add_(0, columns, grad.sum(0, dtype=self.accumulator))
         dropped = dropped_grad(totals, coefficients)
-        total = kept.others.sum()  # of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope
+        total = ordered_sum(kept.others)  # of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope
         shape = kept.others / torch.where(total == 0, 1.0, total)
         scale, _, temperature = self.transform
         uniform = coefficients[Coefficient.UNIFORM] * (scale / temperature)

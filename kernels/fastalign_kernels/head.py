@@ -31,6 +31,7 @@ from .backward import InputGradients, first_order, hand_over, saved_inputs
 from .gradients import fake_gradients
 from .head_table import head_table
 from .logits import TokenStats, check_loss_tensors, kept_ids, loss_options, loss_scale, make_transform, reduced, stats_of, token_loss
+from .ordered_sum import ordered_sum
 from .plan import choose_way
 from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref
 from .sweep import Head, sweep
@@ -82,7 +83,7 @@ def _head_loss(
 
     wanted = (hidden_grad, weight_grad, bias_grad)
     table, gradients = sweep(head, None, chunk_coefficients if any(wanted) else None, wanted)
-    loss = (token_loss(table, label_smoothing, z_loss) * scale).sum()
+    loss = ordered_sum(token_loss(table, label_smoothing, z_loss) * scale)
     return loss, table, *gradients
 
 

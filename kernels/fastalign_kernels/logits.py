@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import check as _check
 from .backward import InputGradients, first_order
+from .ordered_sum import ordered_sum
 from .rows import Stat, Transform, coefficients, row_grad, row_stats, row_stats_ref, traced
 from .transforms import transforming
 
@@ -101,7 +102,7 @@ def loss_scale(kept: Tensor, reduction: str, token_weights: Tensor | None, num_i
     """
     weights = kept.to(dtype) if token_weights is None else torch.where(kept, token_weights.reshape(-1).to(dtype), 0.0)
     if reduction == "mean":
-        return weights / (weights.sum() if num_items is None else num_items)
+        return weights / (ordered_sum(weights) if num_items is None else num_items)
     return weights
 
 
@@ -110,7 +111,8 @@ def reduced(loss: Tensor, scale: Tensor, reduction: str, shape: torch.Size) -> T
     scaled = loss * scale
     if reduction == "none":
         return scaled.view(shape)
-    return scaled.sum() / 0.0 if reduction == "mean" and loss.numel() == 0 else scaled.sum()
+    total = ordered_sum(scaled)
+    return total / 0.0 if reduction == "mean" and loss.numel() == 0 else total
 
 
 def loss_options(reduction: str, label_smoothing: float, z_loss: float) -> tuple[float, float]:

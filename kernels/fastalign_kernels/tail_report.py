@@ -10,6 +10,7 @@ from torch import Tensor
 from . import check as _check
 from .gradients import GradientSums
 from .head import linear_cross_entropy, prepare
+from .ordered_sum import ordered_sum
 from .rows import Transform
 from .sweep import Head, chunk_blocks, new_table, no_autocast, tail_blocks
 from .tail import kept_share
@@ -71,7 +72,7 @@ def tail_report(
     with no_autocast(head):
         sums = GradientSums(*head[:2], b, head.transform, (False, False, False))
         for _, kept in tail_blocks(head, sums, chunk_blocks(head, sums, new_table(head), True, None, (True, True, False))):
-            dropped += 0.0 if kept is None else float(kept.others.sum())
+            dropped += 0.0 if kept is None else float(ordered_sum(kept.others))
     share = kept_share()
     assert share is not None
     mass = dropped / own.numel() * temperature / logit_scale  # of p dz/dx: a softcap's slope is counted in
