@@ -11,7 +11,7 @@ from fastalign_kernels.ordered_sum import GRAIN, ordered_sum
 from tests.public_calls import FUNCTIONS, call_of, tensors_of
 
 pytestmark = pytest.mark.skipif(bool(native.missing), reason="without the native library PyTorch's ops serve, and they differ")
-OURS = pytest.mark.skipif(not native.own_gemm(), reason="products are torch's on this CPU, and theirs differ with the number of threads")
+OURS = pytest.mark.skipif(not native.has_own_gemm(), reason="without AVX-512 products are torch's, and theirs differ")
 # Enough for threads to share: columns of the vocabulary beyond 32768, k of a product, tokens beyond 32768, one token alone.
 SIZES = [
     {"rows": 2, "length": 5, "hidden_size": 9, "vocab_size": 33001},
@@ -20,6 +20,12 @@ SIZES = [
     {"rows": 1, "length": 1, "hidden_size": 24, "vocab_size": 1337},
 ]
 CONSTANT = {"x", "rewards", "bootstrap", "num_items", "normalizer"}  # what nobody asks a gradient of
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our products on every CPU with AVX-512, as with FASTALIGN_GEMM=own."""
+    monkeypatch.setattr(native, "_own_gemm", native.has_own_gemm())
 
 
 def outcome(function: Any, arguments: dict[str, Any], threads: int) -> list[Tensor]:
