@@ -61,4 +61,4 @@ gpu-check:
 	$(PYTHON) -m bench.gpu_check
 
 clean:
-	rm -rf .venv build dist *.egg-info runs kernels/fastalign_kernels/_native.so
+	rm -rf .venv .venv-oldest build dist *.egg-info runs kernels/fastalign_kernels/_native.so
