@@ -35,7 +35,7 @@ soak: $(SETUP)
 	$(BIN)/python -m tests.hammer.soak --kills $(or $(SOAK_KILLS),200) $(if $(SEED),--seed $(SEED))
 
 fuzz: $(SETUP)
-	$(BIN)/python -m tests.hammer.fuzz --seconds $(or $(FUZZ_SECONDS),120) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.hammer.fuzz --seconds $(or $(FUZZ_SECONDS),120) $(if $(FUZZ_CASES),--cases $(FUZZ_CASES)) $(if $(SEED),--seed $(SEED))
 
 sanitize: $(SETUP)
 	$(BIN)/python -m tests.hammer.sanitize --seconds $(or $(FUZZ_SECONDS),60) $(if $(SEED),--seed $(SEED))

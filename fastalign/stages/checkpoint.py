@@ -72,11 +72,16 @@ def save(
             seal(unfinished)
         replace_folder(unfinished, folder / f"step-{step:08d}")
         sync(folder.parent)
-        for old in _all(config.output_dir)[: -config.keep_checkpoints]:
-            # Renamed first: deleting takes many steps, and a kill between them must not leave half a folder.
-            os.replace(old, unfinished)
-            shutil.rmtree(unfinished)
+        _delete_old(config)
     world.barrier()
+
+
+def _delete_old(config: TrainConfig) -> None:
+    unfinished = Path(config.output_dir, "checkpoints", "unfinished")
+    for old in _all(config.output_dir)[: -config.keep_checkpoints]:
+        # Renamed first: deleting takes many steps, and a kill between them must not leave half a folder.
+        os.replace(old, unfinished)
+        shutil.rmtree(unfinished)
 
 
 def latest(output_dir: str) -> Path | None:
@@ -91,6 +96,8 @@ def latest_whole(output_dir: str, world: World) -> Path | None:
     """
     found: list[Any] = [None, {}]
     if world.main:
+        # What a kill left of a checkpoint that was being written or deleted; a run that is at its last step writes none over it.
+        shutil.rmtree(Path(output_dir, "checkpoints", "unfinished"), ignore_errors=True)
         for path in reversed(_all(output_dir)):
             damage = find_damage(path)
             if damage is None:
@@ -163,6 +170,8 @@ def load(
             f"resuming on {world.size} processes a run of {state['world_size']}: dropout draws other noise",
             stacklevel=2,
         )
+    if world.main:
+        _delete_old(config)  # one that a kill left; a run that is at its last step saves no more
     return {name: value for name, value in state.items() if name not in ("tensors", "optimizer", "config")}
 
 

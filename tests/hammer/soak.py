@@ -32,7 +32,7 @@ import torch
 
 from fastalign.stages.config import TrainConfig
 from tests.hammer.runs import Kind, differences, kinds, prepare
-from tests.hammer.windows import AIMED, Moments
+from tests.hammer.windows import AIMED, REWRITE, Moments
 
 LONGEST = 180.0  # seconds after which a run counts as hanging
 
@@ -106,17 +106,27 @@ def run_whole(name: str, kind: Kind, folder: Path) -> Whole:
     return Whole(config, seconds, Counter(json.loads(listed.read_text())))
 
 
-def choose_aim(whole: Whole, generator: random.Random) -> Aim:
-    """A random time, or a moment of a random window."""
-    if generator.random() < 0.5:
-        return Aim("random time", after=generator.uniform(0, whole.seconds))
-    counts = {
-        window: sum(count for moment, count in whole.moments.items() if moment.startswith(starts)) for window, starts in AIMED.items()
-    }
-    window = generator.choice([window for window, count in counts.items() if count])
+def aim_at(window: str, whole: Whole, generator: random.Random, *, late: bool = False) -> Aim:
+    """A moment of a window, of its second half where `late`."""
     starts = AIMED[window]
-    torn = generator.random() < 0.5
-    return Aim(window, wanted=lambda moment: moment.startswith(starts), number=generator.randint(1, counts[window]), torn=torn)
+    count = sum(count for moment, count in whole.moments.items() if moment.startswith(starts))
+    number = generator.randint(count // 2 + 1 if late else 1, count)
+    return Aim(window, wanted=lambda moment: moment.startswith(starts), number=number, torn=generator.random() < 0.5)
+
+
+def choose_aims(whole: Whole, generator: random.Random) -> list[Aim]:
+    """Up to three random times and moments of random windows, for one run and its resumes."""
+    there = [window for window, starts in AIMED.items() if any(moment.startswith(starts) for moment in whole.moments)]
+    aims: list[Aim] = []
+    for _ in range(generator.randint(1, 3)):
+        window = generator.choice(there)
+        if generator.random() < 0.5:
+            aims.append(Aim("random time", after=generator.uniform(0, whole.seconds)))
+            continue
+        if window == REWRITE:  # of lines that only a run has that was killed before, late enough to have a checkpoint
+            aims.append(aim_at("line of metrics.jsonl", whole, generator, late=True))
+        aims.append(aim_at(window, whole, generator))
+    return aims
 
 
 def kill_and_resume(name: str, kind: Kind, whole: Whole, folder: Path, generator: random.Random) -> tuple[Counter[str], list[str]]:
@@ -128,8 +138,7 @@ def kill_and_resume(name: str, kind: Kind, whole: Whole, folder: Path, generator
     kills: Counter[str] = Counter()
     config = kind.configure(output_dir=str(output_dir))
     story = []
-    aims = [choose_aim(whole, generator) for _ in range(generator.randint(1, 3))]
-    for aim in [*aims, Aim("none")]:
+    for aim in [*choose_aims(whole, generator), Aim("none")]:
         status, _ = fork(partial(train, kind, config, aim), log, after=aim.after)
         story.append(f"{aim.name} {aim.after or aim.number}{' torn' if aim.torn else ''}: {status}")
         if status == -signal.SIGKILL:

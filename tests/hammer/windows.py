@@ -17,9 +17,10 @@ import transformers
 from fastalign.stages import checkpoint, loop, ppo, preference, report
 
 AUDITED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
-# What the issue of a hammer asks for by name, and the moments that belong to it.
+REWRITE = "rewrite of metrics.jsonl"
+# Windows by name, and how the names of the moments that belong to them begin.
 AIMED: dict[str, tuple[str, ...]] = {
-    "rewrite of metrics.jsonl": ("open metrics", "os.rename metrics", "os.remove metrics", "os.truncate metrics"),
+    REWRITE: ("open metrics", "os.rename metrics", "os.remove metrics", "os.truncate metrics"),
     "checkpoint": ("os.mkdir checkpoints", "open checkpoints", "torch.save", "checkpoint.save"),
     "rename of a checkpoint": ("os.rename checkpoints", "os.remove checkpoints", "os.rmdir checkpoints"),
     "fsync": ("os.fsync",),
@@ -34,7 +35,7 @@ class Moments:
     """Counts the moments of this process, and ends it by SIGKILL at one of them."""
 
     def __init__(self, output_dir: str, wanted: Callable[[str], bool] | None = None, number: int = 0, *, torn: bool = False) -> None:
-        """Kill at the `number`-th moment (from 1) whose name is `wanted`, with what is being written cut in half where `torn`."""
+        """Kill at the `number`-th moment (from 1) whose name is `wanted`, with what is being written emptied or halved where `torn`."""
         self.output_dir = os.path.realpath(output_dir)
         self.wanted = wanted
         self.left = number
@@ -72,7 +73,8 @@ class Moments:
         path = os.path.realpath(os.fsdecode(arguments[0]))
         if path.startswith(self.output_dir + os.sep):
             part = Path(path).relative_to(self.output_dir).parts[0]
-            self.reach(f"{event} {part}")
+            empties = event == "open" and _empties(arguments) and os.path.exists(path)
+            self.reach(f"{event} {part}", (lambda: os.truncate(path, 0)) if empties else None)
 
     def _wrap(
         self, owner: Any, attribute: str, *, name: str | None = None, after: bool = False, tear: Callable[..., None] | None = None
@@ -101,6 +103,11 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
     if isinstance(mode, str):
         return any(letter in mode for letter in "wax+")
     return bool(isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+
+
+def _empties(arguments: tuple[Any, ...]) -> bool:
+    mode, flags = arguments[1], arguments[2]
+    return "w" in mode if isinstance(mode, str) else bool(flags & os.O_TRUNC)
 
 
 def _halve(path: Any) -> None:

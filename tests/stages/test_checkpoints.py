@@ -142,6 +142,19 @@ def test_a_finished_run_resumes_to_itself(pretraining: Callable[..., pretrain.Pr
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(config).items())
 
 
+def test_a_finished_run_that_resumes_deletes_what_a_kill_left_of_an_old_checkpoint(
+    pretraining: Callable[..., pretrain.PretrainConfig],
+) -> None:
+    config = pretraining(max_steps=3, save_every=1, keep_checkpoints=2)
+    pretrain.run(config)
+    unfinished = Path(config.output_dir, "checkpoints", "unfinished")
+    shutil.copytree(unfinished.with_name("step-00000002"), unfinished.with_name("step-00000001"))
+    unfinished.mkdir()
+    (unfinished / "random-0.pt").write_bytes(b"of a checkpoint that was being deleted")
+    pretrain.run(dataclasses.replace(config, resume=True))
+    assert sorted(path.name for path in unfinished.parent.iterdir()) == ["step-00000002", "step-00000003"]
+
+
 def test_the_last_checkpoints_stay_and_a_kill_while_writing_leaves_none_in_halves(
     pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
