@@ -6,7 +6,7 @@ EXTRAS ?= dev
 # With several threads on a small shared machine torch was measured 3-8 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-newest test-oldest soak fuzz sanitize lint wheel bench gpu-check clean
+.PHONY: setup demo test test-newest test-oldest coverage mutations soak fuzz sanitize lint wheel bench gpu-check clean
 setup: $(SETUP)
 
 # torch first and by version, so that no dependency's range pulls another build of it.
@@ -29,6 +29,17 @@ test-newest: $(SETUP)
 # The same beside the floors of pyproject.toml, by hand: .venv-oldest takes several GB. HOSTS=tests runs all tests.
 test-oldest: $(SETUP)
 	$(BIN)/python .ci/hosts.py oldest $(HOSTS)
+
+# The share of lines of both packages that the tests run; fails below COVERAGE percent. pyproject.toml names what is not counted.
+coverage: $(SETUP)
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under $(or $(COVERAGE),95)
+
+# 40 faults of one line, each of which a test must catch.
+mutations: $(SETUP)
+	$(BIN)/python .ci/mutations.py
 
 # Kills, damage and sanitizers: CONTRIBUTING.md. SEED= goes over the same cases again; without it soak and fuzz draw and print one.
 soak: $(SETUP)

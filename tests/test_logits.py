@@ -49,6 +49,23 @@ def test_matches_torch(device, reduction, smoothing):
     torch.testing.assert_close(ours, theirs.view(ours.shape), rtol=1e-13, atol=1e-13)
 
 
+def test_another_ignore_index_is_torchs(device):
+    logits, targets = make(device)
+    targets = targets.where(targets != -100, 60)  # an id of the vocabulary
+    ours = cross_entropy(logits, targets, ignore_index=60)
+    torch.testing.assert_close(ours, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=60), rtol=1e-13, atol=1e-13)
+
+
+def test_z_loss_adds_the_square_of_the_logsumexp(device):
+    logits, targets = make(device)
+    ours = cross_entropy(logits, targets, z_loss=0.3)
+    lse = logits.logsumexp(-1)[targets != -100]
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(ours, nll + 0.3 * (lse**2).mean(), rtol=1e-13, atol=1e-13)
+    (grad,), (expected,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (ours, nll + 0.3 * (lse**2).mean()))
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-13)
+
+
 def test_token_weights_weigh_and_get_a_gradient(device):
     logits, targets = make(device)
     weights = torch.rand(2, 5, dtype=torch.float64, device=device, requires_grad=True)

@@ -393,3 +393,20 @@ def test_the_loop_serves_a_loss_that_is_no_language_models(base: str, tmp_path: 
     assert set(counted) == {4}
     assert result["half"] == pytest.approx(0.5) and result["tokens"] == 20
     assert result["loss"] < lines(config)[0]["loss"]
+
+
+def test_each_step_is_taken_with_the_learning_rate_that_its_line_says(
+    pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+    update = loop.update
+
+    def recording(world: World, model: Any, optimizer: torch.optim.Optimizer, *rest: Any, **options: Any) -> Any:
+        taken.append(optimizer.param_groups[0]["lr"])
+        return update(world, model, optimizer, *rest, **options)
+
+    monkeypatch.setattr(loop, "update", recording)
+    config = pretraining(max_steps=4, warmup_steps=2, eval_data=None)
+    pretrain.run(config)
+    assert taken == [line["learning_rate"] for line in lines(config)]
+    assert taken[0] < taken[1] > taken[3]

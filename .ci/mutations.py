@@ -1,0 +1,127 @@
+"""40 faults of one line each; for each, the tests that must fail. `make mutations` runs all, `python .ci/mutations.py 3 17` these two.
+
+A fault is put into a copy of the tree in a temporary folder, and its tests run there. Exits with status 1 where a fault is missed or
+where its line does not occur exactly once. csrc/ is left out: each fault there would need a build. Run `make test` first, since a test
+that fails anyway catches everything.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+KERNELS = "kernels/fastalign_kernels/"
+
+
+class Mutation(NamedTuple):
+    file: str
+    before: str
+    after: str
+    tests: str  # arguments of pytest
+
+
+# fmt: off
+MUTATIONS = [
+    # fastalign_kernels in PyTorch
+    Mutation(KERNELS + "logits.py", "loss = (1 - label_smoothing) * loss - label_smoothing *", "loss = loss - label_smoothing *", "tests/test_logits.py"),
+    Mutation(KERNELS + "logits.py", "table[Stat.LSE] ** 2 if z_loss", "table[Stat.LSE] if z_loss", "tests/test_logits.py"),
+    Mutation(KERNELS + "logits.py", "-100 if ignore_index is None else ignore_index), -1, flat)", "-100), -1, flat)", "tests/test_logits.py"),
+    Mutation(KERNELS + "logits.py", "(ordered_sum(weights) if num_items is None", "(kept.sum() if num_items is None", "tests/test_logits.py"),
+    Mutation(KERNELS + "rows.py", "prob = lse - logp - mean_logp - entropy * stats[Stat.ENTROPY]", "prob = lse - logp - mean_logp - entropy", "tests/test_rows.py tests/test_logits.py"),
+    Mutation(KERNELS + "rows.py", "-entropy, mean_logp / vocab_size])", "-entropy, mean_logp])", "tests/test_logits.py"),
+    Mutation(KERNELS + "head.py", "grad[Stat.LOGP] = (label_smoothing - 1) * s", "grad[Stat.LOGP] = -s", "tests/test_head.py"),
+    Mutation(KERNELS + "head.py", "grad[Stat.LSE] = 2 * z_loss * stats[Stat.LSE] * s", "grad[Stat.LSE] = z_loss * stats[Stat.LSE] * s", "tests/test_head.py"),
+    Mutation(KERNELS + "head.py", "d_scale = grad * token_loss(table, label_smoothing, z_loss)", "d_scale = grad * token_loss(table, 0.0, z_loss)", "tests/test_head.py"),
+    Mutation(KERNELS + "gradients.py", "mm(grad.t(), block.x, self.d_weight, add=not self.empty)", "mm(grad.t(), block.x, self.d_weight, add=False)", "tests/test_head.py"),
+    Mutation(KERNELS + "gradients.py", "self.d_bias += shape * dropped.sum() + uniform.sum()", "self.d_bias += shape * dropped.sum()", "tests/test_tail.py"),
+    Mutation(KERNELS + "gradients.py", "shape = kept.others / torch.where(total == 0, 1.0, total)", "shape = kept.others / total", "tests/test_tail.py"),
+    Mutation(KERNELS + "plan.py", "gemms = 2 + gradients if way", "gemms = 1 + gradients if way", "tests/test_head.py"),
+    Mutation(KERNELS + "ordered_sum.py", "flat[whole:].sum().view(1)", "flat[:0].sum().view(1)", "tests/test_determinism.py -k ordered"),
+    Mutation(KERNELS + "gemm.py", "right, right_rows = right.index_select(0, right_rows), None", "right, right_rows = right[: len(right_rows)], None", "tests/test_gemm.py"),
+    Mutation(KERNELS + "tokens.py", "counts = inside.sum(1, keepdim=True)", "counts = inside.sum(1, keepdim=True).clamp(max=3)", "tests/test_policy.py"),
+    Mutation(KERNELS + "sampling.py", "above = sorted_mass.cumsum(-1) - sorted_mass", "above = sorted_mass.cumsum(-1)", "tests/test_sampling.py"),
+    # fastalign_kernels in Triton
+    Mutation(KERNELS + "policy_triton.py", "high = (minus_a < 0) & (r > upper)", "high = (minus_a < 0) & (r >= lower)", "tests/test_policy.py"),
+    Mutation(KERNELS + "policy_triton.py", "slope += kl_coefficient * e", "slope += 0.5 * kl_coefficient * e", "tests/test_policy.py"),
+    Mutation(KERNELS + "policy_triton.py", "clipped = held * held > plain * plain", "clipped = held * held < plain * plain", "tests/test_policy.py"),
+    Mutation(KERNELS + "preference_triton.py", "tl.store(slopes + i, d_c - nll / n_c, mask=inside)", "tl.store(slopes + i, d_c, mask=inside)", "tests/test_preference.py"),
+    Mutation(KERNELS + "preference_triton.py", "FORMULA(c - offset, r, beta", "FORMULA(c, r, beta", "tests/test_preference.py"),
+    Mutation(KERNELS + "rows_triton.py", "tl.store(stats + 3 * N + n, row_top + logsum)", "tl.store(stats + 3 * N + n, logsum)", "tests/test_rows.py"),
+    Mutation(KERNELS + "rows_triton.py", "dz = tl.exp(logp) * (prob + plogp * finite) + uniform", "dz = tl.exp(logp) * (prob + plogp * finite)", "tests/test_rows.py"),
+    Mutation(KERNELS + "advantage_triton.py", "r + gamma * next_value - v, 0.0)", "r + decay * next_value - v, 0.0)", "tests/test_advantage.py"),
+    Mutation(KERNELS + "pair_losses.py", "m = c - 0.5 / beta", "m = c + 0.5 / beta", "tests/test_preference.py"),
+    # data and rollouts
+    Mutation("fastalign/data.py", "token if train and position else IGNORE_INDEX", "token if train else IGNORE_INDEX", "tests/test_data.py"),
+    Mutation("fastalign/data.py", "place = bisect_left(room, lengths[index])", "place = bisect_left(room, lengths[index] + 1)", "tests/test_data.py"),
+    Mutation("fastalign/data.py", "lengths += [width - sum(lengths)] if width > sum(lengths) else []", "lengths += []", "tests/test_data.py"),
+    Mutation("fastalign/data.py", "Tokenized(ids[:max_length], trained[:max_length])", "Tokenized(ids[: max_length + 1], trained[: max_length + 1])", "tests/test_data.py"),
+    Mutation("fastalign/rollout.py", "self.mask.index_copy_(1, self.column, ~self.finished[:, None])", "self.mask.index_copy_(1, self.column, torch.ones_like(self.finished[:, None]))", "tests/test_rollout.py"),
+    Mutation("fastalign/rollout.py", "self.position = mask.sum(1) - 1  # of", "self.position = mask.sum(1)  # of", "tests/test_rollout.py"),
+    Mutation("fastalign/rollout.py", "self.seen.gather(1, word) | bit)", "bit)", "tests/test_rollout.py"),
+    # stages
+    Mutation("fastalign/stages/loop.py", 'group["lr"] = peak * fraction', 'group["lr"] = peak', "tests/stages/test_training.py"),
+    Mutation("fastalign/stages/loop.py", "config.weight_decay if decays else 0.0", "config.weight_decay", "tests/stages/test_training.py"),
+    Mutation("fastalign/stages/loop.py", "torch.manual_seed(config.seed + world.rank)", "torch.manual_seed(0)", "tests/stages/test_training.py tests/stages/test_checkpoints.py"),
+    Mutation("fastalign/stages/dpo.py", "reference_chosen, reference_rejected = reference(", "reference_rejected, reference_chosen = reference(", "tests/stages/test_preference.py"),
+    Mutation("fastalign/stages/kto.py", "references.append(logps[: len(batch[\"desirable\"])])", "references.append(logps[-len(batch[\"desirable\"]) :])", "tests/stages/test_preference.py"),
+    Mutation("fastalign/stages/experience.py", "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) - 1,", "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) * 0,", "tests/stages/ppo/test_ppo.py"),
+    Mutation("fastalign/stages/experience.py", "- options.missing_eos_penalty * ~ended", "- options.missing_eos_penalty * ended", "tests/stages/ppo/test_ppo.py"),
+]
+# fmt: on
+
+
+def copy_tree(folder: Path) -> None:
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in [*filter(None, names), KERNELS + "_native.so"]:
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def run_tests(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(folder), str(folder / "kernels")])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests.split()]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def judge(folder: Path, mutation: Mutation) -> str:
+    """caught, or why not."""
+    path = folder / mutation.file
+    source = path.read_text(encoding="utf-8")
+    if source.count(mutation.before) != 1:
+        return f"MISSED: the text occurs {source.count(mutation.before)} times, expected 1"
+    path.write_text(source.replace(mutation.before, mutation.after), encoding="utf-8")
+    try:
+        run = run_tests(folder, mutation.tests)
+    finally:
+        path.write_text(source, encoding="utf-8")
+    if run.returncode == 1:  # tests ran and failed
+        failed = next((line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+        return f"caught by {failed.split(' - ')[0].removeprefix('FAILED ')}"
+    return "MISSED" if run.returncode == 0 else f"MISSED: pytest ended with status {run.returncode}: {run.stdout[-300:]}"
+
+
+def main() -> int:
+    chosen = [int(number) for number in sys.argv[1:]] or list(range(1, len(MUTATIONS) + 1))
+    missed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copy_tree(folder)
+        for number in chosen:
+            mutation = MUTATIONS[number - 1]
+            began = time.perf_counter()
+            verdict = judge(folder, mutation)
+            missed += verdict.startswith("MISSED")
+            print(f"{number:2} {mutation.file}: {mutation.after}\n   {verdict} ({time.perf_counter() - began:.0f} s)", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
