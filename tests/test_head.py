@@ -62,6 +62,15 @@ def test_cross_entropy_matches_the_reference(device, options, workspace_mib):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
+def test_token_weights_get_the_gradient_of_a_smoothed_loss_with_z_loss(device):
+    hidden, weight, ids, bias = make(device)
+    token_weights = torch.rand(ids.shape, dtype=torch.float64, device=device, requires_grad=True)
+    options = {"label_smoothing": 0.2, "z_loss": 1e-2, "token_weights": token_weights, "num_items": 3.0}
+    losses = linear_cross_entropy(hidden, weight, ids, bias, **options), linear_cross_entropy_ref(hidden, weight, ids, bias, **options)
+    (found,), (expected,) = (grads_of(loss, token_weights) for loss in losses)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
 @pytest.mark.parametrize("options", HEAD_OPTIONS)
 def test_log_probs_match_the_reference_for_any_upstream_gradient(device, options, frozen):
