@@ -25,54 +25,178 @@ class Mutation(NamedTuple):
     tests: str  # arguments of pytest
 
 
-# fmt: off
 MUTATIONS = [
     # fastalign_kernels in PyTorch
-    Mutation(KERNELS + "logits.py", "loss = (1 - label_smoothing) * loss - label_smoothing *", "loss = loss - label_smoothing *", "tests/test_logits.py"),
+    Mutation(
+        KERNELS + "logits.py",
+        "loss = (1 - label_smoothing) * loss - label_smoothing *",
+        "loss = loss - label_smoothing *",
+        "tests/test_logits.py",
+    ),
     Mutation(KERNELS + "logits.py", "table[Stat.LSE] ** 2 if z_loss", "table[Stat.LSE] if z_loss", "tests/test_logits.py"),
-    Mutation(KERNELS + "logits.py", "-100 if ignore_index is None else ignore_index), -1, flat)", "-100), -1, flat)", "tests/test_logits.py"),
-    Mutation(KERNELS + "logits.py", "(ordered_sum(weights) if num_items is None", "(kept.sum() if num_items is None", "tests/test_logits.py"),
-    Mutation(KERNELS + "rows.py", "prob = lse - logp - mean_logp - entropy * stats[Stat.ENTROPY]", "prob = lse - logp - mean_logp - entropy", "tests/test_rows.py tests/test_logits.py"),
+    Mutation(
+        KERNELS + "logits.py", "-100 if ignore_index is None else ignore_index), -1, flat)", "-100), -1, flat)", "tests/test_logits.py"
+    ),
+    Mutation(
+        KERNELS + "logits.py", "(ordered_sum(weights) if num_items is None", "(kept.sum() if num_items is None", "tests/test_logits.py"
+    ),
+    Mutation(
+        KERNELS + "rows.py",
+        "prob = lse - logp - mean_logp - entropy * stats[Stat.ENTROPY]",
+        "prob = lse - logp - mean_logp - entropy",
+        "tests/test_rows.py tests/test_logits.py",
+    ),
     Mutation(KERNELS + "rows.py", "-entropy, mean_logp / vocab_size])", "-entropy, mean_logp])", "tests/test_logits.py"),
     Mutation(KERNELS + "head.py", "grad[Stat.LOGP] = (label_smoothing - 1) * s", "grad[Stat.LOGP] = -s", "tests/test_head.py"),
-    Mutation(KERNELS + "head.py", "grad[Stat.LSE] = 2 * z_loss * stats[Stat.LSE] * s", "grad[Stat.LSE] = z_loss * stats[Stat.LSE] * s", "tests/test_head.py"),
-    Mutation(KERNELS + "head.py", "d_scale = grad * token_loss(table, label_smoothing, z_loss)", "d_scale = grad * token_loss(table, 0.0, z_loss)", "tests/test_head.py -k token_weights"),
-    Mutation(KERNELS + "gradients.py", "mm(grad.t(), block.x, self.d_weight, add=not self.empty)", "mm(grad.t(), block.x, self.d_weight, add=False)", "tests/test_head.py"),
-    Mutation(KERNELS + "gradients.py", "self.d_bias += shape * dropped.sum() + uniform.sum()", "self.d_bias += shape * dropped.sum()", "tests/test_tail.py"),
-    Mutation(KERNELS + "gradients.py", "shape = kept.others / torch.where(total == 0, 1.0, total)", "shape = kept.others / total", "tests/test_tail.py"),
+    Mutation(
+        KERNELS + "head.py",
+        "grad[Stat.LSE] = 2 * z_loss * stats[Stat.LSE] * s",
+        "grad[Stat.LSE] = z_loss * stats[Stat.LSE] * s",
+        "tests/test_head.py",
+    ),
+    Mutation(
+        KERNELS + "head.py",
+        "d_scale = grad * token_loss(table, label_smoothing, z_loss)",
+        "d_scale = grad * token_loss(table, 0.0, z_loss)",
+        "tests/test_head.py -k token_weights",
+    ),
+    Mutation(
+        KERNELS + "gradients.py",
+        "mm(grad.t(), block.x, self.d_weight, add=not self.empty)",
+        "mm(grad.t(), block.x, self.d_weight, add=False)",
+        "tests/test_head.py",
+    ),
+    Mutation(
+        KERNELS + "gradients.py",
+        "self.d_bias += shape * dropped.sum() + uniform.sum()",
+        "self.d_bias += shape * dropped.sum()",
+        "tests/test_tail.py",
+    ),
+    Mutation(
+        KERNELS + "gradients.py",
+        "shape = kept.others / torch.where(total == 0, 1.0, total)",
+        "shape = kept.others / total",
+        "tests/test_tail.py",
+    ),
     Mutation(KERNELS + "plan.py", "gemms = 2 + gradients if way", "gemms = 1 + gradients if way", "tests/test_head.py"),
     Mutation(KERNELS + "ordered_sum.py", "flat[whole:].sum().view(1)", "flat[:0].sum().view(1)", "tests/test_determinism.py -k ordered"),
-    Mutation(KERNELS + "gemm.py", "right, right_rows = right.index_select(0, right_rows), None", "right, right_rows = right[: len(right_rows)], None", "tests/test_gemm.py"),
-    Mutation(KERNELS + "tokens.py", "counts = inside.sum(1, keepdim=True)", "counts = inside.sum(1, keepdim=True).clamp(max=3)", "tests/test_policy.py"),
-    Mutation(KERNELS + "sampling.py", "above = sorted_mass.cumsum(-1) - sorted_mass", "above = sorted_mass.cumsum(-1)", "tests/test_sampling.py"),
+    Mutation(
+        KERNELS + "gemm.py",
+        "right, right_rows = right.index_select(0, right_rows), None",
+        "right, right_rows = right[: len(right_rows)], None",
+        "tests/test_gemm.py",
+    ),
+    Mutation(
+        KERNELS + "tokens.py",
+        "counts = inside.sum(1, keepdim=True)",
+        "counts = inside.sum(1, keepdim=True).clamp(max=3)",
+        "tests/test_policy.py",
+    ),
+    Mutation(
+        KERNELS + "sampling.py", "above = sorted_mass.cumsum(-1) - sorted_mass", "above = sorted_mass.cumsum(-1)", "tests/test_sampling.py"
+    ),
     # fastalign_kernels in Triton
-    Mutation(KERNELS + "policy_triton.py", "high = (minus_a < 0) & (r > upper)", "high = (minus_a < 0) & (r >= lower)", "tests/test_policy.py"),
+    Mutation(
+        KERNELS + "policy_triton.py", "high = (minus_a < 0) & (r > upper)", "high = (minus_a < 0) & (r >= lower)", "tests/test_policy.py"
+    ),
     Mutation(KERNELS + "policy_triton.py", "slope += kl_coefficient * e", "slope += 0.5 * kl_coefficient * e", "tests/test_policy.py"),
-    Mutation(KERNELS + "policy_triton.py", "clipped = held * held > plain * plain", "clipped = held * held < plain * plain", "tests/test_policy.py"),
-    Mutation(KERNELS + "preference_triton.py", "tl.store(slopes + i, d_c - nll / n_c, mask=inside)", "tl.store(slopes + i, d_c, mask=inside)", "tests/test_preference.py"),
+    Mutation(
+        KERNELS + "policy_triton.py",
+        "clipped = held * held > plain * plain",
+        "clipped = held * held < plain * plain",
+        "tests/test_policy.py",
+    ),
+    Mutation(
+        KERNELS + "preference_triton.py",
+        "tl.store(slopes + i, d_c - nll / n_c, mask=inside)",
+        "tl.store(slopes + i, d_c, mask=inside)",
+        "tests/test_preference.py",
+    ),
     Mutation(KERNELS + "preference_triton.py", "FORMULA(c - offset, r, beta", "FORMULA(c, r, beta", "tests/test_preference.py"),
-    Mutation(KERNELS + "rows_triton.py", "tl.store(stats + 3 * N + n, row_top + logsum)", "tl.store(stats + 3 * N + n, logsum)", "tests/test_rows.py"),
-    Mutation(KERNELS + "rows_triton.py", "dz = tl.exp(logp) * (prob + plogp * finite) + uniform", "dz = tl.exp(logp) * (prob + plogp * finite)", "tests/test_rows.py"),
-    Mutation(KERNELS + "advantage_triton.py", "r + gamma * next_value - v, 0.0)", "r + decay * next_value - v, 0.0)", "tests/test_advantage.py"),
+    Mutation(
+        KERNELS + "rows_triton.py",
+        "tl.store(stats + 3 * N + n, row_top + logsum)",
+        "tl.store(stats + 3 * N + n, logsum)",
+        "tests/test_rows.py",
+    ),
+    Mutation(
+        KERNELS + "rows_triton.py",
+        "dz = tl.exp(logp) * (prob + plogp * finite) + uniform",
+        "dz = tl.exp(logp) * (prob + plogp * finite)",
+        "tests/test_rows.py",
+    ),
+    Mutation(
+        KERNELS + "advantage_triton.py", "r + gamma * next_value - v, 0.0)", "r + decay * next_value - v, 0.0)", "tests/test_advantage.py"
+    ),
     Mutation(KERNELS + "pair_losses.py", "m = c - 0.5 / beta", "m = c + 0.5 / beta", "tests/test_preference.py"),
     # data and rollouts
-    Mutation("fastalign/data.py", "token if train and position else IGNORE_INDEX", "token if train else IGNORE_INDEX", "tests/test_data.py"),
-    Mutation("fastalign/data.py", "place = bisect_left(room, lengths[index])", "place = bisect_left(room, lengths[index] + 1)", "tests/test_data.py"),
-    Mutation("fastalign/data.py", "lengths += [width - sum(lengths)] if width > sum(lengths) else []", "lengths += []", "tests/test_data.py"),
-    Mutation("fastalign/data.py", "Tokenized(ids[:max_length], trained[:max_length])", "Tokenized(ids[: max_length + 1], trained[: max_length + 1])", "tests/test_data.py"),
-    Mutation("fastalign/rollout.py", "self.mask.index_copy_(1, self.column, ~self.finished[:, None])", "self.mask.index_copy_(1, self.column, torch.ones_like(self.finished[:, None]))", "tests/test_rollout.py"),
+    Mutation(
+        "fastalign/data.py", "token if train and position else IGNORE_INDEX", "token if train else IGNORE_INDEX", "tests/test_data.py"
+    ),
+    Mutation(
+        "fastalign/data.py",
+        "place = bisect_left(room, lengths[index])",
+        "place = bisect_left(room, lengths[index] + 1)",
+        "tests/test_data.py",
+    ),
+    Mutation(
+        "fastalign/data.py", "lengths += [width - sum(lengths)] if width > sum(lengths) else []", "lengths += []", "tests/test_data.py"
+    ),
+    Mutation(
+        "fastalign/data.py",
+        "Tokenized(ids[:max_length], trained[:max_length])",
+        "Tokenized(ids[: max_length + 1], trained[: max_length + 1])",
+        "tests/test_data.py",
+    ),
+    Mutation(
+        "fastalign/rollout.py",
+        "self.mask.index_copy_(1, self.column, ~self.finished[:, None])",
+        "self.mask.index_copy_(1, self.column, torch.ones_like(self.finished[:, None]))",
+        "tests/test_rollout.py",
+    ),
     Mutation("fastalign/rollout.py", "self.position = mask.sum(1) - 1  # of", "self.position = mask.sum(1)  # of", "tests/test_rollout.py"),
     Mutation("fastalign/rollout.py", "self.seen.gather(1, word) | bit)", "bit)", "tests/test_rollout.py"),
     # stages
-    Mutation("fastalign/stages/loop.py", 'group["lr"] = peak * fraction', 'group["lr"] = peak', "tests/stages/test_training.py -k learning_rate"),
-    Mutation("fastalign/stages/loop.py", "config.weight_decay if decays else 0.0", "config.weight_decay", "tests/stages/test_training.py -k decay"),
-    Mutation("fastalign/stages/loop.py", "torch.manual_seed(config.seed + world.rank)", "torch.manual_seed(0)", "tests/stages/test_training.py tests/stages/test_checkpoints.py"),
-    Mutation("fastalign/stages/dpo.py", "reference_chosen, reference_rejected = reference(", "reference_rejected, reference_chosen = reference(", "tests/stages/test_preference.py"),
-    Mutation("fastalign/stages/kto.py", "references.append(logps[: len(batch[\"desirable\"])])", "references.append(logps[-len(batch[\"desirable\"]) :])", "tests/stages/test_preference.py"),
-    Mutation("fastalign/stages/experience.py", "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) - 1,", "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) * 0,", "tests/stages/ppo/test_ppo.py"),
-    Mutation("fastalign/stages/experience.py", "- options.missing_eos_penalty * ~ended", "- options.missing_eos_penalty * ended", "tests/stages/ppo/test_ppo.py"),
+    Mutation(
+        "fastalign/stages/loop.py", 'group["lr"] = peak * fraction', 'group["lr"] = peak', "tests/stages/test_training.py -k learning_rate"
+    ),
+    Mutation(
+        "fastalign/stages/loop.py",
+        "config.weight_decay if decays else 0.0",
+        "config.weight_decay",
+        "tests/stages/test_training.py -k decay",
+    ),
+    Mutation(
+        "fastalign/stages/loop.py",
+        "torch.manual_seed(config.seed + world.rank)",
+        "torch.manual_seed(0)",
+        "tests/stages/test_training.py -k learning_rate",
+    ),
+    Mutation(
+        "fastalign/stages/dpo.py",
+        "reference_chosen, reference_rejected = reference(",
+        "reference_rejected, reference_chosen = reference(",
+        "tests/stages/test_preference.py",
+    ),
+    Mutation(
+        "fastalign/stages/kto.py",
+        'references.append(logps[: len(batch["desirable"])])',
+        'references.append(logps[-len(batch["desirable"]) :])',
+        "tests/stages/test_preference.py",
+    ),
+    Mutation(
+        "fastalign/stages/experience.py",
+        "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) - 1,",
+        "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) * 0,",
+        "tests/stages/ppo/test_ppo.py",
+    ),
+    Mutation(
+        "fastalign/stages/experience.py",
+        "- options.missing_eos_penalty * ~ended",
+        "- options.missing_eos_penalty * ended",
+        "tests/stages/ppo/test_ppo.py",
+    ),
 ]
-# fmt: on
 
 
 def copy_tree(folder: Path) -> None:

@@ -395,7 +395,7 @@ def test_the_loop_serves_a_loss_that_is_no_language_models(base: str, tmp_path: 
     assert result["loss"] < lines(config)[0]["loss"]
 
 
-def test_each_step_is_taken_with_the_learning_rate_that_its_line_says(
+def test_each_step_is_taken_with_the_learning_rate_that_its_line_says_and_the_runs_seed(
     pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[float] = []
@@ -403,10 +403,11 @@ def test_each_step_is_taken_with_the_learning_rate_that_its_line_says(
 
     def recording(world: World, model: Any, optimizer: torch.optim.Optimizer, *rest: Any, **options: Any) -> Any:
         taken.append(optimizer.param_groups[0]["lr"])
+        assert torch.initial_seed() == 5  # dropout draws from it
         return update(world, model, optimizer, *rest, **options)
 
     monkeypatch.setattr(loop, "update", recording)
-    config = pretraining(max_steps=4, warmup_steps=2, eval_data=None)
+    config = pretraining(max_steps=4, warmup_steps=2, eval_data=None, seed=5)
     pretrain.run(config)
     assert taken == [line["learning_rate"] for line in lines(config)]
     assert taken[0] < taken[1] > taken[3]
