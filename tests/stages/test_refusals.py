@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -234,6 +235,7 @@ def test_a_name_in_the_cache_is_taken_from_there_where_the_hub_is_away(
     no_hub(monkeypatch)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # so that it is put back for the tests behind this one
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     names.check_name("model", "foo/bar")
     names.check_name("tokenizer", "foo/bar")
