@@ -13,7 +13,7 @@ Message = dict[str, Any]
 
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
 # Columns beside messages that would change what the model sees.
-UNSERVED = ("image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs")
+UNSERVED = ("image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs", "documents", "system")
 # Keys that tell messages apart and say nothing to the model, so that a template may leave them out.
 LABELS = ("id", "message_id", "turn_id", "timestamp", "created_at", "tool_call_id")
 
@@ -71,7 +71,10 @@ def refuse_unserved(row: Row) -> None:
     """Raise DataError where a column beside the messages says what the chat template would not get."""
     for column in UNSERVED:
         if row.get(column):
-            raise DataError(f"column {column!r} is not served: only text is trained, under the template's own settings; remove the column")
+            raise DataError(
+                f"column {column!r} is not served: a chat template gets messages of text, and tools; write it into the messages "
+                "or remove the column"
+            )
 
 
 def refuse_beside_text(row: Row) -> None:

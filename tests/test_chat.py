@@ -230,8 +230,12 @@ def test_tools_that_reach_no_template_are_refused(tmp_path: Path) -> None:
         sft_text(tmp_path, CHATML, {"messages": TALK, "tools": [{"name": "f"}]})
     with pytest.raises(DataError, match="row 1: column 'tools' is for messages, and a text goes through no chat template"):
         sft_text(tmp_path, CHATML, {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]})
-    with pytest.raises(DataError, match="row 1: column 'images' is not served"):
-        sft_text(tmp_path, CHATML, {"messages": TALK, "images": ["a.png"]})
+
+
+@pytest.mark.parametrize(("column", "value"), [("images", ["a.png"]), ("documents", [{"text": "It rained."}]), ("system", "Be brief.")])
+def test_a_column_that_would_change_what_the_model_sees_is_refused(tmp_path: Path, column: str, value: Any) -> None:
+    with pytest.raises(DataError, match=f"row 1: column '{column}' is not served"):
+        sft_text(tmp_path, CHATML, {"messages": TALK, column: value})
 
 
 def test_a_genuine_null_of_jsonl_reaches_the_template(tmp_path: Path) -> None:
