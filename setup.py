@@ -1,14 +1,15 @@
 """Builds csrc/ into fastalign_kernels/_native.so; everything else is in pyproject.toml.
 
-g++ (or $CXX) and, where it is found, nvcc are called directly: the library uses torch's stable ABI, so one file serves every torch >= 2.10
-and every Python, and torch.utils.cpp_extension would tie it to one of each, and cannot link CUDA beside a CPU torch.
+g++ (or $CXX) and, where it is found, nvcc are called directly: the library uses torch's stable ABI, so one
+file serves every torch >= 2.10 and every Python, and torch.utils.cpp_extension would tie it to one of each,
+and cannot link CUDA beside a CPU torch.
 
-The build needs torch's headers and a C++20 compiler. Where one is missing it stops and says what to do: `--no-build-isolation`, a compiler,
-or FASTALIGN_NATIVE=0, which installs without the library (PyTorch then serves in its place, which is said at import). Without nvcc the
-library has no CUDA sampler.
+The build needs torch's headers and a C++20 compiler. Where one is missing it stops and says what to do:
+`--no-build-isolation`, a compiler, or FASTALIGN_NATIVE=0, which installs without the library (PyTorch then
+serves in its place, which is said at import). Without nvcc the library has no CUDA sampler.
 
-FASTALIGN_SANITIZE=1 compiles AddressSanitizer and UndefinedBehaviorSanitizer in, without CUDA, for `make sanitize`
-(tests/hammer/sanitize.py).
+FASTALIGN_SANITIZE=1 compiles AddressSanitizer and UndefinedBehaviorSanitizer in, without CUDA, for `make
+sanitize` (tests/hammer/sanitize.py).
 """
 
 import importlib.util
@@ -26,16 +27,40 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
 CSRC = Path(__file__).parent / "csrc"
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]  # the last: GCC 12 on its own intrinsics
-SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# <kernel>_target.cpp with its rule for a * b + c: the sampler gives the same bits everywhere, so its fused operations are written down.
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-Wall",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]  # the last: GCC 12 on its own intrinsics
+SANITIZED = [
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+]
+# <kernel>_target.cpp with its rule for a * b + c: the sampler gives the same bits everywhere, so its fused
+# operations are written down.
 KERNELS = {"rows": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
 LAUNCHERS = ("ops", "gemm", "policy", "sampling")
-TARGETS = {"generic": []}  # instruction sets that the kernels are compiled for; csrc/targets.h chooses among them at run time
+TARGETS = {
+    "generic": []
+}  # instruction sets that the kernels are compiled for; csrc/targets.h chooses among them at run time
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS["avx2"] = ["-mavx2", "-mfma"]
-    TARGETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
-# GPU architectures, as far as the nvcc at hand knows them; the last also as PTX, for newer ones. -fmad=false: see KERNELS.
+    TARGETS["avx512"] = [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mfma",
+        "-mprefer-vector-width=512",
+    ]
+# GPU architectures, as far as the nvcc at hand knows them; the last also as PTX, for newer ones. -fmad=false:
+# see KERNELS.
 GPUS = (80, 90, 100, 120)
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", "-DUSE_CUDA"]
 
@@ -49,7 +74,9 @@ def find_nvcc() -> str | None:
 
 def gpu_codes(nvcc: str) -> list[str]:
     """-gencode options for the architectures that this nvcc compiles for."""
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     found = [sm for sm in GPUS if f"sm_{sm}" in known]
     codes = {sm: f"[sm_{sm},compute_{sm}]" if sm == found[-1] else f"sm_{sm}" for sm in found}
     return [option for sm, code in codes.items() for option in ("-gencode", f"arch=compute_{sm},code={code}")]
@@ -64,7 +91,9 @@ WITHOUT_TORCH = (
 
 class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")) + ".so"  # no Python ABI in the name: the library does not use Python
+        return (
+            os.path.join(*fullname.split(".")) + ".so"
+        )  # no Python ABI in the name: the library does not use Python
 
     def build_extension(self, ext: Extension) -> None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -72,7 +101,9 @@ class BuildNative(build_ext):
         if torch is None or torch.origin is None:
             raise PlatformError(f"fastalign: torch is not importable by {sys.executable}, {WITHOUT_TORCH}")
         if compiler is None:
-            raise PlatformError(f"fastalign: no C++ compiler found as $CXX, g++ or clang++; install g++ 12 or newer, {OR_NONE}")
+            raise PlatformError(
+                f"fastalign: no C++ compiler found as $CXX, g++ or clang++; install g++ 12 or newer, {OR_NONE}"
+            )
         root, objects = Path(torch.origin).parent, Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
         compiled = [*FLAGS, *(SANITIZED if sanitize else [])]
@@ -82,7 +113,14 @@ class BuildNative(build_ext):
         commands = {objects / f"{name}.o": [*ops, "-c", str(CSRC / f"{name}.cpp")] for name in LAUNCHERS}
         for kernel, contract in KERNELS.items():
             for name, flags in TARGETS.items():
-                own = [*compiled, contract, *flags, f"-DFASTALIGN_TARGET={name}", "-c", str(CSRC / f"{kernel}_target.cpp")]
+                own = [
+                    *compiled,
+                    contract,
+                    *flags,
+                    f"-DFASTALIGN_TARGET={name}",
+                    "-c",
+                    str(CSRC / f"{kernel}_target.cpp"),
+                ]
                 commands[objects / f"{kernel}_{name}.o"] = own
         if "avx512" in TARGETS:
             own = [*compiled, *TARGETS["avx512"], "-mavx512bf16", "-c", str(CSRC / "gemm_target.cpp")]
@@ -92,18 +130,37 @@ class BuildNative(build_ext):
         cuda = objects / "cuda.o"
         if nvcc is not None:
             stable = [option for option in ops if option.startswith(("-DTORCH", "-I"))]
-            commands[cuda] = [nvcc, "-ccbin", compiler, *NVCC_FLAGS, *gpu_codes(nvcc), *stable, "-c", str(CSRC / "sampling.cu")]
+            commands[cuda] = [
+                nvcc,
+                "-ccbin",
+                compiler,
+                *NVCC_FLAGS,
+                *gpu_codes(nvcc),
+                *stable,
+                "-c",
+                str(CSRC / "sampling.cu"),
+            ]
         with ThreadPoolExecutor() as pool:
-            done = dict(zip(commands, pool.map(lambda item: subprocess.run([*item[1], "-o", str(item[0])]), commands.items())))
+            done = dict(
+                zip(
+                    commands,
+                    pool.map(lambda item: subprocess.run([*item[1], "-o", str(item[0])]), commands.items()),
+                )
+            )
         for output, process in done.items():
             if output != cuda:
                 process.check_returncode()
             elif process.returncode:
-                print("fastalign: nvcc failed (see above), so the library is built without CUDA", file=sys.stderr)
+                print(
+                    "fastalign: nvcc failed (see above), so the library is built without CUDA",
+                    file=sys.stderr,
+                )
                 commands.pop(cuda)
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        linked = library.with_suffix(".new")  # then renamed: processes that have the old library mapped keep it
+        linked = library.with_suffix(
+            ".new"
+        )  # then renamed: processes that have the old library mapped keep it
         link = [
             "-shared",
             *(SANITIZED if sanitize else []),
@@ -114,11 +171,22 @@ class BuildNative(build_ext):
             "-ltorch_cpu",
             "-lc10",
         ]
-        if cuda in commands:  # by nvcc, which knows where its runtime lies; static, so that the library loads without CUDA too
-            hide = ["-Xlinker", "--exclude-libs=ALL", "-Xlinker", "--no-as-needed", "-ltorch"]  # libtorch.so: see csrc/sampling.cu
+        if (
+            cuda in commands
+        ):  # by nvcc, which knows where its runtime lies; static, so that the library loads without CUDA too
+            hide = [
+                "-Xlinker",
+                "--exclude-libs=ALL",
+                "-Xlinker",
+                "--no-as-needed",
+                "-ltorch",
+            ]  # libtorch.so: see csrc/sampling.cu
             subprocess.run([nvcc, "-ccbin", compiler, "-cudart", "static", *link, *hide], check=True)
         else:
-            subprocess.run([compiler, *link, *(["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [])], check=True)
+            subprocess.run(
+                [compiler, *link, *(["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [])],
+                check=True,
+            )
         linked.replace(library)
 
 

@@ -1,8 +1,9 @@
-"""40 faults of one line each; for each, the tests that must fail. `make mutations` runs all, `python .ci/mutations.py 3 17` these two.
+"""40 faults of one line each; for each, the tests that must fail. `make mutations` runs all, `python
+.ci/mutations.py 3 17` these two.
 
-A fault is put into a copy of the tree in a temporary folder, and its tests run there. Exits with status 1 where a fault is missed or
-where its line does not occur exactly once. csrc/ is left out: each fault there would need a build. Run `make test` first, since a test
-that fails anyway catches everything.
+A fault is put into a copy of the tree in a temporary folder, and its tests run there. Exits with status 1
+where a fault is missed or where its line does not occur exactly once. csrc/ is left out: each fault there
+would need a build. Run `make test` first, since a test that fails anyway catches everything.
 """
 
 import os
@@ -33,12 +34,23 @@ MUTATIONS = [
         "loss = loss - label_smoothing *",
         "tests/test_logits.py",
     ),
-    Mutation(KERNELS + "logits.py", "table[Stat.LSE] ** 2 if z_loss", "table[Stat.LSE] if z_loss", "tests/test_logits.py"),
     Mutation(
-        KERNELS + "logits.py", "-100 if ignore_index is None else ignore_index), -1, flat)", "-100), -1, flat)", "tests/test_logits.py"
+        KERNELS + "logits.py",
+        "table[Stat.LSE] ** 2 if z_loss",
+        "table[Stat.LSE] if z_loss",
+        "tests/test_logits.py",
     ),
     Mutation(
-        KERNELS + "logits.py", "(ordered_sum(weights) if num_items is None", "(kept.sum() if num_items is None", "tests/test_logits.py"
+        KERNELS + "logits.py",
+        "-100 if ignore_index is None else ignore_index), -1, flat)",
+        "-100), -1, flat)",
+        "tests/test_logits.py",
+    ),
+    Mutation(
+        KERNELS + "logits.py",
+        "(ordered_sum(weights) if num_items is None",
+        "(kept.sum() if num_items is None",
+        "tests/test_logits.py",
     ),
     Mutation(
         KERNELS + "rows.py",
@@ -46,8 +58,18 @@ MUTATIONS = [
         "prob = lse - logp - mean_logp - entropy",
         "tests/test_rows.py tests/test_logits.py",
     ),
-    Mutation(KERNELS + "rows.py", "-entropy, mean_logp / vocab_size])", "-entropy, mean_logp])", "tests/test_logits.py"),
-    Mutation(KERNELS + "head.py", "grad[Stat.LOGP] = (label_smoothing - 1) * s", "grad[Stat.LOGP] = -s", "tests/test_head.py"),
+    Mutation(
+        KERNELS + "rows.py",
+        "-entropy, mean_logp / vocab_size])",
+        "-entropy, mean_logp])",
+        "tests/test_logits.py",
+    ),
+    Mutation(
+        KERNELS + "head.py",
+        "grad[Stat.LOGP] = (label_smoothing - 1) * s",
+        "grad[Stat.LOGP] = -s",
+        "tests/test_head.py",
+    ),
     Mutation(
         KERNELS + "head.py",
         "grad[Stat.LSE] = 2 * z_loss * stats[Stat.LSE] * s",
@@ -78,8 +100,18 @@ MUTATIONS = [
         "shape = kept.others / total",
         "tests/test_tail.py",
     ),
-    Mutation(KERNELS + "plan.py", "gemms = 2 + gradients if way", "gemms = 1 + gradients if way", "tests/test_head.py"),
-    Mutation(KERNELS + "ordered_sum.py", "flat[whole:].sum().view(1)", "flat[:0].sum().view(1)", "tests/test_determinism.py -k ordered"),
+    Mutation(
+        KERNELS + "plan.py",
+        "gemms = 2 + gradients if way",
+        "gemms = 1 + gradients if way",
+        "tests/test_head.py",
+    ),
+    Mutation(
+        KERNELS + "ordered_sum.py",
+        "flat[whole:].sum().view(1)",
+        "flat[:0].sum().view(1)",
+        "tests/test_determinism.py -k ordered",
+    ),
     Mutation(
         KERNELS + "gemm.py",
         "right, right_rows = right.index_select(0, right_rows), None",
@@ -93,13 +125,24 @@ MUTATIONS = [
         "tests/test_policy.py",
     ),
     Mutation(
-        KERNELS + "sampling.py", "above = sorted_mass.cumsum(-1) - sorted_mass", "above = sorted_mass.cumsum(-1)", "tests/test_sampling.py"
+        KERNELS + "sampling.py",
+        "above = sorted_mass.cumsum(-1) - sorted_mass",
+        "above = sorted_mass.cumsum(-1)",
+        "tests/test_sampling.py",
     ),
     # fastalign_kernels in Triton
     Mutation(
-        KERNELS + "policy_triton.py", "high = (minus_a < 0) & (r > upper)", "high = (minus_a < 0) & (r >= lower)", "tests/test_policy.py"
+        KERNELS + "policy_triton.py",
+        "high = (minus_a < 0) & (r > upper)",
+        "high = (minus_a < 0) & (r >= lower)",
+        "tests/test_policy.py",
     ),
-    Mutation(KERNELS + "policy_triton.py", "slope += kl_coefficient * e", "slope += 0.5 * kl_coefficient * e", "tests/test_policy.py"),
+    Mutation(
+        KERNELS + "policy_triton.py",
+        "slope += kl_coefficient * e",
+        "slope += 0.5 * kl_coefficient * e",
+        "tests/test_policy.py",
+    ),
     Mutation(
         KERNELS + "policy_triton.py",
         "clipped = held * held > plain * plain",
@@ -112,7 +155,12 @@ MUTATIONS = [
         "tl.store(slopes + i, d_c, mask=inside)",
         "tests/test_preference.py",
     ),
-    Mutation(KERNELS + "preference_triton.py", "FORMULA(c - offset, r, beta", "FORMULA(c, r, beta", "tests/test_preference.py"),
+    Mutation(
+        KERNELS + "preference_triton.py",
+        "FORMULA(c - offset, r, beta",
+        "FORMULA(c, r, beta",
+        "tests/test_preference.py",
+    ),
     Mutation(
         KERNELS + "rows_triton.py",
         "tl.store(stats + 3 * N + n, row_top + logsum)",
@@ -126,12 +174,20 @@ MUTATIONS = [
         "tests/test_rows.py",
     ),
     Mutation(
-        KERNELS + "advantage_triton.py", "r + gamma * next_value - v, 0.0)", "r + decay * next_value - v, 0.0)", "tests/test_advantage.py"
+        KERNELS + "advantage_triton.py",
+        "r + gamma * next_value - v, 0.0)",
+        "r + decay * next_value - v, 0.0)",
+        "tests/test_advantage.py",
     ),
-    Mutation(KERNELS + "pair_losses.py", "m = c - 0.5 / beta", "m = c + 0.5 / beta", "tests/test_preference.py"),
+    Mutation(
+        KERNELS + "pair_losses.py", "m = c - 0.5 / beta", "m = c + 0.5 / beta", "tests/test_preference.py"
+    ),
     # data and rollouts
     Mutation(
-        "fastalign/data.py", "token if train and position else IGNORE_INDEX", "token if train else IGNORE_INDEX", "tests/test_data.py"
+        "fastalign/data.py",
+        "token if train and position else IGNORE_INDEX",
+        "token if train else IGNORE_INDEX",
+        "tests/test_data.py",
     ),
     Mutation(
         "fastalign/data.py",
@@ -140,7 +196,10 @@ MUTATIONS = [
         "tests/test_data.py",
     ),
     Mutation(
-        "fastalign/data.py", "lengths += [width - sum(lengths)] if width > sum(lengths) else []", "lengths += []", "tests/test_data.py"
+        "fastalign/data.py",
+        "lengths += [width - sum(lengths)] if width > sum(lengths) else []",
+        "lengths += []",
+        "tests/test_data.py",
     ),
     Mutation(
         "fastalign/data.py",
@@ -154,11 +213,19 @@ MUTATIONS = [
         "self.mask.index_copy_(1, self.column, torch.ones_like(self.finished[:, None]))",
         "tests/test_rollout.py",
     ),
-    Mutation("fastalign/rollout.py", "self.position = mask.sum(1) - 1  # of", "self.position = mask.sum(1)  # of", "tests/test_rollout.py"),
+    Mutation(
+        "fastalign/rollout.py",
+        "self.position = mask.sum(1) - 1  # of",
+        "self.position = mask.sum(1)  # of",
+        "tests/test_rollout.py",
+    ),
     Mutation("fastalign/rollout.py", "self.seen.gather(1, word) | bit)", "bit)", "tests/test_rollout.py"),
     # stages
     Mutation(
-        "fastalign/stages/loop.py", 'group["lr"] = peak * fraction', 'group["lr"] = peak', "tests/stages/test_training.py -k learning_rate"
+        "fastalign/stages/loop.py",
+        'group["lr"] = peak * fraction',
+        'group["lr"] = peak',
+        "tests/stages/test_training.py -k learning_rate",
     ),
     Mutation(
         "fastalign/stages/loop.py",
@@ -200,7 +267,9 @@ MUTATIONS = [
 
 
 def copy_tree(folder: Path) -> None:
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     for name in [*filter(None, names), KERNELS + "_native.so"]:
         if (ROOT / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +279,17 @@ def copy_tree(folder: Path) -> None:
 def run_tests(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(folder), str(folder / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        *tests.split(),
+    ]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -228,7 +307,11 @@ def judge(folder: Path, mutation: Mutation) -> str:
     if run.returncode == 1:  # tests ran and failed
         failed = next((line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
         return f"caught by {failed.split(' - ')[0].removeprefix('FAILED ')}"
-    return "MISSED" if run.returncode == 0 else f"MISSED: pytest ended with status {run.returncode}: {run.stdout[-300:]}"
+    return (
+        "MISSED"
+        if run.returncode == 0
+        else f"MISSED: pytest ended with status {run.returncode}: {run.stdout[-300:]}"
+    )
 
 
 def main() -> int:
@@ -242,7 +325,10 @@ def main() -> int:
             began = time.perf_counter()
             verdict = judge(folder, mutation)
             missed += verdict.startswith("MISSED")
-            print(f"{number:2} {mutation.file}: {mutation.after}\n   {verdict} ({time.perf_counter() - began:.0f} s)", flush=True)
+            print(
+                f"{number:2} {mutation.file}: {mutation.after}\n   {verdict} ({time.perf_counter() - began:.0f} s)",
+                flush=True,
+            )
     print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
     return int(missed > 0)
 

@@ -1,6 +1,8 @@
-"""`python -m bench`: run the suite, write bench/results/<machine>-<date>.json, and from it the report (.md) and plots (.png).
+"""`python -m bench`: run the suite, write bench/results/<machine>-<date>.json, and from it the report (.md)
+and plots (.png).
 
-Arguments that are not listed go to pytest: `python -m bench -k token_stats`, `python -m bench --shape 512,576,49152`.
+Arguments that are not listed go to pytest: `python -m bench -k token_stats`, `python -m bench --shape
+512,576,49152`.
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ HERE = Path(__file__).parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns pytest's exit status: not 0 when one of our own rows is wrong; a missed target is printed and changes nothing."""
+    """Returns pytest's exit status: not 0 when one of our own rows is wrong; a missed target is printed and
+    changes nothing."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description="Time, peak memory and error of fastalign and its peers.", epilog=__doc__
+        prog="python -m bench",
+        description="Time, peak memory and error of fastalign and its peers.",
+        epilog=__doc__,
     )
     parser.add_argument(
         "--threads",
@@ -36,13 +41,16 @@ def main(argv: list[str] | None = None) -> int:
         help="threads of torch (default: the cores at hand; OMP_NUM_THREADS does not count)",
     )
     parser.add_argument(
-        "--output", type=Path, help="results file (default: bench/results/<machine>-<date>.json, overwritten on the same day)"
+        "--output",
+        type=Path,
+        help="results file (default: bench/results/<machine>-<date>.json, overwritten on the same day)",
     )
     given, rest = parser.parse_known_args(argv)
     torch.set_num_threads(given.threads)
     output = given.output or HERE / "results" / f"{slug()}-{datetime.date.today().isoformat()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    # timeout=0: a case takes longer than the limit that pyproject.toml sets a test. The warnings are the peers' own.
+    # timeout=0: a case takes longer than the limit that pyproject.toml sets a test. The warnings are the
+    # peers' own.
     options = [
         "-o",
         "python_files=bench_*.py",
@@ -55,14 +63,24 @@ def main(argv: list[str] | None = None) -> int:
         "-W",
         "ignore",
     ]
-    table = ["--benchmark-columns=median,min,max,rounds", "--benchmark-sort=mean", "-q", "-rs", f"--benchmark-json={output}"]
+    table = [
+        "--benchmark-columns=median,min,max,rounds",
+        "--benchmark-sort=mean",
+        "-q",
+        "-rs",
+        f"--benchmark-json={output}",
+    ]
     status = int(pytest.main([str(HERE), *options, *table, *rest]))
     if output.exists() and output.stat().st_size:
         results = json.loads(output.read_text())
         report = output.with_suffix(".md")
         report.write_text(render(results))
         print("\n" + report.read_text(), end="")
-        plots = draw(results, output) if importlib.util.find_spec("matplotlib") else ["no plots: matplotlib is not installed"]
+        plots = (
+            draw(results, output)
+            if importlib.util.find_spec("matplotlib")
+            else ["no plots: matplotlib is not installed"]
+        )
         print(f"\nresults: {output}", report, *plots, sep="\n")
     return status
 

@@ -9,7 +9,9 @@ OPERATION = "cross_entropy"
 CEILING = {"two reads, one write (amax, clone)": read_read_write}
 
 CASES = {
-    "cross_entropy fp32": Case(OPERATION, "fp32", ("logits",), CEILING, (Target("error", 2, "PyTorch"),), memory=True),
+    "cross_entropy fp32": Case(
+        OPERATION, "fp32", ("logits",), CEILING, (Target("error", 2, "PyTorch"),), memory=True
+    ),
     "cross_entropy bf16": Case(OPERATION, "bf16", ("logits",), CEILING, (Target("error", 2, "PyTorch"),)),
 }
 

@@ -7,7 +7,14 @@ from .suite import Case, Shape, Target, grid
 
 OPERATION = "gae"
 CASES = {
-    "gae fp32": Case(OPERATION, "fp32", (), COPIES, (Target("time", 0.02, "PyTorch"), Target("error", 2, "PyTorch")), Shape(64, 0, 1024)),
+    "gae fp32": Case(
+        OPERATION,
+        "fp32",
+        (),
+        COPIES,
+        (Target("time", 0.02, "PyTorch"), Target("error", 2, "PyTorch")),
+        Shape(64, 0, 1024),
+    ),
 }
 
 

@@ -17,8 +17,13 @@ TWO = {
     "2 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, ours=True),
 }
 ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, gemm.py": bare_gemms(1, ours=True)}
-# Without what on a CPU is a fallback, or F.linear_cross_entropy in 64 chunks: two to four times the time of all others together.
-SLOW = ("F.linear_cross_entropy, options as torch picks them", "TRL ChunkedLogProbFunction", "Liger fused linear Scaled CE")
+# Without what on a CPU is a fallback, or F.linear_cross_entropy in 64 chunks: two to four times the time of
+# all others together.
+SLOW = (
+    "F.linear_cross_entropy, options as torch picks them",
+    "TRL ChunkedLogProbFunction",
+    "Liger fused linear Scaled CE",
+)
 QUICK = tuple(name for name in LINEAR_CROSS_ENTROPY.methods if DTYPE == "bf16" or name not in SLOW)
 MOST = tuple(name for name in LINEAR_CROSS_ENTROPY.methods if name not in SLOW[:1])
 
@@ -41,16 +46,32 @@ CASES = {
         memory=DTYPE == "bf16",
     ),
     f"linear_cross_entropy {DTYPE}, frozen head": Case(
-        OPERATION, DTYPE, ("hidden",), TWO, (Target("time", 1.1, "2 bare GEMMs"), Target("error", 2, "PyTorch")), HALF, only=MOST
+        OPERATION,
+        DTYPE,
+        ("hidden",),
+        TWO,
+        (Target("time", 1.1, "2 bare GEMMs"), Target("error", 2, "PyTorch")),
+        HALF,
+        only=MOST,
     ),
-    f"linear_cross_entropy {DTYPE}, no gradients": Case(OPERATION, DTYPE, (), ONE, (Target("time", 1.1, "1 bare GEMM"),), HALF, only=MOST),
+    f"linear_cross_entropy {DTYPE}, no gradients": Case(
+        OPERATION, DTYPE, (), ONE, (Target("time", 1.1, "1 bare GEMM"),), HALF, only=MOST
+    ),
     # A trained model's softmax is nearly empty, which methods that drop small probabilities live by.
     f"linear_cross_entropy {DTYPE}, SmolLM2-135M's softmax": Case(
-        f"{OPERATION}, SmolLM2's softmax", DTYPE, ("hidden", "weight"), THREE, (), Shape(512, *HEADS["SmolLM2-135M"]), only=QUICK
+        f"{OPERATION}, SmolLM2's softmax",
+        DTYPE,
+        ("hidden", "weight"),
+        THREE,
+        (),
+        Shape(512, *HEADS["SmolLM2-135M"]),
+        only=QUICK,
     ),
     # Other models' heads, as far as they fit the machine.
     **{
-        f"linear_cross_entropy {DTYPE}, {head}": Case(OPERATION, DTYPE, ("hidden", "weight"), THREE, (), head=head, only=QUICK)
+        f"linear_cross_entropy {DTYPE}, {head}": Case(
+            OPERATION, DTYPE, ("hidden", "weight"), THREE, (), head=head, only=QUICK
+        )
         for head in HEADS
         if head != HEAD
     },

@@ -1,4 +1,5 @@
-"""DPO of 2 pairs from hidden states, the reference's pass and the gradients of hidden states and weight included."""
+"""DPO of 2 pairs from hidden states, the reference's pass and the gradients of hidden states and weight
+included."""
 
 import pytest
 
@@ -12,9 +13,18 @@ FOUR = {  # one of the reference, three of the policy
     "4 bare GEMMs": bare_gemms(2, hidden_grad=True, weight_grad=True),
     "4 bare GEMMs, gemm.py": bare_gemms(2, hidden_grad=True, weight_grad=True, ours=True),
 }
-TARGETS = (Target("time", 1, "PyTorch"), Target("time", 0.55, LIGER_DPO), Target("memory", 128), Target("growth", 1.2))
+TARGETS = (
+    Target("time", 1, "PyTorch"),
+    Target("time", 0.55, LIGER_DPO),
+    Target("memory", 128),
+    Target("growth", 1.2),
+)
 
-CASES = {f"linear_dpo {DTYPE}": Case(OPERATION, DTYPE, ("hidden", "weight"), FOUR, TARGETS, HALF, memory=True, longer=8)}
+CASES = {
+    f"linear_dpo {DTYPE}": Case(
+        OPERATION, DTYPE, ("hidden", "weight"), FOUR, TARGETS, HALF, memory=True, longer=8
+    )
+}
 
 
 @pytest.mark.parametrize(("case", "row"), grid(CASES))

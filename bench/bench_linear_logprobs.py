@@ -1,4 +1,5 @@
-"""Log-probabilities of given ids from hidden states, for any upstream gradient, as DPO, KTO and PPO need them."""
+"""Log-probabilities of given ids from hidden states, for any upstream gradient, as DPO, KTO and PPO need
+them."""
 
 import pytest
 
@@ -18,11 +19,20 @@ TWO = {
 ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, gemm.py": bare_gemms(1, ours=True)}
 
 CASES = {
-    f"linear_logprobs {DTYPE}": Case(OPERATION, DTYPE, ("hidden", "weight"), FOUR, (Target("error", 2, "PyTorch"),), memory=True),
-    f"linear_logprobs {DTYPE}, frozen head": Case(
-        OPERATION, DTYPE, ("hidden",), TWO, (Target("time", 1.1, "2 bare GEMMs"), Target("error", 2, "PyTorch")), HALF
+    f"linear_logprobs {DTYPE}": Case(
+        OPERATION, DTYPE, ("hidden", "weight"), FOUR, (Target("error", 2, "PyTorch"),), memory=True
     ),
-    f"linear_logprobs {DTYPE}, no gradients": Case(OPERATION, DTYPE, (), ONE, (Target("time", 1.1, "1 bare GEMM"),), HALF),
+    f"linear_logprobs {DTYPE}, frozen head": Case(
+        OPERATION,
+        DTYPE,
+        ("hidden",),
+        TWO,
+        (Target("time", 1.1, "2 bare GEMMs"), Target("error", 2, "PyTorch")),
+        HALF,
+    ),
+    f"linear_logprobs {DTYPE}, no gradients": Case(
+        OPERATION, DTYPE, (), ONE, (Target("time", 1.1, "1 bare GEMM"),), HALF
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""PPO's policy loss with an entropy bonus and all its metrics, from log-probabilities: [64, 1024] tokens, forward and backward."""
+"""PPO's policy loss with an entropy bonus and all its metrics, from log-probabilities: [64, 1024] tokens,
+forward and backward."""
 
 import pytest
 
@@ -7,7 +8,9 @@ from .suite import Case, Shape, Target, grid
 
 OPERATION = "ppo"
 CASES = {
-    "ppo_loss fp32": Case(OPERATION, "fp32", ("logp", "entropy"), COPIES, (Target("time", 0.25, "PyTorch"),), Shape(64, 0, 1024)),
+    "ppo_loss fp32": Case(
+        OPERATION, "fp32", ("logp", "entropy"), COPIES, (Target("time", 0.25, "PyTorch"),), Shape(64, 0, 1024)
+    ),
 }
 
 

@@ -7,7 +7,11 @@ from .operation import Shape
 from .suite import Case, Target, grid
 
 CEILING = {"one read and write of both (clone)": read_write}
-CASES = {"reward fp32": Case("reward", "fp32", ("chosen", "rejected"), CEILING, (Target("error", 2, "PyTorch"),), Shape(4096, 0, 0))}
+CASES = {
+    "reward fp32": Case(
+        "reward", "fp32", ("chosen", "rejected"), CEILING, (Target("error", 2, "PyTorch"),), Shape(4096, 0, 0)
+    )
+}
 
 
 @pytest.mark.parametrize(("case", "row"), grid(CASES))

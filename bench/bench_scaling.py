@@ -1,4 +1,5 @@
-"""Time and peak memory of linear_cross_entropy against the tokens of a sequence and against the vocabulary: for plots.py."""
+"""Time and peak memory of linear_cross_entropy against the tokens of a sequence and against the vocabulary:
+for plots.py."""
 
 import pytest
 
@@ -9,10 +10,22 @@ from .suite import Case, grid
 
 OPERATION = "linear_cross_entropy"
 CEILING = {"3 bare GEMMs": bare_gemms(1, hidden_grad=True, weight_grad=True)}
-SHAPES = [USUAL._replace(N=USUAL.N // 4), USUAL._replace(N=USUAL.N * 2), USUAL._replace(V=USUAL.V // 6), USUAL._replace(V=USUAL.V // 2)]
+SHAPES = [
+    USUAL._replace(N=USUAL.N // 4),
+    USUAL._replace(N=USUAL.N * 2),
+    USUAL._replace(V=USUAL.V // 6),
+    USUAL._replace(V=USUAL.V // 2),
+]
 CASES = {
     f"{OPERATION} {DTYPE}, N {shape.N}, V {shape.V}": Case(
-        OPERATION, DTYPE, ("hidden", "weight"), CEILING, (), shape, memory=shape.V == USUAL.V, only=(OURS, EAGER, CHUNKED)
+        OPERATION,
+        DTYPE,
+        ("hidden", "weight"),
+        CEILING,
+        (),
+        shape,
+        memory=shape.V == USUAL.V,
+        only=(OURS, EAGER, CHUNKED),
     )
     for shape in SHAPES
 }

@@ -7,7 +7,9 @@ from .shapes import DTYPE, HEADS
 from .step_methods import BACKBONE, STAGES, without_loss
 from .suite import Case, Target, grid
 
-SHAPE = Shape(256 if DTYPE == "fp32" else 8192, *HEADS["SmolLM2-135M"])  # 2 to 4 s a step on two cores, most of it outside the head
+SHAPE = Shape(
+    256 if DTYPE == "fp32" else 8192, *HEADS["SmolLM2-135M"]
+)  # 2 to 4 s a step on two cores, most of it outside the head
 CASES = {
     f"{stage} step {DTYPE}": Case(
         f"{stage} step",

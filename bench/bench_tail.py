@@ -1,4 +1,5 @@
-"""The tail-compensated backward pass on SmolLM2-135M's softmax, against bare GEMMs of which it leaves columns out."""
+"""The tail-compensated backward pass on SmolLM2-135M's softmax, against bare GEMMs of which it leaves columns
+out."""
 
 import pytest
 
@@ -28,7 +29,11 @@ CASES = {
         DTYPE,
         TRAINED,
         THREE,
-        (Target("time", 0.62, "3 bare GEMMs", SMALL), Target("time", 0.52, "3 bare GEMMs", LARGE), Target("time", 1.05, "3 bare GEMMs")),
+        (
+            Target("time", 0.62, "3 bare GEMMs", SMALL),
+            Target("time", 0.52, "3 bare GEMMs", LARGE),
+            Target("time", 1.05, "3 bare GEMMs"),
+        ),
         Shape(2048, *SMOLLM2),
         memory=True,
     ),

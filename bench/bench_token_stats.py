@@ -9,7 +9,9 @@ OPERATION = "token_stats"
 CEILING = {"one read (amax)": one_read}
 
 CASES = {
-    "token_stats fp32": Case(OPERATION, "fp32", (), CEILING, (Target("time", 0.2, LOGP_ONLY), Target("error", 2, "PyTorch"))),
+    "token_stats fp32": Case(
+        OPERATION, "fp32", (), CEILING, (Target("time", 0.2, LOGP_ONLY), Target("error", 2, "PyTorch"))
+    ),
     "token_stats bf16": Case(OPERATION, "bf16", (), CEILING, (Target("error", 2, "PyTorch"),)),
 }
 

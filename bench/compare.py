@@ -1,9 +1,11 @@
-"""Regressions between two results files: `python -m bench.compare BEFORE.json AFTER.json`; exit status 1 on one.
+"""Regressions between two results files: `python -m bench.compare BEFORE.json AFTER.json`; exit status 1 on
+one.
 
-Times are compared twice: as multiples of the case's first ceiling, round by round, so that a machine that was slow for one of the runs does
-not count, and as they are, so that a ceiling that moved by itself does not. A row is slower when both grew by more than their noise: the
-interquartile ranges of the two runs' rounds, added up, and at least `LEAST_NOISE`, for a run's median moves more than its rounds tell.
-Where only the multiple moved, the row is named. Only our rows decide the exit status.
+Times are compared twice: as multiples of the case's first ceiling, round by round, so that a machine that was
+slow for one of the runs does not count, and as they are, so that a ceiling that moved by itself does not. A
+row is slower when both grew by more than their noise: the interquartile ranges of the two runs' rounds, added
+up, and at least `LEAST_NOISE`, for a run's median moves more than its rounds tell. Where only the multiple
+moved, the row is named. Only our rows decide the exit status.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ LEAST_NOISE = 0.10
 MORE_MIB = 4.0  # that a peak may grow beside a tenth of it: what a process's resident set moves by
 WORSE_ERROR = 2.0  # times; below EXACT, in parts of the largest true value, nobody minds
 EXACT = 4 * 2**-23
-SAME = ("cpu", "gpu", "threads", "torch", "triton")  # entries of machine_info without which figures say nothing of the code
+SAME = (
+    "cpu",
+    "gpu",
+    "threads",
+    "torch",
+    "triton",
+)  # entries of machine_info without which figures say nothing of the code
 
 
 class Spread(NamedTuple):
@@ -96,15 +104,24 @@ def _row(older: Mapping[str, Any], newer: Mapping[str, Any], row: str) -> tuple[
         text = f"{was.median:.3g} -> {now.median:.3g} times {older['ceilings'][0]} (noise {noise:.0%})"
         seconds, later = Spread.of(a["seconds"]), Spread.of(b["seconds"])
         if moved and seconds.moved(later) == moved:
-            found.append(Change(case, row, f"{'slower' if moved > 0 else 'faster'}: {text}", ours and moved > 0))
+            found.append(
+                Change(case, row, f"{'slower' if moved > 0 else 'faster'}: {text}", ours and moved > 0)
+            )
         elif moved:
-            notes.append(f"{case}, {row}: {text}, but {seconds.median * 1e3:.3g} -> {later.median * 1e3:.3g} ms: the ceiling moved")
+            notes.append(
+                f"{case}, {row}: {text}, but {seconds.median * 1e3:.3g} -> {later.median * 1e3:.3g} ms: the ceiling moved"
+            )
         elif noise > LEAST_NOISE:
             notes.append(f"{case}, {row}: too noisy to tell 10 %: {text}")
     if a["peak_mib"] is not None and b["peak_mib"] is not None:
-        grown, shrunk = (y > x * (1 + LEAST_NOISE) + MORE_MIB for x, y in ((a["peak_mib"], b["peak_mib"]), (b["peak_mib"], a["peak_mib"])))
+        grown, shrunk = (
+            y > x * (1 + LEAST_NOISE) + MORE_MIB
+            for x, y in ((a["peak_mib"], b["peak_mib"]), (b["peak_mib"], a["peak_mib"]))
+        )
         if grown or shrunk:
-            found.append(Change(case, row, f"peak {a['peak_mib']:,.0f} -> {b['peak_mib']:,.0f} MiB", ours and grown))
+            found.append(
+                Change(case, row, f"peak {a['peak_mib']:,.0f} -> {b['peak_mib']:,.0f} MiB", ours and grown)
+            )
     for kind in a["errors"].keys() & b["errors"].keys():
         was_off, now_off = (max(side["errors"][kind]["relative"], EXACT) for side in (a, b))
         if now_off > WORSE_ERROR * was_off:
@@ -114,7 +131,9 @@ def _row(older: Mapping[str, Any], newer: Mapping[str, Any], row: str) -> tuple[
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
@@ -123,7 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     for note in notes:
         print(f"note: {note}")
     for change in found:
-        print(f"{'REGRESSION' if change.regression else 'change'}: {change.case}, {change.row}: {change.text}")
+        print(
+            f"{'REGRESSION' if change.regression else 'change'}: {change.case}, {change.row}: {change.text}"
+        )
     worse = sum(change.regression for change in found)
     print(f"{worse} regressions, {len(found) - worse} other changes")
     return 1 if worse else 0

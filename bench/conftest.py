@@ -1,7 +1,9 @@
-"""pytest-benchmark as the suite's visible form: a test is one method of one case, its rounds are the ones measured interleaved.
+"""pytest-benchmark as the suite's visible form: a test is one method of one case, its rounds are the ones
+measured interleaved.
 
-pytest-benchmark would time one method to its end and then the next, so that ratios carry whatever the machine did meanwhile. Here the
-first test of a case measures it, all methods interleaved, and each method's test hands its rounds to pytest-benchmark.
+pytest-benchmark would time one method to its end and then the next, so that ratios carry whatever the machine
+did meanwhile. Here the first test of a case measures it, all methods interleaved, and each method's test
+hands its rounds to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -26,23 +28,41 @@ _measured: dict[str, Measured | None] = {}  # by case; None from its beginning t
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastalign")
-    group.addoption("--shape", help="N,H,V in place of each case's own shape", type=lambda text: Shape(*map(int, text.split(","))))
-    group.addoption("--seconds", help="time for the interleaved rounds of a case (3 to 20 rounds)", type=float, default=10.0)
-    group.addoption("--minutes", help="no case starts after so many; those are named in the results", type=float, default=float("inf"))
+    group.addoption(
+        "--shape",
+        help="N,H,V in place of each case's own shape",
+        type=lambda text: Shape(*map(int, text.split(","))),
+    )
+    group.addoption(
+        "--seconds",
+        help="time for the interleaved rounds of a case (3 to 20 rounds)",
+        type=float,
+        default=10.0,
+    )
+    group.addoption(
+        "--minutes",
+        help="no case starts after so many; those are named in the results",
+        type=float,
+        default=float("inf"),
+    )
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """record(case, row): measure the case, one of CASES of the test's module, once, and hand the row's rounds to pytest-benchmark.
+    """record(case, row): measure the case, one of CASES of the test's module, once, and hand the row's rounds
+    to pytest-benchmark.
 
-    Skips a row without figures; fails when that row is ours, or plain PyTorch's, by which ours is judged, and its inputs could be had.
+    Skips a row without figures; fails when that row is ours, or plain PyTorch's, by which ours is judged, and
+    its inputs could be had.
     """
 
     def recorded(name: str, row_name: str) -> None:
         result = _result(name, request.module.CASES[name], request.config)
         row = result.rows[row_name]
         if row.timing is None:
-            vital = (is_ours(row_name) or row_name == EAGER) and not row.refused.startswith(("absent", "left out"))
+            vital = (is_ours(row_name) or row_name == EAGER) and not row.refused.startswith(
+                ("absent", "left out")
+            )
             (pytest.fail if vital else pytest.skip)(row.refused)
         replay = itertools.chain.from_iterable((0.0, seconds) for seconds in row.timing.seconds)
         request.node.add_marker(pytest.mark.benchmark(group=name, timer=lambda: next(replay)))

@@ -3,10 +3,10 @@
     python3 -m bench.gpu_check --wheels wheels        # from the repository's root, with the python that has torch
     python3 -m bench.gpu_check --plan                 # the parts and their limits
 
-Parts, each a process under its own limit: the machine, peers from a folder of wheels, the build, the tests that use the device,
-compute-sanitizer on the native sampler, the benchmark with the time that is left. One that fails, is not found or runs over is recorded,
-and the next begins. The file is the benchmark's, with an entry `checks`; without one it holds the checks alone. bench/README.md says how
-to fill the folder of wheels.
+Parts, each a process under its own limit: the machine, peers from a folder of wheels, the build, the tests
+that use the device, compute-sanitizer on the native sampler, the benchmark with the time that is left. One
+that fails, is not found or runs over is recorded, and the next begins. The file is the benchmark's, with an
+entry `checks`; without one it holds the checks alone. bench/README.md says how to fill the folder of wheels.
 """
 
 from __future__ import annotations
@@ -69,7 +69,19 @@ class Part(NamedTuple):
 def plan(wheels: Sequence[Path], site: Path) -> list[Part]:
     """All parts but the benchmark, whose limit is what they leave."""
     python = sys.executable
-    pip = (python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site))
+    pip = (
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--upgrade",
+        "--target",
+        str(site),
+    )
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     tests = [str(test_file(name)) for name in DEVICE_TESTS]
     return [
@@ -78,7 +90,11 @@ def plan(wheels: Sequence[Path], site: Path) -> list[Part]:
         *([Part("peers", (*pip, *map(str, wheels)), 40)] if wheels else []),
         Part("build", (python, "setup.py", "build_ext", "--inplace"), 90),
         Part("environment", (python, "-m", "fastalign", "env"), 20),
-        Part("tests on the device", (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "4", *tests), 140),
+        Part(
+            "tests on the device",
+            (python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "4", *tests),
+            140,
+        ),
         Part("memcheck of the sampler", (*sanitizer, "memcheck", python, "-c", DRAW), 40),
         Part("racecheck of the sampler", (*sanitizer, "racecheck", python, "-c", DRAW), 40),
     ]
@@ -86,12 +102,22 @@ def plan(wheels: Sequence[Path], site: Path) -> list[Part]:
 
 def benchmark(output: Path, seconds: float) -> Part:
     """The suite's bf16 cases and the samplers, with no case begun in the last quarter of its time."""
-    options = ("--output", str(output), "--seconds", "1", "--minutes", f"{max(0.0, 0.75 * seconds / 60):.2f}", "-k", "bf16 or sample")
+    options = (
+        "--output",
+        str(output),
+        "--seconds",
+        "1",
+        "--minutes",
+        f"{max(0.0, 0.75 * seconds / 60):.2f}",
+        "-k",
+        "bf16 or sample",
+    )
     return Part("benchmark", (sys.executable, "-m", "bench", *options), seconds)
 
 
 def draw(device: str) -> None:
-    """Every path of the native sampler on small rows: dtypes, filters, masks, a row without a finite logit; tokens as on the CPU."""
+    """Every path of the native sampler on small rows: dtypes, filters, masks, a row without a finite logit;
+    tokens as on the CPU."""
     import torch
 
     import fastalign
@@ -99,7 +125,9 @@ def draw(device: str) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 5003, generator=generator) * 4
     logits[4] = float("nan")
-    masks = torch.randint(-(2**31), 2**31, (5, -(-5003 // 32)), generator=generator, dtype=torch.int64).to(torch.int32)
+    masks = torch.randint(-(2**31), 2**31, (5, -(-5003 // 32)), generator=generator, dtype=torch.int64).to(
+        torch.int32
+    )
     filters: list[dict[str, Any]] = [
         {}, {"temperature": 0.0}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 400, "top_p": 0.8, "temperature": 0.7},
     ]  # fmt: skip
@@ -120,7 +148,8 @@ def draw(device: str) -> None:
 
 
 def run(part: Part, environment: dict[str, str]) -> dict[str, Any]:
-    """The part's record: status "ok", "failed", "over its limit" or "not found"; seconds; the end of its output."""
+    """The part's record: status "ok", "failed", "over its limit" or "not found"; seconds; the end of its
+    output."""
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
@@ -143,11 +172,18 @@ def run(part: Part, environment: dict[str, str]) -> dict[str, Any]:
                 _end(child)
         log.seek(0)
         text = log.read()[-MOST_OUTPUT:]
-    return {"name": part.name, "status": status, "seconds": round(time.monotonic() - begin, 1), "limit": part.limit, "output": text}
+    return {
+        "name": part.name,
+        "status": status,
+        "seconds": round(time.monotonic() - begin, 1),
+        "limit": part.limit,
+        "output": text,
+    }
 
 
 def _heed_interrupts() -> None:
-    """A shell starts what it runs in the background with SIGINT ignored, and so would the part be that `_end` interrupts."""
+    """A shell starts what it runs in the background with SIGINT ignored, and so would the part be that `_end`
+    interrupts."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -162,9 +198,12 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def check(parts: Sequence[Part], output: Path, site: Path, seconds: float = SECONDS) -> int:
-    """Run the parts and then the benchmark; write `output` after each, whatever happens. Returns how many were not ok."""
+    """Run the parts and then the benchmark; write `output` after each, whatever happens. Returns how many
+    were not ok."""
     begin = time.monotonic()
-    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), str(site), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(
+        filter(None, [str(ROOT), str(ROOT / "kernels"), str(site), os.environ.get("PYTHONPATH")])
+    )
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     checks: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +216,11 @@ def check(parts: Sequence[Part], output: Path, site: Path, seconds: float = SECO
             if checks[-1]["status"] != "ok":
                 print(checks[-1]["output"][-800:], flush=True)
             found = measured.exists() and measured.stat().st_size > 0
-            results = json.loads(measured.read_text()) if found else {"machine_info": {"cpu": "", "gpu": "none"}, "cases": []}
+            results = (
+                json.loads(measured.read_text())
+                if found
+                else {"machine_info": {"cpu": "", "gpu": "none"}, "cases": []}
+            )
             output.write_text(json.dumps({**results, "checks": checks}, indent=1))
     print(f"results: {output}")
     return sum(record["status"] != "ok" for record in checks)
@@ -185,11 +228,19 @@ def check(parts: Sequence[Part], output: Path, site: Path, seconds: float = SECO
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--wheels", type=Path, default=ROOT / "wheels", help="folder of the peers' wheels (default: wheels)")
-    parser.add_argument("--output", type=Path, help="results file (default: bench/results/gpu-check-<date>.json)")
-    parser.add_argument("--plan", action="store_true", help="print the parts with their limits and run nothing")
+    parser.add_argument(
+        "--wheels", type=Path, default=ROOT / "wheels", help="folder of the peers' wheels (default: wheels)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="results file (default: bench/results/gpu-check-<date>.json)"
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="print the parts with their limits and run nothing"
+    )
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as site:
         parts = plan(sorted(given.wheels.glob("*.whl")), Path(site))
@@ -197,7 +248,9 @@ def main(argv: list[str] | None = None) -> int:
             for part in [*parts, benchmark(Path("bench.json"), SECONDS - sum(part.limit for part in parts))]:
                 print(f"{part.limit:4.0f} s  {part.name}: {' '.join(part.command)}")
             return 0
-        output = given.output or ROOT / "bench" / "results" / f"gpu-check-{datetime.date.today().isoformat()}.json"
+        output = (
+            given.output or ROOT / "bench" / "results" / f"gpu-check-{datetime.date.today().isoformat()}.json"
+        )
         return 1 if check(parts, output, Path(site)) else 0
 
 

@@ -1,6 +1,8 @@
-"""What operations on hidden states share: inputs hidden [N, H], weight [V, H], ids [N], and the methods that give log P[id] of each token.
+"""What operations on hidden states share: inputs hidden [N, H], weight [V, H], ids [N], and the methods that
+give log P[id] of each token.
 
-The other losses are made of these log-probabilities: methods.py (cross-entropy), preference_methods.py (DPO, KTO), policy_methods.py (PPO).
+The other losses are made of these log-probabilities: methods.py (cross-entropy), preference_methods.py (DPO,
+KTO), policy_methods.py (PPO).
 """
 
 from __future__ import annotations
@@ -32,14 +34,18 @@ def eager_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Ten
 
 def liger_scaled(device: str) -> Forward:
     """On a CPU and on other GPUs than Hopper's this is Liger's loop over 512 tokens in PyTorch."""
-    function = module("liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel").LigerFusedLinearScaledCrossEntropyFunction
+    function = module(
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel"
+    ).LigerFusedLinearScaledCrossEntropyFunction
     return lambda hidden, weight, ids: {"logp": -function.apply(hidden, weight, ids)}
 
 
 def trl_chunked(device: str) -> Forward:
     """With the vocabulary chunk that TRL's trainers use; on a CPU PyTorch stands in for its Triton kernel."""
     function = module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
-    return lambda hidden, weight, ids: {"logp": function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]}
+    return lambda hidden, weight, ids: {
+        "logp": function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]
+    }
 
 
 def apple_cce(filter_eps: str | None) -> Callable[[str], Forward]:
@@ -48,6 +54,8 @@ def apple_cce(filter_eps: str | None) -> Callable[[str], Forward]:
     def load(device: str) -> Forward:
         needs_gpu(device)
         function = module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
-        return lambda hidden, weight, ids: {"logp": -function(hidden, weight, ids, reduction="none", filter_eps=filter_eps)}
+        return lambda hidden, weight, ids: {
+            "logp": -function(hidden, weight, ids, reduction="none", filter_eps=filter_eps)
+        }
 
     return load

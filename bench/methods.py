@@ -1,4 +1,5 @@
-"""The table of methods of each operation: ours, plain PyTorch, the peers, and the ceilings that no method can pass.
+"""The table of methods of each operation: ours, plain PyTorch, the peers, and the ceilings that no method can
+pass.
 
 What a method is, operation.py says.
 """
@@ -17,7 +18,21 @@ from fastalign_kernels.gemm import mm, own_gemm
 
 from . import smollm2
 from .head_methods import HEAD_ROWS, apple_cce, eager_logprobs, head_inputs, liger_scaled, trl_chunked
-from .operation import COMPILED, EAGER, OURS, Absent, Ceiling, Forward, Operation, Shape, Tensors, compiled, here, module, needs_gpu
+from .operation import (
+    COMPILED,
+    EAGER,
+    OURS,
+    Absent,
+    Ceiling,
+    Forward,
+    Operation,
+    Shape,
+    Tensors,
+    compiled,
+    here,
+    module,
+    needs_gpu,
+)
 from .policy_methods import POLICY
 from .ppo_methods import PPO
 from .preference_methods import PREFERENCE
@@ -38,7 +53,10 @@ def _eager_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[st
 
 def _torch_chunked(reduction: str = "mean", **options: Any) -> Callable[[str], Forward]:
     def load(device: str) -> Forward:
-        function, make_options = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
+        function, make_options = (
+            getattr(F, "linear_cross_entropy", None),
+            getattr(torch.nn, "LinearCrossEntropyOptions", None),
+        )
         if function is None or make_options is None:
             raise Absent(f"torch {torch.__version__} has no chunked linear_cross_entropy; 2.13 has")
 
@@ -114,7 +132,10 @@ LINEAR_LOGPROBS = Operation(
 def logits_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(shape.N, shape.V, generator=generator).mul_(2)
-    return {"logits": logits.to(device, dtype), "ids": torch.randint(0, shape.V, (shape.N,), generator=generator).to(device)}
+    return {
+        "logits": logits.to(device, dtype),
+        "ids": torch.randint(0, shape.V, (shape.N,), generator=generator).to(device),
+    }
 
 
 def _ours_stats(logits: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -217,8 +238,11 @@ OPERATIONS = {
 # Ceilings: the part of the work that no method can leave out.
 
 
-def bare_gemms(forward: int, hidden_grad: bool = False, weight_grad: bool = False, ours: bool = False) -> Ceiling:
-    """The GEMMs of a head and nothing between them, on whole matrices: torch's, or what gemm.py takes, in memory made beforehand."""
+def bare_gemms(
+    forward: int, hidden_grad: bool = False, weight_grad: bool = False, ours: bool = False
+) -> Ceiling:
+    """The GEMMs of a head and nothing between them, on whole matrices: torch's, or what gemm.py takes, in
+    memory made beforehand."""
 
     def make(tensors: Tensors) -> Callable[[], object]:
         x, w = tensors["hidden"].detach(), tensors["weight"].detach()
@@ -227,7 +251,11 @@ def bare_gemms(forward: int, hidden_grad: bool = False, weight_grad: bool = Fals
         def fresh() -> object:
             for _ in range(forward):
                 z = x @ w.t()
-            return z if not hidden_grad and not weight_grad else (z @ w if hidden_grad else None, z.t() @ x if weight_grad else None)
+            return (
+                z
+                if not hidden_grad and not weight_grad
+                else (z @ w if hidden_grad else None, z.t() @ x if weight_grad else None)
+            )
 
         if not ours:
             return fresh

@@ -1,7 +1,8 @@
 """What an operation of the suite is made of: a shape, inputs, methods, and how a method's results are judged.
 
-A method is a loader: it imports what it needs and returns the forward function, or raises `Absent` with the reason. A forward function
-takes the operation's tensors by name and returns its outputs by name; the first one is the one that is differentiated.
+A method is a loader: it imports what it needs and returns the forward function, or raises `Absent` with the
+reason. A forward function takes the operation's tensors by name and returns its outputs by name; the first
+one is the one that is differentiated.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def is_ours(row: str) -> bool:
 
 
 class Shape(NamedTuple):
-    """N tokens, H hidden (0: an operation on logits, which does not ask), V vocabulary; or N sequences of V tokens."""
+    """N tokens, H hidden (0: an operation on logits, which does not ask), V vocabulary; or N sequences of V
+    tokens."""
 
     N: int
     H: int
@@ -55,13 +57,14 @@ Check = Callable[[Tensors], Verdict]
 
 
 class Operation(NamedTuple):
-    """One operation: its inputs for a shape and dtype on a device, its methods, and which inputs have a row for each token.
+    """One operation: its inputs for a shape and dtype on a device, its methods, and which inputs have a row
+    for each token.
 
-    check: from the inputs to the judge of a method's results, for an operation whose results plain PyTorch in fp64 does not determine;
-    without it they are compared with EAGER's.
-    whole: for an operation that mixes all rows, EAGER with the logits of so many rows at a time, which is the truth in fp64. It may
-    return EXPONENTS too: numbers on the way to the results, which are made of their exponentials. Rounded in fp32, one of size B puts
-    B eps into every result, whoever computes it, and plain PyTorch's own error may by luck be less.
+    check: from the inputs to the judge of a method's results, for an operation whose results plain PyTorch in
+    fp64 does not determine; without it they are compared with EAGER's. whole: for an operation that mixes all
+    rows, EAGER with the logits of so many rows at a time, which is the truth in fp64. It may return EXPONENTS
+    too: numbers on the way to the results, which are made of their exponentials. Rounded in fp32, one of size
+    B puts B eps into every result, whoever computes it, and plain PyTorch's own error may by luck be less.
     """
 
     inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]]
@@ -76,7 +79,9 @@ def module(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Absent(f"{package} is not installed, or not importable: {str(error).splitlines()[0]}") from error
+        raise Absent(
+            f"{package} is not installed, or not importable: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def here(forward: Forward) -> Callable[[str], Forward]:

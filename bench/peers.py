@@ -31,7 +31,10 @@ PEERS = (
 def found() -> dict[str, str]:
     """Each peer's version, or why it is not measured here."""
     gpu = torch.cuda.is_available()
-    return {peer.package: "absent: runs on a GPU alone" if peer.gpu_only and not gpu else _version(peer.package) for peer in PEERS}
+    return {
+        peer.package: "absent: runs on a GPU alone" if peer.gpu_only and not gpu else _version(peer.package)
+        for peer in PEERS
+    }
 
 
 def _version(package: str) -> str:

@@ -1,4 +1,5 @@
-"""Plots of a results file, beside it: `python -m bench.plots FILE.json`. Time against memory; time against N and V; memory against N."""
+"""Plots of a results file, beside it: `python -m bench.plots FILE.json`. Time against memory; time against N
+and V; memory against N."""
 
 from __future__ import annotations
 
@@ -54,16 +55,25 @@ def _scaling(results: Mapping[str, Any]) -> Any:
     """Time against N, time against V, and peak memory against N, all else as in the plain case."""
     dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
     trained = ["hidden", "weight"]
-    cases = [case for case in results["cases"] if (case["operation"], case["dtype"], case["trained"]) == (SCALED, dtype, trained)]
+    cases = [
+        case
+        for case in results["cases"]
+        if (case["operation"], case["dtype"], case["trained"]) == (SCALED, dtype, trained)
+    ]
     plain = next((case["shape"] for case in cases if case["name"] == f"{SCALED} {dtype}"), None)
     if plain is None:
         return None
 
-    def lines(letter: str, value: Callable[[Mapping[str, Any]], float | None]) -> dict[str, list[tuple[int, float]]]:
+    def lines(
+        letter: str, value: Callable[[Mapping[str, Any]], float | None]
+    ) -> dict[str, list[tuple[int, float]]]:
         others = {key: size for key, size in plain.items() if key != letter}
         alike = [case for case in cases if {**case["shape"], **others} == case["shape"]]
         names = [name for name in alike[0]["rows"] if all(name in case["rows"] for case in alike)]
-        found = {name: sorted((c["shape"][letter], v) for c in alike if (v := value(c["rows"][name])) is not None) for name in names}
+        found = {
+            name: sorted((c["shape"][letter], v) for c in alike if (v := value(c["rows"][name])) is not None)
+            for name in names
+        }
         return {name: points for name, points in found.items() if len(points) > 1}
 
     def milliseconds(row: Mapping[str, Any]) -> float | None:
@@ -82,7 +92,10 @@ def _scaling(results: Mapping[str, Any]) -> Any:
             axis.plot(*zip(*points), marker="o", label=name, linewidth=2 if name == OURS else 1)
         axis.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
         axis.legend(fontsize=6)
-    figure.suptitle(f"{SCALED} {dtype}, forward and backward; else {', '.join(f'{key} {size}' for key, size in plain.items())}", fontsize=9)
+    figure.suptitle(
+        f"{SCALED} {dtype}, forward and backward; else {', '.join(f'{key} {size}' for key, size in plain.items())}",
+        fontsize=9,
+    )
     return figure
 
 

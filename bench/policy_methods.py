@@ -1,7 +1,7 @@
 """PPO's policy loss from hidden states, from log-probabilities, GAE, and whitening: inputs and methods.
 
-From hidden states, N tokens are ROWS sequences of one length and one advantage each, for that is what Liger's GRPO takes. The others are on
-N sequences of V tokens, padded at the end.
+From hidden states, N tokens are ROWS sequences of one length and one advantage each, for that is what Liger's
+GRPO takes. The others are on N sequences of V tokens, padded at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ from torch import Tensor
 from fastalign_kernels import gae, linear_ppo_loss, masked_whiten, ppo_loss
 
 from .head_methods import HEAD_ROWS, head_inputs
-from .operation import COMPILED, EAGER, OURS, Ceiling, Forward, Operation, Shape, Tensors, compiled, here, module
+from .operation import (
+    COMPILED,
+    EAGER,
+    OURS,
+    Ceiling,
+    Forward,
+    Operation,
+    Shape,
+    Tensors,
+    compiled,
+    here,
+    module,
+)
 
 ROWS = 4
 CLIP = 0.2
@@ -37,8 +49,12 @@ def linear_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Te
     return tensors | {"old_logp": logp + noise.to(device), "advantages": advantages.to(device)}
 
 
-def _ours_linear(hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    out = linear_ppo_loss(hidden, weight, ids, old_logp, advantages, torch.ones_like(ids, dtype=torch.bool), clip=CLIP)
+def _ours_linear(
+    hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor, advantages: Tensor
+) -> dict[str, Tensor]:
+    out = linear_ppo_loss(
+        hidden, weight, ids, old_logp, advantages, torch.ones_like(ids, dtype=torch.bool), clip=CLIP
+    )
     assert out.entropy is not None
     return {"loss": out.loss, "entropy": out.entropy}
 
@@ -48,7 +64,9 @@ def _clipped(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:
     return torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP))
 
 
-def _eager_linear(hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+def _eager_linear(
+    hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor, advantages: Tensor
+) -> dict[str, Tensor]:
     logp = F.log_softmax(F.linear(hidden, weight), -1)
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(-1)
@@ -59,7 +77,9 @@ def _eager_linear(hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor,
 def _trl(device: str) -> Forward:
     function = module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
 
-    def forward(hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    def forward(
+        hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor, advantages: Tensor
+    ) -> dict[str, Tensor]:
         logp, entropy, *_ = function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ("entropy",))
         return {"loss": _clipped(logp, old_logp, advantages).mean(), "entropy": entropy.mean().detach()}
 
@@ -67,28 +87,55 @@ def _trl(device: str) -> Forward:
 
 
 def _liger(device: str) -> Forward:
-    """Without the entropy, which it does not have. It compiles its pieces; on a CPU it runs uncompiled, where its own tests run it so."""
+    """Without the entropy, which it does not have. It compiles its pieces; on a CPU it runs uncompiled, where
+    its own tests run it so."""
     grpo = module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearGRPOLoss
-    loss = grpo(beta=0.0, compiled=device != "cpu", use_ref_model=False, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="bnpo")
+    loss = grpo(
+        beta=0.0,
+        compiled=device != "cpu",
+        use_ref_model=False,
+        epsilon_low=CLIP,
+        epsilon_high=CLIP,
+        loss_type="bnpo",
+    )
 
-    def forward(hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-        rows = {name: x.unflatten(0, (ROWS, -1)) for name, x in (("hidden", hidden), ("ids", ids), ("old", old_logp), ("a", advantages))}
+    def forward(
+        hidden: Tensor, weight: Tensor, ids: Tensor, old_logp: Tensor, advantages: Tensor
+    ) -> dict[str, Tensor]:
+        rows = {
+            name: x.unflatten(0, (ROWS, -1))
+            for name, x in (("hidden", hidden), ("ids", ids), ("old", old_logp), ("a", advantages))
+        }
         mask = torch.ones_like(rows["ids"])
-        return {"loss": loss(rows["hidden"], weight, rows["ids"], mask, rows["a"][:, 0], old_per_token_logps=rows["old"])[0]}
+        return {
+            "loss": loss(
+                rows["hidden"], weight, rows["ids"], mask, rows["a"][:, 0], old_per_token_logps=rows["old"]
+            )[0]
+        }
 
     return forward
 
 
 def token_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Advantages are around 1, so that their mean is no small difference of large sums, which would judge methods by luck."""
+    """Advantages are around 1, so that their mean is no small difference of large sums, which would judge
+    methods by luck."""
     generator = torch.Generator().manual_seed(0)
     logp, noise, advantages, entropy = torch.randn(4, shape.N, shape.V, generator=generator)
     lengths = torch.randint(shape.V // 2, shape.V + 1, (shape.N, 1), generator=generator)
-    tensors = {"logp": logp - 2, "entropy": entropy.abs(), "old_logp": logp - 2 + 0.15 * noise, "advantages": advantages + 1}
-    return {name: x.to(device, dtype) for name, x in tensors.items()} | {"mask": (torch.arange(shape.V) < lengths).to(device)}
+    tensors = {
+        "logp": logp - 2,
+        "entropy": entropy.abs(),
+        "old_logp": logp - 2 + 0.15 * noise,
+        "advantages": advantages + 1,
+    }
+    return {name: x.to(device, dtype) for name, x in tensors.items()} | {
+        "mask": (torch.arange(shape.V) < lengths).to(device)
+    }
 
 
-def _ours_ppo(logp: Tensor, entropy: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _ours_ppo(
+    logp: Tensor, entropy: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
     out = ppo_loss(logp, old_logp, advantages, mask, clip=CLIP, entropy=entropy, entropy_coefficient=ENTROPY)
     return {name: x for name, x in out._asdict().items() if x is not None}
 
@@ -97,7 +144,9 @@ def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
-def _eager_ppo(logp: Tensor, entropy: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _eager_ppo(
+    logp: Tensor, entropy: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
     """As TRL's PPO trainer has it, with its metrics over the mask."""
     difference = logp - old_logp
     ratio = difference.exp()
@@ -116,7 +165,11 @@ def _eager_ppo(logp: Tensor, entropy: Tensor, old_logp: Tensor, advantages: Tens
 
 def episode_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     tensors = token_inputs(shape, dtype, device)
-    return {"rewards": tensors["advantages"] * tensors["mask"], "values": tensors["logp"] * tensors["mask"], "mask": tensors["mask"]}
+    return {
+        "rewards": tensors["advantages"] * tensors["mask"],
+        "values": tensors["logp"] * tensors["mask"],
+        "mask": tensors["mask"],
+    }
 
 
 GAMMA, LAMBDA = 0.99, 0.95
@@ -179,7 +232,9 @@ POLICY = {
         (),
         whole=lambda rows: _eager_ppo,
     ),
-    "gae": Operation(episode_inputs, {OURS: here(_ours_gae), EAGER: here(_eager_gae)}, (), whole=lambda rows: _eager_gae),
+    "gae": Operation(
+        episode_inputs, {OURS: here(_ours_gae), EAGER: here(_eager_gae)}, (), whole=lambda rows: _eager_gae
+    ),
     "whiten": Operation(
         advantage_inputs,
         {OURS: here(_ours_whiten), EAGER: here(_eager_whiten), COMPILED: compiled(_eager_whiten)},

@@ -1,8 +1,10 @@
-"""One step of PPO, rollout and update, by a Llama of the demo's architecture: ours, and the same written with transformers' generate.
+"""One step of PPO, rollout and update, by a Llama of the demo's architecture: ours, and the same written with
+transformers' generate.
 
-Both complete the same prompts with top-p 0.9, have a frozen reference and a value head on the shared backbone, take one pass over the
-completions, clip the gradient and step AdamW. Scores are given. Plain PyTorch holds the logits, of one pass at a time. A step moves the
-weights, so what is checked is a method's first.
+Both complete the same prompts with top-p 0.9, have a frozen reference and a value head on the shared
+backbone, take one pass over the completions, clip the gradient and step AdamW. Scores are given. Plain
+PyTorch holds the logits, of one pass at a time. A step moves the weights, so what is checked is a method's
+first.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from .sampling_methods import EDGE
 ROWS, PROMPT = 64, 8  # prompts, and their tokens
 TOP_P, CLIP, VF_COEF, LEARNING_RATE = 0.9, 0.2, 0.1, 1e-5
 LAYERS, WIDER, HEAD_SIZE = 4, 3, 32  # the demo's: 4 layers of H 128, inner 384, 4 heads
-NATS, GRADIENT = 1e-4, 1e-4  # that a log-probability and the mean entropy may be off, and a gradient as a part of its largest element
+NATS, GRADIENT = (
+    1e-4,
+    1e-4,
+)  # that a log-probability and the mean entropy may be off, and a gradient as a part of its largest element
 
 
 def ppo_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -38,7 +43,10 @@ def ppo_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tenso
     }
     ids = torch.randint(0, shape.V, (rows, PROMPT), generator=generator)
     new = torch.zeros(shape.N // rows, dtype=torch.int64)  # its length says how many tokens a row gets
-    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()} | {"ids": ids.to(device), "new": new.to(device)}
+    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()} | {
+        "ids": ids.to(device),
+        "new": new.to(device),
+    }
 
 
 def policy(embedding: Tensor, weight: Tensor, new: Tensor, **_: Tensor) -> Any:
@@ -76,16 +84,29 @@ def _ours(device: str) -> Forward:
     def forward(ids: Tensor, scores: Tensor, new: Tensor, **weights: Tensor) -> dict[str, Tensor]:
         if not made:
             model = ActorCritic(fuse_head(policy(new=new, **weights)))
-            made[0] = model, copy.deepcopy(model.policy), torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+            made[0] = (
+                model,
+                copy.deepcopy(model.policy),
+                torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True),
+            )
         model, reference, optimizer = made[0]
         gradient = _noted(optimizer, model.policy)
-        options = PPOOptions(max_new_tokens=len(new), top_p=TOP_P, lam=1.0, clip=CLIP, vf_coef=VF_COEF, ppo_epochs=1)
+        options = PPOOptions(
+            max_new_tokens=len(new), top_p=TOP_P, lam=1.0, clip=CLIP, vf_coef=VF_COEF, ppo_epochs=1
+        )
         prompts = [Prompt(row) for row in ids.tolist()]
         with torch.enable_grad():
-            drawn = rollout(model, prompts, lambda *_: scores, options, eos_id=[], pad_id=0, reference=reference)
+            drawn = rollout(
+                model, prompts, lambda *_: scores, options, eos_id=[], pad_id=0, reference=reference
+            )
             entropy = ppo_step(model, optimizer, drawn, options, pad_id=0)["policy/entropy_avg"]
         tokens = torch.tensor(drawn.completions, device=ids.device)
-        return {"tokens": tokens, "logp": drawn.old_logp, "entropy": torch.tensor(entropy), "d weight": gradient()}
+        return {
+            "tokens": tokens,
+            "logp": drawn.old_logp,
+            "entropy": torch.tensor(entropy),
+            "d weight": gradient(),
+        }
 
     return forward
 
@@ -108,7 +129,13 @@ def _plain(device: str) -> Forward:
             )
         model, reference, head, optimizer = made[0]
         gradient = _noted(optimizer, model)
-        sampling = {"do_sample": True, "top_p": TOP_P, "top_k": 0, "pad_token_id": 0, "max_new_tokens": len(new)}
+        sampling = {
+            "do_sample": True,
+            "top_p": TOP_P,
+            "top_k": 0,
+            "pad_token_id": 0,
+            "max_new_tokens": len(new),
+        }
         sequences = model.generate(ids, attention_mask=torch.ones_like(ids), **sampling)
         tokens = sequences[:, ids.shape[1] :]
 
@@ -162,8 +189,8 @@ def _noted(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[], Tensor]
 
 
 def a_step_from_the_start(tensors: Tensors) -> Check:
-    """The judge of a method's first step, in fp64: tokens within top-p, with the log-probabilities, the entropy and the head's gradient
-    that are theirs."""
+    """The judge of a method's first step, in fp64: tokens within top-p, with the log-probabilities, the
+    entropy and the head's gradient that are theirs."""
     model = policy(**{name: t.double() if t.is_floating_point() else t for name, t in tensors.items()})
     scores, ids, weight = tensors["scores"].double(), tensors["ids"], tensors["weight"].double()
 
@@ -172,10 +199,17 @@ def a_step_from_the_start(tensors: Tensors) -> Check:
         B, R = tokens.shape
         advantages = scores[:, None].expand(B, R)
         advantages = (advantages - advantages.mean()) / (advantages.var() + 1e-8).sqrt()
-        logp, entropy, gradient, outside = torch.empty_like(advantages), torch.empty_like(advantages), torch.zeros_like(weight), 0
+        logp, entropy, gradient, outside = (
+            torch.empty_like(advantages),
+            torch.empty_like(advantages),
+            torch.zeros_like(weight),
+            0,
+        )
         with torch.no_grad():
             for row in range(B):  # a row's logits at a time
-                hidden = model.model(torch.cat((ids[row], tokens[row]))[None], use_cache=False).last_hidden_state[0, ids.shape[1] - 1 : -1]
+                hidden = model.model(
+                    torch.cat((ids[row], tokens[row]))[None], use_cache=False
+                ).last_hidden_state[0, ids.shape[1] - 1 : -1]
                 table = F.linear(hidden, weight).log_softmax(-1)
                 probs = table.exp()
                 entropy[row] = -(probs * table).sum(-1)
@@ -189,21 +223,26 @@ def a_step_from_the_start(tensors: Tensors) -> Check:
         # Both steps clip the gradient, so its direction is what is compared.
         true = {"logp": logp, "entropy": entropy.mean(), "d weight": gradient / gradient.norm()}
         found = results["d weight"].double()
-        errors = largest_error({**{name: results[name] for name in ("logp", "entropy")}, "d weight": found / found.norm()}, true)
+        errors = largest_error(
+            {**{name: results[name] for name in ("logp", "entropy")}, "d weight": found / found.norm()}, true
+        )
         errors["tokens"] = Error(outside, outside / tokens.numel())
         if outside:
             return Verdict(errors, f"wrong: {outside} of {tokens.numel()} tokens drawn outside the kept set")
         allowed = {"logp": NATS, "entropy": NATS, "d weight": GRADIENT * true["d weight"].abs().max().item()}
         for name, limit in allowed.items():
             if not errors[name].absolute <= limit:  # NaN is wrong too
-                return Verdict(errors, f"wrong: {name} is off by {errors[name].absolute:.2e}, {limit:.0e} allowed")
+                return Verdict(
+                    errors, f"wrong: {name} is off by {errors[name].absolute:.2e}, {limit:.0e} allowed"
+                )
         return Verdict(errors, "")
 
     return check
 
 
 def head_gemms(tensors: Tensors) -> Callable[[], object]:
-    """What of a step nobody can leave out: a product for each token of the rollout, one for the reference, three for the update."""
+    """What of a step nobody can leave out: a product for each token of the rollout, one for the reference,
+    three for the update."""
     weight = tensors["weight"].detach()
     B, R = len(tensors["ids"]), len(tensors["new"])
     row, whole = weight.new_ones(B, weight.shape[1]), weight.new_ones(B * R, weight.shape[1])

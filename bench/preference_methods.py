@@ -1,6 +1,8 @@
-"""DPO and KTO from hidden states, the reference's pass included: inputs, methods, and plain PyTorch some tokens at a time for the truth.
+"""DPO and KTO from hidden states, the reference's pass included: inputs, methods, and plain PyTorch some
+tokens at a time for the truth.
 
-N tokens are PAIRS chosen rows and then as many rejected ones, all of one length, for that is the only layout that Liger takes.
+N tokens are PAIRS chosen rows and then as many rejected ones, all of one length, for that is the only layout
+that Liger takes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,19 @@ import fastalign
 from fastalign_kernels.sequence_head import linear_dpo_loss, linear_kto_loss
 
 from .head_methods import HEAD_ROWS, eager_logprobs, head_inputs, trl_chunked
-from .operation import COMPILED, EAGER, EXPONENTS, OURS, Forward, Operation, Shape, Tensors, compiled, here, module
+from .operation import (
+    COMPILED,
+    EAGER,
+    EXPONENTS,
+    OURS,
+    Forward,
+    Operation,
+    Shape,
+    Tensors,
+    compiled,
+    here,
+    module,
+)
 
 PAIRS = 2
 ROWS = 2 * PAIRS
@@ -26,13 +40,17 @@ LIGER_DPO = "LigerFusedLinearDPOLoss"
 LIGER_KTO = "LigerFusedLinearKTOLoss"
 TRL = "TRL ChunkedLogProbFunction, plain loss"
 
-Losses = Callable[[Tensor, Tensor, Tensors], Tensor]  # log-probabilities [ROWS] of policy and reference, the other inputs -> losses
+Losses = Callable[
+    [Tensor, Tensor, Tensors], Tensor
+]  # log-probabilities [ROWS] of policy and reference, the other inputs -> losses
 
 
 def pair_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """The reference's logits differ by a tenth from the policy's, as after some training: a margin of 0.6 or so at 512 tokens a row.
+    """The reference's logits differ by a tenth from the policy's, as after some training: a margin of 0.6 or
+    so at 512 tokens a row.
 
-    Of two models without relation it would be 9, where the sigmoid is flat and the gradients of a pair are nothing.
+    Of two models without relation it would be 9, where the sigmoid is flat and the gradients of a pair are
+    nothing.
     """
     return with_reference(head_inputs(shape._replace(N=shape.N // ROWS * ROWS), dtype, device), dtype, device)
 
@@ -42,32 +60,52 @@ def with_reference(tensors: dict[str, Tensor], dtype: torch.dtype, device: str) 
     generator = torch.Generator().manual_seed(1)
     for name in ("hidden", "weight"):
         own = tensors[name]
-        noise = torch.randn(own.shape, generator=generator).to(device) * own.float().std() * 0.07  # twice, so a tenth
+        noise = (
+            torch.randn(own.shape, generator=generator).to(device) * own.float().std() * 0.07
+        )  # twice, so a tenth
         tensors[f"reference_{name}"] = (own.float() + noise).to(dtype)
     return tensors
 
 
 def unpaired_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     desirable = torch.arange(ROWS, device=device) % 2 == 0
-    return {**pair_inputs(shape, dtype, device), "desirable": desirable, "kl": torch.tensor(2.0, device=device)}
+    return {
+        **pair_inputs(shape, dtype, device),
+        "desirable": desirable,
+        "kl": torch.tensor(2.0, device=device),
+    }
 
 
 def by_row(tensors: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """hidden and reference_hidden [ROWS, T, H], ids [ROWS, T]."""
-    hidden, reference, ids = (tensors[name].unflatten(0, (ROWS, -1)) for name in ("hidden", "reference_hidden", "ids"))
+    hidden, reference, ids = (
+        tensors[name].unflatten(0, (ROWS, -1)) for name in ("hidden", "reference_hidden", "ids")
+    )
     return hidden, reference, ids
 
 
 def _ours_dpo(**tensors: Tensor) -> dict[str, Tensor]:
     hidden, reference, ids = by_row(tensors)
-    options: Any = {"reference_hidden": reference, "reference_weight": tensors["reference_weight"], "beta": BETA}
+    options: Any = {
+        "reference_hidden": reference,
+        "reference_weight": tensors["reference_weight"],
+        "beta": BETA,
+    }
     return {"loss": linear_dpo_loss(hidden, tensors["weight"], ids, **options).loss}
 
 
 def _ours_kto(**tensors: Tensor) -> dict[str, Tensor]:
     hidden, reference, ids = by_row(tensors)
-    options: Any = {"reference_hidden": reference, "reference_weight": tensors["reference_weight"], "beta": BETA}
-    return {"loss": linear_kto_loss(hidden, tensors["weight"], ids, tensors["desirable"], tensors["kl"], **options).loss}
+    options: Any = {
+        "reference_hidden": reference,
+        "reference_weight": tensors["reference_weight"],
+        "beta": BETA,
+    }
+    return {
+        "loss": linear_kto_loss(
+            hidden, tensors["weight"], ids, tensors["desirable"], tensors["kl"], **options
+        ).loss
+    }
 
 
 def _dpo(policy: Tensor, reference: Tensor, tensors: Tensors) -> Tensor:
@@ -85,7 +123,11 @@ def _plain(losses: Losses, logprobs: Forward, exponents: bool = False) -> Forwar
 
     def forward(**tensors: Tensor) -> dict[str, Tensor]:
         def rows(hidden: Tensor, weight: Tensor) -> Tensor:
-            return logprobs(hidden=hidden, weight=weight, ids=tensors["ids"])["logp"].unflatten(0, (ROWS, -1)).sum(-1)
+            return (
+                logprobs(hidden=hidden, weight=weight, ids=tensors["ids"])["logp"]
+                .unflatten(0, (ROWS, -1))
+                .sum(-1)
+            )
 
         with torch.no_grad():
             reference = rows(tensors["reference_hidden"], tensors["reference_weight"])
@@ -113,11 +155,17 @@ def _trl(losses: Losses) -> Callable[[str], Forward]:
 
 def _liger_dpo(device: str) -> Forward:
     """Liger compiles its pieces; on a CPU it runs uncompiled, where its own tests run it so."""
-    loss = module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearDPOLoss(beta=BETA, compiled=device != "cpu")
+    loss = module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearDPOLoss(
+        beta=BETA, compiled=device != "cpu"
+    )
 
     def forward(**tensors: Tensor) -> dict[str, Tensor]:
         hidden, reference, ids = by_row(tensors)
-        return {"loss": loss(tensors["weight"], hidden, ids, ref_input=reference, ref_weight=tensors["reference_weight"])[0]}
+        return {
+            "loss": loss(
+                tensors["weight"], hidden, ids, ref_input=reference, ref_weight=tensors["reference_weight"]
+            )[0]
+        }
 
     return forward
 
@@ -130,12 +178,22 @@ def _liger_kto(device: str) -> Forward:
     def forward(**tensors: Tensor) -> dict[str, Tensor]:
         hidden, reference, ids = by_row(tensors)
         own = {"preference_labels": tensors["desirable"], "kl": tensors["kl"]}
-        return {"loss": loss(hidden, tensors["weight"], ids, ref_input=reference, ref_weight=tensors["reference_weight"], **own)[0]}
+        return {
+            "loss": loss(
+                hidden,
+                tensors["weight"],
+                ids,
+                ref_input=reference,
+                ref_weight=tensors["reference_weight"],
+                **own,
+            )[0]
+        }
 
     return forward
 
 
-# The reward model's loss, from scores: shape.N pairs. Liger has none, and TRL's RewardTrainer computes PyTorch's row.
+# The reward model's loss, from scores: shape.N pairs. Liger has none, and TRL's RewardTrainer computes
+# PyTorch's row.
 
 
 def score_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""The tables of README.md from the results files that they name: `python -m bench.readme`, or `--check`, which changes nothing.
+"""The tables of README.md from the results files that they name: `python -m bench.readme`, or `--check`,
+which changes nothing.
 
-A table stands in README.md between `<!-- bench/results/FILE.json: KIND -->` and `<!-- end -->`; KIND is a function of `KINDS`. To take the
-tables from another run, change the file's name there and run this.
+A table stands in README.md between `<!-- bench/results/FILE.json: KIND -->` and `<!-- end -->`; KIND is a
+function of `KINDS`. To take the tables from another run, change the file's name there and run this.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 LCE, LOGP = "linear_cross_entropy", "linear_logprobs"
-LOSSES = (("linear_dpo", ""), ("linear_kto", ""), ("linear_ppo", ""), ("ppo_loss", ""), (LCE, ", tail"), ("linear_dpo", ", tail"))
+LOSSES = (
+    ("linear_dpo", ""),
+    ("linear_kto", ""),
+    ("linear_ppo", ""),
+    ("ppo_loss", ""),
+    (LCE, ", tail"),
+    ("linear_dpo", ", tail"),
+)
 METHODS = {  # columns of the head's table, and what each is called in an operation's rows
     "fastalign": (OURS,),
     "torch.compile": (COMPILED,),
@@ -38,7 +46,8 @@ METHODS = {  # columns of the head's table, and what each is called in an operat
 
 
 def head(results: Mapping[str, Any]) -> str:
-    """Times over the ceiling, peaks and errors of the head's operations, a column a method; the least of a row in bold."""
+    """Times over the ceiling, peaks and errors of the head's operations, a column a method; the least of a
+    row in bold."""
     cases = {case["name"]: case for case in results["cases"]}
     dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
     plain, logp = f"{LCE} {dtype}", f"{LOGP} {dtype}"
@@ -54,7 +63,12 @@ def head(results: Mapping[str, Any]) -> str:
         ("its peak MiB beyond inputs", logp, _peak, ",.0f"),
         ("… frozen head, times 2 GEMMs", f"{logp}, frozen head", _times_ceiling, ".2f"),
         ("… no gradients, times 1 GEMM", f"{logp}, no gradients", _times_ceiling, ".2f"),
-        ("`token_stats` fp32, times one read (TRL: two of four outputs)", "token_stats fp32", _times_ceiling, ".2f"),
+        (
+            "`token_stats` fp32, times one read (TRL: two of four outputs)",
+            "token_stats fp32",
+            _times_ceiling,
+            ".2f",
+        ),
     ]
     first = f"{dtype}, forward and backward unless said; {_where(results, plain)}"
     lines = [_row([first, *METHODS]), _row(["---"] * (1 + len(METHODS)))]
@@ -63,9 +77,22 @@ def head(results: Mapping[str, Any]) -> str:
             continue
         if cases[name]["shape"]["N"] != cases[plain]["shape"]["N"] and label.startswith("…"):
             label += f"; N {cases[name]['shape']['N']}"
-        values = [next((v for own in names if (v := _value(cases[name], own, value)) is not None), None) for names in METHODS.values()]
+        values = [
+            next((v for own in names if (v := _value(cases[name], own, value)) is not None), None)
+            for names in METHODS.values()
+        ]
         best = min(v for v in values if v is not None)
-        lines.append(_row([label, *("–" if v is None else f"**{v:{form}}**" if v == best else f"{v:{form}}" for v in values)]))
+        lines.append(
+            _row(
+                [
+                    label,
+                    *(
+                        "–" if v is None else f"**{v:{form}}**" if v == best else f"{v:{form}}"
+                        for v in values
+                    ),
+                ]
+            )
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -84,9 +111,20 @@ def sampling(results: Mapping[str, Any]) -> str:
         if not case["rows"][OURS]["seconds"]:
             continue
         peer = TRANSFORMERS if TRANSFORMERS in case["rows"] else MULTINOMIAL
-        ours, theirs, read = (Timing.of(case["rows"][row]["seconds"]) for row in (OURS, peer, case["ceilings"][0]))
-        label = case["name"].removeprefix("sample fp32, ") + f", V {case['shape']['V']}" + (" (no warper)" if peer == MULTINOMIAL else "")
-        cells = [f"**{1e3 * ours.median:.2f}**", f"{1e3 * theirs.median:.0f}", f"{theirs.over(ours):.0f}", f"{ours.over(read):.2f}"]
+        ours, theirs, read = (
+            Timing.of(case["rows"][row]["seconds"]) for row in (OURS, peer, case["ceilings"][0])
+        )
+        label = (
+            case["name"].removeprefix("sample fp32, ")
+            + f", V {case['shape']['V']}"
+            + (" (no warper)" if peer == MULTINOMIAL else "")
+        )
+        cells = [
+            f"**{1e3 * ours.median:.2f}**",
+            f"{1e3 * theirs.median:.0f}",
+            f"{theirs.over(ours):.0f}",
+            f"{ours.over(read):.2f}",
+        ]
         lines.append(_row([label, *cells]))
     return "\n".join(lines) + "\n"
 
@@ -95,20 +133,29 @@ def steps(results: Mapping[str, Any]) -> str:
     """Whole training steps: seconds, and peaks where they were measured."""
     cases = {case["name"]: case for case in results["cases"]}
     dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
-    head = [f"s (peak MiB); {dtype}; {_where(results, f'{STAGES[0]} step {dtype}')}", "fastalign", "PyTorch", BACKBONE]
+    head = [
+        f"s (peak MiB); {dtype}; {_where(results, f'{STAGES[0]} step {dtype}')}",
+        "fastalign",
+        "PyTorch",
+        BACKBONE,
+    ]
     lines = [_row(head), _row(["---"] * len(head))]
     for stage in STAGES:
         rows = cases[f"{stage} step {dtype}"]["rows"]
         cells = []
         for name in (OURS, EAGER, BACKBONE):
             peak, seconds = rows[name]["peak_mib"], rows[name]["seconds"]
-            cells.append(("–" if not seconds else f"{Timing.of(seconds).median:.2f}") + ("" if peak is None else f" ({peak:,.0f})"))
+            cells.append(
+                ("–" if not seconds else f"{Timing.of(seconds).median:.2f}")
+                + ("" if peak is None else f" ({peak:,.0f})")
+            )
         lines.append(_row([stage, *cells]))
     return "\n".join(lines) + "\n"
 
 
 def losses(results: Mapping[str, Any]) -> str:
-    """Losses of sequences and policies, and the tail, as multiples of plain PyTorch's time; the least of a row in bold."""
+    """Losses of sequences and policies, and the tail, as multiples of plain PyTorch's time; the least of a
+    row in bold."""
     dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
     columns: dict[str, Callable[[str], bool]] = {
         "fastalign": lambda name: name == OURS,
@@ -116,19 +163,34 @@ def losses(results: Mapping[str, Any]) -> str:
         "torch.compile": lambda name: name == COMPILED,
         "Liger": lambda name: name.startswith("Liger"),
     }
-    head = [f"forward and backward, times PyTorch; {dtype}; {_where(results, f'linear_dpo {dtype}', '').rstrip('; ')}", *columns]
+    head = [
+        f"forward and backward, times PyTorch; {dtype}; {_where(results, f'linear_dpo {dtype}', '').rstrip('; ')}",
+        *columns,
+    ]
     lines = [_row(head), _row(["---"] * len(head))]
     for case in results["cases"]:
-        if case["name"] not in (f"{name} {dtype}{of}" for name, of in LOSSES) or not case["rows"][OURS]["seconds"]:
+        if (
+            case["name"] not in (f"{name} {dtype}{of}" for name, of in LOSSES)
+            or not case["rows"][OURS]["seconds"]
+        ):
             continue
         values = [
-            next((v for n in case["rows"] if own(n) and (v := _value(case, n, _times_eager)) is not None), None) for own in columns.values()
+            next(
+                (v for n in case["rows"] if own(n) and (v := _value(case, n, _times_eager)) is not None), None
+            )
+            for own in columns.values()
         ]
         best = min(v for v in values if v is not None)
         shape = case["shape"]
         label = f"`{case['name'].split()[0]}`" + ("; SmolLM2's softmax" if "tail" in case["name"] else "")
-        label += f"; N {shape['N'] * (1 if shape['H'] else shape['V'])}" + (f", V {shape['V']}" if shape["H"] else "")
-        lines.append(_row([label, *("–" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values)]))
+        label += f"; N {shape['N'] * (1 if shape['H'] else shape['V'])}" + (
+            f", V {shape['V']}" if shape["H"] else ""
+        )
+        lines.append(
+            _row(
+                [label, *("–" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values)]
+            )
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -139,14 +201,18 @@ def _where(results: Mapping[str, Any], name: str, letters: str = "NHV") -> str:
     info = results["machine_info"]
     shape = next(case["shape"] for case in results["cases"] if case["name"] == name)
     device = info["gpu"] if info["gpu"] != "none" else f"{info['cpu']}, {info['threads']} threads"
-    return f"{device}; " + ", ".join(f"{letter} {size}" for letter, size in shape.items() if size and letter in letters)
+    return f"{device}; " + ", ".join(
+        f"{letter} {size}" for letter, size in shape.items() if size and letter in letters
+    )
 
 
 def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _value(case: Mapping[str, Any], name: str, value: Callable[[Mapping[str, Any], str], float | None]) -> float | None:
+def _value(
+    case: Mapping[str, Any], name: str, value: Callable[[Mapping[str, Any], str], float | None]
+) -> float | None:
     row = case["rows"].get(name)
     return value(case, name) if row and row["seconds"] else None
 
@@ -168,14 +234,18 @@ def _peak(case: Mapping[str, Any], name: str) -> float | None:
 
 
 def _gradient_error(case: Mapping[str, Any], name: str) -> float:
-    return max(error["relative"] for kind, error in case["rows"][name]["errors"].items() if kind.startswith("d "))
+    return max(
+        error["relative"] for kind, error in case["rows"][name]["errors"].items() if kind.startswith("d ")
+    )
 
 
 def _loss_error(case: Mapping[str, Any], name: str) -> float:
     return case["rows"][name]["errors"]["loss"]["relative"]
 
 
-def filled(text: str, folder: Path = ROOT, kinds: Mapping[str, Callable[[Mapping[str, Any]], str]] = KINDS) -> str:
+def filled(
+    text: str, folder: Path = ROOT, kinds: Mapping[str, Callable[[Mapping[str, Any]], str]] = KINDS
+) -> str:
     """README's text, or with its own `kinds` another page's, with every table made anew.
 
     Raises:
@@ -193,15 +263,28 @@ def filled(text: str, folder: Path = ROOT, kinds: Mapping[str, Callable[[Mapping
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where a table differs from its file's")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; exit status 1 where a table differs from its file's",
+    )
     given = parser.parse_args(argv)
     readme = ROOT / "README.md"
     text = readme.read_text()
     made = filled(text)
     if given.check:
-        print("README.md: " + ("in sync" if made == text else "its tables differ from their results files; run python -m bench.readme"))
+        print(
+            "README.md: "
+            + (
+                "in sync"
+                if made == text
+                else "its tables differ from their results files; run python -m bench.readme"
+            )
+        )
         return int(made != text)
     readme.write_text(made)
     return 0

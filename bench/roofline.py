@@ -1,10 +1,13 @@
-"""Predicted time and memory of every operation, from bytes and flops counted here: `python -m bench.roofline [RESULTS.json]`.
+"""Predicted time and memory of every operation, from bytes and flops counted here: `python -m bench.roofline
+[RESULTS.json]`.
 
-Without a file: H100, A100 and B200 at the shapes of real heads. With one: its cases on those GPUs and on the machine that it was
-measured on, beside what was measured there. That machine's rates are what its own bare GEMMs and bare read reached.
+Without a file: H100, A100 and B200 at the shapes of real heads. With one: its cases on those GPUs and on the
+machine that it was measured on, beside what was measured there. That machine's rates are what its own bare
+GEMMs and bare read reached.
 
-Counted: 2 N H V flops a GEMM; of memory the passes between the GEMMs, each input read once and each output written once. GEMMs and passes
-run one after another, so their times add up; a GEMM whose operands take longer to move than to multiply takes that time.
+Counted: 2 N H V flops a GEMM; of memory the passes between the GEMMs, each input read once and each output
+written once. GEMMs and passes run one after another, so their times add up; a GEMM whose operands take longer
+to move than to multiply takes that time.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Machine(NamedTuple):
-    """Dense flops a second in bf16 and in fp32, bytes a second, and the shares of them that are assumed to be reached."""
+    """Dense flops a second in bf16 and in fp32, bytes a second, and the shares of them that are assumed to be
+    reached."""
 
     name: str
     low_flops: float
@@ -45,8 +49,9 @@ class Machine(NamedTuple):
         return (self.fp32_flops if dtype == "fp32" else self.low_flops) * self.gemm_share
 
 
-# Peaks: NVIDIA's data sheets of H100 SXM, A100 80GB SXM and DGX B200; bf16 dense, fp32 without TF32. Shares: an H100 was measured at
-# 728 TFLOP/s in the bare GEMMs of a head (huggingface/trl#7244) and at 3.0 TB/s in cross-entropy (quack's README); assumed of all three.
+# Peaks: NVIDIA's data sheets of H100 SXM, A100 80GB SXM and DGX B200; bf16 dense, fp32 without TF32. Shares:
+# an H100 was measured at 728 TFLOP/s in the bare GEMMs of a head (huggingface/trl#7244) and at 3.0 TB/s in
+# cross-entropy (quack's README); assumed of all three.
 GPUS = (
     Machine("H100", 989e12, 67e12, 3.35e12, 0.708, 0.9),
     Machine("A100", 312e12, 19.5e12, 2.039e12, 0.708, 0.9),
@@ -55,7 +60,8 @@ GPUS = (
 
 
 class Work(NamedTuple):
-    """What an operation has to do: GEMMs (M, N, K), how often each; bytes of the passes beside them; bytes held beyond its inputs."""
+    """What an operation has to do: GEMMs (M, N, K), how often each; bytes of the passes beside them; bytes
+    held beyond its inputs."""
 
     gemms: tuple[tuple[float, int, int, int], ...]
     pass_bytes: float
@@ -76,21 +82,37 @@ class Prediction(NamedTuple):
 
 def predict(work: Work, machine: Machine, dtype: str) -> Prediction:
     rate, bandwidth = machine.rate(dtype), machine.bytes * machine.byte_share
-    seconds = sum(times * max(2 * m * n * k / rate, (m * k + k * n + m * n) * SIZES[dtype] / bandwidth) for times, m, n, k in work.gemms)
+    seconds = sum(
+        times * max(2 * m * n * k / rate, (m * k + k * n + m * n) * SIZES[dtype] / bandwidth)
+        for times, m, n, k in work.gemms
+    )
     return Prediction(seconds, work.pass_bytes / bandwidth, work.held_bytes / 2**20)
 
 
 def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind: str) -> Work | None:
-    """The work of our row of an operation on a device of that kind; None: a draw among few ids, whose bytes depend on the logits."""
+    """The work of our row of an operation on a device of that kind; None: a draw among few ids, whose bytes
+    depend on the logits."""
     base = operation.partition(",")[0]
     if base.endswith(" step"):
         return _step(base.removesuffix(" step"), dtype, shape, kind)
     if base in ("linear_cross_entropy", "linear_logprobs"):
-        return _head(dtype, shape, kind, "hidden" in trained, "weight" in trained, "scalar" if base == "linear_cross_entropy" else "logp")
+        return _head(
+            dtype,
+            shape,
+            kind,
+            "hidden" in trained,
+            "weight" in trained,
+            "scalar" if base == "linear_cross_entropy" else "logp",
+        )
     if base in ("linear_dpo", "linear_kto"):  # the reference's pass, which keeps nothing, and the policy's
         units = PAIRS if base == "linear_dpo" else ROWS
-        reference, policy = _head(dtype, shape, kind, False, False, "scalar"), _sequences_head(dtype, shape, kind, units)
-        return Work(reference.gemms + policy.gemms, reference.pass_bytes + policy.pass_bytes, policy.held_bytes)
+        reference, policy = (
+            _head(dtype, shape, kind, False, False, "scalar"),
+            _sequences_head(dtype, shape, kind, units),
+        )
+        return Work(
+            reference.gemms + policy.gemms, reference.pass_bytes + policy.pass_bytes, policy.held_bytes
+        )
     size, logits = SIZES[dtype], shape.N * shape.V
     if base == "token_stats":
         return Work((), size * logits, 28 * shape.N)
@@ -98,7 +120,8 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
         return Work((), 3 * size * logits, size * logits)
     if base == "reward":
         return Work((), 4 * size * shape.N, 2 * size * shape.N)
-    # N sequences of V tokens, with a mask of a byte: PPO's four inputs, two slopes, and these times the upstream gradient; GAE; whitening.
+    # N sequences of V tokens, with a mask of a byte: PPO's four inputs, two slopes, and these times the
+    # upstream gradient; GAE; whitening.
     if base == "ppo":
         return Work((), (10 * size + 1) * logits, 4 * size * logits)
     if base == "gae":
@@ -123,7 +146,13 @@ def _sequences_head(dtype: str, shape: Shape, kind: str, units: int) -> Work:
 
 
 def _head(
-    dtype: str, shape: Shape, kind: str, hidden_grad: bool, weight_grad: bool, upstream: str, workspace_mib: float | None = None
+    dtype: str,
+    shape: Shape,
+    kind: str,
+    hidden_grad: bool,
+    weight_grad: bool,
+    upstream: str,
+    workspace_mib: float | None = None,
 ) -> Work:
     N, H, V = shape
     plan = plan_head(
@@ -133,7 +162,8 @@ def _head(
     size = SIZES[dtype]
     dX, dW = int(hidden_grad), int(weight_grad)
     gemms = [(float(plan.gemms - dX - dW), N, V, H)] + [(1.0, N, H, V)] * dX + [(1.0, V, H, N)] * dW
-    # fp32 logits are read once for the statistics; for the gradient read again and overwritten, on a GPU in the inputs' dtype.
+    # fp32 logits are read once for the statistics; for the gradient read again and overwritten, on a GPU in
+    # the inputs' dtype.
     passes = 4 + (4 + (size if kind == "cuda" else 4)) * (dX or dW)
     held = plan.workspace_bytes + 28 * N + size * N * H * dX + 4 * V * H * dW
     if dW and size < 4:
@@ -144,15 +174,21 @@ def _head(
 
 
 def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
-    """The backbone's GEMMs, attention's left out; the head; AdamW, which reads four tensors of the weights' size and writes three."""
+    """The backbone's GEMMs, attention's left out; the head; AdamW, which reads four tensors of the weights'
+    size and writes three."""
     N, H, V = shape
     number, heads, key_heads, inner = Layers.of(H)
     body = number * (2 * H * H + 2 * H * (H // heads) * key_heads + 3 * H * inner)
     body_passes = 3.0  # forward, and two GEMMs backward for each
     heads_run: list[Work] = []
     if stage != "reward":
-        heads_run = [_head(dtype, shape, kind, True, True, "scalar" if stage in ("pretrain", "sft") else "logp")]
-    if stage in ("dpo", "kto"):  # the reference's pass; for KTO of twice the sequences, and the policy's on the mismatched ones
+        heads_run = [
+            _head(dtype, shape, kind, True, True, "scalar" if stage in ("pretrain", "sft") else "logp")
+        ]
+    if stage in (
+        "dpo",
+        "kto",
+    ):  # the reference's pass; for KTO of twice the sequences, and the policy's on the mismatched ones
         extra = 1 if stage == "dpo" else 3
         body_passes += extra
         heads_run += [_head(dtype, shape, kind, False, False, "scalar")] * extra
@@ -163,13 +199,20 @@ def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
 
 
 def measured_machine(results: Mapping[str, Any]) -> Machine | None:
-    """The machine of a results file, with what its bare GEMMs and its bare read of the logits reached; None without those rows."""
+    """The machine of a results file, with what its bare GEMMs and its bare read of the logits reached; None
+    without those rows."""
     flops: dict[str, list[float]] = {"fp32": [], "bf16": []}
     reads = []
     for case in results["cases"]:
         N, H, V = case["shape"].values()
-        rows = {name: statistics.median(row["seconds"]) for name, row in case["rows"].items() if row["seconds"]}
-        gemms = [int(name.split()[0]) * 2 * N * H * V / seconds for name, seconds in rows.items() if " bare GEMM" in name]
+        rows = {
+            name: statistics.median(row["seconds"]) for name, row in case["rows"].items() if row["seconds"]
+        }
+        gemms = [
+            int(name.split()[0]) * 2 * N * H * V / seconds
+            for name, seconds in rows.items()
+            if " bare GEMM" in name
+        ]
         if gemms and case["dtype"] in flops:
             flops[case["dtype"]].append(max(gemms))  # torch's or gemm.py's
         if case["dtype"] == "fp32" and "one read (amax)" in rows:
@@ -180,16 +223,35 @@ def measured_machine(results: Mapping[str, Any]) -> Machine | None:
     gpu = info["gpu"] != "none"
     rate = statistics.median(flops["fp32"])  # that of bf16 too where none was measured
     low = statistics.median(flops["bf16"] or [rate])
-    return Machine(info["gpu"] if gpu else info["cpu"], low, rate, statistics.median(reads), 1.0, 1.0, "cuda" if gpu else "cpu")
+    return Machine(
+        info["gpu"] if gpu else info["cpu"],
+        low,
+        rate,
+        statistics.median(reads),
+        1.0,
+        1.0,
+        "cuda" if gpu else "cpu",
+    )
 
 
 def table(results: Mapping[str, Any] | None) -> str:
     own = measured_machine(results) if results else None
     machines = [*GPUS, *([own] if own else [])]
-    rates = [(m.name, m.rate("bf16") / 1e12, m.rate("fp32") / 1e12, m.bytes * m.byte_share / 1e12) for m in machines]
-    shares = "; ".join(f"{name} {low:,.4g} TFLOP/s (fp32 {high:.3g}), {bandwidth:.3g} TB/s" for name, low, high, bandwidth in rates)
+    rates = [
+        (m.name, m.rate("bf16") / 1e12, m.rate("fp32") / 1e12, m.bytes * m.byte_share / 1e12)
+        for m in machines
+    ]
+    shares = "; ".join(
+        f"{name} {low:,.4g} TFLOP/s (fp32 {high:.3g}), {bandwidth:.3g} TB/s"
+        for name, low, high, bandwidth in rates
+    )
     names = [f"{m.name}: ms, MiB" for m in machines] + ["measured: ms, MiB"] * bool(results)
-    lines = [f"Predicted for {shares}.", "", f"| operation | N, H, V | {' | '.join(names)} |", "|" + " --- |" * (len(names) + 2)]
+    lines = [
+        f"Predicted for {shares}.",
+        "",
+        f"| operation | N, H, V | {' | '.join(names)} |",
+        "|" + " --- |" * (len(names) + 2),
+    ]
     for case in results["cases"] if results else _usual_cases():
         shape = Shape(*case["shape"].values())
         if not shape.N:
@@ -197,10 +259,18 @@ def table(results: Mapping[str, Any] | None) -> str:
         cells = []
         for machine in machines:
             work = count(case["operation"], case["dtype"], case["trained"], shape, machine.kind)
-            cells.append(_cell(*(predict(work, machine, case["dtype"]).seconds, work.held_bytes / 2**20) if work else (None, None)))
+            cells.append(
+                _cell(
+                    *(predict(work, machine, case["dtype"]).seconds, work.held_bytes / 2**20)
+                    if work
+                    else (None, None)
+                )
+            )
         if results:
             row = case["rows"][OURS]
-            cells.append(_cell(statistics.median(row["seconds"]) if row["seconds"] else None, row["peak_mib"]))
+            cells.append(
+                _cell(statistics.median(row["seconds"]) if row["seconds"] else None, row["peak_mib"])
+            )
         lines.append(f"| {case['name']} | {', '.join(map(str, shape))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -233,7 +303,9 @@ def _usual_cases() -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", type=Path, nargs="?")
     given = parser.parse_args(argv)

@@ -19,14 +19,18 @@ HEADS = {  # H, V: hidden_size and vocab_size of the models' configs
 }
 # What a case is measured at unless it says otherwise: a head and a dtype that the machine is used for.
 HEAD, DTYPE = ("Llama-3-8B", "bf16") if torch.cuda.is_available() else ("SmolLM2-135M", "fp32")
-# Bytes that a case holds for each number of the weight: fp64 weight, its gradient twice while chunks are added up, a method's own copies.
+# Bytes that a case holds for each number of the weight: fp64 weight, its gradient twice while chunks are
+# added up, a method's own copies.
 BYTES_PER_WEIGHT = 36
-# Tokens: on a GPU 8192; on a CPU what three GEMMs do in a second or so on two cores, rounded down to a power of two.
+# Tokens: on a GPU 8192; on a CPU what three GEMMs do in a second or so on two cores, rounded down to a power
+# of two.
 GPU_TOKENS = 8192
 CPU_FLOPS = 1.8e11
 FEWEST = 64
 USUAL = Shape(GPU_TOKENS if DTYPE == "bf16" else 1024, *HEADS[HEAD])
-HALF = USUAL._replace(N=USUAL.N // 2)  # of cases beside the main ones, so that the whole suite ends in time on two cores
+HALF = USUAL._replace(
+    N=USUAL.N // 2
+)  # of cases beside the main ones, so that the whole suite ends in time on two cores
 
 
 def sized(H: int, V: int, device: str, memory_bytes: int) -> int:
@@ -37,12 +41,16 @@ def sized(H: int, V: int, device: str, memory_bytes: int) -> int:
     """
     needed = BYTES_PER_WEIGHT * H * V
     if needed > memory_bytes:
-        raise Absent(f"[{V}, {H}] is too big for this machine: {needed / 2**30:.0f} GiB needed, {memory_bytes / 2**30:.0f} had")
+        raise Absent(
+            f"[{V}, {H}] is too big for this machine: {needed / 2**30:.0f} GiB needed, {memory_bytes / 2**30:.0f} had"
+        )
     if device == "cuda":
         return GPU_TOKENS
     tokens = 1 << int(CPU_FLOPS / (6 * H * V)).bit_length() - 1
     if tokens < FEWEST:
-        raise Absent(f"[{V}, {H}] is too slow here: {tokens} tokens take the time that a case has, at least {FEWEST} wanted")
+        raise Absent(
+            f"[{V}, {H}] is too slow here: {tokens} tokens take the time that a case has, at least {FEWEST} wanted"
+        )
     return tokens
 
 

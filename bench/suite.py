@@ -1,6 +1,8 @@
-"""How a case is measured: the truth in fp64 first, each method checked against it, then time in interleaved rounds, then memory.
+"""How a case is measured: the truth in fp64 first, each method checked against it, then time in interleaved
+rounds, then memory.
 
-Memory is measured in a fresh process a method; its peak counts beyond the inputs. README.md in this folder states the rules in prose.
+Memory is measured in a fresh process a method; its peak counts beyond the inputs. README.md in this folder
+states the rules in prose.
 """
 
 from __future__ import annotations
@@ -13,21 +15,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.measure import Error, PeakMemoryUnavailable, Timing, clocks, interleaved, largest_error, peak_memory
+from fastalign.measure import (
+    Error,
+    PeakMemoryUnavailable,
+    Timing,
+    clocks,
+    interleaved,
+    largest_error,
+    peak_memory,
+)
 
 from . import shapes
 from .methods import OPERATIONS
-from .operation import COMPILED, EAGER, EXPONENTS, OURS, Absent, Ceiling, Check, Forward, Shape, Tensors, Verdict
+from .operation import (
+    COMPILED,
+    EAGER,
+    EXPONENTS,
+    OURS,
+    Absent,
+    Ceiling,
+    Check,
+    Forward,
+    Shape,
+    Tensors,
+    Verdict,
+)
 from .step_methods import STEPS
 
 ROWS_AT_ONCE = 256  # of the truth in fp64
-COLD_MIB = 16  # inputs from which on a call finds the caches full of other data; smaller ones lie where the call before left them
+# inputs from which on a call finds the caches full of other data; smaller ones lie where the call before left
+# them
+COLD_MIB = 16
 ROUNDS = (3, 20)  # at least and at most, whatever the time of a case allows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Target(NamedTuple):
-    """What our row (or `row`) has to reach: "time" or "error" as a multiple of another row's, or "memory" beyond its results in MiB.
+    """What our row (or `row`) has to reach: "time" or "error" as a multiple of another row's, or "memory"
+    beyond its results in MiB.
 
     "growth" is that memory at `Case.longer` times the tokens as a multiple of what it is at the case's own.
     "error" leaves the loss out, a single number that the other row may have right by luck.
@@ -40,7 +65,8 @@ class Target(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One operation at one shape and dtype: which inputs are trained, the ceilings (ratios are to the first), and the targets.
+    """One operation at one shape and dtype: which inputs are trained, the ceilings (ratios are to the first),
+    and the targets.
 
     shape: None is that of `head`, a name in shapes.HEADS, with as many tokens as the machine can do.
     longer: with memory, our row's is measured once more at so many times the tokens; 0: it is not.
@@ -81,8 +107,9 @@ class Case(NamedTuple):
 class Row(NamedTuple):
     """What was found for a method or a ceiling. `refused` is the reason why it has no figures; empty: it has.
 
-    errors: largest (absolute, relative) error of each result against fp64. results_mib: bytes of the results. peak_mib: peak memory
-    beyond the inputs, None where it was not measured. longer_mib: that beyond inputs and results at `Case.longer` times the tokens.
+    errors: largest (absolute, relative) error of each result against fp64. results_mib: bytes of the results.
+    peak_mib: peak memory beyond the inputs, None where it was not measured. longer_mib: that beyond inputs
+    and results at `Case.longer` times the tokens.
     """
 
     refused: str = ""
@@ -108,7 +135,8 @@ def grid(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
 
 
 def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The tensors of a case, and the gradient that arrives at the first output: 1 for a loss, for log-probs one of mixed sign a token."""
+    """The tensors of a case, and the gradient that arrives at the first output: 1 for a loss, for log-probs
+    one of mixed sign a token."""
     tensors = OPERATIONS[case.operation].inputs(case.its_shape, DTYPES[case.dtype], device)
     for name in case.trained:
         tensors[name].requires_grad_()
@@ -117,12 +145,15 @@ def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | No
     if "logprobs" not in case.operation:
         return tensors, torch.ones((), device=device)
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(case.its_shape.N, generator=generator).to(DTYPES[case.dtype])  # rounded, so that every method is given the same
+    upstream = torch.randn(case.its_shape.N, generator=generator).to(
+        DTYPES[case.dtype]
+    )  # rounded, so that every method is given the same
     return tensors, upstream.to(device)
 
 
 def run(forward: Forward, tensors: Mapping[str, Tensor], upstream: Tensor | None) -> dict[str, Tensor]:
-    """Outputs by name and, with an upstream gradient of the first, the gradient of each trained tensor as "d name"."""
+    """Outputs by name and, with an upstream gradient of the first, the gradient of each trained tensor as "d
+    name"."""
     if upstream is None:
         with torch.no_grad():
             return forward(**tensors)
@@ -130,22 +161,35 @@ def run(forward: Forward, tensors: Mapping[str, Tensor], upstream: Tensor | None
     first = next(iter(outputs.values()))
     trained = {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
     gradients = torch.autograd.grad(first, list(trained.values()), upstream.to(first.dtype))
-    return {**{name: output.detach() for name, output in outputs.items()}, **{f"d {name}": g for name, g in zip(trained, gradients)}}
+    return {
+        **{name: output.detach() for name, output in outputs.items()},
+        **{f"d {name}": g for name, g in zip(trained, gradients)},
+    }
 
 
 def truth(case: Case, tensors: Mapping[str, Tensor], upstream: Tensor | None) -> dict[str, Tensor]:
-    """Plain PyTorch in fp64, some rows at a time: token results are put end to end, sums over tokens are added up."""
+    """Plain PyTorch in fp64, some rows at a time: token results are put end to end, sums over tokens are
+    added up."""
     operation = OPERATIONS[case.operation]
     if operation.whole:
-        return run(operation.whole(ROWS_AT_ONCE), {name: _widened(tensor) for name, tensor in tensors.items()}, upstream)
+        return run(
+            operation.whole(ROWS_AT_ONCE),
+            {name: _widened(tensor) for name, tensor in tensors.items()},
+            upstream,
+        )
     forward = operation.methods[EAGER](next(iter(tensors.values())).device.type)
     shared = {name: _widened(tensor) for name, tensor in tensors.items() if name not in operation.rows}
     parts: dict[str, list[Tensor]] = {}
     for begin in range(0, case.its_shape.N, ROWS_AT_ONCE):
         rows = slice(begin, begin + ROWS_AT_ONCE)
-        chunk = {name: shared[name] if name in shared else _widened(tensor[rows]) for name, tensor in tensors.items()}
+        chunk = {
+            name: shared[name] if name in shared else _widened(tensor[rows])
+            for name, tensor in tensors.items()
+        }
         share = min(ROWS_AT_ONCE, case.its_shape.N - begin) / case.its_shape.N  # of a mean over all tokens
-        incoming = None if upstream is None else upstream[rows] if upstream.dim() else upstream.double() * share
+        incoming = (
+            None if upstream is None else upstream[rows] if upstream.dim() else upstream.double() * share
+        )
         for name, result in run(forward, chunk, incoming).items():
             if result.dim() == 0:
                 result = result * share
@@ -157,14 +201,24 @@ def truth(case: Case, tensors: Mapping[str, Tensor], upstream: Tensor | None) ->
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+    return (
+        tensor.detach().double().requires_grad_(tensor.requires_grad)
+        if tensor.is_floating_point()
+        else tensor
+    )
 
 
-def judge(results: Mapping[str, Tensor], errors: Mapping[str, Error], eager: Mapping[str, Error], scales: Mapping[str, float]) -> str:
-    """Why these results are wrong, or "" when each is within twice PyTorch's own error of the truth, plus a floor.
+def judge(
+    results: Mapping[str, Tensor],
+    errors: Mapping[str, Error],
+    eager: Mapping[str, Error],
+    scales: Mapping[str, float],
+) -> str:
+    """Why these results are wrong, or "" when each is within twice PyTorch's own error of the truth, plus a
+    floor.
 
-    The floor is 4 eps of fp32 times the largest |truth|, what fp32 sums can cost anyone; for a single number, where PyTorch may be right
-    by luck, at least one rounding to the dtype that the result is in.
+    The floor is 4 eps of fp32 times the largest |truth|, what fp32 sums can cost anyone; for a single number,
+    where PyTorch may be right by luck, at least one rounding to the dtype that the result is in.
     """
     for name, error in errors.items():
         eps = 4 * torch.finfo(torch.float32).eps
@@ -185,7 +239,9 @@ def checker(case: Case, tensors: dict[str, Tensor], upstream: Tensor | None) -> 
     scales = {key: value.double().abs().amax().item() for key, value in true.items()}
     exponent = scales.get(EXPONENTS, 0.0)
     scales = {key: scale * (1 + exponent) for key, scale in scales.items()}
-    eager = largest_error(run(operation.methods[EAGER](next(iter(tensors.values())).device.type), tensors, upstream), true)
+    eager = largest_error(
+        run(operation.methods[EAGER](next(iter(tensors.values())).device.type), tensors, upstream), true
+    )
 
     def check(results: Tensors) -> Verdict:
         errors = largest_error(results, true)
@@ -197,11 +253,14 @@ def checker(case: Case, tensors: dict[str, Tensor], upstream: Tensor | None) -> 
 def left_out(name: str, case: Case, reason: str) -> Measured:
     """A case without figures: no row of it could, or should, be measured."""
     shape = case.shape or Shape(0, *shapes.HEADS[case.head])
-    return Measured(name, case._replace(shape=shape), dict.fromkeys((*case.ceilings, *case.methods), Row(reason)), [])
+    return Measured(
+        name, case._replace(shape=shape), dict.fromkeys((*case.ceilings, *case.methods), Row(reason)), []
+    )
 
 
 def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
-    """Check, time and weigh every method of a case; `seconds` is what its interleaved rounds may take (within ROUNDS)."""
+    """Check, time and weigh every method of a case; `seconds` is what its interleaved rounds may take (within
+    ROUNDS)."""
     methods = case.methods
     try:
         case = case.sized(device)
@@ -211,7 +270,9 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
     try:
         check = checker(case, tensors, upstream)
     except torch.OutOfMemoryError as error:
-        return left_out(name, case, f"absent: the truth in fp64 does not fit the memory: {_first_line(error)}")
+        return left_out(
+            name, case, f"absent: the truth in fp64 does not fit the memory: {_first_line(error)}"
+        )
     rows: dict[str, Row] = {}
     functions: dict[str, Callable[[], object]] = {}
     for method, load in methods.items():
@@ -240,7 +301,9 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
     rounds = int(min(max(seconds / sum(timing.median for timing in first.values()), ROUNDS[0]), ROUNDS[1]))
     for row, timing in interleaved(functions, rounds - 1, warmup=0, cold=cold).items():
         rows[row] = rows[row]._replace(timing=Timing.of([*first[row].seconds, *timing.seconds]))
-    per_token = _mib({name: tensors[name] for name in case.trained if name in OPERATIONS[case.operation].rows})  # of the results
+    per_token = _mib(
+        {name: tensors[name] for name in case.trained if name in OPERATIONS[case.operation].rows}
+    )  # of the results
     functions.clear()  # and with them the inputs
     del tensors
     notes = [f"clocks after the rounds: {clocks()}"] if device == "cuda" else []
@@ -257,15 +320,20 @@ def measure(name: str, case: Case, device: str, seconds: float) -> Measured:
     if case.memory:
         fine = [method for method in methods if not rows[method].refused]
         try:
-            # Two processes at a time on a CPU: what one holds does not depend on the other. On a GPU they are no processes of their own.
+            # Two processes at a time on a CPU: what one holds does not depend on the other. On a GPU they are
+            # no processes of their own.
             with ThreadPoolExecutor(2 if device == "cpu" else 1) as pool:
                 for method, peak in zip(fine, pool.map(weigh, fine)):
                     rows[method] = rows[method]._replace(peak_mib=peak)
             ours = rows[OURS]
             if case.longer and ours.results_mib is not None and ours.peak_mib is not None:
-                longer = weigh(OURS, case._replace(shape=case.its_shape._replace(N=case.longer * case.its_shape.N)))
+                longer = weigh(
+                    OURS, case._replace(shape=case.its_shape._replace(N=case.longer * case.its_shape.N))
+                )
                 if longer is not None:
-                    rows[OURS] = ours._replace(longer_mib=longer - ours.results_mib - (case.longer - 1) * per_token)
+                    rows[OURS] = ours._replace(
+                        longer_mib=longer - ours.results_mib - (case.longer - 1) * per_token
+                    )
         except PeakMemoryUnavailable as reason:
             notes.append(str(reason))
     return Measured(name, case, rows, notes)
@@ -288,13 +356,16 @@ def _peak(case: Case, method: str, device: str) -> float:
         "trained": case.trained,
         "device": device,
     }
-    # torch.compile compiles at its first call for a shape, and a whole step makes its model: neither is part of what a step holds.
+    # torch.compile compiles at its first call for a shape, and a whole step makes its model: neither is part
+    # of what a step holds.
     whole = method == COMPILED or case.operation in STEPS
     warmup = arguments if whole else {**arguments, "shape": [min(n, 64) for n in case.its_shape]}
     return peak_memory("bench.suite:prepare", arguments, warmup=warmup, device=device)
 
 
-def prepare(operation: str, method: str, shape: list[int], dtype: str, trained: list[str], device: str) -> Callable[[], dict[str, Tensor]]:
+def prepare(
+    operation: str, method: str, shape: list[int], dtype: str, trained: list[str], device: str
+) -> Callable[[], dict[str, Tensor]]:
     """A method's call on inputs made here: what `peak_memory` runs in a process of its own."""
     case = Case(operation, dtype, tuple(trained), {}, (), Shape(*shape))
     tensors, upstream = make_inputs(case, device)

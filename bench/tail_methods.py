@@ -1,7 +1,8 @@
 """tail_eps on a trained model's softmax: cross-entropy and DPO, beside the exact way and plain PyTorch.
 
-A tail's gradient is not PyTorch's to rounding, so results are judged by their own measure: an Error here is (largest absolute error,
-L2 norm of the error over that of the truth), and more than ALLOWED of the latter is wrong.
+A tail's gradient is not PyTorch's to rounding, so results are judged by their own measure: an Error here is
+(largest absolute error, L2 norm of the error over that of the truth), and more than ALLOWED of the latter is
+wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .operation import EAGER, OURS, Check, Forward, Operation, Shape, Tensors, V
 from .preference_methods import BETA, LIGER_DPO, PREFERENCE, by_row, with_reference
 
 ALLOWED = 0.01
-# Hidden states times this: from a flat softmax, of whose mass 2**-14 drops all, over one that keeps most columns, to a sure one.
+# Hidden states times this: from a flat softmax, of whose mass 2**-14 drops all, over one that keeps most
+# columns, to a sure one.
 SHARPNESS = {"flat": 0.01, "unsure": 0.5, "sure": 2.0}
 ALLOWED_OF_ANY = 0.05  # beyond a trained model's softmax: the error is not what these cases are about
 EPS = {f"{OURS}, tail_eps 2**-14": 2**-14, f"{OURS}, tail_eps 2**-12": 2**-12}
@@ -30,7 +32,9 @@ ROWS_AT_ONCE = 256
 
 
 def _cross_entropy(tail_eps: float | None) -> Forward:
-    return lambda hidden, weight, ids: {"loss": fastalign.linear_cross_entropy(hidden, weight, ids, tail_eps=tail_eps)}
+    return lambda hidden, weight, ids: {
+        "loss": fastalign.linear_cross_entropy(hidden, weight, ids, tail_eps=tail_eps)
+    }
 
 
 def _eager_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -40,14 +44,22 @@ def _eager_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[st
 def _dpo(tail_eps: float | None) -> Forward:
     def forward(**tensors: Tensor) -> dict[str, Tensor]:
         hidden, reference, ids = by_row(tensors)
-        options: Any = {"reference_hidden": reference, "reference_weight": tensors["reference_weight"], "beta": BETA, "tail_eps": tail_eps}
+        options: Any = {
+            "reference_hidden": reference,
+            "reference_weight": tensors["reference_weight"],
+            "beta": BETA,
+            "tail_eps": tail_eps,
+        }
         return {"loss": fastalign.linear_dpo_loss(hidden, tensors["weight"], ids, **options).loss}
 
     return forward
 
 
 def _wide(tensors: Tensors) -> dict[str, Tensor]:
-    return {k: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for k, x in tensors.items()}
+    return {
+        k: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for k, x in tensors.items()
+    }
 
 
 def _truth(tensors: Tensors, loss: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
@@ -73,7 +85,9 @@ def _dpo_truth(tensors: Tensors) -> dict[str, Tensor]:
     return _truth(wide, whole(ROWS_AT_ONCE)(**wide)["loss"])
 
 
-def _within(truth: Callable[[Tensors], dict[str, Tensor]], allowed: float = ALLOWED) -> Callable[[Tensors], Check]:
+def _within(
+    truth: Callable[[Tensors], dict[str, Tensor]], allowed: float = ALLOWED
+) -> Callable[[Tensors], Check]:
     def make(tensors: Tensors) -> Check:
         true = truth(tensors)
 
@@ -82,7 +96,11 @@ def _within(truth: Callable[[Tensors], dict[str, Tensor]], allowed: float = ALLO
             for name, value in results.items():
                 off = value.double() - true[name]
                 errors[name] = Error(off.abs().max().item(), (off.norm() / true[name].norm()).item())
-            wrong = [f"{name} is off by {error.relative:.2%}" for name, error in errors.items() if not error.relative <= allowed]
+            wrong = [
+                f"{name} is off by {error.relative:.2%}"
+                for name, error in errors.items()
+                if not error.relative <= allowed
+            ]
             return Verdict(errors, f"wrong: {', '.join(wrong)}, {allowed:.0%} allowed" if wrong else "")
 
         return check
@@ -116,7 +134,10 @@ TAIL = {
     **{
         f"linear_cross_entropy, tail, {name}": Operation(
             sharpened(sharpness),
-            {OURS: here(_cross_entropy(None)), **{name: here(_cross_entropy(eps)) for name, eps in EPS.items()}},
+            {
+                OURS: here(_cross_entropy(None)),
+                **{name: here(_cross_entropy(eps)) for name, eps in EPS.items()},
+            },
             HEAD_ROWS,
             check=_within(_cross_entropy_truth, ALLOWED_OF_ANY),
         )

@@ -1,7 +1,7 @@
 """Fine-tuning the last layer, the norm and the head of SmolLM2-135M, for bench/tail_training.py.
 
-The 29 layers below are frozen, so their output is computed once and a step costs little more than its head: a real model's softmax over
-49152 tokens, trained on one core in a second a step.
+The 29 layers below are frozen, so their output is computed once and a step costs little more than its head: a
+real model's softmax over 49152 tokens, trained on one core in a second a step.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ class Frozen(NamedTuple):
 
 
 def prepare(train: str, held_out: str, steps: int) -> Frozen:
-    """Twice the windows that a run takes, so that seeds differ in which they see. Raises Absent where the model is not installed."""
+    """Twice the windows that a run takes, so that seeds differ in which they see. Raises Absent where the
+    model is not installed."""
     model, _ = smollm2.load()
     tokenizer = AutoTokenizer.from_pretrained(**smollm2.files())
 
     def windows(text: str, most: int) -> Tensor:
-        ids = torch.tensor(tokenizer(text[: 8 * WINDOW * most])["input_ids"])  # a token of English holds fewer than 8 characters
+        ids = torch.tensor(
+            tokenizer(text[: 8 * WINDOW * most])["input_ids"]
+        )  # a token of English holds fewer than 8 characters
         return ids[: min(most, ids.numel() // WINDOW) * WINDOW].view(-1, WINDOW)
 
     def states(ids: Tensor) -> Tensor:
@@ -56,14 +59,18 @@ def prepare(train: str, held_out: str, steps: int) -> Frozen:
 
 
 def text_head(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, the head's weight and the next tokens of the untouched model on this suite's English text."""
+    """Hidden states, the head's weight and the next tokens of the untouched model on this suite's English
+    text."""
     model, _ = smollm2.load()
-    own = smollm2.head_inputs(Shape(tokens, model.config.hidden_size, model.config.vocab_size), torch.float32, "cpu")
+    own = smollm2.head_inputs(
+        Shape(tokens, model.config.hidden_size, model.config.vocab_size), torch.float32, "cpu"
+    )
     return own["hidden"], own["weight"], own["ids"]
 
 
 def _top(model: Any) -> Any:
-    """The last layer, the norm and the head as a causal LM of its own, on hidden states in place of embeddings."""
+    """The last layer, the norm and the head as a causal LM of its own, on hidden states in place of
+    embeddings."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.tie_word_embeddings = 1, False
     top = AutoModelForCausalLM.from_config(config)
@@ -77,7 +84,9 @@ def _top(model: Any) -> Any:
 def tune(frozen: Frozen, tail_eps: float | None, seed: int, steps: int) -> dict[str, Any]:
     """One run: its curves, as of a stage's metrics.jsonl."""
     top = fuse_head(_top(frozen.model), tail_eps=tail_eps)
-    optimizer = torch.optim.AdamW([w for w in top.parameters() if w.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [w for w in top.parameters() if w.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
+    )
     order = random.Random(seed).sample(range(len(frozen.ids)), ROWS * steps)
     curves: dict[str, Any] = {"loss": [], "held_out": [(0, _evaluate(top, frozen))], "kept_share": []}
     seconds = []
@@ -102,4 +111,6 @@ def tune(frozen: Frozen, tail_eps: float | None, seed: int, steps: int) -> dict[
 
 def _evaluate(top: Any, frozen: Frozen) -> float:
     with torch.no_grad():
-        return top(inputs_embeds=frozen.held_out_states, labels=frozen.held_out_ids, use_cache=False).loss.item()
+        return top(
+            inputs_embeds=frozen.held_out_states, labels=frozen.held_out_ids, use_cache=False
+        ).loss.item()

@@ -1,6 +1,8 @@
-"""docs/tail.md's tables and its plot from the results file that the page names: `python -m bench.tail_tables`.
+"""docs/tail.md's tables and its plot from the results file that the page names: `python -m
+bench.tail_tables`.
 
-The file is bench/tail_training.py's. To take them from another run, change the file's name in the page and run this.
+The file is bench/tail_training.py's. To take them from another run, change the file's name in the page and
+run this.
 """
 
 from __future__ import annotations
@@ -36,16 +38,30 @@ def _final(own: Mapping[str, Any]) -> float:
 
 
 def training(results: Mapping[str, Any]) -> str:
-    """Final held-out NLLs of each seed, their differences from exact's of the same seed, and what was kept."""
+    """Final held-out NLLs of each seed, their differences from exact's of the same seed, and what was
+    kept."""
     names = list(LINES)
     lines = [_row(["held-out NLL, nats a token, of each seed", *names]), _row(["---"] * (1 + len(names)))]
     for setting, ways in _settings(results).items():
         exact = [_final(own) for own in ways["exact"]]
-        lines.append(_row([f"{setting}, {ways['exact'][0]['held_out'][-1][0]} steps", *(_each(ways[name]) for name in names)]))
-        differences = [statistics.fmean(map(_final, ways[name])) - statistics.fmean(exact) for name in names[1:]]
+        lines.append(
+            _row(
+                [
+                    f"{setting}, {ways['exact'][0]['held_out'][-1][0]} steps",
+                    *(_each(ways[name]) for name in names),
+                ]
+            )
+        )
+        differences = [
+            statistics.fmean(map(_final, ways[name])) - statistics.fmean(exact) for name in names[1:]
+        ]
         spread = f"spread {max(exact) - min(exact):.4f}"
-        lines.append(_row(["… mean less exact's", spread, *(f"{difference:+z.4f}" for difference in differences)]))
-        lines.append(_row(["… columns kept, first and last steps", "–", *(_shares(ways[name]) for name in names[1:])]))
+        lines.append(
+            _row(["… mean less exact's", spread, *(f"{difference:+z.4f}" for difference in differences)])
+        )
+        lines.append(
+            _row(["… columns kept, first and last steps", "–", *(_shares(ways[name]) for name in names[1:])])
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -59,12 +75,32 @@ def _shares(runs: list[dict[str, Any]]) -> str:
 
 def meter(results: Mapping[str, Any]) -> str:
     """`tail_report` of three models by tail_eps."""
-    head = ["model", "V", "tail_eps", "columns kept, f", "GEMMs, 1 + 2 f", "mass dropped", "error of dX", "error of dW"]
+    head = [
+        "model",
+        "V",
+        "tail_eps",
+        "columns kept, f",
+        "GEMMs, 1 + 2 f",
+        "mass dropped",
+        "error of dX",
+        "error of dW",
+    ]
     lines = [_row(head), _row(["---"] * len(head))]
     for own in results["reports"]:
         share = own["kept_share"]
         errors = (f"{own[name]:.2%}" for name in ("dropped_mass", "hidden_error", "weight_error"))
-        lines.append(_row([own["model"], f"{own['vocabulary']}", f"2^{own['power']}", f"{share:.1%}", f"{1 + 2 * share:.2f}", *errors]))
+        lines.append(
+            _row(
+                [
+                    own["model"],
+                    f"{own['vocabulary']}",
+                    f"2^{own['power']}",
+                    f"{share:.1%}",
+                    f"{1 + 2 * share:.2f}",
+                    *errors,
+                ]
+            )
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -76,7 +112,8 @@ def _row(cells: list[str]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """A column a setting: held-out NLL above, the share of columns kept below; a line a seed. Needs matplotlib."""
+    """A column a setting: held-out NLL above, the share of columns kept below; a line a seed. Needs
+    matplotlib."""
     from matplotlib.figure import Figure
 
     settings = _settings(results)

@@ -1,7 +1,8 @@
-"""Block sizes and warps of the row kernels, timed on a GPU: `python -m bench.tune` prints the lines to paste into rows_triton.LAUNCH.
+"""Block sizes and warps of the row kernels, timed on a GPU: `python -m bench.tune` prints the lines to paste
+into rows_triton.LAUNCH.
 
-Nothing is tuned at run time. The grid is every block of 1024 to 8192 logits whose threads hold 4 to 64 of them; the choice is the pair
-whose time, as a multiple of the fastest at each vocabulary, is least on average.
+Nothing is tuned at run time. The grid is every block of 1024 to 8192 logits whose threads hold 4 to 64 of
+them; the choice is the pair whose time, as a multiple of the fastest at each vocabulary, is least on average.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from .shapes import HEADS
 Launch = tuple[int, int]  # BLOCK, warps
 
 GRID: list[Launch] = [
-    (block, warps) for block in (1024, 2048, 4096, 8192) for warps in (1, 2, 4, 8, 16, 32) if 4 <= block // (32 * warps) <= 64
+    (block, warps)
+    for block in (1024, 2048, 4096, 8192)
+    for warps in (1, 2, 4, 8, 16, 32)
+    if 4 <= block // (32 * warps) <= 64
 ]
 ROWS = 2048  # at V 49152 to 256000 fp32: 0.4 to 2.1 GB, many times any L2
 ROUNDS = 20
 
 
 def best(seconds: Mapping[int, Mapping[Launch, float]]) -> Launch:
-    """The launch with the least time on average over the vocabularies, each as a multiple of the fastest there."""
+    """The launch with the least time on average over the vocabularies, each as a multiple of the fastest
+    there."""
     launches = next(iter(seconds.values()))
     multiples = {launch: [own[launch] / min(own.values()) for own in seconds.values()] for launch in launches}
     return min(multiples, key=lambda launch: statistics.mean(multiples[launch]))
@@ -64,10 +69,15 @@ def tune(kernel: str, sm: int) -> Launch:
 
             return function
 
-        timings = interleaved({f"{block}, {warps}": launched((block, warps)) for block, warps in GRID}, ROUNDS)
+        timings = interleaved(
+            {f"{block}, {warps}": launched((block, warps)) for block, warps in GRID}, ROUNDS
+        )
         seconds[V] = {launch: timings[f"{launch[0]}, {launch[1]}"].median for launch in GRID}
         order = sorted(GRID, key=seconds[V].__getitem__)
-        print(f"{kernel}, V {V}: " + "; ".join(f"{launch} {seconds[V][launch] * 1e3:.3f} ms" for launch in order[:5]))
+        print(
+            f"{kernel}, V {V}: "
+            + "; ".join(f"{launch} {seconds[V][launch] * 1e3:.3f} ms" for launch in order[:5])
+        )
     return best(seconds)
 
 

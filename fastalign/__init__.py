@@ -1,7 +1,9 @@
-"""fastalign: fused losses for every stage of language-model training. The functions are fastalign_kernels', handed on unchanged.
+"""fastalign: fused losses for every stage of language-model training. The functions are fastalign_kernels',
+handed on unchanged.
 
-A name is loaded when it is first used, so that the command `fastalign` starts without torch, and `import fastalign` without transformers.
-`fastalign.nn`, `fastalign.rollout` and the other modules need no import of their own.
+A name is loaded when it is first used, so that the command `fastalign` starts without torch, and `import
+fastalign` without transformers. `fastalign.nn`, `fastalign.rollout` and the other modules need no import of
+their own.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,8 @@
-"""A policy and its value model as one module: what an optimizer, DistributedDataParallel and a checkpoint take whole.
+"""A policy and its value model as one module: what an optimizer, DistributedDataParallel and a checkpoint
+take whole.
 
-The value of a token is that of the state in which it was drawn, read where its log-probability is: at the token before it.
+The value of a token is that of the state in which it was drawn, read where its log-probability is: at the
+token before it.
 """
 
 from collections.abc import Mapping
@@ -23,22 +25,28 @@ VALUE_HEAD = "value_head.safetensors"  # of a shared backbone, beside the policy
 class ActorCritic(nn.Module):
     """A fused causal LM (or PEFT's wrapper of one) with a value for each of its tokens.
 
-    `value` is a sequence classifier with one label that scores packed sequences (fastalign.classifier.score_packed), or
-    None: a linear layer, zero at first, then reads the hidden states that enter the policy's lm_head, and its gradient
-    reaches the backbone. `kl_coefficient`, a buffer, is the weight of the KL divergence: it changes where it is adaptive,
-    and a checkpoint keeps it.
+    `value` is a sequence classifier with one label that scores packed sequences
+    (fastalign.classifier.score_packed), or None: a linear layer, zero at first, then reads the hidden states
+    that enter the policy's lm_head, and its gradient reaches the backbone. `kl_coefficient`, a buffer, is the
+    weight of the KL divergence: it changes where it is adaptive, and a checkpoint keeps it.
     """
 
     kl_coefficient: Tensor
 
     def __init__(
-        self, policy: PreTrainedModel | PeftModel, value: PreTrainedModel | PeftModel | None = None, *, kl_coefficient: float = 0.05
+        self,
+        policy: PreTrainedModel | PeftModel,
+        value: PreTrainedModel | PeftModel | None = None,
+        *,
+        kl_coefficient: float = 0.05,
     ):
         super().__init__()
         self.policy = policy
         self.shared = value is None
         if value is None:
-            value = nn.Linear(policy.config.get_text_config().hidden_size, 1, device=policy.device, dtype=policy.dtype)
+            value = nn.Linear(
+                policy.config.get_text_config().hidden_size, 1, device=policy.device, dtype=policy.dtype
+            )
             nn.init.zeros_(value.weight)
             nn.init.zeros_(value.bias)
         self.value: Any = value
@@ -50,11 +58,14 @@ class ActorCritic(nn.Module):
         device: torch.device = self.policy.device
         return device
 
-    def forward(self, arguments: Mapping[str, Any], at: Tensor, *, temperature: float, ppo: Mapping[str, Any]) -> tuple[PolicyLoss, Tensor]:
+    def forward(
+        self, arguments: Mapping[str, Any], at: Tensor, *, temperature: float, ppo: Mapping[str, Any]
+    ) -> tuple[PolicyLoss, Tensor]:
         """PPO's loss of the policy, and the values [N] with gradient.
 
-        `arguments` are those of packed sequences (fastalign.preferences.pack_sequences), `at` int64 [N]: the place, among
-        all their B·T, before each token that is scored; `ppo` what `linear_ppo_loss` takes, its tensors [N].
+        `arguments` are those of packed sequences (fastalign.preferences.pack_sequences), `at` int64 [N]: the
+        place, among all their B·T, before each token that is scored; `ppo` what `linear_ppo_loss` takes, its
+        tensors [N].
         """
         shape = arguments["labels"].shape
 
@@ -76,7 +87,11 @@ class ActorCritic(nn.Module):
     def values(self, arguments: Mapping[str, Any], at: Tensor) -> Tensor:
         """The values [N] alone, in fp32 at least."""
         inputs = {name: value for name, value in arguments.items() if name != "labels"}
-        shared = backbone(self.policy)(**inputs, use_cache=False, return_dict=True).last_hidden_state if self.shared else None
+        shared = (
+            backbone(self.policy)(**inputs, use_cache=False, return_dict=True).last_hidden_state
+            if self.shared
+            else None
+        )
         return self._values(arguments, at, shared)
 
     def _values(self, arguments: Mapping[str, Any], at: Tensor, hidden: Tensor | None) -> Tensor:
@@ -90,13 +105,20 @@ class ActorCritic(nn.Module):
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """The weights that are trained, of the policy and of the value model."""
         parts = {"policy": self.policy, "value": self.value}
-        return {name: [weight for weight in part.parameters() if weight.requires_grad] for name, part in parts.items()}
+        return {
+            name: [weight for weight in part.parameters() if weight.requires_grad]
+            for name, part in parts.items()
+        }
 
     def save_pretrained(self, policy: Path, value: Path | None = None) -> None:
-        """The policy as transformers' causal LM; the value model as its classifier, or a shared one's head in a file beside the policy."""
+        """The policy as transformers' causal LM; the value model as its classifier, or a shared one's head in
+        a file beside the policy."""
         self.policy.save_pretrained(str(policy))
         if self.shared:
-            save_file({name: tensor.contiguous() for name, tensor in self.value.state_dict().items()}, policy / VALUE_HEAD)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.value.state_dict().items()},
+                policy / VALUE_HEAD,
+            )
         else:
             self.value.save_pretrained(str(value))
 

@@ -25,12 +25,26 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastalign_kernels import PolicyLoss, check, linear_cross_entropy_stats, linear_ppo_loss, linear_token_stats
+from fastalign_kernels import (
+    PolicyLoss,
+    check,
+    linear_cross_entropy_stats,
+    linear_ppo_loss,
+    linear_token_stats,
+)
 from fastalign_kernels.ordered_sum import ordered_sum
 
 from .hosts import CACHE
 from .own_forward import LOSS_FUNCTION, takes_own_forward
-from .probe import LogitTransform, UnsupportedModelError, check_fused, declared_transforms, explain_loss, probing, unsupported
+from .probe import (
+    LogitTransform,
+    UnsupportedModelError,
+    check_fused,
+    declared_transforms,
+    explain_loss,
+    probing,
+    unsupported,
+)
 from .versions import noting_newer_packages
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,12 +54,13 @@ Model = TypeVar("Model", bound=nn.Module)
 class FusedCausalLMOutput(CausalLMOutputWithPast):
     """What a fused model returns when it is given labels: a plain model's output and the fields below.
 
-    `loss` is a scalar in nats. `logits` is always None. The cache, `hidden_states` and `attentions` are the backbone's;
-    the cache has the name that this transformers gives it (`past_key_values` up to 5.23, `cache` since 5.24).
+    `loss` is a scalar in nats. `logits` is always None. The cache, `hidden_states` and `attentions` are the
+    backbone's; the cache has the name that this transformers gives it (`past_key_values` up to 5.23, `cache`
+    since 5.24).
 
-    `logp`, `entropy`, `lse` (fp32, or fp64 for fp64; nats) and `top1` (bool) are [B, T] and aligned with `shift_labels`:
-    position t speaks of token t + 1, ignored ones hold 0 or False.
-    `policy` takes the place of the statistics where PPO's loss is asked for; `last_hidden_state` is what entered lm_head.
+    `logp`, `entropy`, `lse` (fp32, or fp64 for fp64; nats) and `top1` (bool) are [B, T] and aligned with
+    `shift_labels`: position t speaks of token t + 1, ignored ones hold 0 or False. `policy` takes the place
+    of the statistics where PPO's loss is asked for; `last_hidden_state` is what entered lm_head.
     """
 
     logp: Tensor | None = None
@@ -74,12 +89,13 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
 
     `tail_eps` is `linear_cross_entropy`'s, for all losses of the model until it is fused with another.
 
-    The same object is returned, and fusing twice changes nothing else. Fuse before DDP, FSDP2 or torch.compile
-    wraps the model. A deep copy of a fused model is fused, and so is one that was pickled (torch.save).
+    The same object is returned, and fusing twice changes nothing else. Fuse before DDP, FSDP2 or
+    torch.compile wraps the model. A deep copy of a fused model is fused, and so is one that was pickled
+    (torch.save).
 
-    The model's own forward runs, with logits, where transformers' Trainer collects predictions (`compute_metrics`,
-    `predict`). It runs with one warning in training without labels, after `model.loss_function` was set, and after PEFT
-    put an adapter on lm_head.
+    The model's own forward runs, with logits, where transformers' Trainer collects predictions
+    (`compute_metrics`, `predict`). It runs with one warning in training without labels, after
+    `model.loss_function` was set, and after PEFT put an adapter on lm_head.
 
     With `verify`, the model's own forward runs on ten tokens (eval mode, no gradient, RNG state kept) and its
     logits and loss are compared with what the fused head makes of the same hidden states.
@@ -94,7 +110,10 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
     heads = _plain_heads(base)
     if tail_eps is not None:
         check.tail_eps(tail_eps)
-    if all(_is_ours(module) for module in (base, *heads)) and base.loss_function is base.__dict__[LOSS_FUNCTION]:
+    if (
+        all(_is_ours(module) for module in (base, *heads))
+        and base.loss_function is base.__dict__[LOSS_FUNCTION]
+    ):
         base.__dict__["_fastalign_tail_eps"] = tail_eps
         return model
     unfuse_head(base)  # the lm_head or the loss_function was replaced after fusing, so fuse again
@@ -162,11 +181,17 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)  # raises Python's own TypeError
         arguments = given | kwargs
         unlabelled = arguments.get("labels") is None and arguments.get("shift_labels") is None
-        options_given = token_stats or ppo is not None or keep_hidden or temperature != 1.0 or workspace_mib is not None
+        options_given = (
+            token_stats or ppo is not None or keep_hidden or temperature != 1.0 or workspace_mib is not None
+        )
         if unlabelled and options_given:
             asked = f"token_stats={token_stats}, ppo={ppo and sorted(ppo)}, keep_hidden={keep_hidden}"
-            raise ValueError(f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or shift_labels")
-        if not options_given and takes_own_forward(self, labelled=not unlabelled, unservable_head=_unservable_head(self)):
+            raise ValueError(
+                f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or shift_labels"
+            )
+        if not options_given and takes_own_forward(
+            self, labelled=not unlabelled, unservable_head=_unservable_head(self)
+        ):
             return original(self, *args, **kwargs)
         if token_stats and ppo is not None:
             raise ValueError("token_stats and ppo: both seen, one wanted")
@@ -183,13 +208,20 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fastalign_head_forward(
-    self: nn.Linear, hidden: Tensor, targets: Tensor | None = None, head: Callable[..., Any] = linear_token_stats, **options: Any
+    self: nn.Linear,
+    hidden: Tensor,
+    targets: Tensor | None = None,
+    head: Callable[..., Any] = linear_token_stats,
+    **options: Any,
 ) -> Any:
-    """lm_head's forward: logits as ever without targets, with them the named tuple of `head`, one of the kernels'."""
+    """lm_head's forward: logits as ever without targets, with them the named tuple of `head`, one of the
+    kernels'."""
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
     if isinstance(self.weight, DTensor):
-        raise UnsupportedModelError("lm_head.weight is a DTensor inside lm_head's own call: a tensor-parallel head is not served")
+        raise UnsupportedModelError(
+            "lm_head.weight is a DTensor inside lm_head's own call: a tensor-parallel head is not served"
+        )
     return head(hidden, self.weight, targets, bias=self.bias, **options)
 
 
@@ -207,7 +239,9 @@ def _run(
     ignore_index = check.ignore_index(arguments.pop("ignore_index", None))
     logits_to_keep = arguments.pop("logits_to_keep", 0)
     if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
-        raise ValueError(f"logits_to_keep={logits_to_keep} with labels: allowed is 0; ignore targets with -100")
+        raise ValueError(
+            f"logits_to_keep={logits_to_keep} with labels: allowed is 0; ignore targets with -100"
+        )
     _refuse_router_loss(model, arguments.get("output_router_logits"))
     if not all(_is_ours(head) for head in _plain_heads(model)):
         raise unsupported(model, "had its lm_head replaced after fuse_head; call fuse_head again")
@@ -216,7 +250,9 @@ def _run(
     ids = arguments.get("input_ids")
     shape = ids.shape if ids is not None else arguments["inputs_embeds"].shape[:-1]
     if targets.shape != shape:
-        raise ValueError(f"labels: shape {list(targets.shape)} seen, that of the tokens, {list(shape)}, wanted")
+        raise ValueError(
+            f"labels: shape {list(targets.shape)} seen, that of the tokens, {list(shape)}, wanted"
+        )
 
     inner = _backbone(model)(**arguments, return_dict=True)
     hidden = inner.last_hidden_state
@@ -224,7 +260,11 @@ def _run(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(hidden.device)
     transform: LogitTransform = model.__dict__["_fastalign_transform"]
-    options |= {"ignore_index": ignore_index, "tail_eps": model.__dict__.get("_fastalign_tail_eps"), **transform._asdict()}
+    options |= {
+        "ignore_index": ignore_index,
+        "tail_eps": model.__dict__.get("_fastalign_tail_eps"),
+        **transform._asdict(),
+    }
     kept = {name: getattr(inner, name, None) for name in (CACHE, "hidden_states", "attentions")}
     kept |= {"last_hidden_state": hidden} if keep_hidden else {}
     head = model.get_output_embeddings()
@@ -233,11 +273,15 @@ def _run(
         return FusedCausalLMOutput(loss=policy.loss, policy=policy, **kept)
     if token_stats:
         stats = head(hidden, targets, head=linear_token_stats, **options)
-        loss = -ordered_sum(stats.logp) / ((targets != ignore_index).sum() if num_items is None else num_items)
+        loss = -ordered_sum(stats.logp) / (
+            (targets != ignore_index).sum() if num_items is None else num_items
+        )
     else:
         stats = head(hidden, targets, head=linear_cross_entropy_stats, **options, num_items=num_items)
         loss = stats.loss
-    return FusedCausalLMOutput(loss=loss, logp=stats.logp, entropy=stats.entropy, lse=stats.lse, top1=stats.top1, **kept)
+    return FusedCausalLMOutput(
+        loss=loss, logp=stats.logp, entropy=stats.entropy, lse=stats.lse, top1=stats.top1, **kept
+    )
 
 
 def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTransform) -> None:
@@ -250,7 +294,11 @@ def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTrans
 
 def _forward_of(module: nn.Module) -> MethodType:
     """Our forward, bound to the module: a model's or an lm_head's."""
-    function = _fused_forward(type(module).forward) if isinstance(module, PreTrainedModel) else _fastalign_head_forward
+    function = (
+        _fused_forward(type(module).forward)
+        if isinstance(module, PreTrainedModel)
+        else _fastalign_head_forward
+    )
     return MethodType(function, module)
 
 
@@ -259,7 +307,8 @@ def _reduce_of(module: nn.Module) -> MethodType:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """How a fused module is pickled and copied. A bound method is pickled by its name, by which a module's class has none of ours."""
+    """How a fused module is pickled and copied. A bound method is pickled by its name, by which a module's
+    class has none of ours."""
     reduced: Any = type(self).__reduce_ex__(self, protocol)
     made, arguments, state, *rest = reduced
     ours = {"forward": _Rebound(_forward_of, self)} if _is_ours(self) else {}
@@ -283,7 +332,8 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def backbone(model: nn.Module) -> PreTrainedModel:
-    """The module of a causal LM or classifier (or of the one in a PeftModel) whose `last_hidden_state` enters its head."""
+    """The module of a causal LM or classifier (or of the one in a PeftModel) whose `last_hidden_state` enters
+    its head."""
     found: PreTrainedModel = _backbone(_causal_lm(model))
     return found
 

@@ -1,4 +1,5 @@
-"""What of a row is trained: the assistant's turns under a chat template, or a completion; as characters, then as tokens.
+"""What of a row is trained: the assistant's turns under a chat template, or a completion; as characters, then
+as tokens.
 
 The DataErrors raised here give the reason alone; `fastalign.data` adds the file and the rows.
 """
@@ -28,10 +29,11 @@ WHOLE = ("messages", "conversations")  # columns that hold a whole conversation,
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, which turns a conversation into a text and the spans of it that are trained.
+    """A tokenizer's chat template, which turns a conversation into a text and the spans of it that are
+    trained.
 
-    Of several templates, transformers' choice for the row is taken: `tool_use` for one with `tools`, else `default`. Raises
-    ValueError for a tokenizer without one.
+    Of several templates, transformers' choice for the row is taken: `tool_use` for one with `tools`, else
+    `default`. Raises ValueError for a tokenizer without one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -44,11 +46,12 @@ class ChatTemplate:
         self._templates: dict[str, Template] = {}
 
     def render(self, row: Row, *columns: str) -> list[tuple[str, Spans]]:
-        """For each column, the text of the prompt with it, and what the assistant says in it after the prompt.
+        """For each column, the text of the prompt with it, and what the assistant says in it after the
+        prompt.
 
-        The columns are `messages` or `conversations` alone, or those that answer `prompt` (`fastalign.messages.separate`).
-        Raises DataError for messages that are none, that the template refuses or would lose a part of, or whose turns cannot be
-        told apart in its text.
+        The columns are `messages` or `conversations` alone, or those that answer `prompt`
+        (`fastalign.messages.separate`). Raises DataError for messages that are none, that the template
+        refuses or would lose a part of, or whose turns cannot be told apart in its text.
         """
         template, tools = self._choose(row)
         prompt: list[Message] = []
@@ -57,12 +60,15 @@ class ChatTemplate:
             answers = [read(columns[0], row[columns[0]])]
         else:
             prompt, answers = separate(row, columns)
-        return [self._answer(template, tools, prompt, *answer) for answer in zip(columns, answers, strict=True)]
+        return [
+            self._answer(template, tools, prompt, *answer) for answer in zip(columns, answers, strict=True)
+        ]
 
     def prompt(self, row: Row) -> str:
         """The text of `prompt` up to where the assistant's turn begins; `tools` are handed to the template.
 
-        Raises DataError for messages that are none, that the template refuses, or of which the assistant has the last word.
+        Raises DataError for messages that are none, that the template refuses, or of which the assistant has
+        the last word.
         """
         messages = read_messages("prompt", row["prompt"])
         if not messages:
@@ -78,14 +84,20 @@ class ChatTemplate:
         """The text of the whole conversation, of `prompt` and an answer to it."""
         template, tools = self._choose(row)
         messages, _ = take_weights("prompt", read_messages("prompt", row["prompt"]))
-        [rendered] = template.render(Call(template.fit("prompt", [*messages, {"role": "assistant", "content": answer}]), tools))
+        [rendered] = template.render(
+            Call(template.fit("prompt", [*messages, {"role": "assistant", "content": answer}]), tools)
+        )
         return rendered.text
 
     def turn_ends(self) -> list[int]:
-        """The ids of special tokens that end an assistant's turn, where it is trained: an answer's, and a call's of a tool."""
+        """The ids of special tokens that end an assistant's turn, where it is trained: an answer's, and a
+        call's of a tool."""
         asked: Message = {"role": "user", "content": "x"}
         call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"q": MARK}}}
-        says: list[Message] = [{"role": "assistant", "content": MARK}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        says: list[Message] = [
+            {"role": "assistant", "content": MARK},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
         ends = set()
         for tools in (None, [call]):
             try:
@@ -115,11 +127,18 @@ class ChatTemplate:
         except ValueError as error:  # several, and none of them for this row
             raise DataError(f"the chat templates of {self.name} have none for it: {error}") from error
         if source not in self._templates:
-            self._templates[source] = Template(source, name=self.name, variables=self._tokenizer.special_tokens_map)
+            self._templates[source] = Template(
+                source, name=self.name, variables=self._tokenizer.special_tokens_map
+            )
         return self._templates[source]
 
     def _answer(
-        self, template: Template, tools: list[Any] | None, prompt: list[Message], column: str, answer: list[Message]
+        self,
+        template: Template,
+        tools: list[Any] | None,
+        prompt: list[Message],
+        column: str,
+        answer: list[Message],
     ) -> tuple[str, Spans]:
         """The text of a conversation, and the spans that are trained of its messages behind the prompt."""
         turns = [message for message in answer if message["role"] == "assistant"]
@@ -135,13 +154,19 @@ class ChatTemplate:
         wanted = [len(prompt) + turn for turn, train in enumerate(trained) if train]
         if not template.has_marks:
             return self._by_prefixes(template, tools, messages, wanted)
-        others = [len(prompt) + turn for turn, message in enumerate(said) if message["role"] == "assistant" and not trained[turn]]
+        others = [
+            len(prompt) + turn
+            for turn, message in enumerate(said)
+            if message["role"] == "assistant" and not trained[turn]
+        ]
         untrained = [range(turn, turn + 1) for turn in others]
         if any(message["role"] == "assistant" for message in prompt):
             untrained.append(range(len(prompt)))
         return self._by_marks(template, tools, messages, untrained)
 
-    def _by_prefixes(self, template: Template, tools: list[Any] | None, messages: list[Message], turns: list[int]) -> tuple[str, Spans]:
+    def _by_prefixes(
+        self, template: Template, tools: list[Any] | None, messages: list[Message], turns: list[int]
+    ) -> tuple[str, Spans]:
         """A turn's span is what it adds to the conversation before it with the generation prompt."""
         calls = [Call(messages, tools)]
         for turn in turns:
@@ -152,16 +177,21 @@ class ChatTemplate:
             if not after.startswith(before):
                 self._explain(template, tools, messages[: turn + 1], before, after)
             self._check_prefix(after, text)
-            # The line break that templates put after the end-of-turn token is not the assistant's: it has stopped.
+            # The line break that templates put after the end-of-turn token is not the assistant's: it has
+            # stopped.
             said = after[len(before) :]
             body = said.rstrip()
             spans.append((len(before), len(before) + len(body if body.endswith(self.special) else said)))
         return text, spans
 
-    def _by_marks(self, template: Template, tools: list[Any] | None, messages: list[Message], untrained: list[range]) -> tuple[str, Spans]:
+    def _by_marks(
+        self, template: Template, tools: list[Any] | None, messages: list[Message], untrained: list[range]
+    ) -> tuple[str, Spans]:
         """The spans that the template marks, without those of untrained messages."""
         ends = sorted({end for turns in untrained for end in (turns.start, turns.stop)} - {0})
-        (text, spans, _), *parts = template.render(Call(messages, tools, marks=True), *(Call(messages[:end], tools) for end in ends))
+        (text, spans, _), *parts = template.render(
+            Call(messages, tools, marks=True), *(Call(messages[:end], tools) for end in ends)
+        )
         lengths = {0: 0}
         for end, part in zip(ends, parts, strict=True):
             self._check_prefix(part.text, text)
@@ -170,7 +200,9 @@ class ChatTemplate:
             spans = [span for span in spans if not lengths[turns.start] <= span[0] < lengths[turns.stop]]
         return text, spans
 
-    def _explain(self, template: Template, tools: list[Any] | None, messages: list[Message], before: str, after: str) -> None:
+    def _explain(
+        self, template: Template, tools: list[Any] | None, messages: list[Message], before: str, after: str
+    ) -> None:
         """Raise DataError for an assistant's turn that does not go on from the generation prompt."""
         [plain] = template.try_render(Call(messages[:-1], tools))
         asked, begins = before.removeprefix(plain.text), after.removeprefix(plain.text)
@@ -203,10 +235,12 @@ def join_texts(row: Row, answer: str = "completion") -> tuple[str, Spans]:
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
-    """Whether each token, by its characters [start, end) in the text, is trained: it overlaps a span, and is not the first.
+    """Whether each token, by its characters [start, end) in the text, is trained: it overlaps a span, and is
+    not the first.
 
-    A tokenizer that trims white space from offsets leaves a token of nothing else empty, at its end: it begins
-    where the one before it ended. Special tokens that the tokenizer adds are at (0, 0), and not trained.
+    A tokenizer that trims white space from offsets leaves a token of nothing else empty, at its end: it
+    begins where the one before it ended. Special tokens that the tokenizer adds are at (0, 0), and not
+    trained.
     """
     trained = []
     place = previous = 0
@@ -220,7 +254,8 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
 
 
 def read_text(column: str, text: Any, *, blank: bool = False) -> str:
-    """`text`, or DataError for what is no text, or empty: without a character, or unless `blank` with white space only."""
+    """`text`, or DataError for what is no text, or empty: without a character, or unless `blank` with white
+    space only."""
     if text is None:
         raise DataError(f"column {column!r} is missing or null")
     if not isinstance(text, str):

@@ -1,8 +1,8 @@
 """Scores of packed sequences from a transformers sequence classifier, inside its own forward.
 
-transformers pools one token a row, the last that is not the padding id. `score_packed` lets a classifier's forward be
-told the tokens instead; as that is still the model's forward, DDP's and FSDP2's hooks fire. It saves, loads and
-runs without them as ever.
+transformers pools one token a row, the last that is not the padding id. `score_packed` lets a classifier's
+forward be told the tokens instead; as that is still the model's forward, DDP's and FSDP2's hooks fire. It
+saves, loads and runs without them as ever.
 """
 
 from types import MethodType
@@ -21,13 +21,16 @@ from .versions import noting_newer_packages
 
 @noting_newer_packages()
 def score_packed(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a sequence classifier be called with `ends`, int64 [S]: it then returns `logits` [S, labels] at these of the [B·T] tokens.
+    """Let a sequence classifier be called with `ends`, int64 [S]: it then returns `logits` [S, labels] at
+    these of the [B·T] tokens.
 
-    The same object is returned. Six tokens go through both forwards, in evaluation mode. Raises UnsupportedModelError
-    where they differ, or where the model has no linear layer `score` on a backbone.
+    The same object is returned. Six tokens go through both forwards, in evaluation mode. Raises
+    UnsupportedModelError where they differ, or where the model has no linear layer `score` on a backbone.
     """
     if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.base_model is model:
-        raise unsupported(model, "has no linear layer `score` on a backbone, as transformers' classifiers of decoders have")
+        raise unsupported(
+            model, "has no linear layer `score` on a backbone, as transformers' classifiers of decoders have"
+        )
     model.__dict__["forward"] = MethodType(_forward, model)
     padding = model.config.get_text_config().pad_token_id
     tokens = torch.tensor([[token for token in range(7) if token != padding][:6]], device=model.device)
@@ -39,18 +42,25 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
         del model.__dict__["forward"]
         if wrong := find_not_finite(model.state_dict().items()):
             raise ValueError(f"model: {type(model).__name__}'s {wrong}; expected finite numbers")
-        raise unsupported(model, f"scores a sequence as {own.tolist()}, not by its layer `score` at the last token, {ours.tolist()}")
+        raise unsupported(
+            model,
+            f"scores a sequence as {own.tolist()}, not by its layer `score` at the last token, {ours.tolist()}",
+        )
     return model
 
 
 def last_token(sequence: Tokenized, *, pad_id: int) -> int:
-    """The place of a sequence's last token but `pad_id`, at which transformers scores it; 0 where there is none."""
+    """The place of a sequence's last token but `pad_id`, at which transformers scores it; 0 where there is
+    none."""
     return max((place for place, token in enumerate(sequence.input_ids) if token != pad_id), default=0)
 
 
 def last_tokens(packed: dict[str, Any], *, pad_id: int) -> Tensor:
-    """The `ends` of sequences as `fastalign.preferences.pack_sequences` packs them: what transformers pools, the last but `pad_id`."""
-    behind = [len(sequence.input_ids) - last_token(sequence, pad_id=pad_id) for sequence in packed["sequences"]]
+    """The `ends` of sequences as `fastalign.preferences.pack_sequences` packs them: what transformers pools,
+    the last but `pad_id`."""
+    behind = [
+        len(sequence.input_ids) - last_token(sequence, pad_id=pad_id) for sequence in packed["sequences"]
+    ]
     return packed["starts"][packed["places"] + 1] - torch.tensor(behind)
 
 

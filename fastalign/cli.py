@@ -18,14 +18,18 @@ COMMANDS = {
     "kto": ("fastalign.stages.kto", "align a causal LM with completions judged good or bad, by KTO"),
     "ppo": ("fastalign.stages.ppo", "align a causal LM with scores of its own completions, by PPO"),
     "merge": ("fastalign.stages.merge", "write a model with its LoRA adapters merged in"),
-    "demo": ("fastalign.demo", "pre-training, SFT, reward model, DPO, KTO and PPO on real text at toy scale, with a report"),
+    "demo": (
+        "fastalign.demo",
+        "pre-training, SFT, reward model, DPO, KTO and PPO on real text at toy scale, with a report",
+    ),
     "env": ("fastalign.cli", "versions, devices, what is native, what falls back and why"),
 }
 PACKAGES = ("fastalign", "torch", "triton", "transformers", "datasets", "peft", "flash-attn", "liger-kernel")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; each takes its own arguments, which `fastalign COMMAND --help` lists. Without one, they are listed: status 0."""
+    """Run one command; each takes its own arguments, which `fastalign COMMAND --help` lists. Without one,
+    they are listed: status 0."""
     commands = "\n".join(f"  {name:<10} {help_line}" for name, (_, help_line) in COMMANDS.items())
     parser = Parser(
         prog="fastalign",

@@ -1,7 +1,8 @@
 """Rows of text in, batches of tokens out: tokenization, packing, collation. `load_rows` is of readers.py.
 
-Reading and tokenizing need no model, so bad data is refused before one is loaded: DataError names the file, the
-column and the rows, counted from 1 as an editor shows them. B batch rows, T time, S sequences, as everywhere.
+Reading and tokenizing need no model, so bad data is refused before one is loaded: DataError names the file,
+the column and the rows, counted from 1 as an editor shows them. B batch rows, T time, S sequences, as
+everywhere.
 """
 
 import warnings
@@ -13,7 +14,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .chat import WHOLE, ChatTemplate, DataError, Row, Spans, join_texts, overlapping, read_text, tokenizer_name
+from .chat import (
+    WHOLE,
+    ChatTemplate,
+    DataError,
+    Row,
+    Spans,
+    join_texts,
+    overlapping,
+    read_text,
+    tokenizer_name,
+)
 from .messages import UNSERVED, refuse_beside_text
 from .probe import probing
 from .readers import load_rows as load_rows
@@ -53,9 +64,9 @@ def tokenize_text(
 ) -> list[Tokenized]:
     """Documents for pre-training: the tokenizer's own special tokens (BOS where it adds one), then one EOS.
 
-    A document longer than `max_length` tokens is split into pieces that overlap by one token, so that each of its
-    tokens but the first is a target exactly once; or else `too_long` applies to it as in `tokenize_sft`. Raises DataError for a
-    missing column and rows that are not text or empty.
+    A document longer than `max_length` tokens is split into pieces that overlap by one token, so that each of
+    its tokens but the first is a target exactly once; or else `too_long` applies to it as in `tokenize_sft`.
+    Raises DataError for a missing column and rows that are not text or empty.
     """
     _check_max_length(max_length)
     eos = _eos_of(tokenizer)
@@ -80,44 +91,57 @@ def tokenize_text(
     return pieces
 
 
-def tokenize_sft(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop") -> list[Tokenized]:
+def tokenize_sft(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
+) -> list[Tokenized]:
     """Demonstrations, one a row: `messages`, or `prompt` and `completion` (both text, or messages).
 
-    Of `messages`, every assistant turn is trained, with its end-of-turn token, but those of "weight" 0; of `prompt` and
-    `completion`, the completion alone, with an EOS after text. The chat template's own {% generation %} marks say what
-    belongs to a turn; where it has none, it is what the turn adds to the conversation before it with the
-    generation prompt. A `tools` column is handed to the template. ShareGPT's `conversations` are read as messages. A
-    completion of messages may repeat its prompt, which may then be the text of the user's last turn.
+    Of `messages`, every assistant turn is trained, with its end-of-turn token, but those of "weight" 0; of
+    `prompt` and `completion`, the completion alone, with an EOS after text. The chat template's own {%
+    generation %} marks say what belongs to a turn; where it has none, it is what the turn adds to the
+    conversation before it with the generation prompt. A `tools` column is handed to the template. ShareGPT's
+    `conversations` are read as messages. A completion of messages may repeat its prompt, which may then be
+    the text of the user's last turn.
 
-    Rows longer than `max_length` tokens are refused, left out or cut at the right (`too_long`), the latter two with one warning that
-    counts them. Raises DataError for missing columns, wrong types, rows with nothing to train on (within `max_length`), messages of
-    which the template would lose a part, and rows whose earlier turns the template rewrites, where the difference would mask
-    wrongly; ValueError for a tokenizer that lacks what this needs.
+    Rows longer than `max_length` tokens are refused, left out or cut at the right (`too_long`), the latter
+    two with one warning that counts them. Raises DataError for missing columns, wrong types, rows with
+    nothing to train on (within `max_length`), messages of which the template would lose a part, and rows
+    whose earlier turns the template rewrites, where the difference would mask wrongly; ValueError for a
+    tokenizer that lacks what this needs.
     """
     whole = [column for column in WHOLE if column in rows.column_names]
     if whole and "completion" in rows.column_names:
-        raise DataError(f"{name_rows(rows)}columns {whole[0]!r} and 'completion' exclude each other: remove one")
+        raise DataError(
+            f"{name_rows(rows)}columns {whole[0]!r} and 'completion' exclude each other: remove one"
+        )
     for column in ("prompt", *whole[1:]) if whole else ():
         if column in rows.column_names:
             warnings.warn(
-                f"{name_rows(rows)}column {column!r} is not used beside {whole[0]!r}, which hold the whole conversation", stacklevel=2
+                f"{name_rows(rows)}column {column!r} is not used beside {whole[0]!r}, which hold the whole conversation",
+                stacklevel=2,
             )
     if not whole:
         need_columns(rows, "prompt", "completion")
     chat = bool(whole) or holds_messages(rows, "prompt", "completion")
     convert = answer_converter(tokenizer, *(whole[:1] or ["completion"]), chat=chat)
     answers = read_each(rows, whole[:1] or ["prompt", "completion"], convert, BESIDE)
-    tokenized = tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long)
+    tokenized = tokenize_answers(
+        rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long
+    )
     return [sequences[0] for sequences in tokenized if sequences]
 
 
-def tokenize_prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop") -> list[Prompt]:
-    """Prompts to complete, one a row: `prompt`, as text, or as messages that the template follows with the assistant's turn.
+def tokenize_prompts(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
+) -> list[Prompt]:
+    """Prompts to complete, one a row: `prompt`, as text, or as messages that the template follows with the
+    assistant's turn.
 
-    Text gets the tokenizer's own special tokens, less an EOS behind it. Prompts longer than `max_length` tokens are refused, left
-    out or cut at the left (`too_long`), as what follows depends on their end; the latter two with one warning that counts them.
-    Raises DataError for a missing column, wrong types, messages that the assistant ends, prompts without
-    tokens, and where all are left out; ValueError for a tokenizer that lacks what this needs.
+    Text gets the tokenizer's own special tokens, less an EOS behind it. Prompts longer than `max_length`
+    tokens are refused, left out or cut at the left (`too_long`), as what follows depends on their end; the
+    latter two with one warning that counts them. Raises DataError for a missing column, wrong types, messages
+    that the assistant ends, prompts without tokens, and where all are left out; ValueError for a tokenizer
+    that lacks what this needs.
     """
     need_columns(rows, "prompt")
     chat = holds_messages(rows, "prompt")
@@ -139,8 +163,11 @@ def tokenize_prompts(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_leng
     return prompts
 
 
-def answer_converter(tokenizer: PreTrainedTokenizerBase, *columns: str, chat: bool) -> Callable[[Row], list[tuple[str, Spans]]]:
-    """From a row to the text of its prompt with each of the columns, and what of it is trained: by the chat template, or as text."""
+def answer_converter(
+    tokenizer: PreTrainedTokenizerBase, *columns: str, chat: bool
+) -> Callable[[Row], list[tuple[str, Spans]]]:
+    """From a row to the text of its prompt with each of the columns, and what of it is trained: by the chat
+    template, or as text."""
     if chat:
         template = ChatTemplate(tokenizer)
         return lambda row: template.render(row, *columns)
@@ -161,15 +188,19 @@ def tokenize_answers(
     max_length: int,
     too_long: TooLong = "drop",
 ) -> list[list[Tokenized]]:
-    """The tokens of each row's texts, whose spans are trained; a text that no `chat` template wrote gets an EOS, trained too.
+    """The tokens of each row's texts, whose spans are trained; a text that no `chat` template wrote gets an
+    EOS, trained too.
 
-    A row with a text longer than `max_length` tokens is refused, or left out, so that its list is empty, or cut at the right
-    (`too_long`), the latter two with one warning. Raises DataError for rows with a text that has nothing to train on (within
-    `max_length`), and where all are left out; ValueError for a tokenizer that lacks what this needs.
+    A row with a text longer than `max_length` tokens is refused, or left out, so that its list is empty, or
+    cut at the right (`too_long`), the latter two with one warning. Raises DataError for rows with a text that
+    has nothing to train on (within `max_length`), and where all are left out; ValueError for a tokenizer that
+    lacks what this needs.
     """
     _check_max_length(max_length)
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer must be fast, to know where tokens lie in a text; {tokenizer_name(tokenizer)} is not")
+        raise ValueError(
+            f"tokenizer must be fast, to know where tokens lie in a text; {tokenizer_name(tokenizer)} is not"
+        )
     eos = None if chat else _eos_of(tokenizer)
     examples = [(index, text, wanted) for index, row in enumerate(answers) for text, wanted in row]
     tokenized: list[list[Tokenized]] = [[] for _ in answers]
@@ -200,10 +231,18 @@ def tokenize_answers(
     refuse_rows(rows, {"no token to train on": silent, within: late})
     _report_long(rows, long, too_long, f"max_length={max_length}")
     _warn(rows, merged, "a token joins the end of the prompt to the start of the completion, and is trained")
-    special = {*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    special = {
+        *tokenizer.all_special_ids,
+        *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special),
+    }
     sequences = (sequence for row in tokenized for sequence in row)
-    if chat and not any(train and id in special for sequence in sequences for id, train in zip(*sequence, strict=True)):
-        warnings.warn(f"{tokenizer_name(tokenizer)}: no special token is trained, so turns may not learn to end", stacklevel=3)
+    if chat and not any(
+        train and id in special for sequence in sequences for id, train in zip(*sequence, strict=True)
+    ):
+        warnings.warn(
+            f"{tokenizer_name(tokenizer)}: no special token is trained, so turns may not learn to end",
+            stacklevel=3,
+        )
     if too_long == "drop":
         for index in long:
             tokenized[index] = []
@@ -219,7 +258,8 @@ def holds_messages(rows: Rows, *columns: str) -> bool:
 
 
 def turn_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an assistant's turn in the chat template of rows of messages; none for rows of text."""
+    """The ids that end an assistant's turn in the chat template of rows of messages; none for rows of
+    text."""
     chat = holds_messages(rows, *WHOLE, "prompt", "completion", "chosen")
     return ChatTemplate(tokenizer).turn_ends() if chat else []
 
@@ -255,7 +295,13 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def collate(examples: Sequence[Sequence[Tokenized]], *, pad_id: int, length: int | None = None, attention: str = "sdpa") -> dict[str, Any]:
+def collate(
+    examples: Sequence[Sequence[Tokenized]],
+    *,
+    pad_id: int,
+    length: int | None = None,
+    attention: str = "sdpa",
+) -> dict[str, Any]:
     """Arguments of a transformers causal LM for B rows, each of sequences that must not see each other.
 
     input_ids, position_ids, labels: int64 [B, T], T being `length`, or else the longest row. Positions
@@ -281,15 +327,19 @@ def collate(examples: Sequence[Sequence[Tokenized]], *, pad_id: int, length: int
         rows = [[sequence for row in examples for sequence in row]]
         width = length * len(widths) if length else sum(widths)
 
-    # Padding that counts on keeps a row one sequence, so that sdpa needs no mask. Otherwise each padding token is at
-    # position 0, a sequence of its own: counting on could leave a learned position table shorter than the row.
+    # Padding that counts on keeps a row one sequence, so that sdpa needs no mask. Otherwise each padding
+    # token is at position 0, a sequence of its own: counting on could leave a learned position table shorter
+    # than the row.
     counts_on = length is None and all(len(row) == 1 for row in rows)
     input_ids, position_ids, labels = [], [], []
     for row in rows:
         ids = [token for sequence in row for token in sequence.input_ids]
         positions = [position for sequence in row for position in range(len(sequence.input_ids))]
         trained = [train for sequence in row for train in sequence.trained]
-        targets = [token if train and position else IGNORE_INDEX for token, position, train in zip(ids, positions, trained, strict=True)]
+        targets = [
+            token if train and position else IGNORE_INDEX
+            for token, position, train in zip(ids, positions, trained, strict=True)
+        ]
         padding = width - len(ids)
         input_ids.append(ids + [pad_id] * padding)
         position_ids.append(positions + (list(range(len(ids), width)) if counts_on else [0] * padding))
@@ -305,22 +355,28 @@ def collate(examples: Sequence[Sequence[Tokenized]], *, pad_id: int, length: int
     return batch
 
 
-def check_packing(model: PreTrainedModel, *, attention: str = "sdpa", lengths: Iterable[int] | None = None) -> None:
+def check_packing(
+    model: PreTrainedModel, *, attention: str = "sdpa", lengths: Iterable[int] | None = None
+) -> None:
     """Refuse a model in which a packed sequence differs from the same sequence alone.
 
-    `lengths`: the tokens of the sequences that are to be packed. A model with LongRoPE or dynamic RoPE needs them, as the longest
-    sequence of a row decides on the frequencies of all.
+    `lengths`: the tokens of the sequences that are to be packed. A model with LongRoPE or dynamic RoPE needs
+    them, as the longest sequence of a row decides on the frequencies of all.
 
     Recurrent layers that carry their state across sequences, and models that ignore position_ids, show up
     here and nowhere else. Two forward passes of at most 12 tokens, in evaluation mode; call it under
     training's autocast. Raises ValueError where logits, or a backbone's hidden states, do not agree.
     """
     if lengths is None and (switch := rope_switch(model.config)):
-        raise ValueError(f"lengths: got None, expected those of the sequences to pack, because {type(model).__name__} changes at {switch}")
+        raise ValueError(
+            f"lengths: got None, expected those of the sequences to pack, because {type(model).__name__} changes at {switch}"
+        )
     check_lengths(model.config, lengths or (), remedy="turn packing off")
     vocab = model.config.get_text_config().vocab_size
     both = [Tokenized([(7 * i + first) % vocab for i in range(6)], [True] * 6) for first in (1, 4)]
-    packed, alone = (outputs_of(model, collate([row], pad_id=0, attention=attention))[-6:] for row in (both, both[1:]))
+    packed, alone = (
+        outputs_of(model, collate([row], pad_id=0, attention=attention))[-6:] for row in (both, both[1:])
+    )
     if difference := beyond_rounding(packed, alone):
         raise ValueError(
             f"{type(model).__name__} with {attention} attention cannot be trained on packed rows: the logits "
@@ -330,7 +386,11 @@ def check_packing(model: PreTrainedModel, *, attention: str = "sdpa", lengths: I
 
 def outputs_of(model: PreTrainedModel, arguments: Mapping[str, Any]) -> torch.Tensor:
     """The logits, or a backbone's hidden states, of all [B·T] tokens, in evaluation mode without gradient."""
-    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in arguments.items() if name != "labels"}
+    inputs = {
+        name: value.to(model.device) if torch.is_tensor(value) else value
+        for name, value in arguments.items()
+        if name != "labels"
+    }
     with probing(model):
         output = model(**inputs, use_cache=False)
     seen: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
@@ -338,7 +398,8 @@ def outputs_of(model: PreTrainedModel, arguments: Mapping[str, Any]) -> torch.Te
 
 
 def beyond_rounding(packed: torch.Tensor, alone: torch.Tensor) -> str | None:
-    """How far outputs of packed sequences are from those of the same alone, where it is by more than rounding.
+    """How far outputs of packed sequences are from those of the same alone, where it is by more than
+    rounding.
 
     Allowed is √ε of the coarsest dtype that they went through, relative to the largest of them.
     """
@@ -347,11 +408,19 @@ def beyond_rounding(packed: torch.Tensor, alone: torch.Tensor) -> str | None:
     dtypes += [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
     difference = (packed - alone).abs().max().item()
     allowed = max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * alone.abs().max().item()
-    return None if difference <= allowed else f"{difference:.2g} off those of the same alone ({allowed:.2g} allowed)"
+    return (
+        None
+        if difference <= allowed
+        else f"{difference:.2g} off those of the same alone ({allowed:.2g} allowed)"
+    )
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], *, add_special_tokens: bool = True, offsets: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    *,
+    add_special_tokens: bool = True,
+    offsets: bool = False,
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
     """The tokens of each text, and with `offsets` the characters [start, end) where each of them lies."""
     for begin in range(0, len(texts), BATCH):
@@ -366,11 +435,17 @@ def _encode(
         yield from zip(ids, encoded["offset_mapping"] if offsets else [[]] * len(ids), strict=True)
 
 
-def _report_long(rows: Rows, long: Sequence[int], too_long: TooLong, limit: str, *, side: str = "right") -> None:
-    """Refuse the rows that are too long, or warn of them. Raises DataError where all are, and are left out."""
+def _report_long(
+    rows: Rows, long: Sequence[int], too_long: TooLong, limit: str, *, side: str = "right"
+) -> None:
+    """Refuse the rows that are too long, or warn of them. Raises DataError where all are, and are left
+    out."""
     long = list(dict.fromkeys(long))
     if too_long == "refuse":
-        refuse_rows(rows, {f"longer than {limit} (too_long=refuse; drop leaves such rows out, truncate cuts them)": long})
+        refuse_rows(
+            rows,
+            {f"longer than {limit} (too_long=refuse; drop leaves such rows out, truncate cuts them)": long},
+        )
     if too_long == "drop" and len(long) == len(rows):
         refuse_rows(rows, {f"longer than {limit}, and so are all": long})
     _warn(rows, long, f"longer than {limit}, {'left out' if too_long == 'drop' else f'cut at the {side}'}")

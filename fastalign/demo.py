@@ -1,13 +1,15 @@
-"""`fastalign demo`: a small Llama pre-trained, tuned and aligned on real text, on a CPU in minutes, and a report of what came of it.
+"""`fastalign demo`: a small Llama pre-trained, tuned and aligned on real text, on a CPU in minutes, and a
+report of what came of it.
 
     fastalign demo                                  # writes runs/demo/report.md
     fastalign demo --steps 800 --seed 1 --output-dir runs/longer
 
-From 10,605 movie-review sentences (`demo_data` says where they come from) it trains a byte-level BPE tokenizer and a language model on all
-but 1,000, then tunes that on prompt -> continuation of the positively rated ones. `demo_align` trains a reward model on the ratings, and
-policies by DPO and KTO on the tuned model's own samples, and by PPO (`demo_ppo`). The report has the curves, samples, the sentiment of
-the completions before and after, reward against KL for every policy, and this library beside plain PyTorch: a step of each stage
-(`demo_steps`), and the head alone.
+From 10,605 movie-review sentences (`demo_data` says where they come from) it trains a byte-level BPE
+tokenizer and a language model on all but 1,000, then tunes that on prompt -> continuation of the positively
+rated ones. `demo_align` trains a reward model on the ratings, and policies by DPO and KTO on the tuned
+model's own samples, and by PPO (`demo_ppo`). The report has the curves, samples, the sentiment of the
+completions before and after, reward against KL for every policy, and this library beside plain PyTorch: a
+step of each stage (`demo_steps`), and the head alone.
 """
 
 import argparse
@@ -26,7 +28,18 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from . import demo_align, demo_report, demo_steps
 from .data import DataError
-from .demo_data import CHAT_TEMPLATE, chats_of, cut, fetch, prompts_of, rated_pairs, read_sentences, split, texts_of, write_rows
+from .demo_data import (
+    CHAT_TEMPLATE,
+    chats_of,
+    cut,
+    fetch,
+    prompts_of,
+    rated_pairs,
+    read_sentences,
+    split,
+    texts_of,
+    write_rows,
+)
 from .demo_report import STAGES, Completion, Outcome
 from .demo_settings import ROW_TOKENS, Settings, bar, draw, part, shared
 from .faults import Parser, told
@@ -37,27 +50,52 @@ VOCABULARY = 2048
 MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
 MARKER = "demo.json"  # tells a folder of the demo, whose contents a new run replaces, from any other
-MADE = ("rows", "tokenizer", "reference", *STAGES, *demo_align.TITLES, "report.md", "completions.jsonl", "samples.jsonl")
-MADE += (*(f"{stage}.png" for stage in STAGES), *demo_align.PLOTS)
-THREADS_HELP = (
-    "threads of torch (default: 1; on a small machine shared with anything else, torch with two threads was measured 3 to 8 times slower)"
+MADE = (
+    "rows",
+    "tokenizer",
+    "reference",
+    *STAGES,
+    *demo_align.TITLES,
+    "report.md",
+    "completions.jsonl",
+    "samples.jsonl",
 )
+MADE += (*(f"{stage}.png" for stage in STAGES), *demo_align.PLOTS)
+THREADS_HELP = "threads of torch (default: 1; on a small machine shared with anything else, torch with two threads was measured 3 to 8 times slower)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; what is wrong with the options or the data ends it with status 2 and a line that says so."""
+    """The command line; what is wrong with the options or the data ends it with status 2 and a line that says
+    so."""
     defaults = Settings()
     parser = Parser(
         prog="fastalign demo",
         description="Pre-training, SFT, a reward model, DPO, KTO and PPO on real text at toy scale, with a report.",
         allow_abbrev=False,
     )
-    parser.add_argument("--output-dir", type=Path, default=defaults.output_dir, metavar="DIR", help=f"default: {defaults.output_dir}")
     parser.add_argument(
-        "--steps", type=_positive, default=defaults.steps, metavar="N", help=f"steps of pre-training (default: {defaults.steps})"
+        "--output-dir",
+        type=Path,
+        default=defaults.output_dir,
+        metavar="DIR",
+        help=f"default: {defaults.output_dir}",
     )
-    parser.add_argument("--data", type=Path, metavar="FILE", help="a copy of the sentences (zip or txt) in place of fetching them")
-    parser.add_argument("--seed", type=_natural, default=defaults.seed, metavar="N", help=f"default: {defaults.seed}")
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        default=defaults.steps,
+        metavar="N",
+        help=f"steps of pre-training (default: {defaults.steps})",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="a copy of the sentences (zip or txt) in place of fetching them",
+    )
+    parser.add_argument(
+        "--seed", type=_natural, default=defaults.seed, metavar="N", help=f"default: {defaults.seed}"
+    )
     parser.add_argument("--threads", type=_positive, default=defaults.threads, metavar="N", help=THREADS_HELP)
     settings = Settings(**vars(parser.parse_args(argv)))
     with told(parser.prog):
@@ -79,7 +117,8 @@ def _positive(text: str) -> int:
 class Prepared(NamedTuple):
     """What a run starts from, and the seconds that making it took.
 
-    The tokenizer; the rows of each file; prompts of held-out sentences, to judge models by; others, whose completions policies learn from.
+    The tokenizer; the rows of each file; prompts of held-out sentences, to judge models by; others, whose
+    completions policies learn from.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -90,19 +129,27 @@ class Prepared(NamedTuple):
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Claim the output folder, get the sentences and make rows of them; nothing of an earlier demo is removed yet.
+    """Claim the output folder, get the sentences and make rows of them; nothing of an earlier demo is removed
+    yet.
 
-    Raises ValueError for a folder that holds anything but an earlier demo, and for sentences that cannot be had, read or used.
+    Raises ValueError for a folder that holds anything but an earlier demo, and for sentences that cannot be
+    had, read or used.
     """
     began = time.perf_counter()
     folder = settings.output_dir
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())):
-        raise ValueError(f"--output-dir: {folder} holds something else than an earlier demo; name another folder")
+    if folder.exists() and (
+        not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())
+    ):
+        raise ValueError(
+            f"--output-dir: {folder} holds something else than an earlier demo; name another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text(json.dumps(dataclasses.asdict(settings), default=str, indent=1) + "\n")
     source = settings.data or fetch(folder / "data")
     train, held_out = split(read_sentences(source), settings.held_out)
-    tokenizer = train_tokenizer([sentence.text for sentence in train], VOCABULARY, chat_template=CHAT_TEMPLATE)
+    tokenizer = train_tokenizer(
+        [sentence.text for sentence in train], VOCABULARY, chat_template=CHAT_TEMPLATE
+    )
     rows = {"train": texts_of(train), "held_out": texts_of(held_out)}
     rows |= {"sft_train": chats_of(train, tokenizer), "sft_held_out": chats_of(held_out, tokenizer)}
     cuts = [cut(tokenizer, sentence.text) for sentence in held_out]
@@ -117,7 +164,11 @@ def prepare(settings: Settings) -> Prepared:
         "reward_held_out": rated_pairs(held_out, rounds=1, seed=0),
     }
     sampled = prompts_of(
-        train, tokenizer, besides={parts[0] for parts in cuts if parts is not None}, most=settings.sampled, seed=settings.seed
+        train,
+        tokenizer,
+        besides={parts[0] for parts in cuts if parts is not None},
+        most=settings.sampled,
+        seed=settings.seed,
     )
     if not rows["reward_train"] or not rows["reward_held_out"] or not sampled:
         raise DataError(
@@ -128,7 +179,8 @@ def prepare(settings: Settings) -> Prepared:
 
 
 def run(settings: Settings, prepared: Prepared) -> Outcome:
-    """Train, tune, sample, measure and write report.md, in the folder that `prepare` claimed; prints the key figures."""
+    """Train, tune, sample, measure and write report.md, in the folder that `prepare` claimed; prints the key
+    figures."""
     torch.set_num_threads(settings.threads)
     folder = settings.output_dir
     _clear(folder)
@@ -148,7 +200,9 @@ def run(settings: Settings, prepared: Prepared) -> Outcome:
     with part("a step of each stage beside plain PyTorch", seconds):
         measured = demo_steps.measure(folder)
     with part("this head beside plain PyTorch", seconds):
-        heads = [head for shape in bar(settings.shapes, unit="shape") for head in demo_report.measure_heads(shape)]
+        heads = [
+            head for shape in bar(settings.shapes, unit="shape") for head in demo_report.measure_heads(shape)
+        ]
     whole = {run: seconds[title] for run, title in (STAGES | demo_align.TITLES).items()}
     outcome = Outcome(
         folder=folder,
@@ -213,10 +267,14 @@ def sft_config(settings: Settings) -> sft.SFTConfig:
     )
 
 
-def complete(settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[Completion]:
-    """Completions of the prompts by the pre-trained and the tuned model, greedy and sampled, with VADER's sentiment.
+def complete(
+    settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
+) -> list[Completion]:
+    """Completions of the prompts by the pre-trained and the tuned model, greedy and sampled, with VADER's
+    sentiment.
 
-    Both models draw with the same noise, prompt by prompt. Greedy ones are made of the prompts that the report shows only.
+    Both models draw with the same noise, prompt by prompt. Greedy ones are made of the prompts that the
+    report shows only.
     """
     judge = SentimentIntensityAnalyzer()
     shown = prompts[: demo_report.SHOWN]
@@ -226,11 +284,17 @@ def complete(settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Se
         for stage in STAGES:
             model = demo_align.load(settings, stage)
             for way, own, temperature in ways:
-                options = {"max_new_tokens": settings.new_tokens, "seed": settings.seed, "temperature": temperature}
+                options = {
+                    "max_new_tokens": settings.new_tokens,
+                    "seed": settings.seed,
+                    "temperature": temperature,
+                }
                 for batch, _, drawn in draw(model, tokenizer, own, **options):
                     texts = tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)
                     for prompt, text in zip(batch, texts, strict=True):
-                        completions.append(Completion(stage, way, prompt, text, judge.polarity_scores(text)["compound"]))
+                        completions.append(
+                            Completion(stage, way, prompt, text, judge.polarity_scores(text)["compound"])
+                        )
                     progress.update(len(batch))
     return completions
 

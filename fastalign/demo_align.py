@@ -1,6 +1,8 @@
-"""The demo's second part: a reward model from human ratings, policies from the tuned model's own samples, and what came of all policies.
+"""The demo's second part: a reward model from human ratings, policies from the tuned model's own samples, and
+what came of all policies.
 
-The samples are drawn at temperature 1, so that rewards and KL divergences are those of the policies themselves.
+The samples are drawn at temperature 1, so that rewards and KL divergences are those of the policies
+themselves.
 """
 
 from collections.abc import Sequence
@@ -24,7 +26,13 @@ from .stages.rewards import Reward, find_classifier, load_classifier
 from .stages.world import World
 
 BETAS = {"dpo-0.05": 0.05, "dpo-0.5": 0.5, "kto": 0.05}
-TITLES = {"reward": "Reward model", "dpo-0.05": "DPO, β 0.05", "dpo-0.5": "DPO, β 0.5", "kto": "KTO, β 0.05", **demo_ppo.TITLES}
+TITLES = {
+    "reward": "Reward model",
+    "dpo-0.05": "DPO, β 0.05",
+    "dpo-0.5": "DPO, β 0.5",
+    "kto": "KTO, β 0.05",
+    **demo_ppo.TITLES,
+}
 POLICIES = {"sft": "SFT"} | {name: TITLES[name] for name in (*BETAS, *demo_ppo.TITLES)}
 PLOTS = ("alignment.png", "reward-kl.png")
 LOSSES = ("loss", "eval/loss")
@@ -38,8 +46,8 @@ REWARD_BATCH, DPO_BATCH, KTO_BATCH = 24, 16, 32  # pairs, pairs, judged completi
 
 
 class Policy(NamedTuple):
-    """What VADER says of a policy's completions, by held-out prompt; the reward model's scores, and KL(policy ‖ SFT) in nats, by
-    completion; a few of those."""
+    """What VADER says of a policy's completions, by held-out prompt; the reward model's scores, and KL(policy
+    ‖ SFT) in nats, by completion; a few of those."""
 
     name: str
     rewards: list[float]
@@ -66,14 +74,22 @@ class Alignment:
 
     def gain(self, policy: Policy) -> Mean:
         """The reward over SFT's, prompt by prompt."""
-        return mean([after - before for before, after in zip(self.policies[0].rewards, policy.rewards, strict=True)])
+        return mean(
+            [after - before for before, after in zip(self.policies[0].rewards, policy.rewards, strict=True)]
+        )
 
     def key_figures(self) -> list[str]:
         """All of it in a few lines."""
         pairs = self.counts["reward_held_out"]
-        lines = [f"Reward model: {self.accuracy:.3f} of {pairs} held-out pairs in the right order; VADER's lexicon {self.lexicon:.3f}"]
+        lines = [
+            f"Reward model: {self.accuracy:.3f} of {pairs} held-out pairs in the right order; VADER's lexicon {self.lexicon:.3f}"
+        ]
         for policy in self.policies:
-            gain = "" if policy.name == "SFT" else f" (SFT's {self.gain(policy).value:+.3f} ± {self.gain(policy).error:.3f})"
+            gain = (
+                ""
+                if policy.name == "SFT"
+                else f" (SFT's {self.gain(policy).value:+.3f} ± {self.gain(policy).error:.3f})"
+            )
             lines.append(
                 f"{policy.name}: mean sentiment of held-out prompts {mean(policy.rewards)}{gain}, "
                 f"reward model's score {mean(policy.scores)}, KL to SFT {mean(policy.kls)} nats"
@@ -86,27 +102,51 @@ class Alignment:
         texts = [[text for _, text in policy.texts] for policy in self.policies]
         gains = ["" if own.name == "SFT" else self.gain(own) for own in self.policies]
         rows = [
-            (own.name, mean(own.rewards), gain, mean(own.scores), mean(own.kls)) for own, gain in zip(self.policies, gains, strict=True)
+            (own.name, mean(own.rewards), gain, mean(own.scores), mean(own.kls))
+            for own, gain in zip(self.policies, gains, strict=True)
         ]
-        header = ("policy", "mean sentiment", "over SFT, prompt by prompt", "reward model's score", "KL to SFT, nats a completion")
+        header = (
+            "policy",
+            "mean sentiment",
+            "over SFT, prompt by prompt",
+            "reward model's score",
+            "KL to SFT, nats a completion",
+        )
         notes = self.counts | {"accuracy": f"{self.accuracy:.3f}", "lexicon": f"{self.lexicon:.3f}"}
         return [
-            *("## Reward model and policies", "", NOTE.format_map(notes), "![Reward against KL](reward-kl.png)", ""),
+            *(
+                "## Reward model and policies",
+                "",
+                NOTE.format_map(notes),
+                "![Reward against KL](reward-kl.png)",
+                "",
+            ),
             *(*table(header, rows), ""),
-            *("![Curves](alignment.png)", "", "## Samples of the policies", "", "At temperature 1, with the same noise.", ""),
+            *(
+                "![Curves](alignment.png)",
+                "",
+                "## Samples of the policies",
+                "",
+                "At temperature 1, with the same noise.",
+                "",
+            ),
             *(*table(("prompt", *(own.name for own in self.policies)), zip(shown, *texts, strict=True)), ""),
         ]
 
     def plot(self, folder: Path) -> None:
         """Draw the curves of every run, and the policies' rewards against their KL divergences."""
         figure = Figure(figsize=(19, 6), layout="constrained")
-        for (name, title), (above, below) in zip(TITLES.items(), figure.subplots(2, len(TITLES)).T, strict=True):
+        for (name, title), (above, below) in zip(
+            TITLES.items(), figure.subplots(2, len(TITLES)).T, strict=True
+        ):
             above.set(title=title)
             below.set(xlabel="rollout" if name in demo_ppo.TITLES else "optimizer step")
             for axes, keys in zip((above, below), PLOTTED[name], strict=True):
                 for key in keys:
                     points = [(line["step"], line[key]) for line in self.lines[name] if key in line]
-                    style = {"marker": "o", "markersize": 4} if "eval/" in key else {"alpha": 0.6, "linewidth": 1}
+                    style = (
+                        {"marker": "o", "markersize": 4} if "eval/" in key else {"alpha": 0.6, "linewidth": 1}
+                    )
                     if points:
                         axes.plot(*zip(*points, strict=True), label=key, **style)
                 axes.grid(alpha=0.3)
@@ -116,8 +156,12 @@ class Alignment:
         axes = figure.subplots()
         for policy in self.policies:
             (x, x_error), (y, y_error) = mean(policy.kls), mean(policy.rewards)
-            axes.errorbar(x, y, xerr=x_error, yerr=y_error, marker="o", capsize=3, linestyle="", label=policy.name)
-        axes.set(title="Held-out prompts", xlabel="KL to SFT (nats a completion)", ylabel="mean sentiment (VADER)")
+            axes.errorbar(
+                x, y, xerr=x_error, yerr=y_error, marker="o", capsize=3, linestyle="", label=policy.name
+            )
+        axes.set(
+            title="Held-out prompts", xlabel="KL to SFT (nats a completion)", ylabel="mean sentiment (VADER)"
+        )
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(folder / PLOTS[1], dpi=120)
@@ -158,7 +202,9 @@ def dpo_config(settings: Settings, name: str) -> dpo.DPOConfig:
     folder = settings.output_dir
     held_out = folder / "rows" / "pairs_held_out.jsonl"
     evaluated: dict[str, Any] = (
-        {"eval_data": str(held_out), "eval_every": max(1, settings.policy_steps // 6)} if held_out.stat().st_size else {}
+        {"eval_data": str(held_out), "eval_every": max(1, settings.policy_steps // 6)}
+        if held_out.stat().st_size
+        else {}
     )
     return dpo.DPOConfig(
         train_data=str(folder / "rows" / "pairs.jsonl"),
@@ -181,16 +227,30 @@ def kto_config(settings: Settings, desirable: int, undesirable: int) -> kto.KTOC
 
 def _policy(settings: Settings, name: str, batch_size: int) -> dict[str, Any]:
     folder = settings.output_dir
-    own = {"model": str(folder / "sft" / "model"), "output_dir": str(folder / name), "beta": BETAS[name], "learning_rate": 3e-4}
-    return shared(settings, settings.policy_steps) | own | {"max_length": ROW_TOKENS, "batch_size": batch_size, "weight_decay": 0.0}
+    own = {
+        "model": str(folder / "sft" / "model"),
+        "output_dir": str(folder / name),
+        "beta": BETAS[name],
+        "learning_rate": 3e-4,
+    }
+    return (
+        shared(settings, settings.policy_steps)
+        | own
+        | {"max_length": ROW_TOKENS, "batch_size": batch_size, "weight_decay": 0.0}
+    )
 
 
 def align(
-    settings: Settings, tokenizer: PreTrainedTokenizerFast, sampled: Sequence[str], held_out: Sequence[str], seconds: dict[str, float]
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    sampled: Sequence[str],
+    held_out: Sequence[str],
+    seconds: dict[str, float],
 ) -> Alignment:
     """Train the reward model and the policies, and judge these: they learn from completions of `sampled`.
 
-    One half of `held_out` is what policies are judged by; SFT's completions of the other are DPO's held-out pairs.
+    One half of `held_out` is what policies are judged by; SFT's completions of the other are DPO's held-out
+    pairs.
     """
     half = max(2, len(held_out) // 2)
     judged, watched = held_out[:half], held_out[half:][: settings.sampled // 3]
@@ -209,7 +269,9 @@ def align(
                 f"{len(labels) - desirable} others; at least 1, 1 and 1 are needed: take more --steps"
             )
         write_rows(folder / "rows" / "pairs.jsonl", pairs)
-        write_rows(folder / "rows" / "pairs_held_out.jsonl", preferred(own for own in both if own.prompt in watched))
+        write_rows(
+            folder / "rows" / "pairs_held_out.jsonl", preferred(own for own in both if own.prompt in watched)
+        )
         write_rows(folder / "rows" / "labels.jsonl", labels)
         write_rows(folder / "rows" / "prompts.jsonl", [{"prompt": prompt} for prompt in sampled])
     for name in (*BETAS, *demo_ppo.TITLES):
@@ -223,7 +285,9 @@ def align(
     with part("rewards and KL divergences", seconds):
         policies = judge_policies(settings, tokenizer, judged, judge)
     lines = {name: read_rows(folder / name / "metrics.jsonl") for name in TITLES}
-    rated = {name: read_rows(folder / "rows" / f"{name}.jsonl") for name in ("reward_train", "reward_held_out")}
+    rated = {
+        name: read_rows(folder / "rows" / f"{name}.jsonl") for name in ("reward_train", "reward_held_out")
+    }
     counts = {name: len(rows) for name, rows in rated.items()} | {
         "samples": len(samples),
         "pairs": len(pairs),
@@ -237,17 +301,22 @@ def align(
 
 def lexicon_accuracy(pairs: Sequence[dict[str, Any]], judge: SentimentIntensityAnalyzer) -> float:
     """The share of pairs whose chosen text VADER scores higher, a tie counted as half."""
-    scores = [[judge.polarity_scores(row[name])["compound"] for name in ("chosen", "rejected")] for row in pairs]
+    scores = [
+        [judge.polarity_scores(row[name])["compound"] for name in ("chosen", "rejected")] for row in pairs
+    ]
     return sum((chosen > rejected) + (chosen == rejected) / 2 for chosen, rejected in scores) / len(scores)
 
 
 def sample(
-    settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], judge: SentimentIntensityAnalyzer
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    judge: SentimentIntensityAnalyzer,
 ) -> list[Sample]:
     """The tuned model's completions of the prompts, those of a prompt one after the other.
 
-    Left out are those that did not end, which would be taught to end where they were cut, blank ones, and those whose first token merges
-    with the prompt's last when they are read as one text.
+    Left out are those that did not end, which would be taught to end where they were cut, blank ones, and
+    those whose first token merges with the prompt's last when they are read as one text.
     """
     found = []
     options = {"max_new_tokens": settings.policy_tokens, "seed": settings.seed}
@@ -263,42 +332,72 @@ def sample(
 
 
 def judge_policies(
-    settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], judge: SentimentIntensityAnalyzer
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    judge: SentimentIntensityAnalyzer,
 ) -> list[Policy]:
-    """Every policy's completions of the prompts, judged by VADER and the reward model, and compared with SFT."""
+    """Every policy's completions of the prompts, judged by VADER and the reward model, and compared with
+    SFT."""
     reference, score, policies = load(settings, "sft"), rewarded(settings, tokenizer), []
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     options = {"max_new_tokens": settings.policy_tokens, "seed": settings.seed + 1}
     for name, title in bar(POLICIES.items(), unit="policy"):
         kls, scores, texts = [], [], []
         for batch, inputs, drawn in draw(load(settings, name), tokenizer, repeated, **options):
-            before = log_probabilities(reference, inputs["input_ids"], inputs["attention_mask"], drawn.tokens, drawn.mask)
+            before = log_probabilities(
+                reference, inputs["input_ids"], inputs["attention_mask"], drawn.tokens, drawn.mask
+            )
             kls += (drawn.logp_raw.double().sum(1) - before).tolist()
-            ids = [Prompt(row[kept.bool()].tolist()) for row, kept in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-            scores += score(ids, [row[kept].tolist() for row, kept in zip(drawn.tokens, drawn.mask, strict=True)]).tolist()
-            texts += list(zip(batch, tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True), strict=True))
+            ids = [
+                Prompt(row[kept.bool()].tolist())
+                for row, kept in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+            ]
+            scores += score(
+                ids, [row[kept].tolist() for row, kept in zip(drawn.tokens, drawn.mask, strict=True)]
+            ).tolist()
+            texts += list(
+                zip(batch, tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True), strict=True)
+            )
         found = [judge.polarity_scores(text)["compound"] for _, text in texts]
-        rewards = torch.tensor(found, dtype=torch.float64).view(len(prompts), settings.samples).mean(1).tolist()
+        rewards = (
+            torch.tensor(found, dtype=torch.float64).view(len(prompts), settings.samples).mean(1).tolist()
+        )
         policies.append(Policy(title, rewards, scores, kls, texts[:: settings.samples][:SHOWN]))
     return policies
 
 
 def rewarded(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Reward:
     """The reward model's scores of prompts and completions, as PPO takes them."""
-    classifier, world = find_classifier(str(settings.output_dir / "reward" / "model"), None), World(0, 1, torch.device("cpu"))
-    return load_classifier(classifier, world, tokenizer, dtype=torch.float32, rows=64, attention="sdpa", packing=True)
+    classifier, world = (
+        find_classifier(str(settings.output_dir / "reward" / "model"), None),
+        World(0, 1, torch.device("cpu")),
+    )
+    return load_classifier(
+        classifier, world, tokenizer, dtype=torch.float32, rows=64, attention="sdpa", packing=True
+    )
 
 
 @torch.no_grad()
-def log_probabilities(model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """log P(completion | prompt), fp64 [B] in nats: of the `tokens` [B, R] where `mask`, behind prompts padded on the left."""
+def log_probabilities(
+    model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor
+) -> Tensor:
+    """log P(completion | prompt), fp64 [B] in nats: of the `tokens` [B, R] where `mask`, behind prompts
+    padded on the left."""
     attention = torch.cat((attention_mask, mask.long()), 1)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=torch.cat((ids, tokens), 1), attention_mask=attention, position_ids=positions, use_cache=False).logits
+    logits = model(
+        input_ids=torch.cat((ids, tokens), 1),
+        attention_mask=attention,
+        position_ids=positions,
+        use_cache=False,
+    ).logits
     logps = logits[:, ids.shape[1] - 1 : -1].log_softmax(-1).gather(2, tokens[..., None])[..., 0]
     return (logps.double() * mask).sum(1)
 
 
 def load(settings: Settings, stage: str) -> PreTrainedModel:
     """The model that a stage left."""
-    return AutoModelForCausalLM.from_pretrained(settings.output_dir / stage / "model", trust_remote_code=False).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        settings.output_dir / stage / "model", trust_remote_code=False
+    ).eval()

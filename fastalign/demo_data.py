@@ -1,7 +1,9 @@
-"""The demo's text: 10,605 movie-review sentences, each rated by 20 people; a tokenizer, prompts and row files made of them.
+"""The demo's text: 10,605 movie-review sentences, each rated by 20 people; a tokenizer, prompts and row files
+made of them.
 
-The sentences lie in the source distribution of vaderSentiment 0.5 (C. J. Hutto and E. Gilbert, "VADER: a parsimonious rule-based model for
-sentiment analysis of social media text", ICWSM 2014). They are fetched when the demo runs and are no part of fastalign.
+The sentences lie in the source distribution of vaderSentiment 0.5 (C. J. Hutto and E. Gilbert, "VADER: a
+parsimonious rule-based model for sentiment analysis of social media text", ICWSM 2014). They are fetched when
+the demo runs and are no part of fastalign.
 """
 
 import hashlib
@@ -29,8 +31,12 @@ INNER_FILE = "movieReviewSnippets_GroundTruth.txt"
 RATINGS = (-4.0, 4.0)
 POSITIVE = 0.5  # a mean rating from here on counts as positive, one from minus this down as negative
 GAP = 0.2  # of VADER's scores, from which one completion is preferred to another
-GOOD, BAD = 0.4, 0.05  # a completion that scores more is desirable, one that scores less is not: VADER calls 0.05 and more positive
-# What a user says and what the assistant says to it are one text, so that a base model and a tuned one see the same prompt.
+GOOD, BAD = (
+    0.4,
+    0.05,
+)  # a completion that scores more is desirable, one that scores less is not: VADER calls 0.05 and more positive
+# What a user says and what the assistant says to it are one text, so that a base model and a tuned one see
+# the same prompt.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
@@ -92,10 +98,11 @@ def _is_whole(archive: Path) -> bool:
 
 
 def read_sentences(path: Path) -> list[Sentence]:
-    """The sentences of the archive, or of the text file in it: lines of id, mean rating and text, split by tabs.
+    """The sentences of the archive, or of the text file in it: lines of id, mean rating and text, split by
+    tabs.
 
-    The text is UTF-8 (read as latin-1, as is sometimes advised, "Touché" becomes "TouchÃ©"). Raises DataError for a file that is missing
-    or laid out otherwise, and for lines that are odd, by number.
+    The text is UTF-8 (read as latin-1, as is sometimes advised, "Touché" becomes "TouchÃ©"). Raises DataError
+    for a file that is missing or laid out otherwise, and for lines that are odd, by number.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -123,7 +130,11 @@ def _unpack(path: Path) -> bytes:
         if not inner:
             raise DataError(f"{path}: no {INNER_ARCHIVE} in it")
         with tarfile.open(fileobj=io.BytesIO(archive.read(inner[0]))) as tar:
-            files = [member for member in tar.getmembers() if member.isfile() and Path(member.name).name == INNER_FILE]
+            files = [
+                member
+                for member in tar.getmembers()
+                if member.isfile() and Path(member.name).name == INNER_FILE
+            ]
             content = tar.extractfile(files[0]) if files else None
             if content is None:
                 raise DataError(f"{path}: no {INNER_FILE} in its {INNER_ARCHIVE}")
@@ -148,24 +159,28 @@ def _parse(line: bytes) -> tuple[str, Sentence | None]:
 
 
 def split(sentences: Sequence[Sentence], held_out: int) -> tuple[list[Sentence], list[Sentence]]:
-    """Sentences to train on, and `held_out` others whose text is not among those; the same at every call and for every seed.
+    """Sentences to train on, and `held_out` others whose text is not among those; the same at every call and
+    for every seed.
 
     Raises ValueError where fewer than `held_out` + 1 sentences occur once only.
     """
     times = Counter(sentence.text for sentence in sentences)
     once = [number for number, sentence in enumerate(sentences) if times[sentence.text] == 1]
     if len(once) <= held_out:
-        raise ValueError(f"held_out: {held_out} of {len(once)} sentences that occur once leaves none to train on")
+        raise ValueError(
+            f"held_out: {held_out} of {len(once)} sentences that occur once leaves none to train on"
+        )
     chosen = set(random.Random(0).sample(once, held_out))
     train = [sentence for number, sentence in enumerate(sentences) if number not in chosen]
     return train, [sentence for number, sentence in enumerate(sentences) if number in chosen]
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 5) -> tuple[str, str] | None:
-    """A text as prompt and continuation: the fewest whole words that make at least `tokens` tokens, and the rest with its space.
+    """A text as prompt and continuation: the fewest whole words that make at least `tokens` tokens, and the
+    rest with its space.
 
-    Merges of a byte-level BPE never cross the start of a word, so the two tokenize to what the whole does, which is checked here. None
-    where no such place leaves a continuation.
+    Merges of a byte-level BPE never cross the start of a word, so the two tokenize to what the whole does,
+    which is checked here. None where no such place leaves a continuation.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     words = tokenizer.convert_ids_to_tokens(ids)
@@ -174,7 +189,10 @@ def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 5) -> tuple
             parts = (ids[:place], ids[place:])
             prompt, continuation = (tokenizer.decode(part) for part in parts)
             whole = prompt + continuation == text and continuation.strip() != ""
-            if whole and all(tokenizer.encode(own, add_special_tokens=False) == part for own, part in zip((prompt, continuation), parts)):
+            if whole and all(
+                tokenizer.encode(own, add_special_tokens=False) == part
+                for own, part in zip((prompt, continuation), parts)
+            ):
                 return prompt, continuation
     return None
 
@@ -185,14 +203,20 @@ def texts_of(sentences: Iterable[Sentence]) -> list[dict[str, Any]]:
 
 
 def chats_of(sentences: Iterable[Sentence], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Rows of `messages`: of each positively rated sentence that can be cut, the prompt from the user, the rest from the assistant."""
+    """Rows of `messages`: of each positively rated sentence that can be cut, the prompt from the user, the
+    rest from the assistant."""
     cuts = [cut(tokenizer, sentence.text) for sentence in sentences if sentence.rating >= POSITIVE]
     roles = ("user", "assistant")
-    return [{"messages": [{"role": role, "content": part} for role, part in zip(roles, parts)]} for parts in cuts if parts is not None]
+    return [
+        {"messages": [{"role": role, "content": part} for role, part in zip(roles, parts)]}
+        for parts in cuts
+        if parts is not None
+    ]
 
 
 def rated_pairs(sentences: Iterable[Sentence], *, rounds: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of `prompt` (a line break), `chosen` and `rejected`: sentences rated positively against others rated negatively, at random.
+    """Rows of `prompt` (a line break), `chosen` and `rejected`: sentences rated positively against others
+    rated negatively, at random.
 
     In each round every sentence of the rarer kind is in one pair, and none of the other kind is in two.
     """
@@ -203,11 +227,20 @@ def rated_pairs(sentences: Iterable[Sentence], *, rounds: int, seed: int) -> lis
     chance, fewest = random.Random(seed), min(map(len, kinds))
     drawn = ((chance.sample(kind, fewest) for kind in kinds) for _ in range(rounds))
     pairs = (pair for good, bad in drawn for pair in zip(good, bad, strict=True))
-    return [{"prompt": "\n", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs if chosen != rejected]
+    return [
+        {"prompt": "\n", "chosen": chosen, "rejected": rejected}
+        for chosen, rejected in pairs
+        if chosen != rejected
+    ]
 
 
 def prompts_of(
-    sentences: Sequence[Sentence], tokenizer: PreTrainedTokenizerBase, *, besides: Collection[str], most: int, seed: int
+    sentences: Sequence[Sentence],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    besides: Collection[str],
+    most: int,
+    seed: int,
 ) -> list[str]:
     """Up to `most` prompts of sentences drawn at random, no two alike and none of them in `besides`."""
     found: dict[str, None] = {}
@@ -219,7 +252,8 @@ def prompts_of(
 
 
 def preferred(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """Rows of `prompt`, `chosen` and `rejected`: the best completion of a prompt and its worst, the second best and the second worst, ...
+    """Rows of `prompt`, `chosen` and `rejected`: the best completion of a prompt and its worst, the second
+    best and the second worst, ...
 
     where the gap of their sentiment exceeds GAP.
     """
@@ -233,7 +267,8 @@ def preferred(samples: Iterable[Sample]) -> list[dict[str, Any]]:
 
 
 def labels_of(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """Rows of `prompt`, `completion` and `label`, of the completions that are clearly positive or are not positive."""
+    """Rows of `prompt`, `completion` and `label`, of the completions that are clearly positive or are not
+    positive."""
     judged = [sample for sample in samples if not BAD <= sample.sentiment <= GOOD]
     return [{"prompt": own.prompt, "completion": own.text, "label": own.sentiment > GOOD} for own in judged]
 

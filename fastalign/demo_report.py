@@ -59,7 +59,8 @@ METHODS: dict[str, LossFn] = {"fastalign": linear_cross_entropy, "plain PyTorch"
 class Head(NamedTuple):
     """One method at one shape, forward and backward; what could not be measured is None.
 
-    milliseconds: median. peak_mib: beyond the inputs, gradients included. error: of the gradients, as `measure_heads` has it.
+    milliseconds: median. peak_mib: beyond the inputs, gradients included. error: of the gradients, as
+    `measure_heads` has it.
     """
 
     shape: Shape
@@ -70,7 +71,8 @@ class Head(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What a stage's model made of a prompt, greedily or sampled, and VADER's compound sentiment of that, in [-1, 1]."""
+    """What a stage's model made of a prompt, greedily or sampled, and VADER's compound sentiment of that, in
+    [-1, 1]."""
 
     stage: str
     way: str
@@ -120,7 +122,12 @@ class Outcome:
 
     def gain(self) -> Mean:
         """What SFT adds to the sentiment, prompt by prompt."""
-        return mean([after - before for before, after in zip(self._sampled("pretrain"), self._sampled("sft"), strict=True)])
+        return mean(
+            [
+                after - before
+                for before, after in zip(self._sampled("pretrain"), self._sampled("sft"), strict=True)
+            ]
+        )
 
     def _sampled(self, stage: str) -> list[float]:
         return [own.sentiment for own in self.completions if own.stage == stage and own.way == "sampled"]
@@ -142,8 +149,12 @@ def plot(curve: Curve, title: str, path: Path) -> None:
     """Draw both losses over the steps."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*curve.training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training batch")
-    axes.plot(*zip(*curve.held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out")
+    axes.plot(
+        *zip(*curve.training, strict=True), color="tab:blue", alpha=0.5, linewidth=1, label="training batch"
+    )
+    axes.plot(
+        *zip(*curve.held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out"
+    )
     axes.set(title=title, xlabel="optimizer step", ylabel="NLL (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -153,19 +164,29 @@ def plot(curve: Curve, title: str, path: Path) -> None:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Lines of a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(str(cell).strip().replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
+    return [
+        "| " + " | ".join(str(cell).strip().replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    ]
 
 
 def head_step(method: str, shape: Sequence[int]) -> Callable[[], dict[str, Tensor]]:
-    """The forward and backward pass of a method on the inputs of a shape, as a call that returns the gradients."""
+    """The forward and backward pass of a method on the inputs of a shape, as a call that returns the
+    gradients."""
     return partial(_gradients, METHODS[method], *_head_inputs(Shape(*shape)))
 
 
 def _head_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(shape.N, shape.H, generator=generator)
-    weight = torch.randn(shape.V, shape.H, generator=generator) * (2 / math.sqrt(shape.H))  # logits of standard deviation 2
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(shape.V, (shape.N,), generator=generator)
+    weight = torch.randn(shape.V, shape.H, generator=generator) * (
+        2 / math.sqrt(shape.H)
+    )  # logits of standard deviation 2
+    return (
+        hidden.requires_grad_(),
+        weight.requires_grad_(),
+        torch.randint(shape.V, (shape.N,), generator=generator),
+    )
 
 
 def _gradients(loss_fn: LossFn, hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -180,7 +201,9 @@ def _true_gradients(shape: Shape) -> dict[str, Tensor]:
     total, parts = torch.zeros_like(wide), []
     for begin in range(0, shape.N, ROWS_AT_ONCE):
         rows = slice(begin, begin + ROWS_AT_ONCE)
-        own = _gradients(plain_cross_entropy, hidden[rows].detach().double().requires_grad_(), wide, targets[rows])
+        own = _gradients(
+            plain_cross_entropy, hidden[rows].detach().double().requires_grad_(), wide, targets[rows]
+        )
         share = targets[rows].numel() / shape.N  # of the mean over all tokens
         parts.append(own["hidden"] * share)
         total.add_(own["weight"], alpha=share)
@@ -188,18 +211,28 @@ def _true_gradients(shape: Shape) -> dict[str, Tensor]:
 
 
 def measure_heads(shape: Shape) -> list[Head]:
-    """Each method at a shape: time in interleaved rounds, memory in a process of its own, gradients against plain PyTorch in fp64.
+    """Each method at a shape: time in interleaved rounds, memory in a process of its own, gradients against
+    plain PyTorch in fp64.
 
-    The error is the largest elementwise one, as a fraction of the largest gradient: of hidden states and weight, the worse.
+    The error is the largest elementwise one, as a fraction of the largest gradient: of hidden states and
+    weight, the worse.
     """
     steps = {method: head_step(method, shape) for method in METHODS}
     began = time.perf_counter()
-    found = {method: step() for method, step in steps.items()}  # the warm-up too, which tells how many rounds fit
+    found = {
+        method: step() for method, step in steps.items()
+    }  # the warm-up too, which tells how many rounds fit
     rounds = int(SECONDS / (time.perf_counter() - began))
     timings = interleaved(steps, rounds=min(max(rounds, ROUNDS[0]), ROUNDS[1]), warmup=0)
     true = _true_gradients(shape)
-    errors = {method: max(error.relative for error in largest_error(own, true).values()) for method, own in found.items()}
-    return [Head(shape, method, 1000 * timings[method].median, _peak_mib(method, shape), errors[method]) for method in METHODS]
+    errors = {
+        method: max(error.relative for error in largest_error(own, true).values())
+        for method, own in found.items()
+    }
+    return [
+        Head(shape, method, 1000 * timings[method].median, _peak_mib(method, shape), errors[method])
+        for method in METHODS
+    ]
 
 
 def _peak_mib(method: str, shape: Shape) -> float | None:
@@ -216,7 +249,16 @@ def head_rows(heads: Iterable[Head]) -> list[list[str]]:
     for own in heads:
         peak = "not measured: needs Linux" if own.peak_mib is None else f"{own.peak_mib:,.1f}"
         gradients = (own.shape.N + own.shape.V) * own.shape.H * 4 / 2**20
-        rows.append([str(own.shape), own.method, f"{own.milliseconds:,.1f}", peak, f"{gradients:,.1f}", f"{own.error:.1e}"])
+        rows.append(
+            [
+                str(own.shape),
+                own.method,
+                f"{own.milliseconds:,.1f}",
+                peak,
+                f"{gradients:,.1f}",
+                f"{own.error:.1e}",
+            ]
+        )
     return rows
 
 
@@ -235,7 +277,11 @@ def key_figures(outcome: Outcome) -> list[str]:
     )
     lines += outcome.alignment.key_figures() + outcome.stages.key_figures()
     for shape in dict.fromkeys(own.shape for own in outcome.heads):
-        own = [f"{head.method} {head.milliseconds:,.0f} ms{_memory(head)}" for head in outcome.heads if head.shape == shape]
+        own = [
+            f"{head.method} {head.milliseconds:,.0f} ms{_memory(head)}"
+            for head in outcome.heads
+            if head.shape == shape
+        ]
         lines.append(f"Head at {shape}: {'; '.join(own)}")
     return lines
 
@@ -279,7 +325,13 @@ def _lines(outcome: Outcome) -> list[str]:
     seconds = [(part, f"{own:.1f}") for part, own in outcome.seconds.items()]
     sentiment = (outcome.sentiment("pretrain"), outcome.sentiment("sft"), outcome.gain())
     prompts = sum(own.stage == "sft" and own.way == "sampled" for own in outcome.completions)
-    lines = ["# fastalign demo", "", *(f"- {line}" for line in key_figures(outcome)), "", TEXT_NOTE.format_map(outcome.counts)]
+    lines = [
+        "# fastalign demo",
+        "",
+        *(f"- {line}" for line in key_figures(outcome)),
+        "",
+        TEXT_NOTE.format_map(outcome.counts),
+    ]
     for stage, title in STAGES.items():
         lines += [f"## {title}", "", f"![{title}]({stage}.png)", "", _summary(outcome, stage), ""]
     lines += ["## Samples", "", SAMPLES_NOTE.format(temperature=TEMPERATURE)]
@@ -288,8 +340,19 @@ def _lines(outcome: Outcome) -> list[str]:
     lines += [*table(("before SFT", "after SFT", "gain, prompt by prompt"), [sentiment]), ""]
     lines += outcome.alignment.report() + outcome.stages.report()
     lines += ["## This head and plain PyTorch", "", HEAD_NOTE]
-    lines += [*table(("shape", "method", "time, ms", "peak, MiB", "of it gradients, MiB", "error"), head_rows(outcome.heads)), ""]
-    lines += ["## Time and machine", "", *table(("part", "seconds"), [*seconds, ("together", f"{sum(outcome.seconds.values()):.1f}")]), ""]
+    lines += [
+        *table(
+            ("shape", "method", "time, ms", "peak, MiB", "of it gradients, MiB", "error"),
+            head_rows(outcome.heads),
+        ),
+        "",
+    ]
+    lines += [
+        "## Time and machine",
+        "",
+        *table(("part", "seconds"), [*seconds, ("together", f"{sum(outcome.seconds.values()):.1f}")]),
+        "",
+    ]
     packages = {package: version(package) for package in ("transformers", "tokenizers", "vaderSentiment")}
     lines += [*table(("machine", ""), [*machine().items(), *packages.items()]), ""]
     return [*lines, "## Again", "", "```sh", *_commands(outcome), "```", "", AGAIN_NOTE.rstrip()]
@@ -297,7 +360,11 @@ def _lines(outcome: Outcome) -> list[str]:
 
 def _summary(outcome: Outcome, stage: str) -> str:
     curve, prefix = outcome.curves[stage], "" if stage == "pretrain" else "sft_"
-    what = "sentences" if stage == "pretrain" else "positively rated sentences, of which the continuation is trained"
+    what = (
+        "sentences"
+        if stage == "pretrain"
+        else "positively rated sentences, of which the continuation is trained"
+    )
     (_, before), (steps, after) = curve.held_out[0], curve.held_out[-1]
     return (
         f"{outcome.counts[prefix + 'train']:,} {what}, and {outcome.counts[prefix + 'held_out']:,} held out. {steps} steps in "
@@ -307,16 +374,43 @@ def _summary(outcome: Outcome, stage: str) -> str:
 
 def _commands(outcome: Outcome) -> list[str]:
     folder = outcome.folder
-    again = ["fastalign", "demo", "--output-dir", str(folder), "--steps", str(outcome.steps), "--seed", str(outcome.seed)]
+    again = [
+        "fastalign",
+        "demo",
+        "--output-dir",
+        str(folder),
+        "--steps",
+        str(outcome.steps),
+        "--seed",
+        str(outcome.seed),
+    ]
     again += ["--threads", str(outcome.threads), *(["--data", str(outcome.data)] if outcome.data else [])]
     runs = [*STAGES, *outcome.alignment.lines]  # each is named after its stage, and what sets it apart
-    alone = [["fastalign", run.split("-")[0], "--config", f"{folder}/{run}/config.yaml", f"output_dir={folder}-{run}"] for run in runs]
-    # `fastalign demo` sets the number of threads itself; rounding, and so the figures' last digits, depend on it.
-    return [shlex.join(again), *(f"OMP_NUM_THREADS={outcome.threads} {shlex.join(command)}" for command in alone)]
+    alone = [
+        [
+            "fastalign",
+            run.split("-")[0],
+            "--config",
+            f"{folder}/{run}/config.yaml",
+            f"output_dir={folder}-{run}",
+        ]
+        for run in runs
+    ]
+    # `fastalign demo` sets the number of threads itself; rounding, and so the figures' last digits, depend on
+    # it.
+    return [
+        shlex.join(again),
+        *(f"OMP_NUM_THREADS={outcome.threads} {shlex.join(command)}" for command in alone),
+    ]
 
 
 def sample_rows(completions: Sequence[Completion]) -> list[tuple[str, str, str, str]]:
-    """Cells of the table of samples: of each prompt that was completed greedily, both ways, before and after SFT."""
+    """Cells of the table of samples: of each prompt that was completed greedily, both ways, before and after
+    SFT."""
     found = {(own.stage, own.way, own.prompt): own.text for own in completions}
     shown = [own.prompt for own in completions if own.way == "greedy" and own.stage == "pretrain"]
-    return [(prompt, way, found["pretrain", way, prompt], found["sft", way, prompt]) for prompt in shown for way in ("greedy", "sampled")]
+    return [
+        (prompt, way, found["pretrain", way, prompt], found["sft", way, prompt])
+        for prompt in shown
+        for way in ("greedy", "sampled")
+    ]

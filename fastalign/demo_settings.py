@@ -1,4 +1,5 @@
-"""What all parts of the demo share: the settings, the recipe of every stage, timing, and completions of many prompts."""
+"""What all parts of the demo share: the settings, the recipe of every stage, timing, and completions of many
+prompts."""
 
 import dataclasses
 import sys
@@ -62,7 +63,8 @@ class Settings:
 
     @property
     def reward_steps(self) -> int:
-        """Optimizer steps of the reward model: one pass over the rarer kind of sentence; from a second on held-out pairs suffer."""
+        """Optimizer steps of the reward model: one pass over the rarer kind of sentence; from a second on
+        held-out pairs suffer."""
         return max(1, self.steps // 2)
 
     @property
@@ -98,7 +100,8 @@ def part(name: str, seconds: dict[str, float]) -> Iterator[None]:
 def draw(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], **options: Any
 ) -> Iterator[tuple[Sequence[str], dict[str, torch.Tensor], rollout.Rollout]]:
-    """Completions of the prompts, batch by batch: the prompts, their tokens, and what `rollout.generate` drew with `options`.
+    """Completions of the prompts, batch by batch: the prompts, their tokens, and what `rollout.generate` drew
+    with `options`.
 
     The noise is that of a prompt's place in `prompts`: the same for every model.
     """

@@ -1,4 +1,5 @@
-"""All stages of the demo side by side: one step of each on its own model and rows, with this library's losses and with plain PyTorch's."""
+"""All stages of the demo side by side: one step of each on its own model and rows, with this library's losses
+and with plain PyTorch's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from . import rollout
 from .actor_critic import ActorCritic
@@ -18,7 +24,15 @@ from .data import collate, load_rows, pack, tokenize_prompts, tokenize_sft, toke
 from .demo_report import STAGES, table
 from .demo_settings import bar
 from .measure import PeakMemoryUnavailable, interleaved, peak_memories
-from .preferences import collate_pairs, collate_unpaired, mismatch, pack_sequences, sequence_logps, tokenize_pairs, tokenize_unpaired
+from .preferences import (
+    collate_pairs,
+    collate_unpaired,
+    mismatch,
+    pack_sequences,
+    sequence_logps,
+    tokenize_pairs,
+    tokenize_unpaired,
+)
 from .stages import dpo, kto, ppo, pretrain, reward, sft
 from .stages.config import read_config
 from .stages.preference import Reference
@@ -26,14 +40,26 @@ from .stages.rewards import by_function, find_function
 from .step_losses import fused_loss, plain_logps, plain_loss
 
 OURS, PLAIN = "fastalign", "plain PyTorch"
-CONFIGS: dict[str, Any] = {"pretrain": pretrain.PretrainConfig, "sft": sft.SFTConfig, "reward": reward.RewardConfig}
+CONFIGS: dict[str, Any] = {
+    "pretrain": pretrain.PretrainConfig,
+    "sft": sft.SFTConfig,
+    "reward": reward.RewardConfig,
+}
 CONFIGS |= {"dpo": dpo.DPOConfig, "kto": kto.KTOConfig, "ppo": ppo.PPOConfig}
-TITLES = {**STAGES, "reward": "Reward model", "dpo-0.05": "DPO", "kto": "KTO", "ppo-vader": "PPO, one update", "rollout": "PPO, rollout"}
+TITLES = {
+    **STAGES,
+    "reward": "Reward model",
+    "dpo-0.05": "DPO",
+    "kto": "KTO",
+    "ppo-vader": "PPO, one update",
+    "rollout": "PPO, rollout",
+}
 ROUNDS = 7  # a step takes 0.1 to 0.3 s
 
 
 class Step(NamedTuple):
-    """A step of a run by a method: the median time, and the peak memory beyond weights, moments and batch, where it can be measured."""
+    """A step of a run by a method: the median time, and the peak memory beyond weights, moments and batch,
+    where it can be measured."""
 
     run: str
     method: str
@@ -42,7 +68,8 @@ class Step(NamedTuple):
 
 
 def step(folder: str, run: str, method: str) -> Callable[[], object]:
-    """One step, as a call: forward, loss, backward, clipping and AdamW at a learning rate of 0, so that all start from the same weights.
+    """One step, as a call: forward, loss, backward, clipping and AdamW at a learning rate of 0, so that all
+    start from the same weights.
 
     It ran once already, which made AdamW's moments.
     """
@@ -55,7 +82,9 @@ def _update(folder: Path, run: str, method: str) -> Callable[[], object]:
     stage = run.split("-")[0]
     config = CONFIGS[stage](**read_config(str(folder / run / "config.yaml")))
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
-    model: Any = _classifier(folder / run / "model") if stage == "reward" else _causal_lm(folder / run / "model")
+    model: Any = (
+        _classifier(folder / run / "model") if stage == "reward" else _causal_lm(folder / run / "model")
+    )
     if stage == "ppo":
         model = ActorCritic(model, _classifier(folder / run / "value"))
     batch = _batch(stage, config, model, tokenizer)
@@ -80,7 +109,9 @@ def _causal_lm(path: Path) -> Any:
 
 
 def _classifier(path: Path) -> Any:
-    return score_packed(AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).eval())
+    return score_packed(
+        AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).eval()
+    )
 
 
 def _reference(stage: str, folder: Path, batch: Mapping[str, Any], logps: Callable[..., Tensor]) -> Reference:
@@ -91,45 +122,71 @@ def _reference(stage: str, folder: Path, batch: Mapping[str, Any], logps: Callab
 
 
 def _batch(stage: str, config: Any, model: Any, tokenizer: Any) -> Mapping[str, Any]:
-    """A micro-batch of the run's first rows, as the stage makes it, but with a prompt for each sequence: plain code shares none."""
+    """A micro-batch of the run's first rows, as the stage makes it, but with a prompt for each sequence:
+    plain code shares none."""
     pad_id, rows = tokenizer.pad_token_id, load_rows(config.train_data)
     packer = partial(pack_sequences, pad_id=pad_id)
     if stage in ("pretrain", "sft"):
         length = config.sequence_length if stage == "pretrain" else config.max_length
         tokenize = tokenize_text if stage == "pretrain" else tokenize_sft
-        sequences = tokenize(rows.select(range(min(5 * config.batch_size, len(rows)))), tokenizer, max_length=length)
-        bins = pack([len(sequence.input_ids) for sequence in sequences], length)  # a row holds 3.5 sentences or more
-        return collate([[sequences[number] for number in own] for own in bins[: config.batch_size]], pad_id=pad_id)
+        sequences = tokenize(
+            rows.select(range(min(5 * config.batch_size, len(rows)))), tokenizer, max_length=length
+        )
+        bins = pack(
+            [len(sequence.input_ids) for sequence in sequences], length
+        )  # a row holds 3.5 sentences or more
+        return collate(
+            [[sequences[number] for number in own] for own in bins[: config.batch_size]], pad_id=pad_id
+        )
     rows = rows.select(range(min(config.batch_size, len(rows))))
     if stage == "ppo":
         prompts = tokenize_prompts(rows, tokenizer, max_length=config.max_prompt_length)
         score = by_function(find_function(config.reward), tokenizer)
         drawn = ppo.rollout(model, prompts, score, config, eos_id=tokenizer.eos_token_id, pad_id=pad_id)
-        return ppo.experience_batch(drawn, list(range(len(prompts))), options=config, pad_id=pad_id, packing=config.packing)
+        return ppo.experience_batch(
+            drawn, list(range(len(prompts))), options=config, pad_id=pad_id, packing=config.packing
+        )
     if stage == "kto":
         judged = tokenize_unpaired(rows, tokenizer, max_length=config.max_length)
-        return collate_unpaired(mismatch(judged, seed=config.seed, step=0, max_length=config.max_length), packer=packer)
+        return collate_unpaired(
+            mismatch(judged, seed=config.seed, step=0, max_length=config.max_length), packer=packer
+        )
     batch = collate_pairs(tokenize_pairs(rows, tokenizer, max_length=config.max_length), packer=packer)
     return {**batch, "ends": last_tokens(batch["both"], pad_id=pad_id)} if stage == "reward" else batch
 
 
 def _rollout(folder: Path, method: str) -> Callable[[], object]:
-    """Completions of a step's prompts with the log-probabilities of their tokens; none ends early, so that both methods draw as many."""
+    """Completions of a step's prompts with the log-probabilities of their tokens; none ends early, so that
+    both methods draw as many."""
     config = ppo.PPOConfig(**read_config(str(folder / "ppo-vader" / "config.yaml")))
-    tokenizer, model = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False), _causal_lm(folder / "sft" / "model")
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False),
+        _causal_lm(folder / "sft" / "model"),
+    )
     texts = load_rows(config.train_data)["prompt"][: config.batch_size]
     inputs = tokenizer(list(texts), return_tensors="pt", padding=True, return_token_type_ids=False)
-    ids, mask, new, pad_id = inputs["input_ids"], inputs["attention_mask"], config.max_new_tokens, tokenizer.pad_token_id
+    ids, mask, new, pad_id = (
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        config.max_new_tokens,
+        tokenizer.pad_token_id,
+    )
     if method == OURS:
-        return partial(rollout.generate, model, ids, mask, max_new_tokens=new, seed=0, eos_id=None, pad_id=pad_id)
-    model.generation_config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new, pad_token_id=pad_id)
+        return partial(
+            rollout.generate, model, ids, mask, max_new_tokens=new, seed=0, eos_id=None, pad_id=pad_id
+        )
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=new, pad_token_id=pad_id
+    )
 
     @torch.no_grad()
     def generate() -> Tensor:
         whole = model.generate(ids, attention_mask=mask)
         attention = torch.cat((mask, mask.new_ones(len(ids), new)), 1)
         positions = (attention.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=whole, attention_mask=attention, position_ids=positions, use_cache=False).logits
+        logits = model(
+            input_ids=whole, attention_mask=attention, position_ids=positions, use_cache=False
+        ).logits
         logps: Tensor = logits[:, -new - 1 : -1].log_softmax(-1).gather(2, whole[:, -new:, None])
         return logps
 
@@ -140,7 +197,9 @@ def measure(folder: Path) -> list[Step]:
     """Every step by both methods: time in interleaved rounds, and then memory, in another process."""
     medians: dict[tuple[str, str], float] = {}
     for run in bar(TITLES, unit="step"):
-        timings = interleaved({method: step(str(folder), run, method) for method in (OURS, PLAIN)}, rounds=ROUNDS, warmup=1)
+        timings = interleaved(
+            {method: step(str(folder), run, method) for method in (OURS, PLAIN)}, rounds=ROUNDS, warmup=1
+        )
         medians |= {(run, method): timing.median for method, timing in timings.items()}
     calls = [{"folder": str(folder), "run": run, "method": method} for run, method in medians]
     peaks: list[float] | list[None]
@@ -148,7 +207,10 @@ def measure(folder: Path) -> list[Step]:
         peaks = peak_memories(f"{__name__}:step", calls)
     except PeakMemoryUnavailable:
         peaks = [None] * len(calls)
-    return [Step(run, method, 1000 * medians[run, method], peak) for (run, method), peak in zip(medians, peaks, strict=True)]
+    return [
+        Step(run, method, 1000 * medians[run, method], peak)
+        for (run, method), peak in zip(medians, peaks, strict=True)
+    ]
 
 
 NOTE = """\
@@ -173,17 +235,32 @@ class SideBySide:
 
     def key_figures(self) -> list[str]:
         """A line for each step."""
-        return [f"A step of {title}: {_figures(ours)}; {_figures(plain)}" for title, ours, plain in self._pairs()]
+        return [
+            f"A step of {title}: {_figures(ours)}; {_figures(plain)}" for title, ours, plain in self._pairs()
+        ]
 
     def report(self) -> list[str]:
         """The section of report.md."""
         rows = []
         for title, ours, plain in self._pairs():
             whole = f"{self.whole[ours.run]:.1f}" if ours.run in self.whole else ""
-            peaks = ["not measured: needs Linux" if own.peak_mib is None else f"{own.peak_mib:,.1f}" for own in (ours, plain)]
+            peaks = [
+                "not measured: needs Linux" if own.peak_mib is None else f"{own.peak_mib:,.1f}"
+                for own in (ours, plain)
+            ]
             ratio = f"{plain.milliseconds / ours.milliseconds:.2f}"
-            rows.append([title, whole, f"{ours.milliseconds:,.0f}", f"{plain.milliseconds:,.0f}", ratio, *peaks])
-        header = ("stage", "whole run, s", f"{OURS}, ms", f"{PLAIN}, ms", "times faster", f"{OURS}, MiB", f"{PLAIN}, MiB")
+            rows.append(
+                [title, whole, f"{ours.milliseconds:,.0f}", f"{plain.milliseconds:,.0f}", ratio, *peaks]
+            )
+        header = (
+            "stage",
+            "whole run, s",
+            f"{OURS}, ms",
+            f"{PLAIN}, ms",
+            "times faster",
+            f"{OURS}, MiB",
+            f"{PLAIN}, MiB",
+        )
         note = NOTE.format(tokens=self.tokens, vocabulary=f"{self.vocabulary:,}", rounds=ROUNDS)
         return ["## The stages side by side", "", note, *table(header, rows), ""]
 
@@ -194,4 +271,6 @@ class SideBySide:
 
 
 def _figures(own: Step) -> str:
-    return f"{own.method} {own.milliseconds:,.0f} ms" + ("" if own.peak_mib is None else f", {own.peak_mib:,.0f} MiB")
+    return f"{own.method} {own.milliseconds:,.0f} ms" + (
+        "" if own.peak_mib is None else f", {own.peak_mib:,.0f} MiB"
+    )

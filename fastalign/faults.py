@@ -1,7 +1,8 @@
 """How a command ends when it cannot go on.
 
-A fault of data, model, environment or configuration is one line on stderr, from rank 0, with exit status 2; FASTALIGN_TRACEBACK=1 shows
-the traceback. Anything else is a bug: it keeps its traceback and exit status 1. A signal ends with one line and 128 + its number.
+A fault of data, model, environment or configuration is one line on stderr, from rank 0, with exit status 2;
+FASTALIGN_TRACEBACK=1 shows the traceback. Anything else is a bug: it keeps its traceback and exit status 1. A
+signal ends with one line and 128 + its number.
 """
 
 import argparse
@@ -17,12 +18,25 @@ from typing import NoReturn
 FAULT = 2
 # A bare TypeError, KeyError, AttributeError, IndexError, AssertionError or RuntimeError is a bug.
 _FAULTS = (ValueError, OSError, FloatingPointError, ImportError, MemoryError, EOFError)
-# Errors of others' packages (torch, safetensors, huggingface_hub, datasets, jinja2, pickle) by name: their modules' names change with their
-# versions, and importing them only to ask would take seconds.
-_FOREIGN = {"OutOfMemoryError", "SafetensorError", "StrictDataclassError", "DatasetsError", "TemplateError", "UnpicklingError"}
+# Errors of others' packages (torch, safetensors, huggingface_hub, datasets, jinja2, pickle) by name: their
+# modules' names change with their versions, and importing them only to ask would take seconds.
+_FOREIGN = {
+    "OutOfMemoryError",
+    "SafetensorError",
+    "StrictDataclassError",
+    "DatasetsError",
+    "TemplateError",
+    "UnpicklingError",
+}
 _EXTRAS = {"torch": "torch", "vaderSentiment": "fastalign[demo]", "matplotlib": "fastalign[demo]"}
 # RuntimeErrors of torch that are no bug: memory, a damaged file, weights of another model.
-_TEXTS = ("can't allocate memory", "out of memory", "PytorchStreamReader failed", "PytorchStreamWriter failed", "in loading state_dict")
+_TEXTS = (
+    "can't allocate memory",
+    "out of memory",
+    "PytorchStreamReader failed",
+    "PytorchStreamWriter failed",
+    "in loading state_dict",
+)
 
 
 class RankError(RuntimeError):
@@ -56,7 +70,11 @@ def describe(error: BaseException) -> str | None:
         package = error.name.split(".")[0]
         extra = _EXTRAS.get(package, "fastalign[train]")
         return f"needs {package}, which is not installed: pip install '{extra}'"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in message:
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "allocate memory" in message
+    ):
         return f"out of memory: {message or 'no more can be had'}; a smaller micro_batch_size or gradient_checkpointing=true may do"
     if isinstance(error, RankError) or _raised_here(error):
         return message
@@ -80,10 +98,15 @@ def told(prog: str) -> Iterator[None]:
         with noting_newer_packages():
             yield
     except KeyboardInterrupt as stop:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, because another rank has ended, must not cut the line off
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # torchrun's, because another rank has ended, must not cut the line off
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         message = stop.message if isinstance(stop, Stopped) else ""
-        say(prog, f"stopped by {signal.Signals(number).name}{message or ' before the first step; nothing was trained'}")
+        say(
+            prog,
+            f"stopped by {signal.Signals(number).name}{message or ' before the first step; nothing was trained'}",
+        )
         _exit(128 + number)
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

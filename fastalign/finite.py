@@ -18,7 +18,9 @@ def find_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         return None
     # NaN passes through min and max, and inf is one of them.
     device = floating[0][1].device
-    ends = torch.stack([end.to(device, torch.float64) for _, tensor in floating for end in torch.aminmax(tensor)]).view(-1, 2)
+    ends = torch.stack(
+        [end.to(device, torch.float64) for _, tensor in floating for end in torch.aminmax(tensor)]
+    ).view(-1, 2)
     wrong = [number for number, pair in enumerate(ends.tolist()) if not all(map(math.isfinite, pair))]
     if not wrong:
         return None

@@ -5,8 +5,13 @@ from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# The keys and values of the tokens read so far, as a model takes and returns them: `past_key_values` until transformers 5.23, then `cache`.
-CACHE = next(name for name in ("cache", "past_key_values") if name in {field.name for field in fields(CausalLMOutputWithPast)})
+# The keys and values of the tokens read so far, as a model takes and returns them: `past_key_values` until
+# transformers 5.23, then `cache`.
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in {field.name for field in fields(CausalLMOutputWithPast)}
+)
 
 
 def enable_checkpointing(model: Any) -> None:

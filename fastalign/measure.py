@@ -1,4 +1,5 @@
-"""Time, peak memory and error of a function, as `bench` and `fastalign demo` report them, and the machine they were measured on."""
+"""Time, peak memory and error of a function, as `bench` and `fastalign demo` report them, and the machine
+they were measured on."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ from torch import Tensor
 from ._version import __version__
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_OTHER_MIB = 256  # read between the calls of a cold clock: more than twice the last cache of most processors, and 6 ms
+_OTHER_MIB = (
+    256  # read between the calls of a cold clock: more than twice the last cache of most processors, and 6 ms
+)
 _ROWS_AT_ONCE = 1024  # of a result that is compared in fp64, so that the copies stay small
 
 
@@ -41,15 +44,20 @@ class Timing(NamedTuple):
         return Timing(statistics.median(seconds), min(seconds), max(seconds), tuple(seconds))
 
     def over(self, other: Timing) -> float:
-        """This time as a multiple of another of the same `interleaved` call: the median of the ratios round by round.
+        """This time as a multiple of another of the same `interleaved` call: the median of the ratios round
+        by round.
 
-        A round's functions run one after another, so what slows the machine for a while slows both sides of a ratio.
+        A round's functions run one after another, so what slows the machine for a while slows both sides of a
+        ratio.
         """
-        return statistics.median(own / theirs for own, theirs in zip(self.seconds, other.seconds, strict=True))
+        return statistics.median(
+            own / theirs for own, theirs in zip(self.seconds, other.seconds, strict=True)
+        )
 
 
 class Error(NamedTuple):
-    """Largest |result - reference| of a tensor, absolute and as a multiple of the largest |reference|; NaN where a result has NaN."""
+    """Largest |result - reference| of a tensor, absolute and as a multiple of the largest |reference|; NaN
+    where a result has NaN."""
 
     absolute: float
     relative: float
@@ -59,12 +67,15 @@ class PeakMemoryUnavailable(RuntimeError):
     """This system does not tell a process its peak memory since a given moment; Linux and CUDA do."""
 
 
-def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, *, cold: bool = False) -> dict[str, Timing]:
+def interleaved(
+    functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, *, cold: bool = False
+) -> dict[str, Timing]:
     """Time functions in rounds A B C A B C ..., after `warmup` such rounds that do not count; seconds.
 
-    A function's time includes what it allocates; freeing the result does not count. Where a GPU is in use its events tell the time, from
-    the moment that the device gets to the function's work to its end, and its L2 cache is overwritten before each call. With `cold` a
-    CPU's caches are filled with other data before each call too, and the C library gives back what it holds of freed memory.
+    A function's time includes what it allocates; freeing the result does not count. Where a GPU is in use its
+    events tell the time, from the moment that the device gets to the function's work to its end, and its L2
+    cache is overwritten before each call. With `cold` a CPU's caches are filled with other data before each
+    call too, and the C library gives back what it holds of freed memory.
 
     Raises:
         ValueError: rounds below 1, or warmup below 0.
@@ -92,12 +103,13 @@ def _host_clock(function: Callable[[], object]) -> float:
 
 
 def _cold_clock() -> Callable[[Callable[[], object]], float]:
-    """Inputs as large as the last cache are found there or not by chance: reads of 37 MiB, on 32 MiB of cache that other guests of the
-    machine use too, took 0.46 to 0.94 ms from run to run; from memory 0.76 to 0.85. It reads, for what it wrote would be written back
-    while a call runs.
+    """Inputs as large as the last cache are found there or not by chance: reads of 37 MiB, on 32 MiB of cache
+    that other guests of the machine use too, took 0.46 to 0.94 ms from run to run; from memory 0.76 to 0.85.
+    It reads, for what it wrote would be written back while a call runs.
 
-    glibc maps a large tensor afresh, and its first touches take longer than most kernels, unless earlier calls left a hole in the heap:
-    log_softmax of 192 MiB took 70 ms in one run and 13 in another, 64 in a process of its own.
+    glibc maps a large tensor afresh, and its first touches take longer than most kernels, unless earlier
+    calls left a hole in the heap: log_softmax of 192 MiB took 70 ms in one run and 13 in another, 64 in a
+    process of its own.
     """
     lines = torch.ones(_OTHER_MIB * 2**20 // 4)
 
@@ -110,8 +122,13 @@ def _cold_clock() -> Callable[[Callable[[], object]], float]:
 
 
 def _gpu_clock() -> Callable[[Callable[[], object]], float]:
-    """Twice the L2 is overwritten before the first event: a call that finds its inputs there is no training step's."""
-    lines = torch.empty(2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, dtype=torch.uint8, device="cuda")
+    """Twice the L2 is overwritten before the first event: a call that finds its inputs there is no training
+    step's."""
+    lines = torch.empty(
+        2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
+        dtype=torch.uint8,
+        device="cuda",
+    )
 
     def clock(function: Callable[[], object]) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -128,7 +145,8 @@ def _gpu_clock() -> Callable[[Callable[[], object]], float]:
 
 
 def largest_error(results: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Error]:
-    """Largest elementwise |result - reference| of each result, in fp64; the reference may hold more names than the results.
+    """Largest elementwise |result - reference| of each result, in fp64; the reference may hold more names
+    than the results.
 
     Raises:
         ValueError: a result that the reference lacks, of another shape, or without elements.
@@ -140,11 +158,17 @@ def _error(name: str, result: Tensor, reference: Tensor | None) -> Error:
     if reference is None:
         raise ValueError(f"results: {name!r} seen, which the reference lacks")
     if result.shape != reference.shape:
-        raise ValueError(f"results: {name!r} of shape {list(result.shape)} seen, {list(reference.shape)} wanted")
+        raise ValueError(
+            f"results: {name!r} of shape {list(result.shape)} seen, {list(reference.shape)} wanted"
+        )
     if result.numel() == 0:
-        raise ValueError(f"results: {name!r} of shape {list(result.shape)} seen, which holds nothing to compare")
+        raise ValueError(
+            f"results: {name!r} of shape {list(result.shape)} seen, which holds nothing to compare"
+        )
     absolute = scale = torch.zeros((), dtype=torch.float64, device=result.device)
-    results, truths = (torch.atleast_1d(tensor.detach()).split(_ROWS_AT_ONCE) for tensor in (result, reference))
+    results, truths = (
+        torch.atleast_1d(tensor.detach()).split(_ROWS_AT_ONCE) for tensor in (result, reference)
+    )
     for own, true in zip(results, truths):
         true = true.double()
         absolute = torch.maximum(absolute, (own.double() - true).abs().amax())  # torch.maximum hands NaN on
@@ -154,8 +178,11 @@ def _error(name: str, result: Tensor, reference: Tensor | None) -> Error:
     return Error(absolute.item(), (absolute / scale).item())
 
 
-def peak_memory(target: str, arguments: Mapping[str, Any], *, warmup: Mapping[str, Any] | None = None, device: str = "cpu") -> float:
-    """Peak memory of a call beyond what was held before it, in MiB: its results and everything it needs on the way, not its inputs.
+def peak_memory(
+    target: str, arguments: Mapping[str, Any], *, warmup: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> float:
+    """Peak memory of a call beyond what was held before it, in MiB: its results and everything it needs on
+    the way, not its inputs.
 
     As `peak_memories`, of one call.
     """
@@ -163,7 +190,11 @@ def peak_memory(target: str, arguments: Mapping[str, Any], *, warmup: Mapping[st
 
 
 def peak_memories(
-    target: str, every: Sequence[Mapping[str, Any]], *, warmup: Mapping[str, Any] | None = None, device: str = "cpu"
+    target: str,
+    every: Sequence[Mapping[str, Any]],
+    *,
+    warmup: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> list[float]:
     """Peak memory of calls, one after another, each beyond what was held before it, in MiB.
 
@@ -200,12 +231,15 @@ def peak_memories(
         text=True,
     )
     if child.returncode:
-        raise RuntimeError(f"{target} failed in its own process:\n" + "\n".join(child.stderr.splitlines()[-5:]))
+        raise RuntimeError(
+            f"{target} failed in its own process:\n" + "\n".join(child.stderr.splitlines()[-5:])
+        )
     return [float(peak) for peak in json.loads(child.stdout)]
 
 
 def _serve() -> None:
-    """The child of `peak_memory`: the request comes on standard input, the peaks in MiB leave on standard output."""
+    """The child of `peak_memory`: the request comes on standard input, the peaks in MiB leave on standard
+    output."""
     answer = os.dup(1)
     os.dup2(2, 1)  # what the target prints is no answer
     request = json.load(sys.stdin)
@@ -262,7 +296,8 @@ def _peak_cuda(target: str, arguments: Mapping[str, Any], warmup: Mapping[str, A
 
 
 def machine() -> dict[str, str | int]:
-    """What a figure depends on: processor, cores, torch's threads, versions, GPU and driver. Names no host, user or path."""
+    """What a figure depends on: processor, cores, torch's threads, versions, GPU and driver. Names no host,
+    user or path."""
     return {
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -293,7 +328,11 @@ def available_cores() -> int:
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = (
-        [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if cpuinfo.exists()
         else []
     )
@@ -312,6 +351,12 @@ def _query(fields: str) -> str:
     tool = shutil.which("nvidia-smi")
     if not torch.cuda.is_available() or tool is None:
         return "none"
-    seen = subprocess.run([tool, f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True)
+    seen = subprocess.run(
+        [tool, f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True
+    )
     line = seen.stdout.partition("\n")[0].strip() or "unknown"
-    return line if "," not in fields else ", ".join(f"{name} {value.strip()}" for name, value in zip(fields.split(","), line.split(",")))
+    return (
+        line
+        if "," not in fields
+        else ", ".join(f"{name} {value.strip()}" for name, value in zip(fields.split(","), line.split(",")))
+    )

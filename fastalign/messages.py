@@ -1,4 +1,5 @@
-"""What a row's messages say: roles, contents, calls of tools, which turns are trained, and where the prompt ends.
+"""What a row's messages say: roles, contents, calls of tools, which turns are trained, and where the prompt
+ends.
 
 The DataErrors raised here give the reason alone; `fastalign.data` adds the file and the rows.
 """
@@ -11,9 +12,26 @@ from .strict_json import DECODER
 Row = Mapping[str, Any]
 Message = dict[str, Any]
 
-SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
+SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 # Columns beside messages that would change what the model sees.
-UNSERVED = ("image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs", "documents", "system")
+UNSERVED = (
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "audios",
+    "chat_template_kwargs",
+    "documents",
+    "system",
+)
 # Keys that tell messages apart and say nothing to the model, so that a template may leave them out.
 LABELS = ("id", "message_id", "turn_id", "timestamp", "created_at", "tool_call_id")
 
@@ -29,8 +47,8 @@ class FatalDataError(DataError):
 def read_messages(column: str, messages: Any) -> list[Message]:
     """The messages, without keys of None, as transformers has them: templates ask whether a key is there.
 
-    A `tool_calls`, or the `arguments` of a call, that is JSON in a string is parsed. Raises DataError for what is no list of
-    messages, for parts of a content that are no text, and for calls that are none.
+    A `tool_calls`, or the `arguments` of a call, that is JSON in a string is parsed. Raises DataError for
+    what is no list of messages, for parts of a content that are no text, and for calls that are none.
     """
     if not isinstance(messages, list):
         raise DataError(f"column {column!r} must be a list of messages, got {type(messages).__name__}")
@@ -39,7 +57,9 @@ def read_messages(column: str, messages: Any) -> list[Message]:
 
 def read_sharegpt(column: str, messages: Any) -> list[Message]:
     """As `read_messages`, of ShareGPT's messages with `from` and `value` too."""
-    if not isinstance(messages, list) or not any(isinstance(message, dict) and "from" in message for message in messages):
+    if not isinstance(messages, list) or not any(
+        isinstance(message, dict) and "from" in message for message in messages
+    ):
         return read_messages(column, messages)
     renamed = []
     for message in messages:
@@ -47,14 +67,17 @@ def read_sharegpt(column: str, messages: Any) -> list[Message]:
             seen = f"the keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
             raise DataError(f"column {column!r} must hold messages with a 'from' and a 'value', got {seen}")
         if message["from"] not in SHAREGPT:
-            raise DataError(f"column {column!r} must hold messages from {', '.join(SHAREGPT)}; got {message['from']!r}")
+            raise DataError(
+                f"column {column!r} must hold messages from {', '.join(SHAREGPT)}; got {message['from']!r}"
+            )
         others = {key: value for key, value in message.items() if key not in ("from", "value")}
         renamed.append({"role": SHAREGPT[message["from"]], "content": message.get("value")} | others)
     return read_messages(column, renamed)
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The schemas of a row's `tools`: a list, or JSON in a string, of the whole or of each. None where it has none."""
+    """The schemas of a row's `tools`: a list, or JSON in a string, of the whole or of each. None where it has
+    none."""
     tools = _parse("tools", tools) if isinstance(tools, str) else tools
     if tools is None:
         return None
@@ -81,14 +104,16 @@ def refuse_beside_text(row: Row) -> None:
     """As `refuse_unserved`, for a row of text, which goes through no chat template."""
     refuse_unserved(row)
     if row.get("tools"):
-        raise DataError("column 'tools' is for messages, and a text goes through no chat template: remove the column")
+        raise DataError(
+            "column 'tools' is for messages, and a text goes through no chat template: remove the column"
+        )
 
 
 def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list[Message]]]:
     """The messages of the prompt, and those that each of the columns adds to it.
 
-    `prompt` are messages, which a column may repeat; or a text, the user's turn that the columns' whole conversations have last
-    in common; or absent, and then what two columns begin with.
+    `prompt` are messages, which a column may repeat; or a text, the user's turn that the columns' whole
+    conversations have last in common; or absent, and then what two columns begin with.
     """
     prompt = read_messages("prompt", row["prompt"]) if isinstance(row.get("prompt"), list) else None
     conversations = [read_messages(column, row[column]) for column in columns]
@@ -99,17 +124,29 @@ def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list
     if "prompt" in row:
         text = row["prompt"]
         if not isinstance(text, str):
-            raise DataError(f"column 'prompt' must be a list of messages, or a text, got {type(text).__name__}")
+            raise DataError(
+                f"column 'prompt' must be a list of messages, or a text, got {type(text).__name__}"
+            )
         lengths = [_after_text(text, conversation) for conversation in conversations]
         if None in lengths:
-            raise DataError(f"{what} must hold whole conversations with the text of column 'prompt' as a user's turn, and an answer")
+            raise DataError(
+                f"{what} must hold whole conversations with the text of column 'prompt' as a user's turn, and an answer"
+            )
         shared = lengths[0] or 0
-        if any(conversation[:shared] != conversations[0][:shared] for conversation in conversations) or len(set(lengths)) > 1:
+        if (
+            any(conversation[:shared] != conversations[0][:shared] for conversation in conversations)
+            or len(set(lengths)) > 1
+        ):
             raise DataError(f"{what} must begin with the same messages up to the text of column 'prompt'")
     else:
         one, *others = conversations
         shared = next(
-            (place for place, message in enumerate(one) if any(other[place : place + 1] != [message] for other in others)), len(one)
+            (
+                place
+                for place, message in enumerate(one)
+                if any(other[place : place + 1] != [message] for other in others)
+            ),
+            len(one),
         )
         if not shared:
             raise DataError(f"{what} must begin with the same messages where there is no column 'prompt'")
@@ -117,7 +154,8 @@ def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list
 
 
 def take_weights(column: str, messages: Sequence[Message]) -> tuple[list[Message], list[bool]]:
-    """The messages without `weight`, and whether each is an assistant's turn that is trained: one of weight 1, or without."""
+    """The messages without `weight`, and whether each is an assistant's turn that is trained: one of weight
+    1, or without."""
     trained = []
     for message in messages:
         assistant, weight = message["role"] == "assistant", message.get("weight")
@@ -128,7 +166,9 @@ def take_weights(column: str, messages: Sequence[Message]) -> tuple[list[Message
                 f"column {column!r} has a 'weight' of 1 on a turn of role {message['role']!r}; only the assistant's are trained"
             )
         trained.append(assistant and weight != 0)
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages], trained
+    return [
+        {key: value for key, value in message.items() if key != "weight"} for message in messages
+    ], trained
 
 
 def join_parts(content: Any) -> Any:
@@ -138,24 +178,42 @@ def join_parts(content: Any) -> Any:
 
 def says_something(message: Message) -> bool:
     """Whether a message has more than a role."""
-    said = (join_parts(value) if key == "content" else value for key, value in message.items() if key not in ("role", "weight", *LABELS))
+    said = (
+        join_parts(value) if key == "content" else value
+        for key, value in message.items()
+        if key not in ("role", "weight", *LABELS)
+    )
     return any(value.strip() if isinstance(value, str) else value for value in said)
 
 
 def _read_message(column: str, message: Any) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         seen = f"the keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
-        hint = "; rename ShareGPT's 'from' and 'value'" if isinstance(message, dict) and "from" in message else ""
-        raise DataError(f"column {column!r} must hold messages with a 'role' and a 'content', got {seen}{hint}")
+        hint = (
+            "; rename ShareGPT's 'from' and 'value'"
+            if isinstance(message, dict) and "from" in message
+            else ""
+        )
+        raise DataError(
+            f"column {column!r} must hold messages with a 'role' and a 'content', got {seen}{hint}"
+        )
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
     if not isinstance(content, str | list | None):
-        raise DataError(f"column {column!r} must hold messages whose 'content' is text, got {type(content).__name__}")
+        raise DataError(
+            f"column {column!r} must hold messages whose 'content' is text, got {type(content).__name__}"
+        )
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
-        others = [key for key in part if key not in ("type", "text") and part[key] is not None] if kind == "text" else []
+        others = (
+            [key for key in part if key not in ("type", "text") and part[key] is not None]
+            if kind == "text"
+            else []
+        )
         if kind != "text" or not isinstance(part.get("text"), str) or others:
-            raise DataError(f"column {column!r} must hold contents whose parts are {{'type': 'text', 'text': …}}, got {_show(part)}")
+            raise DataError(
+                f"column {column!r} must hold contents whose parts are {{'type': 'text', 'text': …}}, got {_show(part)}"
+            )
     if isinstance(content, list):
         message["content"] = [{"type": "text", "text": part["text"]} for part in content]
     if "tool_calls" in message:
@@ -166,7 +224,9 @@ def _read_message(column: str, message: Any) -> Message:
 def _read_calls(column: str, calls: Any) -> list[dict[str, Any]]:
     calls = _parse(column, calls) if isinstance(calls, str) else calls
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise DataError(f"column {column!r} must hold 'tool_calls' that are a list of objects, got {_show(calls)}")
+        raise DataError(
+            f"column {column!r} must hold 'tool_calls' that are a list of objects, got {_show(calls)}"
+        )
     read = []
     for call in calls:
         inner = call["function"] if isinstance(call.get("function"), dict) else call
@@ -175,7 +235,9 @@ def _read_calls(column: str, calls: Any) -> list[dict[str, Any]]:
             arguments = _parse(column, arguments) if arguments.strip() else {}
             inner = inner | {"arguments": arguments}
         if not isinstance(arguments, dict | None):
-            raise DataError(f"column {column!r} must hold 'arguments' of calls that are an object, got {_show(arguments)}")
+            raise DataError(
+                f"column {column!r} must hold 'arguments' of calls that are an object, got {_show(arguments)}"
+            )
         read.append(call | {"function": inner} if isinstance(call.get("function"), dict) else inner)
     return read
 

@@ -1,9 +1,11 @@
-"""The losses as modules: options in the constructor, tensors in the call, as torch.nn has it. No module owns parameters: the head's
-weight is the model's and comes with the call, so that ties, adapters and sharding stay the model's business. Options are checked in the
-constructor, tensors in the call.
+"""The losses as modules: options in the constructor, tensors in the call, as torch.nn has it. No module owns
+parameters: the head's weight is the model's and comes with the call, so that ties, adapters and sharding stay
+the model's business. Options are checked in the constructor, tensors in the call.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,9 +28,10 @@ from fastalign_kernels.tokens import AGGREGATIONS
 
 
 class _Loss(nn.Module):
-    """Keeps the options. Each constructor checks its own by the checks of its function, so that a bad one fails there."""
+    """Keeps the options. Each constructor checks its own by the checks of its function, so that a bad one
+    fails there."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
 
@@ -39,7 +42,8 @@ class _Loss(nn.Module):
 class CrossEntropyLoss(_Loss):
     """`fastalign.cross_entropy` as a module: logits [..., V], targets [...] -> loss in nats.
 
-    The constructor takes that function's options (V is the last dimension, where torch has it second); errors are raised as there.
+    The constructor takes that function's options (V is the last dimension, where torch has it second); errors
+    are raised as there.
     """
 
     def __init__(
@@ -68,13 +72,21 @@ class CrossEntropyLoss(_Loss):
         )
 
     def forward(
-        self, logits: Tensor, targets: Tensor, *, token_weights: Tensor | None = None, num_items: float | Tensor | None = None
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        *,
+        token_weights: Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
-        return cross_entropy(logits, targets, token_weights=token_weights, num_items=num_items, **self.options)  # type: ignore[arg-type]
+        return cross_entropy(
+            logits, targets, token_weights=token_weights, num_items=num_items, **self.options
+        )
 
 
 class LinearCrossEntropyLoss(_Loss):
-    """`fastalign.linear_cross_entropy` as a module: hidden [..., H], weight [V, H], targets [...], bias [V] or None -> loss in nats.
+    """`fastalign.linear_cross_entropy` as a module: hidden [..., H], weight [V, H], targets [...], bias [V]
+    or None -> loss in nats.
 
     The constructor takes that function's options; errors are raised as there.
     """
@@ -117,12 +129,15 @@ class LinearCrossEntropyLoss(_Loss):
         token_weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor:
-        return linear_cross_entropy(hidden, weight, targets, bias, token_weights=token_weights, num_items=num_items, **self.options)  # type: ignore[arg-type]
+        return linear_cross_entropy(
+            hidden, weight, targets, bias, token_weights=token_weights, num_items=num_items, **self.options
+        )
 
 
 class LinearDPOLoss(_Loss):
-    """`fastalign.linear_dpo_loss` as a module: hidden [2S, T, H] (chosen rows first) or packed [N, H] with cu_seqlens, weight [V, H], ids,
-    and the reference's hidden states and weight, or its log-probabilities -> LinearPreferenceLoss.
+    """`fastalign.linear_dpo_loss` as a module: hidden [2S, T, H] (chosen rows first) or packed [N, H] with
+    cu_seqlens, weight [V, H], ids, and the reference's hidden states and weight, or its log-probabilities ->
+    LinearPreferenceLoss.
 
     The constructor takes that function's options; errors are raised as there.
     """
@@ -177,13 +192,14 @@ class LinearDPOLoss(_Loss):
             reference_bias=reference_bias,
             reference_logps=reference_logps,
             cu_seqlens=cu_seqlens,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
 
 
 class LinearKTOLoss(_Loss):
-    """`fastalign.linear_kto_loss` as a module: hidden [S, T, H] or packed [N, H] with cu_seqlens, weight [V, H], ids, desirable [S] bool,
-    kl, and the reference's hidden states and weight, or its log-probabilities -> LinearUnpairedLoss.
+    """`fastalign.linear_kto_loss` as a module: hidden [S, T, H] or packed [N, H] with cu_seqlens, weight [V,
+    H], ids, desirable [S] bool, kl, and the reference's hidden states and weight, or its log-probabilities ->
+    LinearUnpairedLoss.
 
     The constructor takes that function's options; errors are raised as there.
     """
@@ -244,13 +260,14 @@ class LinearKTOLoss(_Loss):
             reference_bias=reference_bias,
             reference_logps=reference_logps,
             cu_seqlens=cu_seqlens,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
 
 
 class LinearPPOLoss(_Loss):
-    """`fastalign.linear_ppo_loss` as a module: hidden [B, T, H] or packed [N, H], weight [V, H], ids, old_logp, advantages and mask of one
-    shape, bias [V] or None, the reference's log-probabilities -> PolicyLoss.
+    """`fastalign.linear_ppo_loss` as a module: hidden [B, T, H] or packed [N, H], weight [V, H], ids,
+    old_logp, advantages and mask of one shape, bias [V] or None, the reference's log-probabilities ->
+    PolicyLoss.
 
     The constructor takes that function's options; errors are raised as there.
     """
@@ -316,5 +333,5 @@ class LinearPPOLoss(_Loss):
             reference_logp=reference_logp,
             normalizer=normalizer,
             cu_seqlens=cu_seqlens,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )

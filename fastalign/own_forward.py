@@ -1,8 +1,9 @@
 """Where a fused model runs its own forward, and so makes full logits.
 
-Two hosts need the logits: training without labels, whose loss lies outside of the model, and transformers' Trainer when it
-collects predictions. A loss function of the user's, or an adapter on lm_head, cannot be computed by the fused head. Each of
-these but the Trainer's predictions, which the user has asked for, is warned of once.
+Two hosts need the logits: training without labels, whose loss lies outside of the model, and transformers'
+Trainer when it collects predictions. A loss function of the user's, or an adapter on lm_head, cannot be
+computed by the fused head. Each of these but the Trainer's predictions, which the user has asked for, is
+warned of once.
 """
 
 import sys
@@ -11,7 +12,9 @@ import warnings
 import torch
 from transformers import PreTrainedModel
 
-LOSS_FUNCTION = "_fastalign_loss_function"  # where a fused model keeps the loss_function that it was fused with
+LOSS_FUNCTION = (
+    "_fastalign_loss_function"  # where a fused model keeps the loss_function that it was fused with
+)
 _WARNED = "_fastalign_warned"
 
 
@@ -33,17 +36,25 @@ def takes_own_forward(model: PreTrainedModel, *, labelled: bool, unservable_head
         _warn(model, f"was changed after fuse_head ({unservable_head})")
         return True
     if model.loss_function is not model.__dict__[LOSS_FUNCTION]:
-        _warn(model, "got another loss_function after fuse_head (fuse_head(model) checks whether it can be served)")
+        _warn(
+            model,
+            "got another loss_function after fuse_head (fuse_head(model) checks whether it can be served)",
+        )
         return True
-    return not model.training and not torch.is_grad_enabled() and _trainer_collects_predictions(torch.compiler.is_compiling())
+    return (
+        not model.training
+        and not torch.is_grad_enabled()
+        and _trainer_collects_predictions(torch.compiler.is_compiling())
+    )
 
 
 @torch.compiler.assume_constant_result
 def _trainer_collects_predictions(compiling: bool) -> bool:
     """Whether a transformers Trainer evaluates the model and will read its logits (compute_metrics, predict).
 
-    The Trainer tells its model nothing of that, so its frame is looked for. A compiled graph is used again by evaluations that
-    read only the loss and by others, so that there every evaluation of a Trainer gets logits.
+    The Trainer tells its model nothing of that, so its frame is looked for. A compiled graph is used again by
+    evaluations that read only the loss and by others, so that there every evaluation of a Trainer gets
+    logits.
     """
     host: type | None = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     frame = sys._getframe(1)

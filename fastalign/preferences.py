@@ -2,8 +2,8 @@
 
 What is scored of a sequence is the completion alone, with its EOS or end-of-turn token: `Tokenized.trained`
 marks it. Sequences that a step compares run in one forward pass, packed without padding where the attention
-masks by sequence, the prompt that two of them share computed once where it can (`shared_prompts`); `sequence_logps`
-gives each one's log-probability.
+masks by sequence, the prompt that two of them share computed once where it can (`shared_prompts`);
+`sequence_logps` gives each one's log-probability.
 """
 
 import math
@@ -18,7 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from fastalign_kernels import sum_by_sequence
 
-from .data import BESIDE, FLASH, Tokenized, TooLong, answer_converter, collate, holds_messages, tokenize_answers
+from .data import (
+    BESIDE,
+    FLASH,
+    Tokenized,
+    TooLong,
+    answer_converter,
+    collate,
+    holds_messages,
+    tokenize_answers,
+)
 from .messages import DataError, Row
 from .rows import Rows, need_columns, read_each, refuse_rows
 from .shared_prompts import Family, count_operations, fill_rows, find_families, lay_out, model_arguments
@@ -54,25 +63,33 @@ class Unpaired(NamedTuple):
         return tuple(self.answered.input_ids[self.answered.trained.index(True) :])
 
 
-def tokenize_pairs(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop") -> list[Pair]:
-    """Pairs, one a row: `prompt`, `chosen` and `rejected` (all text, or all messages), and a number `margin` if there is one.
+def tokenize_pairs(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
+) -> list[Pair]:
+    """Pairs, one a row: `prompt`, `chosen` and `rejected` (all text, or all messages), and a number `margin`
+    if there is one.
 
-    Messages may come without `prompt`: it is then what both conversations begin with. Both may repeat a prompt of messages, and
-    both may be whole conversations beside a prompt of text, which the user says last in what they share. Text is ended by an EOS.
-    A `tools` column is handed to the chat template.
+    Messages may come without `prompt`: it is then what both conversations begin with. Both may repeat a
+    prompt of messages, and both may be whole conversations beside a prompt of text, which the user says last
+    in what they share. Text is ended by an EOS. A `tools` column is handed to the chat template.
 
-    Pairs with a sequence longer than `max_length` tokens are refused, left out or cut at the right (`too_long`), the latter two with
-    one warning that counts them. Raises DataError for missing columns, wrong types, a completion that is empty or has no token within
-    `max_length`, and completions that are the same, or are within `max_length`; ValueError for a tokenizer that lacks what this needs.
+    Pairs with a sequence longer than `max_length` tokens are refused, left out or cut at the right
+    (`too_long`), the latter two with one warning that counts them. Raises DataError for missing columns,
+    wrong types, a completion that is empty or has no token within `max_length`, and completions that are the
+    same, or are within `max_length`; ValueError for a tokenizer that lacks what this needs.
     """
-    implicit = "prompt" not in rows.column_names and "chosen" in rows.column_names and holds_messages(rows, "chosen")
+    implicit = (
+        "prompt" not in rows.column_names and "chosen" in rows.column_names and holds_messages(rows, "chosen")
+    )
     need_columns(rows, *([] if implicit else ["prompt"]), "chosen", "rejected")
     chat = implicit or holds_messages(rows, "prompt", "chosen")
     convert = answer_converter(tokenizer, "chosen", "rejected", chat=chat)
 
     def both(row: Row) -> list[Any]:
         if implicit and not (isinstance(row["chosen"], list) and isinstance(row["rejected"], list)):
-            raise DataError("columns 'chosen' and 'rejected' must both be lists of messages where there is no column 'prompt'")
+            raise DataError(
+                "columns 'chosen' and 'rejected' must both be lists of messages where there is no column 'prompt'"
+            )
         if row["chosen"] == row["rejected"]:
             raise DataError("columns 'chosen' and 'rejected' are the same")
         return convert(row)
@@ -80,31 +97,46 @@ def tokenize_pairs(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length
     margins: Sequence[float | None] = [None] * len(rows)
     if "margin" in rows.column_names:
         margins = read_each(rows, ["margin"], _read_margin)
-    answers = read_each(rows, ["chosen", "rejected"] if implicit else ["prompt", "chosen", "rejected"], both, BESIDE)
-    tokenized = tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long)
+    answers = read_each(
+        rows, ["chosen", "rejected"] if implicit else ["prompt", "chosen", "rejected"], both, BESIDE
+    )
+    tokenized = tokenize_answers(
+        rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long
+    )
     same = [index for index, pair in enumerate(tokenized) if pair and pair[0] == pair[1]]
     refuse_rows(rows, {f"columns 'chosen' and 'rejected' are the same within max_length={max_length}": same})
     return [Pair(pair[0], pair[1], margin) for pair, margin in zip(tokenized, margins, strict=True) if pair]
 
 
-def tokenize_unpaired(rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop") -> list[Unpaired]:
-    """Judged completions, one a row: `prompt` and `completion` (both text, or messages), and `label`, true for a desirable one.
+def tokenize_unpaired(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
+) -> list[Unpaired]:
+    """Judged completions, one a row: `prompt` and `completion` (both text, or messages), and `label`, true
+    for a desirable one.
 
     Texts, lengths and errors as in `tokenize_pairs`; a label that is not true or false is refused too.
     """
     need_columns(rows, "prompt", "completion", "label")
     chat = holds_messages(rows, "prompt", "completion")
     labels = read_each(rows, ["label"], _read_label)
-    answers = read_each(rows, ["prompt", "completion"], answer_converter(tokenizer, "completion", chat=chat), BESIDE)
-    tokenized = tokenize_answers(rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long)
-    return [Unpaired(sequences[0], label) for sequences, label in zip(tokenized, labels, strict=True) if sequences]
+    answers = read_each(
+        rows, ["prompt", "completion"], answer_converter(tokenizer, "completion", chat=chat), BESIDE
+    )
+    tokenized = tokenize_answers(
+        rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long
+    )
+    return [
+        Unpaired(sequences[0], label) for sequences, label in zip(tokenized, labels, strict=True) if sequences
+    ]
 
 
 def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int) -> list[Unpaired]:
-    """The rows of a step, each with its prompt before the completion of another row of the step, cut at `max_length` tokens.
+    """The rows of a step, each with its prompt before the completion of another row of the step, cut at
+    `max_length` tokens.
 
-    No row meets a completion equal to its own. Each completion is met once, where no completion is that of more than
-    half of the rows. The result is a function of the arguments. Raises ValueError where all completions are equal.
+    No row meets a completion equal to its own. Each completion is met once, where no completion is that of
+    more than half of the rows. The result is a function of the arguments. Raises ValueError where all
+    completions are equal.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for number in np.random.default_rng((seed, step)).permutation(len(rows)):
@@ -113,8 +145,9 @@ def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int)
         raise ValueError(
             f"rows must have two different completions at least, as each prompt meets another row's; got {len(rows)} rows of one"
         )
-    # Equal completions stand side by side in a ring, and each place meets the one that lies `shift` places on: past its
-    # own group's end, whatever the group, but short of its beginning, which the modulo sees to for a majority.
+    # Equal completions stand side by side in a ring, and each place meets the one that lies `shift` places
+    # on: past its own group's end, whatever the group, but short of its beginning, which the modulo sees to
+    # for a majority.
     ring = [number for group in groups.values() for number in group]
     shift = max(map(len, groups.values()))
     met: dict[int, int] = {}
@@ -124,14 +157,19 @@ def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int)
         for place, number in enumerate(group):
             met[number] = ring[(first + len(group) + (place + shift - len(group)) % others) % len(ring)]
         first += len(group)
-    return [row._replace(mismatched=_join(row, rows[met[number]], max_length)) for number, row in enumerate(rows)]
+    return [
+        row._replace(mismatched=_join(row, rows[met[number]], max_length)) for number, row in enumerate(rows)
+    ]
 
 
 def mismatch_bounds(rows: Sequence[Unpaired], *, max_length: int) -> list[Tokenized]:
     """The shortest and the longest sequence that `mismatch` can make of any of the rows."""
     bounds = []
     for end in (min, max):
-        prompt, completion = end(rows, key=lambda row: len(row.prompt)), end(rows, key=lambda row: len(row.completion))
+        prompt, completion = (
+            end(rows, key=lambda row: len(row.prompt)),
+            end(rows, key=lambda row: len(row.completion)),
+        )
         bounds.append(_join(prompt, completion, max_length))
     return bounds
 
@@ -147,16 +185,19 @@ def pack_sequences(
 ) -> Batch:
     """S sequences for one forward pass, and where each of them lies in it.
 
-    `arguments` are collate's, for a model; rows are as long as the longest sequence and hold further ones where they fit
-    (one a row without `packing`), flash attention's one row holds all. `starts` and `places` are int64: values [B, T]
-    of the tokens, flattened, belong to segments that begin at `starts` [segments + 1], and the sequences are the
-    segments `places` [S]; the others are padding. `lengths`: int64 [S], scored tokens. `sequences`: as given.
+    `arguments` are collate's, for a model; rows are as long as the longest sequence and hold further ones
+    where they fit (one a row without `packing`), flash attention's one row holds all. `starts` and `places`
+    are int64: values [B, T] of the tokens, flattened, belong to segments that begin at `starts` [segments +
+    1], and the sequences are the segments `places` [S]; the others are padding. `lengths`: int64 [S], scored
+    tokens. `sequences`: as given.
 
-    Where `prompts` [S] has a number twice, these sequences begin alike. With the `hidden_size` of a model that takes masks
-    (`fastalign.shared_prompts.explain_unshared`; not for flash attention, nor without `packing`) what they share is computed
-    once, if that takes fewer operations. Rows are then as long as the longest sequences that share; what is shared is a segment
-    of its own, a sequence's is the rest of it, and `prefixes`, int64 [segments], is the one before each, or itself.
-    `fastalign.shared_prompts.model_arguments` then adds the mask to the arguments, as numbers if `additive`, for eager attention.
+    Where `prompts` [S] has a number twice, these sequences begin alike. With the `hidden_size` of a model
+    that takes masks (`fastalign.shared_prompts.explain_unshared`; not for flash attention, nor without
+    `packing`) what they share is computed once, if that takes fewer operations. Rows are then as long as the
+    longest sequences that share; what is shared is a segment of its own, a sequence's is the rest of it, and
+    `prefixes`, int64 [segments], is the one before each, or itself.
+    `fastalign.shared_prompts.model_arguments` then adds the mask to the arguments, as numbers if `additive`,
+    for eager attention.
     """
     alone = [Family((number,), 0, len(sequence.input_ids)) for number, sequence in enumerate(sequences)]
     if attention == FLASH:
@@ -183,7 +224,8 @@ def pack_sequences(
 
 
 def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[..., Batch]) -> Batch:
-    """`both`: the chosen sequences, then the rejected ones, as `packer` packs them; `margins`: fp32 [pairs], where there are any.
+    """`both`: the chosen sequences, then the rejected ones, as `packer` packs them; `margins`: fp32 [pairs],
+    where there are any.
 
     `packer` is `pack_sequences` with its options.
     """
@@ -194,20 +236,25 @@ def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[..., Batch]) -> Bat
 
 
 def collate_unpaired(rows: Sequence[Unpaired], *, packer: Callable[..., Batch]) -> Batch:
-    """`answered`, `mismatched` and `both` (one after the other): the rows' sequences as `packer` packs them; `desirable`: bool [S].
+    """`answered`, `mismatched` and `both` (one after the other): the rows' sequences as `packer` packs them;
+    `desirable`: bool [S].
 
-    Without mismatched sequences `both` are the answered ones, and `mismatched` is left out. `packer` is `pack_sequences` with
-    its options.
+    Without mismatched sequences `both` are the answered ones, and `mismatched` is left out. `packer` is
+    `pack_sequences` with its options.
     """
     answered = [row.answered for row in rows]
     mismatched = {number: row.mismatched for number, row in enumerate(rows) if row.mismatched is not None}
-    batch: Batch = {"answered": packer(answered), "both": packer([*answered, *mismatched.values()], [*range(len(rows)), *mismatched])}
+    batch: Batch = {
+        "answered": packer(answered),
+        "both": packer([*answered, *mismatched.values()], [*range(len(rows)), *mismatched]),
+    }
     batch["desirable"] = torch.tensor([row.desirable for row in rows])
     return batch | ({"mismatched": packer([*mismatched.values()])} if mismatched else {})
 
 
 def sequence_logps(model: nn.Module, packed: Batch) -> Tensor:
-    """log P(completion | prompt) of each sequence, [S] in nats (fp32, or fp64 for fp64), by a fused causal LM."""
+    """log P(completion | prompt) of each sequence, [S] in nats (fp32, or fp64 for fp64), by a fused causal
+    LM."""
     output = model(**model_arguments(packed), token_stats=True, use_cache=False)
     return sum_by_sequence(output.logp.flatten(), packed["starts"])[packed["places"]]
 

@@ -21,7 +21,9 @@ from .versions import newer_than_tested
 # Names in configs; `logits_scaling` divides (Granite), but not in HyperCLOVA-X.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-_LARGEST = 64.0  # of the random logits: at the size of an untrained model's, a softcap of 30 hides in the rounding
+_LARGEST = (
+    64.0  # of the random logits: at the size of an untrained model's, a softcap of 30 hides in the rounding
+)
 
 
 class UnsupportedModelError(ValueError):
@@ -29,7 +31,8 @@ class UnsupportedModelError(ValueError):
 
 
 def unsupported(model: nn.Module, why: str) -> UnsupportedModelError:
-    """The error to raise, which names the model's class, and the packages that are newer than those tested."""
+    """The error to raise, which names the model's class, and the packages that are newer than those
+    tested."""
     return UnsupportedModelError("; ".join([f"model: {type(model).__name__} {why}", *newer_than_tested()]))
 
 
@@ -72,7 +75,8 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
 
 
 class Explained(NamedTuple):
-    """A model's own forward on ten tokens: its arguments, what entered and left lm_head, and what follows lm_head."""
+    """A model's own forward on ten tokens: its arguments, what entered and left lm_head, and what follows
+    lm_head."""
 
     inputs: dict[str, Any]
     hidden: Tensor
@@ -87,15 +91,18 @@ class Explained(NamedTuple):
 def explain_loss(model: PreTrainedModel, head: nn.Linear) -> Explained:
     """Run the model's own forward, and find the declared transform that explains its logits and its loss.
 
-    The forward goes on from lm_head with random logits up to ±64. Tolerances are in roundings of the dtype seen:
-    the transform rounds up to four times, by eps/2 each; the loss is accumulated in fp32. Call it within `probing`.
+    The forward goes on from lm_head with random logits up to ±64. Tolerances are in roundings of the dtype
+    seen: the transform rounds up to four times, by eps/2 each; the loss is accumulated in fp32. Call it
+    within `probing`.
     """
     inputs = _arguments(model, head)
     with _recorded_head(model, randomize=True) as calls:
         own = model(**inputs)
     logits, loss = getattr(own, "logits", None), getattr(own, "loss", None)
     if len(calls) != 1 or loss is None or logits is None or logits.shape != calls[0].used.shape:
-        raise _inexact(model, f"{len(calls)} calls of lm_head, and not one that ends in a loss and logits of its shape")
+        raise _inexact(
+            model, f"{len(calls)} calls of lm_head, and not one that ends in a loss and logits of its shape"
+        )
     [call] = calls
     differences = {t: _largest_difference(t(_exact(call.used)), logits) for t in declared_transforms(model)}
     served = [t for t, difference in differences.items() if difference <= 4 * _eps(logits) * _LARGEST]

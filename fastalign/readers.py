@@ -1,7 +1,9 @@
-"""Readers of files, folders and data sets: what is written comes through as it is, or is refused with file and row.
+"""Readers of files, folders and data sets: what is written comes through as it is, or is refused with file
+and row.
 
-JSON is read by the standard library: numbers, texts and nulls stay what they are, and columns may mix types. What Python would
-change without a word is refused: a key twice in one object, NaN, numbers beyond a double, half a surrogate pair.
+JSON is read by the standard library: numbers, texts and nulls stay what they are, and columns may mix types.
+What Python would change without a word is refused: a key twice in one object, NaN, numbers beyond a double,
+half a surrogate pair.
 """
 
 import bz2
@@ -56,8 +58,8 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     - a folder of such files, of which `datasets` finds those of `split` by their names; "folder:config" if its README has configs.
     - "name" or "name:config" of a data set that `datasets` loads.
 
-    Raises DataError, with file and row (from 1; in .jsonl, .csv and .txt the line) for what is missing, malformed, or has no rows,
-    and ValueError for a split of plain files, which have none.
+    Raises DataError, with file and row (from 1; in .jsonl, .csv and .txt the line) for what is missing,
+    malformed, or has no rows, and ValueError for a split of plain files, which have none.
     """
     name, _, config = (source, "", "") if Path(source).is_dir() else source.partition(":")
     if Path(name).is_dir():
@@ -75,7 +77,8 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
 
 
 def fingerprint_of(source: str, *, split: str) -> str | None:
-    """The fingerprint of the rows that `load_rows` last read from there in this process; None if it read none.
+    """The fingerprint of the rows that `load_rows` last read from there in this process; None if it read
+    none.
 
     What `source` holds may have changed since: a checkpoint is to know the rows that its run was given.
     """
@@ -89,7 +92,9 @@ def read_file(path: str) -> Part:
     """The rows of one file, read as its name's ending says."""
     reader = READERS.get(_kind(path))
     if reader is None:
-        raise DataError(f"{path}: got a {''.join(Path(path).suffixes[-2:]) or 'file without ending'}, expected {_expected()}")
+        raise DataError(
+            f"{path}: got a {''.join(Path(path).suffixes[-2:]) or 'file without ending'}, expected {_expected()}"
+        )
     return reader(path)
 
 
@@ -97,7 +102,8 @@ def read_file(path: str) -> Part:
 
 
 def _kind(path: str) -> str:
-    """The ending that says how to read a file, less the compression's. It is none of READERS where no reader fits."""
+    """The ending that says how to read a file, less the compression's. It is none of READERS where no reader
+    fits."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)]
     return before if last in COMPRESSED and before != ".parquet" else last
 
@@ -114,7 +120,11 @@ def _find_files(source: str) -> list[str]:
         if found := [path for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]:
             return found
         raise DataError(f"{source}: no such file; the pattern matches none")
-    if _kind(source) in READERS or source.startswith(("/", "./", "../", "~")) or (source.count("/") > 1 and "://" not in source):
+    if (
+        _kind(source) in READERS
+        or source.startswith(("/", "./", "../", "~"))
+        or (source.count("/") > 1 and "://" not in source)
+    ):
         folder = Path(source).parent
         there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         close = difflib.get_close_matches(Path(source).name, there, n=1)
@@ -127,7 +137,12 @@ def _open_zst(path: str, mode: str) -> IO[bytes]:
     return io.BufferedReader(stream)
 
 
-COMPRESSED: dict[str, Callable[[str, Any], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
+COMPRESSED: dict[str, Callable[[str, Any], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
 
 
 def _open(path: str) -> Any:
@@ -147,7 +162,9 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     try:
         with _open(path) as file:
             for block in file:
-                for line in block.removesuffix(b"\n").removesuffix(b"\r").split(b"\r") if b"\r" in block else [block]:
+                for line in (
+                    block.removesuffix(b"\n").removesuffix(b"\r").split(b"\r") if b"\r" in block else [block]
+                ):
                     number += 1
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
@@ -186,8 +203,14 @@ def _read_objects(path: str) -> TextPart:
             if end < len(line):
                 raise json.JSONDecodeError("Extra data", line, end)
         except json.JSONDecodeError as error:
-            hint = "" if row > 1 or not path.endswith(".json") else "; a .json file must be an array of objects, or have one a line"
-            raise DataError(f"{path}, row {row}: not JSON: {error.msg} at column {error.colno}{hint}") from error
+            hint = (
+                ""
+                if row > 1 or not path.endswith(".json")
+                else "; a .json file must be an array of objects, or have one a line"
+            )
+            raise DataError(
+                f"{path}, row {row}: not JSON: {error.msg} at column {error.colno}{hint}"
+            ) from error
         except Fault as fault:
             raise DataError(f"{path}, row {row}: {fault}") from fault
         part.add(row, record, line.encode())
@@ -203,7 +226,9 @@ def _read_array(path: str) -> TextPart:
             data = file.read()
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, line {data.count(LINE_END, 0, error.start) + 1}: not UTF-8: {error.reason}") from error
+        raise DataError(
+            f"{path}, line {data.count(LINE_END, 0, error.start) + 1}: not UTF-8: {error.reason}"
+        ) from error
     except DAMAGE as error:
         raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
     del data
@@ -223,7 +248,9 @@ def _read_array(path: str) -> TextPart:
         if skip_space(text, place + 1) < len(text):
             raise json.JSONDecodeError("Extra data", text, skip_space(text, place + 1))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+        raise DataError(
+            f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
+        ) from error
     except Fault as fault:
         raise DataError(f"{path}, row {row}: {fault}") from fault
     return part
@@ -269,7 +296,8 @@ def _read_csv(path: str) -> TextPart:
 
 
 def _csv_value(column: str, written: str) -> Any:
-    """Text as it is; the two columns that are no text in any format become a number or a truth value where they can."""
+    """Text as it is; the two columns that are no text in any format become a number or a truth value where
+    they can."""
     if column == "label":
         return LABELS.get(written.strip().lower(), written)
     if column == "margin":
@@ -321,15 +349,21 @@ READERS: dict[str, Callable[[str], Part]] = {
 
 
 def _read_folder(folder: str, config: str | None, split: str) -> Rows:
-    """The split's files, as `datasets` finds them by their names, read by the readers above where there is one."""
+    """The split's files, as `datasets` finds them by their names, read by the readers above where there is
+    one."""
     import datasets  # on demand: it takes half a second to import
 
     try:
-        if Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file():  # of save_to_disk
+        if (
+            Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file()
+        ):  # of save_to_disk
             saved = datasets.load_from_disk(folder)
             return Rows([DatasetPart(saved[split] if isinstance(saved, datasets.DatasetDict) else saved)])
         builder = datasets.load_dataset_builder(folder, config)
-        files = {str(name): [str(path) for path in paths] for name, paths in (builder.config.data_files or {}).items()}
+        files = {
+            str(name): [str(path) for path in paths]
+            for name, paths in (builder.config.data_files or {}).items()
+        }
         named = [name for name in files if re.search(rf"\b{re.escape(name)}\b", split)]
         if not named:
             raise DataError(f"{folder}: no split {split!r}; there are: {', '.join(files)}")
@@ -337,7 +371,11 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
         if any(_kind(path) not in READERS for paths in files.values() for path in paths):
             return Rows([DatasetPart(datasets.load_dataset(folder, config, split=split))])
         parts = {name: [read_file(path) for path in files[name]] for name in named}
-        return Rows(parts[split]) if split in parts else _slice_splits(parts, datasets.ReadInstruction.from_spec(split))
+        return (
+            Rows(parts[split])
+            if split in parts
+            else _slice_splits(parts, datasets.ReadInstruction.from_spec(split))
+        )
     except DataError:
         raise
     except (OSError, ValueError, LookupError, AssertionError, datasets.exceptions.DatasetsError) as error:
@@ -356,7 +394,11 @@ def _slice_splits(parts: Mapping[str, Sequence[Part]], wanted: Any) -> Rows:
 
 def _warn_left(folder: str, read: list[str]) -> None:
     used = {Path(path).resolve() for path in read}
-    names = [path.relative_to(folder) for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.resolve() not in used]
+    names = [
+        path.relative_to(folder)
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.resolve() not in used
+    ]
     left = [str(name) for name in names if not any(NOT_DATA.match(part) for part in name.parts)]
     if left:
         more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""

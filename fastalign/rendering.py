@@ -43,10 +43,13 @@ class _Worker:
     def __init__(self) -> None:
         self.owner = os.getpid()  # a forked process must not read its parent's replies
         self.pipe, theirs = Pipe()
-        # -P: fastalign's own modules must not hide others that are called data or nn. transformers is found as it is here.
+        # -P: fastalign's own modules must not hide others that are called data or nn. transformers is found
+        # as it is here.
         command = [sys.executable, "-P", str(Path(template_worker.__file__)), str(theirs.fileno())]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment)
+        self.process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+        )
         theirs.close()
 
     def ask(self, request: Any) -> list[Any]:
@@ -60,9 +63,11 @@ _worker: _Worker | None = None
 
 
 def render(source: str, variables: Mapping[str, Any], calls: Sequence[Call]) -> list[Rendered]:
-    """What the template `source`, with its `variables`, makes of each call; all together get SECONDS of processor time.
+    """What the template `source`, with its `variables`, makes of each call; all together get SECONDS of
+    processor time.
 
-    Raises FatalDataError where the template takes longer, or ends its process: the rows behind would wait as long.
+    Raises FatalDataError where the template takes longer, or ends its process: the rows behind would wait as
+    long.
     """
     request = (source, dict(variables), [call._asdict() for call in calls], SECONDS)
     with _lock:
@@ -80,7 +85,10 @@ def render(source: str, variables: Mapping[str, Any], calls: Sequence[Call]) -> 
         except BaseException:
             _end()  # what it still answers would be taken for the next answer
             raise
-    return [Rendered(error=reply[0]) if len(reply) == 1 else Rendered(reply[0], [(a, b) for a, b in reply[1]]) for reply in replies]
+    return [
+        Rendered(error=reply[0]) if len(reply) == 1 else Rendered(reply[0], [(a, b) for a, b in reply[1]])
+        for reply in replies
+    ]
 
 
 def _running() -> _Worker:

@@ -1,4 +1,5 @@
-"""What a rollout refuses before it begins: models without a static cache of keys and values, and prompts that do not fit."""
+"""What a rollout refuses before it begins: models without a static cache of keys and values, and prompts that
+do not fit."""
 
 import inspect
 from typing import Any
@@ -19,7 +20,9 @@ def servable_model(model: Any) -> Any:
     """The transformers model in `model`, if one can generate from it here."""
     base = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrappers have it
     if not isinstance(base, PreTrainedModel):
-        raise unsupported(base, "is no transformers PreTrainedModel; hand over the one that DDP or torch.compile wraps")
+        raise unsupported(
+            base, "is no transformers PreTrainedModel; hand over the one that DDP or torch.compile wraps"
+        )
     if base.config.is_encoder_decoder:
         raise unsupported(base, "is an encoder-decoder, not a causal LM")
     if not base.can_generate():
@@ -32,22 +35,35 @@ def servable_model(model: Any) -> Any:
         raise unsupported(base, "has PEFT's virtual tokens (prompt learning) in front of its own")
     attention = base.config.get_text_config(decoder=True)._attn_implementation
     if attention not in ("eager", "sdpa"):
-        raise unsupported(base, f'has attention {attention!r}; "eager" or "sdpa" (model.set_attn_implementation) read a static cache')
+        raise unsupported(
+            base,
+            f'has attention {attention!r}; "eager" or "sdpa" (model.set_attn_implementation) read a static cache',
+        )
     if any(isinstance(weight, DTensor) for weight in base.parameters()):
-        raise unsupported(base, "is sharded over ranks (DTensor), which would wait for each other where their rows end at different steps")
+        raise unsupported(
+            base,
+            "is sharded over ranks (DTensor), which would wait for each other where their rows end at different steps",
+        )
     return base
 
 
-def check_prompts(base: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, special: dict[str, list[int]]) -> None:
-    """Raise ValueError for prompts, a number of tokens or `special` ids (by the argument's name) that do not fit the model."""
+def check_prompts(
+    base: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, special: dict[str, list[int]]
+) -> None:
+    """Raise ValueError for prompts, a number of tokens or `special` ids (by the argument's name) that do not
+    fit the model."""
     if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids: shape {list(input_ids.shape)} seen, [B, T] of at least one row and token wanted")
+        raise ValueError(
+            f"input_ids: shape {list(input_ids.shape)} seen, [B, T] of at least one row and token wanted"
+        )
     check.dtype("input_ids", input_ids, check.INTEGERS)
     check.shape("attention_mask", attention_mask, tuple(input_ids.shape), "[B, T]")
     check.dtype("attention_mask", attention_mask, (*check.INTEGERS, torch.bool))
     check.device("attention_mask", attention_mask, "input_ids", input_ids)
     for device in {weight.device for weight in base.parameters()} - {input_ids.device}:
-        raise ValueError(f"input_ids: on {input_ids.device}, but model has weights on {device}; one device wanted")
+        raise ValueError(
+            f"input_ids: on {input_ids.device}, but model has weights on {device}; one device wanted"
+        )
     V = base.get_input_embeddings().weight.shape[0]
     for name, ids in (special | {"input_ids": [int(end) for end in input_ids.aminmax()]}).items():
         if not all(isinstance(number, int) and 0 <= number < V for number in ids):

@@ -1,9 +1,10 @@
 """Rotary position embeddings whose frequencies depend on the longest sequence of a forward pass.
 
-transformers' LongRoPE (Phi-3) has one set of frequencies up to `original_max_position_embeddings` and another beyond, dynamic NTK
-stretches them beyond `max_position_embeddings`. The largest position of the whole batch decides, for every row and for tokens that
-come later, while a cache keeps keys of the frequencies of their time. So a sequence's numbers would depend on its company, and a
-rollout's on when it crosses the switch. Nothing here imports transformers.
+transformers' LongRoPE (Phi-3) has one set of frequencies up to `original_max_position_embeddings` and another
+beyond, dynamic NTK stretches them beyond `max_position_embeddings`. The largest position of the whole batch
+decides, for every row and for tokens that come later, while a cache keeps keys of the frequencies of their
+time. So a sequence's numbers would depend on its company, and a rollout's on when it crosses the switch.
+Nothing here imports transformers.
 """
 
 from collections.abc import Iterable
@@ -21,7 +22,8 @@ class RopeSwitch(NamedTuple):
     """Whether each length beyond has frequencies of its own."""
 
     def crossed_by(self, shortest: int, longest: int) -> bool:
-        """Whether sequences of these numbers of tokens, in one forward pass, would not all have the frequencies that they have alone."""
+        """Whether sequences of these numbers of tokens, in one forward pass, would not all have the
+        frequencies that they have alone."""
         return longest > self.tokens and (self.stretches or shortest <= self.tokens)
 
     def __str__(self) -> str:
@@ -29,10 +31,13 @@ class RopeSwitch(NamedTuple):
 
 
 def rope_switch(config: Any) -> RopeSwitch | None:
-    """The lowest switch of a transformers configuration; None where frequencies do not depend on the length."""
+    """The lowest switch of a transformers configuration; None where frequencies do not depend on the
+    length."""
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    by_layer = [part for part in parameters.values() if isinstance(part, dict)]  # those of each kind of layer, as in Gemma 3
+    by_layer = [
+        part for part in parameters.values() if isinstance(part, dict)
+    ]  # those of each kind of layer, as in Gemma 3
     switches = [switch for part in by_layer or [parameters] if (switch := _switch(text, part))]
     return min(switches, key=lambda switch: switch.tokens, default=None)
 
@@ -49,7 +54,8 @@ def _switch(text: Any, parameters: dict[str, Any]) -> RopeSwitch | None:
 
 
 def check_lengths(config: Any, lengths: Iterable[int], *, remedy: str) -> None:
-    """Raise ValueError where sequences of these lengths in tokens, in one forward pass, would change each other's frequencies."""
+    """Raise ValueError where sequences of these lengths in tokens, in one forward pass, would change each
+    other's frequencies."""
     switch = rope_switch(config)
     if switch is None:
         return

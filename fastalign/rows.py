@@ -1,7 +1,9 @@
-"""Rows as they are written: a table of our own, in which no value changes, and whose rows know their file and line.
+"""Rows as they are written: a table of our own, in which no value changes, and whose rows know their file and
+line.
 
-A row is a dict of all columns; a column that it lacks is None. Rows of JSON are kept as bytes and parsed when they are read,
-so a mixed column stays mixed and 1e6 rows take little more memory than their files. Rows of Parquet are kept as Arrow tables.
+A row is a dict of all columns; a column that it lacks is None. Rows of JSON are kept as bytes and parsed when
+they are read, so a mixed column stays mixed and 1e6 rows take little more memory than their files. Rows of
+Parquet are kept as Arrow tables.
 """
 
 import hashlib
@@ -46,7 +48,8 @@ class Part(Protocol):
 class Rows:
     """The rows of files one after another: an immutable sequence of dicts.
 
-    `rows[3]` is a row, `rows["text"]` the list of a column's values, `rows.read(columns)` passes over all rows.
+    `rows[3]` is a row, `rows["text"]` the list of a column's values, `rows.read(columns)` passes over all
+    rows.
     """
 
     def __init__(self, parts: Sequence[Part], indices: Sequence[int] | None = None) -> None:
@@ -82,7 +85,9 @@ class Rows:
 
     def select(self, indices: Sequence[int]) -> "Rows":
         """The rows of these indices, in this order. They keep their places."""
-        return Rows(self._parts, [self._indices[index] if self._indices is not None else index for index in indices])
+        return Rows(
+            self._parts, [self._indices[index] if self._indices is not None else index for index in indices]
+        )
 
     def place(self, index: int) -> tuple[str, int]:
         """The file of a row, "" if it has none, and the row's number in it, from 1 as an editor shows it."""
@@ -119,7 +124,8 @@ class Rows:
 
 
 class TextPart:
-    """Rows as JSON objects in UTF-8, one after another in a buffer, parsed at each read. `add` them before the first read."""
+    """Rows as JSON objects in UTF-8, one after another in a buffer, parsed at each read. `add` them before
+    the first read."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -157,8 +163,9 @@ class TextPart:
 class TablePart:
     """The rows of an Arrow table, but that fields of structs that are null are left out, at any depth.
 
-    Arrow gives all structs of a column the same fields, and null where a message, a tool or a call has no such key.
-    Chat templates ask whether a key is there. A null in a column or in a map is kept: there, it was written.
+    Arrow gives all structs of a column the same fields, and null where a message, a tool or a call has no
+    such key. Chat templates ask whether a key is there. A null in a column or in a map is kept: there, it was
+    written.
     """
 
     def __init__(self, path: str, table: pa.Table) -> None:
@@ -183,13 +190,27 @@ class TablePart:
     def _column(self, name: str, begin: int, end: int) -> list[Any]:
         try:
             column = self._table.column(name).slice(begin, end - begin)
-            # Conversion of maps takes three times as long, for columns without maps too. A field named so only loses the time.
-            values = column.to_pylist(maps_as_pydicts="strict") if "map<" in str(column.type) else column.to_pylist()
-        except (ValueError, KeyError, ArithmeticError, pa.ArrowException) as error:  # bad UTF-8, a map's key twice, dates beyond Python's
+            # Conversion of maps takes three times as long, for columns without maps too. A field named so
+            # only loses the time.
+            values = (
+                column.to_pylist(maps_as_pydicts="strict")
+                if "map<" in str(column.type)
+                else column.to_pylist()
+            )
+        except (
+            ValueError,
+            KeyError,
+            ArithmeticError,
+            pa.ArrowException,
+        ) as error:  # bad UTF-8, a map's key twice, dates beyond Python's
             if end - begin > 1:
                 return [self._column(name, row, row + 1)[0] for row in range(begin, end)]
-            reason = f"not UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else one_line(error)
-            raise DataError(f"{self.path}, row {begin + 1}: column {name!r} cannot be read: {reason}") from error
+            reason = (
+                f"not UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else one_line(error)
+            )
+            raise DataError(
+                f"{self.path}, row {begin + 1}: column {name!r} cannot be read: {reason}"
+            ) from error
         return _clean(self._cleaners[name], values)
 
 
@@ -205,7 +226,9 @@ class DatasetPart:
         return len(self._dataset)
 
     def read(self, begin: int, end: int, columns: Sequence[str]) -> list[dict[str, Any]]:
-        batch = self._dataset.select_columns(list(columns))[begin:end]  # datasets takes up to ten times as long row by row
+        batch = self._dataset.select_columns(list(columns))[
+            begin:end
+        ]  # datasets takes up to ten times as long row by row
         values = {name: _clean(self._cleaners[name], batch[name]) for name in columns}
         return [{name: values[name][place] for name in columns} for place in range(end - begin)]
 
@@ -222,7 +245,9 @@ def as_rows(rows: Any) -> Rows:
     return rows if isinstance(rows, Rows) else Rows([DatasetPart(rows)])
 
 
-def read_each(rows: Any, columns: Sequence[str], convert: Callable[[Row], T], optional: Sequence[str] = ()) -> list[T]:
+def read_each(
+    rows: Any, columns: Sequence[str], convert: Callable[[Row], T], optional: Sequence[str] = ()
+) -> list[T]:
     """`convert` of these columns of every row, and of the `optional` ones that there are.
 
     The DataErrors that it raises become one that names the rows.
@@ -248,7 +273,9 @@ def need_columns(rows: Any, *columns: str) -> None:
             "conversations" in rows.column_names
         )
         there = ", ".join(rows.column_names)
-        raise DataError(f"{name_rows(rows)}no column {' and no column '.join(missing)}; there are: {there}{hint}")
+        raise DataError(
+            f"{name_rows(rows)}no column {' and no column '.join(missing)}; there are: {there}{hint}"
+        )
 
 
 def name_rows(rows: Any, indices: Sequence[int] = ()) -> str:
@@ -259,15 +286,21 @@ def name_rows(rows: Any, indices: Sequence[int] = ()) -> str:
     if not indices:
         return "".join(f"{file}: " for file in by_file if file)
     named = [
-        f"{f'{file}, ' if file else ''}{'rows' if len(numbers) > 1 else 'row'} {', '.join(numbers)}" for file, numbers in by_file.items()
+        f"{f'{file}, ' if file else ''}{'rows' if len(numbers) > 1 else 'row'} {', '.join(numbers)}"
+        for file, numbers in by_file.items()
     ]
     more = f" and {len(indices) - NAMED} more" if len(indices) > NAMED else ""
     return f"{'; '.join(named)}{more}: "
 
 
 def refuse_rows(rows: Any, faults: Mapping[str, Sequence[int]]) -> None:
-    """Raise DataError where a fault has indices into `rows`, with a line for each fault that names its rows."""
-    lines = [f"{name_rows(rows, list(dict.fromkeys(indices)))}{fault}" for fault, indices in faults.items() if indices]
+    """Raise DataError where a fault has indices into `rows`, with a line for each fault that names its
+    rows."""
+    lines = [
+        f"{name_rows(rows, list(dict.fromkeys(indices)))}{fault}"
+        for fault, indices in faults.items()
+        if indices
+    ]
     if lines:
         more = [f"and {len(lines) - NAMED} more faults"] if len(lines) > NAMED else []
         raise DataError("\n".join(lines[:NAMED] + more))
@@ -282,7 +315,8 @@ Cleaner = Callable[[Any], Any]
 
 
 def _null_remover(kind: pa.DataType) -> Cleaner | None:
-    """What takes the null fields out of the structs of a value of this type; None for a type without structs."""
+    """What takes the null fields out of the structs of a value of this type; None for a type without
+    structs."""
     if isinstance(kind, pa.BaseExtensionType):
         return _null_remover(kind.storage_type)
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
@@ -310,11 +344,17 @@ def _clean_map(cleaner: Cleaner, value: Any) -> Any:
 def _clean_struct(cleaners: Mapping[str, Cleaner], value: Any) -> Any:
     if not isinstance(value, dict):  # null, or what datasets made of it, such as an image
         return value
-    return {name: cleaners[name](item) if name in cleaners else item for name, item in value.items() if item is not None}
+    return {
+        name: cleaners[name](item) if name in cleaners else item
+        for name, item in value.items()
+        if item is not None
+    }
 
 
 def _clean_flat_struct(value: Any) -> Any:
-    return {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+    return (
+        {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else value
+    )
 
 
 def _digest_table(digest: "hashlib.blake2b", table: pa.Table) -> None:

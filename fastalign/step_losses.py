@@ -1,8 +1,10 @@
-"""The loss of each stage's step on a batch: as the stage computes it, and as plain PyTorch code has it, for who compares the two.
+"""The loss of each stage's step on a batch: as the stage computes it, and as plain PyTorch code has it, for
+who compares the two.
 
-`batch` is a micro-batch as the stage makes it, `config` the stage's, `reference` what DPO and KTO hold the policy near. The stage's loss
-takes a fused model; the plain one asks any model for logits and keeps them. It has what bench and the demo use: DPO's and KTO's own
-losses, PPO's clip and entropy metric, without an entropy bonus and with the KL divergence in the reward.
+`batch` is a micro-batch as the stage makes it, `config` the stage's, `reference` what DPO and KTO hold the
+policy near. The stage's loss takes a fused model; the plain one asks any model for logits and keeps them. It
+has what bench and the demo use: DPO's and KTO's own losses, PPO's clip and entropy metric, without an entropy
+bonus and with the KL divergence in the reward.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,7 +53,9 @@ def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
     """The same from full logits."""
 
     def language_model() -> Tensor:
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        logits = model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
 
     def bradley_terry() -> Tensor:
@@ -87,7 +91,14 @@ def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
         errors = torch.maximum((values - batch["returns"]) ** 2, (held - batch["returns"]) ** 2)
         return policy + config.vf_coef * errors.mean() / 2
 
-    own = {"pretrain": language_model, "sft": language_model, "reward": bradley_terry, "dpo": pairs, "kto": judged, "ppo": clipped}
+    own = {
+        "pretrain": language_model,
+        "sft": language_model,
+        "reward": bradley_terry,
+        "dpo": pairs,
+        "kto": judged,
+        "ppo": clipped,
+    }
     return own[stage]
 
 
@@ -95,7 +106,9 @@ def plain_logps(model: Any, packed: Batch) -> Tensor:
     """`fastalign.preferences.sequence_logps` from full logits."""
     arguments = dict(packed["arguments"])
     labels = F.pad(arguments.pop("labels"), (0, 1), value=-100)[:, 1:]
-    logp = F.log_softmax(model(**arguments, use_cache=False).logits, -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    logp = F.log_softmax(model(**arguments, use_cache=False).logits, -1).gather(
+        -1, labels.clamp(min=0)[..., None]
+    )[..., 0]
     sums = torch.cat([logp.new_zeros(1), logp.masked_fill(labels < 0, 0).flatten().cumsum(0)])
     return sums[packed["starts"]].diff()[packed["places"]]
 

@@ -1,8 +1,8 @@
 """JSON by the standard library, less what it would change or take without a word.
 
-Numbers become ints of any size, or doubles. Refused are a key twice in one object (the first value would be lost), NaN and
-Infinity, numbers beyond the range of doubles (they would become infinite, or 0), half a surrogate pair, whole numbers of more
-than 4,300 digits, and nesting deeper than NESTING.
+Numbers become ints of any size, or doubles. Refused are a key twice in one object (the first value would be
+lost), NaN and Infinity, numbers beyond the range of doubles (they would become infinite, or 0), half a
+surrogate pair, whole numbers of more than 4,300 digits, and nesting deeper than NESTING.
 """
 
 import json

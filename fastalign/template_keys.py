@@ -1,4 +1,5 @@
-"""Which keys of a message a chat template reads, from its source: a key that it does not read would be lost without a word."""
+"""Which keys of a message a chat template reads, from its source: a key that it does not read would be lost
+without a word."""
 
 import re
 from collections.abc import Iterable
@@ -8,25 +9,49 @@ from jinja2 import nodes
 
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _OF_ONE = ("first", "last", "random")  # filters from messages to a message
-_OF_ALL = ("list", "reverse", "selectattr", "rejectattr", "select", "reject", "sort", "unique")  # and to messages
-_BY_KEY = ("selectattr", "rejectattr", "map", "sort", "groupby", "unique", "sum", "min", "max")  # their texts name a key
+_OF_ALL = (
+    "list",
+    "reverse",
+    "selectattr",
+    "rejectattr",
+    "select",
+    "reject",
+    "sort",
+    "unique",
+)  # and to messages
+_BY_KEY = (
+    "selectattr",
+    "rejectattr",
+    "map",
+    "sort",
+    "groupby",
+    "unique",
+    "sum",
+    "min",
+    "max",
+)  # their texts name a key
 
 
 class TemplateKeys:
-    """What the template `source` reads: follows `messages` through loops, slices, assignments, namespaces and macros.
+    """What the template `source` reads: follows `messages` through loops, slices, assignments, namespaces and
+    macros.
 
-    A name that is a message in one place counts as one everywhere, and a message that goes whole into an output, a filter or an
-    unknown function counts as read in every key. So a key may count as read that is not. The other way round takes a template that
-    unpacks messages into several names, which is not followed.
+    A name that is a message in one place counts as one everywhere, and a message that goes whole into an
+    output, a filter or an unknown function counts as read in every key. So a key may count as read that is
+    not. The other way round takes a template that unpacks messages into several names, which is not followed.
     """
 
     def __init__(self, source: str) -> None:
         self._keys: set[str] = set()
         self._all = False
-        self._kinds: dict[str, str] = {"messages": "list"}  # names, and attributes of namespaces as "name.attribute"
+        self._kinds: dict[str, str] = {
+            "messages": "list"
+        }  # names, and attributes of namespaces as "name.attribute"
         self._names: frozenset[str] = frozenset()
         try:
-            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
+            tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
+                _GENERATION.sub("", source)
+            )
         except (jinja2.TemplateError, RecursionError):
             self._all = True  # rendering it says what is wrong
             return
@@ -71,18 +96,37 @@ class TemplateKeys:
 
     def _follow(self, node: nodes.Node) -> None:
         """Note the names that get a message or messages."""
-        if isinstance(node, nodes.For) and isinstance(node.target, nodes.Name) and self._kind(node.iter) == "list":
+        if (
+            isinstance(node, nodes.For)
+            and isinstance(node.target, nodes.Name)
+            and self._kind(node.iter) == "list"
+        ):
             self._kinds[node.target.name] = "message"
         elif isinstance(node, nodes.Assign):
             target, value = node.target, node.node
-            name = f"{target.name}.{target.attr}" if isinstance(target, nodes.NSRef) else getattr(target, "name", None)
+            name = (
+                f"{target.name}.{target.attr}"
+                if isinstance(target, nodes.NSRef)
+                else getattr(target, "name", None)
+            )
             if name and (kind := self._kind(value)):
                 self._kinds[name] = kind
-            elif name and isinstance(value, nodes.Call) and isinstance(value.node, nodes.Name) and value.node.name == "namespace":
+            elif (
+                name
+                and isinstance(value, nodes.Call)
+                and isinstance(value.node, nodes.Name)
+                and value.node.name == "namespace"
+            ):
                 self._bind((f"{name}.{keyword.key}", keyword.value) for keyword in value.kwargs)
-        elif isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name in self._macros:
+        elif (
+            isinstance(node, nodes.Call)
+            and isinstance(node.node, nodes.Name)
+            and node.node.name in self._macros
+        ):
             parameters = [parameter.name for parameter in self._macros[node.node.name].args]
-            self._bind([*zip(parameters, node.args), *((keyword.key, keyword.value) for keyword in node.kwargs)])
+            self._bind(
+                [*zip(parameters, node.args), *((keyword.key, keyword.value) for keyword in node.kwargs)]
+            )
 
     def _bind(self, pairs: Iterable[tuple[str, nodes.Node]]) -> None:
         for name, value in pairs:
@@ -97,18 +141,33 @@ class TemplateKeys:
             self._keys.add(node.attr)
         elif isinstance(node, nodes.Getitem) and self._kind(node.node) == "message":
             self._note([node.arg])
-        elif isinstance(node, nodes.Compare) and any(self._kind(operand.expr) == "message" for operand in node.ops):
+        elif isinstance(node, nodes.Compare) and any(
+            self._kind(operand.expr) == "message" for operand in node.ops
+        ):
             self._note([node.expr])
         elif isinstance(node, nodes.Filter):
             if self._kind(node.node) == "list" and node.name in _BY_KEY:
                 named = [*node.args, *(keyword.value for keyword in node.kwargs)]
-                self._keys |= {part for arg in named if isinstance(arg, nodes.Const) for part in str(arg.value).split(".")}
-            self._all |= self._kind(node.node) == "message" or (self._kind(node.node) == "list" and node.name in ("tojson", "string"))
+                self._keys |= {
+                    part
+                    for arg in named
+                    if isinstance(arg, nodes.Const)
+                    for part in str(arg.value).split(".")
+                }
+            self._all |= self._kind(node.node) == "message" or (
+                self._kind(node.node) == "list" and node.name in ("tojson", "string")
+            )
         elif isinstance(node, nodes.Call):
-            if isinstance(node.node, nodes.Getattr) and self._kind(node.node.node) == "message" and node.node.attr == "get":
+            if (
+                isinstance(node.node, nodes.Getattr)
+                and self._kind(node.node.node) == "message"
+                and node.node.attr == "get"
+            ):
                 self._note(node.args[:1])
             known = isinstance(node.node, nodes.Name) and node.node.name in (*self._macros, "namespace")
-            self._all |= not known and any(self._kind(arg) for arg in [*node.args, *(keyword.value for keyword in node.kwargs)])
+            self._all |= not known and any(
+                self._kind(arg) for arg in [*node.args, *(keyword.value for keyword in node.kwargs)]
+            )
         elif isinstance(node, nodes.Output | nodes.Concat):
             self._all |= any(self._kind(part) for part in node.nodes)
         elif isinstance(node, nodes.For):

@@ -1,7 +1,9 @@
-"""Renders chat templates in a process of its own: `python template_worker.py FD`, with FD one end of a multiprocessing pipe.
+"""Renders chat templates in a process of its own: `python template_worker.py FD`, with FD one end of a
+multiprocessing pipe.
 
-A template is a program that came with a model. Here it can divide by zero, recurse, fill the memory or run for ever without harm to the
-run: the kernel ends this process after the processor time that a request allows, whatever it is at, and `fastalign.rendering` says so.
+A template is a program that came with a model. Here it can divide by zero, recurse, fill the memory or run
+for ever without harm to the run: the kernel ends this process after the processor time that a request allows,
+whatever it is at, and `fastalign.rendering` says so.
 """
 
 import json
@@ -42,7 +44,9 @@ def limit_memory() -> None:
     if used.exists():
         wanted = int(used.read_text().split()[0]) * resource.getpagesize() + MEMORY
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+        resource.setrlimit(
+            resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def main() -> None:
@@ -50,7 +54,9 @@ def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     for number in (signal.SIGINT, signal.SIGTERM):  # they are for the run, which closes the pipe
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default ends the process, also within an operation of C
+    signal.signal(
+        signal.SIGPROF, signal.SIG_DFL
+    )  # its default ends the process, also within an operation of C
     limit_memory()
     while True:
         try:

@@ -23,7 +23,8 @@ class Takes(NamedTuple):
 
 
 class Template:
-    """The template `source` of the tokenizer `name`, with the `variables` that it gets beside messages and tools."""
+    """The template `source` of the tokenizer `name`, with the `variables` that it gets beside messages and
+    tools."""
 
     def __init__(self, source: str, *, name: str, variables: Mapping[str, Any]) -> None:
         self.source, self.name, self.variables = source, name, variables
@@ -33,7 +34,8 @@ class Template:
         self._arguments_as_text: bool | None = None
 
     def try_render(self, *calls: Call) -> list[Rendered]:
-        """What the template makes of each call, or why it makes nothing. Raises FatalDataError where it takes too long."""
+        """What the template makes of each call, or why it makes nothing. Raises FatalDataError where it takes
+        too long."""
         try:
             return render(self.source, self.variables, calls)
         except FatalDataError as error:
@@ -48,7 +50,8 @@ class Template:
         return made
 
     def fit(self, column: str, messages: Sequence[Message]) -> list[Message]:
-        """The messages as this template takes them: contents as text or as parts, arguments of calls as objects or as text.
+        """The messages as this template takes them: contents as text or as parts, arguments of calls as
+        objects or as text.
 
         Raises DataError for a key that the template does not read.
         """
@@ -57,7 +60,9 @@ class Template:
     def check_tools(self, tools: Sequence[Any] | None) -> None:
         """Raise DataError for tools that the template does not show to the model."""
         if tools and not self.keys.uses("tools"):
-            raise DataError(f"column 'tools' has schemas, and the chat template of {self.name} does not read tools: remove the column")
+            raise DataError(
+                f"column 'tools' has schemas, and the chat template of {self.name} does not read tools: remove the column"
+            )
 
     def _fit(self, column: str, message: Message) -> Message:
         fitted: Message = {}
@@ -67,7 +72,12 @@ class Template:
                 fitted[read] = value
                 continue
             named_tool = key == "name" and message["role"] == "tool"  # the call before it has the name too
-            if key not in ("role", "content", *LABELS) and not named_tool and not self.keys.reads(key) and value not in ("", [], {}):
+            if (
+                key not in ("role", "content", *LABELS)
+                and not named_tool
+                and not self.keys.reads(key)
+                and value not in ("", [], {})
+            ):
                 raise DataError(
                     f"column {column!r} has messages with the key {key!r}, which the chat template of {self.name} does not read: "
                     "remove it, or use a template that reads it"
@@ -86,14 +96,22 @@ class Template:
     def _takes_of(self, role: str) -> Takes:
         if role not in self._takes:
             before: dict[str, list[Message]] = {"assistant": [{"role": "user", "content": "x"}]}
-            before["tool"] = [*before["assistant"], {"role": "assistant", "tool_calls": [_CALL | {"type": "function", "function": _CALL}]}]
+            before["tool"] = [
+                *before["assistant"],
+                {"role": "assistant", "tool_calls": [_CALL | {"type": "function", "function": _CALL}]},
+            ]
             after = [{"role": "user", "content": "x"}] if role == "system" else []
             contents = (MARK, [{"type": "text", "text": MARK}])
             text, parts = self.try_render(
-                *(Call([*before.get(role, []), {"role": role, "content": content}, *after]) for content in contents)
+                *(
+                    Call([*before.get(role, []), {"role": role, "content": content}, *after])
+                    for content in contents
+                )
             )
             # A template that takes text alone may print the parts as Python or JSON does.
-            takes = Takes(MARK in text.text, MARK in parts.text and not re.search(r"""['"]text['"]""", parts.text))
+            takes = Takes(
+                MARK in text.text, MARK in parts.text and not re.search(r"""['"]text['"]""", parts.text)
+            )
             if not any(takes):
                 takes = Takes(text=True, parts=False) if role == "user" else self._takes_of("user")
             self._takes[role] = takes

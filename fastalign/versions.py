@@ -1,4 +1,5 @@
-"""The newest versions of the packages around fastalign that its tests passed with, and what to say beside an error under newer ones."""
+"""The newest versions of the packages around fastalign that its tests passed with, and what to say beside an
+error under newer ones."""
 
 import re
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ def newer_than_tested() -> list[str]:
         except PackageNotFoundError:
             continue
         if _release(installed) > _release(tested):
-            lines.append(f"{package} {installed} is newer than {tested}, the newest that fastalign was tested with")
+            lines.append(
+                f"{package} {installed} is newer than {tested}, the newest that fastalign was tested with"
+            )
     return lines
 
 

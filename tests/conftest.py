@@ -1,4 +1,5 @@
-"""Shared by all tests: one thread, Triton's interpreter where there is no GPU, memory that is poisoned until it is written."""
+"""Shared by all tests: one thread, Triton's interpreter where there is no GPU, memory that is poisoned until
+it is written."""
 
 import os
 
@@ -24,7 +25,8 @@ torch.set_num_threads(1)
 
 
 def _round_floats_as_a_gpu_does() -> None:
-    """Let Triton's interpreter lose the digits that a GPU loses: a Python float arrives as fp32 unless its parameter is annotated."""
+    """Let Triton's interpreter lose the digits that a GPU loses: a Python float arrives as fp32 unless its
+    parameter is annotated."""
     launch = interpreter.GridExecutor.__call__
 
     def rounding_launch(self, *args, **kwargs):
@@ -55,8 +57,9 @@ def device() -> str:
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch.empty and its kin return with NaN, so that an element nobody wrote fails the test."""
-    # A cached set of functions, torch.empty among them. Made under the patch (by torch.compile, say), it would keep `torch.device("meta")`
-    # from torch.empty for the rest of the process, and from_pretrained would draw other initial weights.
+    # A cached set of functions, torch.empty among them. Made under the patch (by torch.compile, say), it
+    # would keep `torch.device("meta")` from torch.empty for the rest of the process, and from_pretrained
+    # would draw other initial weights.
     torch.utils._device._device_constructors()
 
     def poison(allocate):

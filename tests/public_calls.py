@@ -12,12 +12,16 @@ import fastalign_kernels
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(fastalign_kernels, name)
     for name in fastalign_kernels.__all__
-    if inspect.isfunction(getattr(fastalign_kernels, name)) and name != "kept_share"  # which takes no argument
+    if inspect.isfunction(getattr(fastalign_kernels, name))
+    and name != "kept_share"  # which takes no argument
 }
 
 
-def call_of(name: str, *, rows: int = 4, length: int = 3, hidden_size: int = 5, vocab_size: int = 7) -> dict[str, Any]:
-    """Keyword arguments of a call of FUNCTIONS[name], all its tensors among them where they may be given together."""
+def call_of(
+    name: str, *, rows: int = 4, length: int = 3, hidden_size: int = 5, vocab_size: int = 7
+) -> dict[str, Any]:
+    """Keyword arguments of a call of FUNCTIONS[name], all its tensors among them where they may be given
+    together."""
     if name == "linear_dpo_loss":  # pairs
         rows *= 2
     generator = torch.Generator().manual_seed(0)
@@ -33,19 +37,49 @@ def call_of(name: str, *, rows: int = 4, length: int = 3, hidden_size: int = 5, 
 
     tokens = (rows, length)
     mask = torch.ones(tokens, dtype=torch.bool)
-    head = {"hidden": floats(*tokens, hidden_size), "weight": floats(vocab_size, hidden_size), "bias": floats(vocab_size)}
-    cross_entropy = {"targets": ids(*tokens), "token_weights": floats(*tokens).exp(), "num_items": torch.tensor(3.0)}
-    policy: dict[str, Any] = {"old_logp": floats(*tokens), "advantages": floats(*tokens), "mask": mask, "reference_logp": floats(*tokens)}
+    head = {
+        "hidden": floats(*tokens, hidden_size),
+        "weight": floats(vocab_size, hidden_size),
+        "bias": floats(vocab_size),
+    }
+    cross_entropy = {
+        "targets": ids(*tokens),
+        "token_weights": floats(*tokens).exp(),
+        "num_items": torch.tensor(3.0),
+    }
+    policy: dict[str, Any] = {
+        "old_logp": floats(*tokens),
+        "advantages": floats(*tokens),
+        "mask": mask,
+        "reference_logp": floats(*tokens),
+    }
     policy |= {"normalizer": torch.tensor(5.0), "kl_coefficient": 0.1}
     pairs = {"policy_chosen_logps": -floats(rows).exp(), "policy_rejected_logps": -floats(rows).exp()}
     references = {"reference_chosen_logps": floats(rows), "reference_rejected_logps": floats(rows)}
     both_lengths = {"chosen_lengths": lengths(), "rejected_lengths": lengths()}
-    packed = {"values": floats(rows * length), "cu_seqlens": torch.arange(0, rows * length + 1, max(length, 1))}
+    packed = {
+        "values": floats(rows * length),
+        "cu_seqlens": torch.arange(0, rows * length + 1, max(length, 1)),
+    }
     words = -(-vocab_size // 32)
-    drawing: dict[str, Any] = {"top_p": 0.9, "sequence_ids": torch.arange(rows), "positions": torch.arange(rows)}
-    drawing |= {"repetition_penalty": torch.full((rows,), 1.5), "seen": torch.ones(rows, words, dtype=torch.int32)}
-    drawing |= {"allowed": torch.full((rows, words), -1, dtype=torch.int32), "finished": torch.arange(rows) == 1}
-    unpaired = {"desirable": torch.arange(rows) % 2 == 0, "kl": torch.tensor(0.1), "reference_logps": floats(rows)}
+    drawing: dict[str, Any] = {
+        "top_p": 0.9,
+        "sequence_ids": torch.arange(rows),
+        "positions": torch.arange(rows),
+    }
+    drawing |= {
+        "repetition_penalty": torch.full((rows,), 1.5),
+        "seen": torch.ones(rows, words, dtype=torch.int32),
+    }
+    drawing |= {
+        "allowed": torch.full((rows, words), -1, dtype=torch.int32),
+        "finished": torch.arange(rows) == 1,
+    }
+    unpaired = {
+        "desirable": torch.arange(rows) % 2 == 0,
+        "kl": torch.tensor(0.1),
+        "reference_logps": floats(rows),
+    }
     calls: dict[str, dict[str, Any]] = {
         "cross_entropy": {"logits": floats(*tokens, vocab_size), **cross_entropy},
         "token_logprobs": {"logits": floats(*tokens, vocab_size), "ids": ids(*tokens)},

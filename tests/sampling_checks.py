@@ -21,11 +21,14 @@ def hostile(V: int, scale: float, dtype: torch.dtype, device: str, rows: int = 1
 
 def bit_masks(rows: int, V: int, device: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    return torch.randint(-(2**31), 2**31, (rows, -(-V // 32)), generator=generator, dtype=torch.int32).to(device)
+    return torch.randint(-(2**31), 2**31, (rows, -(-V // 32)), generator=generator, dtype=torch.int32).to(
+        device
+    )
 
 
 def kept_mass(x: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    """Probabilities [V] in fp64 after the filters, ties at a threshold kept: written independently of `sample_ref`, value by value."""
+    """Probabilities [V] in fp64 after the filters, ties at a threshold kept: written independently of
+    `sample_ref`, value by value."""
     p = (x.double() / temperature).softmax(-1)
     if top_k:
         p = torch.where(x >= sorted(x.tolist(), reverse=True)[top_k - 1], p, 0.0)
@@ -37,9 +40,11 @@ def kept_mass(x: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: 
 
 
 def surprise(counts: torch.Tensor, p: torch.Tensor) -> float:
-    """G-test of counts [V] against probabilities p [V], none of them where p is 0, as a standard normal deviate (Wilson and Hilferty).
+    """G-test of counts [V] against probabilities p [V], none of them where p is 0, as a standard normal
+    deviate (Wilson and Hilferty).
 
-    Ids of fewer than 10 expected draws are pooled with others of their own order of magnitude, so that a tail is seen by its depth.
+    Ids of fewer than 10 expected draws are pooled with others of their own order of magnitude, so that a tail
+    is seen by its depth.
     """
     n = counts.sum().item()
     cells: dict[object, list[float]] = {}

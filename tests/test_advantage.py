@@ -17,32 +17,44 @@ from fastalign_kernels.policy_ref import gae_ref, masked_whiten_ref
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, inside Triton's interpreter
+    pytest.mark.filterwarnings(
+        "ignore:.*encountered in:RuntimeWarning"
+    ),  # numpy's, inside Triton's interpreter
 ]
 
 NAN, INF = float("nan"), float("inf")
 
 
 def episodes(dtype=torch.float64, shape=(9, 53), seed=0, device="cpu"):
-    """Prompts before, padding after and gaps between the tokens, a row without tokens and a full one; garbage outside of the mask."""
+    """Prompts before, padding after and gaps between the tokens, a row without tokens and a full one; garbage
+    outside of the mask."""
     generator = torch.Generator().manual_seed(seed)
     B, T = shape
     rewards, values = torch.randn(2, B, T, generator=generator, dtype=torch.float64)
-    begin, end = torch.randint(0, T // 2 + 1, (B, 1), generator=generator), torch.randint(T // 2, T + 1, (B, 1), generator=generator)
+    begin, end = (
+        torch.randint(0, T // 2 + 1, (B, 1), generator=generator),
+        torch.randint(T // 2, T + 1, (B, 1), generator=generator),
+    )
     t = torch.arange(T)
     mask = (t >= begin) & (t < end) & (torch.rand(B, T, generator=generator) > 0.2)
     mask[1:2], mask[2:3] = False, True
     rewards[~mask], values[~mask] = NAN, INF
     bootstrap = torch.randn(B, generator=generator, dtype=torch.float64)
-    return [x.to(device) if x.dtype == torch.bool else x.to(dtype).to(device) for x in (rewards, values, mask, bootstrap)]
+    return [
+        x.to(device) if x.dtype == torch.bool else x.to(dtype).to(device)
+        for x in (rewards, values, mask, bootstrap)
+    ]
 
 
 @pytest.fixture(params=["chosen", "pytorch", "triton"])
 def implementation(request, monkeypatch):
-    """What a CPU or a GPU runs, PyTorch in its place, and Triton's kernels with blocks of 16: compiled on a GPU, else interpreted."""
+    """What a CPU or a GPU runs, PyTorch in its place, and Triton's kernels with blocks of 16: compiled on a
+    GPU, else interpreted."""
     other = advantage._twins
     if request.param == "triton":
-        other = pytest.importorskip("fastalign_kernels.advantage_triton", reason="triton is not installed", exc_type=ImportError)
+        other = pytest.importorskip(
+            "fastalign_kernels.advantage_triton", reason="triton is not installed", exc_type=ImportError
+        )
         monkeypatch.setattr(other, "BLOCK", 16)
     if request.param != "chosen":
         monkeypatch.setattr(advantage, "_implementation", lambda values: other)
@@ -67,12 +79,18 @@ def loop(rewards, values, mask, gamma, lam, bootstrap):
 def test_gae_matches_a_loop_in_fp64(gamma, lam, cut_off):
     rewards, values, mask, bootstrap = episodes()
     after = bootstrap if cut_off else None
-    found, expected = (f(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=after) for f in (gae, gae_ref))
+    found, expected = (
+        f(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=after) for f in (gae, gae_ref)
+    )
     truth = loop(rewards, values, mask, gamma, lam, after)
     for out in (found, expected):
         torch.testing.assert_close(out.advantages, truth, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(out.returns, torch.where(mask, truth + values, 0.0), rtol=1e-12, atol=1e-12)
-        assert not out.advantages[~mask].any() and not out.returns[~mask].any() and not out.returns.requires_grad
+        torch.testing.assert_close(
+            out.returns, torch.where(mask, truth + values, 0.0), rtol=1e-12, atol=1e-12
+        )
+        assert (
+            not out.advantages[~mask].any() and not out.returns[~mask].any() and not out.returns.requires_grad
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -92,13 +110,19 @@ def test_gae_is_no_worse_than_eager(implementation, no_worse_than_eager, device,
 
 
 def test_lambda_1_and_0(implementation, device):
-    """lambda 1: discounted rewards to come less the value; lambda 0: one step's error. Tokens apart from each other, in one row."""
-    rewards, values = torch.tensor([[9.0, 1, 9, 2, 3, 9]], device=device), torch.tensor([[9.0, 4, 9, 5, 6, 9]], device=device)
+    """lambda 1: discounted rewards to come less the value; lambda 0: one step's error. Tokens apart from each
+    other, in one row."""
+    rewards, values = (
+        torch.tensor([[9.0, 1, 9, 2, 3, 9]], device=device),
+        torch.tensor([[9.0, 4, 9, 5, 6, 9]], device=device),
+    )
     mask, bootstrap = torch.tensor([[0, 1, 0, 1, 1, 0]], device=device), torch.tensor([8.0], device=device)
     monte_carlo = gae(rewards, values, mask, gamma=0.5, lam=1.0, bootstrap=bootstrap)
     to_come = [1 + 0.5 * 2 + 0.25 * 3 + 0.125 * 8, 2 + 0.5 * 3 + 0.25 * 8, 3 + 0.5 * 8]
     assert monte_carlo.returns[mask > 0].tolist() == pytest.approx(to_come)
-    assert monte_carlo.advantages[mask > 0].tolist() == pytest.approx([to_come[0] - 4, to_come[1] - 5, to_come[2] - 6])
+    assert monte_carlo.advantages[mask > 0].tolist() == pytest.approx(
+        [to_come[0] - 4, to_come[1] - 5, to_come[2] - 6]
+    )
     one_step = gae(rewards, values, mask, gamma=0.5, lam=0.0)
     assert one_step.advantages[mask > 0].tolist() == pytest.approx([1 + 2.5 - 4, 2 + 3 - 5, 3 - 6])
     assert not one_step.advantages[mask == 0].any() and not one_step.returns[mask == 0].any()
@@ -109,7 +133,10 @@ def test_padding_does_not_matter(implementation, device):
     rewards, values = torch.randn(2, 1, 7, generator=torch.Generator().manual_seed(0)).to(device)
     alone = gae(rewards, values, torch.ones(1, 7, device=device, dtype=torch.bool), gamma=0.9)
     at = torch.tensor([4, 5, 8, 15, 16, 32, 40], device=device)
-    wide, mask = torch.full((2, 1, 50), NAN, device=device), torch.zeros(1, 50, dtype=torch.bool, device=device)
+    wide, mask = (
+        torch.full((2, 1, 50), NAN, device=device),
+        torch.zeros(1, 50, dtype=torch.bool, device=device),
+    )
     wide[0][:, at], wide[1][:, at], mask[:, at] = rewards, values, True
     spread = gae(*wide, mask, gamma=0.9)
     torch.testing.assert_close(spread.advantages[:, at], alone.advantages, rtol=1e-6, atol=1e-6)
@@ -121,7 +148,9 @@ def test_gae_of_any_shape(implementation, device, shape):
     found = gae(rewards, values, mask, bootstrap=bootstrap)
     assert found.advantages.shape == found.returns.shape == shape
     if 0 not in shape:
-        torch.testing.assert_close(tuple(found), tuple(gae_ref(rewards, values, mask, bootstrap=bootstrap)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            tuple(found), tuple(gae_ref(rewards, values, mask, bootstrap=bootstrap)), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_gae_strides_masks_of_integers_and_dtypes(device):
@@ -144,18 +173,27 @@ def test_any_number_of_threads_gives_the_same_bits():
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            results.append((*gae(rewards, values, mask, bootstrap=bootstrap), masked_whiten(tokens, tokens > -1)))
+            results.append(
+                (*gae(rewards, values, mask, bootstrap=bootstrap), masked_whiten(tokens, tokens > -1))
+            )
         finally:
             torch.set_num_threads(1)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
-    rows = [gae(*(x[i : i + 1] for x in (rewards, values, mask)), bootstrap=bootstrap[i : i + 1]).advantages for i in range(33)]
+    rows = [
+        gae(*(x[i : i + 1] for x in (rewards, values, mask)), bootstrap=bootstrap[i : i + 1]).advantages
+        for i in range(33)
+    ]
     assert torch.equal(torch.cat(rows), results[0][0]), "a row does not depend on its batch"
 
 
 def test_opcheck_and_compile():
     rewards, values, mask, bootstrap = episodes(torch.float32)
-    torch.library.opcheck(advantage.gae_op, (rewards.nan_to_num(), values.nan_to_num(posinf=0), mask, bootstrap, 0.9, 0.8))
-    torch.library.opcheck(advantage.gae_op, (rewards.nan_to_num(), values.nan_to_num(posinf=0).half(), mask, None, 0.9, 0.8))
+    torch.library.opcheck(
+        advantage.gae_op, (rewards.nan_to_num(), values.nan_to_num(posinf=0), mask, bootstrap, 0.9, 0.8)
+    )
+    torch.library.opcheck(
+        advantage.gae_op, (rewards.nan_to_num(), values.nan_to_num(posinf=0).half(), mask, None, 0.9, 0.8)
+    )
     torch.library.opcheck(advantage.moments_op, (rewards.nan_to_num(), mask))
     moments = torch.tensor([9.0, 0.5, 4.0], dtype=torch.float64)
     torch.library.opcheck(advantage.whiten_op, (rewards.nan_to_num(), mask, moments, False, 1e-8))
@@ -165,7 +203,8 @@ def test_opcheck_and_compile():
         return *out, masked_whiten(out.advantages, given[2])
 
     for found, expected in zip(
-        torch.compile(both, fullgraph=True, backend="aot_eager")(rewards, values, mask), both(rewards, values, mask)
+        torch.compile(both, fullgraph=True, backend="aot_eager")(rewards, values, mask),
+        both(rewards, values, mask),
     ):
         torch.testing.assert_close(found, expected)
 
@@ -174,7 +213,10 @@ def test_opcheck_and_compile():
     "change, named",
     [
         ({"rewards": torch.zeros(3)}, r"rewards: shape \[3\] seen, \[B, T\] wanted"),
-        ({"values": torch.zeros(2, 4)}, r"values: shape \[2, 4\] seen, the shape of rewards = \[2, 3\] wanted"),
+        (
+            {"values": torch.zeros(2, 4)},
+            r"values: shape \[2, 4\] seen, the shape of rewards = \[2, 3\] wanted",
+        ),
         ({"values": torch.zeros(2, 3, dtype=torch.int64)}, r"values: torch.int64 seen"),
         ({"mask": torch.full((2, 3), 0.5)}, "mask: got 0.5, expected 0 or 1 for each token"),
         ({"bootstrap": torch.zeros(3)}, r"bootstrap: shape \[3\] seen, \[B\] = \[2\] wanted"),
@@ -186,7 +228,11 @@ def test_opcheck_and_compile():
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_gae_refusals_name_the_argument(change, named):
-    given = {"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)}
+    given = {
+        "rewards": torch.zeros(2, 3),
+        "values": torch.zeros(2, 3),
+        "mask": torch.ones(2, 3, dtype=torch.bool),
+    }
     with pytest.raises(ValueError, match=named):
         gae(**given | change)
 
@@ -204,14 +250,17 @@ def test_whitening_is_no_worse_than_eager(implementation, no_worse_than_eager, d
     no_worse_than_eager(found, eager, truth, str(dtype))
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     inside = found[mask].double()
-    assert inside.mean().item() == pytest.approx(0 if shift_mean else x[mask].double().mean().item(), abs=1e-5)
+    assert inside.mean().item() == pytest.approx(
+        0 if shift_mean else x[mask].double().mean().item(), abs=1e-5
+    )
     assert inside.var().item() == pytest.approx(1, rel=1e-4)
     assert not found[~mask].any(), "TRL's trainer sets padding to 0 in the line after"
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 2047, 2049, 5003])
 def test_whitening_of_blocks_far_from_zero(implementation, device, tokens):
-    """Packed tokens around 1e4, blocks at 1e4 and 2e4 among them: what fp32 sums of squares would have lost."""
+    """Packed tokens around 1e4, blocks at 1e4 and 2e4 among them: what fp32 sums of squares would have
+    lost."""
     generator = torch.Generator().manual_seed(tokens)
     x = 1e4 + torch.randn(tokens, generator=generator) + 1e4 * (torch.arange(tokens) >= 2048)
     mask = (torch.rand(tokens, generator=generator) > 0.3) | (torch.arange(tokens) < 1)
@@ -255,7 +304,8 @@ def test_whitening_refusals_name_the_argument():
         masked_whiten(x, x == 0, eps=-1)
 
 
-# Two gloo ranks, in processes of their own that run this file; the second has fewer rows than the first, then none.
+# Two gloo ranks, in processes of their own that run this file; the second has fewer rows than the first, then
+# none.
 
 
 def shared(case, rank):
@@ -268,7 +318,10 @@ def shared(case, rank):
 def test_whitening_over_two_ranks(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
@@ -283,13 +336,17 @@ def test_whitening_over_two_ranks(tmp_path):
 def run_rank(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    torch.save({case: masked_whiten(*shared(case, rank), group=dist.group.WORLD) for case in ("uneven", "empty")}, folder / f"{rank}.pt")
+    torch.save(
+        {case: masked_whiten(*shared(case, rank), group=dist.group.WORLD) for case in ("uneven", "empty")},
+        folder / f"{rank}.pt",
+    )
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]), int(sys.argv[2]))
-    # Not by return: gloo's threads can end the process while the interpreter shuts down (tests/test_causal_lm.py).
+    # Not by return: gloo's threads can end the process while the interpreter shuts down
+    # (tests/test_causal_lm.py).
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,5 @@
-"""Every GPU kernel compiles for every architecture without spilling: `python -m bench.aot`, in a process without the interpreter."""
+"""Every GPU kernel compiles for every architecture without spilling: `python -m bench.aot`, in a process
+without the interpreter."""
 
 import importlib
 import importlib.util
@@ -20,7 +21,12 @@ def table(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     file = tmp_path_factory.mktemp("aot") / "aot.json"
     run = subprocess.run(
-        [sys.executable, "-m", "bench.aot", "--json", str(file)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bench.aot", "--json", str(file)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(file.read_text()), run.stdout
@@ -49,13 +55,17 @@ def test_the_sampler_compiles_for_every_architecture_without_spills(table):
     if nvcc is None:
         assert not rows and "nvcc is not found" in table[1]
         pytest.skip("nvcc is not found ($CUDA_HOME, PATH)")
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
+    ).stdout.split()
     architectures = {sm for sm in ARCHITECTURES if f"sm_{sm}" in known}
     assert architectures and sorted((row["sm"], row["dtype"]) for row in rows) == sorted(
         (sm, dtype) for sm in architectures for dtype in ("fp32", "bf16", "fp16")
     )
     assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)
-    assert all(0 < row["shared_bytes"] <= 49152 for row in rows)  # what a block may declare statically, on every architecture
+    assert all(
+        0 < row["shared_bytes"] <= 49152 for row in rows
+    )  # what a block may declare statically, on every architecture
     assert all(row["binary_bytes"] > 10_000 for row in rows)
 
 
@@ -66,7 +76,10 @@ def test_a_spill_and_too_much_shared_memory_do_not_fit():
     assert fine.fits
     assert not Row(**{**vars(fine), "spills": 8}).fits
     assert not Row(**{**vars(fine), "shared_bytes": 99 * 1024 + 1}).fits
-    assert Row(**{**vars(fine), "sm": 942, "shared_bytes": 64 * 1024}).fits and not Row(**{**vars(fine), "sm": 942}).fits
+    assert (
+        Row(**{**vars(fine), "sm": 942, "shared_bytes": 64 * 1024}).fits
+        and not Row(**{**vars(fine), "sm": 942}).fits
+    )
 
 
 def test_every_triton_kernel_is_in_the_table():

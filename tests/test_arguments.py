@@ -1,4 +1,5 @@
-"""Every argument of every public function and module is checked: walks over their signatures, so that a new one without a check fails."""
+"""Every argument of every public function and module is checked: walks over their signatures, so that a new
+one without a check fails."""
 
 import inspect
 import math
@@ -21,7 +22,8 @@ MODULES: dict[str, Callable[..., Any]] = {
 }
 NOT_FP32 = (math.nan, math.inf, -math.inf, 1e-40, -1e-40, 1e39)
 NO_ARGUMENT: tuple[Any, ...] = ([1.0], (1.0,), {}, numpy.ones(3), object())
-# Bad values of each kind of argument; a kind among alternatives, as in "float | None", takes away what another one allows.
+# Bad values of each kind of argument; a kind among alternatives, as in "float | None", takes away what
+# another one allows.
 BAD: dict[str, tuple[Any, ...]] = {
     "float": (*NOT_FP32, True, "1", None, torch.ones(()), *NO_ARGUMENT),
     "int": (*NOT_FP32, 1.5, True, "1", None, torch.ones(()), *NO_ARGUMENT),
@@ -33,7 +35,11 @@ BAD: dict[str, tuple[Any, ...]] = {
     "torch.distributed.ProcessGroup": (1, "world", torch.ones(()), *NO_ARGUMENT),
 }
 NEGATIVE = {  # options that may be below 0; all other numbers may not
-    *((name, option) for name in (*FUNCTIONS, *MODULES) for option in ("logit_scale", "ignore_index", "entropy_coefficient")),
+    *(
+        (name, option)
+        for name in (*FUNCTIONS, *MODULES)
+        for option in ("logit_scale", "ignore_index", "entropy_coefficient")
+    ),
     *((name, "kl_coefficient") for name in (*FUNCTIONS, *MODULES)),
     ("simpo_loss", "gamma"),
     ("sample", "pad_id"),
@@ -53,7 +59,8 @@ def bad_values(owner: str, parameter: inspect.Parameter) -> list[Any]:
 
 
 def faults(owner: str, call: Callable[..., Any], given: dict[str, Any]) -> list[str]:
-    """What a call with one bad argument does other than raise a ValueError that begins with the argument's name."""
+    """What a call with one bad argument does other than raise a ValueError that begins with the argument's
+    name."""
     found = []
     for name, parameter in inspect.signature(call).parameters.items():
         for value in bad_values(owner, parameter):
@@ -97,24 +104,34 @@ def test_a_normalizer_in_a_tensor_is_a_number(name, value):
 
 
 def test_a_divisor_is_one_number():
-    with pytest.raises(ValueError, match=r"num_items: a tensor of shape \[2\] seen, a number above 0 or a scalar tensor wanted"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_items: a tensor of shape \[2\] seen, a number above 0 or a scalar tensor wanted",
+    ):
         FUNCTIONS["cross_entropy"](**{**call_of("cross_entropy"), "num_items": torch.ones(2)})
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "token_logprobs", "linear_dpo_loss"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy", "linear_cross_entropy", "token_logprobs", "linear_dpo_loss"]
+)
 def test_int32_ids_beside_an_ignore_index_that_int32_does_not_hold(name):
     """A comparison in int32 takes 2^32 + 5 for 5."""
     given = call_of(name)
     ids = "targets" if "targets" in given else "ids"
     found, expected = (
-        FUNCTIONS[name](**{**given, ids: given[ids].to(dtype), "ignore_index": 2**32 + 5}) for dtype in (torch.int32, torch.int64)
+        FUNCTIONS[name](**{**given, ids: given[ids].to(dtype), "ignore_index": 2**32 + 5})
+        for dtype in (torch.int32, torch.int64)
     )
     assert all(map(torch.equal, tensors_of(found), tensors_of(expected)))
 
 
 def test_numpy_numbers_are_numbers():
-    found = FUNCTIONS["cross_entropy"](**call_of("cross_entropy"), temperature=numpy.float32(0.5), ignore_index=numpy.int64(3))
-    assert torch.equal(found, FUNCTIONS["cross_entropy"](**call_of("cross_entropy"), temperature=0.5, ignore_index=3))
+    found = FUNCTIONS["cross_entropy"](
+        **call_of("cross_entropy"), temperature=numpy.float32(0.5), ignore_index=numpy.int64(3)
+    )
+    assert torch.equal(
+        found, FUNCTIONS["cross_entropy"](**call_of("cross_entropy"), temperature=0.5, ignore_index=3)
+    )
 
 
 # Layouts: the same values in other strides.
@@ -151,16 +168,24 @@ SIZES = {
 WITHOUT_TENSORS = {"plan_head"}
 
 
-def run(name: str, given: dict[str, Any], layout: Callable[[Tensor], Tensor] | None) -> tuple[list[Any], list[Any]]:
+def run(
+    name: str, given: dict[str, Any], layout: Callable[[Tensor], Tensor] | None
+) -> tuple[list[Any], list[Any]]:
     """Results of a call, and the gradients of its floating-point arguments."""
-    leaves = {key: x.clone().requires_grad_(x.is_floating_point()) for key, x in given.items() if isinstance(x, Tensor)}
+    leaves = {
+        key: x.clone().requires_grad_(x.is_floating_point())
+        for key, x in given.items()
+        if isinstance(x, Tensor)
+    }
     laid = {key: x if layout is None else layout(x) for key, x in leaves.items()}
     fields = tensors_of(FUNCTIONS[name](**{**given, **laid}))
     differentiable = [x for x in fields if isinstance(x, Tensor) and x.requires_grad]
     if not differentiable:
         return fields, []
     total = torch.stack([x.nan_to_num().sum() for x in differentiable]).sum()
-    return fields, list(torch.autograd.grad(total, [x for x in leaves.values() if x.requires_grad], allow_unused=True))
+    return fields, list(
+        torch.autograd.grad(total, [x for x in leaves.values() if x.requires_grad], allow_unused=True)
+    )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -183,8 +208,17 @@ def test_an_expanded_argument_is_as_its_copy(name):
     for key, x in given.items():
         if isinstance(x, Tensor) and x.dim() and key != "cu_seqlens":
             expanded = (x[:1, :1] if x.dim() > 1 else x[:1]).expand(x.shape)
-            found, expected = (run(name, {**given, key: value}, None) for value in (expanded, expanded.contiguous()))
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True, msg=f"{key}: expanded is not as its copy")
+            found, expected = (
+                run(name, {**given, key: value}, None) for value in (expanded, expanded.contiguous())
+            )
+            torch.testing.assert_close(
+                found,
+                expected,
+                rtol=1e-5,
+                atol=1e-6,
+                equal_nan=True,
+                msg=f"{key}: expanded is not as its copy",
+            )
 
 
 # Tensors without values.
@@ -194,7 +228,9 @@ def described(fields: list[Any]) -> list[Any]:
     return [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in fields]
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in WITHOUT_TENSORS | {"tail_report"}])
+@pytest.mark.parametrize(
+    "name", [name for name in FUNCTIONS if name not in WITHOUT_TENSORS | {"tail_report"}]
+)
 def test_meta_and_fake_tensors_give_shapes_and_dtypes(name):
     given = call_of(name)
     expected = described(tensors_of(FUNCTIONS[name](**given)))
@@ -207,5 +243,7 @@ def test_meta_and_fake_tensors_give_shapes_and_dtypes(name):
 
 def test_the_tail_report_refuses_meta_tensors():
     meta = {key: x.to("meta") if isinstance(x, Tensor) else x for key, x in call_of("tail_report").items()}
-    with pytest.raises(ValueError, match="hidden: got a tensor without values, on meta, expected one with values"):
+    with pytest.raises(
+        ValueError, match="hidden: got a tensor without values, on meta, expected one with values"
+    ):
         FUNCTIONS["tail_report"](**meta)

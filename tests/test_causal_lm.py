@@ -149,11 +149,15 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_equal_gradients(seen: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-10) -> None:
+def assert_equal_gradients(
+    seen: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 1e-10
+) -> None:
     assert seen.keys() == expected.keys() and expected
     for name, gradient in expected.items():
         difference = (seen[name] - gradient).abs().max()
-        assert difference <= relative * gradient.abs().max(), f"{name}: {difference} of {gradient.abs().max()}"
+        assert difference <= relative * gradient.abs().max(), (
+            f"{name}: {difference} of {gradient.abs().max()}"
+        )
 
 
 @pytest.mark.parametrize("token_stats", [False, True])
@@ -205,7 +209,13 @@ def test_generate_and_the_forward_without_labels_are_unaffected(name: str) -> No
     with pytest.raises(ValueError, match="not_an_argument"):
         model.generate(**inputs, not_an_argument=1)
     unused: dict[str, Any]
-    for unused in ({"token_stats": True}, {"temperature": 0.5}, {"workspace_mib": 8}, {"ppo": {}}, {"keep_hidden": True}):
+    for unused in (
+        {"token_stats": True},
+        {"temperature": 0.5},
+        {"workspace_mib": 8},
+        {"ppo": {}},
+        {"keep_hidden": True},
+    ):
         with pytest.raises(ValueError, match="need labels or shift_labels"):
             model(**inputs, **unused)
 
@@ -217,7 +227,10 @@ def test_fusing_is_idempotent_and_unfusing_restores() -> None:
     training = [module.training for module in model.modules()]
     rng = torch.get_rng_state()
     assert fuse_head(model) is model
-    assert torch.equal(torch.get_rng_state(), rng) and [module.training for module in model.modules()] == training
+    assert (
+        torch.equal(torch.get_rng_state(), rng)
+        and [module.training for module in model.modules()] == training
+    )
     patched = model.forward
     assert fuse_head(model) is model and model.forward == patched
     model.model.layers[1].train()
@@ -241,7 +254,11 @@ def test_a_tail_is_the_heads_own_and_fusing_again_changes_it() -> None:
     assert kept_share() == share
     fuse_head(model)
     exact = model(**inputs, labels=labels)
-    assert exact.loss == out.loss and not torch.equal(torch.autograd.grad(exact.loss, weight)[0], found) and kept_share() is None
+    assert (
+        exact.loss == out.loss
+        and not torch.equal(torch.autograd.grad(exact.loss, weight)[0], found)
+        and kept_share() is None
+    )
     with pytest.raises(ValueError, match=r"tail_eps: 2.0 seen, a probability in \(0, 1\)"):
         fuse_head(model, tail_eps=2.0)
 
@@ -266,7 +283,9 @@ def test_num_items_shift_labels_and_temperature(count: Any, token_stats: bool) -
     targets = shift(labels).roll(1, 0)  # not what labels would give
     expected = own_nll(model, inputs, targets, temperature=0.7)
     wanted = gradients(model, expected.sum() / 7)
-    out = model(**inputs, shift_labels=targets, num_items_in_batch=count, token_stats=token_stats, temperature=0.7)
+    out = model(
+        **inputs, shift_labels=targets, num_items_in_batch=count, token_stats=token_stats, temperature=0.7
+    )
     torch.testing.assert_close(out.loss, expected.sum() / 7, rtol=1e-10, atol=0)
     torch.testing.assert_close(out.logp, -expected, rtol=1e-10, atol=1e-12)
     assert_equal_gradients(gradients(model, out.loss), wanted)
@@ -286,7 +305,9 @@ def test_token_statistics_take_any_upstream_gradient() -> None:
     )
     expected = gradients(model, sum((w * s).sum() for w, s in zip(weights, own, strict=True)))
     out = model(**inputs, labels=labels, token_stats=True)
-    seen = gradients(model, sum((w * s).sum() for w, s in zip(weights, (out.logp, out.entropy, out.lse), strict=True)))
+    seen = gradients(
+        model, sum((w * s).sum() for w, s in zip(weights, (out.logp, out.entropy, out.lse), strict=True))
+    )
     assert_equal_gradients(seen, expected)
 
 
@@ -302,7 +323,13 @@ def test_ppos_loss_and_its_gradients_equal_those_from_logits(name: str) -> None:
         -own_nll(model, inputs, targets, 0.7).detach() + 0.3 * old,
         -own_nll(model, inputs, targets, 0.7).detach() + 0.3 * reference,
     )
-    options = {"clip": 0.1, "entropy_coefficient": 0.02, "reference_logp": reference, "kl_coefficient": 0.1, "normalizer": 9}
+    options = {
+        "clip": 0.1,
+        "entropy_coefficient": 0.02,
+        "reference_logp": reference,
+        "kl_coefficient": 0.1,
+        "normalizer": 9,
+    }
     table = (model(**inputs).logits / 0.7).log_softmax(-1)
     logp, entropy = table.gather(-1, targets.clamp_min(0)[..., None])[..., 0], -(table.exp() * table).sum(-1)
     own = ppo_loss(logp, old, advantages, mask, entropy=entropy, **options)
@@ -313,7 +340,9 @@ def test_ppos_loss_and_its_gradients_equal_those_from_logits(name: str) -> None:
     assert 0 < out.policy.clip_fraction < 1 and out.loss is out.policy.loss and out.logp is None
     torch.testing.assert_close(tuple(out.policy), tuple(own), rtol=1e-10, atol=1e-12)
     assert_equal_gradients(gradients(model, out.loss), expected)
-    torch.testing.assert_close(out.last_hidden_state, backbone(model)(**inputs).last_hidden_state, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        out.last_hidden_state, backbone(model)(**inputs).last_hidden_state, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_the_backbones_outputs_are_handed_on() -> None:
@@ -327,16 +356,24 @@ def test_the_backbones_outputs_are_handed_on() -> None:
     asked = {"output_hidden_states": True, "output_attentions": True, "use_cache": True}
     own, out = model(**inputs, **asked), model(**inputs, **asked, labels=labels)
     assert len(out.hidden_states) == 3 and len(out.attentions) == 2
-    assert all(torch.equal(a, b) for a, b in zip(out.hidden_states + out.attentions, own.hidden_states + own.attentions, strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(out.hidden_states + out.attentions, own.hidden_states + own.attentions, strict=True)
+    )
     assert getattr(out, CACHE).get_seq_length() == out[CACHE].get_seq_length() == 11
     # The older name is served as long as transformers serves it, in outputs and in arguments.
     assert out.past_key_values is out["past_key_values"] is getattr(out, CACHE)
     for name in ("past_key_values", CACHE):
         given = tf.DynamicCache(config=model.config)
-        assert getattr(model(**inputs, labels=labels, **{name: given}), CACHE) is given and given.get_seq_length() == 11
+        assert (
+            getattr(model(**inputs, labels=labels, **{name: given}), CACHE) is given
+            and given.get_seq_length() == 11
+        )
     assert {*own} - {"logits"} < {*out}, "what a plain model names, a fused one names alike"
     as_tuple = model(**inputs, labels=labels, return_dict=False, use_cache=False)
-    assert type(as_tuple) is tuple and torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logp)
+    assert (
+        type(as_tuple) is tuple and torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logp)
+    )
 
 
 def test_a_batch_without_targets() -> None:
@@ -347,7 +384,11 @@ def test_a_batch_without_targets() -> None:
         assert model(**inputs, labels=nothing, token_stats=token_stats).loss.isnan()
         loss = model(**inputs, labels=nothing, num_items_in_batch=5, token_stats=token_stats).loss
         found = gradients(model, loss)
-        assert loss == 0 and len(found) == len(list(model.parameters())) and not any(g.any() for g in found.values())
+        assert (
+            loss == 0
+            and len(found) == len(list(model.parameters()))
+            and not any(g.any() for g in found.values())
+        )
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -355,7 +396,9 @@ def test_wrong_arguments_are_named() -> None:
     inputs, labels = batch()
     with pytest.raises(ValueError, match="token_stats and ppo: both seen, one wanted"):
         model(**inputs, labels=labels, token_stats=True, ppo={})
-    with pytest.raises(ValueError, match=r"labels: shape \[3, 10\] seen, that of the tokens, \[3, 11\], wanted"):
+    with pytest.raises(
+        ValueError, match=r"labels: shape \[3, 10\] seen, that of the tokens, \[3, 11\], wanted"
+    ):
         model(**inputs, labels=labels[:, 1:])
     with pytest.raises(ValueError, match="logits_to_keep=2"):
         model(**inputs, labels=labels, logits_to_keep=2)
@@ -428,7 +471,9 @@ def test_compiled_without_a_graph_break_equals_eager(token_stats: bool) -> None:
     inputs, labels = batch()
     eager = model(**inputs, labels=labels, token_stats=token_stats, use_cache=False)
     expected = gradients(model, eager.loss)
-    out = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs, labels=labels, token_stats=token_stats, use_cache=False)
+    out = torch.compile(model, backend="aot_eager", fullgraph=True)(
+        **inputs, labels=labels, token_stats=token_stats, use_cache=False
+    )
     torch.testing.assert_close(out.logp, eager.logp, rtol=1e-12, atol=1e-12)
     assert_equal_gradients(gradients(model, out.loss), expected)
 
@@ -445,7 +490,9 @@ def lora(model: Any, **options: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(**options)).double()
 
 
-@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["adapters", "modules_to_save"])
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["lm_head"]}], ids=["adapters", "modules_to_save"]
+)
 @pytest.mark.parametrize("fuse_first", [False, True])
 def test_peft(options: dict[str, Any], fuse_first: bool) -> None:
     base = llama()
@@ -471,7 +518,9 @@ class Tilted(tf.LlamaForCausalLM):
 
     bend = ""
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
         if self.bend == "input":
             hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             return tf.modeling_outputs.CausalLMOutputWithPast(
@@ -512,9 +561,13 @@ def test_a_head_that_starts_at_zero_is_served_with_its_softcap() -> None:
         ("loss", "its loss from the cross-entropy of its logits differs by 0.125"),
     ],
 )
-def test_a_model_that_cannot_be_served_exactly_is_refused_and_left_alone(bend: str, reason: str, dtype: torch.dtype) -> None:
+def test_a_model_that_cannot_be_served_exactly_is_refused_and_left_alone(
+    bend: str, reason: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
-    model = Tilted(tf.LlamaConfig(**GQA)).to(dtype)  # an untrained model's logits: a softcap of 30 is within rounding
+    model = Tilted(tf.LlamaConfig(**GQA)).to(
+        dtype
+    )  # an untrained model's logits: a softcap of 30 is within rounding
     model.bend = bend
     with pytest.raises(UnsupportedModelError, match=f"Tilted cannot be served.*{reason}"):
         fuse_head(model)
@@ -608,7 +661,9 @@ def test_a_resized_vocabulary_wants_fusing_again() -> None:
     model = fuse_head(llama())
     model.resize_token_embeddings(VOCAB + 3)
     inputs, labels = batch()
-    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM had its lm_head replaced after fuse_head"):
+    with pytest.raises(
+        UnsupportedModelError, match="LlamaForCausalLM had its lm_head replaced after fuse_head"
+    ):
         model(**inputs, labels=labels)
     nll = own_nll(model, inputs, shift(labels))
     torch.testing.assert_close(fuse_head(model)(**inputs, labels=labels).logp, -nll, rtol=1e-10, atol=1e-12)
@@ -646,7 +701,9 @@ def test_a_trainer_run_equals_the_unfused_one(name: str, tmp_path: Path) -> None
         trainer = tf.Trainer(model=fuse_head(model) if fused else model, args=arguments, train_dataset=rows)
         assert trainer.model_accepts_loss_kwargs
         trainer.train()
-        return [log["loss"] for log in trainer.state.log_history if "loss" in log], dict(model.named_parameters())
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log], dict(
+            model.named_parameters()
+        )
 
     own_losses, own = train(False, torch.float32)
     losses, weights = train(True, torch.float32)
@@ -672,7 +729,10 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two_ranks")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(folder)]
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
     return torch.load(folder / "result.pt")
@@ -729,7 +789,8 @@ def run_rank(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]), int(sys.argv[2]))
-    # Not by return: the meshes keep gloo's threads alive, and one that drops a tensor while the interpreter shuts down ends the process
-    # with "terminate called without an active exception" (seen once in CI, on the rank that had nothing to save).
+    # Not by return: the meshes keep gloo's threads alive, and one that drops a tensor while the interpreter
+    # shuts down ends the process with "terminate called without an active exception" (seen once in CI, on the
+    # rank that had nothing to save).
     sys.stderr.flush()
     os._exit(0)

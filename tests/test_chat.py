@@ -1,4 +1,5 @@
-"""What a row of messages means: parts, calls, tools, weights, prompts, templates that choose, fail or try to escape."""
+"""What a row of messages means: parts, calls, tools, weights, prompts, templates that choose, fail or try to
+escape."""
 
 import json
 import warnings
@@ -14,7 +15,15 @@ from datasets import Dataset
 
 from fastalign import rendering
 from fastalign.chat import ChatTemplate
-from fastalign.data import DataError, Tokenized, load_rows, tokenize_prompts, tokenize_sft, tokenize_text, turn_ends
+from fastalign.data import (
+    DataError,
+    Tokenized,
+    load_rows,
+    tokenize_prompts,
+    tokenize_sft,
+    tokenize_text,
+    turn_ends,
+)
 from fastalign.preferences import tokenize_pairs, tokenize_unpaired
 from fastalign.rows import Rows
 from fastalign.template_keys import TemplateKeys
@@ -26,16 +35,21 @@ BAD = {"role": "assistant", "content": "Bad."}
 TALK = [ASKED, GOOD]
 # As Llama 3.2 Vision, SmolVLM and others.
 PARTS = CHATML.replace(
-    "{{ m['content'] }}", "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}"
+    "{{ m['content'] }}",
+    "{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}{% endfor %}",
 )
 EITHER = CHATML.replace(
     "{{ m['content'] }}",
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}",
 )
 SAYS_CALLS = "{{ m['content'] }}{% for c in m['tool_calls'] %}<call>{{ c['function']['name'] }} {{ ARGUMENTS }}</call>{% endfor %}"
-CALLS = CHATML.replace("{{ m['content'] }}", SAYS_CALLS.replace("ARGUMENTS", "c['function']['arguments'] | tojson"))
+CALLS = CHATML.replace(
+    "{{ m['content'] }}", SAYS_CALLS.replace("ARGUMENTS", "c['function']['arguments'] | tojson")
+)
 # As DeepSeek's, which puts the text of the arguments between others.
-TEXT_CALLS = CHATML.replace("{{ m['content'] }}", SAYS_CALLS.replace("ARGUMENTS", "'' + c['function']['arguments']"))
+TEXT_CALLS = CHATML.replace(
+    "{{ m['content'] }}", SAYS_CALLS.replace("ARGUMENTS", "'' + c['function']['arguments']")
+)
 TOOLS = "{% for t in tools or [] %}{{ t['name'] }};{% endfor %}" + CHATML
 
 
@@ -54,7 +68,10 @@ def rows_of(folder: Path, *rows: Any) -> Rows:
 def sft_text(folder: Path, template: Any, *rows: Any) -> list[str]:
     """What is trained and what is not, with | where one ends."""
     tokenizer = build(template)
-    return [shown(tokenizer, sequence) for sequence in tokenize_sft(rows_of(folder, *rows), tokenizer, max_length=512)]
+    return [
+        shown(tokenizer, sequence)
+        for sequence in tokenize_sft(rows_of(folder, *rows), tokenizer, max_length=512)
+    ]
 
 
 def shown(tokenizer: Any, sequence: Tokenized) -> str:
@@ -65,13 +82,18 @@ def shown(tokenizer: Any, sequence: Tokenized) -> str:
 def chatml(*messages: Any, tools: str = "") -> str:
     """The text in which all that the assistant says is trained."""
     parts = [
-        f"<|im_start|>{role}\n" + (f"|{said}<|im_end|>|\n" if role == "assistant" else f"{said}<|im_end|>\n") for role, said in messages
+        f"<|im_start|>{role}\n" + (f"|{said}<|im_end|>|\n" if role == "assistant" else f"{said}<|im_end|>\n")
+        for role, said in messages
     ]
     return tools + "".join(parts)
 
 
 def call(arguments: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}],
+    }
 
 
 # Contents
@@ -82,7 +104,12 @@ def test_parts_of_text_are_joined_or_passed_as_the_template_takes_them(tmp_path:
     parts = [{"type": "text", "text": "What "}, {"type": "text", "text": "is it?"}]
     rows = [
         {"messages": TALK},
-        {"messages": [{"role": "user", "content": parts}, GOOD | {"content": [{"type": "text", "text": "Great."}]}]},
+        {
+            "messages": [
+                {"role": "user", "content": parts},
+                GOOD | {"content": [{"type": "text", "text": "Great."}]},
+            ]
+        },
     ]
     expected = chatml(("user", "What is it?"), ("assistant", "Great."))
     assert sft_text(tmp_path, template, *rows) == [expected, expected]
@@ -101,7 +128,9 @@ def test_parts_of_text_are_joined_or_passed_as_the_template_takes_them(tmp_path:
 )
 @pytest.mark.parametrize("template", [CHATML, PARTS])
 def test_other_parts_are_refused_by_row(tmp_path: Path, template: str, part: Any, seen: str) -> None:
-    with pytest.raises(DataError, match=rf"a\.jsonl, row 2: column 'messages' must hold contents whose parts are .*{seen}"):
+    with pytest.raises(
+        DataError, match=rf"a\.jsonl, row 2: column 'messages' must hold contents whose parts are .*{seen}"
+    ):
         sft_text(tmp_path, template, {"messages": TALK}, {"messages": [ASKED | {"content": [part]}, GOOD]})
 
 
@@ -119,9 +148,12 @@ def test_other_parts_are_refused_by_row(tmp_path: Path, template: str, part: Any
         ("function_call", {"name": "f"}),
     ],
 )
-def test_a_key_that_the_template_does_not_read_is_refused_by_row(tmp_path: Path, key: str, value: Any) -> None:
+def test_a_key_that_the_template_does_not_read_is_refused_by_row(
+    tmp_path: Path, key: str, value: Any
+) -> None:
     with pytest.raises(
-        DataError, match=rf"a\.jsonl, row 2: column 'messages' has messages with the key '{key}', which the chat template of"
+        DataError,
+        match=rf"a\.jsonl, row 2: column 'messages' has messages with the key '{key}', which the chat template of",
     ):
         sft_text(tmp_path, CHATML, {"messages": TALK}, {"messages": [ASKED, GOOD | {key: value}]})
     reading = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m." + key + " }}")
@@ -131,14 +163,23 @@ def test_a_key_that_the_template_does_not_read_is_refused_by_row(tmp_path: Path,
 
 
 def test_labels_of_messages_and_empty_or_null_keys_are_no_meaning(tmp_path: Path) -> None:
-    labelled = [ASKED | {"id": 3, "name": None}, GOOD | {"tool_calls": [], "reasoning_content": "", "refusal": None}]
-    assert sft_text(tmp_path, CHATML, {"messages": labelled}) == [chatml(("user", "What is it?"), ("assistant", "Great."))]
+    labelled = [
+        ASKED | {"id": 3, "name": None},
+        GOOD | {"tool_calls": [], "reasoning_content": "", "refusal": None},
+    ]
+    assert sft_text(tmp_path, CHATML, {"messages": labelled}) == [
+        chatml(("user", "What is it?"), ("assistant", "Great."))
+    ]
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
 @pytest.mark.parametrize("read", ["reasoning_content", "thinking"])
-def test_reasoning_reaches_the_template_under_the_name_that_it_reads(tmp_path: Path, key: str, read: str) -> None:
-    template = CHATML.replace("{{ m['content'] }}", "{% if m." + read + " %}({{ m." + read + " }}){% endif %}{{ m['content'] }}")
+def test_reasoning_reaches_the_template_under_the_name_that_it_reads(
+    tmp_path: Path, key: str, read: str
+) -> None:
+    template = CHATML.replace(
+        "{{ m['content'] }}", "{% if m." + read + " %}({{ m." + read + " }}){% endif %}{{ m['content'] }}"
+    )
     assert sft_text(tmp_path, template, {"messages": [ASKED, GOOD | {key: "Hm."}]}) == [
         chatml(("user", "What is it?"), ("assistant", "(Hm.)Great."))
     ]
@@ -148,12 +189,32 @@ def test_reasoning_reaches_the_template_under_the_name_that_it_reads(tmp_path: P
     ("source", "read", "unread"),
     [
         (CHATML, "role content", "name tool_calls weight"),
-        ("{% for m in messages[1:] %}{% for c in m.tool_calls %}{{ c.name }}{% endfor %}{% endfor %}", "tool_calls", "name content"),
-        ("{% set ns = namespace(m=messages[0]) %}{{ ns.m['a'] }}{% set ns.x = messages | last %}{{ ns.x.b }}", "a b", "c"),
-        ("{% macro say(q) %}{{ q.get('a') }}{% if 'b' in q %}{% endif %}{% endmacro %}{{ say(messages[-1]) }}", "a b", "c"),
+        (
+            "{% for m in messages[1:] %}{% for c in m.tool_calls %}{{ c.name }}{% endfor %}{% endfor %}",
+            "tool_calls",
+            "name content",
+        ),
+        (
+            "{% set ns = namespace(m=messages[0]) %}{{ ns.m['a'] }}{% set ns.x = messages | last %}{{ ns.x.b }}",
+            "a b",
+            "c",
+        ),
+        (
+            "{% macro say(q) %}{{ q.get('a') }}{% if 'b' in q %}{% endif %}{% endmacro %}{{ say(messages[-1]) }}",
+            "a b",
+            "c",
+        ),
         ("{{ messages | selectattr('a', 'true') | map(attribute='b') | join }}", "a b", "c"),
-        ("{% for m in messages | reverse %}{{ loop.previtem.a }}{{ m.b if m.b else '' }}{% endfor %}", "a b", "c"),
-        ("{% set rest = messages[1:] if messages[0].a else messages %}{% for m in rest %}{{ m.b }}{% endfor %}", "a b", "c"),
+        (
+            "{% for m in messages | reverse %}{{ loop.previtem.a }}{{ m.b if m.b else '' }}{% endfor %}",
+            "a b",
+            "c",
+        ),
+        (
+            "{% set rest = messages[1:] if messages[0].a else messages %}{% for m in rest %}{{ m.b }}{% endfor %}",
+            "a b",
+            "c",
+        ),
         ("{% for m in messages %}{{ m | tojson }}{% endfor %}", "a b c", ""),
         ("{% for m in messages %}{% for key in m %}{{ m[key] }}{% endfor %}{% endfor %}", "a b c", ""),
         ("{{ messages }}", "a b c", ""),
@@ -169,12 +230,19 @@ def test_the_keys_that_a_template_reads_are_found_in_its_source(source: str, rea
 
 
 @pytest.mark.parametrize("template", [CALLS, TEXT_CALLS])
-def test_arguments_of_calls_are_parsed_from_text_in_whole_columns_or_mixed(tmp_path: Path, template: str) -> None:
+def test_arguments_of_calls_are_parsed_from_text_in_whole_columns_or_mixed(
+    tmp_path: Path, template: str
+) -> None:
     given: list[Any] = [{"q": "é", "n": None}, '{"q": "é", "n": null}', '{"q": "é", "n": null}', ""]
     expected = ['{"q": "é", "n": null}'] * 3 + ["{}"]
     texts = sft_text(tmp_path, template, *({"messages": [ASKED, call(arguments)]} for arguments in given))
-    assert texts == [chatml(("user", "What is it?"), ("assistant", f"<call>f {arguments}</call>")) for arguments in expected]
-    as_text = call({"q": "é", "n": None}) | {"tool_calls": json.dumps(call({"q": "é", "n": None})["tool_calls"])}
+    assert texts == [
+        chatml(("user", "What is it?"), ("assistant", f"<call>f {arguments}</call>"))
+        for arguments in expected
+    ]
+    as_text = call({"q": "é", "n": None}) | {
+        "tool_calls": json.dumps(call({"q": "é", "n": None})["tool_calls"])
+    }
     assert sft_text(tmp_path, template, {"messages": [ASKED, as_text]}) == texts[:1]
 
 
@@ -216,7 +284,11 @@ def test_tools_are_parsed_from_text_in_whole_columns_or_mixed(tmp_path: Path) ->
 )
 def test_junk_in_tools_is_one_line_with_file_and_row(tmp_path: Path, tools: Any, message: str) -> None:
     for column in ("messages", "prompt"):
-        rows = rows_of(tmp_path, {column: TALK[:1] if column == "prompt" else TALK, "tools": []}, {column: TALK[:1], "tools": tools})
+        rows = rows_of(
+            tmp_path,
+            {column: TALK[:1] if column == "prompt" else TALK, "tools": []},
+            {column: TALK[:1], "tools": tools},
+        )
         with pytest.raises(DataError, match=rf"^{tmp_path}/a\.jsonl, row 2: {message}$"):
             _ = (
                 tokenize_sft(rows, build(TOOLS), max_length=64)
@@ -226,14 +298,23 @@ def test_junk_in_tools_is_one_line_with_file_and_row(tmp_path: Path, tools: Any,
 
 
 def test_tools_that_reach_no_template_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 1: column 'tools' has schemas, and the chat template of .* does not read tools"):
+    with pytest.raises(
+        DataError, match=r"row 1: column 'tools' has schemas, and the chat template of .* does not read tools"
+    ):
         sft_text(tmp_path, CHATML, {"messages": TALK, "tools": [{"name": "f"}]})
-    with pytest.raises(DataError, match="row 1: column 'tools' is for messages, and a text goes through no chat template"):
+    with pytest.raises(
+        DataError, match="row 1: column 'tools' is for messages, and a text goes through no chat template"
+    ):
         sft_text(tmp_path, CHATML, {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]})
 
 
-@pytest.mark.parametrize(("column", "value"), [("images", ["a.png"]), ("documents", [{"text": "It rained."}]), ("system", "Be brief.")])
-def test_a_column_that_would_change_what_the_model_sees_is_refused(tmp_path: Path, column: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("images", ["a.png"]), ("documents", [{"text": "It rained."}]), ("system", "Be brief.")],
+)
+def test_a_column_that_would_change_what_the_model_sees_is_refused(
+    tmp_path: Path, column: str, value: Any
+) -> None:
     with pytest.raises(DataError, match=f"row 1: column '{column}' is not served"):
         sft_text(tmp_path, CHATML, {"messages": TALK, column: value})
 
@@ -247,21 +328,33 @@ def test_an_absent_key_of_parquet_does_not_reach_the_template(tmp_path: Path) ->
     absent = [{"messages": [ASKED, call({"q": 1})]}, {"messages": [ASKED, call({"r": 2})]}]
     pq.write_table(pa.Table.from_pylist(absent), tmp_path / "a.parquet")
     tokenizer = build(CALLS)
-    texts = [shown(tokenizer, row) for row in tokenize_sft(load_rows(str(tmp_path / "a.parquet")), tokenizer, max_length=512)]
-    expected = [chatml(("user", "What is it?"), ("assistant", f"<call>f {said}</call>")) for said in ('{"q": 1}', '{"r": 2}')]
+    texts = [
+        shown(tokenizer, row)
+        for row in tokenize_sft(load_rows(str(tmp_path / "a.parquet")), tokenizer, max_length=512)
+    ]
+    expected = [
+        chatml(("user", "What is it?"), ("assistant", f"<call>f {said}</call>"))
+        for said in ('{"q": 1}', '{"r": 2}')
+    ]
     assert texts == expected
 
 
 @pytest.mark.parametrize("tools", [None, [], [{"name": "f"}]])
-def test_of_several_templates_the_one_is_taken_that_transformers_would_take(tmp_path: Path, tools: Any) -> None:
+def test_of_several_templates_the_one_is_taken_that_transformers_would_take(
+    tmp_path: Path, tools: Any
+) -> None:
     templates = {name: f"{name}{{{{ tools }}}}{CHATML}" for name in ("default", "tool_use", "rag")}
     tokenizer = build(templates)  # type: ignore[arg-type]
     rows = rows_of(tmp_path, {"messages": TALK, "tools": tools}, {"messages": TALK, "tools": [{"name": "g"}]})
     first, second = tokenize_sft(rows, tokenizer, max_length=512)
     assert first.input_ids == tokenizer.apply_chat_template(TALK, tools=tools, return_dict=False)
     assert second.input_ids == tokenizer.apply_chat_template(TALK, tools=[{"name": "g"}], return_dict=False)
-    prompts = tokenize_prompts(rows_of(tmp_path, {"prompt": TALK[:1], "tools": tools}), tokenizer, max_length=512)
-    assert prompts[0].input_ids == tokenizer.apply_chat_template(TALK[:1], tools=tools, add_generation_prompt=True, return_dict=False)
+    prompts = tokenize_prompts(
+        rows_of(tmp_path, {"prompt": TALK[:1], "tools": tools}), tokenizer, max_length=512
+    )
+    assert prompts[0].input_ids == tokenizer.apply_chat_template(
+        TALK[:1], tools=tools, add_generation_prompt=True, return_dict=False
+    )
     with pytest.raises(DataError, match=r"row 1: the chat templates of .* have none for it: .*\['rag'\]"):
         sft_text(tmp_path, {"rag": CHATML}, {"messages": TALK})
 
@@ -271,7 +364,16 @@ def test_of_several_templates_the_one_is_taken_that_transformers_would_take(tmp_
 
 @pytest.mark.parametrize("template", [CHATML, MARKED])
 def test_a_turn_of_weight_0_is_not_trained(tmp_path: Path, template: str) -> None:
-    row = {"messages": [ASKED, BAD | {"weight": 0}, ASKED | {"weight": 0}, GOOD | {"weight": 1}, ASKED, GOOD | {"weight": None}]}
+    row = {
+        "messages": [
+            ASKED,
+            BAD | {"weight": 0},
+            ASKED | {"weight": 0},
+            GOOD | {"weight": 1},
+            ASKED,
+            GOOD | {"weight": None},
+        ]
+    }
     untrained = chatml(("assistant", "Bad.")).replace("|Bad.<|im_end|>|", "Bad.<|im_end|>")
     ask = ("user", "What is it?")
     expected = chatml(ask) + untrained + chatml(ask, ("assistant", "Great."), ask, ("assistant", "Great."))
@@ -313,13 +415,20 @@ def test_a_prompt_that_the_answers_repeat_is_cut(tmp_path: Path, prompt: list[An
     assert tokenize_sft(rows_of(tmp_path, *rows), tokenizer, max_length=512) == [one.chosen, one.chosen]
 
 
-@pytest.mark.parametrize("answer", [[ASKED, GOOD], [SYSTEM, GOOD], [{"role": "user", "content": "Another?"}, GOOD]])
-def test_an_answer_that_repeats_a_part_of_its_prompt_is_refused_by_row(tmp_path: Path, answer: list[Any]) -> None:
+@pytest.mark.parametrize(
+    "answer", [[ASKED, GOOD], [SYSTEM, GOOD], [{"role": "user", "content": "Another?"}, GOOD]]
+)
+def test_an_answer_that_repeats_a_part_of_its_prompt_is_refused_by_row(
+    tmp_path: Path, answer: list[Any]
+) -> None:
     rows = rows_of(
-        tmp_path, {"prompt": [ASKED], "completion": [GOOD]}, {"prompt": [{"role": "system", "content": "Hm."}, ASKED], "completion": answer}
+        tmp_path,
+        {"prompt": [ASKED], "completion": [GOOD]},
+        {"prompt": [{"role": "system", "content": "Hm."}, ASKED], "completion": answer},
     )
     with pytest.raises(
-        DataError, match=r"row 2: column 'completion' begins with a turn of role '(user|system)' where column 'prompt' ends in"
+        DataError,
+        match=r"row 2: column 'completion' begins with a turn of role '(user|system)' where column 'prompt' ends in",
     ):
         tokenize_sft(rows, build(CHATML), max_length=512)
 
@@ -327,15 +436,27 @@ def test_an_answer_that_repeats_a_part_of_its_prompt_is_refused_by_row(tmp_path:
 def test_a_text_prompt_beside_whole_conversations_is_where_they_part(tmp_path: Path) -> None:
     tokenizer = build(CHATML)
     asked = {"prompt": ASKED["content"], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]}
-    later = {"prompt": ASKED["content"], "chosen": [ASKED, BAD, ASKED, GOOD], "rejected": [ASKED, BAD, ASKED, BAD]}
+    later = {
+        "prompt": ASKED["content"],
+        "chosen": [ASKED, BAD, ASKED, GOOD],
+        "rejected": [ASKED, BAD, ASKED, BAD],
+    }
     plain = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in (asked, later)]
     pairs = tokenize_pairs(rows_of(tmp_path, asked, later), tokenizer, max_length=512)
     assert pairs == tokenize_pairs(rows_of(tmp_path, *plain), tokenizer, max_length=512)
-    [sequence] = tokenize_sft(rows_of(tmp_path, {"prompt": "What is it?\n", "completion": TALK}), tokenizer, max_length=512)
+    [sequence] = tokenize_sft(
+        rows_of(tmp_path, {"prompt": "What is it?\n", "completion": TALK}), tokenizer, max_length=512
+    )
     assert sequence == pairs[0].chosen
     for row, message in (
-        (asked | {"prompt": "Why?"}, "must hold whole conversations with the text of column 'prompt' as a user's turn, and an answer"),
-        (asked | {"rejected": [SYSTEM, ASKED, BAD]}, "must begin with the same messages up to the text of column 'prompt'"),
+        (
+            asked | {"prompt": "Why?"},
+            "must hold whole conversations with the text of column 'prompt' as a user's turn, and an answer",
+        ),
+        (
+            asked | {"rejected": [SYSTEM, ASKED, BAD]},
+            "must begin with the same messages up to the text of column 'prompt'",
+        ),
         (asked | {"prompt": None}, "column 'prompt' must be a list of messages, or a text, got NoneType"),
     ):
         with pytest.raises(DataError, match=f"row 2: .*{message}"):
@@ -351,15 +472,23 @@ def test_sharegpt_conversations_are_read_as_messages(tmp_path: Path) -> None:
     [text, same] = sft_text(tmp_path, CHATML, {"conversations": told}, {"conversations": [SYSTEM, *TALK]})
     assert text == same == chatml(("system", "Be short."), ("user", "What is it?"), ("assistant", "Great."))
     for bad, message in (
-        ({"from": "observation", "value": "x"}, "must hold messages from human, user, gpt, .*; got 'observation'"),
+        (
+            {"from": "observation", "value": "x"},
+            "must hold messages from human, user, gpt, .*; got 'observation'",
+        ),
         ({"value": "x"}, "must hold messages with a 'from' and a 'value', got the keys value"),
     ):
         with pytest.raises(DataError, match=f"row 2: column 'conversations' {message}"):
             sft_text(tmp_path, CHATML, {"conversations": told}, {"conversations": [*told, bad]})
     with pytest.raises(
-        DataError, match="row 1: column 'chosen' must hold .*, got the keys from, value; rename ShareGPT's 'from' and 'value'"
+        DataError,
+        match="row 1: column 'chosen' must hold .*, got the keys from, value; rename ShareGPT's 'from' and 'value'",
     ):
-        tokenize_pairs(rows_of(tmp_path, {"prompt": [ASKED], "chosen": told, "rejected": told[:1]}), build(CHATML), max_length=64)
+        tokenize_pairs(
+            rows_of(tmp_path, {"prompt": [ASKED], "chosen": told, "rejected": told[:1]}),
+            build(CHATML),
+            max_length=64,
+        )
     with pytest.raises(DataError, match=r"no column 'prompt'; there are: conversations; .*fastalign sft"):
         tokenize_prompts(rows_of(tmp_path, {"conversations": told}), build(CHATML), max_length=64)
 
@@ -374,7 +503,10 @@ def test_sharegpt_conversations_are_read_as_messages(tmp_path: Path) -> None:
         (MARKED, ["<|im_end|>"]),
         (CHATML.replace("<|im_end|>", "<|bos|>"), ["<|bos|>"]),
         (
-            CHATML.replace("<|im_end|>", "{% if m.tool_calls %}{{ m.tool_calls }}<|im_start|>{% else %}<|im_end|>{% endif %}"),
+            CHATML.replace(
+                "<|im_end|>",
+                "{% if m.tool_calls %}{{ m.tool_calls }}<|im_start|>{% else %}<|im_end|>{% endif %}",
+            ),
             ["<|im_end|>", "<|im_start|>"],
         ),
         (CHATML.replace("<|im_end|>", ""), []),
@@ -424,13 +556,16 @@ def test_rows_that_are_too_long_are_refused_left_out_or_cut_and_counted(tmp_path
     side = "left" if kind == "prompts" else "right"
     rows = [short, long, short]
     with pytest.raises(
-        DataError, match=rf"a\.jsonl, row 2: longer than {limit} \(too_long=refuse; drop leaves such rows out, truncate cuts them\)$"
+        DataError,
+        match=rf"a\.jsonl, row 2: longer than {limit} \(too_long=refuse; drop leaves such rows out, truncate cuts them\)$",
     ):
         tokens(tmp_path, CHATML, rows, max_length=8, too_long="refuse")
     with pytest.warns(UserWarning, match=rf"a\.jsonl, row 2: longer than {limit}, left out \(1 of 3 rows\)$"):
         left = tokens(tmp_path, CHATML, rows, max_length=8, too_long="drop")
     assert len(left) == 2 and max(left) < 8
-    with pytest.warns(UserWarning, match=rf"a\.jsonl, row 2: longer than {limit}, cut at the {side} \(1 of 3 rows\)$"):
+    with pytest.warns(
+        UserWarning, match=rf"a\.jsonl, row 2: longer than {limit}, cut at the {side} \(1 of 3 rows\)$"
+    ):
         assert tokens(tmp_path, CHATML, rows, max_length=8, too_long="truncate") == [left[0], 8, left[1]]
     with pytest.raises(DataError, match=rf"rows 1, 2: longer than {limit}, and so are all$"):
         tokens(tmp_path, CHATML, [long, long], max_length=8, too_long="drop")
@@ -450,7 +585,9 @@ def test_a_prompt_that_is_cut_keeps_its_end(tmp_path: Path) -> None:
 
 def row_of(template: str, content: str = "bad") -> list[Tokenized]:
     talk = [ASKED | {"content": content}, GOOD]
-    return tokenize_sft(Dataset.from_list([{"messages": TALK}, {"messages": talk}]), build(template), max_length=64)
+    return tokenize_sft(
+        Dataset.from_list([{"messages": TALK}, {"messages": talk}]), build(template), max_length=64
+    )
 
 
 @pytest.mark.parametrize(
@@ -475,8 +612,14 @@ def test_a_template_that_fails_is_an_error_of_the_row(fault: str, message: str) 
 @pytest.mark.parametrize(
     ("fault", "row"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% if i + j < 0 %}x{% endif %}{% endfor %}{% endfor %}", 2),
-        ("{{ 9 ** (9 ** (7 + messages | length)) }}", 2),  # one operation of C, which no signal handler of Python would interrupt
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% if i + j < 0 %}x{% endif %}{% endfor %}{% endfor %}",
+            2,
+        ),
+        (
+            "{{ 9 ** (9 ** (7 + messages | length)) }}",
+            2,
+        ),  # one operation of C, which no signal handler of Python would interrupt
         ("{{ 9 ** (9 ** 9) }}", 1),  # which Jinja computes when it reads the template
     ],
 )
@@ -484,7 +627,9 @@ def test_a_template_that_computes_for_minutes_ends_within_seconds_and_the_next_o
     monkeypatch: pytest.MonkeyPatch, fault: str, row: int
 ) -> None:
     monkeypatch.setattr(rendering, "SECONDS", 0.5)
-    with pytest.raises(DataError, match=rf"^row {row}: the chat template of .* takes more than 0\.5 s of processor time$"):
+    with pytest.raises(
+        DataError, match=rf"^row {row}: the chat template of .* takes more than 0\.5 s of processor time$"
+    ):
         row_of("{% if messages[0]['content'] == 'bad' %}" + fault + "{% endif %}" + CHATML)
     assert len(row_of(CHATML)) == 2
 
@@ -520,5 +665,7 @@ def test_the_sandbox_holds(tmp_path: Path, escape: str) -> None:
 
 
 def test_unreadable_templates_are_refused() -> None:
-    with pytest.raises(DataError, match="rows 1, 2: the chat template of .* refuses it: .*unknown tag 'nothing'"):
+    with pytest.raises(
+        DataError, match="rows 1, 2: the chat template of .* refuses it: .*unknown tag 'nothing'"
+    ):
         row_of("{% nothing %}" + HEADER + PROMPT)

@@ -33,7 +33,9 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_arguments_win_over_the_file_and_defaults_fill_the_rest(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     # YAML alone takes 3e-4 for text: the type of the field decides.
-    file.write_text("learning_rate: 3e-4\nbatch_size: 64\nreport_to: [wandb]\nmax_grad_norm: null\nmodel: file\n")
+    file.write_text(
+        "learning_rate: 3e-4\nbatch_size: 64\nreport_to: [wandb]\nmax_grad_norm: null\nmodel: file\n"
+    )
     argv = ["batch_size=8", "--config", str(file), *NEEDED, "bf16=true", "lora_targets=q_proj, v_proj"]
     config = parse(sft.SFTConfig, argv, prog="fastalign sft")
     expected = sft.SFTConfig(
@@ -62,11 +64,15 @@ def test_mappings_lists_and_null_on_the_command_line_are_yaml() -> None:
     argv.append("model_config={model_type: llama, hidden_size: 64, tie_word_embeddings: true}")
     config = parse(pretrain.PretrainConfig, argv, prog="fastalign pretrain")
     assert config.model_config == {"model_type": "llama", "hidden_size": 64, "tie_word_embeddings": True}
-    assert config.output_dir == "7" and config.max_grad_norm is None and config.report_to == ["trackio", "wandb"]
+    assert (
+        config.output_dir == "7" and config.max_grad_norm is None and config.report_to == ["trackio", "wandb"]
+    )
 
 
 def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
-    config = sft.SFTConfig(train_data="x", output_dir="y", model="m", learning_rate=1e-7, report_to=["tensorboard"])
+    config = sft.SFTConfig(
+        train_data="x", output_dir="y", model="m", learning_rate=1e-7, report_to=["tensorboard"]
+    )
     save_config(config, tmp_path / "config.yaml")
     assert sft.SFTConfig(**read_config(str(tmp_path / "config.yaml"))) == config
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
@@ -94,12 +100,18 @@ def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
         (["--config", "nowhere.yaml"], "config: no file 'nowhere.yaml'"),
     ],
 )
-def test_a_wrong_command_line_ends_with_a_line_that_names_it(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_ends_with_a_line_that_names_it(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert message in refusal(argv, capsys)
 
 
-@pytest.mark.parametrize(("text", "message"), [("- a\n- b\n", "holds a list"), ("a: [", "is not YAML"), ("1: 2", "holds a")])
-def test_a_file_that_holds_no_fields_is_refused(tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"), [("- a\n- b\n", "holds a list"), ("a: [", "is not YAML"), ("1: 2", "holds a")]
+)
+def test_a_file_that_holds_no_fields_is_refused(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     assert message in refusal(["--config", str(tmp_path / "bad.yaml")], capsys)
 
@@ -114,7 +126,9 @@ def test_help_lists_every_field_with_type_default_and_description(stage: type[Tr
     assert heads["train_data"] == "str (required)"
     assert heads["schedule"] == "Literal['constant', 'linear', 'cosine'] = cosine"
     assert heads["report_to"] == "list[Literal['tensorboard', 'wandb', 'trackio']] = []"
-    assert not [text for text in heads.values() if "Annotated" in text or "typing" in text or "pydantic" in text]
+    assert not [
+        text for text in heads.values() if "Annotated" in text or "typing" in text or "pydantic" in text
+    ]
 
 
 def test_every_field_is_described_in_the_source() -> None:
@@ -137,10 +151,14 @@ def test_the_stage_help_comes_through_the_command(capsys: pytest.CaptureFixture[
         cli.main(["pretrain", "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("usage: fastalign pretrain") and "\n  sequence_length: int (>= 2) = 1024\n" in shown
+    assert (
+        shown.startswith("usage: fastalign pretrain") and "\n  sequence_length: int (>= 2) = 1024\n" in shown
+    )
 
 
-def test_an_unknown_command_is_refused_with_those_that_are_close_or_else_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_refused_with_those_that_are_close_or_else_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for wrong, hint in (("sfd", "did you mean sft?"), ("zzz", f"allowed: {', '.join(cli.COMMANDS)}")):
         with pytest.raises(SystemExit) as stop:
             cli.main([wrong])
@@ -164,7 +182,9 @@ def test_help_describes_the_demo_with_ppo() -> None:
     assert "KTO and PPO" in cli.COMMANDS["demo"][1]
 
 
-def test_env_says_what_is_native_and_what_falls_back_and_why(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_env_says_what_is_native_and_what_falls_back_and_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [("csrc row kernels", "native: avx512", ""), ("triton row kernels", "reference", "no CUDA device")]
     monkeypatch.setattr(fastalign_kernels.native, "status", lambda: rows)
     cli.main(["env"])
@@ -193,7 +213,9 @@ except SystemExit: pass
 print("loaded:", *(name for name in {packages} if name in sys.modules))
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.PIPE, text=True
+    )
     return done.stdout.splitlines()[-1].split()[1:]
 
 
@@ -204,7 +226,9 @@ def test_env_does_without_transformers() -> None:
 @pytest.mark.parametrize("argv", [[], ["--help"], ["--version"], ["sfd"]])
 def test_help_loads_next_to_nothing(argv: list[str]) -> None:
     # With torch it took 2.4 s; without these 0.12 s, and each of these alone takes longer.
-    assert loaded_by(argv, "torch", "transformers", "datasets", "pydantic", "yaml", "importlib.metadata") == []
+    assert (
+        loaded_by(argv, "torch", "transformers", "datasets", "pydantic", "yaml", "importlib.metadata") == []
+    )
 
 
 @pytest.mark.parametrize("stage", sorted(CONFIGS))
@@ -214,12 +238,15 @@ def test_a_stages_help_and_what_is_wrong_with_its_arguments_need_no_torch(stage:
 
 
 def test_help_is_there_within_its_time() -> None:
-    """In seconds of the processor: the clock also shows what else runs here. The least of three was 0.10 s and 0.65 s."""
+    """In seconds of the processor: the clock also shows what else runs here. The least of three was 0.10 s
+    and 0.65 s."""
 
     def seconds(*argv: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, "-m", "fastalign", *argv], check=True, env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "fastalign", *argv], check=True, env=environment, stdout=subprocess.DEVNULL
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -240,9 +267,15 @@ cli.main({argv})
         (["--help"], 0, ""),
         (["sft", "--help"], 0, ""),
         (["env"], 2, "fastalign env: error: needs torch, which is not installed: pip install 'torch'\n"),
-        (["sft", *NEEDED[:2], f"model={tmp_path}"], 2, "fastalign sft: error: needs torch, which is not installed: pip install 'torch'\n"),
+        (
+            ["sft", *NEEDED[:2], f"model={tmp_path}"],
+            2,
+            "fastalign sft: error: needs torch, which is not installed: pip install 'torch'\n",
+        ),
     ):
-        done = subprocess.run([sys.executable, "-c", code.format(argv=argv)], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(argv=argv)], env=environment, capture_output=True, text=True
+        )
         assert done.returncode == status and done.stderr == shown
 
 
@@ -263,4 +296,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["demo", "--steps", "1"])
     assert stopped.value.code == 2
-    assert "fastalign demo: error: needs vaderSentiment, which is not installed: pip install 'fastalign[demo]'" in capsys.readouterr().err
+    assert (
+        "fastalign demo: error: needs vaderSentiment, which is not installed: pip install 'fastalign[demo]'"
+        in capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
-"""Column sums against the fp64 specification: native C++, Triton (interpreted without a GPU) and the reference, on the same inputs."""
+"""Column sums against the fp64 specification: native C++, Triton (interpreted without a GPU) and the
+reference, on the same inputs."""
 
 from typing import Any
 
@@ -10,12 +11,16 @@ from fastalign_kernels import columns, native
 from fastalign_kernels.columns import ColumnSums, column_sums_ref
 from fastalign_kernels.rows import Coefficient, Transform, accumulator_dtype, row_grad_ref, row_stats_ref
 
-columns_triton = pytest.importorskip("fastalign_kernels.columns_triton", reason="triton is not installed", exc_type=ImportError)
+columns_triton = pytest.importorskip(
+    "fastalign_kernels.columns_triton", reason="triton is not installed", exc_type=ImportError
+)
 
 TRANSFORMS = {"plain": Transform(), "softcap": Transform(1.0, 5.0, 1.0), "all": Transform(0.7, 30.0, 1.3)}
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, inside Triton's interpreter: overflow to inf is meant
+    pytest.mark.filterwarnings(
+        "ignore:.*encountered in:RuntimeWarning"
+    ),  # numpy's, inside Triton's interpreter: overflow to inf is meant
 ]
 
 
@@ -23,25 +28,39 @@ pytestmark = [
 def implementation(request: pytest.FixtureRequest) -> Any:
     if request.param == "native" and native.missing:
         pytest.skip(f"the native library is not there: {native.missing}")
-    return {"native": torch.ops.fastalign, "triton": columns_triton, "reference": columns._reference}[request.param]
+    return {"native": torch.ops.fastalign, "triton": columns_triton, "reference": columns._reference}[
+        request.param
+    ]
 
 
-def run(implementation: Any, logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> ColumnSums:
+def run(
+    implementation: Any, logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor
+) -> ColumnSums:
     N, V = logits.shape
-    out = ColumnSums(torch.empty(V, dtype=stats.dtype), torch.empty(V, dtype=stats.dtype), torch.empty(2, N, dtype=torch.float64))
+    out = ColumnSums(
+        torch.empty(V, dtype=stats.dtype),
+        torch.empty(V, dtype=stats.dtype),
+        torch.empty(2, N, dtype=torch.float64),
+    )
     if implementation is columns_triton and torch.cuda.is_available():
         moved = ColumnSums(*(x.cuda() for x in out))
         own_bias = None if bias is None else bias.cuda()
-        implementation.column_sums(logits[None].cuda(), ids.cuda(), own_bias, *transform, stats.cuda(), *moved)
+        implementation.column_sums(
+            logits[None].cuda(), ids.cuda(), own_bias, *transform, stats.cuda(), *moved
+        )
         return ColumnSums(*(x.cpu() for x in moved))
     implementation.column_sums(logits[None], ids, bias, *transform, stats, *out)
     return out
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("V, scale", [(123, 1.0), (1024, 8.0), (2051, 0.01), (2049, 1e4)], ids=lambda v: f"{v:g}")
+@pytest.mark.parametrize(
+    "V, scale", [(123, 1.0), (1024, 8.0), (2051, 0.01), (2049, 1e4)], ids=lambda v: f"{v:g}"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_sums(no_worse_than_eager: Any, implementation: Any, dtype: torch.dtype, V: int, scale: float, transform: str) -> None:
+def test_sums(
+    no_worse_than_eager: Any, implementation: Any, dtype: torch.dtype, V: int, scale: float, transform: str
+) -> None:
     """[83, V] with a row stride; the ignored row holds NaN, which nobody may read."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(83, V + 5, generator=generator, dtype=torch.float64) * scale).to(dtype)[:, :V]
@@ -67,23 +86,38 @@ def run_grad(implementation: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     logits, columns, ids, bias, transform, stats, coefficients, V = arguments
     device = "cuda" if implementation is columns_triton and torch.cuda.is_available() else "cpu"
     tensors = [None if x is None else x.to(device) for x in (logits[None], columns, ids, bias)]
-    # Triton's interpreter truncates fp32 to bf16 where hardware rounds to nearest, so there the kernel stores fp32 and torch rounds.
+    # Triton's interpreter truncates fp32 to bf16 where hardware rounds to nearest, so there the kernel stores
+    # fp32 and torch rounds.
     truncates = implementation is columns_triton and device == "cpu" and logits.dtype == torch.bfloat16
     dtype = torch.float32 if truncates else logits.dtype
     out = torch.empty(1, logits.shape[0], columns.numel(), dtype=dtype, device=device)
     totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=device)
-    implementation.column_grad(*tensors, *transform, stats.to(device), coefficients.to(device), V, out, totals)
+    implementation.column_grad(
+        *tensors, *transform, stats.to(device), coefficients.to(device), V, out, totals
+    )
     return out[0].cpu().to(logits.dtype), totals.cpu()
 
 
 @pytest.mark.parametrize("gathered", [False, True], ids=["of all", "gathered"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("V, K, scale", [(123, 1, 1.0), (2051, 1040, 8.0), (5000, 2049, 0.01), (2049, 700, 1e4)], ids=lambda v: f"{v:g}")
+@pytest.mark.parametrize(
+    "V, K, scale",
+    [(123, 1, 1.0), (2051, 1040, 8.0), (5000, 2049, 0.01), (2049, 700, 1e4)],
+    ids=lambda v: f"{v:g}",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_gradient(
-    no_worse_than_eager: Any, implementation: Any, dtype: torch.dtype, V: int, K: int, scale: float, transform: str, gathered: bool
+    no_worse_than_eager: Any,
+    implementation: Any,
+    dtype: torch.dtype,
+    V: int,
+    K: int,
+    scale: float,
+    transform: str,
+    gathered: bool,
 ) -> None:
-    """K columns of row_grad's, without its uniform part, and the totals over them; ids inside and outside of them, one row ignored."""
+    """K columns of row_grad's, without its uniform part, and the totals over them; ids inside and outside of
+    them, one row ignored."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(19, V + 5, generator=generator, dtype=torch.float64) * scale).to(dtype)[:, :V]
     own = torch.randperm(V, generator=generator)[:K].sort()[0]
@@ -99,8 +133,12 @@ def test_gradient(
     wide_bias = None if bias is None else bias.double()
     truth_stats = row_stats_ref(logits.double(), ids, wide_bias, t)
     stats = truth_stats.to(accumulator_dtype(dtype))
-    truth = row_grad_ref(logits[None].double(), ids, wide_bias, t, stats.double(), coefficients.double())[0][:, own]
-    _, truth_totals = run_grad(columns._reference, logits.double(), own, ids, wide_bias, t, stats.double(), coefficients.double(), V)
+    truth = row_grad_ref(logits[None].double(), ids, wide_bias, t, stats.double(), coefficients.double())[0][
+        :, own
+    ]
+    _, truth_totals = run_grad(
+        columns._reference, logits.double(), own, ids, wide_bias, t, stats.double(), coefficients.double(), V
+    )
     given = logits[:, own] if gathered else logits
     eager, eager_totals = run_grad(columns._reference, given, own, ids, bias, t, stats, coefficients, V)
     found, totals = run_grad(implementation, given, own, ids, bias, t, stats, coefficients, V)
@@ -116,7 +154,17 @@ def test_columns_that_do_not_ascend_are_refused() -> None:
     stats = row_stats_ref(logits, ids, None, Transform())
     for wrong in ([3, 3], [4, 2], [2, 9], [-1, 2]):
         with pytest.raises(RuntimeError, match="columns: ascending and below 9 wanted"):
-            run_grad(torch.ops.fastalign, logits, torch.tensor(wrong), ids, None, Transform(), stats, torch.zeros(4, 2), 9)
+            run_grad(
+                torch.ops.fastalign,
+                logits,
+                torch.tensor(wrong),
+                ids,
+                None,
+                Transform(),
+                stats,
+                torch.zeros(4, 2),
+                9,
+            )
 
 
 def test_threads_change_no_bit() -> None:
@@ -139,9 +187,12 @@ def test_opcheck() -> None:
     logits, ids = torch.randn(1, 6, 40), torch.arange(6)
     stats = row_stats_ref(logits, ids, None, Transform())
     out = (torch.empty(40), torch.empty(40), torch.empty(2, 6, dtype=torch.float64))
-    torch.library.opcheck(torch.ops.fastalign.column_sums.default, (logits, ids, None, *Transform(), stats, *out))
+    torch.library.opcheck(
+        torch.ops.fastalign.column_sums.default, (logits, ids, None, *Transform(), stats, *out)
+    )
     grad_out = (torch.empty(1, 6, 3), torch.empty(2, 6, dtype=torch.float64))
     own = torch.tensor([1, 5, 39])
     torch.library.opcheck(
-        torch.ops.fastalign.column_grad.default, (logits, own, ids, None, *Transform(), stats, torch.ones(4, 6), 40, *grad_out)
+        torch.ops.fastalign.column_grad.default,
+        (logits, own, ids, None, *Transform(), stats, torch.ones(4, 6), 40, *grad_out),
     )

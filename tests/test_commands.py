@@ -1,7 +1,8 @@
-"""README's and docs' commands run as they are printed, one block after another, on small files of the names that they give.
+"""README's and docs' commands run as they are printed, one block after another, on small files of the names
+that they give.
 
-Nothing in a line is replaced. Lines that install or build (pip, make) would change this environment or take minutes: of them it is
-checked that what they name exists.
+Nothing in a line is replaced. Lines that install or build (pip, make) would change this environment or take
+minutes: of them it is checked that what they name exists.
 """
 
 import json
@@ -46,13 +47,26 @@ def write_data(folder: Path) -> None:
     more: Mapping[str, list[dict[str, Any]]] = {
         "text.jsonl": [{"text": " ".join(sentence(n + k) for k in range(9)) + "."} for n in range(40)],
         "chats.jsonl": [
-            {"messages": [{"role": "user", "content": sentence(n)}, {"role": "assistant", "content": answers[n]}]} for n in range(12)
+            {
+                "messages": [
+                    {"role": "user", "content": sentence(n)},
+                    {"role": "assistant", "content": answers[n]},
+                ]
+            }
+            for n in range(12)
         ],
-        "pairs.jsonl": [{"prompt": sentence(n), "chosen": " good" + answers[n], "rejected": " dull" + answers[-n]} for n in range(1, 12)],
-        "judged.jsonl": [{"prompt": sentence(n), "completion": answers[n], "label": n % 2 == 0} for n in range(12)],
+        "pairs.jsonl": [
+            {"prompt": sentence(n), "chosen": " good" + answers[n], "rejected": " dull" + answers[-n]}
+            for n in range(1, 12)
+        ],
+        "judged.jsonl": [
+            {"prompt": sentence(n), "completion": answers[n], "label": n % 2 == 0} for n in range(12)
+        ],
         "prompts.jsonl": [{"prompt": sentence(n)} for n in range(12)],
     }
-    assert first.keys() == more.keys() and all(first[name].keys() == rows[0].keys() for name, rows in more.items())
+    assert first.keys() == more.keys() and all(
+        first[name].keys() == rows[0].keys() for name, rows in more.items()
+    )
     for name, made in more.items():
         write(folder / name, [first[name], *made])
     (folder / "sft.yaml").write_text(
@@ -65,7 +79,10 @@ def run(words: list[str]) -> None:
         cli.main(words[1:])
     elif words[0] == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+        }
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr[-3000:]
     elif words[0] == "make":
@@ -81,7 +98,10 @@ def check_install(words: list[str]) -> None:
     for word in words[2:]:
         if word.startswith("."):
             extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", word)
-            assert extras is not None and set(filter(None, (extras[1] or "").split(","))) <= project["optional-dependencies"].keys()
+            assert (
+                extras is not None
+                and set(filter(None, (extras[1] or "").split(","))) <= project["optional-dependencies"].keys()
+            )
         elif not word.startswith("--"):
             assert word in (ROOT / "Makefile").read_text(), f"{word} is not what make installs"
 
@@ -105,7 +125,16 @@ def test_every_command_runs_as_printed(page: Path, tmp_path: Path, monkeypatch: 
 def test_readme_has_commands_of_every_kind() -> None:
     shown = {words[0] for words in commands(ROOT / "README.md")}
     stages = {words[1] for words in commands(ROOT / "README.md") if words[0] == "fastalign"}
-    assert shown == set(PROGRAMS) and stages >= {"tokenizer", "pretrain", "sft", "reward", "dpo", "kto", "ppo", "merge"}
+    assert shown == set(PROGRAMS) and stages >= {
+        "tokenizer",
+        "pretrain",
+        "sft",
+        "reward",
+        "dpo",
+        "kto",
+        "ppo",
+        "merge",
+    }
 
 
 def test_readme_snippets_run(tmp_path: Path) -> None:
@@ -115,9 +144,23 @@ def test_readme_snippets_run(tmp_path: Path) -> None:
     torch.manual_seed(0)
     hidden, reference = (torch.randn(2, tokens, width, requires_grad=True) for _ in range(2))
     ids = torch.randint(vocab, (2, tokens))
-    names: dict[str, Any] = {"hidden": hidden, "h": reference, "w": torch.randn(vocab, width), "lm_head": torch.nn.Linear(width, vocab)}
-    names |= {"ids": ids, "targets": ids, "labels": ids, "logits": torch.randn(2, tokens, vocab, requires_grad=True) * 1}
-    names |= {"mask": torch.ones(2, tokens, dtype=torch.bool), "old_logp": torch.zeros(2, tokens), "advantages": torch.ones(2, tokens)}
+    names: dict[str, Any] = {
+        "hidden": hidden,
+        "h": reference,
+        "w": torch.randn(vocab, width),
+        "lm_head": torch.nn.Linear(width, vocab),
+    }
+    names |= {
+        "ids": ids,
+        "targets": ids,
+        "labels": ids,
+        "logits": torch.randn(2, tokens, vocab, requires_grad=True) * 1,
+    }
+    names |= {
+        "mask": torch.ones(2, tokens, dtype=torch.bool),
+        "old_logp": torch.zeros(2, tokens),
+        "advantages": torch.ones(2, tokens),
+    }
     names |= {"name": base, "AutoModelForCausalLM": AutoModelForCausalLM, "eos": 0, "pad": 1, "model": model}
     for code in blocks(ROOT / "README.md", "python"):
         exec(compile(code, "README.md", "exec"), names)

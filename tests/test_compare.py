@@ -11,14 +11,27 @@ from bench import compare
 from bench.operation import EAGER, OURS
 
 
-def results(ours: tuple[float, ...] = (1.0, 1.02, 0.98), peak: float = 100.0, machine: float = 1.0, ceiling: float = 0.5) -> dict[str, Any]:
+def results(
+    ours: tuple[float, ...] = (1.0, 1.02, 0.98),
+    peak: float = 100.0,
+    machine: float = 1.0,
+    ceiling: float = 0.5,
+) -> dict[str, Any]:
     def row(seconds: tuple[float, ...]) -> dict[str, Any]:
         own = [machine * s for s in seconds]
-        return {"refused": "", "seconds": own, "errors": {"d weight": {"absolute": 1e-3, "relative": 1e-5}}, "peak_mib": peak}
+        return {
+            "refused": "",
+            "seconds": own,
+            "errors": {"d weight": {"absolute": 1e-3, "relative": 1e-5}},
+            "peak_mib": peak,
+        }
 
     rows = {"copy": row((ceiling,) * 3), OURS: row(ours), EAGER: row((2.0, 2.0, 2.0))}
     case = {"name": "loss fp32", "shape": {"N": 8, "H": 4, "V": 99}, "ceilings": ["copy"], "rows": rows}
-    return {"machine_info": {"cpu": "A", "gpu": "none", "threads": 2, "torch": "2", "triton": "3"}, "cases": [case]}
+    return {
+        "machine_info": {"cpu": "A", "gpu": "none", "threads": 2, "torch": "2", "triton": "3"},
+        "cases": [case],
+    }
 
 
 def status(before: dict[str, Any], after: dict[str, Any], folder: Path) -> int:
@@ -29,23 +42,37 @@ def status(before: dict[str, Any], after: dict[str, Any], folder: Path) -> int:
     return compare.main([str(file) for file in files])
 
 
-def test_a_slower_row_of_ours_is_a_regression_and_a_slower_machine_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_slower_row_of_ours_is_a_regression_and_a_slower_machine_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert status(results(), results((1.2, 1.22, 1.18)), tmp_path) == 1
-    assert f"REGRESSION: loss fp32, {OURS}: slower: 2 -> 2.4 times copy (noise 10%)" in capsys.readouterr().out
+    assert (
+        f"REGRESSION: loss fp32, {OURS}: slower: 2 -> 2.4 times copy (noise 10%)" in capsys.readouterr().out
+    )
     assert status(results(), results(machine=3.0), tmp_path) == 0
     assert status(results((1.2, 1.22, 1.18)), results(), tmp_path) == 0
     assert f"change: loss fp32, {OURS}: faster" in capsys.readouterr().out
 
 
-def test_what_the_rounds_spread_by_is_no_regression_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_rounds_spread_by_is_no_regression_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     noisy = results((0.9, 1.2, 1.5))
     assert status(results(), noisy, tmp_path) == 0
-    assert f"note: loss fp32, {OURS}: too noisy to tell 10 %: 2 -> 2.4 times copy (noise 27%)" in capsys.readouterr().out
+    assert (
+        f"note: loss fp32, {OURS}: too noisy to tell 10 %: 2 -> 2.4 times copy (noise 27%)"
+        in capsys.readouterr().out
+    )
 
 
-def test_a_ceiling_that_moved_by_itself_is_no_regression_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_ceiling_that_moved_by_itself_is_no_regression_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert status(results(), results(ceiling=0.3), tmp_path) == 0
-    assert f"note: loss fp32, {OURS}: 2 -> 3.33 times copy (noise 10%), but 1e+03 -> 1e+03 ms: the ceiling moved" in capsys.readouterr().out
+    assert (
+        f"note: loss fp32, {OURS}: 2 -> 3.33 times copy (noise 10%), but 1e+03 -> 1e+03 ms: the ceiling moved"
+        in capsys.readouterr().out
+    )
     assert status(results(), results((1.2, 1.22, 1.18), ceiling=0.3), tmp_path) == 1  # both moved
 
 
@@ -57,7 +84,9 @@ def test_a_row_with_an_option_of_ours_is_ours() -> None:
     assert [change.regression for change in compare.changes(before, after)[0]] == [True]
 
 
-def test_a_peer_that_got_slower_is_told_and_decides_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_peer_that_got_slower_is_told_and_decides_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     after = results()
     after["cases"][0]["rows"][EAGER]["seconds"] = [3.0, 3.0, 3.0]
     assert status(results(), after, tmp_path) == 0
@@ -65,13 +94,22 @@ def test_a_peer_that_got_slower_is_told_and_decides_nothing(tmp_path: Path, caps
 
 
 def test_memory_errors_and_refusals_regress_too() -> None:
-    assert [c.text for c in compare.changes(results(), results(peak=115.0))[0] if c.regression] == ["peak 100 -> 115 MiB"]
-    assert not compare.changes(results(peak=20.0), results(peak=25.0))[0]  # a process's resident set moves by as much
+    assert [c.text for c in compare.changes(results(), results(peak=115.0))[0] if c.regression] == [
+        "peak 100 -> 115 MiB"
+    ]
+    assert not compare.changes(results(peak=20.0), results(peak=25.0))[
+        0
+    ]  # a process's resident set moves by as much
     after = results()
     after["cases"][0]["rows"][OURS]["errors"]["d weight"]["relative"] = 3e-5
     assert [c.text for c in compare.changes(results(), after)[0]] == ["error of d weight 1.0e-05 -> 3.0e-05"]
     refused = copy.deepcopy(results())
-    refused["cases"][0]["rows"][OURS] |= {"refused": "wrong: loss", "seconds": [], "errors": {}, "peak_mib": None}
+    refused["cases"][0]["rows"][OURS] |= {
+        "refused": "wrong: loss",
+        "seconds": [],
+        "errors": {},
+        "peak_mib": None,
+    }
     (change,) = compare.changes(results(), refused)[0]
     assert change.regression and change.text == "measured before, now wrong: loss"
     assert not compare.changes(refused, results())[0][0].regression
@@ -84,4 +122,6 @@ def test_what_does_not_compare_is_named() -> None:
     notes = compare.changes(results(), other)[1]
     assert notes[0].startswith("cpu: A before, B after") and notes[1].endswith("not compared")
     other["cases"][0]["name"] = "another"
-    assert {"another: only in the second file", "loss fp32: only in the first file"} <= set(compare.changes(results(), other)[1])
+    assert {"another: only in the second file", "loss fp32: only in the first file"} <= set(
+        compare.changes(results(), other)[1]
+    )

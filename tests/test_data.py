@@ -47,7 +47,9 @@ HEADER = "<|im_start|>{{ m['role'] }}\n"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = "{% for m in messages %}" + HEADER + "{{ m['content'] }}<|im_end|>\n{% endfor %}" + PROMPT
 MARKED = (
-    "{% for m in messages %}" + HEADER + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+    "{% for m in messages %}"
+    + HEADER
+    + "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
     "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}" + PROMPT
 )
 FORGETFUL = (
@@ -71,11 +73,15 @@ def build(template: str | None = None, *, bos: bool = False, trim: bool = False)
     special = ["<|im_end|>", "<|im_start|>", "<|bos|>"]
     core.train_from_iterator(
         CORPUS * 10,
-        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     core.post_processor = processors.ByteLevel(trim_offsets=trim)
     if bos:
-        core.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", 2)])
+        core.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", 2)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token="<|im_end|>",
@@ -203,7 +209,9 @@ class TestTokenizeSft:
         assert trained_text(tokenizer, sequence) == "It was great.\n\n"
 
     def test_text_trains_the_completion_and_one_eos(self) -> None:
-        rows = Dataset.from_dict({"prompt": ["The film", "The film"], "completion": [" was great.", " was<|im_end|>"]})
+        rows = Dataset.from_dict(
+            {"prompt": ["The film", "The film"], "completion": [" was great.", " was<|im_end|>"]}
+        )
         first, second = tokenize_sft(rows, build(bos=True), max_length=64)
         tokenizer = build()
         prompt = tokenizer("The film")["input_ids"]
@@ -229,7 +237,9 @@ class TestTokenizeSft:
     def test_a_template_without_prefixes_is_refused_by_row(self) -> None:
         thoughtful = [*TALK[:2], {"role": "assistant", "content": "<think>Hm.</think>Good."}, *TALK[3:]]
         rows = chats(TALK, thoughtful, thoughtful[:3])
-        with pytest.raises(DataError, match=r"^row 2: the chat template of .* renders earlier turns differently"):
+        with pytest.raises(
+            DataError, match=r"^row 2: the chat template of .* renders earlier turns differently"
+        ):
             tokenize_sft(rows, build(FORGETFUL), max_length=512)
         tokenizer = build(FORGETFUL)
         single, last = tokenize_sft(rows.select([0, 2]), tokenizer, max_length=512)
@@ -259,7 +269,9 @@ class TestTokenizeSft:
     def test_a_marked_template_that_rewrites_the_prompt_is_refused_by_row(self) -> None:
         template = "{{ messages | length }}" + MARKED
         rows = Dataset.from_dict({"prompt": [TALK[:2], TALK[:4]], "completion": [TALK[2:], TALK[4:]]})
-        with pytest.raises(DataError, match=r"^row 2: the chat template of .* renders earlier turns differently"):
+        with pytest.raises(
+            DataError, match=r"^row 2: the chat template of .* renders earlier turns differently"
+        ):
             tokenize_sft(rows, build(template), max_length=512)
 
     def test_tools_and_missing_keys_reach_the_template(self, tmp_path: Path) -> None:
@@ -267,7 +279,9 @@ class TestTokenizeSft:
             "{{ m['content'] }}", "{{ m['content'] if 'content' in m else m['tool_calls'][0]['name'] }}"
         )
         talk = [TALK[1], {"role": "assistant", "tool_calls": [{"name": "great"}]}]
-        pq.write_table(pa.Table.from_pylist([{"messages": talk, "tools": [{"name": "film"}]}]), tmp_path / "a.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([{"messages": talk, "tools": [{"name": "film"}]}]), tmp_path / "a.parquet"
+        )
         tokenizer = build(template)
         (sequence,) = tokenize_sft(load_rows(str(tmp_path / "a.parquet")), tokenizer, max_length=512)
         assert str(tokenizer.decode(sequence.input_ids)).startswith("film <|im_start|>user\n")
@@ -289,7 +303,9 @@ class TestTokenizeSft:
         rows = chats(TALK[1:3], TALK[1:3])
         with pytest.warns(UserWarning, match="rows 1, 2: longer"):
             assert len(tokenize_sft(rows, tokenizer, max_length=len(prompt) + 1, too_long="truncate")) == 2
-        with pytest.raises(DataError, match=rf"^rows 1, 2: no token to train on within max_length={len(prompt)}"):
+        with pytest.raises(
+            DataError, match=rf"^rows 1, 2: no token to train on within max_length={len(prompt)}"
+        ):
             tokenize_sft(rows, tokenizer, max_length=len(prompt), too_long="truncate")
 
     @pytest.mark.parametrize(
@@ -346,7 +362,9 @@ class TestTokenizeSft:
             tokenize_sft(both, build(CHATML), max_length=8)
         beside = load_rows(write(tmp_path / "c.jsonl", [{"messages": TALK, "prompt": "x"}]))
         with pytest.warns(UserWarning, match=r"c\.jsonl: column 'prompt' is not used beside 'messages'"):
-            assert tokenize_sft(beside, build(MARKED), max_length=512) == tokenize_sft(chats(TALK), build(MARKED), max_length=512)
+            assert tokenize_sft(beside, build(MARKED), max_length=512) == tokenize_sft(
+                chats(TALK), build(MARKED), max_length=512
+            )
         with pytest.raises(ValueError, match="must have a chat template"):
             tokenize_sft(chats(TALK), build(), max_length=8)
         unmarked = MARKED.replace("m['role'] == 'assistant'", "false")
@@ -371,7 +389,9 @@ class TestPack:
         assert pack([5, 5, 5, 5], 10) == [[0, 1], [2, 3]]
         assert pack([], 10) == []
 
-    @pytest.mark.parametrize(("lengths", "named"), [([3, 11], r"lengths\[1\] is 11"), ([0], r"lengths\[0\] is 0")])
+    @pytest.mark.parametrize(
+        ("lengths", "named"), [([3, 11], r"lengths\[1\] is 11"), ([0], r"lengths\[0\] is 0")]
+    )
     def test_refuses_what_does_not_fit(self, lengths: list[int], named: str) -> None:
         with pytest.raises(ValueError, match=rf"\[1, capacity=10\]; {named}"):
             pack(lengths, 10)
@@ -403,7 +423,11 @@ class TestCollate:
         padding = [] if length is None else [1] * 5
         assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 3, 4, *padding]]
         assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9, -100, 4] + [-100] * len(padding)]
-        assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 7] + [12] * bool(padding)
+        assert (
+            batch["cu_seq_lens_q"].tolist()
+            == batch["cu_seq_lens_k"].tolist()
+            == [0, 3, 5, 7] + [12] * bool(padding)
+        )
         assert batch["cu_seq_lens_q"].dtype == torch.int32
         assert batch["max_length_q"] == batch["max_length_k"] == (5 if padding else 3)
 
@@ -442,7 +466,9 @@ def make(name: str, attention: str) -> PreTrainedModel:
         model = Gemma2ForCausalLM(Gemma2Config(vocab_size=V, **SLIDING))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.3, generator=generator)  # far from uniform, so that contamination is large
+        parameter.data.normal_(
+            0.0, 0.3, generator=generator
+        )  # far from uniform, so that contamination is large
     model.config._attn_implementation = attention
     model.to(torch.float64).eval()
     assert isinstance(model, PreTrainedModel)
@@ -562,10 +588,14 @@ class TestCheckPacking:
     def test_allows_for_the_rounding_of_autocast(self) -> None:
         """The backbone's residual stream is fp32, and what is added to it bf16."""
         outputs = torch.tensor([1.0, 0.5])
-        assert beyond_rounding(outputs + 1e-2, outputs) == "0.01 off those of the same alone (0.00035 allowed)"
+        assert (
+            beyond_rounding(outputs + 1e-2, outputs) == "0.01 off those of the same alone (0.00035 allowed)"
+        )
         with torch.autocast("cpu", torch.bfloat16):
             assert beyond_rounding(outputs + 1e-2, outputs) is None
-            assert beyond_rounding(outputs + 0.1, outputs) == "0.1 off those of the same alone (0.088 allowed)"
+            assert (
+                beyond_rounding(outputs + 0.1, outputs) == "0.1 off those of the same alone (0.088 allowed)"
+            )
 
     @pytest.mark.usefixtures("flash_kernel")
     def test_accepts_flash_attention(self) -> None:
@@ -574,12 +604,16 @@ class TestCheckPacking:
     @pytest.mark.parametrize(
         "build_model",
         [
-            lambda: MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4)),
+            lambda: MambaForCausalLM(
+                MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4)
+            ),
             lambda: BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=16, n_layer=2, n_head=2)),
         ],
         ids=["mamba carries its state on", "bloom counts positions itself"],
     )
     def test_refuses_models_that_do_not(self, build_model: Callable[[], PreTrainedModel]) -> None:
         model = build_model()
-        with pytest.raises(ValueError, match=rf"{type(model).__name__} with sdpa attention cannot be trained on packed"):
+        with pytest.raises(
+            ValueError, match=rf"{type(model).__name__} with sdpa attention cannot be trained on packed"
+        ):
             check_packing(model)

@@ -57,18 +57,36 @@ WITH_GRADIENT: dict = {  # a loss of one of its inputs, and that input
     "linear_cross_entropy hidden": (lambda x: linear_cross_entropy(x, WEIGHT, IDS), HIDDEN),
     "linear_cross_entropy weight": (lambda x: linear_cross_entropy(HIDDEN, x, IDS), WEIGHT),
     "linear_cross_entropy bias": (lambda x: linear_cross_entropy(HIDDEN, WEIGHT, IDS, x), fixed(5)),
-    "linear_cross_entropy none": (lambda x: linear_cross_entropy(x, WEIGHT, IDS, reduction="none").mean(), HIDDEN),
+    "linear_cross_entropy none": (
+        lambda x: linear_cross_entropy(x, WEIGHT, IDS, reduction="none").mean(),
+        HIDDEN,
+    ),
     "linear_cross_entropy tail": (lambda x: linear_cross_entropy(HIDDEN, x, IDS, tail_eps=0.1), WEIGHT),
     "linear_logprobs frozen": (lambda x: linear_logprobs(x, WEIGHT, IDS).mean(), HIDDEN),
     "linear_logprobs trained": (lambda x: linear_logprobs(HIDDEN, x, IDS).mean(), WEIGHT),
     "linear_logprobs tail": (lambda x: linear_logprobs(HIDDEN, x, IDS, tail_eps=0.1).mean(), WEIGHT),
     "linear_token_stats": (lambda x: linear_token_stats(x, WEIGHT, IDS).lse.mean(), HIDDEN),
-    "linear_ppo_loss": (lambda x: linear_ppo_loss(x.view(2, 2, 3), WEIGHT, ROWS, TOKENS, TOKENS, MASK).loss, HIDDEN),
-    "linear_dpo_loss": (lambda x: linear_dpo_loss(HIDDEN.view(2, 2, 3), x, ROWS, reference_logps=PAIRS).loss, WEIGHT),
-    "linear_dpo_loss frozen": (lambda x: linear_dpo_loss(x.view(2, 2, 3), WEIGHT, ROWS, reference_logps=PAIRS).loss, HIDDEN),
-    "linear_kto_loss": (lambda x: linear_kto_loss(HIDDEN.view(2, 2, 3), x, ROWS, DESIRABLE, KL, reference_logps=PAIRS).loss, WEIGHT),
+    "linear_ppo_loss": (
+        lambda x: linear_ppo_loss(x.view(2, 2, 3), WEIGHT, ROWS, TOKENS, TOKENS, MASK).loss,
+        HIDDEN,
+    ),
+    "linear_dpo_loss": (
+        lambda x: linear_dpo_loss(HIDDEN.view(2, 2, 3), x, ROWS, reference_logps=PAIRS).loss,
+        WEIGHT,
+    ),
+    "linear_dpo_loss frozen": (
+        lambda x: linear_dpo_loss(x.view(2, 2, 3), WEIGHT, ROWS, reference_logps=PAIRS).loss,
+        HIDDEN,
+    ),
+    "linear_kto_loss": (
+        lambda x: linear_kto_loss(HIDDEN.view(2, 2, 3), x, ROWS, DESIRABLE, KL, reference_logps=PAIRS).loss,
+        WEIGHT,
+    ),
     "ppo_loss": (lambda x: ppo_loss(x, TOKENS + 0.1, TOKENS, MASK).loss, TOKENS),
-    "ppo_loss entropy": (lambda x: ppo_loss(TOKENS, TOKENS, TOKENS, MASK, entropy=x, entropy_coefficient=0.1).loss, TOKENS),
+    "ppo_loss entropy": (
+        lambda x: ppo_loss(TOKENS, TOKENS, TOKENS, MASK, entropy=x, entropy_coefficient=0.1).loss,
+        TOKENS,
+    ),
     "value_loss": (lambda x: value_loss(x, TOKENS, TOKENS + 0.1, MASK).loss, TOKENS),
     "dpo_loss": (lambda x: dpo_loss(x, PAIRS, PAIRS + 0.1, PAIRS).loss, PAIRS),
     "simpo_loss": (lambda x: simpo_loss(PAIRS, x, **LENGTHS).loss, PAIRS),
@@ -93,12 +111,15 @@ def cases(*tables: dict) -> pytest.MarkDecorator:
 @cases(WITH_GRADIENT)
 @pytest.mark.parametrize("outer", [torch.square, lambda loss: loss], ids=["squared", "linear"])
 def test_second_derivative_raises(loss, x, outer):
-    """Also where it would be one term of a sum, and where the first derivative does not depend on what comes from upstream."""
+    """Also where it would be one term of a sum, and where the first derivative does not depend on what comes
+    from upstream."""
     x = x.clone().requires_grad_()
     (first,) = torch.autograd.grad(outer(loss(x)), x, create_graph=True)
     plain = torch.autograd.grad(outer(loss(x)), x)[0]
     assert torch.equal(first, plain)  # the first derivative may be asked for with a graph
-    with pytest.raises(RuntimeError, match="has no second derivative, because a kernel computes its gradient"):
+    with pytest.raises(
+        RuntimeError, match="has no second derivative, because a kernel computes its gradient"
+    ):
         torch.autograd.grad(first.sum() + x.square().sum(), x)
 
 
@@ -112,13 +133,16 @@ def test_second_derivative_by_token_weights_raises():
 
 
 def test_second_derivative_of_squared_cross_entropy():
-    """0.1447 came from autograd with the saved gradient taken for a constant; the specification has the right 0.2678."""
+    """0.1447 came from autograd with the saved gradient taken for a constant; the specification has the right
+    0.2678."""
     hidden, weight = (torch.tensor(values, dtype=torch.float64) for values in ([[1.0]], [[1.0], [0.0]]))
     target = torch.tensor([0])
     second = torch.func.hessian(lambda x: linear_cross_entropy_ref(x, weight, target) ** 2)(hidden)
     assert second.item() == pytest.approx(0.2678, abs=5e-5)
     hidden.requires_grad_()
-    (first,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, target) ** 2, hidden, create_graph=True)
+    (first,) = torch.autograd.grad(
+        linear_cross_entropy(hidden, weight, target) ** 2, hidden, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="linear_cross_entropy has no second derivative"):
         torch.autograd.grad(first, hidden)
 
@@ -126,7 +150,9 @@ def test_second_derivative_of_squared_cross_entropy():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant):
     hidden, weight = HIDDEN.clone().requires_grad_(), WEIGHT.clone().requires_grad_()
-    loss = checkpoint(lambda h, w: linear_cross_entropy(h, w, IDS), hidden, weight, use_reentrant=use_reentrant)
+    loss = checkpoint(
+        lambda h, w: linear_cross_entropy(h, w, IDS), hidden, weight, use_reentrant=use_reentrant
+    )
     (3 * loss).backward()
     expected = torch.autograd.grad(3 * linear_cross_entropy_ref(hidden, weight, IDS), (hidden, weight))
     for found, truth in zip((hidden.grad, weight.grad), expected):
@@ -144,7 +170,9 @@ def test_second_derivative_raises_under_checkpoint():
 @cases(WITH_GRADIENT, SUMS)
 @pytest.mark.parametrize("derivative", [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
 def test_torch_func_derivatives_raise(loss, x, derivative):
-    with pytest.raises(NotImplementedError, match=r"\w+: got a tensor .*, expected a plain tensor: .* names end in _ref"):
+    with pytest.raises(
+        NotImplementedError, match=r"\w+: got a tensor .*, expected a plain tensor: .* names end in _ref"
+    ):
         derivative(loss)(x)
 
 
@@ -172,14 +200,18 @@ def test_constants_under_torch_func_grad():
     torch.testing.assert_close(found, gae(TOKENS, TOKENS, MASK).advantages)
 
 
-@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]], ids=["grad", "jvp"])
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1]], ids=["grad", "jvp"]
+)
 def test_compiled_derivatives_raise(transform):
     torch._dynamo.reset()
     with pytest.raises(NotImplementedError, match="expected a plain tensor"):
         torch.compile(transform(WITH_GRADIENT["dpo_loss"][0]), backend="aot_eager")(PAIRS)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, for ops that it calls once a slice
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop"
+)  # torch's, for ops that it calls once a slice
 @cases(WITH_GRADIENT, WITHOUT_GRADIENT, SUMS)
 def test_vmap(loss, x):
     slices = torch.stack([x, 0.5 * x, x - 0.1]).requires_grad_()
@@ -187,16 +219,22 @@ def test_vmap(loss, x):
     expected = torch.stack([loss(each) for each in slices.unbind()])
     torch.testing.assert_close(found, expected)
     if expected.requires_grad:
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), slices), torch.autograd.grad(expected.sum(), slices))
+        torch.testing.assert_close(
+            torch.autograd.grad(found.sum(), slices), torch.autograd.grad(expected.sum(), slices)
+        )
 
 
 def test_vmap_over_ids_checks_them():
     """In all slices at once."""
     ids = torch.tensor([[0, 2, 1, 3], [4, 4, -100, 0]])
     found = torch.func.vmap(lambda x, y: cross_entropy(x, y))(torch.stack([LOGITS, -LOGITS]), ids)
-    torch.testing.assert_close(found, torch.stack([F.cross_entropy(LOGITS, ids[0]), F.cross_entropy(-LOGITS, ids[1])]))
+    torch.testing.assert_close(
+        found, torch.stack([F.cross_entropy(LOGITS, ids[0]), F.cross_entropy(-LOGITS, ids[1])])
+    )
     with pytest.raises(ValueError, match=r"targets: 5 at \[1, 2\] seen"):
-        torch.func.vmap(lambda x, y: cross_entropy(x, y))(torch.stack([LOGITS, -LOGITS]), ids.where(ids >= 0, 5))
+        torch.func.vmap(lambda x, y: cross_entropy(x, y))(
+            torch.stack([LOGITS, -LOGITS]), ids.where(ids >= 0, 5)
+        )
 
 
 @pytest.mark.parametrize(
@@ -215,4 +253,6 @@ def test_specifications_have_what_the_errors_promise(reference, x):
     x = x.clone().requires_grad_()
     assert torch.autograd.gradcheck(reference, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(reference, x)
-    torch.testing.assert_close(torch.func.grad(reference)(x.detach()), torch.autograd.grad(reference(x), x)[0])
+    torch.testing.assert_close(
+        torch.func.grad(reference)(x.detach()), torch.autograd.grad(reference(x), x)[0]
+    )

@@ -1,4 +1,5 @@
-"""On a CPU, results and gradients have the same bits with any number of threads; docs/determinism.md says where they do not."""
+"""On a CPU, results and gradients have the same bits with any number of threads; docs/determinism.md says
+where they do not."""
 
 from typing import Any
 
@@ -10,9 +11,14 @@ from fastalign_kernels import linear_cross_entropy, linear_logprobs, native, tai
 from fastalign_kernels.ordered_sum import GRAIN, ordered_sum
 from tests.public_calls import FUNCTIONS, call_of, tensors_of
 
-pytestmark = pytest.mark.skipif(bool(native.missing), reason="without the native library PyTorch's ops serve, and they differ")
-OURS = pytest.mark.skipif(not native.has_own_gemm(), reason="without AVX-512 products are torch's, and theirs differ")
-# Enough for threads to share: columns of the vocabulary beyond 32768, k of a product, tokens beyond 32768, one token alone.
+pytestmark = pytest.mark.skipif(
+    bool(native.missing), reason="without the native library PyTorch's ops serve, and they differ"
+)
+OURS = pytest.mark.skipif(
+    not native.has_own_gemm(), reason="without AVX-512 products are torch's, and theirs differ"
+)
+# Enough for threads to share: columns of the vocabulary beyond 32768, k of a product, tokens beyond 32768,
+# one token alone.
 SIZES = [
     {"rows": 2, "length": 5, "hidden_size": 9, "vocab_size": 33001},
     {"rows": 8, "length": 40, "hidden_size": 24, "vocab_size": 1337},
@@ -33,7 +39,9 @@ def outcome(function: Any, arguments: dict[str, Any], threads: int) -> list[Tens
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        copies = {
+            name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()
+        }
         leaves = [
             copies[name].requires_grad_()
             for name, value in copies.items()
@@ -42,8 +50,12 @@ def outcome(function: Any, arguments: dict[str, Any], threads: int) -> list[Tens
         results = [torch.as_tensor(result) for result in tensors_of(function(**copies)) if result is not None]
         differentiable = [result for result in results if result.requires_grad]
         generator = torch.Generator().manual_seed(1)
-        upstream = [torch.randn(result.shape, generator=generator).to(result.dtype) for result in differentiable]
-        grads = torch.autograd.grad(differentiable, leaves, upstream, allow_unused=True) if differentiable else ()
+        upstream = [
+            torch.randn(result.shape, generator=generator).to(result.dtype) for result in differentiable
+        ]
+        grads = (
+            torch.autograd.grad(differentiable, leaves, upstream, allow_unused=True) if differentiable else ()
+        )
         return [result.detach() for result in results] + [grad for grad in grads if grad is not None]
     finally:
         torch.set_num_threads(before)
@@ -52,11 +64,18 @@ def outcome(function: Any, arguments: dict[str, Any], threads: int) -> list[Tens
 def assert_same_with_any_threads(function: Any, arguments: dict[str, Any]) -> None:
     alone = outcome(function, arguments, 1)
     for threads in (2, 3):
-        for place, (expected, found) in enumerate(zip(alone, outcome(function, arguments, threads), strict=True)):
-            assert torch.equal(expected.nan_to_num(), found.nan_to_num()), f"{threads} threads, result or gradient {place}"
+        for place, (expected, found) in enumerate(
+            zip(alone, outcome(function, arguments, threads), strict=True)
+        ):
+            assert torch.equal(expected.nan_to_num(), found.nan_to_num()), (
+                f"{threads} threads, result or gradient {place}"
+            )
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=OURS) if name.startswith(("linear_", "tail_")) else name for name in FUNCTIONS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=OURS) if name.startswith(("linear_", "tail_")) else name for name in FUNCTIONS],
+)
 def test_every_public_function_gives_the_same_bits_with_any_number_of_threads(name: str) -> None:
     for sizes in SIZES:
         arguments = call_of(name, **sizes)
@@ -68,9 +87,17 @@ def test_every_public_function_gives_the_same_bits_with_any_number_of_threads(na
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dropped_columns_and_low_precision_change_nothing_about_it(dtype: torch.dtype) -> None:
     call = call_of("linear_cross_entropy", rows=1, length=300, hidden_size=8, vocab_size=33001)
-    arguments = {name: value.to(dtype) if name in ("hidden", "weight", "bias") else value for name, value in call.items()}
+    arguments = {
+        name: value.to(dtype) if name in ("hidden", "weight", "bias") else value
+        for name, value in call.items()
+    }
     arguments |= {"weight": 3 * arguments["weight"], "tail_eps": 1e-3}
-    assert tail_report(**{name: arguments[name] for name in ("hidden", "weight", "bias", "targets", "tail_eps")}).kept_share < 0.6
+    assert (
+        tail_report(
+            **{name: arguments[name] for name in ("hidden", "weight", "bias", "targets", "tail_eps")}
+        ).kept_share
+        < 0.6
+    )
     assert_same_with_any_threads(linear_cross_entropy, arguments)
 
 

@@ -33,11 +33,20 @@ def in_fastalign(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (DataError("rows.jsonl: no rows"), "rows.jsonl: no rows"),
         (FloatingPointError("step 3: loss = nan"), "step 3: loss = nan"),
-        (OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl"), "[Errno 28] No space left on device: 'out/metrics.jsonl'"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl"),
+            "[Errno 28] No space left on device: 'out/metrics.jsonl'",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "[Errno 13] Permission denied: '/x'"),
         (ValueError("two\n  lines"), "two lines"),
-        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory.; a smaller micro_batch_size"),
-        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: [enforce]"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "out of memory: CUDA out of memory.; a smaller micro_batch_size",
+        ),
+        (
+            RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "out of memory: [enforce]",
+        ),
         (MemoryError(), "out of memory: no more can be had"),
         (
             ModuleNotFoundError("No module named 'pydantic'", name="pydantic"),
@@ -52,7 +61,15 @@ def test_a_fault_is_one_line(error: Exception, line: str, in_fastalign: None) ->
 
 @pytest.mark.parametrize(
     "error",
-    [TypeError("x"), KeyError("x"), AttributeError("x"), IndexError(1), AssertionError(), RuntimeError("shapes"), NotImplementedError()],
+    [
+        TypeError("x"),
+        KeyError("x"),
+        AttributeError("x"),
+        IndexError(1),
+        AssertionError(),
+        RuntimeError("shapes"),
+        NotImplementedError(),
+    ],
 )
 def test_a_bug_is_none(error: Exception) -> None:
     assert faults.describe(raised(error)) is None
@@ -66,8 +83,13 @@ def test_a_bug_is_none(error: Exception) -> None:
         FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
     ],
 )
-def test_an_error_that_fastalign_did_not_raise_names_its_kind_and_the_way_to_its_traceback(error: Exception) -> None:
-    assert faults.describe(raised(error)) == f"{type(error).__name__}: {error} (FASTALIGN_TRACEBACK=1 shows where)"
+def test_an_error_that_fastalign_did_not_raise_names_its_kind_and_the_way_to_its_traceback(
+    error: Exception,
+) -> None:
+    assert (
+        faults.describe(raised(error))
+        == f"{type(error).__name__}: {error} (FASTALIGN_TRACEBACK=1 shows where)"
+    )
 
 
 def test_an_error_of_a_builtin_counts_as_foreign(in_fastalign: None) -> None:
@@ -78,7 +100,11 @@ def test_an_error_of_a_builtin_counts_as_foreign(in_fastalign: None) -> None:
 
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
 def test_rank_0_alone_tells(
-    rank: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], in_fastalign: None
+    rank: str,
+    lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    in_fastalign: None,
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit) as stop, faults.told("fastalign sft"):
@@ -87,12 +113,18 @@ def test_rank_0_alone_tells(
     assert capsys.readouterr().err == "fastalign sft: error: rows.jsonl: no rows\n" * lines
 
 
-def test_the_traceback_is_there_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_traceback_is_there_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("FASTALIGN_TRACEBACK", "1")
     with pytest.raises(SystemExit) as stop, faults.told("fastalign sft"):
         raise DataError("rows.jsonl: no rows")
     shown = capsys.readouterr().err
-    assert stop.value.code == 2 and shown.startswith("Traceback") and shown.endswith("DataError: rows.jsonl: no rows\n")
+    assert (
+        stop.value.code == 2
+        and shown.startswith("Traceback")
+        and shown.endswith("DataError: rows.jsonl: no rows\n")
+    )
 
 
 def test_a_bug_keeps_its_traceback() -> None:
@@ -112,7 +144,10 @@ def test_a_signal_before_training_ends_at_once_with_one_line(
         signal.raise_signal(number)
     assert stop.value.code == status
     name = signal.Signals(number).name
-    assert capsys.readouterr().err == f"fastalign sft: stopped by {name} before the first step; nothing was trained\n"
+    assert (
+        capsys.readouterr().err
+        == f"fastalign sft: stopped by {name} before the first step; nothing was trained\n"
+    )
     assert signal.getsignal(signal.SIGTERM) is before
 
 

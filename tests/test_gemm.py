@@ -1,4 +1,5 @@
-"""Our matrix products on a CPU against fp64: shapes with edges, orders in memory, dtypes, gathered and scattered rows."""
+"""Our matrix products on a CPU against fp64: shapes with edges, orders in memory, dtypes, gathered and
+scattered rows."""
 
 import pytest
 import torch
@@ -6,10 +7,24 @@ import torch
 from fastalign_kernels import native
 from fastalign_kernels.gemm import mm, own_gemm
 
-own = pytest.mark.skipif(not native.has_own_gemm(), reason="gemm.cpp needs AVX-512, and this CPU has none (or the library is not there)")
+own = pytest.mark.skipif(
+    not native.has_own_gemm(),
+    reason="gemm.cpp needs AVX-512, and this CPU has none (or the library is not there)",
+)
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-# Threads share out the columns, the rows, and k (the last three); edges of 1 to 8 rows, 1 to 48 columns, odd numbers of k.
-SHAPES = [(1, 1, 1), (3, 17, 5), (8, 48, 16), (9, 49, 33), (30, 700, 129), (700, 30, 641), (16, 577, 1301), (30, 20, 2001), (57, 90, 5003)]
+# Threads share out the columns, the rows, and k (the last three); edges of 1 to 8 rows, 1 to 48 columns, odd
+# numbers of k.
+SHAPES = [
+    (1, 1, 1),
+    (3, 17, 5),
+    (8, 48, 16),
+    (9, 49, 33),
+    (30, 700, 129),
+    (700, 30, 641),
+    (16, 577, 1301),
+    (30, 20, 2001),
+    (57, 90, 5003),
+]
 DTYPES = [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32), (F16, F16), (F32, F16)]
 
 
@@ -20,13 +35,18 @@ def matrix(rows, columns, dtype, order, generator):
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
-    """Our products on every CPU that runs them, as with FASTALIGN_GEMM=own; by itself it serves AMD's alone."""
+    """Our products on every CPU that runs them, as with FASTALIGN_GEMM=own; by itself it serves AMD's
+    alone."""
     monkeypatch.setattr(native, "_own_gemm", native.has_own_gemm())
 
 
 @own
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("orders", [("rows", "rows"), ("rows", "columns"), ("columns", "rows"), ("columns", "columns")], ids="-".join)
+@pytest.mark.parametrize(
+    "orders",
+    [("rows", "rows"), ("rows", "columns"), ("columns", "rows"), ("columns", "columns")],
+    ids="-".join,
+)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_products_match_fp64(orders, dtypes, threads):
     before = torch.get_num_threads()
@@ -34,21 +54,32 @@ def test_products_match_fp64(orders, dtypes, threads):
     try:
         for M, N, K in SHAPES:
             generator = torch.Generator().manual_seed(M)
-            left, right = matrix(M, K, dtypes[0], orders[0], generator), matrix(K, N, dtypes[1], orders[1], generator)
-            rounded = BF16 in dtypes and torch.cpu._is_avx512_bf16_supported()  # both factors enter in bf16 then
+            left, right = (
+                matrix(M, K, dtypes[0], orders[0], generator),
+                matrix(K, N, dtypes[1], orders[1], generator),
+            )
+            rounded = (
+                BF16 in dtypes and torch.cpu._is_avx512_bf16_supported()
+            )  # both factors enter in bf16 then
             a, b = (x.bfloat16().double() if rounded else x.double() for x in (left, right))
             truth = a @ b
             allowed = 4e-7 * (a.abs() @ b.abs())
             out = torch.full((M, N + 3), torch.nan)
             torch.ops.fastalign.gemm(left, right, out[:, :N], False, None, None)
-            assert ((out[:, :N].double() - truth).abs() <= allowed).all() and out[:, N:].isnan().all(), (M, N, K)
+            assert ((out[:, :N].double() - truth).abs() <= allowed).all() and out[:, N:].isnan().all(), (
+                M,
+                N,
+                K,
+            )
             torch.ops.fastalign.gemm(left, right, out[:, :N], True, None, None)
             assert ((out[:, :N].double() - 2 * truth).abs() <= 2 * allowed).all(), (M, N, K)
     finally:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (F32, F16), (torch.float64, torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F32), (BF16, BF16), (F32, F16), (torch.float64, torch.float64)], ids=str
+)
 @pytest.mark.parametrize("add", [False, True])
 def test_rows_are_gathered_and_scattered(dtypes, add):
     """With torch's GEMMs (fp64) as with ours; rows that are not named are not touched."""
@@ -56,12 +87,17 @@ def test_rows_are_gathered_and_scattered(dtypes, add):
         pytest.skip("mixed and low-precision products on a CPU are gemm.cpp's, which needs AVX-512")
     for M, N, K in SHAPES:
         generator = torch.Generator().manual_seed(K)
-        left, right = matrix(M, K, dtypes[0], "rows", generator), matrix(K + 9, N, dtypes[1], "rows", generator)
+        left, right = (
+            matrix(M, K, dtypes[0], "rows", generator),
+            matrix(K + 9, N, dtypes[1], "rows", generator),
+        )
         right_rows = torch.randperm(K + 9, generator=generator)[:K]
         out_rows = torch.randperm(M + 5, generator=generator)[:M]
         wide = BF16 if BF16 in dtypes and torch.cpu._is_avx512_bf16_supported() else torch.float64
         product = left.to(wide).double() @ right[right_rows].to(wide).double()
-        out = torch.randn(M + 5, N, generator=generator, dtype=torch.float64 if torch.float64 in dtypes else F32)
+        out = torch.randn(
+            M + 5, N, generator=generator, dtype=torch.float64 if torch.float64 in dtypes else F32
+        )
         before = out.clone()
         truth = out.double().clone()
         truth[out_rows] = product + truth[out_rows] if add else product
@@ -124,7 +160,10 @@ def test_sums_have_the_same_bits_with_any_number_of_threads(dtypes):
     try:
         for M, N, K in (*SHAPES, (1, 3, 9001), (400, 410, 3000)):
             generator = torch.Generator().manual_seed(M)
-            left, right = matrix(M, K, dtypes[0], "rows", generator), matrix(K, N, dtypes[1], "rows", generator)
+            left, right = (
+                matrix(M, K, dtypes[0], "rows", generator),
+                matrix(K, N, dtypes[1], "rows", generator),
+            )
             found = []
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
@@ -136,13 +175,17 @@ def test_sums_have_the_same_bits_with_any_number_of_threads(dtypes):
 
 
 @own
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 5), (1, 5, 1), (5, 1, 1), (9, 1, 20), (1, 50, 20), (9, 50, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 1, 5), (1, 5, 1), (5, 1, 1), (9, 1, 20), (1, 50, 20), (9, 50, 1)], ids=str
+)
 def test_strides_of_sizes_of_one_are_any_number(shape):
     M, N, K = shape
 
     def laid_out(rows, columns):
         x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-        return x.as_strided(x.shape, [2 if size == 1 else stride for size, stride in zip(x.shape, x.stride())])
+        return x.as_strided(
+            x.shape, [2 if size == 1 else stride for size, stride in zip(x.shape, x.stride())]
+        )
 
     left, right, out = laid_out(M, K), laid_out(K, N), torch.empty(M, N)
     for a, b in ((left, right), (laid_out(K, M).t(), laid_out(N, K).t())):

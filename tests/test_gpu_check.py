@@ -1,4 +1,5 @@
-"""What `make gpu-check` does that needs no GPU: its plan, its limits, and the one file it leaves whatever happens."""
+"""What `make gpu-check` does that needs no GPU: its plan, its limits, and the one file it leaves whatever
+happens."""
 
 import json
 import re
@@ -19,13 +20,20 @@ def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-c", code)
 
 
-def test_the_plan_fits_nine_minutes_and_leaves_the_benchmark_its_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_fits_nine_minutes_and_leaves_the_benchmark_its_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wheel = tmp_path / "peer-1-py3-none-any.whl"
     wheel.touch()
     parts = gpu_check.plan([wheel], tmp_path / "site")
     assert sum(part.limit for part in parts) + gpu_check.TO_FINISH + 120 <= gpu_check.SECONDS < 9 * 60
     names = [part.name for part in parts]
-    assert names.index("peers") < names.index("build") < names.index("tests on the device") < names.index("memcheck of the sampler")
+    assert (
+        names.index("peers")
+        < names.index("build")
+        < names.index("tests on the device")
+        < names.index("memcheck of the sampler")
+    )
     assert str(wheel) in parts[names.index("peers")].command
     assert "peers" not in [part.name for part in gpu_check.plan([], tmp_path)]
     assert gpu_check.main(["--plan", "--wheels", str(tmp_path)]) == 0
@@ -58,13 +66,21 @@ def test_a_failing_a_missing_and_a_slow_part_are_recorded_and_the_benchmark_stil
     results = json.loads(output.read_text())
     assert results["cases"] == [1]
     states = {record["name"]: record["status"] for record in results["checks"]}
-    assert states == {"fine": "ok", "failing": "failed", "missing": "not found", "slow": "over its limit", "benchmark": "ok"}
+    assert states == {
+        "fine": "ok",
+        "failing": "failed",
+        "missing": "not found",
+        "slow": "over its limit",
+        "benchmark": "ok",
+    }
     outputs = {record["name"]: record["output"] for record in results["checks"]}
     assert str(tmp_path / "site") in outputs["fine"] and "no such kernel" in outputs["failing"]
     assert outputs["slow"].startswith("begun") and "KeyboardInterrupt" in outputs["slow"]
 
 
-def test_a_part_that_will_not_be_interrupted_is_killed_with_its_children(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_will_not_be_interrupted_is_killed_with_its_children(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(gpu_check, "TO_FINISH", 0.2)
     child = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
     ignoring = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
@@ -72,15 +88,23 @@ def test_a_part_that_will_not_be_interrupted_is_killed_with_its_children(monkeyp
     assert record["status"] == "over its limit" and record["seconds"] < 10
     give_up = time.monotonic() + 10  # a killed process ends when it is next scheduled
     while True:
-        left = subprocess.run(["ps", "-o", "stat=", "-p", record["output"].strip()], capture_output=True, text=True).stdout
+        left = subprocess.run(
+            ["ps", "-o", "stat=", "-p", record["output"].strip()], capture_output=True, text=True
+        ).stdout
         if left.strip()[:1] in ("", "Z"):  # gone, or waiting for whoever reaps orphans here
             break
         assert time.monotonic() < give_up, left
         time.sleep(0.05)
 
 
-def test_without_a_benchmark_the_file_holds_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "benchmark", lambda output, seconds: Part("benchmark", python("raise SystemExit(1)"), seconds))
+def test_without_a_benchmark_the_file_holds_the_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        gpu_check,
+        "benchmark",
+        lambda output, seconds: Part("benchmark", python("raise SystemExit(1)"), seconds),
+    )
     output = tmp_path / "results.json"
     assert gpu_check.check([], output, tmp_path, seconds=30) == 1
     results = json.loads(output.read_text())
@@ -92,6 +116,12 @@ def test_what_the_sanitizer_runs_draws_the_same_tokens_everywhere() -> None:
 
 
 def test_make_runs_it_with_the_machines_own_python() -> None:
-    command = ["make", "--no-print-directory", "-n", "gpu-check", "PYTHON=python3.12"]  # `make test` may have started this test
+    command = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "gpu-check",
+        "PYTHON=python3.12",
+    ]  # `make test` may have started this test
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "python3.12 -m bench.gpu_check"

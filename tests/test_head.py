@@ -1,4 +1,5 @@
-"""The head without logits: values and gradients of every way, the workspace, the plan, compaction, compile, refusals."""
+"""The head without logits: values and gradients of every way, the workspace, the plan, compaction, compile,
+refusals."""
 
 import pytest
 import torch
@@ -27,7 +28,14 @@ OPTIONS = {
     "logit_scale": {"logit_scale": 0.3},
     "temperature": {"temperature": 0.6},
     "num_items": {"num_items": 3.0},
-    "all": {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 0.7, "temperature": 1.4, "num_items": torch.tensor(5)},
+    "all": {
+        "label_smoothing": 0.2,
+        "z_loss": 1e-2,
+        "softcap": 5.0,
+        "logit_scale": 0.7,
+        "temperature": 1.4,
+        "num_items": torch.tensor(5),
+    },
 }
 HEAD_OPTIONS = {"none": {}, "all": {"softcap": 5.0, "logit_scale": 0.7, "temperature": 1.4}}
 SEVERAL_CHUNKS = 0.01  # MiB: 5 to 10 tokens at V = 123
@@ -35,7 +43,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def make(device, dtype=torch.float64, N=37, H=19, V=123, scale=0.5, seed=0):
-    """hidden, weight, ids (some -100), bias; half of the tokens are peaked: their hidden state is their target's row of the weight."""
+    """hidden, weight, ids (some -100), bias; half of the tokens are peaked: their hidden state is their
+    target's row of the weight."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(V, H, generator=generator, dtype=torch.float64)
     ids = torch.randint(0, V, (N,), generator=generator)
@@ -43,7 +52,11 @@ def make(device, dtype=torch.float64, N=37, H=19, V=123, scale=0.5, seed=0):
     hidden[: N // 2] += weight[ids[: N // 2]]
     ids[3::7] = -100
     bias = torch.randn(V, generator=generator, dtype=torch.float64)
-    return *(t.to(dtype).to(device).requires_grad_() for t in (hidden, weight)), ids.to(device), bias.to(dtype).to(device).requires_grad_()
+    return (
+        *(t.to(dtype).to(device).requires_grad_() for t in (hidden, weight)),
+        ids.to(device),
+        bias.to(dtype).to(device).requires_grad_(),
+    )
 
 
 def grads_of(output, inputs, upstream=None):
@@ -58,7 +71,10 @@ def test_cross_entropy_matches_the_reference(device, options, workspace_mib):
     reference = linear_cross_entropy_ref(hidden, weight, ids, bias, **OPTIONS[options])
     torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(reference)
-    for found, expected in zip(grads_of(ours, (hidden, weight, bias), upstream), grads_of(reference, (hidden, weight, bias), upstream)):
+    for found, expected in zip(
+        grads_of(ours, (hidden, weight, bias), upstream),
+        grads_of(reference, (hidden, weight, bias), upstream),
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -66,7 +82,10 @@ def test_token_weights_get_the_gradient_of_a_smoothed_loss_with_z_loss(device):
     hidden, weight, ids, bias = make(device)
     token_weights = torch.rand(ids.shape, dtype=torch.float64, device=device, requires_grad=True)
     options = {"label_smoothing": 0.2, "z_loss": 1e-2, "token_weights": token_weights, "num_items": 3.0}
-    losses = linear_cross_entropy(hidden, weight, ids, bias, **options), linear_cross_entropy_ref(hidden, weight, ids, bias, **options)
+    losses = (
+        linear_cross_entropy(hidden, weight, ids, bias, **options),
+        linear_cross_entropy_ref(hidden, weight, ids, bias, **options),
+    )
     (found,), (expected,) = (grads_of(loss, token_weights) for loss in losses)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
@@ -95,7 +114,9 @@ def test_statistics_match_the_reference_for_any_upstream_gradient(device, option
     if frozen:
         weight, bias = weight.detach(), bias.detach()
     trained = [t for t in (hidden, weight, bias) if t.requires_grad]
-    ours = linear_token_stats(hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS, **HEAD_OPTIONS[options])
+    ours = linear_token_stats(
+        hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS, **HEAD_OPTIONS[options]
+    )
     reference = linear_token_stats_ref(hidden, weight, ids, bias, **HEAD_OPTIONS[options])
     assert torch.equal(ours.top1, reference.top1)
     mix = torch.randn(3, ids.numel(), dtype=torch.float64, device=device)
@@ -110,7 +131,9 @@ def test_statistics_match_the_reference_for_any_upstream_gradient(device, option
 @pytest.mark.parametrize("options", OPTIONS)
 def test_gradcheck_of_every_option(options):
     hidden, weight, ids, bias = make("cpu", N=6, H=4, V=11)
-    assert torch.autograd.gradcheck(lambda h, w, b: linear_cross_entropy(h, w, ids, b, **OPTIONS[options]), (hidden, weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_cross_entropy(h, w, ids, b, **OPTIONS[options]), (hidden, weight, bias)
+    )
 
 
 @pytest.mark.parametrize("options", HEAD_OPTIONS)
@@ -121,7 +144,9 @@ def test_gradcheck_of_the_statistics(options):
         return linear_token_stats(h, w, ids, b, **HEAD_OPTIONS[options])[:3]
 
     assert torch.autograd.gradcheck(statistics, (hidden, weight, bias))
-    assert torch.autograd.gradcheck(lambda h: linear_logprobs(h, weight.detach(), ids, **HEAD_OPTIONS[options]), hidden)
+    assert torch.autograd.gradcheck(
+        lambda h: linear_logprobs(h, weight.detach(), ids, **HEAD_OPTIONS[options]), hidden
+    )
 
 
 def _eager_cross_entropy(hidden, weight, ids, bias):
@@ -138,15 +163,24 @@ def _eager_log_probs(hidden, weight, ids, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("function", ["cross_entropy", "log_probs", "log_probs frozen"])
 def test_no_worse_than_eager(no_worse_than_eager, device, function, dtype, shape, scale):
-    """Loss, log-probs and every gradient: error against fp64 at most twice that of plain PyTorch in the same dtype."""
+    """Loss, log-probs and every gradient: error against fp64 at most twice that of plain PyTorch in the same
+    dtype."""
     N, H, V = shape
-    eager, ours = (_eager_cross_entropy, linear_cross_entropy) if function == "cross_entropy" else (_eager_log_probs, linear_logprobs)
+    eager, ours = (
+        (_eager_cross_entropy, linear_cross_entropy)
+        if function == "cross_entropy"
+        else (_eager_log_probs, linear_logprobs)
+    )
     results = []
     for f, widen in ((ours, False), (eager, False), (eager, True)):
         draws = []
-        for seed in range(4):  # together: one draw's largest error hangs on how the GEMM rounds a single logit
+        for seed in range(
+            4
+        ):  # together: one draw's largest error hangs on how the GEMM rounds a single logit
             inputs = make(device, dtype, N=N, H=H, V=V, scale=scale, seed=seed)
-            hidden, weight, ids, bias = (t.detach().double() if widen and t.is_floating_point() else t.detach() for t in inputs)
+            hidden, weight, ids, bias = (
+                t.detach().double() if widen and t.is_floating_point() else t.detach() for t in inputs
+            )
             trained = [hidden] if function == "log_probs frozen" else [hidden, weight, bias]
             for t in trained:
                 t.requires_grad_()
@@ -164,17 +198,25 @@ def rounded(device):
 
 
 def test_weight_gradient_of_low_precision_is_summed_in_fp32(device):
-    """With one token a chunk, bf16 sums would lose the later tokens; here the error stays that of rounding the result once."""
+    """With one token a chunk, bf16 sums would lose the later tokens; here the error stays that of rounding
+    the result once."""
     hidden, weight, ids, _ = make(device, torch.bfloat16, N=512, H=16, V=64)
-    truth = linear_cross_entropy_ref(hidden.double(), weight.detach().double().requires_grad_(), ids, reduction="sum")
+    truth = linear_cross_entropy_ref(
+        hidden.double(), weight.detach().double().requires_grad_(), ids, reduction="sum"
+    )
     w = weight.detach().double().requires_grad_()
     (expected,) = grads_of(linear_cross_entropy_ref(hidden.detach().double(), w, ids, reduction="sum"), [w])
     one_token = 64 * (6 if device == "cuda" else 4) / 2**20
     loss = linear_cross_entropy(hidden, weight, ids, reduction="sum", workspace_mib=one_token)
-    assert sweep.plan_head(512, 16, 64, dtype=torch.bfloat16, device=device, workspace_mib=one_token).chunk == 1
+    assert (
+        sweep.plan_head(512, 16, 64, dtype=torch.bfloat16, device=device, workspace_mib=one_token).chunk == 1
+    )
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
     (found,) = grads_of(loss, [weight])
-    assert ((found.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-3 * expected.abs().max() * rounded(device) + 1e-5).all()
+    assert (
+        (found.double() - expected).abs()
+        <= 2**-8 * expected.abs() + 1e-3 * expected.abs().max() * rounded(device) + 1e-5
+    ).all()
 
 
 def test_fp32_master_weights_beside_low_precision_hidden_states(device):
@@ -188,7 +230,12 @@ def test_fp32_master_weights_beside_low_precision_hidden_states(device):
     exact = low.detach().double()
     w = (weight.detach().bfloat16() if rounded(device) else weight.detach()).double().requires_grad_()
     (expected,) = grads_of(linear_cross_entropy_ref(exact, w, ids, bias.detach().double()), [w])
-    torch.testing.assert_close(d_weight.double(), expected, rtol=1e-2 if rounded(device) else 1e-4, atol=1e-3 if rounded(device) else 1e-6)
+    torch.testing.assert_close(
+        d_weight.double(),
+        expected,
+        rtol=1e-2 if rounded(device) else 1e-4,
+        atol=1e-3 if rounded(device) else 1e-6,
+    )
 
 
 def test_autocast_computes_in_the_autocast_dtype(device):
@@ -218,15 +265,20 @@ def test_token_weights_weigh_and_get_a_gradient(device):
     nll = linear_cross_entropy(hidden, weight, ids, reduction="none").detach()
     loss = linear_cross_entropy(hidden, weight, ids, token_weights=weights)
     torch.testing.assert_close(loss, (weights * nll).sum() / weights[ids >= 0].sum())
-    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, weight.detach(), ids, token_weights=w), (hidden, weights))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, weight.detach(), ids, token_weights=w), (hidden, weights)
+    )
 
 
 def test_ignored_tokens_enter_no_gemm(monkeypatch):
-    """The rows that reach the chunk loop's GEMMs are the kept ones. (On a GPU the first chunk may hold others: the count comes late.)"""
+    """The rows that reach the chunk loop's GEMMs are the kept ones. (On a GPU the first chunk may hold
+    others: the count comes late.)"""
     hidden, weight, ids, bias = make("cpu")
     counted = []
     original = sweep.mm
-    monkeypatch.setattr(sweep, "mm", lambda a, b, out: counted.append(tuple(out.shape)) or original(a, b, out))
+    monkeypatch.setattr(
+        sweep, "mm", lambda a, b, out: counted.append(tuple(out.shape)) or original(a, b, out)
+    )
     linear_cross_entropy(hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS)
     assert sum(rows for rows, columns in counted if columns == 123) == int((ids >= 0).sum())
 
@@ -252,17 +304,22 @@ def test_nothing_to_average_is_nan_with_zero_gradients(device, targets):
     loss = linear_cross_entropy(hidden, weight, ids, bias)
     assert loss.isnan()
     assert linear_cross_entropy(hidden, weight, ids, bias, reduction="sum") == 0
-    for grad in grads_of(linear_cross_entropy(hidden, weight, ids, bias, reduction="sum"), (hidden, weight, bias)):
+    for grad in grads_of(
+        linear_cross_entropy(hidden, weight, ids, bias, reduction="sum"), (hidden, weight, bias)
+    ):
         assert (grad == 0).all()
     logp = linear_logprobs(hidden, weight, ids, bias)
     assert logp.shape == ids.shape and (logp == 0).all()
 
 
 def test_second_backward_and_upstream_scale(device):
-    """Gradients are scaled where they lie and handed over; a second backward pass still gets its own, with its own scale."""
+    """Gradients are scaled where they lie and handed over; a second backward pass still gets its own, with
+    its own scale."""
     hidden, weight, ids, bias = make(device)
     loss = linear_cross_entropy(hidden, weight, ids, bias, label_smoothing=0.1)
-    expected = grads_of(linear_cross_entropy_ref(hidden, weight, ids, bias, label_smoothing=0.1), (hidden, weight, bias))
+    expected = grads_of(
+        linear_cross_entropy_ref(hidden, weight, ids, bias, label_smoothing=0.1), (hidden, weight, bias)
+    )
     for scale in (3.0, 0.0, -2.0):
         found = torch.autograd.grad(loss * scale, (hidden, weight, bias), retain_graph=True)
         for a, b in zip(found, expected):
@@ -274,7 +331,9 @@ def test_tied_weight_gets_both_gradients(device):
     ids = ids.clamp(min=0)
     hidden = torch.tanh(F.embedding(ids, weight))
     (found,) = grads_of(linear_cross_entropy(hidden, weight, ids.roll(1)), [weight])
-    (expected,) = grads_of(linear_cross_entropy_ref(torch.tanh(F.embedding(ids, weight)), weight, ids.roll(1)), [weight])
+    (expected,) = grads_of(
+        linear_cross_entropy_ref(torch.tanh(F.embedding(ids, weight)), weight, ids.roll(1)), [weight]
+    )
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -299,7 +358,9 @@ def test_large_logits_keep_their_precision(device):
     logits = (hidden @ weight.t()).detach()  # the GEMM's own rounding is common to both
     p = logits.double().softmax(-1)
     kept = (ids >= 0)[:, None]
-    expected = torch.where(kept, (p - F.one_hot(ids.clamp(min=0), 50)) @ weight.detach().double(), 0) / kept.sum()
+    expected = (
+        torch.where(kept, (p - F.one_hot(ids.clamp(min=0), 50)) @ weight.detach().double(), 0) / kept.sum()
+    )
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -360,7 +421,10 @@ def test_compiles_without_a_graph_break(device):
         frozen = linear_logprobs(h, w.detach(), ids)
         return 2 * loss + stats.entropy.sum() + (stats.lse * frozen).sum()
 
-    expected, found = function(hidden, weight, bias), torch.compile(function, fullgraph=True)(hidden, weight, bias)
+    expected, found = (
+        function(hidden, weight, bias),
+        torch.compile(function, fullgraph=True)(hidden, weight, bias),
+    )
     torch.testing.assert_close(found, expected)
     for a, b in zip(grads_of(found, (hidden, weight, bias)), grads_of(expected, (hidden, weight, bias))):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -370,7 +434,9 @@ def test_compiles_with_a_dynamic_number_of_tokens(device):
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, dynamic=True)
     for N in (16, 23, 31):
         hidden, weight, ids, bias = make(device, N=N)
-        torch.testing.assert_close(compiled(hidden, weight, ids, bias), linear_cross_entropy(hidden, weight, ids, bias))
+        torch.testing.assert_close(
+            compiled(hidden, weight, ids, bias), linear_cross_entropy(hidden, weight, ids, bias)
+        )
 
 
 @pytest.mark.parametrize("tail_eps", [None, 0.1])
@@ -381,17 +447,45 @@ def test_opcheck(tail_eps):
     ops = torch.ops.fastalign
     torch.library.opcheck(ops.head_table.default, (hidden, weight, ids, bias, *transform))
     torch.library.opcheck(
-        ops.head_loss.default, (hidden, weight, ids, bias, torch.rand(6, dtype=torch.float64), 0.1, 0.01, *transform, True, True, True)
+        ops.head_loss.default,
+        (
+            hidden,
+            weight,
+            ids,
+            bias,
+            torch.rand(6, dtype=torch.float64),
+            0.1,
+            0.01,
+            *transform,
+            True,
+            True,
+            True,
+        ),
     )
-    torch.library.opcheck(ops.head_frozen.default, (hidden, weight.detach(), ids, bias.detach(), *transform, hidden[:0].clone()))
+    torch.library.opcheck(
+        ops.head_frozen.default, (hidden, weight.detach(), ids, bias.detach(), *transform, hidden[:0].clone())
+    )
     table = ops.head_table(hidden, weight, ids, bias, *transform).detach()
-    arguments = (torch.randn_like(table), table, hidden.detach(), weight.detach(), ids, bias.detach(), *transform, True, True, True)
+    arguments = (
+        torch.randn_like(table),
+        table,
+        hidden.detach(),
+        weight.detach(),
+        ids,
+        bias.detach(),
+        *transform,
+        True,
+        True,
+        True,
+    )
     torch.library.opcheck(ops.head_table_grad.default, arguments)
 
 
 def test_triton_runs_the_whole_loop(monkeypatch):
     """The chunk loop over the Triton kernels, in the interpreter where there is no GPU."""
-    rows_triton = pytest.importorskip("fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError)
+    rows_triton = pytest.importorskip(
+        "fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, weight, ids, bias = make(device, torch.float32, N=9)
     monkeypatch.setattr(rows, "_implementation", lambda logits: rows_triton)
@@ -418,9 +512,15 @@ def test_the_reference_serves_where_the_native_library_is_missing(monkeypatch):
         ({"hidden": torch.zeros(5, 3)}, r"hidden: shape \[5, 3\] seen, \[\.\.\., H\] = \[\.\.\., 4\] wanted"),
         ({"hidden": torch.zeros(5, 4, dtype=torch.int64)}, "hidden: torch.int64 seen"),
         ({"weight": torch.zeros(4)}, r"weight: shape \[4\] seen, \[V, H\] wanted"),
-        ({"weight": torch.zeros(7, 4, dtype=torch.bfloat16)}, "weight: torch.bfloat16 seen, torch.float32 wanted"),
+        (
+            {"weight": torch.zeros(7, 4, dtype=torch.bfloat16)},
+            "weight: torch.bfloat16 seen, torch.float32 wanted",
+        ),
         ({"targets": torch.zeros(4, dtype=torch.int64)}, r"targets: shape \[4\] seen"),
-        ({"targets": torch.full((5,), 7)}, r"targets: 7 at \[0\] seen \(5 such\), ids in \[0, 7\) or ignore_index -100 wanted"),
+        (
+            {"targets": torch.full((5,), 7)},
+            r"targets: 7 at \[0\] seen \(5 such\), ids in \[0, 7\) or ignore_index -100 wanted",
+        ),
         ({"bias": torch.zeros(6)}, r"bias: shape \[6\] seen, \[V\] = \[7\] wanted"),
         ({"bias": torch.zeros(7, dtype=torch.float64)}, "bias: torch.float64 seen"),
         ({"temperature": -1.0}, "temperature: -1.0 seen"),
@@ -431,14 +531,20 @@ def test_the_reference_serves_where_the_native_library_is_missing(monkeypatch):
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_refusals_name_the_argument(change, named):
-    arguments = {"hidden": torch.zeros(5, 4), "weight": torch.zeros(7, 4), "targets": torch.zeros(5, dtype=torch.int64)} | change
+    arguments = {
+        "hidden": torch.zeros(5, 4),
+        "weight": torch.zeros(7, 4),
+        "targets": torch.zeros(5, dtype=torch.int64),
+    } | change
     with pytest.raises(ValueError, match=named):
         linear_cross_entropy(**arguments)
 
 
 def test_devices_are_not_mixed():
     with pytest.raises(ValueError, match="weight: on meta, but hidden is on cpu"):
-        linear_logprobs(torch.zeros(2, 3), torch.zeros(5, 3, device="meta"), torch.zeros(2, dtype=torch.int64))
+        linear_logprobs(
+            torch.zeros(2, 3), torch.zeros(5, 3, device="meta"), torch.zeros(2, dtype=torch.int64)
+        )
 
 
 def test_every_public_name_is_there():

@@ -68,7 +68,9 @@ def test_no_old_logp_is_on_policy():
 def test_no_old_logp_in_the_head(dtype, workspace_mib):
     """In fp16 it goes through linear_token_stats."""
     hidden, weight = HIDDEN.to(dtype), WEIGHT.to(dtype)
-    found = with_gradient(lambda h, w: head_policy(h, w, old_logp=None, workspace_mib=workspace_mib), hidden, weight)
+    found = with_gradient(
+        lambda h, w: head_policy(h, w, old_logp=None, workspace_mib=workspace_mib), hidden, weight
+    )
     own = linear_logprobs(hidden, weight, IDS)
     expected = with_gradient(lambda h, w: head_policy(h, w, old_logp=own), hidden, weight)
     torch.testing.assert_close(found, expected)
@@ -81,8 +83,13 @@ def test_advantages_of_rows(shape):
     rows = normal(B)
     every = rows[:, None].expand(B, T)
     torch.testing.assert_close(policy(LOGP, advantages=rows.view(shape)), policy(LOGP, advantages=every))
-    torch.testing.assert_close(ppo_loss_ref(LOGP, OLD, rows.view(shape), MASK).loss, policy(LOGP, advantages=every))
-    torch.testing.assert_close(head_policy(HIDDEN, WEIGHT, advantages=rows.view(shape)), head_policy(HIDDEN, WEIGHT, advantages=every))
+    torch.testing.assert_close(
+        ppo_loss_ref(LOGP, OLD, rows.view(shape), MASK).loss, policy(LOGP, advantages=every)
+    )
+    torch.testing.assert_close(
+        head_policy(HIDDEN, WEIGHT, advantages=rows.view(shape)),
+        head_policy(HIDDEN, WEIGHT, advantages=every),
+    )
     square = (LOGP[:, :B], OLD[:, :B])
     found = ppo_loss(*square, rows.view(shape), MASK[:, :B])
     torch.testing.assert_close(found, ppo_loss(*square, every[:, :B], MASK[:, :B]))
@@ -119,10 +126,20 @@ def test_float_mask_compiled(backend):
 
 
 def test_kl_of_one_element():
-    logps, reference, desirable, kl = normal(B), normal(B), torch.tensor([True, False, True]), torch.tensor(0.3)
-    assert torch.equal(kto_loss(logps, reference, desirable, kl[None]).loss, kto_loss(logps, reference, desirable, kl).loss)
+    logps, reference, desirable, kl = (
+        normal(B),
+        normal(B),
+        torch.tensor([True, False, True]),
+        torch.tensor(0.3),
+    )
+    assert torch.equal(
+        kto_loss(logps, reference, desirable, kl[None]).loss, kto_loss(logps, reference, desirable, kl).loss
+    )
     for weight in (WEIGHT, WEIGHT.clone().requires_grad_()):
-        first, second = (linear_kto_loss(HIDDEN, weight, IDS, desirable, x, reference_logps=reference).loss for x in (kl[None], kl))
+        first, second = (
+            linear_kto_loss(HIDDEN, weight, IDS, desirable, x, reference_logps=reference).loss
+            for x in (kl[None], kl)
+        )
         assert torch.equal(first, second)
     with pytest.raises(ValueError, match=r"kl: shape \[3\] seen"):
         kto_loss(logps, reference, desirable, normal(3).abs())
@@ -138,11 +155,13 @@ TARGETED = {
     "linear_token_stats": lambda **o: linear_token_stats(HIDDEN, WEIGHT, IGNORING, **o)[1],
     "linear_ppo_loss": lambda **o: head_policy(HIDDEN, WEIGHT, ids=IGNORING, **o),
     "linear_dpo_loss": lambda **o: (
-        linear_dpo_loss(HIDDEN[1:], WEIGHT, IGNORING[1:], reference_logps=OLD[0, :2], loss_type="sigmoid_norm", **o).loss
+        linear_dpo_loss(
+            HIDDEN[1:], WEIGHT, IGNORING[1:], reference_logps=OLD[0, :2], loss_type="sigmoid_norm", **o
+        ).loss
     ),
-    "linear_kto_loss": lambda **o: linear_kto_loss(HIDDEN, WEIGHT, IGNORING, MASK[:, 0], ADVANTAGES.var(), reference_logps=OLD[:, 0], **o)[
-        0
-    ],
+    "linear_kto_loss": lambda **o: linear_kto_loss(
+        HIDDEN, WEIGHT, IGNORING, MASK[:, 0], ADVANTAGES.var(), reference_logps=OLD[:, 0], **o
+    )[0],
     "tail_report": lambda **o: torch.tensor(tail_report(HIDDEN, WEIGHT, IGNORING, tail_eps=0.1, **o)),
     "cross_entropy_ref": lambda **o: cross_entropy_ref(HIDDEN, IGNORING.clamp(max=4), **o),
     "token_stats_ref": lambda **o: token_stats_ref(HIDDEN, IGNORING.clamp(max=4), **o)[1],
@@ -166,14 +185,18 @@ def test_ignored_ids_are_outside_the_mask(ignore_index, dtype, aggregation):
     options = {"ids": ids, "aggregation": aggregation, "ignore_index": ignore_index}
     found = with_gradient(lambda h, w: head_policy(h, w, **options), hidden, weight)
     smaller = MASK & (ids != ignore_index)
-    expected = with_gradient(lambda h, w: head_policy(h, w, mask=smaller, ids=IDS, aggregation=aggregation), hidden, weight)
+    expected = with_gradient(
+        lambda h, w: head_policy(h, w, mask=smaller, ids=IDS, aggregation=aggregation), hidden, weight
+    )
     torch.testing.assert_close(found, expected)
     assert not found[1][~smaller].any()
 
 
 def test_ids_in_the_mask_are_checked_and_the_message_has_no_mark():
     ids = IDS.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(V))
-    with pytest.raises(ValueError, match=r"ids: 7 at \[1, 2\] seen \(1 such\), ids in \[0, 7\) or ignore_index -100 wanted"):
+    with pytest.raises(
+        ValueError, match=r"ids: 7 at \[1, 2\] seen \(1 such\), ids in \[0, 7\) or ignore_index -100 wanted"
+    ):
         head_policy(HIDDEN, WEIGHT, ids=ids)
     outside = IDS.masked_fill(~MASK, 10**9)
     assert torch.equal(head_policy(HIDDEN, WEIGHT, ids=outside), head_policy(HIDDEN, WEIGHT))
@@ -183,12 +206,27 @@ PACKED_HIDDEN, PACKED_IDS, ROWS = HIDDEN[:2].reshape(-1, H), IDS[:2].reshape(-1)
 FIRST = PACKED_HIDDEN[:, 0]
 PACKED = {
     "sum_by_sequence": lambda cu, check: sum_by_sequence(FIRST, cu),
-    "ppo_loss": lambda cu, check: ppo_loss(FIRST, FIRST, FIRST, PACKED_IDS >= 0, aggregation="sequence_mean", cu_seqlens=cu),
+    "ppo_loss": lambda cu, check: ppo_loss(
+        FIRST, FIRST, FIRST, PACKED_IDS >= 0, aggregation="sequence_mean", cu_seqlens=cu
+    ),
     "linear_ppo_loss": lambda cu, check: linear_ppo_loss(
-        PACKED_HIDDEN, WEIGHT, PACKED_IDS, FIRST, FIRST, PACKED_IDS >= 0, aggregation="sequence_mean", cu_seqlens=cu, check=check
+        PACKED_HIDDEN,
+        WEIGHT,
+        PACKED_IDS,
+        FIRST,
+        FIRST,
+        PACKED_IDS >= 0,
+        aggregation="sequence_mean",
+        cu_seqlens=cu,
+        check=check,
     ),
     "linear_dpo_loss": lambda cu, check: linear_dpo_loss(
-        PACKED_HIDDEN, WEIGHT.clone().requires_grad_(), PACKED_IDS, reference_logps=ROWS, cu_seqlens=cu, check=check
+        PACKED_HIDDEN,
+        WEIGHT.clone().requires_grad_(),
+        PACKED_IDS,
+        reference_logps=ROWS,
+        cu_seqlens=cu,
+        check=check,
     ),
     "linear_dpo_loss frozen": lambda cu, check: linear_dpo_loss(
         PACKED_HIDDEN, WEIGHT, PACKED_IDS, reference_logps=ROWS, cu_seqlens=cu, check=check
@@ -211,12 +249,17 @@ PACKED = {
 def test_cu_seqlens_that_do_not_fit(loss, cu_seqlens):
     loss(torch.tensor([0, 3, 8]), check=False)
     for dtype in (torch.int32, torch.int64):
-        with pytest.raises(ValueError, match=r"cu_seqlens: \[.*\] seen, 0 <= ... <= N = 8 without a decrease wanted"):
+        with pytest.raises(
+            ValueError, match=r"cu_seqlens: \[.*\] seen, 0 <= ... <= N = 8 without a decrease wanted"
+        ):
             loss(torch.tensor(cu_seqlens, dtype=dtype), check=True)
 
 
 @pytest.mark.parametrize("loss", PACKED.values(), ids=PACKED.keys())
-@pytest.mark.parametrize("cu_seqlens", [torch.tensor(0), torch.empty(0).long(), torch.tensor([[0, 8]]), torch.tensor([0.0, 3.0, 8.0])])
+@pytest.mark.parametrize(
+    "cu_seqlens",
+    [torch.tensor(0), torch.empty(0).long(), torch.tensor([[0, 8]]), torch.tensor([0.0, 3.0, 8.0])],
+)
 def test_cu_seqlens_of_a_wrong_shape_or_dtype(loss, cu_seqlens):
     with pytest.raises(ValueError, match="cu_seqlens: (shape|torch.float32)"):
         loss(cu_seqlens, check=False)

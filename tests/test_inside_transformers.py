@@ -1,4 +1,5 @@
-"""What hosts do with a fused model: transformers' Trainer, pickling, PEFT that comes later. Each is held against the model as it was."""
+"""What hosts do with a fused model: transformers' Trainer, pickling, PEFT that comes later. Each is held
+against the model as it was."""
 
 from __future__ import annotations
 
@@ -17,7 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalign.causal_lm import UnsupportedModelError, fuse_head, unfuse_head
-from tests.test_causal_lm import CONFIGS, VOCAB, assert_equal_gradients, batch, build, gradients, llama, lora, own_nll, shift
+from tests.test_causal_lm import (
+    CONFIGS,
+    VOCAB,
+    assert_equal_gradients,
+    batch,
+    build,
+    gradients,
+    llama,
+    lora,
+    own_nll,
+    shift,
+)
 
 WARNS = "it makes full logits, and the fused head does nothing"
 
@@ -27,9 +39,23 @@ def rows() -> list[dict[str, Tensor]]:
     return [{"input_ids": inputs["input_ids"][i], "labels": labels[i]} for i in range(4)]
 
 
-def make_trainer(model: Any, folder: Path, *, arguments: dict[str, Any] | None = None, **options: Any) -> tf.Trainer:
-    fixed: dict[str, Any] = {"per_device_eval_batch_size": 2, "per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1}
-    fixed |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 0.1, "optim": "sgd"}
+def make_trainer(
+    model: Any, folder: Path, *, arguments: dict[str, Any] | None = None, **options: Any
+) -> tf.Trainer:
+    fixed: dict[str, Any] = {
+        "per_device_eval_batch_size": 2,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+    }
+    fixed |= {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "learning_rate": 0.1,
+        "optim": "sgd",
+    }
     training = tf.TrainingArguments(output_dir=str(folder), **fixed | (arguments or {}))
     return tf.Trainer(model=model, args=training, train_dataset=rows(), eval_dataset=rows(), **options)
 
@@ -42,11 +68,18 @@ def accuracy(predicted: tf.EvalPrediction) -> dict[str, float]:
     """Of logits, or of the ids that `top1` made of them."""
     found = predicted.predictions if predicted.predictions.ndim == 2 else predicted.predictions.argmax(-1)
     kept = predicted.label_ids[:, 1:] != -100
-    return {"accuracy": float((found[:, :-1] == predicted.label_ids[:, 1:])[kept].mean()), "shape": float(np.prod(found.shape))}
+    return {
+        "accuracy": float((found[:, :-1] == predicted.label_ids[:, 1:])[kept].mean()),
+        "shape": float(np.prod(found.shape)),
+    }
 
 
 def told(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if name in ("eval_loss", "test_loss") or "accuracy" in name or "shape" in name}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name in ("eval_loss", "test_loss") or "accuracy" in name or "shape" in name
+    }
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -62,7 +95,14 @@ def test_metrics_and_predictions_are_those_of_the_model_as_it_was(compiled: bool
         metrics = trainer(compute_metrics=accuracy).evaluate()
         by_ids = trainer(compute_metrics=accuracy, preprocess_logits_for_metrics=top1).evaluate()
         predictions = trainer().predict(rows())
-        return [told(loss), told(metrics), told(by_ids), told(predictions.metrics), predictions.predictions, predictions.label_ids]
+        return [
+            told(loss),
+            told(metrics),
+            told(by_ids),
+            told(predictions.metrics),
+            predictions.predictions,
+            predictions.label_ids,
+        ]
 
     own, found = judge(fused=False), judge(fused=True)
     eps = torch.finfo(torch.float32).eps
@@ -86,12 +126,19 @@ class Summed:
     """A loss as a Trainer's user writes one."""
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+        return (
+            F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+            / num_items_in_batch
+        )
 
 
 @pytest.mark.parametrize("case", ["label_smoothing_factor", "compute_loss_func"])
-def test_a_host_that_takes_the_labels_away_is_warned_of_once_and_gets_its_own_loss(case: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"arguments": {case: 0.1}} if case == "label_smoothing_factor" else {case: Summed()}
+def test_a_host_that_takes_the_labels_away_is_warned_of_once_and_gets_its_own_loss(
+    case: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = (
+        {"arguments": {case: 0.1}} if case == "label_smoothing_factor" else {case: Summed()}
+    )
 
     def train(model: Any) -> list[float]:
         trainer = make_trainer(model, tmp_path, **options)
@@ -99,7 +146,9 @@ def test_a_host_that_takes_the_labels_away_is_warned_of_once_and_gets_its_own_lo
         return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
     expected = train(llama().float())
-    with pytest.warns(UserWarning, match=f"LlamaForCausalLM was called in training without labels .*{case}.*{WARNS}") as caught:
+    with pytest.warns(
+        UserWarning, match=f"LlamaForCausalLM was called in training without labels .*{case}.*{WARNS}"
+    ) as caught:
         losses = train(fuse_head(llama().float()))
     assert losses == expected and sum(WARNS in str(one.message) for one in caught) == 1
 
@@ -135,7 +184,9 @@ def test_a_loss_function_that_is_set_later_is_the_loss() -> None:
     assert out.logits is not None and sum(WARNS in str(one.message) for one in caught) == 1
     torch.testing.assert_close(out.loss, 2 * fused, rtol=1e-10, atol=0)
     nll = own_nll(model.eval(), inputs, shift(labels))
-    torch.testing.assert_close(model(**inputs, labels=labels, token_stats=True).logp, -nll, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        model(**inputs, labels=labels, token_stats=True).logp, -nll, rtol=1e-10, atol=1e-12
+    )
     with pytest.raises(UnsupportedModelError, match="its loss from the cross-entropy of its logits differs"):
         fuse_head(model)
     assert "forward" not in model.__dict__
@@ -159,7 +210,12 @@ def test_a_fused_model_is_saved_whole(name: str, how: str, tmp_path: Path) -> No
     assert seen.logits is None and torch.equal(seen.loss, expected.loss)
     assert_equal_gradients(gradients(found, seen.loss), wanted)
     assert fuse_head(found) is found and unfuse_head(found)(**inputs, labels=labels).logits is not None
-    assert not [key for module in found.modules() for key in module.__dict__ if key == "forward" or "fastalign" in key or "reduce" in key]
+    assert not [
+        key
+        for module in found.modules()
+        for key in module.__dict__
+        if key == "forward" or "fastalign" in key or "reduce" in key
+    ]
 
 
 LATER: dict[str, dict[str, Any]] = {
@@ -175,7 +231,9 @@ def test_adapters_on_lm_head_that_come_later_train_with_full_logits_and_one_warn
     own = lora(llama(tie_word_embeddings=tied), **LATER[case])
     expected = own(**inputs, labels=labels)
     model = lora(fuse_head(llama(tie_word_embeddings=tied)), **LATER[case])
-    with pytest.warns(UserWarning, match=rf"was changed after fuse_head \(.*has a peft.* as its lm_head.*{WARNS}") as caught:
+    with pytest.warns(
+        UserWarning, match=rf"was changed after fuse_head \(.*has a peft.* as its lm_head.*{WARNS}"
+    ) as caught:
         found = model(**inputs, labels=labels)
         model(**inputs, labels=labels)
     assert sum(WARNS in str(one.message) for one in caught) == 1 and torch.equal(found.loss, expected.loss)
@@ -201,9 +259,15 @@ def test_a_forward_that_is_replaced_already_is_named_on_one_line() -> None:
     class Owner(nn.Module):
         def take(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    for forward, name in ((llama().forward, r"transformers\S+LlamaForCausalLM.forward"), (Owner().take, r"\S+Owner.take")):
+    for forward, name in (
+        (llama().forward, r"transformers\S+LlamaForCausalLM.forward"),
+        (Owner().take, r"\S+Owner.take"),
+    ):
         model = llama()
         model.forward = forward
-        with pytest.raises(UnsupportedModelError, match=rf"has the forward of its LlamaForCausalLM replaced by {name} already") as caught:
+        with pytest.raises(
+            UnsupportedModelError,
+            match=rf"has the forward of its LlamaForCausalLM replaced by {name} already",
+        ) as caught:
             fuse_head(model)
         assert "\n" not in str(caught.value) and "(lm_head)" not in str(caught.value)

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_kernels_is_not_a_package():
-    """transformers probes for Hugging Face's package `kernels`; a kernels/__init__.py would shadow it for who runs from the root."""
+    """transformers probes for Hugging Face's package `kernels`; a kernels/__init__.py would shadow it for who
+    runs from the root."""
     assert not list((ROOT / "kernels").glob("*.py"))
 
 
@@ -58,21 +59,31 @@ def in_a_fresh_interpreter(code: str) -> str:
 
 
 def test_a_module_without_torch_loads_none():
-    assert in_a_fresh_interpreter("import sys; from fastalign import cli; print('torch' in sys.modules)") == "False"
+    assert (
+        in_a_fresh_interpreter("import sys; from fastalign import cli; print('torch' in sys.modules)")
+        == "False"
+    )
 
 
 def test_importing_fastalign_imports_no_torch_until_a_name_is_used():
     used = "fastalign.cross_entropy; print('torch' in sys.modules)"
-    assert in_a_fresh_interpreter(f"import sys, fastalign; print('torch' in sys.modules); {used}").split() == ["False", "True"]
+    assert in_a_fresh_interpreter(
+        f"import sys, fastalign; print('torch' in sys.modules); {used}"
+    ).split() == ["False", "True"]
 
 
-@pytest.mark.parametrize("module", ["nn", "rollout", "causal_lm", "data", "preferences", "measure", "actor_critic", "classifier", "stages"])
+@pytest.mark.parametrize(
+    "module",
+    ["nn", "rollout", "causal_lm", "data", "preferences", "measure", "actor_critic", "classifier", "stages"],
+)
 def test_a_module_needs_no_import_of_its_own(module):
     assert getattr(fastalign, module).__name__ == f"fastalign.{module}"
 
 
 def test_modules_load_when_they_are_first_used():
-    code = "import fastalign; print(fastalign.nn.CrossEntropyLoss.__name__, fastalign.rollout.generate.__name__)"
+    code = (
+        "import fastalign; print(fastalign.nn.CrossEntropyLoss.__name__, fastalign.rollout.generate.__name__)"
+    )
     assert in_a_fresh_interpreter(code) == "CrossEntropyLoss generate"
 
 
@@ -98,22 +109,45 @@ print(float(compiled(torch.zeros(2, 4), torch.tensor([0, 1]))) > 0)
 @pytest.mark.timeout(900)  # compiling takes 160 s of one core
 def test_the_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
     pytest.importorskip("wheel", reason="building a wheel needs the package wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path / "out"), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path / "out"),
+        ".",
+    ]
     sources = tmp_path / "source"  # a copy: building in place would leave build/ in the checkout
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", str(sources)], check=True)
     # By g++ alone: nvcc takes most of a build, and every other test runs what it built where it is found.
-    without_nvcc = {name: value for name, value in os.environ.items() if name != "CUDA_HOME"} | {"PATH": "/usr/bin:/bin"}
+    without_nvcc = {name: value for name, value in os.environ.items() if name != "CUDA_HOME"} | {
+        "PATH": "/usr/bin:/bin"
+    }
     subprocess.run(command, cwd=sources, check=True, capture_output=True, env=without_nvcc)
     (wheel,) = (tmp_path / "out").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fastalign", "fastalign_kernels"}
-    for wanted in ("fastalign/stages/loop.py", "fastalign_kernels/head.py", "fastalign_kernels/py.typed", "fastalign_kernels/_native.so"):
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "fastalign",
+        "fastalign_kernels",
+    }
+    for wanted in (
+        "fastalign/stages/loop.py",
+        "fastalign_kernels/head.py",
+        "fastalign_kernels/py.typed",
+        "fastalign_kernels/_native.so",
+    ):
         assert wanted in names
     assert wheel.name.split("-")[2:4] == ["py3", "none"], "the native library uses no Python ABI"
 
 
 def test_no_machine_paths_in_the_project():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     home, parent = str(Path.home()), str(ROOT.parent)
     for name in tracked:
         text = (ROOT / name).read_text(errors="ignore") if (ROOT / name).is_file() else ""

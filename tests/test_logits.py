@@ -16,7 +16,13 @@ OPTIONS = {
     "softcap": {"softcap": 7.0},
     "temperature": {"temperature": 0.6},
     "num_items": {"num_items": 3.0},
-    "all": {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 7.0, "temperature": 1.4, "num_items": torch.tensor(5)},
+    "all": {
+        "label_smoothing": 0.2,
+        "z_loss": 1e-2,
+        "softcap": 7.0,
+        "temperature": 1.4,
+        "num_items": torch.tensor(5),
+    },
 }
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -32,7 +38,10 @@ def make(device, dtype=torch.float64, shape=(2, 5), V=61, seed=0):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_matches_the_reference(device, options):
     logits, targets = make(device)
-    loss, expected = cross_entropy(logits, targets, **OPTIONS[options]), cross_entropy_ref(logits, targets, **OPTIONS[options])
+    loss, expected = (
+        cross_entropy(logits, targets, **OPTIONS[options]),
+        cross_entropy_ref(logits, targets, **OPTIONS[options]),
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=1e-13)
     upstream = torch.randn_like(expected)
     (grad,), (grad_expected,) = (torch.autograd.grad(x, logits, upstream) for x in (loss, expected))
@@ -42,10 +51,13 @@ def test_matches_the_reference(device, options):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_matches_torch(device, reduction, smoothing):
-    """The conventions of reduction, ignore_index and label_smoothing are torch.nn.functional.cross_entropy's."""
+    """The conventions of reduction, ignore_index and label_smoothing are
+    torch.nn.functional.cross_entropy's."""
     logits, targets = make(device)
     ours = cross_entropy(logits, targets, reduction=reduction, label_smoothing=smoothing)
-    theirs = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction, label_smoothing=smoothing)
+    theirs = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction=reduction, label_smoothing=smoothing
+    )
     torch.testing.assert_close(ours, theirs.view(ours.shape), rtol=1e-13, atol=1e-13)
 
 
@@ -53,7 +65,12 @@ def test_another_ignore_index_is_torchs(device):
     logits, targets = make(device)
     targets = targets.where(targets != -100, 60)  # an id of the vocabulary
     ours = cross_entropy(logits, targets, ignore_index=60)
-    torch.testing.assert_close(ours, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=60), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        ours,
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=60),
+        rtol=1e-13,
+        atol=1e-13,
+    )
 
 
 def test_z_loss_adds_the_square_of_the_logsumexp(device):
@@ -62,7 +79,9 @@ def test_z_loss_adds_the_square_of_the_logsumexp(device):
     lse = logits.logsumexp(-1)[targets != -100]
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     torch.testing.assert_close(ours, nll + 0.3 * (lse**2).mean(), rtol=1e-13, atol=1e-13)
-    (grad,), (expected,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (ours, nll + 0.3 * (lse**2).mean()))
+    (grad,), (expected,) = (
+        torch.autograd.grad(x, logits, retain_graph=True) for x in (ours, nll + 0.3 * (lse**2).mean())
+    )
     torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-13)
 
 
@@ -73,7 +92,9 @@ def test_token_weights_weigh_and_get_a_gradient(device):
     nll = cross_entropy(logits, targets, reduction="none").detach()
     loss = cross_entropy(logits, targets, token_weights=weights)
     torch.testing.assert_close(loss, (weights * nll).sum() / weights[kept].sum())
-    assert torch.autograd.gradcheck(lambda w: cross_entropy(logits.detach(), targets, token_weights=w), weights)
+    assert torch.autograd.gradcheck(
+        lambda w: cross_entropy(logits.detach(), targets, token_weights=w), weights
+    )
     poisoned = weights.detach().masked_fill(~kept, float("nan"))
     torch.testing.assert_close(cross_entropy(logits, targets, token_weights=poisoned), loss)
 
@@ -176,7 +197,9 @@ def test_in_place_backward(device):
     assert grad.data_ptr() == x.data_ptr()
     torch.testing.assert_close(grad, expected, rtol=0, atol=0)
     y = buffer * 1.0
-    loss = cross_entropy(y, targets) + cross_entropy(y, targets, inplace_backward=True)  # the later node runs backward first
+    loss = cross_entropy(y, targets) + cross_entropy(
+        y, targets, inplace_backward=True
+    )  # the later node runs backward first
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     with pytest.raises(ValueError, match="inplace_backward"):
@@ -253,14 +276,18 @@ def test_sum_by_sequence(device):
     values = torch.randn(10, dtype=torch.float64, device=device, requires_grad=True)
     cu_seqlens = torch.tensor([0, 3, 3, 9, 10], dtype=torch.int32, device=device)
     sums = sum_by_sequence(values, cu_seqlens)
-    torch.testing.assert_close(sums, torch.stack([values[:3].sum(), values[:0].sum(), values[3:9].sum(), values[9]]))
+    torch.testing.assert_close(
+        sums, torch.stack([values[:3].sum(), values[:0].sum(), values[3:9].sum(), values[9]])
+    )
     mean = sum_by_sequence(values, cu_seqlens, mean=True)
     assert mean[1].isnan()
     torch.testing.assert_close(mean[[0, 2, 3]], sums[[0, 2, 3]] / torch.tensor([3, 6, 1], device=device))
     assert torch.autograd.gradcheck(lambda v: sum_by_sequence(v, cu_seqlens), values)
     broken = values.detach().clone()
     broken[0] = float("nan")
-    assert sum_by_sequence(broken, cu_seqlens).isnan().tolist() == [True, False, False, False], "one sequence's NaN stays its own"
+    assert sum_by_sequence(broken, cu_seqlens).isnan().tolist() == [True, False, False, False], (
+        "one sequence's NaN stays its own"
+    )
     compiled = torch.compile(sum_by_sequence, fullgraph=True)
     torch.testing.assert_close(compiled(values, cu_seqlens), sums)
     many = torch.rand(100_000, device=device)

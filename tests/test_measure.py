@@ -1,8 +1,10 @@
-"""Timing in interleaved rounds, peak memory in a fresh process, errors against fp64, and what is said of the machine."""
+"""Timing in interleaved rounds, peak memory in a fresh process, errors against fp64, and what is said of the
+machine."""
 
 import getpass
 import math
 import platform
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,11 +12,21 @@ import pytest
 import torch
 
 from fastalign import measure
-from fastalign.measure import Error, PeakMemoryUnavailable, Timing, interleaved, largest_error, machine, peak_memories, peak_memory
+from fastalign.measure import (
+    Error,
+    PeakMemoryUnavailable,
+    Timing,
+    interleaved,
+    largest_error,
+    machine,
+    peak_memories,
+    peak_memory,
+)
 
 MIB = 2**20
 linux = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux's /proc/self/clear_refs"
+    not Path("/proc/self/clear_refs").exists(),
+    reason="peak memory of a process needs Linux's /proc/self/clear_refs",
 )
 TARGETS = f"""
 import os
@@ -67,18 +79,24 @@ def test_a_timing_is_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("host_clock")
-def test_a_cold_clock_reads_other_memory_before_each_call_and_does_not_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cold_clock_reads_other_memory_before_each_call_and_does_not_count_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     order: list[str | int] = []
     monkeypatch.setattr(torch.Tensor, "sum", lambda self: order.append(self.nbytes // MIB) or self.amax())  # type: ignore[func-returns-value]
-    timings = interleaved({name: lambda name=name: order.append(name) for name in "AB"}, rounds=2, warmup=0, cold=True)  # type: ignore[misc]
+    timings = interleaved({name: partial(order.append, name) for name in "AB"}, rounds=2, warmup=0, cold=True)
     assert order == [256, "A", 256, "B"] * 2
     assert all(timing.minimum < 1e-3 for timing in timings.values())  # a read of 256 MiB takes longer
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpus_own_events_tell_the_time() -> None:
-    x = torch.ones(2**28, device="cuda")  # 1 GiB: a read and a write take 0.2 to 4 ms on anything from a T4 to a B200
-    timings = interleaved({"once": lambda: x.clone(), "thrice": lambda: [x.clone() for _ in range(3)]}, rounds=9, warmup=2)
+    x = torch.ones(
+        2**28, device="cuda"
+    )  # 1 GiB: a read and a write take 0.2 to 4 ms on anything from a T4 to a B200
+    timings = interleaved(
+        {"once": lambda: x.clone(), "thrice": lambda: [x.clone() for _ in range(3)]}, rounds=9, warmup=2
+    )
     assert 1e-4 < timings["once"].median < 2e-2 and 2 < timings["thrice"].over(timings["once"]) < 4
 
 
@@ -99,23 +117,33 @@ def test_impossible_rounds_are_refused(rounds: int, warmup: int, named: str) -> 
 @linux
 def test_peak_memory_counts_results_and_what_is_freed_on_the_way_but_no_inputs(targets: str) -> None:
     arguments = {"kept": 120, "freed": 80, "threads": torch.get_num_threads()}
-    assert peak_memory(f"{targets}:filled", arguments, warmup={**arguments, "kept": 1, "freed": 1}) == pytest.approx(200, rel=0.1)
+    assert peak_memory(
+        f"{targets}:filled", arguments, warmup={**arguments, "kept": 1, "freed": 1}
+    ) == pytest.approx(200, rel=0.1)
 
 
 @linux
 def test_calls_that_share_a_process_are_measured_apart(targets: str) -> None:
-    every = [{"kept": kept, "freed": freed, "threads": torch.get_num_threads()} for kept, freed in ((120, 80), (10, 40), (60, 90))]
+    every = [
+        {"kept": kept, "freed": freed, "threads": torch.get_num_threads()}
+        for kept, freed in ((120, 80), (10, 40), (60, 90))
+    ]
     found = peak_memories(f"{targets}:filled", every, warmup=every[1])
     assert found == [pytest.approx(own["kept"] + own["freed"], rel=0.1) for own in every]
 
 
 @linux
 def test_a_failing_call_is_told_with_its_reason(targets: str) -> None:
-    with pytest.raises(RuntimeError, match=r"measured_targets:fails failed in its own process:[\s\S]*ValueError: no memory for you"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"measured_targets:fails failed in its own process:[\s\S]*ValueError: no memory for you",
+    ):
         peak_memory(f"{targets}:fails", {})
 
 
-def test_where_there_is_no_way_to_tell_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_there_is_no_way_to_tell_it_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(measure, "_CLEAR_REFS", tmp_path / "clear_refs")
     with pytest.raises(PeakMemoryUnavailable, match=platform.system()):
         peak_memory("nowhere:nothing", {})
@@ -135,7 +163,10 @@ def test_largest_error_is_elementwise_absolute_and_relative_to_the_largest() -> 
         "grad": torch.tensor([[1.0, -8.0], [2.0, 0.0]], dtype=torch.float64),
         "unused": torch.zeros(1),
     }
-    results = {"loss": torch.tensor(3.0), "grad": torch.tensor([[1.0, -8.0], [2.5, 0.25]], dtype=torch.bfloat16)}
+    results = {
+        "loss": torch.tensor(3.0),
+        "grad": torch.tensor([[1.0, -8.0], [2.5, 0.25]], dtype=torch.bfloat16),
+    }
     assert largest_error(results, reference) == {"loss": Error(1.0, 0.25), "grad": Error(0.5, 0.0625)}
 
 
@@ -162,7 +193,9 @@ def test_largest_error_of_nan_and_against_zero() -> None:
         (torch.ones(0), {"x": torch.ones(0)}, "nothing to compare"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(result: torch.Tensor, reference: dict[str, torch.Tensor], named: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    result: torch.Tensor, reference: dict[str, torch.Tensor], named: str
+) -> None:
     with pytest.raises(ValueError, match=named):
         largest_error({"x": result}, reference)
 
@@ -173,7 +206,11 @@ def test_the_machine_is_described_without_names_of_host_user_or_path() -> None:
     assert int(info["cores"]) >= 1
     assert (info["gpu"] == "none") == (not torch.cuda.is_available())
     text = " ".join(map(str, info.values()))
-    assert platform.node() not in text and str(Path.home()) not in text and f" {getpass.getuser()} " not in f" {text} "
+    assert (
+        platform.node() not in text
+        and str(Path.home()) not in text
+        and f" {getpass.getuser()} " not in f" {text} "
+    )
 
 
 def test_a_gpus_clocks_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

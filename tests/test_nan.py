@@ -1,4 +1,5 @@
-"""NaN at a position that counts reaches every loss; NaN elsewhere reaches nothing. In each implementation and in the specifications."""
+"""NaN at a position that counts reaches every loss; NaN elsewhere reaches nothing. In each implementation and
+in the specifications."""
 
 import pytest
 import torch
@@ -34,12 +35,21 @@ from fastalign_kernels.head import linear_cross_entropy_ref, linear_token_stats_
 from fastalign_kernels.logits import cross_entropy_ref
 from fastalign_kernels.pair_losses import DPO_LOSS_TYPES, PAIR_LOSSES
 from fastalign_kernels.policy_ref import gae_ref, masked_whiten_ref, ppo_loss_ref, value_loss_ref
-from fastalign_kernels.preference_ref import cpo_loss_ref, dpo_loss_ref, kto_loss_ref, orpo_loss_ref, reward_loss_ref, simpo_loss_ref
+from fastalign_kernels.preference_ref import (
+    cpo_loss_ref,
+    dpo_loss_ref,
+    kto_loss_ref,
+    orpo_loss_ref,
+    reward_loss_ref,
+    simpo_loss_ref,
+)
 
 NAN = float("nan")
 B, T, H, V = 2, 19, 4, 6  # more than one vector of tokens, and a rest
 GENERATOR = torch.Generator().manual_seed(0)
-MASK = torch.ones(B, T, dtype=torch.bool).index_put((torch.tensor([0, 1]), torch.tensor([3, 18])), torch.tensor(False))
+MASK = torch.ones(B, T, dtype=torch.bool).index_put(
+    (torch.tensor([0, 1]), torch.tensor([3, 18])), torch.tensor(False)
+)
 COUNTED, ELSEWHERE = (1, 17), (1, 18)
 IDS = torch.randint(V, (B, T), generator=GENERATOR).masked_fill(~MASK, -100)
 LENGTHS: dict = {"chosen_lengths": torch.tensor([2, 3]), "rejected_lengths": torch.tensor([1, 4])}
@@ -63,30 +73,58 @@ ROWS = {"reference_logps": normal(2)}
 # Tokens: inputs [B, T, ...] of which each position counts by itself; the others do as a whole.
 OF_TOKENS: dict = {
     "ppo_loss": (lambda **x: ppo_loss(**x, mask=MASK, **SCALES).loss, TOKENS),
-    "ppo_loss k1 dual_clip": (lambda **x: ppo_loss(**x, mask=MASK, **SCALES, kl_estimator="k1", dual_clip=3.0).loss, TOKENS),
-    "ppo_loss k2 sequence_mean": (lambda **x: ppo_loss(**x, mask=MASK, kl_estimator="k2", aggregation="sequence_mean").loss, TOKENS),
+    "ppo_loss k1 dual_clip": (
+        lambda **x: ppo_loss(**x, mask=MASK, **SCALES, kl_estimator="k1", dual_clip=3.0).loss,
+        TOKENS,
+    ),
+    "ppo_loss k2 sequence_mean": (
+        lambda **x: ppo_loss(**x, mask=MASK, kl_estimator="k2", aggregation="sequence_mean").loss,
+        TOKENS,
+    ),
     "ppo_loss_ref": (lambda **x: ppo_loss_ref(**x, mask=MASK, **SCALES, dual_clip=3.0).loss, TOKENS),
     "value_loss": (lambda **x: value_loss(**x, mask=MASK).loss, VALUES),
     "value_loss without clip": (lambda **x: value_loss(**x, mask=MASK, clip=None).loss, VALUES),
     "value_loss_ref": (lambda **x: value_loss_ref(**x, mask=MASK).loss, VALUES),
     "value_loss_ref without clip": (lambda **x: value_loss_ref(**x, mask=MASK, clip=None).loss, VALUES),
-    "gae": (lambda **x: gae(**x, mask=MASK).advantages.sum(), {"rewards": normal(B, T), "values": normal(B, T)}),
-    "gae_ref": (lambda **x: gae_ref(**x, mask=MASK).advantages.sum(), {"rewards": normal(B, T), "values": normal(B, T)}),
+    "gae": (
+        lambda **x: gae(**x, mask=MASK).advantages.sum(),
+        {"rewards": normal(B, T), "values": normal(B, T)},
+    ),
+    "gae_ref": (
+        lambda **x: gae_ref(**x, mask=MASK).advantages.sum(),
+        {"rewards": normal(B, T), "values": normal(B, T)},
+    ),
     "masked_whiten": (lambda **x: masked_whiten(**x, mask=MASK).sum(), {"x": normal(B, T)}),
     "masked_whiten_ref": (lambda **x: masked_whiten_ref(**x, mask=MASK).sum(), {"x": normal(B, T)}),
-    "cross_entropy": (lambda **x: cross_entropy(**x, targets=IDS), {"logits": normal(B, T, V), "token_weights": normal(B, T)}),
-    "cross_entropy_ref": (lambda **x: cross_entropy_ref(**x, targets=IDS), {"logits": normal(B, T, V), "token_weights": normal(B, T)}),
+    "cross_entropy": (
+        lambda **x: cross_entropy(**x, targets=IDS),
+        {"logits": normal(B, T, V), "token_weights": normal(B, T)},
+    ),
+    "cross_entropy_ref": (
+        lambda **x: cross_entropy_ref(**x, targets=IDS),
+        {"logits": normal(B, T, V), "token_weights": normal(B, T)},
+    ),
     "token_stats": (lambda **x: token_stats(**x, ids=IDS).lse.sum(), {"logits": normal(B, T, V)}),
-    "linear_cross_entropy": (lambda **x: linear_cross_entropy(**x, targets=IDS), HEAD | {"token_weights": normal(B, T)}),
-    "linear_cross_entropy_ref": (lambda **x: linear_cross_entropy_ref(**x, targets=IDS), HEAD | {"token_weights": normal(B, T)}),
+    "linear_cross_entropy": (
+        lambda **x: linear_cross_entropy(**x, targets=IDS),
+        HEAD | {"token_weights": normal(B, T)},
+    ),
+    "linear_cross_entropy_ref": (
+        lambda **x: linear_cross_entropy_ref(**x, targets=IDS),
+        HEAD | {"token_weights": normal(B, T)},
+    ),
     "linear_logprobs": (lambda **x: linear_logprobs(**x, ids=IDS).sum(), HEAD),
     "linear_token_stats_ref": (lambda **x: linear_token_stats_ref(**x, ids=IDS).logp.sum(), HEAD),
     "linear_token_stats": (lambda **x: linear_token_stats(**x, ids=IDS).lse.sum(), HEAD),
     "linear_ppo_loss": (
         lambda **x: linear_ppo_loss(**x, ids=IDS, mask=MASK, **SCALES).loss,
-        HEAD | {name: x for name, x in TOKENS.items() if name in ("old_logp", "advantages", "reference_logp")},
+        HEAD
+        | {name: x for name, x in TOKENS.items() if name in ("old_logp", "advantages", "reference_logp")},
     ),
-    "linear_dpo_loss": (lambda hidden, weight, **x: linear_dpo_loss(hidden, weight, IDS, **x).loss, HEAD | ROWS),
+    "linear_dpo_loss": (
+        lambda hidden, weight, **x: linear_dpo_loss(hidden, weight, IDS, **x).loss,
+        HEAD | ROWS,
+    ),
     "linear_kto_loss": (
         lambda hidden, weight, kl, **x: linear_kto_loss(hidden, weight, IDS, DESIRABLE, kl, **x).loss,
         HEAD | {"reference_logps": normal(B), "kl": KTO["kl"]},
@@ -124,20 +162,27 @@ IMPLEMENTATIONS = ("default", "python", "triton")
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch):
-    """The default: the native library, or on a GPU Triton. Then Python code in its place. Then Triton, in its interpreter on a CPU."""
+    """The default: the native library, or on a GPU Triton. Then Python code in its place. Then Triton, in its
+    interpreter on a CPU."""
     if request.param == "python":
         monkeypatch.setattr(native, "missing", "for this test")
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
         from fastalign_kernels import advantage_triton, policy_triton, preference_triton, rows_triton
 
-        kernels = {rows: rows_triton, policy: policy_triton, preference: preference_triton, advantage: advantage_triton}
+        kernels = {
+            rows: rows_triton,
+            policy: policy_triton,
+            preference: preference_triton,
+            advantage: advantage_triton,
+        }
         for module, replaced in kernels.items():
             monkeypatch.setattr(module, "_implementation", lambda _, replaced=replaced: replaced)
 
 
 def with_nan(given, name, position):
-    """The inputs with NaN at one position of one of them: a token's, or, where it has no tokens, its last element."""
+    """The inputs with NaN at one position of one of them: a token's, or, where it has no tokens, its last
+    element."""
     changed = given[name].clone()
     if changed.shape[:2] == (B, T):
         changed[position] = NAN
@@ -147,15 +192,19 @@ def with_nan(given, name, position):
 
 
 def each_input(*tables, tokens_only=False):
-    """A case for each input of each loss of the tables: by every implementation, the specifications by themselves."""
+    """A case for each input of each loss of the tables: by every implementation, the specifications by
+    themselves."""
     cases = []
     for key, (loss, given) in ((key, case) for table in tables for key, case in table.items()):
         for name, x in given.items():
             if x.shape[:2] == (B, T) or not tokens_only:
-                # The head functions run the kernels of cross_entropy, on which Triton's interpreter takes a second a call.
+                # The head functions run the kernels of cross_entropy, on which Triton's interpreter takes a
+                # second a call.
                 for kind in IMPLEMENTATIONS[: 1 if "_ref" in key else 2 if key.startswith("linear_") else 3]:
                     cases.append(pytest.param(kind, loss, given, name, id=f"{key}-{name}-{kind}"))
-    return pytest.mark.parametrize(("implementation", "loss", "given", "name"), cases, indirect=["implementation"])
+    return pytest.mark.parametrize(
+        ("implementation", "loss", "given", "name"), cases, indirect=["implementation"]
+    )
 
 
 @each_input(OF_TOKENS, OF_SEQUENCES)
@@ -194,4 +243,6 @@ def test_nan_reaches_the_metrics_of_reward_loss(implementation, loss):
     for name in ("chosen_scores", "rejected_scores"):
         assert all(metric.isnan() for metric in loss(**with_nan(SCORES, name, COUNTED)))
     result = loss(**with_nan(SCORES, "margin", COUNTED))
-    assert result.loss.isnan() and result.accuracy.isfinite() and result.mean_margin.isfinite()  # both are of the scores alone
+    assert (
+        result.loss.isnan() and result.accuracy.isfinite() and result.mean_margin.isfinite()
+    )  # both are of the scores alone

@@ -18,12 +18,18 @@ ROOT = Path(__file__).parents[1]
 def test_status_says_what_is_native_and_why_not(monkeypatch):
     rows = {what: (state, why) for what, state, why in native.status()}
     state, why = rows["CPU row kernels"]
-    assert (state.startswith("native, ") and state[8:] in native.TARGETS) if not native.missing else why == native.missing
+    assert (
+        (state.startswith("native, ") and state[8:] in native.TARGETS)
+        if not native.missing
+        else why == native.missing
+    )
     monkeypatch.setattr(native, "missing", "no compiler")
     assert native.status()[0] == ("CPU row kernels", "reference, in PyTorch", "no compiler")
 
 
-@pytest.mark.parametrize("wanted, said", [("own", "('own',"), ("torch", "('torch',"), ("mkl", "got 'mkl', expected own or torch")])
+@pytest.mark.parametrize(
+    "wanted, said", [("own", "('own',"), ("torch", "('torch',"), ("mkl", "got 'mkl', expected own or torch")]
+)
 def test_the_environment_chooses_the_gemm(wanted, said):
     if wanted == "own" and not native.has_own_gemm():
         said = "FASTALIGN_GEMM: got 'own', expected torch"
@@ -57,20 +63,32 @@ def test_the_launcher_checks_its_arguments(change, said):
         "stats": torch.zeros(7, 3),
     } | change
     with pytest.raises(RuntimeError, match=said):
-        torch.ops.fastalign.row_stats(arguments["logits"], arguments["ids"], arguments["bias"], *Transform(), arguments["stats"])
+        torch.ops.fastalign.row_stats(
+            arguments["logits"], arguments["ids"], arguments["bias"], *Transform(), arguments["stats"]
+        )
 
 
 def test_without_the_library_the_package_says_so_and_works(tmp_path):
-    """A copy of the package without _native.so: one warning that names the reason, and the same loss from the reference."""
+    """A copy of the package without _native.so: one warning that names the reason, and the same loss from the
+    reference."""
     shutil.copytree(
-        ROOT / "kernels" / "fastalign_kernels", tmp_path / "fastalign_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        ROOT / "kernels" / "fastalign_kernels",
+        tmp_path / "fastalign_kernels",
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
     )
     code = (
         "import torch, fastalign_kernels as k; from fastalign_kernels import native; "
         "print(native.LIBRARY.parent, k.linear_cross_entropy(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])).item())"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
     folder, loss = run.stdout.split()
     assert folder == str(tmp_path / "fastalign_kernels") and abs(float(loss) - 1.3862943) < 1e-6
     assert run.stderr.count("UserWarning") == 1 and "FASTALIGN_NATIVE=0" in run.stderr
@@ -79,7 +97,17 @@ def test_without_the_library_the_package_says_so_and_works(tmp_path):
 @pytest.mark.skipif(bool(native.missing), reason=f"the native library is not there: {native.missing}")
 def test_opcheck():
     logits, ids, stats = torch.randn(2, 3, 7), torch.tensor([0, 6, -1, 3, 2, 1]), torch.zeros(7, 6)
-    torch.library.opcheck(torch.ops.fastalign.row_stats.default, (logits, ids, torch.randn(7), *Transform(), stats))
+    torch.library.opcheck(
+        torch.ops.fastalign.row_stats.default, (logits, ids, torch.randn(7), *Transform(), stats)
+    )
     torch.ops.fastalign.row_stats(logits, ids, None, *Transform(), stats)
-    arguments = (logits, ids, None, *Transform(0.5, 3.0, 2.0), stats, torch.randn(4, 6), torch.empty_like(logits).zero_())
+    arguments = (
+        logits,
+        ids,
+        None,
+        *Transform(0.5, 3.0, 2.0),
+        stats,
+        torch.randn(4, 6),
+        torch.empty_like(logits).zero_(),
+    )
     torch.library.opcheck(torch.ops.fastalign.row_grad.default, arguments)

@@ -10,11 +10,15 @@ COMMON = {"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "temperatur
 
 
 def test_linear_cross_entropy_loss():
-    hidden, weight, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (9, 4), (9,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (9, 4), (9,))
+    )
     targets, weights = torch.tensor([0, 3, 8, 1, 3, 5]), torch.rand(6)
     module = LinearCrossEntropyLoss(**COMMON, **HEAD)
     found = module(hidden, weight, targets, bias, token_weights=weights)
-    assert torch.equal(found, linear_cross_entropy(hidden, weight, targets, bias, token_weights=weights, **COMMON, **HEAD))
+    assert torch.equal(
+        found, linear_cross_entropy(hidden, weight, targets, bias, token_weights=weights, **COMMON, **HEAD)
+    )
     found.backward()
     assert weight.grad.abs().sum() > 0
     assert not list(module.parameters()) and "label_smoothing=0.1" in repr(module)
@@ -25,33 +29,65 @@ def test_linear_cross_entropy_loss():
 def test_cross_entropy_loss():
     logits, targets = torch.randn(2, 3, 9, requires_grad=True), torch.tensor([[0, 3, 8], [1, 3, 5]])
     options = {**COMMON, "softcap": 5.0, "inplace_backward": True}
-    assert torch.equal(CrossEntropyLoss(**options)(logits, targets), cross_entropy(logits, targets, **options))
-    assert torch.equal(CrossEntropyLoss()(logits, targets, num_items=4), cross_entropy(logits, targets, num_items=4))
+    assert torch.equal(
+        CrossEntropyLoss(**options)(logits, targets), cross_entropy(logits, targets, **options)
+    )
+    assert torch.equal(
+        CrossEntropyLoss()(logits, targets, num_items=4), cross_entropy(logits, targets, num_items=4)
+    )
     assert "inplace_backward=True" in repr(CrossEntropyLoss(**options))
 
 
 def test_linear_preference_losses():
     hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((4, 5, 6), (9, 6), (9,)))
-    ids, reference, desirable, kl = torch.randint(9, (4, 5)), torch.randn(4), torch.tensor([True, False, False, True]), torch.tensor(0.1)
+    ids, reference, desirable, kl = (
+        torch.randint(9, (4, 5)),
+        torch.randn(4),
+        torch.tensor([True, False, False, True]),
+        torch.tensor(0.1),
+    )
     head = {"ignore_index": 3, "temperature": 0.8, "beta": 0.5, **HEAD}
     pairs = {**head, "loss_type": "robust", "label_smoothing": 0.1}
     found = LinearDPOLoss(**pairs)(hidden, weight, ids, bias, reference_logps=reference)
-    assert all(map(torch.equal, found, linear_dpo_loss(hidden, weight, ids, bias, reference_logps=reference, **pairs)))
+    assert all(
+        map(
+            torch.equal, found, linear_dpo_loss(hidden, weight, ids, bias, reference_logps=reference, **pairs)
+        )
+    )
     found.loss.backward()
     assert weight.grad.abs().sum() > 0
     unpaired = {**head, "desirable_weight": 1.2, "undesirable_weight": 0.4}
-    packed = {"hidden": hidden.flatten(0, 1), "ids": ids.flatten(), "cu_seqlens": torch.arange(0, 21, 5), "bias": bias}
-    given = {"desirable": desirable, "kl": kl, "reference_hidden": torch.randn(20, 6), "reference_weight": weight.detach()}
+    packed = {
+        "hidden": hidden.flatten(0, 1),
+        "ids": ids.flatten(),
+        "cu_seqlens": torch.arange(0, 21, 5),
+        "bias": bias,
+    }
+    given = {
+        "desirable": desirable,
+        "kl": kl,
+        "reference_hidden": torch.randn(20, 6),
+        "reference_weight": weight.detach(),
+    }
     found = LinearKTOLoss(**unpaired)(weight=weight, **packed, **given)
     assert all(map(torch.equal, found, linear_kto_loss(weight=weight, **packed, **given, **unpaired)))
-    assert "loss_type='robust'" in repr(LinearDPOLoss(**pairs)) and "undesirable_weight=0.4" in repr(LinearKTOLoss(**unpaired))
+    assert "loss_type='robust'" in repr(LinearDPOLoss(**pairs)) and "undesirable_weight=0.4" in repr(
+        LinearKTOLoss(**unpaired)
+    )
 
 
 def test_linear_ppo_loss():
     hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 6), (9, 6), (9,)))
     ids, (old_logp, advantages, reference) = torch.randint(9, (2, 5)), torch.randn(3, 2, 5)
     given = (hidden, weight, ids, old_logp, advantages, torch.rand(2, 5) > 0.3, bias)
-    options = {"clip": 0.1, "clip_high": 0.3, "dual_clip": 3.0, "entropy_coefficient": 0.1, "kl_coefficient": 0.2, "kl_estimator": "k2"}
+    options = {
+        "clip": 0.1,
+        "clip_high": 0.3,
+        "dual_clip": 3.0,
+        "entropy_coefficient": 0.1,
+        "kl_coefficient": 0.2,
+        "kl_estimator": "k2",
+    }
     options |= {"aggregation": "sequence_mean", "temperature": 0.8, **HEAD}
     module, tensors = LinearPPOLoss(**options), {"reference_logp": reference, "normalizer": 7}
     found = module(*given, **tensors)

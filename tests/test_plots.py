@@ -10,14 +10,18 @@ from bench import plots
 pytest.importorskip("matplotlib", reason="plots need matplotlib, of the extra `bench`")
 
 
-def case(name: str, shape: tuple[int, int, int], rows: dict[str, tuple[float, float | None]]) -> dict[str, Any]:
+def case(
+    name: str, shape: tuple[int, int, int], rows: dict[str, tuple[float, float | None]]
+) -> dict[str, Any]:
     return {
         "name": name,
         "operation": "linear_cross_entropy",
         "dtype": "fp32",
         "trained": ["hidden", "weight"],
         "shape": dict(zip("NHV", shape)),
-        "rows": {method: {"seconds": [seconds] * 3, "peak_mib": mib} for method, (seconds, mib) in rows.items()},
+        "rows": {
+            method: {"seconds": [seconds] * 3, "peak_mib": mib} for method, (seconds, mib) in rows.items()
+        },
     }
 
 
@@ -40,7 +44,9 @@ def test_both_plots_are_drawn_beside_the_file(tmp_path: Path) -> None:
 
 
 def test_what_a_file_has_no_figures_for_is_not_drawn(tmp_path: Path) -> None:
-    assert [path.name for path in plots.draw({**INFO, "cases": [PLAIN]}, tmp_path / "results.json")] == ["results-time-memory.png"]
+    assert [path.name for path in plots.draw({**INFO, "cases": [PLAIN]}, tmp_path / "results.json")] == [
+        "results-time-memory.png"
+    ]
     assert plots.draw({**INFO, "cases": [LONGER]}, tmp_path / "results.json") == []
 
 

@@ -1,4 +1,5 @@
-"""The losses of policy optimisation against their specifications, closed forms and identities, on every implementation."""
+"""The losses of policy optimisation against their specifications, closed forms and identities, on every
+implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from fastalign_kernels.tokens import AGGREGATIONS
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, inside Triton's interpreter: inf * 0 is not selected
+    pytest.mark.filterwarnings(
+        "ignore:.*encountered in:RuntimeWarning"
+    ),  # numpy's, inside Triton's interpreter: inf * 0 is not selected
 ]
 
 NAN, INF = float("nan"), float("inf")
@@ -29,9 +32,13 @@ FULL = {"entropy_coefficient": 0.1, "kl_coefficient": 0.3, "clip_high": 0.4, "du
 
 
 def tokens(dtype=torch.float64, shape=(5, 23), seed=0, device="cpu", spread=0.4):
-    """logp and entropy with a gradient, what goes with them, and a ragged mask with an empty row; garbage stands outside of it."""
+    """logp and entropy with a gradient, what goes with them, and a ragged mask with an empty row; garbage
+    stands outside of it."""
     generator = torch.Generator().manual_seed(seed)
-    random = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name in ("logp", "old_logp", "a", "entropy", "ref")}
+    random = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name in ("logp", "old_logp", "a", "entropy", "ref")
+    }
     mask = torch.rand(shape, generator=generator) > 0.3
     if len(shape) == 2:
         mask[1:2], mask[2:3] = False, True
@@ -53,7 +60,11 @@ def tokens(dtype=torch.float64, shape=(5, 23), seed=0, device="cpu", spread=0.4)
 
 def values(dtype=torch.float64, shape=(5, 23), seed=0, device="cpu"):
     given = tokens(torch.float64, shape, seed, device)
-    tensors = {"values": given["logp"].detach(), "old_values": given["old_logp"], "returns": given["advantages"]}
+    tensors = {
+        "values": given["logp"].detach(),
+        "old_values": given["old_logp"],
+        "returns": given["advantages"],
+    }
     return {name: tensor.to(dtype) for name, tensor in tensors.items()} | {"mask": given["mask"]}
 
 
@@ -64,9 +75,12 @@ def gradients(loss, given, upstream=-1.7):
 
 @pytest.fixture(params=["chosen", "pytorch", "triton"])
 def implementation(request, monkeypatch):
-    """What a CPU or a GPU runs, PyTorch in its place, and Triton's kernels: compiled on a GPU, interpreted on a CPU."""
+    """What a CPU or a GPU runs, PyTorch in its place, and Triton's kernels: compiled on a GPU, interpreted on
+    a CPU."""
     if request.param == "triton":
-        other = pytest.importorskip("fastalign_kernels.policy_triton", reason="triton is not installed", exc_type=ImportError)
+        other = pytest.importorskip(
+            "fastalign_kernels.policy_triton", reason="triton is not installed", exc_type=ImportError
+        )
     else:
         other = policy._twins
     if request.param != "chosen":
@@ -78,7 +92,9 @@ def assert_same(found, expected, given, tolerance=1e-12):
     for name, a, b in zip(expected._fields, found, expected):
         assert (a is None) == (b is None), name
         if a is not None:
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            )
             assert a.requires_grad == (name == "loss") and a.shape == ()
     ours, theirs = gradients(found.loss, given), gradients(expected.loss, given)
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -92,7 +108,14 @@ def assert_same(found, expected, given, tolerance=1e-12):
 @pytest.mark.parametrize("clip", CLIPS)
 def test_matches_the_specification(device, clip, aggregation, estimator):
     given = tokens(device=device)
-    options = {**FULL, "clip_high": None, "dual_clip": None, **CLIPS[clip], "aggregation": aggregation, "kl_estimator": estimator}
+    options = {
+        **FULL,
+        "clip_high": None,
+        "dual_clip": None,
+        **CLIPS[clip],
+        "aggregation": aggregation,
+        "kl_estimator": estimator,
+    }
     for normalizer in (None, 7, torch.tensor(2.5, device=device)):
         options["normalizer"] = normalizer
         assert_same(ppo_loss(**given, **options), ppo_loss_ref(**given, **options), given)
@@ -122,7 +145,9 @@ def test_gradcheck():
     given["old_logp"] = logp.detach() + 0.15
     for options in (*CLIPS.values(), {"clip": 0.5, "aggregation": "sequence_mean", "kl_estimator": "k2"}):
         both = {**FULL, "clip_high": None, "dual_clip": None, **options}
-        assert torch.autograd.gradcheck(lambda x, h, o=both: ppo_loss(x, entropy=h, **given, **o).loss, (logp, entropy))
+        assert torch.autograd.gradcheck(
+            lambda x, h, o=both: ppo_loss(x, entropy=h, **given, **o).loss, (logp, entropy)
+        )
     old, target = random[2:]
     for clip in (0.3, None):
         assert torch.autograd.gradcheck(lambda v, c=clip: value_loss(v, old, target, mask, clip=c).loss, logp)
@@ -132,14 +157,23 @@ def test_gradcheck():
 def test_low_precision_is_no_worse_than_eager(implementation, no_worse_than_eager, device, dtype):
     """Loss, metrics and gradients at several blocks with a ragged end; the truth sees the rounded inputs."""
     given = tokens(dtype, (3, 1111), device=device)
-    wide = {name: x if name == "mask" else x.detach().double().requires_grad_(x.requires_grad) for name, x in given.items()}
+    wide = {
+        name: x if name == "mask" else x.detach().double().requires_grad_(x.requires_grad)
+        for name, x in given.items()
+    }
     for aggregation, estimator in zip(AGGREGATIONS, KL_ESTIMATORS):
         options = {**FULL, "aggregation": aggregation, "kl_estimator": estimator}
-        found, eager, truth = ppo_loss(**given, **options), ppo_loss_ref(**given, **options), ppo_loss_ref(**wide, **options)
+        found, eager, truth = (
+            ppo_loss(**given, **options),
+            ppo_loss_ref(**given, **options),
+            ppo_loss_ref(**wide, **options),
+        )
         for name, ours, theirs, true in zip(found._fields, found, eager, truth):
             assert ours.dtype == torch.float32
             no_worse_than_eager(ours.detach(), theirs.detach(), true.detach(), name)
-        for ours, theirs, true in zip(*(gradients(x.loss, y) for x, y in ((found, given), (eager, given), (truth, wide)))):
+        for ours, theirs, true in zip(
+            *(gradients(x.loss, y) for x, y in ((found, given), (eager, given), (truth, wide)))
+        ):
             assert ours.dtype == dtype
             no_worse_than_eager(ours, theirs, true, f"gradient, {aggregation}")
 
@@ -170,7 +204,9 @@ def test_beyond_20_nats_the_ratio_has_no_gradient(implementation, device):
     for sign in (1.0, -1.0):
         out = ppo_loss(d, zeros, zeros + sign, zeros == 0, clip=None, aggregation="sum")
         assert not torch.autograd.grad(out.loss, d)[0].any()
-        assert out.mean_ratio.item() == pytest.approx(math.exp(20) / 2) and out.approx_kl.item() == pytest.approx((1e8 + 20.5**2) / 4)
+        assert out.mean_ratio.item() == pytest.approx(
+            math.exp(20) / 2
+        ) and out.approx_kl.item() == pytest.approx((1e8 + 20.5**2) / 4)
 
 
 def test_known_points(implementation, device):
@@ -178,7 +214,16 @@ def test_known_points(implementation, device):
     logp = torch.tensor([0.5, 1.0, 2.0] * 2, device=device).log().requires_grad_()
     a = torch.tensor([2.0] * 3 + [-2.0] * 3, device=device)
     zeros = torch.zeros(6, device=device)
-    out = ppo_loss(logp, zeros, a, zeros == 0, dual_clip=1.5, entropy=zeros + 3, entropy_coefficient=0.5, reference_logp=zeros)
+    out = ppo_loss(
+        logp,
+        zeros,
+        a,
+        zeros == 0,
+        dual_clip=1.5,
+        entropy=zeros + 3,
+        entropy_coefficient=0.5,
+        reference_logp=zeros,
+    )
     policies = [-1.0, -2.0, -2.4, 1.6, 2.0, 3.0]
     assert out.policy_loss.item() == pytest.approx(sum(policies) / 6)
     assert out.loss.item() == pytest.approx(sum(policies) / 6 - 1.5)
@@ -192,7 +237,8 @@ def test_known_points(implementation, device):
 
 
 def test_the_first_minibatch(implementation, device):
-    """Ratio 1, clip fraction 0, approximate KL 0, the loss minus the mean advantage, and the policy gradient."""
+    """Ratio 1, clip fraction 0, approximate KL 0, the loss minus the mean advantage, and the policy
+    gradient."""
     given = tokens(torch.float32, device=device)
     logp, a, mask = given["logp"], given["advantages"], given["mask"]
     out = ppo_loss(logp, logp.detach(), a, mask, reference_logp=logp.detach())
@@ -212,19 +258,26 @@ def test_small_kl_keeps_its_digits(implementation, device):
         own, zero = one[None].clone().requires_grad_(), torch.zeros(1, device=device)
         out = ppo_loss(own, zero, zero, zero == 0, reference_logp=zero, kl_coefficient=1.0)
         wide = one.double()
-        assert out.kl.item() == pytest.approx((torch.expm1(-wide) + wide).item(), rel=1e-6 if implementation != "pytorch" else 1)
-        assert torch.autograd.grad(out.loss, own)[0].item() == pytest.approx(-torch.expm1(-wide).item(), rel=1e-5)
+        assert out.kl.item() == pytest.approx(
+            (torch.expm1(-wide) + wide).item(), rel=1e-6 if implementation != "pytorch" else 1
+        )
+        assert torch.autograd.grad(out.loss, own)[0].item() == pytest.approx(
+            -torch.expm1(-wide).item(), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_micro_batches_add_up(device, aggregation):
-    """With the whole batch's normalizer, rows split over micro-batches or ranks give the batch's loss and gradients."""
+    """With the whole batch's normalizer, rows split over micro-batches or ranks give the batch's loss and
+    gradients."""
     given = tokens(device=device)
     mask = given["mask"]
     normalizer = {"token_mean": mask.sum(), "sequence_mean": mask.any(1).sum(), "sum": None}[aggregation]
     whole = ppo_loss(**given, **FULL, aggregation=aggregation)
     parts = [{name: x[rows] for name, x in given.items()} for rows in (slice(0, 2), slice(2, 3), slice(3, 5))]
-    split = sum(ppo_loss(**part, **FULL, aggregation=aggregation, normalizer=normalizer).loss for part in parts)
+    split = sum(
+        ppo_loss(**part, **FULL, aggregation=aggregation, normalizer=normalizer).loss for part in parts
+    )
     torch.testing.assert_close(split, whole.loss, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradients(split, given), gradients(whole.loss, given), rtol=1e-12, atol=1e-12)
     wide = values(device=device) | {"values": values(device=device)["values"].requires_grad_()}
@@ -238,7 +291,9 @@ def test_a_normalizer_of_sequence_means_keeps_its_digits_in_fp64():
     given = tokens() | {"mask": torch.ones(5, 23, dtype=torch.bool)}
     given = {name: x if name == "mask" else x.detach().nan_to_num(0, 0, 0) for name, x in given.items()}
     options = {"aggregation": "sequence_mean", "normalizer": 37.1997005624994}
-    torch.testing.assert_close(ppo_loss(**given, **options).loss, ppo_loss_ref(**given, **options).loss, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        ppo_loss(**given, **options).loss, ppo_loss_ref(**given, **options).loss, rtol=1e-14, atol=0
+    )
 
 
 def test_sequence_means_weigh_sequences_alike():
@@ -262,10 +317,16 @@ def test_any_shape_and_an_empty_mask(implementation, device, shape):
     nothing = value_loss(given["logp"], given["old_logp"], given["advantages"], empty["mask"])
     assert nothing.loss == 0 and nothing.clip_fraction == 0 and nothing.explained_variance.isnan()
     assert not torch.autograd.grad(nothing.loss, given["logp"])[0].any()
-    first = {name: torch.nan_to_num(x.detach(), 1, 1, 1).requires_grad_(x.requires_grad) for name, x in given.items() if name != "mask"}
+    first = {
+        name: torch.nan_to_num(x.detach(), 1, 1, 1).requires_grad_(x.requires_grad)
+        for name, x in given.items()
+        if name != "mask"
+    }
     mask = empty["mask"].clone()
     mask.view(-1)[:1] = True
-    found, expected = (f(**first, mask=mask, **FULL, aggregation=aggregation) for f in (ppo_loss, ppo_loss_ref))
+    found, expected = (
+        f(**first, mask=mask, **FULL, aggregation=aggregation) for f in (ppo_loss, ppo_loss_ref)
+    )
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=1e-5, atol=1e-6)
 
 
@@ -341,7 +402,10 @@ def test_any_number_of_threads_gives_the_same_bits():
 def test_strides_dtypes_and_masks_of_integers(device):
     given = tokens(torch.float32, device=device)
     expected = ppo_loss(**given, **FULL)
-    strided = {name: torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad) for name, x in given.items()}
+    strided = {
+        name: torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad)
+        for name, x in given.items()
+    }
     assert not strided["logp"].is_contiguous() and not strided["mask"].is_contiguous()
     found = ppo_loss(**strided, **FULL)
     assert all(map(torch.equal, found, expected))
@@ -349,10 +413,14 @@ def test_strides_dtypes_and_masks_of_integers(device):
     per_sequence = given | {"advantages": torch.randn(5, 1, device=device).expand(5, 23)}
     assert ppo_loss(**per_sequence).loss.isfinite()
     for kind in (torch.int64, torch.int32, torch.uint8):
-        assert all(map(torch.equal, ppo_loss(**given | {"mask": given["mask"].to(kind) * 3}, **FULL), expected))
+        assert all(
+            map(torch.equal, ppo_loss(**given | {"mask": given["mask"].to(kind) * 3}, **FULL), expected)
+        )
     mixed = given | {"old_logp": given["old_logp"].double(), "advantages": given["advantages"].bfloat16()}
     out = ppo_loss(**mixed, **FULL)
-    assert all(x.dtype == torch.float64 for x in out) and all(g.dtype == torch.float32 for g in gradients(out.loss, mixed))
+    assert all(x.dtype == torch.float64 for x in out) and all(
+        g.dtype == torch.float32 for g in gradients(out.loss, mixed)
+    )
 
 
 def test_only_logp_and_entropy_get_a_gradient(device):
@@ -361,7 +429,10 @@ def test_only_logp_and_entropy_get_a_gradient(device):
         given[name].requires_grad_()
     normalizer = torch.tensor(3.0, device=device, requires_grad=True)
     ppo_loss(**given, **FULL, normalizer=normalizer).loss.backward()
-    assert [name for name, x in given.items() if x.grad is not None] == ["logp", "entropy"] and normalizer.grad is None
+    assert [name for name, x in given.items() if x.grad is not None] == [
+        "logp",
+        "entropy",
+    ] and normalizer.grad is None
     own = values(device=device)
     for name in ("values", "old_values", "returns"):
         own[name].requires_grad_()
@@ -374,7 +445,8 @@ def test_only_logp_and_entropy_get_a_gradient(device):
 
 
 def test_a_gradient_that_was_handed_over_is_the_callers(device):
-    """An upstream gradient of 1 hands over what forward computed; what the caller makes of it reaches no second backward."""
+    """An upstream gradient of 1 hands over what forward computed; what the caller makes of it reaches no
+    second backward."""
     given = tokens(torch.float32, device=device)
     loss = ppo_loss(**given, **FULL).loss
     first = torch.autograd.grad(loss, (given["logp"], given["entropy"]), retain_graph=True)
@@ -389,7 +461,9 @@ def test_a_gradient_that_was_handed_over_is_the_callers(device):
 def test_a_metric_alone_has_no_gradient(device):
     given = tokens(device=device)
     out = ppo_loss(**given)
-    torch.testing.assert_close(out.loss, ppo_loss(**{k: v for k, v in given.items() if k not in ("entropy", "reference_logp")}).loss)
+    torch.testing.assert_close(
+        out.loss, ppo_loss(**{k: v for k, v in given.items() if k not in ("entropy", "reference_logp")}).loss
+    )
     logp, entropy = torch.autograd.grad(out.loss, (given["logp"], given["entropy"]), allow_unused=True)
     assert logp.any() and (entropy is None or not entropy.any())
 
@@ -398,12 +472,18 @@ def test_kin_of_ppo_have_the_gradients_of_their_papers(device):
     """As docs/policy_losses.md makes them: Dr. GRPO, GSPO and CISPO, each against its own formula."""
     given = tokens(device=device)
     mask = given["mask"] | (torch.arange(23, device=device) < 2)
-    logp, old, a = (torch.nan_to_num(given[name].detach(), 0.3, 0.3, 0.3) for name in ("logp", "old_logp", "advantages"))
+    logp, old, a = (
+        torch.nan_to_num(given[name].detach(), 0.3, 0.3, 0.3) for name in ("logp", "old_logp", "advantages")
+    )
     logp.requires_grad_()
     a, ratio = a[:, :1].expand_as(logp), (logp - old).exp()
 
     def same(loss, expected):
-        torch.testing.assert_close(*(torch.autograd.grad(x, logp, retain_graph=True) for x in (loss, expected)), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(x, logp, retain_graph=True) for x in (loss, expected)),
+            rtol=1e-12,
+            atol=1e-12,
+        )
 
     surrogate = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
     dr_grpo = ppo_loss(logp, old, a, mask, aggregation="sum", normalizer=logp.numel()).loss
@@ -418,12 +498,18 @@ def test_kin_of_ppo_have_the_gradients_of_their_papers(device):
 
 
 def test_opcheck():
-    given = {name: x.detach().reshape(-1).nan_to_num(0.0, 0.0, 0.0) for name, x in tokens(torch.float32).items() if name != "mask"}
+    given = {
+        name: x.detach().reshape(-1).nan_to_num(0.0, 0.0, 0.0)
+        for name, x in tokens(torch.float32).items()
+        if name != "mask"
+    }
     mask = tokens()["mask"].reshape(-1)
     logp, entropy = given["logp"].requires_grad_(), given["entropy"].requires_grad_()
     fixed = (given["old_logp"], given["advantages"], mask)
     options = list(policy.policy_options(0.2, None, None, 0.1, 0.3, "k3"))
-    torch.library.opcheck(policy.policy_op, (logp, entropy, *fixed, torch.tensor([0.1]), given["reference_logp"], options))
+    torch.library.opcheck(
+        policy.policy_op, (logp, entropy, *fixed, torch.tensor([0.1]), given["reference_logp"], options)
+    )
     torch.library.opcheck(policy.policy_op, (logp, None, *fixed, torch.rand(len(mask)), None, options))
     torch.library.opcheck(policy.value_op, (logp, *fixed, torch.tensor([0.1]), 0.2))
 
@@ -432,15 +518,25 @@ def test_compiles_without_a_graph_break(device):
     given = tokens(torch.float32, device=device)
 
     def both(**given):
-        found = ppo_loss(**given, **FULL, aggregation="sequence_mean"), ppo_loss(**given, clip=None, dual_clip=3.0)
-        return *found, value_loss(given["logp"], given["old_logp"], given["advantages"], given["mask"], clip=None)
+        found = (
+            ppo_loss(**given, **FULL, aggregation="sequence_mean"),
+            ppo_loss(**given, clip=None, dual_clip=3.0),
+        )
+        return *found, value_loss(
+            given["logp"], given["old_logp"], given["advantages"], given["mask"], clip=None
+        )
 
     expected, found = both(**given), torch.compile(both, fullgraph=True, backend="aot_eager")(**given)
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(tuple(ours), tuple(theirs))
         trained = [given["logp"], given["entropy"]]
         torch.testing.assert_close(
-            *(torch.autograd.grad(x.loss, trained, retain_graph=True, allow_unused=True, materialize_grads=True) for x in (ours, theirs))
+            *(
+                torch.autograd.grad(
+                    x.loss, trained, retain_graph=True, allow_unused=True, materialize_grads=True
+                )
+                for x in (ours, theirs)
+            )
         )
 
 
@@ -478,11 +574,16 @@ REFUSALS = [
     ({"aggregation": "mean"}, r"aggregation: 'mean' seen, one of token_mean, sequence_mean, sum wanted"),
     ({"normalizer": 0}, r"normalizer: 0 seen, a number above 0 wanted"),
     ({"normalizer": torch.ones(2)}, r"normalizer: shape \[2\] seen, a scalar = \[\] wanted"),
-    ({"cu_seqlens": torch.tensor([0, 6])}, r"cu_seqlens: shape \[2\] seen with a mask \[2, 3\], \[S \+ 1\] and \[N\] wanted"),
+    (
+        {"cu_seqlens": torch.tensor([0, 6])},
+        r"cu_seqlens: shape \[2\] seen with a mask \[2, 3\], \[S \+ 1\] and \[N\] wanted",
+    ),
 ]
 
 
-@pytest.mark.parametrize("change, named", REFUSALS, ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "change, named", REFUSALS, ids=lambda value: " ".join(value) if isinstance(value, dict) else ""
+)
 def test_refusals_name_the_argument(change, named):
     given = {"logp": ZEROS, "old_logp": ZEROS, "advantages": ZEROS, "mask": ZEROS == 0}
     with pytest.raises(ValueError, match=named):
@@ -491,7 +592,9 @@ def test_refusals_name_the_argument(change, named):
 
 def test_further_refusals():
     flat = torch.zeros(6)
-    with pytest.raises(ValueError, match=r"aggregation: 'sequence_mean' seen with a mask \[6\] and without cu_seqlens"):
+    with pytest.raises(
+        ValueError, match=r"aggregation: 'sequence_mean' seen with a mask \[6\] and without cu_seqlens"
+    ):
         ppo_loss(flat, flat, flat, flat == 0, aggregation="sequence_mean")
     with pytest.raises(ValueError, match=r"cu_seqlens: \[0, 5\] seen"):
         ppo_loss(flat, flat, flat, flat == 0, aggregation="sequence_mean", cu_seqlens=torch.tensor([0, 5]))

@@ -1,4 +1,5 @@
-"""PPO through the head: equals plain PyTorch with full logits, and `linear_token_stats` with `ppo_loss`, whatever the workspace."""
+"""PPO through the head: equals plain PyTorch with full logits, and `linear_token_stats` with `ppo_loss`,
+whatever the workspace."""
 
 from typing import Any
 
@@ -22,15 +23,22 @@ LOSS: dict[str, Any] = {"entropy_coefficient": 0.2, "kl_coefficient": 0.3, "clip
 
 
 def inputs(dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str, Any]:
-    """Ragged rows, one of them without tokens; outside of the mask NaN, infinity and ids that no vocabulary has."""
+    """Ragged rows, one of them without tokens; outside of the mask NaN, infinity and ids that no vocabulary
+    has."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((B, T, H), (V, H), (V,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator).to(dtype) for shape in ((B, T, H), (V, H), (V,))
+    )
     ids = torch.randint(V, (B, T), generator=generator)
     mask = torch.rand(B, T, generator=generator) > 0.3
     mask[1], mask[2] = False, True
     logp = linear_token_stats_ref(hidden.double(), weight.double(), ids, bias.double(), **HEAD).logp
     noise = 0.4 * torch.randn(3, B, T, generator=generator)
-    given = {"old_logp": (logp + noise[0]).float(), "advantages": 2 * noise[1], "reference_logp": (logp + noise[2]).float()}
+    given = {
+        "old_logp": (logp + noise[0]).float(),
+        "advantages": 2 * noise[1],
+        "reference_logp": (logp + noise[2]).float(),
+    }
     for tensor in (hidden, ids, *given.values()):
         tensor[~mask] = -7777 if tensor is ids else torch.nan
     trained = {"hidden": hidden, "weight": weight, "bias": bias}
@@ -41,7 +49,11 @@ def inputs(dtype: torch.dtype = torch.float64, device: str = "cpu") -> dict[str,
 
 
 def plain(
-    given: dict[str, Any], head: dict[str, Any], loss: dict[str, Any], stats: Any = linear_token_stats_ref, ppo: Any = ppo_loss_ref
+    given: dict[str, Any],
+    head: dict[str, Any],
+    loss: dict[str, Any],
+    stats: Any = linear_token_stats_ref,
+    ppo: Any = ppo_loss_ref,
 ) -> Any:
     """The composition of the two, from hidden states in which nothing is NaN."""
     inside = given["mask"]
@@ -53,8 +65,12 @@ def plain(
 
 
 def gradients(loss: Tensor, given: dict[str, Any], upstream: float = 1.0) -> dict[str, Tensor]:
-    names = [name for name in ("hidden", "weight", "bias") if given[name] is not None and given[name].requires_grad]
-    return dict(zip(names, torch.autograd.grad(upstream * loss, [given[name] for name in names], retain_graph=True)))
+    names = [
+        name for name in ("hidden", "weight", "bias") if given[name] is not None and given[name].requires_grad
+    ]
+    return dict(
+        zip(names, torch.autograd.grad(upstream * loss, [given[name] for name in names], retain_graph=True))
+    )
 
 
 def assert_same(found: Any, expected: Any, given: dict[str, Any], tolerance: float) -> None:
@@ -82,7 +98,11 @@ def test_equals_plain_pytorch(workspace: float | None, aggregation: str, estimat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equals_the_head_and_the_loss_to_rounding(dtype: torch.dtype, device: str) -> None:
     given = inputs(dtype, device)
-    for loss in (LOSS, {"clip": None, "aggregation": "sequence_mean"}, {"clip": 0.1, "aggregation": "sum", "normalizer": 7}):
+    for loss in (
+        LOSS,
+        {"clip": None, "aggregation": "sequence_mean"},
+        {"clip": 0.1, "aggregation": "sum", "normalizer": 7},
+    ):
         found = linear_ppo_loss(**given, **loss)
         expected = plain(given, {}, loss, linear_token_stats, ppo_loss)
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 4e-3}[dtype]
@@ -91,9 +111,16 @@ def test_equals_the_head_and_the_loss_to_rounding(dtype: torch.dtype, device: st
 
 def test_low_precision_is_no_worse_than_eager(no_worse_than_eager, device: str) -> None:
     given = inputs(torch.bfloat16, device)
-    wide = {name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for name, x in given.items()}
+    wide = {
+        name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for name, x in given.items()
+    }
     truth, eager, found = plain(wide, {}, LOSS), plain(given, {}, LOSS), linear_ppo_loss(**given, **LOSS)
-    expected, theirs, own = gradients(truth.loss, wide), gradients(eager.loss, given), gradients(found.loss, given)
+    expected, theirs, own = (
+        gradients(truth.loss, wide),
+        gradients(eager.loss, given),
+        gradients(found.loss, given),
+    )
     for name, true in expected.items():
         no_worse_than_eager(own[name], theirs[name], true, name)
 
@@ -131,7 +158,9 @@ def test_gemms_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
                 given[name].requires_grad_(name in trained)
             seen.clear()
             linear_ppo_loss(**given, **LOSS, workspace_mib=TIGHT).loss.backward()
-            assert sum(seen) == times * given["mask"].sum() and max(seen) <= (8 if times == 2 or dtype == torch.float32 else 4)
+            assert sum(seen) == times * given["mask"].sum() and max(seen) <= (
+                8 if times == 2 or dtype == torch.float32 else 4
+            )
         with torch.no_grad():
             seen.clear()
             assert not linear_ppo_loss(**given, **LOSS).loss.requires_grad
@@ -143,12 +172,21 @@ def test_one_trained_tensor(trained: str, device: str) -> None:
     given = inputs(device=device)
     for name in ("hidden", "weight", "bias"):
         given[name].requires_grad_(name == trained)
-    found, expected = linear_ppo_loss(**given, **LOSS), plain({**given, "old_logp": given["old_logp"].double()}, {}, LOSS)
-    torch.testing.assert_close(gradients(found.loss, given)[trained], gradients(expected.loss, given)[trained], rtol=1e-10, atol=1e-12)
+    found, expected = (
+        linear_ppo_loss(**given, **LOSS),
+        plain({**given, "old_logp": given["old_logp"].double()}, {}, LOSS),
+    )
+    torch.testing.assert_close(
+        gradients(found.loss, given)[trained],
+        gradients(expected.loss, given)[trained],
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 def test_the_first_minibatch(device: str) -> None:
-    """Old log-probabilities of the same head: ratio 1, nothing clipped, approximate KL 0, loss minus the mean advantage."""
+    """Old log-probabilities of the same head: ratio 1, nothing clipped, approximate KL 0, loss minus the mean
+    advantage."""
     given = inputs(torch.float32, device)
     marked = torch.where(given["mask"], given["ids"], -100)
     with torch.no_grad():
@@ -164,8 +202,13 @@ def test_upstream_scale_a_second_backward_and_micro_batches(device: str) -> None
     once, thrice = gradients(found.loss, given), gradients(found.loss, given, -3.0)
     for name in once:
         torch.testing.assert_close(thrice[name], -3 * once[name], rtol=1e-12, atol=1e-15)
-    rows = [{name: x if name in ("weight", "bias") else x[part] for name, x in given.items()} for part in (slice(0, 2), slice(2, 4))]
-    split = torch.stack([linear_ppo_loss(**part, **LOSS, normalizer=given["mask"].sum()).loss for part in rows]).sum()
+    rows = [
+        {name: x if name in ("weight", "bias") else x[part] for name, x in given.items()}
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    split = torch.stack(
+        [linear_ppo_loss(**part, **LOSS, normalizer=given["mask"].sum()).loss for part in rows]
+    ).sum()
     torch.testing.assert_close(split, found.loss, rtol=1e-12, atol=1e-12)
     for name, gradient in gradients(split, given).items():
         torch.testing.assert_close(gradient, once[name], rtol=1e-10, atol=1e-12)
@@ -173,7 +216,10 @@ def test_upstream_scale_a_second_backward_and_micro_batches(device: str) -> None
 
 def test_the_loss_does_not_depend_on_the_workspace(device: str) -> None:
     given = inputs(torch.float32, device)
-    results = [linear_ppo_loss(**given, **LOSS, workspace_mib=mib) for mib in (V * 4 * 5 / 2**20, V * 4 * 12 / 2**20, 4.0)]
+    results = [
+        linear_ppo_loss(**given, **LOSS, workspace_mib=mib)
+        for mib in (V * 4 * 5 / 2**20, V * 4 * 12 / 2**20, 4.0)
+    ]
     for other in results[1:]:
         torch.testing.assert_close(tuple(other), tuple(results[0]), rtol=1e-6, atol=1e-7)
 
@@ -198,7 +244,9 @@ def test_opcheck() -> None:
         arguments = (*head, *flat[:2], scale, flat[2], options, True, True, True)
         torch.library.opcheck(torch.ops.fastalign.head_policy.default, arguments)
     step = torch.compile(
-        lambda **tensors: linear_ppo_loss(**tensors, **LOSS, aggregation="sequence_mean"), fullgraph=True, backend="aot_eager"
+        lambda **tensors: linear_ppo_loss(**tensors, **LOSS, aggregation="sequence_mean"),
+        fullgraph=True,
+        backend="aot_eager",
     )
     eager, ours = linear_ppo_loss(**given, **LOSS, aggregation="sequence_mean"), step(**given)
     torch.testing.assert_close(tuple(ours), tuple(eager))
@@ -215,7 +263,10 @@ def test_opcheck() -> None:
         ({"ids": torch.full((B, T), V)}, rf"ids: {V} at .* seen"),
         ({"ids": torch.full((B, T), -1)}, r"ids: -1 at"),
         ({"ids": torch.full((B, T), -100), "ignore_index": -1}, r"ids: -100 at"),
-        ({"reference_logp": None, "kl_coefficient": 0.1}, "reference_logp: None seen with kl_coefficient=0.1"),
+        (
+            {"reference_logp": None, "kl_coefficient": 0.1},
+            "reference_logp: None seen with kl_coefficient=0.1",
+        ),
         ({"clip": -1.0}, "clip: -1.0 seen"),
         ({"weight": torch.zeros(V, H + 1)}, "hidden: shape"),
         ({"temperature": 0.0}, "temperature: 0.0 seen"),

@@ -30,10 +30,22 @@ from fastalign import preferences
 from fastalign.causal_lm import fuse_head
 from fastalign.classifier import last_tokens, score_packed
 from fastalign.data import DataError, Tokenized, load_rows
-from fastalign.preferences import Pair, Unpaired, mismatch, pack_sequences, sequence_logps, tokenize_pairs, tokenize_unpaired
+from fastalign.preferences import (
+    Pair,
+    Unpaired,
+    mismatch,
+    pack_sequences,
+    sequence_logps,
+    tokenize_pairs,
+    tokenize_unpaired,
+)
 from fastalign.probe import UnsupportedModelError
 
-CORPUS = ["The film was great, really great.", "What did you think of the film? It was bad.", "user assistant"]
+CORPUS = [
+    "The film was great, really great.",
+    "What did you think of the film? It was bad.",
+    "user assistant",
+]
 HEADER = "<|im_start|>{{ m['role'] }}\n"
 CHATML = (
     "{% for m in messages %}" + HEADER + "{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -48,8 +60,15 @@ SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(CORPUS * 10, vocab_size=320, special_tokens=["<|im_end|>", "<|im_start|>", "<pad>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<pad>", chat_template=CHATML)
+    bpe.train_from_iterator(
+        CORPUS * 10,
+        vocab_size=320,
+        special_tokens=["<|im_end|>", "<|im_start|>", "<pad>"],
+        show_progress=False,
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<pad>", chat_template=CHATML
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +91,10 @@ def random_sequences(lengths: Sequence[int], *, seed: int = 0) -> list[Tokenized
     """The second half of each is scored."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        Tokenized(torch.randint(3, 320, (n,), generator=generator).tolist(), [place >= max(n // 2, 1) for place in range(n)])
+        Tokenized(
+            torch.randint(3, 320, (n,), generator=generator).tolist(),
+            [place >= max(n // 2, 1) for place in range(n)],
+        )
         for n in lengths
     ]
 
@@ -80,8 +102,12 @@ def random_sequences(lengths: Sequence[int], *, seed: int = 0) -> list[Tokenized
 # Pairs
 
 
-def test_the_completions_of_a_text_pair_are_scored_with_their_eos(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    rows = write(tmp_path / "a.jsonl", [{"prompt": "The film", "chosen": " was great.", "rejected": " was bad."}])
+def test_the_completions_of_a_text_pair_are_scored_with_their_eos(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = write(
+        tmp_path / "a.jsonl", [{"prompt": "The film", "chosen": " was great.", "rejected": " was bad."}]
+    )
     [pair] = tokenize_pairs(rows, tokenizer, max_length=64)
     assert pair.margin is None
     assert tokenizer.decode(pair.chosen.input_ids) == "The film was great.<|im_end|>"
@@ -97,10 +123,15 @@ def test_the_turns_of_a_conversational_pair_are_scored_with_their_end(
         row = {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}
     [pair] = tokenize_pairs(write(tmp_path / "a.jsonl", [row]), tokenizer, max_length=64)
     assert pair.chosen.input_ids == tokenizer.apply_chat_template(ASKED + GOOD, return_dict=False)
-    assert [scored(tokenizer, one) for one in pair[:2]] == ["It was great.<|im_end|>", "It was bad, really.<|im_end|>"]
+    assert [scored(tokenizer, one) for one in pair[:2]] == [
+        "It was great.<|im_end|>",
+        "It was bad, really.<|im_end|>",
+    ]
 
 
-def test_margins_come_along_from_jsonl_and_parquet(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_margins_come_along_from_jsonl_and_parquet(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": margin} for margin in (1.0, -0.5, 2.0)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     for read in (write(tmp_path / "a.jsonl", rows), load_rows(str(tmp_path / "a.parquet"))):
@@ -116,21 +147,48 @@ def test_margins_come_along_from_jsonl_and_parquet(tokenizer: PreTrainedTokenize
             [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "", "rejected": "c"}],
             "row 2: column 'chosen' is empty$",
         ),
-        ([{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}], "row 2: column 'rejected' is missing or null$"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}],
+            "row 2: column 'rejected' is missing or null$",
+        ),
         ([{"prompt": "a", "chosen": "b", "rejected": 3}], "row 1: column 'rejected' must be text, got int$"),
-        ([{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2, "rows 1, 2: columns 'chosen' and 'rejected' are the same$"),
-        ([{"prompt": ASKED, "chosen": GOOD, "rejected": "b"}], "row 1: column 'rejected' must be a list of messages, got str$"),
-        ([{"prompt": ASKED, "chosen": GOOD, "rejected": GOOD}], "row 1: columns 'chosen' and 'rejected' are the same$"),
-        ([{"prompt": ASKED, "chosen": GOOD, "rejected": ASKED}], "row 1: column 'rejected' has no assistant turn$"),
-        ([{"chosen": GOOD, "rejected": BAD}], "row 1: .* must begin with the same messages where there is no column 'prompt'$"),
-        ([{"chosen": GOOD, "rejected": "b"}], "row 1: .* must both be lists of messages where there is no column 'prompt'$"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2,
+            "rows 1, 2: columns 'chosen' and 'rejected' are the same$",
+        ),
+        (
+            [{"prompt": ASKED, "chosen": GOOD, "rejected": "b"}],
+            "row 1: column 'rejected' must be a list of messages, got str$",
+        ),
+        (
+            [{"prompt": ASKED, "chosen": GOOD, "rejected": GOOD}],
+            "row 1: columns 'chosen' and 'rejected' are the same$",
+        ),
+        (
+            [{"prompt": ASKED, "chosen": GOOD, "rejected": ASKED}],
+            "row 1: column 'rejected' has no assistant turn$",
+        ),
+        (
+            [{"chosen": GOOD, "rejected": BAD}],
+            "row 1: .* must begin with the same messages where there is no column 'prompt'$",
+        ),
+        (
+            [{"chosen": GOOD, "rejected": "b"}],
+            "row 1: .* must both be lists of messages where there is no column 'prompt'$",
+        ),
         ([{"chosen": ASKED + GOOD, "rejected": ASKED}], "row 1: column 'rejected' has no assistant turn$"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": m} for m in (1, "high")],
             "row 2: column 'margin' must be .*, got 'high'$",
         ),
-        ([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": m} for m in (1, None)], "row 2: column 'margin' must be .*, got None$"),
-        ([{"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}], "row 1: column 'margin' must be a finite number, got True$"),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": m} for m in (1, None)],
+            "row 2: column 'margin' must be .*, got None$",
+        ),
+        (
+            [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}],
+            "row 1: column 'margin' must be a finite number, got True$",
+        ),
     ],
 )
 def test_pairs_that_cannot_be_used_are_refused_by_row(
@@ -146,17 +204,29 @@ def test_long_pairs_are_cut_with_one_warning_and_refused_where_nothing_is_left_t
     short = {"prompt": "The film", "chosen": " was", "rejected": " bad"}
     long = {"prompt": "The film", "chosen": " was great." * 9, "rejected": " bad" * 40}
     rows = write(tmp_path / "a.jsonl", [short, long])
-    with pytest.warns(UserWarning, match=r"a\.jsonl, row 2: longer than max_length=12, cut at the right \(1 of 2 rows\)") as caught:
+    with pytest.warns(
+        UserWarning, match=r"a\.jsonl, row 2: longer than max_length=12, cut at the right \(1 of 2 rows\)"
+    ) as caught:
         pairs = tokenize_pairs(rows, tokenizer, max_length=12, too_long="truncate")
     assert len(caught) == 1
     assert [len(sequence.input_ids) for sequence in pairs[1][:2]] == [12, 12]
-    same_at_first = {"prompt": "The film", "chosen": " was great." * 9, "rejected": " was great." * 9 + " bad"}
+    same_at_first = {
+        "prompt": "The film",
+        "chosen": " was great." * 9,
+        "rejected": " was great." * 9 + " bad",
+    }
     with (
-        pytest.raises(DataError, match="row 2: columns 'chosen' and 'rejected' are the same within max_length=12$"),
+        pytest.raises(
+            DataError, match="row 2: columns 'chosen' and 'rejected' are the same within max_length=12$"
+        ),
         pytest.warns(UserWarning),
     ):
-        tokenize_pairs(write(tmp_path / "b.jsonl", [short, same_at_first]), tokenizer, max_length=12, too_long="truncate")
-    with pytest.raises(DataError, match="row 2: no token to train on within max_length=12: the prompt fills it$"):
+        tokenize_pairs(
+            write(tmp_path / "b.jsonl", [short, same_at_first]), tokenizer, max_length=12, too_long="truncate"
+        )
+    with pytest.raises(
+        DataError, match="row 2: no token to train on within max_length=12: the prompt fills it$"
+    ):
         tokenize_pairs(
             write(tmp_path / "c.jsonl", [short, short | {"prompt": "The film was great." * 9}]),
             tokenizer,
@@ -176,7 +246,10 @@ def test_long_pairs_are_cut_with_one_warning_and_refused_where_nothing_is_left_t
             [{"prompt": "a", "completion": "b", "label": label} for label in (True, 1)],
             "row 2: column 'label' must be true or false, got 1$",
         ),
-        ([{"prompt": "a", "completion": "b", "label": label} for label in (False, None)], "row 2: column 'label' must be .*, got None$"),
+        (
+            [{"prompt": "a", "completion": "b", "label": label} for label in (False, None)],
+            "row 2: column 'label' must be .*, got None$",
+        ),
         ([{"prompt": "a", "completion": " ", "label": True}], "row 1: column 'completion' is empty$"),
     ],
 )
@@ -188,23 +261,38 @@ def test_judged_completions_that_cannot_be_used_are_refused_by_row(
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_judged_completion_is_told_from_its_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path, chat: bool) -> None:
-    row = {"prompt": ASKED, "completion": GOOD} if chat else {"prompt": "The film", "completion": " was great."}
-    [read] = tokenize_unpaired(write(tmp_path / "a.jsonl", [row | {"label": False}]), tokenizer, max_length=64)
+def test_a_judged_completion_is_told_from_its_prompt(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, chat: bool
+) -> None:
+    row = (
+        {"prompt": ASKED, "completion": GOOD} if chat else {"prompt": "The film", "completion": " was great."}
+    )
+    [read] = tokenize_unpaired(
+        write(tmp_path / "a.jsonl", [row | {"label": False}]), tokenizer, max_length=64
+    )
     assert not read.desirable and read.mismatched is None
     prompt = (
-        tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False) if chat else tokenizer("The film")["input_ids"]
+        tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
+        if chat
+        else tokenizer("The film")["input_ids"]
     )
     assert read.prompt == prompt
-    assert tokenizer.decode(read.completion) == ("It was great.<|im_end|>\n" if chat else " was great.<|im_end|>")
+    assert tokenizer.decode(read.completion) == (
+        "It was great.<|im_end|>\n" if chat else " was great.<|im_end|>"
+    )
 
 
 def unpaired(completions: Sequence[int]) -> list[Unpaired]:
     """Rows whose completions are the given token, four times, behind prompts that differ."""
-    return [Unpaired(Tokenized([100 + n, 7] + [token] * 4, [False] * 2 + [True] * 4), n % 2 == 0) for n, token in enumerate(completions)]
+    return [
+        Unpaired(Tokenized([100 + n, 7] + [token] * 4, [False] * 2 + [True] * 4), n % 2 == 0)
+        for n, token in enumerate(completions)
+    ]
 
 
-@pytest.mark.parametrize("completions", [[1, 2], [1, 2, 3, 4, 5, 6, 7], [1, 1, 2, 2, 3, 3], [1, 1, 1, 1, 2], [1, 1, 1, 2, 2, 3]])
+@pytest.mark.parametrize(
+    "completions", [[1, 2], [1, 2, 3, 4, 5, 6, 7], [1, 1, 2, 2, 3, 3], [1, 1, 1, 1, 2], [1, 1, 1, 2, 2, 3]]
+)
 def test_no_row_meets_its_own_completion_or_an_equal_one(completions: list[int]) -> None:
     rows = unpaired(completions)
     seen = set()
@@ -227,7 +315,11 @@ def test_no_row_meets_its_own_completion_or_an_equal_one(completions: list[int])
 def test_a_mismatched_sequence_is_cut_and_one_completion_alone_is_refused() -> None:
     rows = unpaired([1, 2, 3])
     for row in mismatch(rows, seed=0, step=0, max_length=4):
-        assert row.mismatched is not None and len(row.mismatched.input_ids) == 4 and row.mismatched.trained == [False, False, True, True]
+        assert (
+            row.mismatched is not None
+            and len(row.mismatched.input_ids) == 4
+            and row.mismatched.trained == [False, False, True, True]
+        )
     for alone in (rows[:1], unpaired([1, 1])):
         with pytest.raises(ValueError, match=f"two different completions .* got {len(alone)} rows of one"):
             mismatch(alone, seed=0, step=0, max_length=64)
@@ -238,7 +330,10 @@ def test_the_longest_mismatch_bounds_every_mismatch() -> None:
     rows = [Unpaired(sequence, True) for sequence in sequences]
     longest = preferences.mismatch_bounds(rows, max_length=64)[1]
     found = [
-        len(row.mismatched.input_ids) for step in range(30) for row in mismatch(rows, seed=0, step=step, max_length=64) if row.mismatched
+        len(row.mismatched.input_ids)
+        for step in range(30)
+        for row in mismatch(rows, seed=0, step=step, max_length=64)
+        if row.mismatched
     ]
     assert len(longest.input_ids) == 30 and max(found) <= 30
     assert len(preferences.mismatch_bounds(rows, max_length=20)[1].input_ids) == 20
@@ -286,9 +381,17 @@ def test_collators_keep_chosen_and_rejected_apart_and_in_order() -> None:
     batch = preferences.collate_pairs([Pair(one, two, 1.5), Pair(three, four, 0.0)], packer=packer)
     assert batch["both"]["sequences"] == (one, three, two, four) and batch["margins"].tolist() == [1.5, 0.0]
     assert "margins" not in preferences.collate_pairs([Pair(one, two)], packer=packer)
-    judged = preferences.collate_unpaired([Unpaired(one, True, two), Unpaired(three, False, four)], packer=packer)
-    assert judged["answered"]["sequences"] == (one, three) and judged["mismatched"]["sequences"] == (two, four)
-    assert judged["both"]["sequences"] == (one, three, two, four) and judged["desirable"].tolist() == [True, False]
+    judged = preferences.collate_unpaired(
+        [Unpaired(one, True, two), Unpaired(three, False, four)], packer=packer
+    )
+    assert judged["answered"]["sequences"] == (one, three) and judged["mismatched"]["sequences"] == (
+        two,
+        four,
+    )
+    assert judged["both"]["sequences"] == (one, three, two, four) and judged["desirable"].tolist() == [
+        True,
+        False,
+    ]
     assert "mismatched" not in preferences.collate_unpaired([Unpaired(one, True)], packer=packer)
 
 
@@ -303,11 +406,21 @@ def test_packed_scores_are_transformers_own(family: str, padding: int | None) ->
         model: Any = LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=1, pad_token_id=padding))
     else:
         model = GPT2ForSequenceClassification(
-            GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=2, num_labels=1, pad_token_id=padding, n_positions=32)
+            GPT2Config(
+                vocab_size=320,
+                n_embd=32,
+                n_layer=2,
+                n_head=2,
+                num_labels=1,
+                pad_token_id=padding,
+                n_positions=32,
+            )
         )
     model.double().eval()
     sequences = random_sequences([5, 19, 2, 11, 7])
-    sequences = [Tokenized([*ids, 3], [*trained, True]) for ids, trained in sequences]  # 3 ends them, and may be the padding too
+    sequences = [
+        Tokenized([*ids, 3], [*trained, True]) for ids, trained in sequences
+    ]  # 3 ends them, and may be the padding too
     with torch.no_grad():
         own = torch.stack([model(torch.tensor([ids])).logits[0] for ids, _ in sequences])
         if padding is not None:
@@ -321,14 +434,25 @@ def test_packed_scores_are_transformers_own(family: str, padding: int | None) ->
         ends = last_tokens(packed, pad_id=-1 if padding is None else padding)
         ours = model(**packed["arguments"], ends=ends, use_cache=False).logits
         torch.testing.assert_close(ours, own, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(model(torch.tensor([sequences[1].input_ids])).logits[0], own[1])  # without ends: as ever
+        torch.testing.assert_close(
+            model(torch.tensor([sequences[1].input_ids])).logits[0], own[1]
+        )  # without ends: as ever
 
 
 def test_a_classifier_that_pools_otherwise_is_refused() -> None:
     bert = BertForSequenceClassification(
-        BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1)
+        BertConfig(
+            vocab_size=64,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            num_labels=1,
+        )
     )
-    with pytest.raises(UnsupportedModelError, match="BertForSequenceClassification has no linear layer `score`"):
+    with pytest.raises(
+        UnsupportedModelError, match="BertForSequenceClassification has no linear layer `score`"
+    ):
         score_packed(bert)
 
     class MeanPooling(LlamaForSequenceClassification):
@@ -337,6 +461,9 @@ def test_a_classifier_that_pools_otherwise_is_refused() -> None:
             return type(output)(logits=output.logits + 1)
 
     model = MeanPooling(LlamaConfig(**SMALL, num_labels=1))
-    with pytest.raises(UnsupportedModelError, match="MeanPooling scores a sequence as .* not by its layer `score` at the last token"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="MeanPooling scores a sequence as .* not by its layer `score` at the last token",
+    ):
         score_packed(model)
     assert "forward" not in model.__dict__

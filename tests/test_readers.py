@@ -61,7 +61,23 @@ def same(left: Any, right: Any) -> bool:
 # JSON
 
 
-ODD = ["", "5", "null", "[1]", "4", "3.10", "false", "NaN", "1e5", '{"a": 1}', "\u2028", "é世😀", "\x7f\x00\t", " x\r\n", "-0"]
+ODD = [
+    "",
+    "5",
+    "null",
+    "[1]",
+    "4",
+    "3.10",
+    "false",
+    "NaN",
+    "1e5",
+    '{"a": 1}',
+    "\u2028",
+    "é世😀",
+    "\x7f\x00\t",
+    " x\r\n",
+    "-0",
+]
 
 
 def random_value(generator: random.Random, depth: int) -> Any:
@@ -80,14 +96,20 @@ def random_value(generator: random.Random, depth: int) -> Any:
         return generator.choice([None, True, False])
     if kind == 7:
         return [random_value(generator, depth - 1) for _ in range(generator.randrange(4))]
-    return {generator.choice(ODD + ["a", "b", "c"]): random_value(generator, depth - 1) for _ in range(generator.randrange(4))}
+    return {
+        generator.choice(ODD + ["a", "b", "c"]): random_value(generator, depth - 1)
+        for _ in range(generator.randrange(4))
+    }
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.zst"])
 @pytest.mark.parametrize("escaped", [False, True])
 def test_what_is_written_as_json_is_read_unchanged(tmp_path: Path, name: str, escaped: bool) -> None:
     generator = random.Random(f"{name} {escaped}")
-    written = [{column: random_value(generator, 3) for column in ("a", "b", "c") if generator.random() < 0.8} for _ in range(2500)]
+    written = [
+        {column: random_value(generator, 3) for column in ("a", "b", "c") if generator.random() < 0.8}
+        for _ in range(2500)
+    ]
     if name.startswith("a.jsonl"):
         text = "".join(json.dumps(row, ensure_ascii=escaped) + "\n" for row in written)
     else:
@@ -99,7 +121,9 @@ def test_what_is_written_as_json_is_read_unchanged(tmp_path: Path, name: str, es
     expected = [{column: row.get(column) for column in rows.column_names} for row in written]
     assert sorted(rows.column_names) == ["a", "b", "c"] and len(rows) == len(written)
     assert same(list(rows), expected)
-    assert same([rows[index] for index in (0, 999, 1000, -1)], [expected[index] for index in (0, 999, 1000, -1)])
+    assert same(
+        [rows[index] for index in (0, 999, 1000, -1)], [expected[index] for index in (0, 999, 1000, -1)]
+    )
 
 
 def write_zst(path: Path, mode: str) -> Any:
@@ -126,7 +150,10 @@ def test_values_that_were_changed_are_kept(tmp_path: Path, values: list[Any]) ->
 
 def test_a_column_that_a_row_lacks_is_none_and_a_column_may_have_any_name(tmp_path: Path) -> None:
     rows = load_rows(write(tmp_path / "a.jsonl", [{"__row__": 1}, {"": 2, "file:row": None}]))
-    assert list(rows) == [{"__row__": 1, "": None, "file:row": None}, {"__row__": None, "": 2, "file:row": None}]
+    assert list(rows) == [
+        {"__row__": 1, "": None, "file:row": None},
+        {"__row__": None, "": 2, "file:row": None},
+    ]
     assert list(load_rows(parquet(tmp_path / "a.parquet", {"__row__": [7]}))) == [{"__row__": 7}]
 
 
@@ -142,7 +169,9 @@ def test_a_column_that_a_row_lacks_is_none_and_a_column_may_have_any_name(tmp_pa
     ],
 )
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_byte_order_marks_line_ends_and_arrays_behind_blank_lines_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+def test_byte_order_marks_line_ends_and_arrays_behind_blank_lines_are_read(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     assert load_rows(write_bytes(tmp_path / name, content))["x"] == [1, 2]
 
 
@@ -152,31 +181,63 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "a.jsonl, row 3: not JSON: Expecting value at column 10"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "y', "a.jsonl, row 2: not JSON: Unterminated string starting at at column 10"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n\n{"text": \n',
+            "a.jsonl, row 3: not JSON: Expecting value at column 10",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "y',
+            "a.jsonl, row 2: not JSON: Unterminated string starting at at column 10",
+        ),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xc3', "a.jsonl, row 2: not UTF-8: unexpected end of data"),
         ("a.jsonl", b'{"text": "x"}\n["x"]\n', "a.jsonl, row 2: must be a JSON object, got list"),
         ("a.jsonl", b'{"text": "x"} {"text": "y"}\n', "a.jsonl, row 1: not JSON: Extra data at column 15"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, row 1: not UTF-8: invalid start byte"),
-        ("a.jsonl", b'{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n', "a.jsonl, row 2: not Unicode: surrogates not allowed"),
+        (
+            "a.jsonl",
+            b'{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n',
+            "a.jsonl, row 2: not Unicode: surrogates not allowed",
+        ),
         ("a.jsonl", b'{"x": 1}\n{"x": 1, "x": 2}\n', "a.jsonl, row 2: key 'x' comes twice in one object"),
-        ("a.jsonl", b'{"x": [{"y": 1, "z": 1, "y": 1}]}\n', "a.jsonl, row 1: key 'y' comes twice in one object"),
+        (
+            "a.jsonl",
+            b'{"x": [{"y": 1, "z": 1, "y": 1}]}\n',
+            "a.jsonl, row 1: key 'y' comes twice in one object",
+        ),
         ("a.jsonl", b'{"x": NaN}\n', "a.jsonl, row 1: NaN is not JSON: write null"),
         ("a.jsonl", b'{"x": [-Infinity]}\n', "a.jsonl, row 1: -Infinity is not JSON: write null"),
         ("a.jsonl", b'{"x": 1e400}\n', "a.jsonl, row 1: number 1e400 is beyond the range of doubles"),
         ("a.jsonl", b'{"x": -0.5e-400}\n', "a.jsonl, row 1: number -0.5e-400 is beyond the range of doubles"),
-        ("a.jsonl", b'{"x": ' + b"9" * 5000 + b"}\n", "a.jsonl, row 1: a whole number has too many digits; Python reads 4300"),
+        (
+            "a.jsonl",
+            b'{"x": ' + b"9" * 5000 + b"}\n",
+            "a.jsonl, row 1: a whole number has too many digits; Python reads 4300",
+        ),
         ("a.jsonl", b'{"x": 1}\n' + DEEP, "a.jsonl, row 2: nested deeper than 200 levels"),
-        ("a.jsonl", b'{"x": 1}\n' + DEEP.replace(b"[" * 700, b"").replace(b"]" * 700, b""), "row 2: nested deeper than 200 levels"),
+        (
+            "a.jsonl",
+            b'{"x": 1}\n' + DEEP.replace(b"[" * 700, b"").replace(b"]" * 700, b""),
+            "row 2: nested deeper than 200 levels",
+        ),
         ("a.json", b'[{"x": 1},\n' + DEEP + b"]", "a.json, row 2: nested deeper than 200 levels"),
         ("a.json", b'[{"x": 1}, {"x": NaN}]', "a.json, row 2: NaN is not JSON: write null"),
         ("a.json", b'[{"text": "x"}, 3]', "a.json, row 2: must be a JSON object, got int"),
         ("a.json", b'[{"text": "x"},\n', "a.json, line 2: not JSON: Expecting value at column 1"),
-        ("a.json", b'[{"text": "x"}\n{"text": "y"}]', "a.json, line 2: not JSON: Expecting ',' delimiter at column 1"),
+        (
+            "a.json",
+            b'[{"text": "x"}\n{"text": "y"}]',
+            "a.json, line 2: not JSON: Expecting ',' delimiter at column 1",
+        ),
         ("a.json", b'[{"text": "x"}]\n[]', "a.json, line 2: not JSON: Extra data at column 1"),
         ("a.json", b'[{"text": "x"}]]', "a.json, line 1: not JSON: Extra data at column 16"),
         ("a.json", b'[{"text": "x"},\n{"text": "\xff"}]', "a.json, line 2: not UTF-8: invalid start byte"),
-        ("a.json.gz", gzip.compress(b'[{"x": 1}' + b" " * 20_000)[:-9], "a.json.gz: cannot be read: Compressed file ended before"),
+        (
+            "a.json.gz",
+            gzip.compress(b'[{"x": 1}' + b" " * 20_000)[:-9],
+            "a.json.gz: cannot be read: Compressed file ended before",
+        ),
         ("a.json", b'{\n "data": []\n}', "a .json file must be an array of objects, or have one a line"),
         ("a.jsonl", b"", "a.jsonl: no rows"),
         ("a.jsonl", b"\xef\xbb\xbf\n", "a.jsonl: no rows"),
@@ -187,8 +248,16 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
         ("a.jsonl", '{"x": 1}'.encode("utf-16"), "a.jsonl: is UTF-16 text: save it as UTF-8"),
         ("a.jsonl", gzip.compress(b'{"x": 1}'), "a.jsonl: is compressed by gzip: name it .gz"),
         ("a.jsonl.gz", b'{"x": 1}\n', "a.jsonl.gz, after row 0: cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"x": 1}\n' * 50)[:-9], "a.jsonl.gz, after row .*: cannot be read: Compressed file ended before"),
-        ("a.csv.bz2", bz2.compress(b"text\nx\n")[:-9], "a.csv.bz2, after row .*: cannot be read: Compressed file ended before"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"x": 1}\n' * 50)[:-9],
+            "a.jsonl.gz, after row .*: cannot be read: Compressed file ended before",
+        ),
+        (
+            "a.csv.bz2",
+            bz2.compress(b"text\nx\n")[:-9],
+            "a.csv.bz2, after row .*: cannot be read: Compressed file ended before",
+        ),
         ("a.csv", b"text,label\nx,true\n\ny\n", "a.csv, row 4: got 1 values, expected 2, as in the header"),
         ("a.csv", b"text,text\nx,y\n", "a.csv, row 1: column 'text' comes twice in the header"),
         ("a.csv", b'text\n"x\n', "a.csv, row 2: not CSV: unexpected end of data"),
@@ -206,7 +275,9 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
         ("data", b"x", "data: got a file without ending, expected a file ending in"),
     ],
 )
-def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_what_cannot_be_read_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     with pytest.raises(DataError, match=message) as refused:
         load_rows(write_bytes(tmp_path / name, content))
     assert str(refused.value).startswith(str(tmp_path / name)) and "\n" not in str(refused.value)
@@ -216,18 +287,42 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path, name: str, c
 
 
 @pytest.mark.parametrize("compress", [None, gzip.open, bz2.open, lzma.open])
-def test_csv_values_are_text_but_for_labels_and_margins(tmp_path: Path, compress: Callable[..., Any] | None) -> None:
+def test_csv_values_are_text_but_for_labels_and_margins(
+    tmp_path: Path, compress: Callable[..., Any] | None
+) -> None:
     suffix = {None: "", gzip.open: ".gz", bz2.open: ".bz2", lzma.open: ".xz"}[compress]
-    values = ["4", "3.10", "false", "NA", "", "null", "a,b", '"q"', "two\r\nlines", "a\nb", "x" * 200_000, " é世 "]
+    values = [
+        "4",
+        "3.10",
+        "false",
+        "NA",
+        "",
+        "null",
+        "a,b",
+        '"q"',
+        "two\r\nlines",
+        "a\nb",
+        "x" * 200_000,
+        " é世 ",
+    ]
     with (compress or open)(tmp_path / f"a.csv{suffix}", "wt", encoding="utf-8-sig", newline="") as file:
         table = csv.writer(file)
         table.writerow(["text", "label", "margin"])
         for number, value in enumerate(values):
-            table.writerow([value, ["true", "False", "TRUE", "2"][number % 4], ["1e-11", "-3", "", "x"][number % 4]])
+            table.writerow(
+                [value, ["true", "False", "TRUE", "2"][number % 4], ["1e-11", "-3", "", "x"][number % 4]]
+            )
     rows = load_rows(str(tmp_path / f"a.csv{suffix}"))
     assert rows["text"] == values
-    assert same(rows["label"][:4], [True, False, True, "2"]) and same(rows["margin"][:4], [1e-11, -3.0, "", "x"])
-    assert [rows.place(index)[1] for index in (0, 8, 9, 10)] == [2, 10, 12, 14]  # the line where a record begins
+    assert same(rows["label"][:4], [True, False, True, "2"]) and same(
+        rows["margin"][:4], [1e-11, -3.0, "", "x"]
+    )
+    assert [rows.place(index)[1] for index in (0, 8, 9, 10)] == [
+        2,
+        10,
+        12,
+        14,
+    ]  # the line where a record begins
 
 
 def test_text_is_one_document_a_line(tmp_path: Path) -> None:
@@ -252,51 +347,110 @@ def test_reads_jsonl_json_and_parquet_alike(tmp_path: Path) -> None:
 
 
 def test_fields_of_parquet_structs_that_are_null_are_absent_at_any_depth(tmp_path: Path) -> None:
-    schemas = [{"name": "f", "parameters": {"type": "object", "properties": {name: {"type": "string"}}}} for name in ("city", "day")]
-    calls = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {name: "x"}}}]} for name in ("city", "day")]
-    written = [{"messages": [*TALK, calls[0]], "tools": schemas[:1], "n": None}, {"messages": [calls[1]], "tools": [schemas[1]], "n": 1}]
+    schemas = [
+        {"name": "f", "parameters": {"type": "object", "properties": {name: {"type": "string"}}}}
+        for name in ("city", "day")
+    ]
+    calls = [
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {name: "x"}}}]}
+        for name in ("city", "day")
+    ]
+    written = [
+        {"messages": [*TALK, calls[0]], "tools": schemas[:1], "n": None},
+        {"messages": [calls[1]], "tools": [schemas[1]], "n": 1},
+    ]
     written.append({"messages": [TALK[0]], "tools": None, "n": 2})
     table = pa.Table.from_pylist(written)
-    assert "city" in table["tools"].to_pylist()[1][0]["parameters"]["properties"]  # Arrow gives all structs the same keys
+    assert (
+        "city" in table["tools"].to_pylist()[1][0]["parameters"]["properties"]
+    )  # Arrow gives all structs the same keys
     assert same(list(load_rows(parquet(tmp_path / "a.parquet", table))), written)
     assert same(list(as_rows(Dataset(table))), written)
     for kind in (
         pa.large_list(table.schema.field("messages").type.value_type),
         pa.list_view(table.schema.field("messages").type.value_type),
     ):
-        assert same(list(load_rows(parquet(tmp_path / "b.parquet", {"m": pa.array([TALK, [calls[0]]], kind)})))[1], {"m": [calls[0]]})
-    assert load_rows(write(tmp_path / "a.jsonl", [{"m": [{"role": None}]}]))[0] == {"m": [{"role": None}]}  # a genuine null
+        assert same(
+            list(load_rows(parquet(tmp_path / "b.parquet", {"m": pa.array([TALK, [calls[0]]], kind)})))[1],
+            {"m": [calls[0]]},
+        )
+    assert load_rows(write(tmp_path / "a.jsonl", [{"m": [{"role": None}]}]))[0] == {
+        "m": [{"role": None}]
+    }  # a genuine null
 
 
 def test_parquet_maps_become_dicts_and_keep_their_nulls(tmp_path: Path) -> None:
     kind = pa.map_(pa.string(), pa.struct([("a", pa.int64()), ("b", pa.string())]))
-    rows = load_rows(parquet(tmp_path / "a.parquet", {"m": pa.array([[("x", {"a": 1}), ("y", None)], None, []], kind)}))
+    rows = load_rows(
+        parquet(tmp_path / "a.parquet", {"m": pa.array([[("x", {"a": 1}), ("y", None)], None, []], kind)})
+    )
     assert rows["m"] == [{"x": {"a": 1}, "y": None}, None, {}]
-    twice = parquet(tmp_path / "b.parquet", {"n": [1, 2], "m": pa.array([[], [("k", 1), ("k", 2)]], pa.map_(pa.string(), pa.int64()))})
+    twice = parquet(
+        tmp_path / "b.parquet",
+        {"n": [1, 2], "m": pa.array([[], [("k", 1), ("k", 2)]], pa.map_(pa.string(), pa.int64()))},
+    )
     assert load_rows(twice)["n"] == [1, 2]
-    with pytest.raises(DataError, match=r"b.parquet, row 2: column 'm' cannot be read: .*duplicate key was 'k'"):
+    with pytest.raises(
+        DataError, match=r"b.parquet, row 2: column 'm' cannot be read: .*duplicate key was 'k'"
+    ):
         list(load_rows(twice))
 
 
 def test_parquet_shards_may_differ_in_types_and_columns(tmp_path: Path) -> None:
     message = {"role": "user", "content": "x"}
     shards = [
-        pa.table({"text": pa.array(["a"]), "n": pa.array([1], pa.int32()), "m": [[message]], "l": [[1]], "k": [{"a": 1}], "extra": ["x"]}),
-        pa.table({"text": pa.array(["b"], pa.large_string()), "n": [2**40], "m": [[message | {"name": "y"}]], "l": [[]], "k": [{"b": 2}]}),
-        pa.table({"text": pa.array(["c"]).dictionary_encode(), "n": pa.nulls(1), "m": pa.nulls(1), "l": [["x"]], "k": ["text"]}),
+        pa.table(
+            {
+                "text": pa.array(["a"]),
+                "n": pa.array([1], pa.int32()),
+                "m": [[message]],
+                "l": [[1]],
+                "k": [{"a": 1}],
+                "extra": ["x"],
+            }
+        ),
+        pa.table(
+            {
+                "text": pa.array(["b"], pa.large_string()),
+                "n": [2**40],
+                "m": [[message | {"name": "y"}]],
+                "l": [[]],
+                "k": [{"b": 2}],
+            }
+        ),
+        pa.table(
+            {
+                "text": pa.array(["c"]).dictionary_encode(),
+                "n": pa.nulls(1),
+                "m": pa.nulls(1),
+                "l": [["x"]],
+                "k": ["text"],
+            }
+        ),
     ]
     for number, shard in enumerate(shards):
         parquet(tmp_path / f"{number}.parquet", shard)
     rows = load_rows(str(tmp_path / "*.parquet"))
     assert rows["text"] == ["a", "b", "c"] and rows["n"] == [1, 2**40, None]
     assert rows["m"] == [[message], [message | {"name": "y"}], None]
-    assert rows["l"] == [[1], [], ["x"]] and rows["k"] == [{"a": 1}, {"b": 2}, "text"] and rows["extra"] == ["x", None, None]
+    assert (
+        rows["l"] == [[1], [], ["x"]]
+        and rows["k"] == [{"a": 1}, {"b": 2}, "text"]
+        and rows["extra"] == ["x", None, None]
+    )
 
 
 def test_damaged_parquet_names_file_and_rows(tmp_path: Path) -> None:
     table = {"n": list(range(4000)), "text": [f"{number} {'x' * 50}" for number in range(4000)]}
     path = Path(
-        parquet(tmp_path / "a.parquet", table, row_group_size=1000, compression="zstd", write_page_checksum=True, use_dictionary=False)
+        parquet(
+            tmp_path / "a.parquet",
+            table,
+            row_group_size=1000,
+            compression="zstd",
+            write_page_checksum=True,
+            use_dictionary=False,
+        )
     )
     place = pq.ParquetFile(path).metadata.row_group(2).column(1)
     content = bytearray(path.read_bytes())
@@ -310,8 +464,15 @@ def test_damaged_parquet_names_file_and_rows(tmp_path: Path) -> None:
 def test_bad_utf8_in_parquet_names_file_row_and_column(tmp_path: Path) -> None:
     data = pa.array([b"x"] * 1500 + [b"\xff"] + [b"y"], pa.binary()).view(pa.string())
     rows = load_rows(parquet(tmp_path / "a.parquet", {"text": data, "n": range(1502)}))
-    for read in (lambda: rows["text"], lambda: list(rows), lambda: read_each(rows, ["text"], lambda row: row["text"])):
-        with pytest.raises(DataError, match=r"^\S+a.parquet, row 1501: column 'text' cannot be read: not UTF-8: invalid start byte$"):
+    for read in (
+        lambda: rows["text"],
+        lambda: list(rows),
+        lambda: read_each(rows, ["text"], lambda row: row["text"]),
+    ):
+        with pytest.raises(
+            DataError,
+            match=r"^\S+a.parquet, row 1501: column 'text' cannot be read: not UTF-8: invalid start byte$",
+        ):
             read()
     assert rows["n"] == list(range(1502))  # nobody reads the other column
 
@@ -342,7 +503,10 @@ def test_a_glob_may_mix_formats_and_places_stay(tmp_path: Path) -> None:
     assert rows["text"] == list("12345")
     chosen = rows.select([4, 1, 2]).select([0, 2])
     assert list(chosen) == [{"text": "5"}, {"text": "3"}] and len(chosen) == 2 and chosen[-1] == {"text": "3"}
-    assert [chosen.place(index) for index in range(2)] == [(str(tmp_path / "c.txt"), 2), (str(tmp_path / "b.jsonl"), 1)]
+    assert [chosen.place(index) for index in range(2)] == [
+        (str(tmp_path / "c.txt"), 2),
+        (str(tmp_path / "b.jsonl"), 1),
+    ]
     with pytest.raises(IndexError):
         chosen[2]
 
@@ -402,7 +566,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("source", ["nosuch", "nosuch/name", "nosuch/name:config", "notes.md"])
 def test_an_unknown_name_without_network_is_told_at_once(source: str) -> None:
     began = time.monotonic()
-    with pytest.raises(DataError, match=rf"^{source}: no such file or folder; no data set.*its hub cannot be reached: .*not known$"):
+    with pytest.raises(
+        DataError,
+        match=rf"^{source}: no such file or folder; no data set.*its hub cannot be reached: .*not known$",
+    ):
         load_rows(source)
     assert time.monotonic() - began < 1 and not datasets.config.HF_HUB_OFFLINE
 
@@ -412,10 +579,14 @@ def test_a_name_in_the_cache_is_read_without_network(folder: Path) -> None:
     write(folder / "data" / "train.jsonl", [{"text": "x"}])
     datasets.load_dataset(str(folder))
     [made] = (folder.parent / "cache").rglob("*.arrow")
-    cached = shutil.copytree(made.parent, folder.parent / "cache" / "org___other_set" / "default" / "0.0.0" / made.parent.name)
+    cached = shutil.copytree(
+        made.parent, folder.parent / "cache" / "org___other_set" / "default" / "0.0.0" / made.parent.name
+    )
     (cached / made.name).rename(cached / "other_set-train.arrow")
     assert load_rows("org/other_set")["text"] == ["x"]
-    with pytest.raises(DataError, match="^org/other_set: `datasets` cannot load it: Unknown split .dev.. Should be one of"):
+    with pytest.raises(
+        DataError, match="^org/other_set: `datasets` cannot load it: Unknown split .dev.. Should be one of"
+    ):
         load_rows("org/other_set", split="dev")
 
 
@@ -432,9 +603,16 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_the_path(tmp_path: Path) -> N
         assert load_rows(str(shutil.copy(source, str(tmp_path / "other")))).fingerprint == fingerprint
     others = [rows[::-1], rows[:1], [rows[0], {"text": "b", "n": 3}], [rows[0], {"text": "c", "n": 2}]]
     for other in others:
-        changed = [write(tmp_path / "b.jsonl", other), parquet(tmp_path / "b.parquet", pa.Table.from_pylist(other))]
+        changed = [
+            write(tmp_path / "b.jsonl", other),
+            parquet(tmp_path / "b.parquet", pa.Table.from_pylist(other)),
+        ]
         assert not {load_rows(source).fingerprint for source in changed} & set(before)
     assert load_rows(sources[0]).select([1, 0]).fingerprint not in before
     by_datasets = as_rows(Dataset.from_list(rows)).fingerprint
-    assert by_datasets == as_rows(Dataset.from_list(rows)).fingerprint != as_rows(Dataset.from_list(rows[::-1])).fingerprint
+    assert (
+        by_datasets
+        == as_rows(Dataset.from_list(rows)).fingerprint
+        != as_rows(Dataset.from_list(rows[::-1])).fingerprint
+    )
     assert isinstance(load_rows(sources[0]), Rows)

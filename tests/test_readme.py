@@ -15,10 +15,15 @@ ROOT = Path(__file__).parents[1]
 
 def test_readme_is_in_sync_with_its_results_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert readme.main(["--check"]) == 0, "run python -m bench.readme"
-    assert {kind for _, _, kind, _ in readme.BLOCK.findall((ROOT / "README.md").read_text())} >= {"head", "sampling"}
+    assert {kind for _, _, kind, _ in readme.BLOCK.findall((ROOT / "README.md").read_text())} >= {
+        "head",
+        "sampling",
+    }
 
 
-def test_a_table_that_was_changed_by_hand_is_found_and_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_was_changed_by_hand_is_found_and_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = (ROOT / "README.md").read_text()
     copy = tmp_path / "README.md"
     tables = text.index("<!-- bench/results/")
@@ -50,7 +55,12 @@ SHAPE = {"N": 256, "H": 576, "V": 49152}
 
 
 def test_a_row_is_bold_where_its_least_is() -> None:
-    rows = {"3 bare GEMMs": row(1.0), OURS: row(2.0, 50.0), EAGER: row(1.5, 1400.0), "torch.compile": row(None)}
+    rows = {
+        "3 bare GEMMs": row(1.0),
+        OURS: row(2.0, 50.0),
+        EAGER: row(1.5, 1400.0),
+        "torch.compile": row(None),
+    }
     case = {"name": "linear_cross_entropy fp32", "shape": SHAPE, "ceilings": ["3 bare GEMMs"], "rows": rows}
     lines = readme.head({"machine_info": INFO, "cases": [case]}).splitlines()
     assert lines[0].startswith(
@@ -68,12 +78,21 @@ def test_the_table_of_losses_names_what_was_measured() -> None:
         "LigerFusedLinearDPOLoss": row(None),
         "Liger x": row(3.0),
     }
-    whole, tokens = {"name": "linear_dpo fp32, tail", "shape": SHAPE, "rows": rows}, {"N": 64, "H": 0, "V": 1024}
-    policy = {"name": "ppo_loss fp32", "shape": tokens, "rows": {OURS: row(3.0), EAGER: row(2.0), "torch.compile": row(2.5)}}
+    whole, tokens = (
+        {"name": "linear_dpo fp32, tail", "shape": SHAPE, "rows": rows},
+        {"N": 64, "H": 0, "V": 1024},
+    )
+    policy = {
+        "name": "ppo_loss fp32",
+        "shape": tokens,
+        "rows": {OURS: row(3.0), EAGER: row(2.0), "torch.compile": row(2.5)},
+    }
     other = {"name": "token_stats fp32", "shape": SHAPE, "rows": rows}
     first = {"name": "linear_dpo fp32", "shape": SHAPE, "rows": {OURS: row(None), EAGER: row(1.0)}}
     lines = readme.losses({"machine_info": INFO, "cases": [first, other, whole, policy]}).splitlines()
-    assert lines[0].startswith("| forward and backward, times PyTorch; fp32; A Processor, 2 threads | fastalign | with `tail_eps=2**-14` |")
+    assert lines[0].startswith(
+        "| forward and backward, times PyTorch; fp32; A Processor, 2 threads | fastalign | with `tail_eps=2**-14` |"
+    )
     assert lines[2:] == [
         "| `linear_dpo`; SmolLM2's softmax; N 256, V 49152 | 0.50 | **0.25** | – | 1.50 |",
         "| `ppo_loss`; N 65536 | 1.50 | – | **1.25** | – |",
@@ -82,8 +101,13 @@ def test_the_table_of_losses_names_what_was_measured() -> None:
 
 def test_the_table_of_steps(tmp_path: Path) -> None:
     rows = {OURS: row(2.0, 700.0), EAGER: row(2.5), BACKBONE: row(1.75)}
-    results = {"machine_info": INFO, "cases": [{"name": f"{stage} step fp32", "shape": SHAPE, "rows": rows} for stage in STAGES]}
+    results = {
+        "machine_info": INFO,
+        "cases": [{"name": f"{stage} step fp32", "shape": SHAPE, "rows": rows} for stage in STAGES],
+    }
     (tmp_path / "bench" / "results").mkdir(parents=True)
     (tmp_path / "bench" / "results" / "x.json").write_text(json.dumps(results))
     text = readme.filled("<!-- bench/results/x.json: steps -->\nold\n<!-- end -->", tmp_path)
-    assert "| dpo | 2.00 (700) | 2.50 | 1.75 |\n" in text and "old" not in text and text.endswith("<!-- end -->")
+    assert (
+        "| dpo | 2.00 (700) | 2.50 | 1.75 |\n" in text and "old" not in text and text.endswith("<!-- end -->")
+    )

@@ -1,4 +1,5 @@
-"""Rollouts of tiny random transformers models against transformers' own generate, a rescoring pass, and themselves in other batches."""
+"""Rollouts of tiny random transformers models against transformers' own generate, a rescoring pass, and
+themselves in other batches."""
 
 from __future__ import annotations
 
@@ -27,8 +28,11 @@ from fastalign.rollout import POLL, WARM_UP, Rollout, RolloutOutput, custom_gene
 
 pytestmark = pytest.mark.hosts
 
-# Whether transformers' generate lets a penalty count padding. It hands over a tensor of lengths to ignore where the processor takes one.
-PADDING_COUNTS = "Tensor" not in str(inspect.signature(tf.RepetitionPenaltyLogitsProcessor).parameters["prompt_ignore_length"])
+# Whether transformers' generate lets a penalty count padding. It hands over a tensor of lengths to ignore
+# where the processor takes one.
+PADDING_COUNTS = "Tensor" not in str(
+    inspect.signature(tf.RepetitionPenaltyLogitsProcessor).parameters["prompt_ignore_length"]
+)
 VOCAB = 97
 PAD, NEW = 0, 13  # more than POLL steps, and no multiple of it
 GQA = {
@@ -43,13 +47,23 @@ GQA = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-GPT = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": None}
+GPT = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "llama": partial(tf.LlamaConfig, **GQA),
     "qwen2": partial(tf.Qwen2Config, **GQA),
     "qwen3-tied": partial(tf.Qwen3Config, **GQA, head_dim=8, tie_word_embeddings=True),
     "mistral-window": partial(tf.MistralConfig, **GQA, sliding_window=4),
-    "gemma2-alternating-window": partial(tf.Gemma2Config, **GQA, head_dim=8, sliding_window=4, final_logit_softcapping=4.0),
+    "gemma2-alternating-window": partial(
+        tf.Gemma2Config, **GQA, head_dim=8, sliding_window=4, final_logit_softcapping=4.0
+    ),
     "llama4-chunks": partial(
         tf.Llama4TextConfig,
         **GQA,
@@ -60,7 +74,9 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
         attention_chunk_size=4,
     ),
     "gpt2": partial(tf.GPT2Config, **GPT),
-    "bloom-alibi": partial(tf.BloomConfig, vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, eos_token_id=None),
+    "bloom-alibi": partial(
+        tf.BloomConfig, vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, eos_token_id=None
+    ),
 }
 
 
@@ -80,7 +96,8 @@ def llama(**changes: Any) -> Any:
 
 
 def prompts(lengths: tuple[int, ...] = (9, 3, 6, 1), width: int = 9) -> tuple[Tensor, Tensor]:
-    """Prompts of these lengths, left-padded; 31 and 95 sit in the sign bit of an int32 word, and come twice."""
+    """Prompts of these lengths, left-padded; 31 and 95 sit in the sign bit of an int32 word, and come
+    twice."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (len(lengths), max(lengths)), generator=generator)
     ids[0, :4] = torch.tensor([31, 95, 31, 95])
@@ -91,14 +108,20 @@ def prompts(lengths: tuple[int, ...] = (9, 3, 6, 1), width: int = 9) -> tuple[Te
 
 def draw(model: Any, batch: tuple[Tensor, Tensor] | None = None, **options: Any) -> Rollout:
     ids, mask = batch or prompts()
-    return generate(model, ids, mask, **{"max_new_tokens": NEW, "seed": 7, "eos_id": None, "pad_id": PAD, **options})
+    return generate(
+        model, ids, mask, **{"max_new_tokens": NEW, "seed": 7, "eos_id": None, "pad_id": PAD, **options}
+    )
 
 
 def own_greedy(model: Any, eos_id: Any = None, **options: Any) -> Tensor:
-    """What transformers' generate draws for each prompt alone: some of its versions let a penalty count the padding of a batch."""
+    """What transformers' generate draws for each prompt alone: some of its versions let a penalty count the
+    padding of a batch."""
     own = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": eos_id, "pad_token_id": PAD, **options}
     rows = [row[on.bool()][None] for row, on in zip(*prompts(), strict=True)]
-    drawn = [model.generate(input_ids=row, attention_mask=torch.ones_like(row), **own)[0, row.shape[1] :] for row in rows]
+    drawn = [
+        model.generate(input_ids=row, attention_mask=torch.ones_like(row), **own)[0, row.shape[1] :]
+        for row in rows
+    ]
     return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=PAD)
 
 
@@ -127,13 +150,17 @@ def test_greedy_tokens_equal_transformers_generate(name: str, penalty: float) ->
     assert torch.equal(draw(model, temperature=0.0, repetition_penalty=penalty).tokens, expected)
     eos = [int(expected[0, 4]), int(expected[2, 9])]
     ended = draw(model, temperature=0.0, repetition_penalty=penalty, eos_id=eos)
-    assert torch.equal(ended.tokens, own_greedy(model, eos, repetition_penalty=penalty)) and not ended.mask.all()
+    assert (
+        torch.equal(ended.tokens, own_greedy(model, eos, repetition_penalty=penalty)) and not ended.mask.all()
+    )
 
 
 def test_the_penalty_of_each_row_is_its_own() -> None:
     model = llama()
     penalties = torch.tensor([1.0, 1.4, 1.0, 2.0])
-    expected = torch.stack([own_greedy(model, repetition_penalty=float(p))[row] for row, p in enumerate(penalties)])
+    expected = torch.stack(
+        [own_greedy(model, repetition_penalty=float(p))[row] for row, p in enumerate(penalties)]
+    )
     assert torch.equal(draw(model, temperature=0.0, repetition_penalty=penalties).tokens, expected)
 
 
@@ -141,14 +168,20 @@ def test_fused_and_lora_models_roll_out_as_their_own_generate() -> None:
     model = fuse_head(llama())
     expected = own_greedy(model)
     assert torch.equal(draw(model, temperature=0.0).tokens, expected)
-    adapted = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted = get_peft_model(
+        llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     tuned = own_greedy(adapted)
     assert torch.equal(draw(adapted, temperature=0.0).tokens, tuned) and not torch.equal(tuned, expected)
     fuse_head(adapted)
     assert torch.equal(draw(adapted, temperature=0.0).tokens, tuned)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.01}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.01}],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["llama", "gemma2-alternating-window", "gpt2", "mistral-window"])
 def test_log_probabilities_equal_those_of_a_rescoring_pass(name: str, options: dict[str, Any]) -> None:
     model = build(CONFIGS[name]())
@@ -159,7 +192,9 @@ def test_log_probabilities_equal_those_of_a_rescoring_pass(name: str, options: d
     whole, attention = torch.cat((ids, seen.tokens), 1), torch.cat((mask, seen.mask.long()), 1)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        logits = model(input_ids=whole, attention_mask=attention, position_ids=positions).logits[:, ids.shape[1] - 1 : -1]
+        logits = model(input_ids=whole, attention_mask=attention, position_ids=positions).logits[
+            :, ids.shape[1] - 1 : -1
+        ]
     tempered = token_stats(logits, seen.tokens, temperature=options.get("temperature", 1.0))
     raw = token_stats(logits, seen.tokens)
     close = partial(torch.testing.assert_close, rtol=0, atol=2e-6)
@@ -177,7 +212,11 @@ def test_the_fused_loss_rescores_a_rollout() -> None:
     seen = draw(model, temperature=0.7)
     whole, attention = torch.cat((ids, seen.tokens), 1), torch.cat((mask, seen.mask.long()), 1)
     labels = torch.cat((torch.full_like(ids, -100), seen.tokens), 1)
-    inputs = {"attention_mask": attention, "position_ids": (attention.cumsum(1) - 1).clamp(min=0), "temperature": 0.7}
+    inputs = {
+        "attention_mask": attention,
+        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
+        "temperature": 0.7,
+    }
     scored = model(input_ids=whole, labels=labels, token_stats=True, **inputs).logp[:, ids.shape[1] - 1 : -1]
     torch.testing.assert_close(seen.logp + seen.log_kept, scored.detach(), rtol=0, atol=2e-6)
     assert not seen.logp.requires_grad
@@ -201,7 +240,9 @@ def test_a_row_draws_the_same_tokens_in_any_batch_slot_and_padding(name: str) ->
         for other, slot in others:
             assert other.lengths[slot] == length
             assert torch.equal(other.tokens[slot, :length], together.tokens[row, :length])
-            torch.testing.assert_close(other.logp[slot, :length], together.logp[row, :length], rtol=0, atol=2e-6)
+            torch.testing.assert_close(
+                other.logp[slot, :length], together.logp[row, :length], rtol=0, atol=2e-6
+            )
     assert not torch.equal(draw(model, seed=8).tokens, free.tokens)
 
 
@@ -221,14 +262,22 @@ def test_positions_key_the_noise_from_each_rows_first_token_on() -> None:
     model = llama()
     lengths = prompts()[1].sum(1)
     free = draw(model)
-    assert torch.equal(draw(model, positions=lengths).tokens, free.tokens), "the prompt's length is the default"
+    assert torch.equal(draw(model, positions=lengths).tokens, free.tokens), (
+        "the prompt's length is the default"
+    )
     assert torch.equal(draw(model, positions=lengths.int()).tokens, free.tokens)
     moved = draw(model, positions=lengths + torch.tensor([0, 3, 0, 0]))
-    assert torch.equal(moved.tokens[[0, 2, 3]], free.tokens[[0, 2, 3]]) and not torch.equal(moved.tokens[1], free.tokens[1])
+    assert torch.equal(moved.tokens[[0, 2, 3]], free.tokens[[0, 2, 3]]) and not torch.equal(
+        moved.tokens[1], free.tokens[1]
+    )
     # One draw of `sample` at the position that a row's first token has.
     ids, mask = prompts()
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[:, -1]
-    assert torch.equal(draw(model, positions=lengths + 40).tokens[:, 0], sample(logits, seed=7, positions=lengths + 40).token)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits[
+        :, -1
+    ]
+    assert torch.equal(
+        draw(model, positions=lengths + 40).tokens[:, 0], sample(logits, seed=7, positions=lengths + 40).token
+    )
 
 
 def test_seen_ids_join_the_prompts_under_the_penalty() -> None:
@@ -247,12 +296,19 @@ def test_seen_ids_join_the_prompts_under_the_penalty() -> None:
 
     processors = tf.LogitsProcessorList([Marked(1.4)])
     own = model.generate(
-        ids, attention_mask=prompts()[1], max_new_tokens=NEW, do_sample=False, pad_token_id=PAD, logits_processor=processors
+        ids,
+        attention_mask=prompts()[1],
+        max_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=PAD,
+        logits_processor=processors,
     )
     seen = draw(model, temperature=0.0, repetition_penalty=1.4, seen=marked).tokens
     assert seen[1, 0] != first and torch.equal(seen[1], own[1, ids.shape[1] :])
     assert torch.equal(seen[[0, 2, 3]], free[[0, 2, 3]])
-    assert torch.equal(draw(model, temperature=0.0, seen=marked).tokens, draw(model, temperature=0.0).tokens), "no penalty, no effect"
+    assert torch.equal(
+        draw(model, temperature=0.0, seen=marked).tokens, draw(model, temperature=0.0).tokens
+    ), "no penalty, no effect"
 
 
 def test_finished_rows_draw_nothing_and_leave_the_others_as_they_are() -> None:
@@ -267,7 +323,9 @@ def test_finished_rows_draw_nothing_and_leave_the_others_as_they_are() -> None:
         seen = draw(model, finished=finished, pad_id=4)
     assert seen.lengths.tolist() == [NEW, 0, NEW, 0] and not finished.equal(seen.mask.any(1))
     assert (seen.tokens[finished] == 4).all() and not torch.stack(seen[2:6])[:, finished].any()
-    assert torch.equal(seen.tokens[~finished], free.tokens[~finished]) and torch.equal(seen.logp[~finished], free.logp[~finished])
+    assert torch.equal(seen.tokens[~finished], free.tokens[~finished]) and torch.equal(
+        seen.logp[~finished], free.logp[~finished]
+    )
     assert finished.tolist() == [False, True, False, True], "the argument is not written to"
     nothing = draw(model, finished=torch.ones(4, dtype=torch.bool))
     assert nothing.tokens.shape == (4, 0) and nothing.lengths.tolist() == [0] * 4
@@ -281,7 +339,10 @@ def test_check_looks_after_every_step() -> None:
             logits[1] = math.nan
 
     for check, steps in ((False, POLL), (True, 3)):
-        with calls_of(model, poison) as calls, pytest.raises(FloatingPointError, match=r"at step 2 \(from 0\) in 1 rows, \[1\]"):
+        with (
+            calls_of(model, poison) as calls,
+            pytest.raises(FloatingPointError, match=r"at step 2 \(from 0\) in 1 rows, \[1\]"),
+        ):
             draw(model, check=check)
         assert len(calls) == steps
     assert torch.equal(draw(model, check=True).tokens, draw(model).tokens)
@@ -293,7 +354,9 @@ def test_dtypes(dtype: torch.dtype) -> None:
     seen = draw(llama().to(dtype), (ids.int(), mask.bool()))
     expected = draw(llama().to(dtype))
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
-    assert {field.dtype for field in seen[2:6]} == {torch.promote_types(dtype, torch.float32)} and seen.mask.all()
+    assert {field.dtype for field in seen[2:6]} == {
+        torch.promote_types(dtype, torch.float32)
+    } and seen.mask.all()
 
 
 def test_under_autocast() -> None:
@@ -319,7 +382,11 @@ def test_rows_end_with_any_of_the_eos_ids_and_are_padded_behind_it() -> None:
     eos = [int(free.tokens[0, 2]), int(free.tokens[1, 5]), int(free.tokens[2, 0]), int(free.tokens[3, 3])]
     seen = draw(model, eos_id=eos, pad_id=4)
     ends = torch.isin(free.tokens, torch.tensor(eos)).int().argmax(1) + 1
-    assert torch.equal(seen.lengths, ends) and seen.tokens.shape[1] == ends.max() < NEW and len(ends.unique()) > 2
+    assert (
+        torch.equal(seen.lengths, ends)
+        and seen.tokens.shape[1] == ends.max() < NEW
+        and len(ends.unique()) > 2
+    )
     assert torch.equal(seen.mask, torch.arange(int(ends.max())) < ends[:, None])
     for name, field, without in zip(Rollout._fields[2:6], seen[2:6], free[2:6], strict=True):
         assert torch.equal(field, without[:, : ends.max()] * seen.mask), name
@@ -334,11 +401,15 @@ def test_filters() -> None:
     greedy = draw(model, temperature=0.0).tokens
     one = draw(model, top_k=1)
     assert torch.equal(one.tokens, greedy) and (one.logp == 0).all() and (one.log_kept < 0).all()
-    assert torch.equal(draw(model, top_p=1e-6).tokens, greedy) and torch.equal(draw(model, min_p=1.0).tokens, greedy)
+    assert torch.equal(draw(model, top_p=1e-6).tokens, greedy) and torch.equal(
+        draw(model, min_p=1.0).tokens, greedy
+    )
     three = draw(model, top_k=3, temperature=3.0)
     whole, attention = torch.cat((ids, three.tokens), 1), torch.cat((prompts()[1], three.mask.long()), 1)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    logits = model(input_ids=whole, attention_mask=attention, position_ids=positions).logits[:, ids.shape[1] - 1 : -1]
+    logits = model(input_ids=whole, attention_mask=attention, position_ids=positions).logits[
+        :, ids.shape[1] - 1 : -1
+    ]
     best = logits.topk(3).indices
     used = [(best[..., k] == three.tokens).any() for k in range(3)]
     assert (best == three.tokens[..., None]).any(-1).all() and all(used)
@@ -353,7 +424,9 @@ def test_a_temperature_for_each_row() -> None:
     seen = draw(model, temperature=temperatures)
     for row, temperature in enumerate(temperatures.tolist()):
         alone = draw(model, temperature=temperature)
-        assert torch.equal(seen.tokens[row], alone.tokens[row]) and torch.equal(seen.logp[row], alone.logp[row])
+        assert torch.equal(seen.tokens[row], alone.tokens[row]) and torch.equal(
+            seen.logp[row], alone.logp[row]
+        )
 
 
 def test_the_model_runs_once_a_token_and_stops_at_the_first_look_after_the_last_end() -> None:
@@ -382,7 +455,9 @@ def test_every_position_of_the_model_can_be_used() -> None:
     model = build(tf.GPT2Config(**{**GPT, "n_positions": 12}))
     ids, mask = prompts((4, 2), 9)  # 9 columns, but 4 positions
     assert draw(model, (ids, mask), max_new_tokens=8).lengths.tolist() == [8, 8]
-    with pytest.raises(ValueError, match=r"max_new_tokens: 9 seen behind a prompt of 4 tokens, at most 12 positions"):
+    with pytest.raises(
+        ValueError, match=r"max_new_tokens: 9 seen behind a prompt of 4 tokens, at most 12 positions"
+    ):
         draw(model, (ids, mask), max_new_tokens=9)
 
 
@@ -408,24 +483,44 @@ HOLE[0, 4], EMPTY[3] = 0, 0
         ({"attention_mask": MASK - 1}, r"attention_mask: 4 rows"),
         ({"max_new_tokens": 0}, r"max_new_tokens: 0 seen, a whole number >= 1 wanted"),
         ({"max_new_tokens": 2.0}, r"max_new_tokens: 2.0 seen"),
-        ({"max_new_tokens": 56}, r"max_new_tokens: 56 seen behind a prompt of 9 tokens, at most 64 positions"),
+        (
+            {"max_new_tokens": 56},
+            r"max_new_tokens: 56 seen behind a prompt of 9 tokens, at most 64 positions",
+        ),
         ({"eos_id": [2, 97]}, r"eos_id: \[2, 97\] seen, ids in \[0, 97\) wanted"),
         ({"pad_id": -1}, r"pad_id: \[-1\] seen"),
         ({"seed": -1}, r"seed: -1 seen"),
         ({"temperature": -0.5}, r"temperature: -0.5 seen"),
         ({"top_p": torch.tensor([1.0, 2.0, 1.0, 1.0])}, r"top_p: .* seen, numbers in \[0, 1\] wanted"),
-        ({"repetition_penalty": torch.ones(3)}, r"repetition_penalty: shape \[3\] seen, \[B\] = \[4\] wanted"),
+        (
+            {"repetition_penalty": torch.ones(3)},
+            r"repetition_penalty: shape \[3\] seen, \[B\] = \[4\] wanted",
+        ),
         ({"sequence_ids": torch.arange(3)}, r"sequence_ids: shape \[3\] seen"),
         ({"positions": torch.arange(3)}, r"positions: shape \[3\] seen"),
-        ({"positions": torch.arange(4) - 1}, r"positions: \[-1, 0, 1, 2\] seen, whole numbers in \[0, 2\^32\) wanted"),
-        ({"positions": torch.arange(4) + 2**32 - 6}, r"positions: got .*, expected numbers below 2\^32 - max_new_tokens"),
+        (
+            {"positions": torch.arange(4) - 1},
+            r"positions: \[-1, 0, 1, 2\] seen, whole numbers in \[0, 2\^32\) wanted",
+        ),
+        (
+            {"positions": torch.arange(4) + 2**32 - 6},
+            r"positions: got .*, expected numbers below 2\^32 - max_new_tokens",
+        ),
         ({"finished": torch.zeros(4)}, r"finished: torch.float32 seen, torch.bool wanted"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_wrong_arguments_are_named_before_the_model_runs(change: dict[str, Any], message: str) -> None:
     model = llama()
-    arguments = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 3, "seed": 0, "eos_id": 2, "pad_id": 0, **change}
+    arguments = {
+        "input_ids": IDS,
+        "attention_mask": MASK,
+        "max_new_tokens": 3,
+        "seed": 0,
+        "eos_id": 2,
+        "pad_id": 0,
+        **change,
+    }
     with calls_of(model) as calls, pytest.raises(ValueError, match=message):
         generate(model, **arguments)
     assert not calls
@@ -444,7 +539,9 @@ def _flash() -> Any:
 def _ignores_its_cache() -> Any:
     model = llama()
     forward = model.model.forward
-    model.model.forward = lambda *args, **kwargs: forward(*args, **{name: value for name, value in kwargs.items() if name != CACHE})
+    model.model.forward = lambda *args, **kwargs: forward(
+        *args, **{name: value for name, value in kwargs.items() if name != CACHE}
+    )
     return model
 
 
@@ -452,9 +549,14 @@ def _ignores_its_cache() -> Any:
     ("make", "message"),
     [
         (_mamba, "MambaForCausalLM keeps another state"),
-        (lambda: build(tf.Lfm2Config(**GQA, layer_types=["conv", "full_attention"])), "Lfm2ForCausalLM keeps .*LinearAttentionLayer"),
         (
-            lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCAB, d_model=32, num_layers=1, num_heads=4, d_ff=48)),
+            lambda: build(tf.Lfm2Config(**GQA, layer_types=["conv", "full_attention"])),
+            "Lfm2ForCausalLM keeps .*LinearAttentionLayer",
+        ),
+        (
+            lambda: tf.T5ForConditionalGeneration(
+                tf.T5Config(vocab_size=VOCAB, d_model=32, num_layers=1, num_heads=4, d_ff=48)
+            ),
             "T5ForConditionalGeneration is an encoder-decoder",
         ),
         (lambda: llama().model, "LlamaModel has no language-model head"),
@@ -487,7 +589,9 @@ def test_training_flags_and_rng_are_restored_and_checkpointing_does_not_break_th
     assert [m.training for m in model.modules()] == training and torch.equal(torch.get_rng_state(), rng)
     with pytest.raises(ValueError, match="allowed"):
         draw(model, allowed=torch.zeros(4, 9, dtype=torch.int32))  # seen at the first draw only
-    with pytest.raises(ValueError, match=r"seen: shape \[4, 9\] seen, \[B, ceil\(V / 32\)\] = \[4, 4\] wanted"):
+    with pytest.raises(
+        ValueError, match=r"seen: shape \[4, 9\] seen, \[B, ceil\(V / 32\)\] = \[4, 4\] wanted"
+    ):
         draw(model, seen=torch.zeros(4, 9, dtype=torch.int32))
     assert [m.training for m in model.modules()] == training
 
@@ -515,7 +619,9 @@ def test_nothing_allowed_ends_the_rollout() -> None:
         draw(llama(), allowed=torch.zeros(4, 4, dtype=torch.int32))
 
 
-def test_progress_counts_the_steps_at_each_look(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_counts_the_steps_at_each_look(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = llama()
     free = draw(model)
     assert capsys.readouterr().err == ""
@@ -536,7 +642,10 @@ def test_progress_counts_the_steps_at_each_look(capsys: pytest.CaptureFixture[st
 
 
 def host_state(layers: list[Any]) -> list[dict[str, Any]]:
-    return [{key: id(value) if isinstance(value, Tensor) else value for key, value in vars(layer).items()} for layer in layers]
+    return [
+        {key: id(value) if isinstance(value, Tensor) else value for key, value in vars(layer).items()}
+        for layer in layers
+    ]
 
 
 @pytest.mark.parametrize(
@@ -544,19 +653,28 @@ def host_state(layers: list[Any]) -> list[dict[str, Any]]:
     [(name, "sdpa") for name in ("llama", "qwen3-tied", "mistral-window", "gpt2")]
     + [(name, "eager") for name in ("llama", "gemma2-alternating-window", "gpt2")],
 )
-def test_a_step_reads_nothing_back_from_the_device(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_reads_nothing_back_from_the_device(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = module.sample
 
-    def sample_as_on_a_gpu(*args: Any, **kwargs: Any) -> Any:  # which leaves the values of tensors unchecked, as a traced one does
+    def sample_as_on_a_gpu(
+        *args: Any, **kwargs: Any
+    ) -> Any:  # which leaves the values of tensors unchecked, as a traced one does
         with mock.patch("torch.compiler.is_compiling", lambda: True):
             return own(*args, **kwargs)
 
     monkeypatch.setattr(module, "sample", sample_as_on_a_gpu)
     monkeypatch.setattr(module, "_check_written", lambda *_: None)  # after the prefill, and it reads
     options: dict[str, Any] = {"seed": 0, "temperature": torch.ones(2), "repetition_penalty": 1.2}
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # its tensors have no values: reading one raises
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+    ):  # its tensors have no values: reading one raises
         model = tf.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention).eval()
-        state = module._Decoding(model, model, torch.ones(2, 5).long(), torch.ones(2, 5).long(), 20, [2], PAD, options)
+        state = module._Decoding(
+            model, model, torch.ones(2, 5).long(), torch.ones(2, 5).long(), 20, [2], PAD, options
+        )
         tensors = {key: value for key, value in vars(state).items() if isinstance(value, Tensor)}
         host = host_state(state.cache.layers)
         for _ in range(2):
@@ -569,7 +687,8 @@ def test_a_step_reads_nothing_back_from_the_device(name: str, attention: str, mo
 
 
 def test_a_captured_step_runs_for_real_in_the_warm_up_and_by_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of CUDA calls, with stand-ins: a capture runs nothing, so each step must come of the warm-up or of a replay."""
+    """The order of CUDA calls, with stand-ins: a capture runs nothing, so each step must come of the warm-up
+    or of a replay."""
     log: list[str] = []
 
     class Stream:
@@ -585,7 +704,9 @@ def test_a_captured_step_runs_for_real_in_the_warm_up_and_by_replay(monkeypatch:
 
     @contextmanager
     def inside(*what: Any, **options: Any):
-        log.append(f"in {what[0].name}" if isinstance(what[0], Stream) else f"capture on {options['stream'].name}")
+        log.append(
+            f"in {what[0].name}" if isinstance(what[0], Stream) else f"capture on {options['stream'].name}"
+        )
         yield
 
     for name, stand_in in {
@@ -633,7 +754,11 @@ def own_call(model: Any, **options: Any) -> Any:
 def test_custom_generate_is_greedy_as_generate(name: str) -> None:
     model = build(CONFIGS[name]())
     ids, _ = prompts()
-    for options in ({}, {"repetition_penalty": 1.4}, {"num_return_sequences": 1, "max_new_tokens": None, "max_length": 15}):
+    for options in (
+        {},
+        {"repetition_penalty": 1.4},
+        {"num_return_sequences": 1, "max_new_tokens": None, "max_length": 15},
+    ):
         own = own_call(model, do_sample=False, custom_generate=None, **options)
         assert torch.equal(own_call(model, do_sample=False, **options), own)
         eos = [int(own[0, 12]), int(own[1, 13])]
@@ -641,7 +766,9 @@ def test_custom_generate_is_greedy_as_generate(name: str) -> None:
         assert torch.equal(own_call(model, do_sample=False, eos_token_id=eos, **options), own)
     whole = ids[:1].expand(2, -1)  # without padding, transformers hands over no mask
     own = model.generate(whole, max_new_tokens=5, do_sample=False)
-    assert torch.equal(model.generate(whole, max_new_tokens=5, do_sample=False, custom_generate=custom_generate), own)
+    assert torch.equal(
+        model.generate(whole, max_new_tokens=5, do_sample=False, custom_generate=custom_generate), own
+    )
 
 
 def test_custom_generate_counts_the_padding_that_a_penalty_does_not_ignore() -> None:
@@ -652,10 +779,16 @@ def test_custom_generate_counts_the_padding_that_a_penalty_does_not_ignore() -> 
     own = own_call(model, custom_generate=None, **counts)
     assert torch.equal(own_call(model, **counts), own)
     assert torch.equal(own_call(model, repetition_penalty=1.4, do_sample=False), own) == PADDING_COUNTS
-    ignores = {"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.4, prompt_ignore_length=2)], "do_sample": False}
+    ignores = {
+        "logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.4, prompt_ignore_length=2)],
+        "do_sample": False,
+    }
     ids, mask = prompts((7, 7))
     batch = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": NEW, "pad_token_id": PAD}
-    assert torch.equal(model.generate(**batch, **ignores, custom_generate=custom_generate), model.generate(**batch, **ignores))
+    assert torch.equal(
+        model.generate(**batch, **ignores, custom_generate=custom_generate),
+        model.generate(**batch, **ignores),
+    )
 
 
 def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> None:
@@ -691,8 +824,14 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         ({"min_new_tokens": 3, "eos_token_id": 2}, "MinLengthLogitsProcessor seen"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
         ({"typical_p": 0.9, "do_sample": True}, "TypicalLogitsWarper"),
-        ({"logits_processor": [tf.TemperatureLogitsWarper(0.5)], "temperature": 0.7, "do_sample": True}, "TemperatureLogitsWarper"),
-        ({"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=9)]}, "prompt_ignore_length 9 seen"),
+        (
+            {"logits_processor": [tf.TemperatureLogitsWarper(0.5)], "temperature": 0.7, "do_sample": True},
+            "TemperatureLogitsWarper",
+        ),
+        (
+            {"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=9)]},
+            "prompt_ignore_length 9 seen",
+        ),
         ({"logits_processor": [tf.MinPLogitsWarper(0.5, min_tokens_to_keep=2)]}, "min_tokens_to_keep 2"),
         ({"max_time": 1.0}, "stopping_criteria: MaxTimeCriteria"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: True seen"),

@@ -16,14 +16,16 @@ GEMM = 2 * 8192 * 4096 * 151936
 
 
 def test_the_prediction_that_head_py_quotes() -> None:
-    """Three GEMMs 43.7 ms at 700 TFLOP/s; fp32 logits read twice and bf16 gradients written once: 12.4 GB, 3.7 ms at 3.35 TB/s."""
+    """Three GEMMs 43.7 ms at 700 TFLOP/s; fp32 logits read twice and bf16 gradients written once: 12.4 GB,
+    3.7 ms at 3.35 TB/s."""
     work = count("linear_cross_entropy", "bf16", BOTH, QWEN, "cuda")
     assert work is not None and work.pass_bytes == (4 + 4 + 2) * 8192 * 151936 == 12_446_597_120
     at_full_bandwidth = predict(work, H100._replace(byte_share=1.0), "bf16")
     assert at_full_bandwidth.gemms == pytest.approx(43.7e-3, rel=2e-3)
     assert at_full_bandwidth.passes == pytest.approx(3.7e-3, rel=5e-3)
     assert predict(work, H100, "bf16").seconds == pytest.approx(43.7e-3 + 4.13e-3, rel=2e-3)
-    # 512 MiB of workspace (586 tokens a chunk, 6 bytes a logit), dW in fp32 and bf16, dX in bf16, 7 numbers a token.
+    # 512 MiB of workspace (586 tokens a chunk, 6 bytes a logit), dW in fp32 and bf16, dX in bf16, 7 numbers a
+    # token.
     held = 586 * 6 * 151936 + 6 * 4096 * 151936 + 2 * 8192 * 4096 + 28 * 8192
     assert work.held_bytes == pytest.approx(held, rel=1e-9)
 
@@ -38,15 +40,22 @@ def test_the_prediction_that_head_py_quotes() -> None:
         ("linear_cross_entropy, SmolLM2's softmax", BOTH, 3, 10),
     ],
 )
-def test_gemms_and_passes_of_the_ways(operation: str, trained: tuple[str, ...], gemms: int, passes: int) -> None:
+def test_gemms_and_passes_of_the_ways(
+    operation: str, trained: tuple[str, ...], gemms: int, passes: int
+) -> None:
     work = count(operation, "bf16", trained, QWEN, "cuda")
     assert work is not None
     assert sum(times * 2 * m * n * k for times, m, n, k in work.gemms) == gemms * GEMM
     assert work.pass_bytes == passes * 8192 * 151936
 
 
-@pytest.mark.parametrize(("operation", "tokens", "gemms"), [("linear_dpo", 1024, 4), ("linear_dpo", 2048, 4.5), ("linear_kto", 2048, 4)])
-def test_on_a_cpu_logits_of_pairs_and_rows_beyond_the_workspace_are_made_again(operation: str, tokens: int, gemms: float) -> None:
+@pytest.mark.parametrize(
+    ("operation", "tokens", "gemms"),
+    [("linear_dpo", 1024, 4), ("linear_dpo", 2048, 4.5), ("linear_kto", 2048, 4)],
+)
+def test_on_a_cpu_logits_of_pairs_and_rows_beyond_the_workspace_are_made_again(
+    operation: str, tokens: int, gemms: float
+) -> None:
     """96 MiB hold 512 tokens of V 49152; there are 2 pairs, or 4 rows."""
     work = count(operation, "fp32", BOTH, Shape(tokens, 576, 49152), "cpu")
     assert work is not None
@@ -62,10 +71,16 @@ def test_a_gemm_of_few_tokens_costs_the_bytes_of_the_weight() -> None:
 
 def test_operations_on_logits_are_their_bytes() -> None:
     logits = 4 * 8192 * 151936
-    for operation, trained, passes in (("token_stats", (), 1), ("cross_entropy", ("logits",), 3), ("sample", (), 1)):
+    for operation, trained, passes in (
+        ("token_stats", (), 1),
+        ("cross_entropy", ("logits",), 3),
+        ("sample", (), 1),
+    ):
         work = count(operation, "fp32", trained, QWEN, "cuda")
         assert work is not None and work.pass_bytes == passes * logits and not work.gemms
-    assert count("sample, top_k 50", "fp32", (), QWEN, "cuda") is None  # what is read again depends on the logits
+    assert (
+        count("sample, top_k 50", "fp32", (), QWEN, "cuda") is None
+    )  # what is read again depends on the logits
 
 
 def test_operations_on_tokens_are_their_bytes() -> None:
@@ -77,7 +92,8 @@ def test_operations_on_tokens_are_their_bytes() -> None:
 
 
 def test_a_whole_step_counts_smollm2s_weights() -> None:
-    """SmolLM2-135M: 134,515,008 weights, of which 34,560 in norms, which are left out; 6 flops a token for each."""
+    """SmolLM2-135M: 134,515,008 weights, of which 34,560 in norms, which are left out; 6 flops a token for
+    each."""
     work = count("pretrain step", "fp32", (), Shape(512, 576, 49152), "cpu")
     assert work is not None
     flops = sum(times * 2 * m * n * k for times, m, n, k in work.gemms)
@@ -85,15 +101,29 @@ def test_a_whole_step_counts_smollm2s_weights() -> None:
     dpo = count("dpo step", "fp32", (), Shape(512, 576, 49152), "cpu")
     assert dpo is not None
     extra = sum(times * 2 * m * n * k for times, m, n, k in dpo.gemms) - flops
-    assert extra == pytest.approx(2 * 512 * 134_515_008 + 2 * 512 * 576 * 49152, rel=1e-3)  # the reference; logits computed twice
+    assert extra == pytest.approx(
+        2 * 512 * 134_515_008 + 2 * 512 * 576 * 49152, rel=1e-3
+    )  # the reference; logits computed twice
 
 
-def test_the_machine_of_a_results_file_is_what_its_ceilings_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_machine_of_a_results_file_is_what_its_ceilings_reached(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def case(name: str, trained: list[str], ceiling: str, ms: float, ours: float) -> dict:
         rows = {ceiling: {"seconds": [ms / 1e3]}, OURS: {"seconds": [ours / 1e3], "peak_mib": 7.0}}
-        return {"name": name, "operation": name, "dtype": "fp32", "trained": trained, "shape": {"N": 100, "H": 10, "V": 1000}, "rows": rows}
+        return {
+            "name": name,
+            "operation": name,
+            "dtype": "fp32",
+            "trained": trained,
+            "shape": {"N": 100, "H": 10, "V": 1000},
+            "rows": rows,
+        }
 
-    cases = [case("linear_logprobs", [], "1 bare GEMM", 2.0, 3.0), case("token_stats", [], "one read (amax)", 0.5, 0.6)]
+    cases = [
+        case("linear_logprobs", [], "1 bare GEMM", 2.0, 3.0),
+        case("token_stats", [], "one read (amax)", 0.5, 0.6),
+    ]
     results = {"machine_info": {"cpu": "A Processor", "gpu": "none"}, "cases": cases}
     machine = roofline.measured_machine(results)
     assert machine == Machine("A Processor", 1e9, 1e9, 8e8, 1.0, 1.0, "cpu")

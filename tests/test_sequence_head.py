@@ -1,4 +1,5 @@
-"""DPO and KTO through the head: every way equals plain PyTorch with full logits, padded or packed, whatever the workspace."""
+"""DPO and KTO through the head: every way equals plain PyTorch with full logits, padded or packed, whatever
+the workspace."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from fastalign_kernels.sequence_head import linear_dpo_loss, linear_kto_loss
 V, H, T, S = 257, 16, 9, 3
 # One of the rows has no scored token, and a NaN hidden state stands where none is read.
 MIB_A_TOKEN = V * 8 / 2**20  # of fp64 logits
-# The pairs have 10, 9 and 8 tokens. All at once; two fit and one does not; chunks of 4 tokens at most, 3 for two of the pairs; of 1 token.
+# The pairs have 10, 9 and 8 tokens. All at once; two fit and one does not; chunks of 4 tokens at most, 3 for
+# two of the pairs; of 1 token.
 WORKSPACES = [1.0, 9 * MIB_A_TOKEN, 4 * MIB_A_TOKEN, MIB_A_TOKEN]
 TIGHT = 4 * MIB_A_TOKEN
 
@@ -30,12 +32,25 @@ def inputs(dtype: torch.dtype, rows: int, device: str = "cpu") -> dict[str, Any]
     ids[torch.arange(T) >= lengths[:, None]] = -100
     hidden[ids.to(device) < 0] = torch.nan
     bias = torch.randn(V, generator=generator).to(device, dtype)
-    trained = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_(), "bias": bias.requires_grad_()}
-    return trained | {"ids": ids.to(device), "reference_hidden": reference, "reference_weight": reference_weight}
+    trained = {
+        "hidden": hidden.requires_grad_(),
+        "weight": weight.requires_grad_(),
+        "bias": bias.requires_grad_(),
+    }
+    return trained | {
+        "ids": ids.to(device),
+        "reference_hidden": reference,
+        "reference_weight": reference_weight,
+    }
 
 
 def logps_of(
-    hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, softcap: float | None = None, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """[rows], by full logits."""
     z = torch.where((ids >= 0)[..., None], hidden, 0) @ weight.t() + (0 if bias is None else bias)
@@ -52,7 +67,9 @@ def plain(given: dict[str, Any], loss: Any, **head: Any) -> tuple[Tensor, Tensor
 
 
 def gradients(loss: Tensor, given: dict[str, Any]) -> dict[str, Tensor]:
-    names = [name for name in ("hidden", "weight", "bias") if given[name] is not None and given[name].requires_grad]
+    names = [
+        name for name in ("hidden", "weight", "bias") if given[name] is not None and given[name].requires_grad
+    ]
     return dict(zip(names, torch.autograd.grad(loss, [given[name] for name in names])))
 
 
@@ -73,7 +90,11 @@ def dpo(logps: Tensor, reference: Tensor, /, **options: Any) -> Tensor:
 @pytest.mark.parametrize("workspace", [*WORKSPACES, None])
 def test_dpo_equals_plain_pytorch(loss_type: str, workspace: float | None, device: str) -> None:
     given = inputs(torch.float64, 2 * S)
-    options: dict[str, Any] = {"beta": 0.3, "loss_type": loss_type, "label_smoothing": 0.1 if loss_type == "exo_pair" else 0.0}
+    options: dict[str, Any] = {
+        "beta": 0.3,
+        "loss_type": loss_type,
+        "label_smoothing": 0.1 if loss_type == "exo_pair" else 0.0,
+    }
     lengths: dict[str, Any] = {}
     if loss_type == "sigmoid_norm":
         counts = (given["ids"] >= 0).sum(1)
@@ -84,7 +105,9 @@ def test_dpo_equals_plain_pytorch(loss_type: str, workspace: float | None, devic
     for ours in (given, packed(given)):
         found = linear_dpo_loss(**ours, **options, **head, workspace_mib=workspace)
         torch.testing.assert_close(found.loss, loss.detach(), rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.cat([found.chosen_logps, found.rejected_logps]), logps, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.cat([found.chosen_logps, found.rejected_logps]), logps, rtol=1e-12, atol=1e-12
+        )
         own = gradients(found.loss, ours)
         kept = given["ids"] >= 0
         for name, gradient in expected.items():
@@ -97,8 +120,15 @@ def test_dpo_equals_plain_pytorch(loss_type: str, workspace: float | None, devic
 def test_kto_equals_plain_pytorch(loss_type: str, workspace: float) -> None:
     given = inputs(torch.float64, 5)
     desirable, kl = torch.tensor([True, False, True, True, False]), torch.tensor(0.2, dtype=torch.float64)
-    options: dict[str, Any] = {"beta": 0.3, "loss_type": loss_type, "desirable_weight": 1.3, "undesirable_weight": 0.7}
-    loss, logps = plain(given, lambda own, reference: kto_loss_ref(own, reference, desirable, kl, **options).loss)
+    options: dict[str, Any] = {
+        "beta": 0.3,
+        "loss_type": loss_type,
+        "desirable_weight": 1.3,
+        "undesirable_weight": 0.7,
+    }
+    loss, logps = plain(
+        given, lambda own, reference: kto_loss_ref(own, reference, desirable, kl, **options).loss
+    )
     expected = gradients(loss, given)
     for ours in (given, packed(given)):
         found = linear_kto_loss(**ours, desirable=desirable, kl=kl, **options, workspace_mib=workspace)
@@ -119,7 +149,8 @@ def test_kto_equals_plain_pytorch(loss_type: str, workspace: float) -> None:
 def test_of_a_long_unit_the_logits_of_all_chunks_but_one_are_made_again(
     room: int, pairs: list[int], rows: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GEMMs for logits, as [tokens] of each: the pairs have 10, 9 and 8 tokens, the rows 4, 9, 1, 6 and 0, and `room` fit the workspace."""
+    """GEMMs for logits, as [tokens] of each: the pairs have 10, 9 and 8 tokens, the rows 4, 9, 1, 6 and 0,
+    and `room` fit the workspace."""
     seen: list[int] = []
     tiles = set()
     mm = sweep.mm
@@ -133,12 +164,19 @@ def test_of_a_long_unit_the_logits_of_all_chunks_but_one_are_made_again(
     monkeypatch.setattr(sweep, "mm", counted)
     given = inputs(torch.float64, 2 * S)
     options = {name: given[name] for name in ("hidden", "weight", "ids", "bias")}
-    linear_dpo_loss(**options, reference_logps=torch.zeros(2 * S, dtype=torch.float64), workspace_mib=room * MIB_A_TOKEN)
+    linear_dpo_loss(
+        **options, reference_logps=torch.zeros(2 * S, dtype=torch.float64), workspace_mib=room * MIB_A_TOKEN
+    )
     assert seen == pairs and len(tiles) == 1
     seen.clear()
     options |= {name: options[name][:5] for name in ("hidden", "ids")}
     unpaired: dict[str, Any] = {"desirable": torch.arange(5) % 2 == 0, "kl": torch.zeros(())}
-    linear_kto_loss(**options, **unpaired, reference_logps=torch.zeros(5, dtype=torch.float64), workspace_mib=room * MIB_A_TOKEN)
+    linear_kto_loss(
+        **options,
+        **unpaired,
+        reference_logps=torch.zeros(5, dtype=torch.float64),
+        workspace_mib=room * MIB_A_TOKEN,
+    )
     assert seen == rows
 
 
@@ -147,10 +185,14 @@ def test_pairs_without_a_scored_token(scored: list[int]) -> None:
     given = inputs(torch.float64, 2 * S)
     given["ids"] = torch.full_like(given["ids"], -100)
     given["ids"][scored] = 7
-    given["hidden"] = torch.where((given["ids"] < 0)[..., None], torch.nan, given["hidden"].detach().nan_to_num()).requires_grad_()
+    given["hidden"] = torch.where(
+        (given["ids"] < 0)[..., None], torch.nan, given["hidden"].detach().nan_to_num()
+    ).requires_grad_()
     loss, logps = plain(given, dpo)
     found = linear_dpo_loss(**given, workspace_mib=TIGHT)
-    torch.testing.assert_close((found.loss, torch.cat([found.chosen_logps, found.rejected_logps])), (loss.detach(), logps))
+    torch.testing.assert_close(
+        (found.loss, torch.cat([found.chosen_logps, found.rejected_logps])), (loss.detach(), logps)
+    )
     expected, own = gradients(loss, given), gradients(found.loss, given)
     for name, gradient in expected.items():
         torch.testing.assert_close(own[name], gradient, rtol=1e-10, atol=1e-12)
@@ -169,9 +211,13 @@ def pair(tokens, workspace_mib):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory of a process needs Linux's /proc/self/clear_refs")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(),
+    reason="peak memory of a process needs Linux's /proc/self/clear_refs",
+)
 def test_a_longer_pair_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace of 32 MiB holds 1024 tokens; beyond it come the gradients, 2 MiB at most, and what the GEMMs pack."""
+    """A workspace of 32 MiB holds 1024 tokens; beyond it come the gradients, 2 MiB at most, and what the
+    GEMMs pack."""
     (tmp_path / "long_pairs.py").write_text(TARGET)
     monkeypatch.syspath_prepend(tmp_path)
     every = [{"tokens": tokens, "workspace_mib": 32} for tokens in (512, 1024, 8192)]
@@ -188,7 +234,11 @@ def test_first_losses() -> None:
         "reference_bias": given["bias"].detach(),
     }
     found = linear_dpo_loss(**given)
-    assert abs(found.loss.item() - 0.6931472) < 1e-6 and not found.chosen_rewards.any() and not found.rejected_rewards.any()
+    assert (
+        abs(found.loss.item() - 0.6931472) < 1e-6
+        and not found.chosen_rewards.any()
+        and not found.rejected_rewards.any()
+    )
     unpaired = linear_kto_loss(**given, desirable=torch.arange(2 * S) % 2 == 0, kl=torch.zeros(()))
     assert abs(unpaired.loss.item() - 0.5) < 1e-7 and not unpaired.rewards.any()
 
@@ -202,7 +252,9 @@ def test_one_trained_tensor(trained: str, dtype: torch.dtype, workspace: float |
     for name in ("hidden", "weight", "bias"):
         given[name] = given[name].detach().to(dtype).requires_grad_(name == trained)
     given |= {name: given[name].to(dtype) for name in ("reference_hidden", "reference_weight")}
-    wide = {name: value.detach().double() if value.is_floating_point() else value for name, value in given.items()}
+    wide = {
+        name: value.detach().double() if value.is_floating_point() else value for name, value in given.items()
+    }
     wide[trained].requires_grad_()
     loss, _ = plain(wide, dpo)
     found = linear_dpo_loss(**given, workspace_mib=workspace)
@@ -216,7 +268,9 @@ def test_one_trained_tensor(trained: str, dtype: torch.dtype, workspace: float |
 def test_low_precision_is_no_worse_than_eager(workspace: float | None, no_worse_than_eager) -> None:
     given = inputs(torch.bfloat16, 2 * S)
     wide = {
-        name: value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+        name: value.detach().double().requires_grad_(value.requires_grad)
+        if value.is_floating_point()
+        else value
         for name, value in given.items()
     }
     truth, _ = plain(wide, dpo)
@@ -241,7 +295,10 @@ def test_upstream_scale_and_a_second_backward() -> None:
 def test_opcheck_and_compile(tail_eps: float | None) -> None:
     given = inputs(torch.float32, 2 * S) | {"tail_eps": tail_eps}
     ids = torch.where(given["ids"] < 0, -1, given["ids"]).flatten()
-    ends, reference = torch.arange(0, 2 * S * T + 1, T), torch.randn(2 * S, generator=torch.Generator().manual_seed(1))
+    ends, reference = (
+        torch.arange(0, 2 * S * T + 1, T),
+        torch.randn(2 * S, generator=torch.Generator().manual_seed(1)),
+    )
     head = (
         given["hidden"].detach().nan_to_num().view(-1, H).requires_grad_(),
         given["weight"],
@@ -265,7 +322,10 @@ def test_opcheck_and_compile(tail_eps: float | None) -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"ids": torch.zeros(6 * T, dtype=torch.int64)}, r"ids: shape \[54\] seen, \[rows, T\] wanted, or \[N\] with cu_seqlens"),
+        (
+            {"ids": torch.zeros(6 * T, dtype=torch.int64)},
+            r"ids: shape \[54\] seen, \[rows, T\] wanted, or \[N\] with cu_seqlens",
+        ),
         ({"ids": torch.zeros(5, T, dtype=torch.int64)}, "ids: 5 rows seen, the chosen ones"),
         ({"reference_logps": torch.zeros(6)}, "reference_hidden, reference_logps: both seen"),
         ({"reference_hidden": None}, "reference_hidden, reference_logps: neither seen"),
@@ -288,4 +348,6 @@ def test_no_rows_at_all_is_the_mean_of_nothing() -> None:
     given = inputs(torch.float32, 0)
     found = linear_dpo_loss(**given)
     assert found.loss.isnan() and found.chosen_logps.shape == (0,)
-    assert sequence_head.linear_kto_loss(**given, desirable=torch.zeros(0, dtype=torch.bool), kl=torch.zeros(())).loss.isnan()
+    assert sequence_head.linear_kto_loss(
+        **given, desirable=torch.zeros(0, dtype=torch.bool), kl=torch.zeros(())
+    ).loss.isnan()

@@ -1,4 +1,5 @@
-"""A prompt that two sequences share is computed once, and nothing else changes: who sees what, log-probabilities, gradients, scores."""
+"""A prompt that two sequences share is computed once, and nothing else changes: who sees what,
+log-probabilities, gradients, scores."""
 
 import random
 from collections.abc import Sequence
@@ -31,13 +32,30 @@ from transformers import (
 from fastalign.causal_lm import fuse_head
 from fastalign.classifier import last_tokens, score_packed
 from fastalign.data import FLASH, Tokenized
-from fastalign.preferences import Pair, Unpaired, collate_pairs, collate_unpaired, mismatch, pack_sequences, sequence_logps
+from fastalign.preferences import (
+    Pair,
+    Unpaired,
+    collate_pairs,
+    collate_unpaired,
+    mismatch,
+    pack_sequences,
+    sequence_logps,
+)
 from fastalign.shared_prompts import Family, explain_unshared, find_families, model_arguments
 
 V = 97
 SMALL: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 40, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+GPT2 = {
+    "vocab_size": V,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 40,
+    "resid_pdrop": 0,
+    "embd_pdrop": 0,
+    "attn_pdrop": 0,
+}
 MODELS: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
     "gpt2, positions from a table": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
@@ -63,12 +81,15 @@ def draw(generator: random.Random, length: int) -> list[int]:
 
 
 def ragged_pairs(seed: int = 0) -> list[Pair]:
-    """Prompts of 1 to 30 tokens; completions that begin alike, one cut after a token, one that a token joins to its prompt."""
+    """Prompts of 1 to 30 tokens; completions that begin alike, one cut after a token, one that a token joins
+    to its prompt."""
     generator = random.Random(seed)
     pairs = []
     for length, chosen, rejected in ((12, 5, 9), (30, 3, 8), (1, 6, 4), (2, 7, 2), (25, 1, 1), (9, 9, 3)):
         prompt = draw(generator, length)
-        pairs.append(Pair(sequence(prompt, draw(generator, chosen)), sequence(prompt, draw(generator, rejected))))
+        pairs.append(
+            Pair(sequence(prompt, draw(generator, chosen)), sequence(prompt, draw(generator, rejected)))
+        )
     prompt, alike = draw(generator, 14), draw(generator, 4)
     pairs.append(Pair(sequence(prompt, alike + [1, 2]), sequence(prompt, [*alike, 3])))
     pairs.append(Pair(sequence(prompt, alike), sequence(prompt, alike[:1])))  # max_length has cut it
@@ -110,7 +131,9 @@ def test_log_probabilities_and_gradients_are_those_of_separate_sequences(name: s
     expected = gradients(alone @ upstream, model)
     fuse_head(model)
     logps = sequence_logps(model, both)
-    rounding = 1e-14 if name.startswith("gpt2") else 1e-7  # the others' norms are in fp32, whatever the model is
+    rounding = (
+        1e-14 if name.startswith("gpt2") else 1e-7
+    )  # the others' norms are in fp32, whatever the model is
     torch.testing.assert_close(logps, alone, rtol=10 * rounding, atol=10 * rounding)
     found = gradients(logps @ upstream, model)
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
@@ -124,21 +147,28 @@ def test_mismatched_completions_share_the_prompt_of_their_row() -> None:
     rows = mismatch(answered, seed=0, step=0, max_length=40)
     rows[2] = rows[2]._replace(mismatched=None)
     rows[4] = rows[4]._replace(mismatched=None)
-    batch, apart = (collate_unpaired(rows, packer=packer) for packer in (SHARING, partial(pack_sequences, pad_id=0)))
+    batch, apart = (
+        collate_unpaired(rows, packer=packer) for packer in (SHARING, partial(pack_sequences, pad_id=0))
+    )
     alone = [len(rows[number].answered.input_ids) for number in (2, 4)]
-    own = [1 + sum(one.trained) for one in batch["both"]["sequences"]]  # the prompt's last token and the completion
+    own = [
+        1 + sum(one.trained) for one in batch["both"]["sequences"]
+    ]  # the prompt's last token and the completion
     branches = batch["both"]["starts"].diff()[batch["both"]["places"]].tolist()
     assert branches == [*own[:2], alone[0], own[3], alone[1], *own[5:]]
     assert batch["both"]["arguments"]["input_ids"].numel() < apart["both"]["arguments"]["input_ids"].numel()
     assert not {"prefixes"} & (batch["answered"].keys() | batch["mismatched"].keys())
     assert torch.equal(batch["both"]["lengths"], apart["both"]["lengths"])
-    torch.testing.assert_close(sequence_logps(model, batch["both"]), sequence_logps(model, apart["both"]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        sequence_logps(model, batch["both"]), sequence_logps(model, apart["both"]), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_scores_are_those_of_separate_sequences(kind: str, padding: int) -> None:
-    """With padding 3, which also ends some, and a completion and the end of its prompt that are nothing else."""
+    """With padding 3, which also ends some, and a completion and the end of its prompt that are nothing
+    else."""
     torch.manual_seed(0)
     if kind == "llama":
         model: Any = LlamaForSequenceClassification(LlamaConfig(**SMALL, num_labels=1, pad_token_id=padding))
@@ -151,7 +181,9 @@ def test_scores_are_those_of_separate_sequences(kind: str, padding: int) -> None
     pairs.append(Pair(sequence([3, 3, 3], [3]), sequence([3, 3, 3], [5])))
     packed = collate_pairs(pairs, packer=partial(SHARING, pad_id=padding))["both"]
     assert "prefixes" in packed
-    scores = model(**model_arguments(packed), ends=last_tokens(packed, pad_id=padding), use_cache=False).logits
+    scores = model(
+        **model_arguments(packed), ends=last_tokens(packed, pad_id=padding), use_cache=False
+    ).logits
     for one, score in zip(packed["sequences"], scores):
         place = max((place for place, token in enumerate(one.input_ids) if token != padding), default=0)
         alone = model(torch.tensor([one.input_ids]), ends=torch.tensor([place]), use_cache=False).logits[0]
@@ -177,7 +209,9 @@ def test_the_prompt_but_its_last_token_is_there_once() -> None:
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_token_sees_its_own_sequence_and_nothing_else(seed: int, additive: bool) -> None:
-    packed = collate_pairs(ragged_pairs(seed), packer=partial(SHARING, attention="eager" if additive else "sdpa"))["both"]
+    packed = collate_pairs(
+        ragged_pairs(seed), packer=partial(SHARING, attention="eager" if additive else "sdpa")
+    )["both"]
     arguments = model_arguments(packed)
     mask = arguments["attention_mask"][:, 0]
     rows, width = arguments["input_ids"].shape
@@ -213,13 +247,20 @@ def test_what_two_sequences_share_ends_before_what_is_read_of_either() -> None:
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    tensors = {name: (value, other[name]) for name, value in one.items() if name not in ("arguments", "sequences")}
-    tensors |= {name: (value, other["arguments"][name]) for name, value in one["arguments"].items() if torch.is_tensor(value)}
+    tensors = {
+        name: (value, other[name]) for name, value in one.items() if name not in ("arguments", "sequences")
+    }
+    tensors |= {
+        name: (value, other["arguments"][name])
+        for name, value in one["arguments"].items()
+        if torch.is_tensor(value)
+    }
     return one.keys() == other.keys() and all(torch.equal(*two) for two in tensors.values())
 
 
 def test_nothing_is_shared_where_that_costs_more() -> None:
-    """A prompt of 9 tokens before 60 saves 8 of 138 tokens, and the mask lets 130 tokens meet where a causal one let 69."""
+    """A prompt of 9 tokens before 60 saves 8 of 138 tokens, and the mask lets 130 tokens meet where a causal
+    one let 69."""
     generator = random.Random(3)
     prompt = draw(generator, 9)
     pair = Pair(sequence(prompt, draw(generator, 60)), sequence(prompt, draw(generator, 60)))
@@ -241,7 +282,9 @@ def test_nothing_changes_without_pairs_and_without_a_hidden_size() -> None:
 
 
 def explain(model: Any, longest: int = 20, attention: str = "sdpa") -> str | None:
-    return explain_unshared(model, partial(pack_sequences, pad_id=0, attention=attention), attention=attention, longest=longest)
+    return explain_unshared(
+        model, partial(pack_sequences, pad_id=0, attention=attention), attention=attention, longest=longest
+    )
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -256,12 +299,22 @@ def test_models_of_full_attention_can_share(name: str, attention: str) -> None:
 
 def test_windows_that_a_pair_would_reach_over_are_named() -> None:
     for name, kind in (("mistral, its window wide", "Mistral"), ("gemma3, a window wide", "Gemma3Text")):
-        assert explain(build(name).base_model, 41) == f"{kind}Model has a sliding_window of 80 tokens, and pairs have up to 82"
+        assert (
+            explain(build(name).base_model, 41)
+            == f"{kind}Model has a sliding_window of 80 tokens, and pairs have up to 82"
+        )
     full = build("qwen3")
     full.config.sliding_window = 8  # no layer heeds it
     assert full.config.layer_types == ["full_attention"] * 2 and explain(full.base_model) is None
-    local = GPTNeoModel(GPTNeoConfig(**SMALL, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8))
-    assert explain(local, attention="eager") == "GPTNeoModel has a window_size of 8 tokens, and pairs have up to 40"
+    local = GPTNeoModel(
+        GPTNeoConfig(
+            **SMALL, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8
+        )
+    )
+    assert (
+        explain(local, attention="eager")
+        == "GPTNeoModel has a window_size of 8 tokens, and pairs have up to 40"
+    )
 
 
 def test_other_kinds_of_layers_and_flash_attention_are_named() -> None:
@@ -272,12 +325,18 @@ def test_other_kinds_of_layers_and_flash_attention_are_named() -> None:
 
 
 def test_a_window_that_the_config_does_not_name_shows() -> None:
-    local = GPTNeoModel(GPTNeoConfig(**SMALL, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=30))
+    local = GPTNeoModel(
+        GPTNeoConfig(
+            **SMALL, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=30
+        )
+    )
     for parameter in local.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     local.config.window_size = 256  # the layers have their own copy of it by now
     assert explain(local, 12, "eager") is None
-    assert "the hidden states of GPTNeoModel would be" in str(explain(local, 20, "eager"))  # a pair is up to 36 tokens long
+    assert "the hidden states of GPTNeoModel would be" in str(
+        explain(local, 20, "eager")
+    )  # a pair is up to 36 tokens long
 
 
 def test_models_that_take_no_mask_or_do_not_heed_it_show() -> None:
@@ -287,5 +346,7 @@ def test_models_that_take_no_mask_or_do_not_heed_it_show() -> None:
 
     torch.manual_seed(0)
     assert "the hidden states of Unmasked would be" in str(explain(Unmasked(LlamaConfig(**SMALL))))
-    alibi = FalconModel(FalconConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True))
+    alibi = FalconModel(
+        FalconConfig(vocab_size=V, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True)
+    )
     assert "FalconModel does not take a mask: " in str(explain(alibi))

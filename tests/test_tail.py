@@ -1,4 +1,5 @@
-"""The tail-compensated backward pass: exact where it must be, and elsewhere the rank-1 approximation that its formula says."""
+"""The tail-compensated backward pass: exact where it must be, and elsewhere the rank-1 approximation that its
+formula says."""
 
 from collections.abc import Callable
 from typing import Any
@@ -43,8 +44,11 @@ def make(dtype: torch.dtype = torch.float64, peak: float = 2.5, seed: int = 0) -
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()} | {"ids": ids}
 
 
-def tail_ref(given: dict[str, Tensor], dz: Tensor, eps: float, tokens: int, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula of tail.py for exact dlogits [N, V] and blocks of `tokens` tokens, without softcap: gradients of hidden, weight, bias."""
+def tail_ref(
+    given: dict[str, Tensor], dz: Tensor, eps: float, tokens: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula of tail.py for exact dlogits [N, V] and blocks of `tokens` tokens, without softcap:
+    gradients of hidden, weight, bias."""
     hidden, weight, bias, ids = (given[name].detach() for name in ("hidden", "weight", "bias", "ids"))
     P = ((hidden @ weight.t() + bias) / temperature).softmax(-1)
     approximate = dz.clone()
@@ -80,14 +84,20 @@ def gradients(loss: Tensor, given: dict[str, Tensor], names: tuple[str, ...] = L
 
 def assert_formula(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     for name, ours, truth in zip(LEAVES, found, expected, strict=True):
-        assert torch.allclose(ours, truth, rtol=1e-9, atol=1e-12), f"{name}: off by {(ours - truth).abs().max():.3g}"
+        assert torch.allclose(ours, truth, rtol=1e-9, atol=1e-12), (
+            f"{name}: off by {(ours - truth).abs().max():.3g}"
+        )
 
 
 @pytest.mark.parametrize("workspace", [None, 12 * V * 8 * 1.5 / MIB], ids=["one chunk", "several"])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"temperature": 1.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"temperature": 1.3}], ids=str
+)
 def test_cross_entropy_follows_the_formula(options: dict[str, Any], workspace: float | None) -> None:
     given = make()
-    smoothing, z_loss, temperature = (options.get(k, d) for k, d in (("label_smoothing", 0.0), ("z_loss", 0.0), ("temperature", 1.0)))
+    smoothing, z_loss, temperature = (
+        options.get(k, d) for k, d in (("label_smoothing", 0.0), ("z_loss", 0.0), ("temperature", 1.0))
+    )
     kept = given["ids"] >= 0
 
     def loss(logits_logp: Tensor) -> Tensor:
@@ -100,15 +110,25 @@ def test_cross_entropy_follows_the_formula(options: dict[str, Any], workspace: f
         dz = dz + torch.autograd.grad(z_loss * (logits.logsumexp(-1)[kept] ** 2).mean(), logits)[0]
     # With smoothing, the uniform part is exact everywhere, so only the rest of dz is approximated.
     uniform = -smoothing / V / int(kept.sum()) / temperature * kept[:, None].double()
-    tokens = plan_head(int(kept.sum()), H, V, dtype=torch.float64, tail_eps=EPS, workspace_mib=workspace).chunk
+    tokens = plan_head(
+        int(kept.sum()), H, V, dtype=torch.float64, tail_eps=EPS, workspace_mib=workspace
+    ).chunk
     expected = tail_ref(given, dz - uniform, EPS, tokens, temperature)
     x, w = given["hidden"].detach(), given["weight"].detach()
     exact = (uniform.expand(N, V) @ w, uniform.expand(N, V).t() @ x, uniform.expand(N, V).sum(0))
     stats = linear_cross_entropy_stats(
-        given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=EPS, workspace_mib=workspace, **options
+        given["hidden"],
+        given["weight"],
+        given["ids"],
+        given["bias"],
+        tail_eps=EPS,
+        workspace_mib=workspace,
+        **options,
     )
     assert_formula(gradients(stats.loss, given), tuple(a + b for a, b in zip(expected, exact)))
-    plain = linear_cross_entropy_stats(given["hidden"], given["weight"], given["ids"], given["bias"], **options)
+    plain = linear_cross_entropy_stats(
+        given["hidden"], given["weight"], given["ids"], given["bias"], **options
+    )
     for name, ours, theirs in zip(stats._fields, stats, plain):
         torch.testing.assert_close(ours, theirs, msg=f"{name} must not depend on the tail")
 
@@ -123,7 +143,9 @@ def test_any_upstream_gradient_follows_the_formula(workspace: float | None) -> N
         entropy = -(logp.exp() * logp).sum(-1)
         return (g[0] * at_ids(logp, given["ids"]) + torch.where(kept, g[1] * entropy, 0)).sum()
 
-    tokens = plan_head(int(kept.sum()), H, V, dtype=torch.float64, tail_eps=EPS, workspace_mib=workspace).chunk
+    tokens = plan_head(
+        int(kept.sum()), H, V, dtype=torch.float64, tail_eps=EPS, workspace_mib=workspace
+    ).chunk
     expected = tail_ref(given, dlogits(given, loss), EPS, tokens)
     options: Any = {"tail_eps": EPS, "workspace_mib": workspace}
     stats = linear_token_stats(given["hidden"], given["weight"], given["ids"], given["bias"], **options)
@@ -148,7 +170,8 @@ def test_a_frozen_head_follows_the_formula() -> None:
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
 def test_sequence_losses_equal_their_tokens_losses(loss: str, dtype: torch.dtype, bound: float) -> None:
-    """One op that keeps between its two passes, against log-probabilities that keep between forward and backward."""
+    """One op that keeps between its two passes, against log-probabilities that keep between forward and
+    backward."""
     given = make(dtype)
     ends = torch.tensor([0, 9, 20, 33, N])
     reference = torch.randn(4, dtype=dtype, generator=torch.Generator().manual_seed(2))
@@ -173,10 +196,14 @@ def test_sequence_losses_equal_their_tokens_losses(loss: str, dtype: torch.dtype
 
 
 def test_ppo_equals_its_tokens_loss() -> None:
-    """The gradient in forward, entropy included, against statistics that keep between forward and backward."""
+    """The gradient in forward, entropy included, against statistics that keep between forward and
+    backward."""
     given = make()
     generator = torch.Generator().manual_seed(3)
-    old_logp, advantages = -3 * torch.rand(N, generator=generator).double(), torch.randn(N, generator=generator).double()
+    old_logp, advantages = (
+        -3 * torch.rand(N, generator=generator).double(),
+        torch.randn(N, generator=generator).double(),
+    )
     mask = given["ids"] >= 0
     options: Any = {"entropy_coefficient": 0.1, "clip": 0.4}
     tensors = (given["hidden"], given["weight"], given["ids"])
@@ -189,26 +216,47 @@ def test_ppo_equals_its_tokens_loss() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_error_of_low_precision_is_no_larger_than_the_exact_ways(dtype: torch.dtype, no_worse_than_eager: Any) -> None:
-    """Against the tail of the fp64 copy of the same inputs: eps so low that nothing near it is kept by one dtype and not by the other."""
+def test_the_error_of_low_precision_is_no_larger_than_the_exact_ways(
+    dtype: torch.dtype, no_worse_than_eager: Any
+) -> None:
+    """Against the tail of the fp64 copy of the same inputs: eps so low that nothing near it is kept by one
+    dtype and not by the other."""
     given = make(dtype)
-    wide = {name: x.detach().double().requires_grad_() if x.is_floating_point() else x for name, x in given.items()}
-    found = gradients(linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=1e-30), given)
-    exact = gradients(linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"]), given)
+    wide = {
+        name: x.detach().double().requires_grad_() if x.is_floating_point() else x
+        for name, x in given.items()
+    }
+    found = gradients(
+        linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=1e-30),
+        given,
+    )
+    exact = gradients(
+        linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"]), given
+    )
     truth = gradients(linear_cross_entropy(wide["hidden"], wide["weight"], wide["ids"], wide["bias"]), wide)
     for name, ours, theirs, true in zip(LEAVES, found, exact, truth):
         no_worse_than_eager(ours, theirs, true, name)
 
 
 def test_softcap_keeps_row_and_column_sums() -> None:
-    """With X = 1 and W = 1 in every entry, dX and dW are row and column sums of dlogits: what the tail must not change."""
+    """With X = 1 and W = 1 in every entry, dX and dW are row and column sums of dlogits: what the tail must
+    not change."""
     given = make(peak=3.0)
     options: Any = {"softcap": 6.0, "temperature": 0.5}
-    bias = (given["hidden"] @ given["weight"].t())[0].detach().requires_grad_()  # logits that differ by column only
-    ones = {"hidden": torch.ones(N, 1, dtype=torch.float64), "weight": torch.zeros(V, 1, dtype=torch.float64), "bias": bias}
+    bias = (
+        (given["hidden"] @ given["weight"].t())[0].detach().requires_grad_()
+    )  # logits that differ by column only
+    ones = {
+        "hidden": torch.ones(N, 1, dtype=torch.float64),
+        "weight": torch.zeros(V, 1, dtype=torch.float64),
+        "bias": bias,
+    }
     leaves = {name: x.detach().requires_grad_() for name, x in ones.items()}
     losses = [
-        linear_cross_entropy(leaves["hidden"], leaves["weight"], given["ids"], leaves["bias"], tail_eps=e, **options) for e in (None, EPS)
+        linear_cross_entropy(
+            leaves["hidden"], leaves["weight"], given["ids"], leaves["bias"], tail_eps=e, **options
+        )
+        for e in (None, EPS)
     ]
     exact, found = (gradients(loss, leaves) for loss in losses)
     # All rows have one softmax here, so the dropped part is a rank-1 matrix and nothing is approximated.
@@ -218,16 +266,25 @@ def test_softcap_keeps_row_and_column_sums() -> None:
 
 def test_rows_of_the_weight_that_never_appear_get_gradient() -> None:
     given = make(peak=3.0)
-    _, d_weight, _ = gradients(linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=0.05), given)
+    _, d_weight, _ = gradients(
+        linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=0.05),
+        given,
+    )
     assert (d_weight.abs().sum(1) > 0).all()
 
 
 def test_flat_softmax_runs_dense_and_exact() -> None:
     given = make(peak=0.0)
     args = (given["hidden"], given["weight"], given["ids"], given["bias"])
-    for a, b in zip(gradients(linear_cross_entropy(*args, tail_eps=2**-14), given), gradients(linear_cross_entropy(*args), given)):
+    for a, b in zip(
+        gradients(linear_cross_entropy(*args, tail_eps=2**-14), given),
+        gradients(linear_cross_entropy(*args), given),
+    ):
         assert torch.equal(a, b)
-    for a, b in zip(gradients(linear_logprobs(*args, tail_eps=2**-14).sum(), given), gradients(linear_logprobs(*args).sum(), given)):
+    for a, b in zip(
+        gradients(linear_logprobs(*args, tail_eps=2**-14).sum(), given),
+        gradients(linear_logprobs(*args).sum(), given),
+    ):
         assert torch.equal(a, b)
 
 
@@ -281,11 +338,18 @@ def test_everything_ignored() -> None:
     given = make()
     ids = torch.full((N,), -100)
     args = (given["hidden"], given["weight"], ids, given["bias"])
-    for loss in (linear_cross_entropy(*args, tail_eps=EPS, reduction="sum"), linear_logprobs(*args, tail_eps=EPS).sum()):
+    for loss in (
+        linear_cross_entropy(*args, tail_eps=EPS, reduction="sum"),
+        linear_logprobs(*args, tail_eps=EPS).sum(),
+    ):
         assert all((g == 0).all() for g in gradients(loss, given))
 
 
-@pytest.mark.parametrize("function", [linear_cross_entropy, lambda *a, **k: linear_token_stats(*a, **k).logp.sum()], ids=["loss", "stats"])
+@pytest.mark.parametrize(
+    "function",
+    [linear_cross_entropy, lambda *a, **k: linear_token_stats(*a, **k).logp.sum()],
+    ids=["loss", "stats"],
+)
 def test_compile(function: Callable[..., Tensor]) -> None:
     given = make(torch.float32)
     args = (given["hidden"], given["weight"], given["ids"], given["bias"])
@@ -298,25 +362,35 @@ def test_opcheck() -> None:
     given = make(torch.float32)
     ids = given["ids"].clamp(min=-1)
     head = (given["hidden"], given["weight"], ids, given["bias"], 1.0, 0.0, 1.0, None, EPS, True, True, True)
-    # Beyond what was kept the state holds whatever memory held, so that two runs differ there; test_compile covers the rest.
+    # Beyond what was kept the state holds whatever memory held, so that two runs differ there; test_compile
+    # covers the rest.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fastalign.head_table_kept.default, head, test_utils=checks)
     table, *state = torch.ops.fastalign.head_table_kept(*head)
     state = [x.detach() for x in state]
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in head]
-    torch.library.opcheck(torch.ops.fastalign.head_table_kept_grad.default, (torch.randn_like(table), table.detach(), state, *inputs))
+    torch.library.opcheck(
+        torch.ops.fastalign.head_table_kept_grad.default,
+        (torch.randn_like(table), table.detach(), state, *inputs),
+    )
 
 
 def test_triton_and_the_reference_run_the_whole_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Triton kernels, in the interpreter where there is no GPU, and what serves without a native library."""
-    rows_triton = pytest.importorskip("fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError)
+    """The Triton kernels, in the interpreter where there is no GPU, and what serves without a native
+    library."""
+    rows_triton = pytest.importorskip(
+        "fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError
+    )
     from fastalign_kernels import columns, columns_triton
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = make(torch.float32)
     args = [given[name].detach().to(device) for name in ("hidden", "weight", "ids", "bias")]
     leaves = [x.requires_grad_() for x in args if x.is_floating_point()]
-    expected = gradients(linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=EPS), given)
+    expected = gradients(
+        linear_cross_entropy(given["hidden"], given["weight"], given["ids"], given["bias"], tail_eps=EPS),
+        given,
+    )
     pairs: list[tuple[Any, Any]] = [(rows_triton, columns_triton)] + (
         [] if torch.cuda.is_available() else [(rows._reference, columns._reference)]
     )
@@ -336,8 +410,12 @@ def test_refused(eps: float) -> None:
 
 def test_smoothing_under_a_softcap_is_refused() -> None:
     given = make()
-    with pytest.raises(ValueError, match="tail_eps: 0.001 seen with label_smoothing and softcap, None wanted"):
-        linear_cross_entropy(given["hidden"], given["weight"], given["ids"], tail_eps=1e-3, label_smoothing=0.1, softcap=5.0)
+    with pytest.raises(
+        ValueError, match="tail_eps: 0.001 seen with label_smoothing and softcap, None wanted"
+    ):
+        linear_cross_entropy(
+            given["hidden"], given["weight"], given["ids"], tail_eps=1e-3, label_smoothing=0.1, softcap=5.0
+        )
 
 
 @pytest.mark.skipif(bool(native.missing), reason="threads are the native library's")
@@ -355,16 +433,25 @@ def head_losses(given: dict[str, Tensor], logit_scale: float) -> dict[str, Tenso
     hidden, weight, ids = given["hidden"], given["weight"], given["ids"]
     fixed = torch.linspace(-1, 1, N, dtype=hidden.dtype)
     mask, rows_of = ids >= 0, torch.tensor([0, 20, N])
-    packed: dict[str, Any] = {"cu_seqlens": rows_of, "reference_logps": torch.tensor([-9.0, -8.0], dtype=hidden.dtype)}
+    packed: dict[str, Any] = {
+        "cu_seqlens": rows_of,
+        "reference_logps": torch.tensor([-9.0, -8.0], dtype=hidden.dtype),
+    }
     stats = linear_token_stats(hidden, weight, ids, **head)
     assert stats.entropy is not None
     return {
-        "linear_cross_entropy": linear_cross_entropy(hidden, weight, ids, **head, z_loss=0.01, label_smoothing=0.1),
+        "linear_cross_entropy": linear_cross_entropy(
+            hidden, weight, ids, **head, z_loss=0.01, label_smoothing=0.1
+        ),
         "linear_logprobs": (fixed * linear_logprobs(hidden, weight, ids, **head)).sum(),
         "linear_token_stats": (fixed * (stats.entropy + stats.lse)).sum(),
-        "linear_ppo_loss": linear_ppo_loss(hidden, weight, ids, fixed - 1, fixed, mask, **head, entropy_coefficient=0.1).loss,
+        "linear_ppo_loss": linear_ppo_loss(
+            hidden, weight, ids, fixed - 1, fixed, mask, **head, entropy_coefficient=0.1
+        ).loss,
         "linear_dpo_loss": linear_dpo_loss(hidden, weight, ids, **head, **packed).loss,
-        "linear_kto_loss": linear_kto_loss(hidden, weight, ids, torch.tensor([True, False]), fixed[-1], **head, **packed).loss,
+        "linear_kto_loss": linear_kto_loss(
+            hidden, weight, ids, torch.tensor([True, False]), fixed[-1], **head, **packed
+        ).loss,
     }
 
 
@@ -401,5 +488,7 @@ def test_report_with_other_logit_scales():
         assert found == pytest.approx(expected)
     with pytest.raises(ValueError, match="logit_scale: got 0, expected another number"):
         tail_report(hidden, weight, ids, tail_eps=2**-6, logit_scale=0.0)
-    alone = tail_report(hidden, weight[:1], torch.zeros_like(ids), tail_eps=2**-6)  # of one column: all gradients are 0
+    alone = tail_report(
+        hidden, weight[:1], torch.zeros_like(ids), tail_eps=2**-6
+    )  # of one column: all gradients are 0
     assert (alone.hidden_error, alone.weight_error) == (0, 0)

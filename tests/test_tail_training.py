@@ -1,4 +1,5 @@
-"""The training evidence for tail_eps at a tiny size, and docs/tail.md against the results file that it names."""
+"""The training evidence for tail_eps at a tiny size, and docs/tail.md against the results file that it
+names."""
 
 import dataclasses
 import json
@@ -13,7 +14,24 @@ from bench.operation import Absent
 from bench.tail_training import Settings, Way, smoothed
 from fastalign_kernels import gradients, linear_cross_entropy
 
-WORDS = ["a", "film", "story", "of", "warm", "dull", "actors", "and", "scenes", "in", "bright", "lovely", "great", "awful", "fine", "the"]
+WORDS = [
+    "a",
+    "film",
+    "story",
+    "of",
+    "warm",
+    "dull",
+    "actors",
+    "and",
+    "scenes",
+    "in",
+    "bright",
+    "lovely",
+    "great",
+    "awful",
+    "fine",
+    "the",
+]
 
 
 def sentences(path: Path) -> Path:
@@ -26,7 +44,9 @@ def sentences(path: Path) -> Path:
 def test_every_way_trains_and_the_results_file_makes_tables_and_plot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = Settings(sentences(tmp_path / "data.txt"), 1, vocabulary=300, held_out=10, steps=2, sft_steps=2, parts=("toy",))
+    settings = Settings(
+        sentences(tmp_path / "data.txt"), 1, vocabulary=300, held_out=10, steps=2, sft_steps=2, parts=("toy",)
+    )
     eps = 0.02  # above 1 / V: an untrained softmax keeps little
     ways = {"exact": Way(None), "2^-14": Way(1e-5), "2^-12": Way(eps), "2^-12 dropped": Way(eps, False)}
     tail_training.run(settings, tmp_path, tmp_path / "results.json", ways)
@@ -42,10 +62,16 @@ def test_every_way_trains_and_the_results_file_makes_tables_and_plot(
         assert exact[0] == dense[0] == tail[0] == dropped[0]  # no way moves the loss itself
         assert exact[-1][1] == pytest.approx(dense[-1][1], abs=1e-4)  # all columns are kept at 1e-5
         assert len({own[-1][1] for own in (exact, tail, dropped)}) == 3
-        assert runs[setting, "exact"]["kept_share"] == [] and runs[setting, "2^-14"]["kept_share"] == [[1, 1.0], [2, 1.0]]
+        assert runs[setting, "exact"]["kept_share"] == [] and runs[setting, "2^-14"]["kept_share"] == [
+            [1, 1.0],
+            [2, 1.0],
+        ]
         assert all(share < 0.6 for _, share in runs[setting, "2^-12"]["kept_share"])
 
-    assert {own["model"]: own["vocabulary"] for own in results["reports"]} == {"untrained": 300, "pre-trained": 300}
+    assert {own["model"]: own["vocabulary"] for own in results["reports"]} == {
+        "untrained": 300,
+        "pre-trained": 300,
+    }
     assert tail_tables.meter(results).count("\n") == 2 + 2 * len(tail_training.POWERS)
     assert "| pre-training, 2 steps |" in tail_tables.training(results)
     tail_tables.plot(results, tmp_path / "plot.png")
@@ -55,14 +81,19 @@ def test_every_way_trains_and_the_results_file_makes_tables_and_plot(
         raise Absent("no model here")
 
     monkeypatch.setattr(tail_training.smollm2, "files", absent)
-    again = tail_training.run(dataclasses.replace(settings, parts=("wide",)), tmp_path, tmp_path / "results.json", ways)
+    again = tail_training.run(
+        dataclasses.replace(settings, parts=("wide",)), tmp_path, tmp_path / "results.json", ways
+    )
     assert "wide is left out: no model here" in capsys.readouterr().out
     assert again["runs"] == results["runs"] and again["reports"] == results["reports"], "other parts stay"
 
 
 def test_dropping_leaves_rows_of_the_weight_without_gradient_only_while_it_lasts() -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(20, 8, generator=generator), torch.randn(50, 8, generator=generator).requires_grad_()
+    hidden, weight = (
+        torch.randn(20, 8, generator=generator),
+        torch.randn(50, 8, generator=generator).requires_grad_(),
+    )
     targets = torch.zeros(20, dtype=torch.int64)
 
     def untouched() -> int:

@@ -1,4 +1,5 @@
-"""Float options reach every Triton kernel with all their digits: Triton passes a Python float as fp32 unless the parameter is annotated."""
+"""Float options reach every Triton kernel with all their digits: Triton passes a Python float as fp32 unless
+the parameter is annotated."""
 
 import importlib
 from pathlib import Path
@@ -15,7 +16,8 @@ from fastalign_kernels import advantage_triton  # noqa: E402
 from fastalign_kernels.options_triton import as_scalar  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "kernels" / "fastalign_kernels"
-# What a kernel takes besides pointers and constexprs: sizes and strides are integers, all else is a float option.
+# What a kernel takes besides pointers and constexprs: sizes and strides are integers, all else is a float
+# option.
 INTEGERS = {"N", "T", "V", "K", "S", "P"}
 
 
@@ -33,13 +35,18 @@ def test_an_option_without_annotation_is_rounded_to_fp32_here_as_on_a_gpu(device
 
 
 def scalar_parameters(kernel):
-    """Names of the parameters that are neither pointers, of which the source says the shape in a comment, nor constexprs."""
+    """Names of the parameters that are neither pointers, of which the source says the shape in a comment, nor
+    constexprs."""
     source = kernel.fn.__code__
     names = source.co_varnames[: source.co_argcount]
     lines = Path(source.co_filename).read_text().splitlines()[source.co_firstlineno :]
     pointers = {line.split(",")[0].strip() for line in lines if "# [" in line or "# scalar" in line}
     constexprs = {name for name, kind in kernel.fn.__annotations__.items() if kind == "tl.constexpr"}
-    return [name for name in names if name not in pointers | constexprs and name not in INTEGERS and not name.endswith("stride")]
+    return [
+        name
+        for name in names
+        if name not in pointers | constexprs and name not in INTEGERS and not name.endswith("stride")
+    ]
 
 
 def test_every_float_option_of_every_kernel_is_annotated():
@@ -48,8 +55,16 @@ def test_every_float_option_of_every_kernel_is_annotated():
         module = importlib.import_module(f"fastalign_kernels.{path.stem}")
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
-                found |= {f"{name}.{option}": kernel.fn.__annotations__.get(option) for option in scalar_parameters(kernel)}
-    assert {"row_grad_kernel.temperature", "gae_kernel.gamma", "pairs_kernel.beta", "policy_kernel.lower"} <= found.keys()
+                found |= {
+                    f"{name}.{option}": kernel.fn.__annotations__.get(option)
+                    for option in scalar_parameters(kernel)
+                }
+    assert {
+        "row_grad_kernel.temperature",
+        "gae_kernel.gamma",
+        "pairs_kernel.beta",
+        "policy_kernel.lower",
+    } <= found.keys()
     assert {name for name, kind in found.items() if kind != "tl.float64"} == set()
 
 
@@ -57,7 +72,9 @@ def test_gae_in_fp64_has_fp64_digits(device):
     """A[t] = r[t] + gamma V[t + 1] - V[t] + gamma lam A[t + 1], by the kernel that a GPU runs."""
     gamma, lam, B, T = 0.97, 0.9, 2, 5
     generator = torch.Generator().manual_seed(0)
-    rewards, values = (torch.randn(B, T, generator=generator, dtype=torch.float64).to(device) for _ in range(2))
+    rewards, values = (
+        torch.randn(B, T, generator=generator, dtype=torch.float64).to(device) for _ in range(2)
+    )
     advantages, returns = torch.empty_like(values), torch.empty_like(values)
     mask = torch.ones(B, T, dtype=torch.bool, device=device)
     advantage_triton.gae_rows(rewards, values, mask, None, gamma, lam, advantages, returns)

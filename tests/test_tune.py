@@ -11,9 +11,16 @@ from fastalign_kernels import rows_triton  # noqa: E402
 
 def test_a_launch_is_a_function_of_architecture_and_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rows_triton.LAUNCH, "row_stats", {80: (2048, 4), 100: (4096, 8)})
-    found = {(sm, V): rows_triton.launch("row_stats", sm, V) for sm in (70, 80, 90, 100, 120) for V in (100, 1000, 3000, 151936)}
+    found = {
+        (sm, V): rows_triton.launch("row_stats", sm, V)
+        for sm in (70, 80, 90, 100, 120)
+        for V in (100, 1000, 3000, 151936)
+    }
     assert [found[sm, 151936] for sm in (70, 80, 90, 100, 120)] == [(2048, 4)] * 3 + [(4096, 8)] * 2
-    assert found[90, 100] == (256, 1) and found[90, 1000] == (1024, 2)  # no lane beyond the row's next power of two, 16 a thread
+    assert found[90, 100] == (256, 1) and found[90, 1000] == (
+        1024,
+        2,
+    )  # no lane beyond the row's next power of two, 16 a thread
     assert found[90, 3000] == (2048, 4) and found[100, 3000] == (4096, 8)
 
 

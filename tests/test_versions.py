@@ -1,4 +1,5 @@
-"""What is said when a package is newer than the tests have seen, and that the table of what they saw is the lock file's."""
+"""What is said when a package is newer than the tests have seen, and that the table of what they saw is the
+lock file's."""
 
 import importlib.metadata
 import re
@@ -17,9 +18,13 @@ NOTE = "transformers 99.0.0.dev1 is newer than 5.1.2, the newest that fastalign 
 
 @pytest.fixture
 def newer_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "TESTED", {"transformers": "5.1.2", "torch": torch.__version__, "not-there": "1"})
+    monkeypatch.setattr(
+        versions, "TESTED", {"transformers": "5.1.2", "torch": torch.__version__, "not-there": "1"}
+    )
     installed = {"transformers": "99.0.0.dev1"}
-    monkeypatch.setattr(versions, "version", lambda package: installed.get(package) or importlib.metadata.version(package))
+    monkeypatch.setattr(
+        versions, "version", lambda package: installed.get(package) or importlib.metadata.version(package)
+    )
 
 
 def test_the_tested_versions_are_those_of_the_lock_file() -> None:
@@ -41,7 +46,9 @@ def test_the_tested_versions_are_those_of_the_lock_file() -> None:
         ("10.0", True),
     ],
 )
-def test_versions_are_compared_by_their_numbers(installed: str, newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_are_compared_by_their_numbers(
+    installed: str, newer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(versions, "TESTED", {"torch": "2.13.0"})
     monkeypatch.setattr(versions, "version", lambda package: installed)
     line = f"torch {installed} is newer than 2.13.0, the newest that fastalign was tested with"
@@ -50,7 +57,11 @@ def test_versions_are_compared_by_their_numbers(installed: str, newer: bool, mon
 
 @pytest.mark.usefixtures("newer_transformers")
 def test_a_model_that_is_refused_under_a_newer_package_says_so_once() -> None:
-    encoder = tf.BertModel(tf.BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    encoder = tf.BertModel(
+        tf.BertConfig(
+            vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
+    )
     with pytest.raises(UnsupportedModelError, match=re.escape(NOTE)) as refusal:
         fuse_head(encoder)
     assert not hasattr(refusal.value, "__notes__")

@@ -1,8 +1,10 @@
-"""Folders of PEFT adapters, taken wherever a model is: the base is found, and the adapters are merged into it.
+"""Folders of PEFT adapters, taken wherever a model is: the base is found, and the adapters are merged into
+it.
 
-Adapters that a stage trains on such a model lie on the merged one. Their base is then the folder of the earlier adapters, and so on down
-to plain weights: runs/dpo/model -> runs/sft/model -> runs/base/model. A saved folder names its base twice: by its absolute path in
-adapter_config.json, where PEFT and others look too, and relative to the folder, so that both may be moved together.
+Adapters that a stage trains on such a model lie on the merged one. Their base is then the folder of the
+earlier adapters, and so on down to plain weights: runs/dpo/model -> runs/sft/model -> runs/base/model. A
+saved folder names its base twice: by its absolute path in adapter_config.json, where PEFT and others look
+too, and relative to the folder, so that both may be moved together.
 """
 
 import json
@@ -28,7 +30,8 @@ RELATIVE_BASE = "base_model.json"  # {"relative_path": the base, seen from this 
 
 
 class Source(NamedTuple):
-    """What a model is made of: plain weights, and folders of adapters in the order in which they are merged."""
+    """What a model is made of: plain weights, and folders of adapters in the order in which they are
+    merged."""
 
     base: str
     adapters: list[str]
@@ -45,11 +48,14 @@ def has_adapters(name: str) -> bool:
 
 
 def find_source(name: str, *, argument: str = "model") -> Source:
-    """The parts of the model in a folder or of a name. Raises ValueError, which begins with `argument`, where a base is not found."""
+    """The parts of the model in a folder or of a name. Raises ValueError, which begins with `argument`, where
+    a base is not found."""
     adapters: list[str] = []
     while has_adapters(name):
         if str(Path(name).resolve()) in [str(Path(folder).resolve()) for folder in adapters]:
-            raise ValueError(f"{argument}: the adapters in {name!r} are their own base, expected the folder of a model below them")
+            raise ValueError(
+                f"{argument}: the adapters in {name!r} are their own base, expected the folder of a model below them"
+            )
         adapters.append(name)
         name = _base_of(name, argument)
     if adapters:
@@ -96,35 +102,43 @@ def _task(folder: str) -> str | None:
 def load_architecture(name: str, *, task: Task = "CAUSAL_LM", argument: str = "model") -> PretrainedConfig:
     """The configuration of the model in a folder or of a name, that of the base for a folder of adapters.
 
-    A classifier's has the number of labels of its trained head. Raises ValueError where the base is not found, or where the adapters
-    are a classifier's and a causal LM is wanted.
+    A classifier's has the number of labels of its trained head. Raises ValueError where the base is not
+    found, or where the adapters are a classifier's and a causal LM is wanted.
     """
     source = find_source(name, argument=argument)
     classifiers = [folder for folder in source.adapters if _task(folder) == "SEQ_CLS"]
     if task == "CAUSAL_LM" and classifiers:
-        raise ValueError(f"{argument}: got {name!r}, the adapters of a sequence classifier ({classifiers[0]!r}), expected a causal LM")
+        raise ValueError(
+            f"{argument}: got {name!r}, the adapters of a sequence classifier ({classifiers[0]!r}), expected a causal LM"
+        )
     labels = {} if not classifiers else {"num_labels": _labels(classifiers[-1], argument)}
-    architecture: PretrainedConfig = AutoConfig.from_pretrained(source.base, trust_remote_code=False, **labels)
+    architecture: PretrainedConfig = AutoConfig.from_pretrained(
+        source.base, trust_remote_code=False, **labels
+    )
     return architecture
 
 
 def _labels(folder: str, argument: str) -> int:
     """The labels of the head that a classifier's adapters bring along."""
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"{argument}: no {ADAPTER_WEIGHTS} in {folder!r}, expected the adapters' weights there")
+        raise ValueError(
+            f"{argument}: no {ADAPTER_WEIGHTS} in {folder!r}, expected the adapters' weights there"
+        )
     with safe_open(Path(folder, ADAPTER_WEIGHTS), framework="pt") as weights:
         heads = [name for name in weights.keys() if name.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
         if not heads:
-            raise ValueError(f"{argument}: the classifier's adapters in {folder!r} bring no weight of its head, expected score.weight")
+            raise ValueError(
+                f"{argument}: the classifier's adapters in {folder!r} bring no weight of its head, expected score.weight"
+            )
         return int(weights.get_slice(heads[0]).get_shape()[0])
 
 
 def load_plain(name: str, *, task: Task, argument: str = "model", **options: Any) -> PreTrainedModel:
     """The model in a folder or of a name, all its weights trainable, adapters merged into it.
 
-    `options` are from_pretrained's. Raises ValueError where weights are missing, left over or of another shape, where they hold NaN or
-    inf, and where the adapters do not fit the base, or cannot be merged. A classifier's head may be missing in a causal LM's folder:
-    it is drawn.
+    `options` are from_pretrained's. Raises ValueError where weights are missing, left over or of another
+    shape, where they hold NaN or inf, and where the adapters do not fit the base, or cannot be merged. A
+    classifier's head may be missing in a causal LM's folder: it is drawn.
     """
     source = find_source(name, argument=argument)
     model = load_whole(source.base, task=task, argument=argument, **options)
@@ -138,15 +152,21 @@ def load_plain(name: str, *, task: Task, argument: str = "model", **options: Any
 def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedModel:
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
-        raise ValueError(f"{argument}: the adapters in {folder!r} are of type {config.peft_type.value}, expected ones that can be merged")
+        raise ValueError(
+            f"{argument}: the adapters in {folder!r} are of type {config.peft_type.value}, expected ones that can be merged"
+        )
     # A causal LM's adapters are put on a classifier too, whose class PEFT's task types would not take.
     config.task_type, config.inference_mode = None, True
     try:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws weights that the loaded ones replace: what follows draws as on a plain model
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # PEFT draws weights that the loaded ones replace: what follows draws as on a plain model
             adapted = PeftModel(model, config)
         loaded = adapted.load_adapter(folder, "default")
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{argument}: the adapters in {folder!r} do not fit their base {model.name_or_path!r}: {error}") from error
+        raise ValueError(
+            f"{argument}: the adapters in {folder!r} do not fit their base {model.name_or_path!r}: {error}"
+        ) from error
     if broken := find_not_finite(adapted.named_parameters()):
         raise ValueError(f"{argument}: in the adapters in {folder!r}, {broken}; expected finite numbers")
     # An adapter of the head that a classifier lacks has nothing to act on.
@@ -164,7 +184,11 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig, *, task: Task, bas
     """The model with new LoRA adapters as configured; `base` is the folder or name it was loaded from."""
     targets = "all-linear" if config.lora_targets == ["all-linear"] else config.lora_targets
     lora = LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets, task_type=task
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        task_type=task,
     )
     adapted: Any = get_peft_model(model, lora)
     adapted.base_source = base
@@ -172,7 +196,8 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig, *, task: Task, bas
 
 
 def record_base(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Write beside adapters that were saved in `folder` where their base is, and how it generates; other models have that already."""
+    """Write beside adapters that were saved in `folder` where their base is, and how it generates; other
+    models have that already."""
     if not isinstance(model, PeftModel):
         return
     if generation := getattr(model, "generation_config", None):
@@ -184,4 +209,6 @@ def record_base(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         relative = Path(os.path.relpath(absolute, folder.resolve()))
         (folder / RELATIVE_BASE).write_text(json.dumps({"relative_path": relative.as_posix()}) + "\n")
         base = str(absolute)
-    path.write_text(json.dumps({**_read(path), "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n")
+    path.write_text(
+        json.dumps({**_read(path), "base_model_name_or_path": base}, indent=2, sort_keys=True) + "\n"
+    )

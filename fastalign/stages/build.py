@@ -48,7 +48,9 @@ def choose_attention(config: TrainConfig, world: World) -> str:
     if not missing:
         return "flash_attention_2"
     if config.attention == "flash_attention_2":
-        raise ValueError(f"attention: flash_attention_2 needs {' and '.join(missing)}; allowed here: auto, sdpa, eager")
+        raise ValueError(
+            f"attention: flash_attention_2 needs {' and '.join(missing)}; allowed here: auto, sdpa, eager"
+        )
     if world.device.type == "cuda":
         world.say(f"attention: sdpa (flash_attention_2 needs {' and '.join(missing)})")
     return "sdpa"
@@ -71,7 +73,9 @@ def check_liger(config: TrainConfig, world: World) -> None:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or name; adapters that were saved without one have their base's."""
     parts = find_source(name, argument="tokenizer").parts
-    whole = (part for part in parts if not has_adapters(part) or Path(part, "tokenizer_config.json").is_file())
+    whole = (
+        part for part in parts if not has_adapters(part) or Path(part, "tokenizer_config.json").is_file()
+    )
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(next(whole), trust_remote_code=False)
     return tokenizer
 
@@ -83,7 +87,8 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig) -> i
 
 
 def stop_at(model: PreTrainedModel | PeftModel, ends: Sequence[int]) -> None:
-    """Add ids that end a turn to those at which the model's `generate` stops, and rollouts, and which are saved with it."""
+    """Add ids that end a turn to those at which the model's `generate` stops, and rollouts, and which are
+    saved with it."""
     config: Any = model.generation_config
     own = config.eos_token_id
     known = [] if own is None else own if isinstance(own, list) else [own]
@@ -92,13 +97,15 @@ def stop_at(model: PreTrainedModel | PeftModel, ends: Sequence[int]) -> None:
         config.eos_token_id = every if len(every) > 1 else every[0]
 
 
-def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, length: int) -> PretrainedConfig:
+def scratch_config(
+    model_config: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, *, length: int
+) -> PretrainedConfig:
     """The architecture of a model to train from scratch, fitted to the tokenizer.
 
     `model_config` is a transformers config.json or a mapping of `model_type` and the fields that differ from
     that type's defaults; there, vocab_size, special ids and max_position_embeddings follow the tokenizer and
-    `length` unless given, in the configuration of the language model where a model has several parts. Raises ValueError
-    for an unknown model_type or field.
+    `length` unless given, in the configuration of the language model where a model has several parts. Raises
+    ValueError for an unknown model_type or field.
     """
     if isinstance(model_config, str):
         if not Path(model_config).is_file():
@@ -109,7 +116,11 @@ def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedToke
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         close = difflib.get_close_matches(str(model_type), CONFIG_MAPPING, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "allowed: what transformers knows, such as llama or gpt2"
+        hint = (
+            f"did you mean {' or '.join(close)}?"
+            if close
+            else "allowed: what transformers knows, such as llama or gpt2"
+        )
         raise ValueError(f"model_config: model_type is {model_type!r}; {hint}")
     default: PretrainedConfig = CONFIG_MAPPING[model_type]()
     _check_fields(fields, default)
@@ -120,7 +131,9 @@ def scratch_config(model_config: str | dict[str, Any], tokenizer: PreTrainedToke
     fitted: dict[str, Any] = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id}
     fitted["eos_token_id"] = tokenizer.eos_token_id
     # An embedding row that is padding gets no gradient, so a pad token that also ends texts is not named.
-    fitted["pad_token_id"] = None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    fitted["pad_token_id"] = (
+        None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    )
     if "max_position_embeddings" in [*text.to_dict(), *text.attribute_map]:
         fitted["max_position_embeddings"] = length
     fields = fitted | fields if part is None else fields | {part: fitted | dict(fields.get(part) or {})}
@@ -148,9 +161,10 @@ def check_fit(
 ) -> int:
     """The tokens of the longest sequence of the rows.
 
-    `alone`: whether every forward pass has one sequence; None where a stage has no such choice. A tokenizer may have more ids
-    than the model as long as no row uses them. Raises ValueError where a sequence's length or ids do not fit the model, or where
-    sequences would change each other's rotary frequencies; it says what to `lower`.
+    `alone`: whether every forward pass has one sequence; None where a stage has no such choice. A tokenizer
+    may have more ids than the model as long as no row uses them. Raises ValueError where a sequence's length
+    or ids do not fit the model, or where sequences would change each other's rotary frequencies; it says what
+    to `lower`.
     """
     text = model.get_text_config()
     if len(tokenizer) > text.vocab_size:
@@ -159,7 +173,9 @@ def check_fit(
     lengths = [len(sequence.input_ids) for row in rows for sequence in row]
     length = max(lengths)
     if positions is not None and length > positions:
-        raise ValueError(f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): lower {lower}")
+        raise ValueError(
+            f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): lower {lower}"
+        )
     if not alone:
         choice = "" if alone is None else ", or set packing=false and micro_batch_size=1"
         check_lengths(model, lengths, remedy=f"lower {lower}{choice}")
@@ -189,11 +205,11 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """The model with its head fused, its layers and adapters as configured, on the world's device.
 
-    `task` is PEFT's name of a causal LM, or of a sequence classifier with one label, which scores packed sequences.
-    `weights` is a folder or name, which errors call `argument`, and None draws initial ones; adapters there are merged before new ones
-    go on. Raises ValueError for weights that are not the model's (`load_plain`), a model without Liger's layers (where they are asked
-    for), one that the head cannot serve, or one in which `packed` rows
-    would see each other.
+    `task` is PEFT's name of a causal LM, or of a sequence classifier with one label, which scores packed
+    sequences. `weights` is a folder or name, which errors call `argument`, and None draws initial ones;
+    adapters there are merged before new ones go on. Raises ValueError for weights that are not the model's
+    (`load_plain`), a model without Liger's layers (where they are asked for), one that the head cannot serve,
+    or one in which `packed` rows would see each other.
     """
     if config.liger:
         _check_liger_layers(architecture)
@@ -229,7 +245,9 @@ def load_model(
     if not config.lora_rank:
         return lm
     adapted = add_adapters(lm, config, task=task, base=weights)
-    return adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps)  # which refuses an adapter on lm_head
+    return (
+        adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps)
+    )  # which refuses an adapter on lm_head
 
 
 def _check_liger_layers(architecture: PretrainedConfig) -> None:
@@ -237,4 +255,6 @@ def _check_liger_layers(architecture: PretrainedConfig) -> None:
 
     # Liger itself would go on without a word.
     if architecture.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(f"liger: true, but liger-kernel has no layers for {architecture.model_type}; allowed: false")
+        raise ValueError(
+            f"liger: true, but liger-kernel has no layers for {architecture.model_type}; allowed: false"
+        )

@@ -4,10 +4,10 @@
                               random-0.pt      random states of rank 0, and one such file for each further rank
                               manifest.sha256  hashes of these files, which `sha256sum --check` reads
 
-A checkpoint is written to a temporary folder, synced to the disk and renamed, so a kill or a power loss leaves no
-half of one under a name step-…. What a disk or a copy changes later, the hashes show: a run resumes from the newest
-checkpoint whose files are as they were written. The position in the data is not stored: it is a function of the step
-and the seed (loop.py, `rows_of_step`). Learning rates are a function of the step.
+A checkpoint is written to a temporary folder, synced to the disk and renamed, so a kill or a power loss
+leaves no half of one under a name step-…. What a disk or a copy changes later, the hashes show: a run resumes
+from the newest checkpoint whose files are as they were written. The position in the data is not stored: it is
+a function of the step and the seed (loop.py, `rows_of_step`). Learning rates are a function of the step.
 """
 
 import dataclasses
@@ -62,7 +62,13 @@ def save(
     sync(own)  # here: another machine's sync would not wait for it
     if world.main:
         data = fingerprint_of(config.train_data, split=config.train_split)
-        state = {"step": step, "world_size": world.size, "config": dataclasses.asdict(config), "data": data, **extra}
+        state = {
+            "step": step,
+            "world_size": world.size,
+            "config": dataclasses.asdict(config),
+            "data": data,
+            **extra,
+        }
         state |= {"tensors": _tensors(model), "optimizer": optimizer.state_dict()}
         with naming(folder, needed, what):
             torch.save(state, unfinished / "state.pt")
@@ -90,13 +96,16 @@ def latest(output_dir: str) -> Path | None:
 
 
 def latest_whole(output_dir: str, world: World) -> Path | None:
-    """The newest checkpoint whose files are as they were written, None where a run has no checkpoint. Every rank calls it.
+    """The newest checkpoint whose files are as they were written, None where a run has no checkpoint. Every
+    rank calls it.
 
-    Newer ones that are damaged are named, and renamed to ….damaged. Raises ValueError where there are only damaged ones.
+    Newer ones that are damaged are named, and renamed to ….damaged. Raises ValueError where there are only
+    damaged ones.
     """
     found: list[Any] = [None, {}]
     if world.main:
-        # What a kill left of a checkpoint that was being written or deleted; a run that is at its last step writes none over it.
+        # What a kill left of a checkpoint that was being written or deleted; a run that is at its last step
+        # writes none over it.
         shutil.rmtree(Path(output_dir, "checkpoints", "unfinished"), ignore_errors=True)
         for path in reversed(_all(output_dir)):
             damage = find_damage(path)
@@ -115,7 +124,9 @@ def latest_whole(output_dir: str, world: World) -> Path | None:
     for path, damage in damaged.items() if world.main else ():
         aside = path.with_name(path.name + ".damaged")
         replace_folder(path, aside)
-        world.say(f"resume: {path} is damaged ({damage}), and now {aside.name}; what was trained after {whole.name} is trained again")
+        world.say(
+            f"resume: {path} is damaged ({damage}), and now {aside.name}; what was trained after {whole.name} is trained again"
+        )
     return whole
 
 
@@ -142,19 +153,23 @@ def load(
     """Bring model, optimizer and random states to where they were; returns the state's other entries.
 
     Raises ValueError where a field on which the position in the data depends, one of `extra` (as given to
-    `save`), or the content of train_data differs; other fields that differ are printed. Call it last before the loop: it sets the random
-    states.
+    `save`), or the content of train_data differs; other fields that differ are printed. Call it last before
+    the loop: it sets the random states.
     """
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     before, now = state["config"], dataclasses.asdict(config)
-    for name, old, new in [(n, before.get(n), now[n]) for n in now] + [(n, state[n], extra[n]) for n in extra]:
+    for name, old, new in [(n, before.get(n), now[n]) for n in now] + [
+        (n, state[n], extra[n]) for n in extra
+    ]:
         if old != new and (name in POSITION or name in extra):
             raise ValueError(f"resume: {name} is {new!r}, and the run in {path} was started with {old!r}")
         if old != new and name not in SILENT:
             world.say(f"resuming with {name}={new!r} (before: {old!r})")
     data = fingerprint_of(config.train_data, split=config.train_split)
     if state.get("data") not in (None, data):
-        raise ValueError(f"resume: {config.train_data!r} has other rows than when the run in {path} was started: bring those back")
+        raise ValueError(
+            f"resume: {config.train_data!r} has other rows than when the run in {path} was started: bring those back"
+        )
     tensors = _tensors(model)
     if tensors.keys() != state["tensors"].keys():
         differing = sorted(tensors.keys() ^ state["tensors"].keys())

@@ -10,11 +10,15 @@ from .stage_configs import CONFIGS
 
 
 def run_stage(name: str, argv: Sequence[str] | None = None) -> None:
-    """Run `fastalign NAME --config FILE key=value …`; how it ends where it cannot go on, `fastalign.faults` says."""
+    """Run `fastalign NAME --config FILE key=value …`; how it ends where it cannot go on, `fastalign.faults`
+    says."""
     prog = f"fastalign {name}"
     config = parse(CONFIGS[name], argv, prog=prog)
     with told(prog):
         check_names(config)
-        importlib.import_module("torch")  # where it is missing, that is told; transformers would print a line of its own
-        # After the arguments were read: torch and transformers take seconds to import, and --help does without.
+        importlib.import_module(
+            "torch"
+        )  # where it is missing, that is told; transformers would print a line of its own
+        # After the arguments were read: torch and transformers take seconds to import, and --help does
+        # without.
         importlib.import_module(f"{__package__}.{name}").run(config)

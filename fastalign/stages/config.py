@@ -163,9 +163,13 @@ class TrainConfig(Options):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps ({self.max_steps}) and epochs ({self.epochs}) exclude each other: give one")
+            raise ValueError(
+                f"max_steps ({self.max_steps}) and epochs ({self.epochs}) exclude each other: give one"
+            )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})")
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
         if self.bf16 and self.dtype == "float64":
             raise ValueError("bf16 autocast needs dtype float32 or bfloat16, not float64")
         if self.eval_every is not None and self.eval_data is None:
@@ -236,7 +240,11 @@ def describe(stage: type[Options]) -> str:
     """Every field with its type, default and description, as text."""
     lines = ["fields:"]
     for name, field in _fields(stage).items():
-        default = " (required)" if field.is_required() else f" = {_show(field.get_default(call_default_factory=True))}"
+        default = (
+            " (required)"
+            if field.is_required()
+            else f" = {_show(field.get_default(call_default_factory=True))}"
+        )
         lines.append(f"  {name}: {_type(field)}{default}")
         description = next(
             base_field.description
@@ -254,7 +262,9 @@ def _fields(stage: type) -> dict[str, FieldInfo]:
 
 def _type(field: FieldInfo) -> str:
     annotation = field.annotation
-    name = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else None
+    name = (
+        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else None
+    )
     text = name or str(annotation).replace("typing.", "")
     bounds = []
     signs = {Gt: ("gt", ">"), Ge: ("ge", ">="), Lt: ("lt", "<"), Le: ("le", "<=")}

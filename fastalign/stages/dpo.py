@@ -1,4 +1,5 @@
-"""Direct preference optimisation: a causal LM learns from pairs to prefer the chosen completions, near a reference.
+"""Direct preference optimisation: a causal LM learns from pairs to prefer the chosen completions, near a
+reference.
 
 fastalign dpo model=runs/sft/model train_data=pairs.jsonl output_dir=runs/dpo beta=0.1 lora_rank=16 bf16=true
 torchrun --nproc-per-node 8 -m fastalign.stages.dpo --config dpo.yaml
@@ -41,28 +42,45 @@ def run(config: DPOConfig) -> dict[str, float]:
 
         def rows_of(source: str, split: str) -> list[Pair]:
             loaded = load_rows(source, split=split)
-            tokenized = tokenize_pairs(loaded, tokenizer, max_length=config.max_length, too_long=config.too_long)
+            tokenized = tokenize_pairs(
+                loaded, tokenizer, max_length=config.max_length, too_long=config.too_long
+            )
             ends.extend(turn_ends(loaded, tokenizer))
             return tokenized
 
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        longest = check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
-        collate = partial(pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing)
+        longest = check_fit(
+            architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]]
+        )
+        collate = partial(
+            pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing
+        )
         both = [[pair.chosen, pair.rejected] for pair in rows]
         announce(config, world, parts_of(config, architecture), both, collate=collate, upstream="logp")
         if config.dry_run:
             return {}
-        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        model = load_model(
+            config, world, architecture, weights=config.model, attention=attention, packed=config.packing
+        )
         stop_at(model, ends)
         without_dropout(model)
-        packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer, architecture), longest=longest)
+        packer = make_packer(
+            config,
+            world,
+            model,
+            attention=attention,
+            pad_id=padding_id(tokenizer, architecture),
+            longest=longest,
+        )
         to_batch = partial(collate_pairs, packer=packer)
         batches_of = epoch_batches(rows, to_batch, config, world)
         evaluated = held_out_batches(held_out, to_batch, config, world)
         # Later epochs have the rows of the first.
         first_epoch = range(min(total_steps(config, len(rows)), math.ceil(len(rows) / config.batch_size)))
-        scored = (batch["both"] for batches in chain([evaluated], map(batches_of, first_epoch)) for batch in batches)
+        scored = (
+            batch["both"] for batches in chain([evaluated], map(batches_of, first_epoch)) for batch in batches
+        )
         return train(
             config,
             world,
@@ -84,13 +102,17 @@ def check_options(config: DPOConfig) -> None:
 
 
 def preference_loss(config: DPOConfig, reference: Reference) -> LossFn:
-    """The loss; means over pairs of the rewards, their difference and order, and of log P of the completions, in nats."""
+    """The loss; means over pairs of the rewards, their difference and order, and of log P of the completions,
+    in nats."""
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        # The reference first: switching adapters off and on between a forward pass and its backward pass is a risk.
+        # The reference first: switching adapters off and on between a forward pass and its backward pass is a
+        # risk.
         reference_chosen, reference_rejected = reference(batch["both"]).chunk(2)
         chosen, rejected = sequence_logps(model, batch["both"]).chunk(2)
-        output = pair_loss(config, chosen, rejected, reference_chosen, reference_rejected, *batch["both"]["lengths"].chunk(2))
+        output = pair_loss(
+            config, chosen, rejected, reference_chosen, reference_rejected, *batch["both"]["lengths"].chunk(2)
+        )
         sums = {
             "rewards/chosen": output.chosen_rewards.sum(),
             "rewards/rejected": output.rejected_rewards.sum(),

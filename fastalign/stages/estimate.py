@@ -1,8 +1,10 @@
-"""What a run will take, told before its models are loaded: parameters, tokens a step, steps, and the memory of a step against what is free.
+"""What a run will take, told before its models are loaded: parameters, tokens a step, steps, and the memory
+of a step against what is free.
 
-The models are built without memory (FakeTensorMode: every operation gives shapes and dtypes alone, and picks the kernels of the real
-device), and one forward pass of each backbone counts what autograd would keep. So attention, adapters, autocast and any
-architecture are counted as they are; only the head and PPO's cache come from formulas.
+The models are built without memory (FakeTensorMode: every operation gives shapes and dtypes alone, and picks
+the kernels of the real device), and one forward pass of each backbone counts what autograd would keep. So
+attention, adapters, autocast and any architecture are counted as they are; only the head and PPO's cache come
+from formulas.
 """
 
 import heapq
@@ -15,7 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from fastalign_kernels import plan_head
 
@@ -60,7 +67,8 @@ class Shape(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Parameters, and bytes of one process. `activations` is None where the model cannot be traced, for the reason in `why`."""
+    """Parameters, and bytes of one process. `activations` is None where the model cannot be traced, for the
+    reason in `why`."""
 
     parameters: int = 0
     trained: int = 0
@@ -75,7 +83,12 @@ class Estimate(NamedTuple):
     @property
     def total(self) -> int:
         """Bytes at the peak. A rollout's cache is freed before the update keeps activations."""
-        return self.weights + self.gradients + self.moments + max((self.activations or 0) + self.head, self.cache)
+        return (
+            self.weights
+            + self.gradients
+            + self.moments
+            + max((self.activations or 0) + self.head, self.cache)
+        )
 
     def plus(self, other: "Estimate") -> "Estimate":
         """Both models' together."""
@@ -104,19 +117,25 @@ def announce(
     micro: int | None = None,
     cached: tuple[int, int] | None = None,
 ) -> None:
-    """Print on the main process what the run takes, and warnings where rows are fewer than a batch or memory is less than a step needs.
+    """Print on the main process what the run takes, and warnings where rows are fewer than a batch or memory
+    is less than a step needs.
 
-    `rows` are all rows in tokens, of which the longest make the micro-batch that is counted; `collate` gives its arguments, those of
-    `fastalign.data.collate`. `upstream` is `plan_head`'s. `micro`: rows of a forward pass. `cached`: rows and tokens of a rollout's cache.
+    `rows` are all rows in tokens, of which the longest make the micro-batch that is counted; `collate` gives
+    its arguments, those of `fastalign.data.collate`. `upstream` is `plan_head`'s. `micro`: rows of a forward
+    pass. `cached`: rows and tokens of a rollout's cache.
     """
     if not world.main:
         return
     shape = Shape.of(collate(heapq.nlargest(micro or micro_batch_size(config, world), rows, key=_tokens)))
-    estimates = {part.name: estimate(config, world, part, shape, upstream=upstream, cached=cached) for part in parts}
+    estimates = {
+        part.name: estimate(config, world, part, shape, upstream=upstream, cached=cached) for part in parts
+    }
     for name, found in estimates.items():
         world.say(f"{name}: {found.parameters:,} parameters, {found.trained:,} of them trained")
     tokens = round(sum(map(_tokens, rows)) * config.batch_size / len(rows))
-    world.say(f"data: {len(rows):,} rows; {total_steps(config, len(rows)):,} steps of {config.batch_size}, about {tokens:,} tokens each")
+    world.say(
+        f"data: {len(rows):,} rows; {total_steps(config, len(rows)):,} steps of {config.batch_size}, about {tokens:,} tokens each"
+    )
     if len(rows) < config.batch_size:
         world.say(
             f"warning: batch_size: got {config.batch_size}, expected at most the {len(rows)} rows: a step takes some of them more than once"
@@ -142,7 +161,11 @@ def _memory_line(total: Estimate, free: int | None, world: World) -> str:
     shares |= {} if total.activations is None else {"activations": total.activations}
     shares |= {"head": total.head} | ({"rollout's cache": total.cache} if total.cache else {})
     listed = ", ".join(f"{name} {share / GIB:.2f}" for name, share in shares.items())
-    known = f"{free / GIB:.2f} GiB free on {world.device.type}" if free is not None else f"what is free on {world.device.type} is not known"
+    known = (
+        f"{free / GIB:.2f} GiB free on {world.device.type}"
+        if free is not None
+        else f"what is free on {world.device.type} is not known"
+    )
     left_out = f"; activations not counted ({total.why})" if total.activations is None else ""
     return f"memory: about {total.total / GIB:.2f} GiB a step ({listed}{left_out}), {known}"
 
@@ -162,7 +185,9 @@ def estimate(
         model, whole = _build(config, part, dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(world.device.type):
         _on_device(whole)
-        parameters, trained = (sum(w.numel() for w in weights) for weights in (whole.parameters(), _trained(whole)))
+        parameters, trained = (
+            sum(w.numel() for w in weights) for weights in (whole.parameters(), _trained(whole))
+        )
         weights = sum(w.numel() * w.element_size() for w in whole.parameters())
         if not part.trained:
             return Estimate(parameters, 0, weights)
@@ -170,7 +195,9 @@ def estimate(
         activations, why = _activations(config, world, model, shape)
         head = _head(config, world, model, shape, upstream) if part.task == "CAUSAL_LM" else 0
     cache = _cache(part.architecture, cached, dtype) if part.task == "CAUSAL_LM" else 0
-    return Estimate(parameters, trained, weights, gradients, ADAM_MOMENTS * gradients, activations, head, cache, why)
+    return Estimate(
+        parameters, trained, weights, gradients, ADAM_MOMENTS * gradients, activations, head, cache, why
+    )
 
 
 def _build(config: TrainConfig, part: Part, dtype: torch.dtype) -> tuple[PreTrainedModel, nn.Module]:
@@ -194,7 +221,9 @@ def _on_device(model: nn.Module) -> None:
                     continue
                 if id(tensor) not in replaced:
                     new: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    replaced[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                    replaced[id(tensor)] = (
+                        nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                    )
                 tensors[name] = replaced[id(tensor)]
 
 
@@ -202,8 +231,11 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
-def _activations(config: TrainConfig, world: World, model: PreTrainedModel, shape: Shape) -> tuple[int | None, str]:
-    """Bytes that autograd keeps of a forward pass of the backbone, and what the backward pass adds; or None and why it is not known."""
+def _activations(
+    config: TrainConfig, world: World, model: PreTrainedModel, shape: Shape
+) -> tuple[int | None, str]:
+    """Bytes that autograd keeps of a forward pass of the backbone, and what the backward pass adds; or None
+    and why it is not known."""
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -218,16 +250,23 @@ def _activations(config: TrainConfig, world: World, model: PreTrainedModel, shap
         inputs["attention_mask"] = torch.ones(shape.rows, 1, shape.width, shape.width, dtype=torch.bool)
     try:
         model.train()
-        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+        with (
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16),
+        ):
             model.base_model(**inputs, use_cache=False)
-    except Exception as error:  # a model's own code, on tensors without values; an estimate must not end a run
+    except (
+        Exception
+    ) as error:  # a model's own code, on tensors without values; an estimate must not end a run
         return None, f"{type(model).__name__} cannot be traced: {type(error).__name__}"
     sizes = [storage.nbytes() for storage in kept.values()]
     text = model.config.get_text_config()
     everything = sum(sizes)
     if config.gradient_checkpointing:
         layers = int(text.num_hidden_layers)
-        everything = everything // layers + layers * shape.rows * shape.width * text.hidden_size * model.dtype.itemsize
+        everything = (
+            everything // layers + layers * shape.rows * shape.width * text.hidden_size * model.dtype.itemsize
+        )
     return everything + TRANSIENTS * max(sizes, default=0), ""
 
 
@@ -248,8 +287,14 @@ def _head(config: TrainConfig, world: World, model: PreTrainedModel, shape: Shap
     )
     size = max(4, weight.element_size())
     # Where the weight is the embedding's too, both gradients are there before they are added.
-    apart = weight.requires_grad and (getattr(text, "tie_word_embeddings", False) or weight.element_size() < 4)
-    return plan.workspace_bytes + shape.targets * hidden_size * size + (vocab_size * hidden_size * size if apart else 0)
+    apart = weight.requires_grad and (
+        getattr(text, "tie_word_embeddings", False) or weight.element_size() < 4
+    )
+    return (
+        plan.workspace_bytes
+        + shape.targets * hidden_size * size
+        + (vocab_size * hidden_size * size if apart else 0)
+    )
 
 
 def _cache(architecture: PretrainedConfig, cached: tuple[int, int] | None, dtype: torch.dtype) -> int:
@@ -263,7 +308,8 @@ def _cache(architecture: PretrainedConfig, cached: tuple[int, int] | None, dtype
 
 
 def free_memory(world: World) -> int | None:
-    """Bytes at hand for this process: free on its GPU, or its share of what the machine and its cgroups leave; None where unknown."""
+    """Bytes at hand for this process: free on its GPU, or its share of what the machine and its cgroups
+    leave; None where unknown."""
     if world.device.type == "cuda":
         return int(torch.cuda.mem_get_info(world.device)[0])
     free = [limit for limit in (_available(), _cgroup_left()) if limit is not None]
@@ -279,7 +325,8 @@ def _available() -> int | None:
 
 
 def _cgroup_left(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What the tightest memory limit of this process's cgroups (v2, or v1's memory controller) leaves; page cache counts as free."""
+    """What the tightest memory limit of this process's cgroups (v2, or v1's memory controller) leaves; page
+    cache counts as free."""
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:

@@ -1,8 +1,9 @@
-"""The experience of PPO: completions of prompts with their scores, values and advantages, and the options of drawing and learning.
+"""The experience of PPO: completions of prompts with their scores, values and advantages, and the options of
+drawing and learning.
 
-`rollout` is a plain function for a loop of one's own, as is ppo.py's `ppo_step`, which learns from what it returns. The old
-log-probabilities are those that the rollout returned, of the tempered policy before top-k, top-p and min-p: the one that the update
-scores, so that ratios begin at 1 (docs/rollout_logprobs.md).
+`rollout` is a plain function for a loop of one's own, as is ppo.py's `ppo_step`, which learns from what it
+returns. The old log-probabilities are those that the rollout returned, of the tempered policy before top-k,
+top-p and min-p: the one that the update scores, so that ratios begin at 1 (docs/rollout_logprobs.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +27,12 @@ from .world import World
 
 
 class Experience(NamedTuple):
-    """The completions of a step's prompts, those of all ranks on every rank, with what `ppo_step` learns from them.
+    """The completions of a step's prompts, those of all ranks on every rank, with what `ppo_step` learns from
+    them.
 
-    B completions of at most R tokens: `mask` bool [B, R], and in its shape, nats or units of the reward: `old_logp`,
-    `reference_logp` (None without a reference), `values`, `advantages`, `returns`; `scores` [B]. `metrics`: of the rollout.
+    B completions of at most R tokens: `mask` bool [B, R], and in its shape, nats or units of the reward:
+    `old_logp`, `reference_logp` (None without a reference), `values`, `advantages`, `returns`; `scores` [B].
+    `metrics`: of the rollout.
     """
 
     prompts: list[list[int]]
@@ -64,49 +67,73 @@ def rollout(
 ) -> Experience:
     """Complete the prompts, score the completions, and estimate the advantage of each of their tokens.
 
-    Args:
-        prompts: of all ranks, which draw a block each. `fastalign.data.Prompt(ids)` makes one of tokens.
+    Args: prompts: of all ranks, which draw a block each. `fastalign.data.Prompt(ids)` makes one of tokens.
         score: from this rank's prompts and completions (tokens, EOS among them) to a score for each, [B].
-        eos_id: ids that end a completion.
-        reference: a causal LM with a fused head, or `model.policy` itself, which then runs without its adapters.
-        seed, step: key the noise; with the same weights, the same tokens.
-        micro_batch_size, rollout_batch_size: sequences in a forward pass, and in a batch of the rollout. Default: all.
-        packing: several sequences to a row, as in `fastalign.preferences.pack_sequences`.
-        precision: of the forward passes.
-        world: the ranks; None: this process alone.
+        eos_id: ids that end a completion. reference: a causal LM with a fused head, or `model.policy` itself,
+        which then runs without its adapters. seed, step: key the noise; with the same weights, the same
+        tokens. micro_batch_size, rollout_batch_size: sequences in a forward pass, and in a batch of the
+        rollout. Default: all. packing: several sequences to a row, as in
+        `fastalign.preferences.pack_sequences`. precision: of the forward passes. world: the ranks; None: this
+        process alone.
 
-    The metrics are means over the completions: objective/kl (nats, Σ over tokens of the log-ratio of policy and reference),
-    objective/entropy (nats, -Σ log-probability), objective/scores, objective/non_score_reward (the KL divergence's share of the
-    rewards) and objective/rlhf_reward, their sum; completions/mean_length in tokens; val/num_eos_tokens, how many ended;
-    val/explained_variance of the returns by the old values. Raises FloatingPointError for logits that are not finite.
+    The metrics are means over the completions: objective/kl (nats, Σ over tokens of the log-ratio of policy
+    and reference), objective/entropy (nats, -Σ log-probability), objective/scores, objective/non_score_reward
+    (the KL divergence's share of the rewards) and objective/rlhf_reward, their sum; completions/mean_length
+    in tokens; val/num_eos_tokens, how many ended; val/explained_variance of the returns by the old values.
+    Raises FloatingPointError for logits that are not finite.
     """
     world = world or World(0, 1, model.device)
     first, end = (len(prompts) * rank // world.size for rank in (world.rank, world.rank + 1))
     if len(prompts) < world.size:
-        raise ValueError(f"prompts: {len(prompts)} seen, at least one for each of the {world.size} ranks wanted")
+        raise ValueError(
+            f"prompts: {len(prompts)} seen, at least one for each of the {world.size} ranks wanted"
+        )
     own = prompts[first:end]
     with precision or nullcontext():
         draw = partial(_draw, model, options=options, eos_id=eos_id, pad_id=pad_id, seed=seed)
         size = rollout_batch_size or len(own)
-        parts = [draw(own[at : at + size], step * len(prompts) + first + at) for at in range(0, len(own), size)]
+        parts = [
+            draw(own[at : at + size], step * len(prompts) + first + at) for at in range(0, len(own), size)
+        ]
         completions = [ids for part, _ in parts for ids in part]
         lengths = torch.tensor([len(ids) for ids in completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         drawn = _in_rows(torch.cat([logp for _, logp in parts]), mask.to(model.device))
         scores = torch.as_tensor(score(own, completions), dtype=torch.float64)
         if scores.shape != (len(own),):
-            raise ValueError(f"score: returned {list(scores.shape)}, [{len(own)}] wanted, a score for each completion")
+            raise ValueError(
+                f"score: returned {list(scores.shape)}, [{len(own)}] wanted, a score for each completion"
+            )
 
         if not scores.isfinite().all():
-            raise FloatingPointError(f"score: {int((~scores.isfinite()).sum())} of {len(own)} completions got no finite score")
+            raise FloatingPointError(
+                f"score: {int((~scores.isfinite()).sum())} of {len(own)} completions got no finite score"
+            )
 
         sequences = [_sequence(prompt.input_ids, ids) for prompt, ids in zip(own, completions, strict=True)]
-        passes = partial(_passes, world=world, sequences=sequences, mask=mask, rows=micro_batch_size, pad_id=pad_id, packing=packing)
+        passes = partial(
+            _passes,
+            world=world,
+            sequences=sequences,
+            mask=mask,
+            rows=micro_batch_size,
+            pad_id=pad_id,
+            packing=packing,
+        )
         values = passes(model.values)
-        reference_logp = None if reference is None else passes(partial(_logps, model, reference, options.temperature))
+        reference_logp = (
+            None if reference is None else passes(partial(_logps, model, reference, options.temperature))
+        )
         rescored = passes(partial(_logps, model, None, options.temperature)) if options.rescore else None
 
-    named = {"mask": mask, "drawn": drawn, "scores": scores, "values": values, "reference": reference_logp, "rescored": rescored}
+    named = {
+        "mask": mask,
+        "drawn": drawn,
+        "scores": scores,
+        "values": values,
+        "reference": reference_logp,
+        "rescored": rescored,
+    }
     whole = _gather(world, {name: tensor for name, tensor in named.items() if tensor is not None})
     every = [ids for part in _gather_lists(world, completions) for ids in part]
     return _estimate(model, options, [prompt.input_ids for prompt in prompts], every, whole, eos_id)
@@ -122,7 +149,8 @@ def _draw(
     pad_id: int,
     seed: int,
 ) -> tuple[list[list[int]], Tensor]:
-    """Completions in tokens, and the log-probabilities of their tokens under the tempered policy, [tokens] one after another."""
+    """Completions in tokens, and the log-probabilities of their tokens under the tempered policy, [tokens]
+    one after another."""
     width = max(len(prompt.input_ids) for prompt in prompts)
     padding = [width - len(prompt.input_ids) for prompt in prompts]
     ids = [[pad_id] * left + prompt.input_ids for left, prompt in zip(padding, prompts, strict=True)]
@@ -141,7 +169,9 @@ def _draw(
         min_p=options.min_p,
         sequence_ids=torch.arange(first_id, first_id + len(prompts), device=model.device),
     )
-    completions = [row[:length] for row, length in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)]
+    completions = [
+        row[:length] for row, length in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
+    ]
     return completions, (drawn.logp + drawn.log_kept)[drawn.mask]
 
 
@@ -150,10 +180,14 @@ def _sequence(prompt: list[int], completion: list[int]) -> Tokenized:
 
 
 def _pack(sequences: Sequence[Tokenized], *, pad_id: int, packing: bool) -> Batch:
-    """pack_sequences' arguments, and `at`: the place before each scored token, among all tokens, int64 [N], sequence by sequence."""
+    """pack_sequences' arguments, and `at`: the place before each scored token, among all tokens, int64 [N],
+    sequence by sequence."""
     packed = pack_sequences(sequences, pad_id=pad_id, packing=packing)
     begins = packed["starts"][packed["places"]].tolist()
-    spans = [(begin + s.trained.index(True) - 1, begin + len(s.trained) - 1) for begin, s in zip(begins, sequences, strict=True)]
+    spans = [
+        (begin + s.trained.index(True) - 1, begin + len(s.trained) - 1)
+        for begin, s in zip(begins, sequences, strict=True)
+    ]
     return {"arguments": packed["arguments"], "at": torch.cat([torch.arange(*span) for span in spans])}
 
 
@@ -176,7 +210,9 @@ def _passes(
     return _in_rows(torch.cat(found), mask.to(world.device))
 
 
-def _logps(model: ActorCritic, reference: nn.Module | None, temperature: float, arguments: Any, at: Tensor) -> Tensor:
+def _logps(
+    model: ActorCritic, reference: nn.Module | None, temperature: float, arguments: Any, at: Tensor
+) -> Tensor:
     """Log-probabilities of the scored tokens under the tempered reference, None: the policy, [N]."""
     policy: Any = model.policy
     with policy.disable_adapter() if reference is model.policy else nullcontext():
@@ -219,7 +255,9 @@ def _estimate(
     eos_id: int | Sequence[int],
 ) -> Experience:
     """Rewards, advantages and metrics of the completions of all ranks."""
-    mask, drawn, scores, values, reference = (whole.get(name) for name in ("mask", "drawn", "scores", "values", "reference"))
+    mask, drawn, scores, values, reference = (
+        whole.get(name) for name in ("mask", "drawn", "scores", "values", "reference")
+    )
     assert mask is not None and drawn is not None and scores is not None and values is not None
     old = whole.get("rescored", drawn)
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
@@ -251,24 +289,35 @@ def _estimate(
     }
     if "rescored" in whole:
         difference = (old - drawn)[mask]
-        metrics |= {"mismatch/ratio": difference.exp().mean(), "mismatch/approxkl": (difference**2).mean() / 2}
+        metrics |= {
+            "mismatch/ratio": difference.exp().mean(),
+            "mismatch/approxkl": (difference**2).mean() / 2,
+        }
         if options.importance_cap is not None:
             advantages = advantages * (old - drawn).exp().clamp(max=options.importance_cap)
     if reference is None:
         del metrics["objective/kl"]
-    numbers = dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
-    return Experience(prompts, completions, mask, old, reference, values, advantages, returns, scores, numbers)
+    numbers = dict(
+        zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True)
+    )
+    return Experience(
+        prompts, completions, mask, old, reference, values, advantages, returns, scores, numbers
+    )
 
 
 def _kl(d: Tensor, estimator: str) -> Tensor:
     return {"k1": lambda: d, "k2": lambda: d**2 / 2, "k3": lambda: torch.expm1(-d) + d}[estimator]()
 
 
-def experience_batch(experience: Experience, rows: list[int], *, options: PPOOptions, pad_id: int, packing: bool) -> Batch:
+def experience_batch(
+    experience: Experience, rows: list[int], *, options: PPOOptions, pad_id: int, packing: bool
+) -> Batch:
     """The micro-batch of these completions: what `_pack` gives, and the numbers of their tokens, [N]."""
     sequences = [_sequence(experience.prompts[row], experience.completions[row]) for row in rows]
     mask = experience.mask[rows]
-    names = ["old_logp", "values", "advantages", "returns"] + (["reference_logp"] if options.kl_in == "loss" else [])
+    names = ["old_logp", "values", "advantages", "returns"] + (
+        ["reference_logp"] if options.kl_in == "loss" else []
+    )
     given = {name: getattr(experience, name) for name in names}
     numbers = {name: value[rows][mask] for name, value in given.items() if value is not None}
     return {**_pack(sequences, pad_id=pad_id, packing=packing), **numbers}

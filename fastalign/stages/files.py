@@ -1,7 +1,8 @@
 """Files that are whole or absent, whatever ends the process or the machine.
 
-A file or folder is written under another name (`….unfinished`), synced to the disk, and renamed; then the folder that holds it is synced.
-A folder that is sealed has a manifest of the SHA-256 of its files, in the format of `sha256sum --check`.
+A file or folder is written under another name (`….unfinished`), synced to the disk, and renamed; then the
+folder that holds it is synced. A folder that is sealed has a manifest of the SHA-256 of its files, in the
+format of `sha256sum --check`.
 """
 
 import errno
@@ -32,7 +33,8 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give the name under which the body writes the file `path`, which takes its place when the body is through."""
+    """Give the name under which the body writes the file `path`, which takes its place when the body is
+    through."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         yield unfinished
@@ -52,7 +54,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder for the body to fill, which takes the place of the folder `path` when the body is through."""
+    """Give an empty folder for the body to fill, which takes the place of the folder `path` when the body is
+    through."""
     unfinished = path.with_name(path.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -69,7 +72,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(whole: Path, path: Path) -> None:
-    """Rename the folder `whole` to `path`. A folder that is there is deleted after; between two renames it has the name `….replaced`."""
+    """Rename the folder `whole` to `path`. A folder that is there is deleted after; between two renames it
+    has the name `….replaced`."""
     replaced = path.with_name(path.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
@@ -82,7 +86,8 @@ def replace_folder(whole: Path, path: Path) -> None:
 def seal(folder: Path) -> None:
     """Write the manifest of the folder's .pt files, and sync it and them."""
     paths = sorted(folder.glob("*.pt"))
-    # The disk writes while the processor hashes: SHA-256 runs at 1.5 GB/s a core where the processor has instructions for it.
+    # The disk writes while the processor hashes: SHA-256 runs at 1.5 GB/s a core where the processor has
+    # instructions for it.
     with ThreadPoolExecutor(1) as disk:
         synced = [disk.submit(sync, path) for path in paths]
         text = b"".join(_line(path) for path in paths)

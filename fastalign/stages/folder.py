@@ -17,10 +17,12 @@ _FULL_TEXTS = ("PytorchStreamWriter failed", "No space left", "Disk quota exceed
 
 @contextmanager
 def held(field: str, folder: Path, *, name: str = LOCK, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `name` of `folder`, which is made where it is missing; another run that holds it is waited for or refused.
+    """Hold the lock `name` of `folder`, which is made where it is missing; another run that holds it is
+    waited for or refused.
 
-    The kernel lets go of the lock when the process ends, however it ends, so one that is left behind blocks nobody. Where the file system
-    has no locks, that is said and the run goes on. Raises ValueError with the process and the machine of the run that holds it.
+    The kernel lets go of the lock when the process ends, however it ends, so one that is left behind blocks
+    nobody. Where the file system has no locks, that is said and the run goes on. Raises ValueError with the
+    process and the machine of the run that holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a+") as file:
@@ -28,9 +30,15 @@ def held(field: str, folder: Path, *, name: str = LOCK, wait: bool = False) -> I
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(f"{field}: {str(folder)!r} is in use by {file.read().strip() or 'another run'}; name another folder") from None
+            raise ValueError(
+                f"{field}: {str(folder)!r} is in use by {file.read().strip() or 'another run'}; name another folder"
+            ) from None
         except OSError as error:
-            print(f"{field}: {folder} cannot be locked ({error.strerror}): let no other run use it", file=sys.stderr, flush=True)
+            print(
+                f"{field}: {folder} cannot be locked ({error.strerror}): let no other run use it",
+                file=sys.stderr,
+                flush=True,
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -50,11 +58,17 @@ def naming(folder: Path, needed: int, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = error.errno in _FULL if isinstance(error, OSError) else any(text in str(error) for text in _FULL_TEXTS)
+        full = (
+            error.errno in _FULL
+            if isinstance(error, OSError)
+            else any(text in str(error) for text in _FULL_TEXTS)
+        )
         if not full:
             raise
         free = _size(shutil.disk_usage(folder).free)
-        raise OSError(f"output_dir: {what} needs {_size(needed)}, and {str(folder)!r} has {free} free: {error}") from error
+        raise OSError(
+            f"output_dir: {what} needs {_size(needed)}, and {str(folder)!r} has {free} free: {error}"
+        ) from error
 
 
 def _size(number: int) -> str:

@@ -1,10 +1,12 @@
-"""Kahneman-Tversky optimisation: a causal LM learns from completions judged good or bad, one by one, near a reference.
+"""Kahneman-Tversky optimisation: a causal LM learns from completions judged good or bad, one by one, near a
+reference.
 
 fastalign kto model=runs/sft/model train_data=judged.jsonl output_dir=runs/kto beta=0.1 lora_rank=16 bf16=true
 torchrun --nproc-per-node 8 -m fastalign.stages.kto --config kto.yaml
 
-The point of reference is the KL divergence of policy and reference, estimated on prompts with other rows' completions:
-over all rows of a step, whatever its micro-batches and ranks, with the weights as they are before the step.
+The point of reference is the KL divergence of policy and reference, estimated on prompts with other rows'
+completions: over all rows of a step, whatever its micro-batches and ranks, with the weights as they are
+before the step.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,17 @@ from .adapters import load_architecture
 from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .command import run_stage
 from .estimate import announce
-from .loop import Batch, LossFn, Prepare, epoch_batches, held_out_batches, rows_of_step, start, total_steps, train
+from .loop import (
+    Batch,
+    LossFn,
+    Prepare,
+    epoch_batches,
+    held_out_batches,
+    rows_of_step,
+    start,
+    total_steps,
+    train,
+)
 from .preference import Reference, make_packer, make_reference, pack_rows, parts_of, without_dropout
 from .stage_configs import KTOConfig
 from .world import World
@@ -50,7 +62,9 @@ def run(config: KTOConfig) -> dict[str, float]:
 
         def rows_of(source: str, split: str) -> list[Unpaired]:
             loaded = load_rows(source, split=split)
-            tokenized = tokenize_unpaired(loaded, tokenizer, max_length=config.max_length, too_long=config.too_long)
+            tokenized = tokenize_unpaired(
+                loaded, tokenizer, max_length=config.max_length, too_long=config.too_long
+            )
             ends.extend(turn_ends(loaded, tokenizer))
             return tokenized
 
@@ -69,20 +83,45 @@ def run(config: KTOConfig) -> dict[str, float]:
         except ValueError as error:
             raise ValueError(f"eval_data: {error}") from error
         sequences = [row.answered for row in [*rows, *held_out]]
-        mismatches = [made for part in (rows, held_out) if part for made in mismatch_bounds(part, max_length=config.max_length)]
+        mismatches = [
+            made
+            for part in (rows, held_out)
+            if part
+            for made in mismatch_bounds(part, max_length=config.max_length)
+        ]
         longest = check_fit(architecture, tokenizer, [[*sequences, *mismatches]])
-        collate = partial(pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing)
-        announce(config, world, parts_of(config, architecture), [[row.answered] for row in rows], collate=collate, upstream="logp")
+        collate = partial(
+            pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing
+        )
+        announce(
+            config,
+            world,
+            parts_of(config, architecture),
+            [[row.answered] for row in rows],
+            collate=collate,
+            upstream="logp",
+        )
         if config.dry_run:
             return {}
-        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        model = load_model(
+            config, world, architecture, weights=config.model, attention=attention, packed=config.packing
+        )
         stop_at(model, ends)
         without_dropout(model)
-        packer = make_packer(config, world, model, attention=attention, pad_id=padding_id(tokenizer, architecture), longest=longest)
+        packer = make_packer(
+            config,
+            world,
+            model,
+            attention=attention,
+            pad_id=padding_id(tokenizer, architecture),
+            longest=longest,
+        )
         to_batch = partial(collate_unpaired, packer=packer)
         batches_of = epoch_batches(rows, to_batch, config, world, arrange)
         evaluated = held_out_batches(held_out, to_batch, config, world)
-        scored = (batch["both"] for batches in chain([evaluated], map(batches_of, steps)) for batch in batches)
+        scored = (
+            batch["both"] for batches in chain([evaluated], map(batches_of, steps)) for batch in batches
+        )
         reference = make_reference(config, world, model, scored)
         return train(
             config,
@@ -100,7 +139,8 @@ def run(config: KTOConfig) -> dict[str, float]:
 
 
 def check_steps(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int]) -> None:
-    """Raise ValueError for a step whose rows have one completion in common: none of them could meet another one."""
+    """Raise ValueError for a step whose rows have one completion in common: none of them could meet another
+    one."""
     numbers = {completion: number for number, completion in enumerate({row.completion: None for row in rows})}
     completions = [numbers[row.completion] for row in rows]
     for step in steps:
@@ -113,10 +153,11 @@ def check_steps(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int
 
 
 def with_reference(world: World, model: nn.Module, reference: Reference) -> Prepare:
-    """Give to each micro-batch its `reference` log-probabilities [S], and of all rows of the step `kl` (nats) and the `counts` of labels.
+    """Give to each micro-batch its `reference` log-probabilities [S], and of all rows of the step `kl` (nats)
+    and the `counts` of labels.
 
-    Mismatched completions need no gradient, so that the policy scores them in a forward pass of their own, which keeps
-    nothing; the reference scores them with the others in one.
+    Mismatched completions need no gradient, so that the policy scores them in a forward pass of their own,
+    which keeps nothing; the reference scores them with the others in one.
     """
 
     def prepare(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -132,7 +173,10 @@ def with_reference(world: World, model: nn.Module, reference: Reference) -> Prep
             group = dist.group.WORLD if world.size > 1 else None
             kl = kto_kl(torch.cat(policy_mismatched), torch.cat(reference_mismatched), group=group)
         desirable = world.count(sum(int(batch["desirable"].sum()) for batch in batches))
-        shared = {"kl": kl, "counts": (desirable, world.count(sum(len(batch["desirable"]) for batch in batches)) - desirable)}
+        shared = {
+            "kl": kl,
+            "counts": (desirable, world.count(sum(len(batch["desirable"]) for batch in batches)) - desirable),
+        }
         kept = [{name: batch[name] for name in ("answered", "desirable")} for batch in batches]
         return [batch | shared | {"reference": logps} for batch, logps in zip(kept, references, strict=True)]
 
@@ -140,7 +184,8 @@ def with_reference(world: World, model: nn.Module, reference: Reference) -> Prep
 
 
 def judged_loss(config: KTOConfig) -> LossFn:
-    """The loss; means over the rows of each label of rewards and log P (nats), the difference of the rewards, and the KL divergence (nats).
+    """The loss; means over the rows of each label of rewards and log P (nats), the difference of the rewards,
+    and the KL divergence (nats).
 
     Means over a label that the step lacks are left out.
     """

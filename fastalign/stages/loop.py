@@ -45,10 +45,11 @@ from .world import World, join_world
 
 Batch = Mapping[str, Any]
 Row = TypeVar("Row")
-# (model, micro-batch, items in the step [int64 scalar]) -> the micro-batch's share of the loss, with gradient, and of each
-# metric: shares add up, over micro-batches and ranks, to the step's value.
+# (model, micro-batch, items in the step [int64 scalar]) -> the micro-batch's share of the loss, with
+# gradient, and of each metric: shares add up, over micro-batches and ranks, to the step's value.
 LossFn = Callable[[nn.Module, Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
-# This rank's micro-batches of a step, or of an evaluation, with what each must know of all of them; without gradient.
+# This rank's micro-batches of a step, or of an evaluation, with what each must know of all of them; without
+# gradient.
 Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 
 
@@ -56,8 +57,8 @@ Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 def start(config: TrainConfig) -> Iterator[World]:
     """Join the other ranks, and refuse what cannot run here.
 
-    Raises ValueError for an absent model, reporter, device or Liger, a batch_size that the devices do not divide, or
-    an output_dir that another run holds, or that already holds a run (resume=true continues it).
+    Raises ValueError for an absent model, reporter, device or Liger, a batch_size that the devices do not
+    divide, or an output_dir that another run holds, or that already holds a run (resume=true continues it).
     """
     check_reporters(config.report_to)
     check_names(config)
@@ -70,7 +71,9 @@ def start(config: TrainConfig) -> Iterator[World]:
                 f"({micro_batch_size(config, world)} x {world.size})"
             )
         if not config.resume and Path(config.output_dir, "metrics.jsonl").exists():
-            raise ValueError(f"output_dir: {config.output_dir!r} already holds a run; continue it with resume=true or name another folder")
+            raise ValueError(
+                f"output_dir: {config.output_dir!r} already holds a run; continue it with resume=true or name another folder"
+            )
         _check_free(config)
         yield world
 
@@ -81,7 +84,9 @@ def _check_free(config: TrainConfig) -> None:
         return
     for folder in (Path(config.output_dir, part) for part in ("model", "value")):
         if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"output_dir: {str(folder)!r} is no run's and holds files, which the run would replace; name another folder")
+            raise ValueError(
+                f"output_dir: {str(folder)!r} is no run's and holds files, which the run would replace; name another folder"
+            )
 
 
 def _held(config: TrainConfig, world: World) -> AbstractContextManager[None]:
@@ -155,7 +160,9 @@ def epoch_batches(
     return batches_of
 
 
-def held_out_batches(rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World) -> list[Batch]:
+def held_out_batches(
+    rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World
+) -> list[Batch]:
     """This rank's held-out rows in micro-batches. Raises ValueError where a rank would get none."""
     if 0 < len(rows) < world.size:
         raise ValueError(f"eval_data: {len(rows)} rows for {world.size} devices; each needs at least one")
@@ -164,7 +171,9 @@ def held_out_batches(rows: Sequence[Row], collate: Callable[[Sequence[Row]], Bat
     return [collate(own[first : first + size]) for first in range(0, len(own), size)]
 
 
-def make_optimizer(config: TrainConfig, model: nn.Module, own_rates: Mapping[str, float] | None = None) -> torch.optim.AdamW:
+def make_optimizer(
+    config: TrainConfig, model: nn.Module, own_rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW over what is trained; matrices decay, vectors (norms, biases) do not.
 
     `own_rates`: from the start of a weight's name to a peak learning rate other than learning_rate.
@@ -205,7 +214,11 @@ def count_targets(batch: Batch) -> int:
 def language_model_loss(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """NLL (nats a token), token accuracy and the model's entropy (nats), over the trained tokens."""
     output = model(**batch, num_items_in_batch=items, use_cache=False)
-    sums = {"nll": -ordered_sum(output.logp), "accuracy": output.top1.sum(), "entropy": ordered_sum(output.entropy)}
+    sums = {
+        "nll": -ordered_sum(output.logp),
+        "accuracy": output.top1.sum(),
+        "entropy": ordered_sum(output.entropy),
+    }
     return output.loss, {name: total / items for name, total in sums.items()}
 
 
@@ -226,8 +239,8 @@ def train(
     """Train `model` in place, fill output_dir, and return the last line of metrics.jsonl.
 
     `batches_of(step)` gives this rank's micro-batches of a step (from 0), `rows` is the number of rows in an
-    epoch; `items_name` is what metrics.jsonl calls what `count_items` counts. Raises FloatingPointError, before
-    the weights are touched, where the loss or the gradient is not finite.
+    epoch; `items_name` is what metrics.jsonl calls what `count_items` counts. Raises FloatingPointError,
+    before the weights are touched, where the loss or the gradient is not finite.
     """
     wrapped = distribute(config, world, model)
     optimizer = make_optimizer(config, model)
@@ -258,7 +271,15 @@ def train(
             tokenizer.save_pretrained(str(unfinished))
 
     return run_steps(
-        config, world, model, optimizer, take=take, judge=judge if held_out else None, save=save, rows=rows, items_name=items_name
+        config,
+        world,
+        model,
+        optimizer,
+        take=take,
+        judge=judge if held_out else None,
+        save=save,
+        rows=rows,
+        items_name=items_name,
     )
 
 
@@ -276,9 +297,10 @@ def run_steps(
 ) -> dict[str, float]:
     """Take every step of the run from where it stands, and return the last line of metrics.jsonl.
 
-    `take(step)` updates the weights and returns the step's metrics and items, `judge()` the held-out ones, and
-    `save(output_dir)` leaves the models there. Learning rates fall from those of the optimizer's groups. Raises Stopped, a
-    KeyboardInterrupt, after Ctrl-C or SIGTERM on any rank, once the step is done and a checkpoint of it is saved.
+    `take(step)` updates the weights and returns the step's metrics and items, `judge()` the held-out ones,
+    and `save(output_dir)` leaves the models there. Learning rates fall from those of the optimizer's groups.
+    Raises Stopped, a KeyboardInterrupt, after Ctrl-C or SIGTERM on any rank, once the step is done and a
+    checkpoint of it is saved.
     """
     steps = total_steps(config, rows)
     if config.warmup_steps > steps:
@@ -301,7 +323,9 @@ def run_steps(
             _check_metrics(line, model, 0)
             report.write(line)
         if number := signals.agreed():
-            raise Stopped(number, f" after step {done}, before the next; go on with: {how_to_resume(config, world)}")
+            raise Stopped(
+                number, f" after step {done}, before the next; go on with: {how_to_resume(config, world)}"
+            )
         for step in range(done, steps):
             began = time.perf_counter()
             world.at_step(step + 1)
@@ -333,7 +357,10 @@ def run_steps(
                 report.sync()
                 checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=items_done)
             if number:
-                raise Stopped(number, f" after step {step + 1}, which is saved; go on with: {how_to_resume(config, world)}")
+                raise Stopped(
+                    number,
+                    f" after step {step + 1}, which is saved; go on with: {how_to_resume(config, world)}",
+                )
         _check_weights(model, steps)
         if world.main:
             with naming(output_dir, _bytes_trained(model), "the model"):
@@ -343,14 +370,18 @@ def run_steps(
 
 
 def _check_weights(model: nn.Module, step: int) -> None:
-    """Raise FloatingPointError that names a trained weight or a buffer with NaN or inf after so many steps."""
+    """Raise FloatingPointError that names a trained weight or a buffer with NaN or inf after so many
+    steps."""
     trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
     if wrong := find_not_finite(itertools.chain(trained, model.named_buffers())):
-        raise FloatingPointError(f"step {step}: {wrong}; neither a checkpoint nor a model of this step is saved, and those before it stay")
+        raise FloatingPointError(
+            f"step {step}: {wrong}; neither a checkpoint nor a model of this step is saved, and those before it stay"
+        )
 
 
 def _check_metrics(line: Mapping[str, float], model: nn.Module, step: int) -> None:
-    """Raise FloatingPointError that names the metrics after so many steps that are NaN or inf, or the weights where it comes from them."""
+    """Raise FloatingPointError that names the metrics after so many steps that are NaN or inf, or the weights
+    where it comes from them."""
     if wrong := [f"{name} = {value}" for name, value in line.items() if not math.isfinite(value)]:
         _check_weights(model, step)
         raise FloatingPointError(f"step {step}: {', '.join(wrong)}")
@@ -361,7 +392,8 @@ def _bytes_trained(model: nn.Module) -> int:
 
 
 def _check_room(config: TrainConfig, model: nn.Module, steps: int) -> None:
-    """Refuse a run of so many `steps` whose checkpoints and model would not find room, before its first step."""
+    """Refuse a run of so many `steps` whose checkpoints and model would not find room, before its first
+    step."""
     saves = math.ceil(steps / config.save_every) if config.save_every else 0
     # The oldest checkpoint goes after the newest has come.
     more = max(min(saves, config.keep_checkpoints + 1) - checkpoint.count(config.output_dir), min(saves, 1))
@@ -384,18 +416,21 @@ def update(
     count_items: Callable[[Batch], int] = count_targets,
     prepare: Prepare = lambda batches: batches,
 ) -> tuple[dict[str, float], int]:
-    """One optimizer step over the micro-batches of all ranks; the loss, the metrics and how many items there were.
+    """One optimizer step over the micro-batches of all ranks; the loss, the metrics and how many items there
+    were.
 
-    The gradients of each list in `clipped` are scaled down to max_grad_norm, and their norm before that is the
-    metric of that name. Raises FloatingPointError that names the step, or other `unit`, of this `number` (from 0)
-    where one of all these numbers is not finite; the weights are untouched then.
+    The gradients of each list in `clipped` are scaled down to max_grad_norm, and their norm before that is
+    the metric of that name. Raises FloatingPointError that names the step, or other `unit`, of this `number`
+    (from 0) where one of all these numbers is not finite; the weights are untouched then.
     """
     metrics, items = _totals(precision, world, model, batches, loss_fn, count_items, prepare)
     for name, weights in clipped.items():
         metrics[name] = float(nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf))
     wrong = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
-        raise FloatingPointError(f"{unit} {number + 1}: {', '.join(wrong)}; the weights are still those of {unit} {number}")
+        raise FloatingPointError(
+            f"{unit} {number + 1}: {', '.join(wrong)}; the weights are still those of {unit} {number}"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return metrics, items
@@ -449,7 +484,9 @@ def _totals(
     return dict(zip(totals, world.sum(list(totals.values())), strict=True)), items
 
 
-def _resume(config: TrainConfig, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, rows: int) -> tuple[int, int]:
+def _resume(
+    config: TrainConfig, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, rows: int
+) -> tuple[int, int]:
     """Steps and tokens done by an earlier process, whose state is restored; (0, 0) without one."""
     path = checkpoint.latest_whole(config.output_dir, world) if config.resume else None
     if path is None:

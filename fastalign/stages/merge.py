@@ -17,22 +17,31 @@ from .stage_configs import MergeConfig
 def run(config: MergeConfig) -> Path:
     """Merge as configured; returns the folder.
 
-    Raises ValueError for a model without adapters, a base that is not found or does not fit, and an output_dir that holds files.
+    Raises ValueError for a model without adapters, a base that is not found or does not fit, and an
+    output_dir that holds files.
     """
     source = find_source(config.model)
     if not source.adapters:
-        raise ValueError(f"model: got {config.model!r}, expected a folder of adapters (with an adapter_config.json)")
+        raise ValueError(
+            f"model: got {config.model!r}, expected a folder of adapters (with an adapter_config.json)"
+        )
     folder = Path(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output_dir: got {config.output_dir!r}, which holds files, expected a new or empty folder")
+        raise ValueError(
+            f"output_dir: got {config.output_dir!r}, which holds files, expected a new or empty folder"
+        )
     tokenizer = load_tokenizer(config.model)
     architecture = load_architecture(config.model, task="SEQ_CLS")
     classifier = is_classifier(source, architecture)
     options: dict[str, Any] = {"num_labels": len(architecture.id2label)} if classifier else {}
-    model = load_plain(config.model, task="SEQ_CLS" if classifier else "CAUSAL_LM", dtype=config.dtype, **options)
+    model = load_plain(
+        config.model, task="SEQ_CLS" if classifier else "CAUSAL_LM", dtype=config.dtype, **options
+    )
     text = model.config.get_text_config()
     if classifier and text.pad_token_id is None:
-        text.pad_token_id = padding_id(tokenizer, text)  # by which transformers finds the last token of each row
+        text.pad_token_id = padding_id(
+            tokenizer, text
+        )  # by which transformers finds the last token of each row
     with new_folder(folder) as unfinished:
         model.save_pretrained(str(unfinished))
         tokenizer.save_pretrained(str(unfinished))

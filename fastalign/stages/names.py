@@ -1,6 +1,8 @@
-"""Names of models and tokenizers, looked up before anything large is imported: in folders, in the hub's cache, on the hub.
+"""Names of models and tokenizers, looked up before anything large is imported: in folders, in the hub's
+cache, on the hub.
 
-transformers asks a hub that cannot be reached for each file again and again, for 23 seconds and more. Here it is asked once.
+transformers asks a hub that cannot be reached for each file again and again, for 23 seconds and more. Here it
+is asked once.
 """
 
 import os
@@ -37,7 +39,12 @@ def check_name(field: str, name: str) -> None:
             raise ValueError(f"{field}: folder {name!r} holds no config.json, so no model{hint}")
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
 
     try:
         cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES)
@@ -48,10 +55,14 @@ def check_name(field: str, name: str) -> None:
         get_hf_file_metadata(hf_hub_url(name, _FILES[0]), timeout=SECONDS)
     except GatedRepoError:
         if not cached:
-            raise ValueError(f"{missing} the hub gives it to those who were granted access only: log in with `hf auth login`") from None
+            raise ValueError(
+                f"{missing} the hub gives it to those who were granted access only: log in with `hf auth login`"
+            ) from None
     except RepositoryNotFoundError:
         if not cached:
-            raise ValueError(f"{missing} the hub has no such model (if it is private: `hf auth login`)") from None
+            raise ValueError(
+                f"{missing} the hub has no such model (if it is private: `hf auth login`)"
+            ) from None
     except HfHubHTTPError:
         return  # the hub can be reached; what it has against this is transformers' to tell
     except Exception as error:

@@ -1,14 +1,17 @@
-"""Proximal policy optimisation: a causal LM learns from scores of its own completions, near a reference, with a value model.
+"""Proximal policy optimisation: a causal LM learns from scores of its own completions, near a reference, with
+a value model.
 
-fastalign ppo model=runs/sft/model reward=runs/reward/model train_data=prompts.jsonl output_dir=runs/ppo max_new_tokens=64
-fastalign ppo model=runs/sft/model reward=my_rewards.py:score train_data=prompts.jsonl output_dir=runs/ppo value=shared lora_rank=16
-torchrun --nproc-per-node 8 -m fastalign.stages.ppo --config ppo.yaml
+fastalign ppo model=runs/sft/model reward=runs/reward/model train_data=prompts.jsonl output_dir=runs/ppo
+max_new_tokens=64 fastalign ppo model=runs/sft/model reward=my_rewards.py:score train_data=prompts.jsonl
+output_dir=runs/ppo value=shared lora_rank=16 torchrun --nproc-per-node 8 -m fastalign.stages.ppo --config
+ppo.yaml
 
-A step draws completions of batch_size prompts (`rollout`, in experience.py) and learns from them in several passes (`ppo_step`); both are
-plain functions for a loop of one's own.
+A step draws completions of batch_size prompts (`rollout`, in experience.py) and learns from them in several
+passes (`ppo_step`); both are plain functions for a loop of one's own.
 
-A rollout is a function of the weights, the seed and the step's number, as its noise is keyed by them. So checkpoints lie between
-steps and hold none: a run that was killed between a rollout and its update draws the same tokens again.
+A rollout is a function of the weights, the seed and the step's number, as its noise is keyed by them. So
+checkpoints lie between steps and hold none: a run that was killed between a rollout and its update draws the
+same tokens again.
 """
 
 import copy
@@ -68,20 +71,22 @@ def ppo_step(
     precision: torch.autocast | None = None,
     world: World | None = None,
 ) -> dict[str, float]:
-    """Learn from a rollout: ppo_epochs passes of as many optimizer steps as there are minibatches, in an order of (seed, step).
+    """Learn from a rollout: ppo_epochs passes of as many optimizer steps as there are minibatches, in an
+    order of (seed, step).
 
-    The gradients of the policy and of the value model are scaled down to max_grad_norm, each by its own norm. With target_kl,
-    `model.kl_coefficient` is adapted at the end. Other arguments are `rollout`'s.
+    The gradients of the policy and of the value model are scaled down to max_grad_norm, each by its own norm.
+    With target_kl, `model.kl_coefficient` is adapted at the end. Other arguments are `rollout`'s.
 
-    The metrics are means over the tokens of all passes and ranks: policy/approxkl_avg, (new - old log-probability)² / 2 in nats;
-    policy/clipfrac_avg, the share of tokens whose gradient the clip removed; policy/entropy_avg in nats; loss/policy_avg,
-    loss/value_avg and loss, what was minimised; val/ratio; val/clipfrac_avg, the share of tokens whose value was clipped. And
-    val/ratio_var, the variance of the mean ratio between optimizer steps; policy/grad_norm and val/grad_norm, means over
-    these; without `rescore` mismatch/ratio and mismatch/approxkl, of the first minibatch, whose ratios differ from 1 only as
-    the trainer's log-probabilities differ from the rollout's.
+    The metrics are means over the tokens of all passes and ranks: policy/approxkl_avg, (new - old
+    log-probability)² / 2 in nats; policy/clipfrac_avg, the share of tokens whose gradient the clip removed;
+    policy/entropy_avg in nats; loss/policy_avg, loss/value_avg and loss, what was minimised; val/ratio;
+    val/clipfrac_avg, the share of tokens whose value was clipped. And val/ratio_var, the variance of the mean
+    ratio between optimizer steps; policy/grad_norm and val/grad_norm, means over these; without `rescore`
+    mismatch/ratio and mismatch/approxkl, of the first minibatch, whose ratios differ from 1 only as the
+    trainer's log-probabilities differ from the rollout's.
 
-    `model`: an ActorCritic, or DistributedDataParallel's wrapper of it. Raises FloatingPointError where a loss or a gradient is
-    not finite, before it reaches the weights.
+    `model`: an ActorCritic, or DistributedDataParallel's wrapper of it. Raises FloatingPointError where a
+    loss or a gradient is not finite, before it reaches the weights.
     """
     base: Any = model.module if isinstance(model, DistributedDataParallel) else model
     world = world or World(0, 1, base.device)
@@ -93,7 +98,9 @@ def ppo_step(
             f"{rows} completions: a multiple of minibatches x micro_batch_size x ranks "
             f"({options.minibatches} x {micro} x {world.size}) wanted"
         )
-    clipped = {f"{'val' if name == 'value' else name}/grad_norm": weights for name, weights in base.parts().items()}
+    clipped = {
+        f"{'val' if name == 'value' else name}/grad_norm": weights for name, weights in base.parts().items()
+    }
     loss_fn = ppo_objective(options, float(base.kl_coefficient))
     collate = partial(experience_batch, experience, options=options, pad_id=pad_id, packing=packing)
     found: list[tuple[dict[str, float], int]] = []
@@ -122,7 +129,10 @@ def ppo_step(
     metrics |= {name: sum(numbers[name] for numbers, _ in found) / len(found) for name in clipped}
     metrics["val/ratio_var"] = float(np.var([numbers["val/ratio"] for numbers, _ in found]))
     if not options.rescore:
-        metrics |= {"mismatch/ratio": found[0][0]["val/ratio"], "mismatch/approxkl": found[0][0]["policy/approxkl_avg"]}
+        metrics |= {
+            "mismatch/ratio": found[0][0]["val/ratio"],
+            "mismatch/approxkl": found[0][0]["policy/approxkl_avg"],
+        }
     if options.target_kl is not None:
         error = min(max(experience.metrics["objective/kl"] / options.target_kl - 1, -0.2), 0.2)
         base.kl_coefficient *= 1 + error * rows / options.kl_horizon
@@ -131,17 +141,25 @@ def ppo_step(
 
 def ppo_objective(options: PPOOptions, kl_coefficient: float) -> LossFn:
     """PPO's loss of the policy and vf_coef times that of the value model, and the metrics of `ppo_step`."""
-    fixed: dict[str, Any] = {"clip": options.clip, "clip_high": options.clip_high, "dual_clip": options.dual_clip}
+    fixed: dict[str, Any] = {
+        "clip": options.clip,
+        "clip_high": options.clip_high,
+        "dual_clip": options.dual_clip,
+    }
     fixed |= {"entropy_coefficient": options.entropy_coef}
     in_loss = options.kl_in == "loss" and kl_coefficient > 0
     fixed |= {"kl_coefficient": kl_coefficient, "kl_estimator": options.estimator} if in_loss else {}
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        names: tuple[str, ...] = ("old_logp", "advantages", "reference_logp") if in_loss else ("old_logp", "advantages")
+        names: tuple[str, ...] = (
+            ("old_logp", "advantages", "reference_logp") if in_loss else ("old_logp", "advantages")
+        )
         terms = {**fixed, **{name: batch[name] for name in names}, "normalizer": items}
         policy, values = model(batch["arguments"], batch["at"], temperature=options.temperature, ppo=terms)
         inside = torch.ones_like(batch["at"], dtype=torch.bool)
-        value = value_loss(values, batch["values"], batch["returns"], inside, clip=options.value_clip, normalizer=items)
+        value = value_loss(
+            values, batch["values"], batch["returns"], inside, clip=options.value_clip, normalizer=items
+        )
         means = {
             "policy/approxkl_avg": policy.approx_kl,
             "policy/clipfrac_avg": policy.clip_fraction,
@@ -159,22 +177,28 @@ def ppo_objective(options: PPOOptions, kl_coefficient: float) -> LossFn:
 def run(config: PPOConfig) -> dict[str, float]:
     """Align as configured; returns the last line of metrics.jsonl, nothing of a dry run.
 
-    Leaves the policy in output_dir/model, a value model of its own in output_dir/value. Raises ValueError for data, a tokenizer,
-    a reward or a model that cannot be used, before a model is loaded.
+    Leaves the policy in output_dir/model, a value model of its own in output_dir/value. Raises ValueError for
+    data, a tokenizer, a reward or a model that cannot be used, before a model is loaded.
     """
     with start(config) as world:
         micro_batch(config, world)
         attention = "sdpa" if config.attention == "auto" else config.attention
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model)
-        scorer = find_function(config.reward) if is_function(config.reward) else find_classifier(config.reward, config.reward_label)
+        scorer = (
+            find_function(config.reward)
+            if is_function(config.reward)
+            else find_classifier(config.reward, config.reward_label)
+        )
         reader = scorer if isinstance(scorer, Classifier) and scorer.reads(tokenizer) else None
 
         ends: list[int] = []
 
         def prompts_of(source: str, split: str) -> list[Prompt]:
             loaded = load_rows(source, split=split)
-            tokenized = tokenize_prompts(loaded, tokenizer, max_length=config.max_prompt_length, too_long=config.too_long)
+            tokenized = tokenize_prompts(
+                loaded, tokenizer, max_length=config.max_prompt_length, too_long=config.too_long
+            )
             ends.extend(turn_ends(loaded, tokenizer))
             return tokenized
 
@@ -184,17 +208,28 @@ def run(config: PPOConfig) -> dict[str, float]:
         value_source = find_value(config, reader)
         rows = [Tokenized(prompt.input_ids, []) for prompt in every]
         rows += [Tokenized(prompt.input_ids + [0] * config.max_new_tokens, []) for prompt in every]
-        for read in [architecture, reader and reader.architecture, value_source and value_source.architecture]:
+        for read in [
+            architecture,
+            reader and reader.architecture,
+            value_source and value_source.architecture,
+        ]:
             if read:
                 check_fit(read, tokenizer, [rows], lower="max_prompt_length or max_new_tokens")
         if isinstance(scorer, Classifier):
             check_classifier(scorer, tokenizer, every, max_new_tokens=config.max_new_tokens)
 
         drawn = [[_full(prompt, config.max_new_tokens)] for prompt in prompts]
-        collate = partial(pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing)
-        cached = (config.rollout_batch_size or config.batch_size // world.size, max(len(row[0].input_ids) for row in drawn))
+        collate = partial(
+            pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing
+        )
+        cached = (
+            config.rollout_batch_size or config.batch_size // world.size,
+            max(len(row[0].input_ids) for row in drawn),
+        )
         parts = parts_of(config, architecture, scorer, value_source)
-        announce(config, world, parts, drawn, collate=collate, micro=micro_batch(config, world), cached=cached)
+        announce(
+            config, world, parts, drawn, collate=collate, micro=micro_batch(config, world), cached=cached
+        )
         if config.dry_run:
             return {}
         load = partial(load_model, config, world, attention=attention, packed=config.packing)
@@ -203,7 +238,9 @@ def run(config: PPOConfig) -> dict[str, float]:
         reward = make_reward(config, world, scorer, tokenizer, attention)
         model = ActorCritic(policy, make_value(value_source, load), kl_coefficient=config.kl_coef)
         without_dropout(model)
-        return train(config, world, model, make_reference(config, policy), reward, tokenizer, prompts, held_out)
+        return train(
+            config, world, model, make_reference(config, policy), reward, tokenizer, prompts, held_out
+        )
 
 
 def train(
@@ -233,7 +270,13 @@ def train(
     shared |= {"micro_batch_size": micro_batch(config, world), "world": world}
 
     def draw(chosen: Sequence[Prompt], **noise: int) -> Experience:
-        options: dict[str, Any] = {"eos_id": ends, "reference": reference, "rollout_batch_size": at_once, **noise, **shared}
+        options: dict[str, Any] = {
+            "eos_id": ends,
+            "reference": reference,
+            "rollout_batch_size": at_once,
+            **noise,
+            **shared,
+        }
         return rollout(model, chosen, reward, config, **options)
 
     def take(step: int) -> tuple[dict[str, float], int]:
@@ -242,14 +285,20 @@ def train(
         experience = draw([prompts[number] for number in numbers], seed=config.seed, step=step)
         drawn = time.perf_counter()
         order: dict[str, Any] = {"seed": config.seed, "step": step}
-        learnt = ppo_step(wrapped, optimizer, experience, config, **order, max_grad_norm=config.max_grad_norm, **shared)
+        learnt = ppo_step(
+            wrapped, optimizer, experience, config, **order, max_grad_norm=config.max_grad_norm, **shared
+        )
         metrics = {**experience.metrics, **learnt, "lr": optimizer.param_groups[0]["lr"]}
         metrics |= {"seconds_rollout": drawn - began, "seconds_update": time.perf_counter() - drawn}
         return metrics, config.batch_size
 
     def judge() -> dict[str, float]:
         metrics = draw(held_out, seed=config.seed + 1).metrics  # other noise than that of training
-        return {f"eval/{name}": value for name, value in metrics.items() if name.startswith(("objective/", "completions/"))}
+        return {
+            f"eval/{name}": value
+            for name, value in metrics.items()
+            if name.startswith(("objective/", "completions/"))
+        }
 
     def save(folder: Path) -> None:
         parts = {"model": model.policy} if model.shared else {"model": model.policy, "value": model.value}
@@ -284,8 +333,14 @@ class ValueSource(NamedTuple):
     """Whether it is a classifier, whose head is kept."""
 
 
-def parts_of(config: PPOConfig, architecture: PretrainedConfig, scorer: Classifier | Function, value: ValueSource | None) -> list[Part]:
-    """The models that a step needs: the policy, a value model of its own, the reward model, and where the reference is a copy, that."""
+def parts_of(
+    config: PPOConfig,
+    architecture: PretrainedConfig,
+    scorer: Classifier | Function,
+    value: ValueSource | None,
+) -> list[Part]:
+    """The models that a step needs: the policy, a value model of its own, the reward model, and where the
+    reference is a copy, that."""
     parts = [Part("model", architecture)]
     if value is not None:
         parts.append(Part("value model", value.architecture, "SEQ_CLS"))
@@ -298,11 +353,14 @@ def parts_of(config: PPOConfig, architecture: PretrainedConfig, scorer: Classifi
 
 def _full(prompt: Prompt, new_tokens: int) -> Tokenized:
     """A prompt with the longest completion."""
-    return Tokenized(prompt.input_ids + [0] * new_tokens, [False] * len(prompt.input_ids) + [True] * new_tokens)
+    return Tokenized(
+        prompt.input_ids + [0] * new_tokens, [False] * len(prompt.input_ids) + [True] * new_tokens
+    )
 
 
 def micro_batch(config: PPOConfig, world: World) -> int:
-    """Sequences of one forward pass on one device. Raises ValueError where minibatches do not divide into those of all devices."""
+    """Sequences of one forward pass on one device. Raises ValueError where minibatches do not divide into
+    those of all devices."""
     size = config.batch_size // config.minibatches
     micro = config.micro_batch_size or max(size // world.size, 1)
     if size % (micro * world.size):
@@ -314,24 +372,35 @@ def micro_batch(config: PPOConfig, world: World) -> int:
 
 
 def make_reward(
-    config: PPOConfig, world: World, scorer: Classifier | Function, tokenizer: PreTrainedTokenizerBase, attention: str
+    config: PPOConfig,
+    world: World,
+    scorer: Classifier | Function,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: str,
 ) -> Reward:
     """The scores of completions, as configured."""
     if isinstance(scorer, Function):
         return by_function(scorer, tokenizer)
-    options: dict[str, Any] = {"rows": micro_batch(config, world), "attention": attention, "packing": config.packing}
+    options: dict[str, Any] = {
+        "rows": micro_batch(config, world),
+        "attention": attention,
+        "packing": config.packing,
+    }
     return load_classifier(scorer, world, tokenizer, dtype=getattr(torch, config.dtype), **options)
 
 
 def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | None:
-    """The source of a value model of its own, None for a shared one. `reader`: the reward model, if it reads the policy's tokens."""
+    """The source of a value model of its own, None for a shared one. `reader`: the reward model, if it reads
+    the policy's tokens."""
     if config.value == "shared":
         return None
     usable = reader is not None and reader.labels == 1
     folder = config.value_model or (config.reward if usable else config.model)
     argument = "value_model" if config.value_model else "reward" if usable else "model"
     architecture = load_architecture(folder, task="SEQ_CLS", argument=argument)
-    return ValueSource(argument, folder, architecture, is_classifier(find_source(folder, argument=argument), architecture))
+    return ValueSource(
+        argument, folder, architecture, is_classifier(find_source(folder, argument=argument), architecture)
+    )
 
 
 def make_value(source: ValueSource | None, load: Callable[..., Any]) -> Any:
@@ -355,13 +424,16 @@ def make_reference(config: PPOConfig, policy: Any) -> nn.Module | None:
 
 
 def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS, and those that the model generates by (the end of a turn, say)."""
+    """The ids that end a completion: the tokenizer's EOS, and those that the model generates by (the end of a
+    turn, say)."""
     own = policy.generation_config.eos_token_id
     ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     known = policy.config.get_text_config().vocab_size
     found = sorted({id for id in ids if id is not None and id < known})  # a model cannot draw others
     if not found:
-        raise ValueError("tokenizer: no EOS token, and the model's generation_config names none: completions could not end")
+        raise ValueError(
+            "tokenizer: no EOS token, and the model's generation_config names none: completions could not end"
+        )
     return found
 
 

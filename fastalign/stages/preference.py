@@ -1,7 +1,8 @@
-"""What the preference stages share: their fields, how they pack, and the reference that a policy is compared with.
+"""What the preference stages share: their fields, how they pack, and the reference that a policy is compared
+with.
 
-The reference is the model as it is before training. Its log-probabilities come from a frozen copy, from the model
-with its adapters switched off, or from a table made before the first step; the values are the same.
+The reference is the model as it is before training. Its log-probabilities come from a frozen copy, from the
+model with its adapters switched off, or from a table made before the first step; the values are the same.
 """
 
 import copy
@@ -31,11 +32,14 @@ from .loop import autocast
 from .stage_configs import PreferenceConfig, ReferenceConfig
 from .world import World
 
-Reference = Callable[[Batch], Tensor]  # packed sequences, on the device -> their log-probabilities [S], without gradient
+Reference = Callable[
+    [Batch], Tensor
+]  # packed sequences, on the device -> their log-probabilities [S], without gradient
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Switch a model's own dropout off, not its adapters': a policy is compared with a reference token by token."""
+    """Switch a model's own dropout off, not its adapters': a policy is compared with a reference token by
+    token."""
     for name, module in model.named_modules():
         if "lora_" in name:
             continue
@@ -47,9 +51,16 @@ def without_dropout(model: nn.Module) -> None:
 
 
 def make_packer(
-    config: PreferenceConfig, world: World, model: PreTrainedModel | PeftModel, *, attention: str, pad_id: int, longest: int
+    config: PreferenceConfig,
+    world: World,
+    model: PreTrainedModel | PeftModel,
+    *,
+    attention: str,
+    pad_id: int,
+    longest: int,
 ) -> Callable[..., Batch]:
-    """`pack_sequences` as configured, with shared prompts where the model takes them; where it does not, that is said.
+    """`pack_sequences` as configured, with shared prompts where the model takes them; where it does not, that
+    is said.
 
     `longest` is the number of tokens of the longest sequence.
     """
@@ -63,8 +74,11 @@ def make_packer(
 
 
 def pack_rows(rows: Sequence[Sequence[Tokenized]], **options: Any) -> Mapping[str, Any]:
-    """A model's arguments for all sequences of the rows, without shared prompts; `options` are `pack_sequences`'."""
-    arguments: Mapping[str, Any] = pack_sequences([sequence for row in rows for sequence in row], **options)["arguments"]
+    """A model's arguments for all sequences of the rows, without shared prompts; `options` are
+    `pack_sequences`'."""
+    arguments: Mapping[str, Any] = pack_sequences([sequence for row in rows for sequence in row], **options)[
+        "arguments"
+    ]
     return arguments
 
 
@@ -75,8 +89,11 @@ def parts_of(config: ReferenceConfig, architecture: PretrainedConfig) -> list[Pa
     return [Part("model", architecture), *reference]
 
 
-def make_reference(config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]) -> Reference:
-    """The reference of `model`, which is not trained yet; `scored` are all packed sequences that this rank will ask it for."""
+def make_reference(
+    config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]
+) -> Reference:
+    """The reference of `model`, which is not trained yet; `scored` are all packed sequences that this rank
+    will ask it for."""
     if config.reference == "precomputed":
         return _precompute(config, world, model, scored)
     if isinstance(model, PeftModel) and config.reference != "copy":
@@ -95,11 +112,14 @@ def _adapters_off(model: PeftModel, packed: Batch) -> Tensor:
         return _score(model, packed)
 
 
-def _precompute(config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]) -> Reference:
-    """A table from sequences to log-probabilities, read from a file named after the model, and completed there.
+def _precompute(
+    config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]
+) -> Reference:
+    """A table from sequences to log-probabilities, read from a file named after the model, and completed
+    there.
 
-    A sequence is scored in the batch that meets it first, so its value is bitwise the one that the other ways compute
-    there. In other company (a later epoch) theirs may differ from it by rounding.
+    A sequence is scored in the batch that meets it first, so its value is bitwise the one that the other ways
+    compute there. In other company (a later epoch) theirs may differ from it by rounding.
     """
     folder = Path(config.reference_dir or config.output_dir)
     path = folder / f"reference-{_digest_model(config, model).hex()}.safetensors"
@@ -115,9 +135,12 @@ def _precompute(config: ReferenceConfig, world: World, model: PreTrainedModel | 
     if world.size > 1:
         tables: list[Any] = [None] * world.size
         dist.all_gather_object(tables, table)
-        table = {key: value for part in reversed(tables) for key, value in part.items()}  # the first rank's value wins
+        table = {
+            key: value for part in reversed(tables) for key, value in part.items()
+        }  # the first rank's value wins
     if world.main and len(table) > known:
-        # Another run that shares the folder may have come first: its values stay, so that both go on, and resume, with the same ones.
+        # Another run that shares the folder may have come first: its values stay, so that both go on, and
+        # resume, with the same ones.
         with held("reference_dir", folder, name=path.stem + ".lock", wait=True):
             table |= _read_table(path)
             _write_table(path, table)
@@ -143,21 +166,33 @@ def _write_table(path: Path, table: dict[bytes, float]) -> None:
 
 
 def _read_table(path: Path) -> dict[bytes, float]:
-    """The table in a file, none where there is no file. Raises ValueError where it is not as it was written."""
+    """The table in a file, none where there is no file. Raises ValueError where it is not as it was
+    written."""
     if not path.exists():
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            stored, written = {name: file.get_tensor(name) for name in ("sequences", "logps")}, (file.metadata() or {}).get("blake2b")
+            stored, written = (
+                {name: file.get_tensor(name) for name in ("sequences", "logps")},
+                (file.metadata() or {}).get("blake2b"),
+            )
     except SafetensorError as error:
-        raise ValueError(f"reference: {path} is damaged ({error}); delete it, and its values are computed again") from error
+        raise ValueError(
+            f"reference: {path} is damaged ({error}); delete it, and its values are computed again"
+        ) from error
     if written != _digest_tensors(stored):
-        raise ValueError(f"reference: {path} is damaged: its hash is not that of its values; delete it, and they are computed again")
-    return dict(zip((bytes(key) for key in stored["sequences"].numpy()), stored["logps"].tolist(), strict=True))
+        raise ValueError(
+            f"reference: {path} is damaged: its hash is not that of its values; delete it, and they are computed again"
+        )
+    return dict(
+        zip((bytes(key) for key in stored["sequences"].numpy()), stored["logps"].tolist(), strict=True)
+    )
 
 
 def _digest_tensors(tensors: dict[str, Tensor]) -> str:
-    return hashlib.blake2b(b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values()), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values()), digest_size=16
+    ).hexdigest()
 
 
 def _digest(sequence: Tokenized) -> bytes:
@@ -165,7 +200,8 @@ def _digest(sequence: Tokenized) -> bytes:
 
 
 def _digest_model(config: ReferenceConfig, model: PreTrainedModel | PeftModel) -> bytes:
-    """Of the weights but the adapters, the architecture, and what else the values depend on beyond rounding."""
+    """Of the weights but the adapters, the architecture, and what else the values depend on beyond
+    rounding."""
     fields = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     fields |= {"bf16": config.bf16, "attention": model.config._attn_implementation}
     digest = hashlib.blake2b(json.dumps(fields, sort_keys=True, default=str).encode(), digest_size=16)

@@ -46,11 +46,15 @@ def run(config: PretrainConfig) -> dict[str, float]:
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
         check_fit(architecture, tokenizer, [*rows, *held_out])
         length = config.sequence_length if config.compile else None  # one shape is compiled once
-        to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), length=length, attention=attention)
+        to_batch = partial(
+            collate, pad_id=padding_id(tokenizer, architecture), length=length, attention=attention
+        )
         announce(config, world, [Part("model", architecture)], rows, collate=to_batch)
         if config.dry_run:
             return {}
-        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=True)
+        model = load_model(
+            config, world, architecture, weights=config.model, attention=attention, packed=True
+        )
         return train(
             config,
             world,

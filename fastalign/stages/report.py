@@ -17,7 +17,12 @@ from .config import TrainConfig
 from .files import write_text
 from .world import World
 
-SHOWN = ("loss", "eval/loss", "objective/scores", "objective/kl")  # beside the bar, with what is counted a second
+SHOWN = (
+    "loss",
+    "eval/loss",
+    "objective/scores",
+    "objective/kl",
+)  # beside the bar, with what is counted a second
 PROGRESS_SECONDS = 30.0  # between two lines of progress where stderr is a file
 
 
@@ -38,7 +43,9 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # purge_step hides what a killed run wrote after the checkpoint that this one continues from.
-        self.writer = SummaryWriter(str(Path(config.output_dir, "tensorboard")), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(
+            str(Path(config.output_dir, "tensorboard")), purge_step=step + 1 if step else None
+        )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Add one point to each metric's curve."""
@@ -92,12 +99,16 @@ class Report:
         if not world.main:
             return
         path = Path(config.output_dir, "metrics.jsonl")
-        kept = [text for text in _whole_lines(path, world) if json.loads(text)["step"] <= step] if step else []
+        kept = (
+            [text for text in _whole_lines(path, world) if json.loads(text)["step"] <= step] if step else []
+        )
         write_text(path, "".join(kept))
         self.last = json.loads(kept[-1]) if kept else {}
         self.file = path.open("a")
         for name in config.report_to:
-            self.reporters.append(TensorBoard(config, step) if name == "tensorboard" else Hosted(name, config))
+            self.reporters.append(
+                TensorBoard(config, step) if name == "tensorboard" else Hosted(name, config)
+            )
 
     def write(self, line: dict[str, Any]) -> None:
         """Write one step's line; `line["step"]` counts optimizer steps done."""
@@ -124,7 +135,9 @@ class Report:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.bar.close()
         if self.main:
             # What a full disk did not take cannot be written now either; the error is on its way.
@@ -135,7 +148,8 @@ class Report:
 
 
 def _whole_lines(path: Path, world: World) -> list[str]:
-    """The lines of an earlier process. A kill or a power loss may leave the last one half-written: it is cut off, and that is said."""
+    """The lines of an earlier process. A kill or a power loss may leave the last one half-written: it is cut
+    off, and that is said."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = []
     for number, line in enumerate(lines, 1):
@@ -145,7 +159,9 @@ def _whole_lines(path: Path, world: World) -> list[str]:
                 raise ValueError("not a whole line")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number < len(lines):
-                raise ValueError(f"resume: {path}: line {number} is not one of metrics.jsonl ({error}); mend it or delete it") from error
+                raise ValueError(
+                    f"resume: {path}: line {number} is not one of metrics.jsonl ({error}); mend it or delete it"
+                ) from error
             world.say(f"resume: {path}: line {number}, the last, is not whole and is cut off: {line[:40]!r}")
             break
         whole.append(text)

@@ -1,4 +1,5 @@
-"""A reward model: a transformers sequence classifier whose score of the chosen completion is to exceed the rejected one's.
+"""A reward model: a transformers sequence classifier whose score of the chosen completion is to exceed the
+rejected one's.
 
 fastalign reward model=my-model train_data=pairs.jsonl output_dir=runs/reward bf16=true
 torchrun --nproc-per-node 8 -m fastalign.stages.reward --config reward.yaml
@@ -29,9 +30,9 @@ from .stage_configs import RewardConfig
 def run(config: RewardConfig) -> dict[str, float]:
     """Train a reward model as configured; returns the last line of metrics.jsonl, nothing of a dry run.
 
-    The score of a sequence is the classifier's at its last token; where the model has no padding token it gets the
-    tokenizer's, by which transformers finds that token in a padded batch. Raises ValueError for data, a tokenizer or a
-    model that cannot be used, before the model is loaded.
+    The score of a sequence is the classifier's at its last token; where the model has no padding token it
+    gets the tokenizer's, by which transformers finds that token in a padded batch. Raises ValueError for
+    data, a tokenizer or a model that cannot be used, before the model is loaded.
     """
     with start(config) as world:
         attention = choose_attention(config, world)
@@ -39,22 +40,49 @@ def run(config: RewardConfig) -> dict[str, float]:
         architecture = load_architecture(config.model, task="SEQ_CLS")
 
         def rows_of(source: str, split: str) -> list[Pair]:
-            return tokenize_pairs(load_rows(source, split=split), tokenizer, max_length=config.max_length, too_long=config.too_long)
+            return tokenize_pairs(
+                load_rows(source, split=split),
+                tokenizer,
+                max_length=config.max_length,
+                too_long=config.too_long,
+            )
 
         rows = rows_of(config.train_data, config.train_split)
         held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        longest = check_fit(architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]])
-        collate = partial(pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing)
-        announce(config, world, [Part("model", architecture, "SEQ_CLS")], [[pair.chosen, pair.rejected] for pair in rows], collate=collate)
+        longest = check_fit(
+            architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]]
+        )
+        collate = partial(
+            pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing
+        )
+        announce(
+            config,
+            world,
+            [Part("model", architecture, "SEQ_CLS")],
+            [[pair.chosen, pair.rejected] for pair in rows],
+            collate=collate,
+        )
         if config.dry_run:
             return {}
-        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing, task="SEQ_CLS")
+        model = load_model(
+            config,
+            world,
+            architecture,
+            weights=config.model,
+            attention=attention,
+            packed=config.packing,
+            task="SEQ_CLS",
+        )
         without_dropout(model)
         if config.zero_head:
             zero_head(model)
         text = model.config.get_text_config()
-        text.pad_token_id = padding_id(tokenizer, architecture) if text.pad_token_id is None else text.pad_token_id
-        packer = make_packer(config, world, model, attention=attention, pad_id=text.pad_token_id, longest=longest)
+        text.pad_token_id = (
+            padding_id(tokenizer, architecture) if text.pad_token_id is None else text.pad_token_id
+        )
+        packer = make_packer(
+            config, world, model, attention=attention, pad_id=text.pad_token_id, longest=longest
+        )
 
         def to_batch(pairs: Sequence[Pair]) -> Batch:
             batch = collate_pairs(pairs, packer=packer)
@@ -75,16 +103,21 @@ def run(config: RewardConfig) -> dict[str, float]:
 
 
 def bradley_terry(config: RewardConfig) -> LossFn:
-    """The loss, the share of pairs in the right order, and the means over pairs of chosen - rejected score and over all scores."""
+    """The loss, the share of pairs in the right order, and the means over pairs of chosen - rejected score
+    and over all scores."""
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # fp32 at least: under autocast bfloat16 would round the scores' differences.
         scores = model(**model_arguments(batch["both"]), ends=batch["ends"], use_cache=False).logits[:, 0]
         scores = scores if scores.element_size() > 4 else scores.float()
         chosen, rejected = scores.chunk(2)
-        output = reward_loss(chosen, rejected, batch.get("margins"), center_coefficient=config.center_coefficient)
+        output = reward_loss(
+            chosen, rejected, batch.get("margins"), center_coefficient=config.center_coefficient
+        )
         means = {"accuracy": output.accuracy, "margin": output.mean_margin, "mean_reward": scores.mean()}
-        return output.loss * len(chosen) / items, {name: mean.double() * len(chosen) / items for name, mean in means.items()}
+        return output.loss * len(chosen) / items, {
+            name: mean.double() * len(chosen) / items for name, mean in means.items()
+        }
 
     return loss_fn
 

@@ -1,7 +1,8 @@
-"""Where scores of completions come from: a sequence classifier, ours or any that transformers loads, or a Python function.
+"""Where scores of completions come from: a sequence classifier, ours or any that transformers loads, or a
+Python function.
 
-What the policy's tokenizer wrote is scored as it is by a decoder that reads the same tokens; another classifier, with its own
-tokenizer, reads the text.
+What the policy's tokenizer wrote is scored as it is by a decoder that reads the same tokens; another
+classifier, with its own tokenizer, reads the text.
 """
 
 import importlib
@@ -17,7 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..chat import ChatTemplate
 from ..classifier import last_tokens, score_packed
@@ -28,7 +34,9 @@ from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .build import load_tokenizer, padding_id
 from .world import World
 
-Reward = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]  # prompts, completions in tokens -> scores [B] fp64, on the CPU
+Reward = Callable[
+    [Sequence[Prompt], Sequence[list[int]]], Tensor
+]  # prompts, completions in tokens -> scores [B] fp64, on the CPU
 _NO_LIMIT = 10**9  # transformers writes 10**30 where a tokenizer has no model_max_length
 
 
@@ -75,26 +83,34 @@ def find_function(reward: str) -> Function:
     function = getattr(module, name, None)
     if not callable(function):
         functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(f"reward: {source} has no function {name!r}; it has: {', '.join(functions) or 'none'}")
+        raise ValueError(
+            f"reward: {source} has no function {name!r}; it has: {', '.join(functions) or 'none'}"
+        )
     return Function(reward, function)
 
 
 def find_classifier(reward: str, label: int | None) -> Classifier:
-    """The classifier in a folder or of a name. Raises ValueError for another kind of model, or a label that it has not."""
+    """The classifier in a folder or of a name. Raises ValueError for another kind of model, or a label that
+    it has not."""
     tokenizer = load_tokenizer(reward)
     architecture = load_architecture(reward, task="SEQ_CLS", argument="reward")
     if not is_classifier(find_source(reward), architecture):
         kinds = ", ".join(architecture.architectures or [])
-        raise ValueError(f"reward: {reward!r} holds {kinds or 'no architecture'}; a sequence classifier is wanted")
+        raise ValueError(
+            f"reward: {reward!r} holds {kinds or 'no architecture'}; a sequence classifier is wanted"
+        )
     labels = architecture.id2label
     if label is None and len(labels) > 1 or label is not None and label not in labels:
         known = ", ".join(f"{number} ({name})" for number, name in labels.items())
-        raise ValueError(f"reward_label: {label} seen, and {reward!r} has the labels {known}: give the number of one")
+        raise ValueError(
+            f"reward_label: {label} seen, and {reward!r} has the labels {known}: give the number of one"
+        )
     return Classifier(reward, architecture, tokenizer, label or 0, len(labels))
 
 
 def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Reward:
-    """Scores by `function(prompts, completions)`: the rows' prompts, as text or messages, and the completions as text.
+    """Scores by `function(prompts, completions)`: the rows' prompts, as text or messages, and the completions
+    as text.
 
     Further columns of the rows are handed over by keyword where the function has a parameter of that name.
     """
@@ -102,11 +118,19 @@ def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Rewar
 
     def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        columns = {name: [prompt.row[name] for prompt in prompts] for name in wanted if name in prompts[0].row}
-        scores = _numbers(function.name, function.call([prompt.row["prompt"] for prompt in prompts], texts, **columns), texts)
+        columns = {
+            name: [prompt.row[name] for prompt in prompts] for name in wanted if name in prompts[0].row
+        }
+        scores = _numbers(
+            function.name,
+            function.call([prompt.row["prompt"] for prompt in prompts], texts, **columns),
+            texts,
+        )
         wrong = [place for place, value in enumerate(scores) if not math.isfinite(value)]
         if wrong:
-            raise ValueError(f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}; finite numbers are wanted")
+            raise ValueError(
+                f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}; finite numbers are wanted"
+            )
         return torch.tensor(scores, dtype=torch.float64)
 
     return score
@@ -151,8 +175,11 @@ def load_classifier(
     attention: str,
     packing: bool,
 ) -> Reward:
-    """Scores by the classifier, `rows` sequences at a time: of the tokens where it reads those of `tokenizer`, else of the text."""
-    model = load_plain(classifier.folder, task="SEQ_CLS", argument="reward", dtype=dtype, num_labels=classifier.labels)
+    """Scores by the classifier, `rows` sequences at a time: of the tokens where it reads those of
+    `tokenizer`, else of the text."""
+    model = load_plain(
+        classifier.folder, task="SEQ_CLS", argument="reward", dtype=dtype, num_labels=classifier.labels
+    )
     model.to(device=world.device).eval().requires_grad_(False)
     of_tokens = classifier.reads(tokenizer) and hasattr(model, "score")
     if of_tokens:
@@ -161,7 +188,9 @@ def load_classifier(
     padding = model.config.get_text_config().pad_token_id
     pad_id = padding_id(tokenizer, model.config) if padding is None else padding
     if padding is None and not of_tokens:
-        model.config.get_text_config().pad_token_id = classifier.tokenizer.pad_token_id  # by which transformers finds the last token
+        model.config.get_text_config().pad_token_id = (
+            classifier.tokenizer.pad_token_id
+        )  # by which transformers finds the last token
     limit = text_limit(classifier)
 
     def inputs_of(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Mapping[str, Any]:
@@ -183,15 +212,27 @@ def load_classifier(
     return score
 
 
-def check_classifier(classifier: Classifier, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], *, max_new_tokens: int) -> None:
-    """Raise ValueError, before it is loaded, where a classifier that reads text with a tokenizer of its own cannot score the prompts.
+def check_classifier(
+    classifier: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+) -> None:
+    """Raise ValueError, before it is loaded, where a classifier that reads text with a tokenizer of its own
+    cannot score the prompts.
 
-    It needs the pad token by which it pads and finds last tokens, a chat template for messages, and room for each prompt with
-    a completion of max_new_tokens, which is assumed to have as many tokens there as in the policy's tokenizer.
+    It needs the pad token by which it pads and finds last tokens, a chat template for messages, and room for
+    each prompt with a completion of max_new_tokens, which is assumed to have as many tokens there as in the
+    policy's tokenizer.
     """
     if classifier.reads(tokenizer) and hasattr(_on_meta(classifier), "score"):
         return
-    own, text, name = classifier.tokenizer, classifier.architecture.get_text_config(), f"reward: {classifier.folder!r}"
+    own, text, name = (
+        classifier.tokenizer,
+        classifier.architecture.get_text_config(),
+        f"reward: {classifier.folder!r}",
+    )
     pad = own.pad_token_id
     if pad is None or pad >= text.vocab_size:
         raise ValueError(
@@ -202,7 +243,9 @@ def check_classifier(classifier: Classifier, tokenizer: PreTrainedTokenizerBase,
             f"{name}: its tokenizer pads with id {pad}, and its config's pad_token_id is {text.pad_token_id}; expected the same"
         )
     if isinstance(prompts[0].row["prompt"], list) and not own.chat_template:
-        raise ValueError(f"{name}: its tokenizer has no chat template, expected one, because the prompts are messages")
+        raise ValueError(
+            f"{name}: its tokenizer has no chat template, expected one, because the prompts are messages"
+        )
     limit = text_limit(classifier)
     template = ChatTemplate(own) if own.chat_template else None
     longest = max(_encode(own, template, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
@@ -218,7 +261,11 @@ def text_limit(classifier: Classifier) -> int | None:
     text = classifier.architecture.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None:
-        tables = [part for name, part in _on_meta(classifier).named_modules() if name.endswith("position_embeddings")]
+        tables = [
+            part
+            for name, part in _on_meta(classifier).named_modules()
+            if name.endswith("position_embeddings")
+        ]
         padding = [part.padding_idx for part in tables if getattr(part, "padding_idx", None) is not None]
         positions -= padding[0] + 1 if padding else 0  # RoBERTa's positions begin behind the padding's
     switch = rope_switch(text)
@@ -230,7 +277,9 @@ def text_limit(classifier: Classifier) -> int | None:
 def _on_meta(classifier: Classifier) -> PreTrainedModel:
     """The classifier's modules without memory for weights."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(classifier.architecture, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            classifier.architecture, trust_remote_code=False
+        )
     return model
 
 
@@ -241,16 +290,22 @@ def _encode(
     completions: Sequence[str],
     limit: int | None,
 ) -> Mapping[str, Any]:
-    """Whole conversations in a classifier's own tokens, at most `limit` of each; one with messages needs its chat template."""
+    """Whole conversations in a classifier's own tokens, at most `limit` of each; one with messages needs its
+    chat template."""
     chat = isinstance(prompts[0].row["prompt"], list)
     if chat:
         template = template or ChatTemplate(tokenizer)  # which says that there is none
-        texts = [template.answered(prompt.row, text) for prompt, text in zip(prompts, completions, strict=True)]
+        texts = [
+            template.answered(prompt.row, text) for prompt, text in zip(prompts, completions, strict=True)
+        ]
     else:
         texts = [prompt.row["prompt"] + text for prompt, text in zip(prompts, completions, strict=True)]
     options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not chat}
     encoded = tokenizer(texts, **options)
     if limit is not None and encoded["input_ids"].shape[1] > limit:
-        warnings.warn(f"reward: conversations of more than the {limit} tokens that the classifier reads are cut at the right", stacklevel=2)
+        warnings.warn(
+            f"reward: conversations of more than the {limit} tokens that the classifier reads are cut at the right",
+            stacklevel=2,
+        )
         encoded = tokenizer(texts, truncation=True, max_length=limit, **options)
     return dict(encoded)

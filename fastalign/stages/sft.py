@@ -45,7 +45,9 @@ def run(config: SFTConfig) -> dict[str, float]:
         announce(config, world, [Part("model", architecture)], rows, collate=to_batch)
         if config.dry_run:
             return {}
-        model = load_model(config, world, architecture, weights=config.model, attention=attention, packed=config.packing)
+        model = load_model(
+            config, world, architecture, weights=config.model, attention=attention, packed=config.packing
+        )
         stop_at(model, ends)
         return train(
             config,

@@ -14,7 +14,8 @@ from .config import TrainConfig
 from .stage_configs import CONFIGS
 from .world import World
 
-# torchrun sends on to its ranks the Ctrl-C that the terminal has sent them already: within these seconds it is the same one.
+# torchrun sends on to its ranks the Ctrl-C that the terminal has sent them already: within these seconds it
+# is the same one.
 SAME = 2.0
 
 
@@ -36,21 +37,30 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {
+                number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number and number == signal.SIGINT and time.monotonic() - self.came > SAME:
-            raise Stopped(number, " at once, the second time; what was trained since the last checkpoint is lost")
+            raise Stopped(
+                number, " at once, the second time; what was trained since the last checkpoint is lost"
+            )
         if not self.number:
             self.number, self.came = number, time.monotonic()
             if self.world.main:
                 # Not print: a signal may come while stderr is being written.
-                os.write(2, f"\n{signal.Signals(number).name}: this step is finished and saved first; Ctrl-C ends at once\n".encode())
+                os.write(
+                    2,
+                    f"\n{signal.Signals(number).name}: this step is finished and saved first; Ctrl-C ends at once\n".encode(),
+                )
 
 
 def how_to_resume(config: TrainConfig, world: World) -> str:
@@ -58,5 +68,9 @@ def how_to_resume(config: TrainConfig, world: World) -> str:
     stage = next((name for name, kind in CONFIGS.items() if isinstance(config, kind)), "STAGE")
     saved = shlex.quote(str(Path(config.output_dir, "config.yaml")))
     local = os.environ.get("LOCAL_WORLD_SIZE", str(world.size))
-    start = f"fastalign {stage}" if world.size == 1 else f"torchrun --nproc-per-node {local} -m fastalign.stages.{stage}"
+    start = (
+        f"fastalign {stage}"
+        if world.size == 1
+        else f"torchrun --nproc-per-node {local} -m fastalign.stages.{stage}"
+    )
     return f"{start} --config {saved} resume=true"

@@ -1,6 +1,8 @@
-"""The configuration of every stage, of `merge` and of `tokenizer`: a dataclass that is its command line and its documentation too.
+"""The configuration of every stage, of `merge` and of `tokenizer`: a dataclass that is its command line and
+its documentation too.
 
-They are apart from the stages so that `fastalign COMMAND --help` needs no torch: importing this takes a fifth of a second.
+They are apart from the stages so that `fastalign COMMAND --help` needs no torch: importing this takes a fifth
+of a second.
 """
 
 from typing import Any, Literal, Self
@@ -32,11 +34,15 @@ class PretrainConfig(TrainConfig):
     def _check_model(self) -> Self:
         if (self.model is None) == (self.model_config is None):
             given = "neither" if self.model is None else "both"
-            raise ValueError(f"give one of model (to go on training) and model_config (from scratch), got {given}")
+            raise ValueError(
+                f"give one of model (to go on training) and model_config (from scratch), got {given}"
+            )
         if self.model is None and self.tokenizer is None:
             raise ValueError("tokenizer is needed with model_config: a model from scratch has none")
         if self.model is None and self.lora_rank:
-            raise ValueError(f"lora_rank: got {self.lora_rank} with model_config, expected 0: the initial weights below would not be saved")
+            raise ValueError(
+                f"lora_rank: got {self.lora_rank} with model_config, expected 0: the initial weights below would not be saved"
+            )
         return self
 
 
@@ -71,7 +77,8 @@ class PreferenceConfig(TrainConfig):
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class RewardConfig(PreferenceConfig):
-    """Train a reward model on rows of `prompt`, `chosen` and `rejected`, with a `margin` where there is such a column."""
+    """Train a reward model on rows of `prompt`, `chosen` and `rejected`, with a `margin` where there is such
+    a column."""
 
     center_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the squared sum of a pair's scores, which holds their mean at zero."""
@@ -81,7 +88,9 @@ class RewardConfig(PreferenceConfig):
     @model_validator(mode="after")
     def _check_tail(self) -> Self:
         if self.tail_eps is not None:
-            raise ValueError(f"tail_eps ({self.tail_eps}) is for a softmax over a vocabulary, and a reward model has none; allowed: null")
+            raise ValueError(
+                f"tail_eps ({self.tail_eps}) is for a softmax over a vocabulary, and a reward model has none; allowed: null"
+            )
         return self
 
 
@@ -102,9 +111,13 @@ class ReferenceConfig(PreferenceConfig):
     @model_validator(mode="after")
     def _check_reference(self) -> Self:
         if self.reference == "adapters_off" and not self.lora_rank:
-            raise ValueError("reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, precomputed")
+            raise ValueError(
+                "reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, precomputed"
+            )
         if self.reference_dir is not None and self.reference != "precomputed":
-            raise ValueError(f"reference_dir ({self.reference_dir!r}) needs reference=precomputed, not {self.reference}")
+            raise ValueError(
+                f"reference_dir ({self.reference_dir!r}) needs reference=precomputed, not {self.reference}"
+            )
         return self
 
 
@@ -130,7 +143,8 @@ class DPOConfig(ReferenceConfig):
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class KTOConfig(ReferenceConfig):
-    """Align a causal LM with rows of `prompt`, `completion` and `label`, which is true for a desirable completion."""
+    """Align a causal LM with rows of `prompt`, `completion` and `label`, which is true for a desirable
+    completion."""
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     """kto, or APO-zero's loss, which takes the KL divergence to be zero."""
@@ -142,7 +156,9 @@ class KTOConfig(ReferenceConfig):
     @model_validator(mode="after")
     def _check_batch(self) -> Self:
         if self.loss_type == "kto" and self.batch_size < 2:
-            raise ValueError("batch_size must be at least 2: a prompt is paired with the completion of another row of its step; got 1")
+            raise ValueError(
+                "batch_size must be at least 2: a prompt is paired with the completion of another row of its step; got 1"
+            )
         return self
 
 
@@ -206,7 +222,9 @@ class PPOOptions:
     @model_validator(mode="after")
     def _check_options(self) -> Self:
         if self.importance_cap is not None and not self.rescore:
-            raise ValueError(f"importance_cap ({self.importance_cap}) needs rescore=true, which gives the trainer's log-probabilities")
+            raise ValueError(
+                f"importance_cap ({self.importance_cap}) needs rescore=true, which gives the trainer's log-probabilities"
+            )
         if self.target_kl is not None and not self.kl_coef:
             raise ValueError(f"target_kl ({self.target_kl}) needs a kl_coef above 0 to begin with")
         return self
@@ -261,19 +279,29 @@ class PPOConfig(PPOOptions, TrainConfig):
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
         if self.batch_size % self.minibatches:
-            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of minibatches ({self.minibatches})")
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of minibatches ({self.minibatches})"
+            )
         if self.reference == "adapters_off" and not self.lora_rank:
-            raise ValueError("reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, none")
+            raise ValueError(
+                "reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, none"
+            )
         if self.reference == "none" and self.kl_coef:
             raise ValueError(f"reference: none needs kl_coef=0, not {self.kl_coef}")
         if self.value_model is not None and self.value == "shared":
             raise ValueError(f"value_model ({self.value_model!r}) needs value=own, not shared")
         if self.reward_label is not None and is_function(self.reward):
-            raise ValueError(f"reward_label ({self.reward_label}) needs a classifier, and reward is the function {self.reward!r}")
+            raise ValueError(
+                f"reward_label ({self.reward_label}) needs a classifier, and reward is the function {self.reward!r}"
+            )
         if self.lora_dropout:
-            raise ValueError(f"lora_dropout: {self.lora_dropout} seen, and PPO compares the policy with its rollout; allowed: 0")
+            raise ValueError(
+                f"lora_dropout: {self.lora_dropout} seen, and PPO compares the policy with its rollout; allowed: 0"
+            )
         if self.attention == "flash_attention_2":
-            raise ValueError("attention: flash_attention_2 reads no static cache, which rollouts have; allowed: auto, sdpa, eager")
+            raise ValueError(
+                "attention: flash_attention_2 reads no static cache, which rollouts have; allowed: auto, sdpa, eager"
+            )
         return self
 
 

@@ -30,26 +30,39 @@ CHAT_TEMPLATE = (
 
 
 def run(config: TokenizerConfig) -> PreTrainedTokenizerFast:
-    """Train and save a tokenizer as configured. Raises ValueError for data that cannot be used and an output_dir that holds files."""
+    """Train and save a tokenizer as configured. Raises ValueError for data that cannot be used and an
+    output_dir that holds files."""
     folder = Path(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output_dir: got {config.output_dir!r}, which holds files, expected a new or empty folder")
+        raise ValueError(
+            f"output_dir: got {config.output_dir!r}, which holds files, expected a new or empty folder"
+        )
     rows = load_rows(config.train_data, split=config.train_split)
     need_columns(rows, config.text_column)
-    texts = read_each(rows, [config.text_column], lambda row: read_text(config.text_column, row[config.text_column]))
+    texts = read_each(
+        rows, [config.text_column], lambda row: read_text(config.text_column, row[config.text_column])
+    )
     turns = [f"<|{role}|>" for role in ROLES]
     tokenizer = train_tokenizer(texts, config.vocab_size, chat_template=CHAT_TEMPLATE, special_tokens=turns)
     with new_folder(folder) as unfinished:
         tokenizer.save_pretrained(str(unfinished))
-    fewer = "" if len(tokenizer) == config.vocab_size else f" (vocab_size={config.vocab_size}, but the text has no more pairs to merge)"
-    print(f"{config.output_dir}: a tokenizer of {len(tokenizer)} tokens{fewer}, from {len(rows)} rows", flush=True)
+    fewer = (
+        ""
+        if len(tokenizer) == config.vocab_size
+        else f" (vocab_size={config.vocab_size}, but the text has no more pairs to merge)"
+    )
+    print(
+        f"{config.output_dir}: a tokenizer of {len(tokenizer)} tokens{fewer}, from {len(rows)} rows",
+        flush=True,
+    )
     return tokenizer
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, chat_template: str, special_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text comes back as it was; BOS goes in front of a text, and the chat template adds an EOS."""
+    """A byte-level BPE tokenizer: any text comes back as it was; BOS goes in front of a text, and the chat
+    template adds an EOS."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -60,7 +73,9 @@ def train_tokenizer(
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))])
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=BOS,

@@ -1,7 +1,8 @@
 """What ranks know of each other beside their collectives: signs of life, and the first fault.
 
-A rank that fails while the others wait for it in a collective cannot tell them there. Here a thread of each rank writes a sign of life
-into the store of torchrun every second and looks for a fault of another rank. The lowest rank that is left tells it; all of them end.
+A rank that fails while the others wait for it in a collective cannot tell them there. Here a thread of each
+rank writes a sign of life into the store of torchrun every second and looks for a fault of another rank. The
+lowest rank that is left tells it; all of them end.
 """
 
 import json
@@ -30,16 +31,27 @@ class Watch:
     def __init__(self, rank: int, size: int, *, minutes: float) -> None:
         self.rank, self.size, self.seconds = rank, size, minutes * 60
         self.step, self.count = 0, 0
-        self.ending, self.leaving = threading.Event(), threading.Event()  # the thread ends; the main thread is at its end by itself
+        self.ending, self.leaving = (
+            threading.Event(),
+            threading.Event(),
+        )  # the thread ends; the main thread is at its end by itself
         self.seen: dict[int, tuple[str, float]] = {}  # by rank: the last sign of life, and when it was new
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=30))
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=30),
+        )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = dist.PrefixStore(f"fastalign/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
+        self.store = dist.PrefixStore(
+            f"fastalign/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store
+        )
         self._sign()
         threading.Thread(target=self._run, daemon=True, name="fastalign-watch").start()
 
     def at_step(self, step: int) -> None:
-        """Note the step that this rank is in, for the others too: one that is killed cannot tell it any more."""
+        """Note the step that this rank is in, for the others too: one that is killed cannot tell it any
+        more."""
         self.step = step
         with suppress(Exception):  # what is wrong with the store, the thread finds
             self._sign()
@@ -68,13 +80,19 @@ class Watch:
             self.store.set("left", "")
             return error
         if fault is not None:
-            self._wait_for("left", GRACE + 10 * PERIOD)  # rank 0 tells first: torchrun ends all when one has ended
+            self._wait_for(
+                "left", GRACE + 10 * PERIOD
+            )  # rank 0 tells first: torchrun ends all when one has ended
             time.sleep(PERIOD)
             return error
         # A collective failed because of another rank: one with a fault of its own, or one that is gone.
         posted = self._get("fault", SILENT)
         told = RankError(self._tell(json.loads(posted)) if posted else self._tell_silent(error))
-        if self.rank != 0 and not self._wait_for("left", GRACE + 10 * PERIOD) and self.rank == min(self._alive(), default=self.rank):
+        if (
+            self.rank != 0
+            and not self._wait_for("left", GRACE + 10 * PERIOD)
+            and self.rank == min(self._alive(), default=self.rank)
+        ):
             return told
         self.store.set("left", "")
         return told if self.rank == 0 else error
@@ -100,7 +118,10 @@ class Watch:
 
     def _names(self, silent: list[int]) -> str:
         steps = {rank: self.seen[rank][0].split()[1] for rank in silent if rank in self.seen}
-        named = [f"rank {rank} (step {steps[rank]})" if steps.get(rank, "0") != "0" else f"rank {rank}" for rank in silent]
+        named = [
+            f"rank {rank} (step {steps[rank]})" if steps.get(rank, "0") != "0" else f"rank {rank}"
+            for rank in silent
+        ]
         return f"{', '.join(named)}: {'gives' if len(silent) == 1 else 'give'}"
 
     def _alive(self) -> list[int]:
@@ -140,10 +161,14 @@ class Watch:
             late = [rank for rank, (_, since) in self.seen.items() if time.monotonic() - since > self.seconds]
             if late and self.rank == min(set(range(self.size)) - set(late)):
                 minutes = f"{self.seconds / 60:g} minutes (timeout)"
-                self._end_soon(f"{self._names(late)} no sign of life for {minutes}: stopped, or the machine is gone", grace=0)
+                self._end_soon(
+                    f"{self._names(late)} no sign of life for {minutes}: stopped, or the machine is gone",
+                    grace=0,
+                )
 
     def _end_soon(self, line: str | None, grace: float = GRACE) -> None:
-        """End the process, which waits for a rank that will not come, unless it ends by itself. The rank with a line goes first."""
+        """End the process, which waits for a rank that will not come, unless it ends by itself. The rank with
+        a line goes first."""
         if self.leaving.wait(grace + (3 * PERIOD if line is None else 0)) or self.ending.is_set():
             return
         if line is not None:
@@ -170,4 +195,6 @@ def _of_communication(error: BaseException) -> bool:
     """Whether a collective failed because of another rank, also where torchrun's SIGTERM followed at once."""
     if isinstance(error, Stopped) and error.__context__ is not None:
         error = error.__context__
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )

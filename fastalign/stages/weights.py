@@ -1,8 +1,15 @@
-"""The weights in a folder, held against those that the model has: transformers itself draws what is missing, and goes on."""
+"""The weights in a folder, held against those that the model has: transformers itself draws what is missing,
+and goes on."""
 
 from typing import Any, Literal
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from ..finite import find_not_finite
 
@@ -18,30 +25,45 @@ def names_classifier(architecture: PretrainedConfig) -> bool:
 
 
 def load_whole(name: str, *, task: Task, argument: str, **options: Any) -> PreTrainedModel:
-    """The model in a folder or of a name, all of whose weights came from there. `options` are from_pretrained's.
+    """The model in a folder or of a name, all of whose weights came from there. `options` are
+    from_pretrained's.
 
-    A causal LM becomes a classifier with a new head, and leaves its own behind, which is said by transformers. Raises ValueError, which
-    begins with `argument`, with the names of the weights that are missing, of another shape, not the model's, or hold NaN or inf.
+    A causal LM becomes a classifier with a new head, and leaves its own behind, which is said by
+    transformers. Raises ValueError, which begins with `argument`, with the names of the weights that are
+    missing, of another shape, not the model's, or hold NaN or inf.
     """
-    new_head = task == "SEQ_CLS" and not names_classifier(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    new_head = task == "SEQ_CLS" and not names_classifier(
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+    )
     options |= {"trust_remote_code": False, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded, found = _AUTO[task].from_pretrained(name, **options)
     model: PreTrainedModel = loaded
     missing = sorted(key for key in found["missing_keys"] if not (new_head and key.startswith(_HEAD)))
-    shapes = sorted(f"{key} {list(there)} (expected {list(wanted)})" for key, there, wanted in found["mismatched_keys"])
+    shapes = sorted(
+        f"{key} {list(there)} (expected {list(wanted)})" for key, there, wanted in found["mismatched_keys"]
+    )
     own = [key for key in sorted(found["unexpected_keys"]) if _lies_inside(model, key)]
     kind = type(model).__name__
-    for what, keys in {"lacks weights": missing, "has weights of other shapes": shapes, "has weights that the model has not": own}.items():
+    for what, keys in {
+        "lacks weights": missing,
+        "has weights of other shapes": shapes,
+        "has weights that the model has not": own,
+    }.items():
         if keys:
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-            raise ValueError(f"{argument}: {name!r} {what}: {', '.join(keys[:SHOWN])}{more}; expected those of its config.json's {kind}")
+            raise ValueError(
+                f"{argument}: {name!r} {what}: {', '.join(keys[:SHOWN])}{more}; expected those of its config.json's {kind}"
+            )
     if wrong := find_not_finite([*model.named_parameters(), *model.named_buffers()]):
         raise ValueError(f"{argument}: in {name!r}, {wrong}; expected finite numbers")
     return model
 
 
 def _lies_inside(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight that the model has not belongs to a part that it has: another layer, say, and not another head or an image tower."""
+    """Whether a weight that the model has not belongs to a part that it has: another layer, say, and not
+    another head or an image tower."""
     first, *rest = key.split(".")
     part = getattr(getattr(model, first, None), rest[0] if rest else "", None)
-    return part is not None and key.endswith((".weight", ".bias"))  # older folders hold buffers too: position_ids, inv_freq
+    return part is not None and key.endswith(
+        (".weight", ".bias")
+    )  # older folders hold buffers too: position_ids, inv_freq

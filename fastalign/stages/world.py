@@ -78,8 +78,9 @@ class World:
 def join_world(device: str, timeout: float = 30.0) -> Iterator[World]:
     """Join the process group that torchrun's environment describes: nccl on CUDA, gloo on CPUs.
 
-    `device` is auto, cpu or cuda. A rank that gives no sign of life for `timeout` minutes ends the others, and what ends one rank ends
-    all, told once, with rank and step where it is not rank 0's own (watch.py). Raises ValueError where cuda is asked for and there is none.
+    `device` is auto, cpu or cuda. A rank that gives no sign of life for `timeout` minutes ends the others,
+    and what ends one rank ends all, told once, with rank and step where it is not rank 0's own (watch.py).
+    Raises ValueError where cuda is asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, and torch sees no CUDA device; allowed here: auto, cpu")

@@ -1,4 +1,5 @@
-"""Kernels of fastalign: torch, triton and the native library of csrc/ only. `fastalign` hands these names on."""
+"""Kernels of fastalign: torch, triton and the native library of csrc/ only. `fastalign` hands these names
+on."""
 
 from .advantage import Advantages, gae, masked_whiten
 from .head import (

@@ -1,15 +1,19 @@
-"""Advantages of tokens: generalised advantage estimation (1506.02438), and whitening over a mask and all ranks.
+"""Advantages of tokens: generalised advantage estimation (1506.02438), and whitening over a mask and all
+ranks.
 
-Over the tokens of a row that are inside the mask, in their order, with what lies between them skipped and V after the last one 0 or given,
+Over the tokens of a row that are inside the mask, in their order, with what lies between them skipped and V
+after the last one 0 or given,
 
     delta[t] = r[t] + gamma V[t+1] - V[t],     A[t] = delta[t] + gamma lam A[t+1],     R[t] = A[t] + V[t].
 
-A[t] is an affine function of A[t+1], and such functions compose: a GPU scans blocks of time in parallel (advantage_triton.py), a CPU loops
-over time with a row a thread (csrc/advantage.h). Bytes: 2 B T e + B T read, 2 B T e written, once.
+A[t] is an affine function of A[t+1], and such functions compose: a GPU scans blocks of time in parallel
+(advantage_triton.py), a CPU loops over time with a row a thread (csrc/advantage.h). Bytes: 2 B T e + B T
+read, 2 B T e written, once.
 
-Whitening reads x once for its moments, and once more to write (x - mean) / sqrt(variance + eps). Moments are fp64: each of fixed blocks has
-the squares of deviations from its own mean, and blocks, then ranks, are merged as Chan, Golub and LeVeque do; so no square cancels, and the
-bits do not depend on the threads. Bytes: 2 (N e + N) read, N e written. Nothing here has a gradient.
+Whitening reads x once for its moments, and once more to write (x - mean) / sqrt(variance + eps). Moments are
+fp64: each of fixed blocks has the squares of deviations from its own mean, and blocks, then ranks, are merged
+as Chan, Golub and LeVeque do; so no square cancels, and the bits do not depend on the threads. Bytes: 2 (N e
++ N) read, N e written. Nothing here has a gradient.
 """
 
 from __future__ import annotations
@@ -35,14 +39,23 @@ class Advantages(NamedTuple):
 
 
 def _gae_rows(
-    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float, advantages: Tensor, returns: Tensor
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    advantages: Tensor,
+    returns: Tensor,
 ) -> None:
     """PyTorch in place of csrc/advantage.h: same arguments, the last two are written."""
     following = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
     running = torch.zeros_like(following)
     for t in reversed(range(values.shape[1])):
         inside = mask[:, t]
-        running = torch.where(inside, rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running, running)
+        running = torch.where(
+            inside, rewards[:, t] + gamma * following - values[:, t] + gamma * lam * running, running
+        )
         following = torch.where(inside, values[:, t], following)
         advantages[:, t] = torch.where(inside, running, 0.0)
         returns[:, t] = torch.where(inside, running + following, 0.0)
@@ -55,7 +68,9 @@ def _token_moments(x: Tensor, mask: Tensor, moments: Tensor) -> None:
     torch.stack([count.double(), mean, torch.where(mask, (wide - mean) ** 2, 0.0).sum()], out=moments)
 
 
-def _whiten_tokens(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float, out: Tensor) -> None:
+def _whiten_tokens(
+    x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float, out: Tensor
+) -> None:
     count, mean, squares = moments
     white = (x.double() - mean) * torch.rsqrt(squares / (count - 1).clamp(min=1) + eps)
     out.copy_(torch.where(mask, white if shift_mean else white + mean, 0.0))
@@ -75,7 +90,9 @@ def _implementation(values: Tensor) -> Any:
 
 
 @torch.library.custom_op("fastalign::gae", mutates_args=())
-def gae_op(rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae_op(
+    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, T]: fp32, fp64 if an input is; mask is bool."""
     dtype = accumulator_of(rewards, values, bootstrap)
     r, v = (x.to(dtype).contiguous() for x in (rewards, values))
@@ -94,9 +111,16 @@ def _(rewards, values, mask, bootstrap, gamma, lam):
 
 @torch.no_grad()
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95, bootstrap: Tensor | None = None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,
 ) -> Advantages:
-    """Generalised advantage estimation (1506.02438, eq. 16) over the tokens of a mask; formula at the top of this file.
+    """Generalised advantage estimation (1506.02438, eq. 16) over the tokens of a mask; formula at the top of
+    this file.
 
     Args:
         rewards, values: [B, T] fp32, bf16, fp16 or fp64, a row a sequence: of each token, and of the state in which it was drawn.
@@ -105,8 +129,8 @@ def gae(
         gamma, lam: in [0, 1]. lam 1: discounted rewards to come minus the value; lam 0: delta alone.
         bootstrap: [B], the value after a row's last token, for rows that were cut off; None: 0, the episode ended.
 
-    Returns:
-        Advantages and returns (advantages + values), [B, T], 0 outside the mask, without gradient. fp32; fp64 if an input is.
+    Returns: Advantages and returns (advantages + values), [B, T], 0 outside the mask, without gradient. fp32;
+        fp64 if an input is.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
@@ -125,7 +149,8 @@ def gae(
 
 
 def _moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Tokens inside the mask, their mean, and the sum of squared deviations from it, [3] fp64; x fp32 or fp64, mask bool, both dense."""
+    """Tokens inside the mask, their mean, and the sum of squared deviations from it, [3] fp64; x fp32 or
+    fp64, mask bool, both dense."""
     out = torch.empty(3, dtype=torch.float64, device=x.device)
     _implementation(x).token_moments(x, mask, out)
     return out
@@ -155,22 +180,27 @@ def _(x, mask, moments, shift_mean, eps):
 
 @torch.no_grad()
 def masked_whiten(
-    x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8, group: torch.distributed.ProcessGroup | None = None
+    x: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) with the moments of the tokens inside the mask, over all ranks of the group.
+    """(x - mean) / sqrt(variance + eps) with the moments of the tokens inside the mask, over all ranks of the
+    group.
 
-    Args:
-        x: [B, T] or [N] fp32, bf16, fp16 or fp64.
-        mask: of x's shape, as in `ppo_loss`. What stands outside is not used.
-        shift_mean: False leaves the mean where it was, as TRL's whiten_rewards does.
-        group: the moments are over the tokens of all its ranks, of which some may have none; every rank must call. None: this process's.
+    Args: x: [B, T] or [N] fp32, bf16, fp16 or fp64. mask: of x's shape, as in `ppo_loss`. What stands outside
+        is not used. shift_mean: False leaves the mean where it was, as TRL's whiten_rewards does. group: the
+        moments are over the tokens of all its ranks, of which some may have none; every rank must call. None:
+        this process's.
 
-    Returns:
-        Whitened x, 0 outside the mask, without gradient. fp32; fp64 for fp64. The variance is divided by tokens - 1, as TRL's. A single
-        token becomes 0. The host waits for nothing.
+    Returns: Whitened x, 0 outside the mask, without gradient. fp32; fp64 for fp64. The variance is divided by
+        tokens - 1, as TRL's. A single token becomes 0. The host waits for nothing.
 
-    Differences from TRL: moments are those of all ranks, not each rank's own, so that a token is worth the same on every rank; values
-    outside the mask are 0, as TRL's trainer leaves them after its next line, not what whitening made of padding.
+    Differences from TRL: moments are those of all ranks, not each rank's own, so that a token is worth the
+    same on every rank; values outside the mask are 0, as TRL's trainer leaves them after its next line, not
+    what whitening made of padding.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or eps < 0.
@@ -181,7 +211,8 @@ def masked_whiten(
     _check.tensor("x", x)
     check_tokens({"x": x}, mask)
     own, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
-    # The ops without the dispatcher where nothing is traced, whose layers in Python take longer than the kernels.
+    # The ops without the dispatcher where nothing is traced, whose layers in Python take longer than the
+    # kernels.
     moments_of, whiten = (moments_op, whiten_op) if traced(x) or transforming() else (_moments, _whiten)
     moments = moments_of(own, inside)
     if group is not None:

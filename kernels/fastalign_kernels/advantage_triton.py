@@ -1,11 +1,13 @@
 """GAE and whitening of advantage.py in Triton.
 
-GAE: one program a row, blocks of time from the last to the first, each a parallel scan. Two scans a block. The next token's value is that
-of the nearest later token inside the mask: of two stretches of time, what the later one has. The advantage is A[t] = b + a A[next], a =
-gamma lam, or A[next] itself outside the mask, and such maps compose to another one. Time is loaded backwards, so that both are ordinary
-forward scans. Bytes: 2 B T e + B T read (values and mask once more from L1), 2 B T e written.
+GAE: one program a row, blocks of time from the last to the first, each a parallel scan. Two scans a block.
+The next token's value is that of the nearest later token inside the mask: of two stretches of time, what the
+later one has. The advantage is A[t] = b + a A[next], a = gamma lam, or A[next] itself outside the mask, and
+such maps compose to another one. Time is loaded backwards, so that both are ordinary forward scans. Bytes: 2
+B T e + B T read (values and mask once more from L1), 2 B T e written.
 
-Whitening: the moments of blocks of tokens, in fp64; a program that merges them; the values by them. Bytes: 2 (N e + N) read, N e written.
+Whitening: the moments of blocks of tokens, in fp64; a program that merges them; the values by them. Bytes: 2
+(N e + N) read, N e written.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def gae_kernel(
     dtype = values.dtype.element_ty
     gamma = as_scalar(gamma, dtype)
     decay = as_scalar(decay, dtype)
-    following = tl.load(bootstrap + row) if HAS_BOOTSTRAP else tl.full((), 0.0, dtype)  # value of the nearest token behind the block
+    following = (
+        tl.load(bootstrap + row) if HAS_BOOTSTRAP else tl.full((), 0.0, dtype)
+    )  # value of the nearest token behind the block
     running = tl.full((), 0.0, dtype)  # its advantage
     for begin in range(0, T, BLOCK):
         t = T - 1 - begin - lane
@@ -80,7 +84,14 @@ def gae_kernel(
 
 
 def gae_rows(
-    rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float, advantages: Tensor, returns: Tensor
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    advantages: Tensor,
+    returns: Tensor,
 ) -> None:
     """Fill advantages and returns [B, T]; see advantage.gae."""
     B, T = values.shape
@@ -171,7 +182,9 @@ def token_moments(x: Tensor, mask: Tensor, moments: Tensor) -> None:
         merge_kernel[(1,)](parts, moments, len(parts), BLOCK=BLOCK, num_warps=NUM_WARPS)
 
 
-def whiten_tokens(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float, out: Tensor) -> None:
+def whiten_tokens(
+    x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float, out: Tensor
+) -> None:
     """Fill out of x's shape; see advantage.masked_whiten."""
     N = x.numel()
     with torch.cuda.device_of(x):

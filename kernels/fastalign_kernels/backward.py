@@ -1,4 +1,5 @@
-"""What ops share whose gradients come from a kernel: what is kept of a call, its gradients times the upstream, no second derivative."""
+"""What ops share whose gradients come from a kernel: what is kept of a call, its gradients times the
+upstream, no second derivative."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ InputGradients = tuple[Tensor | None, ...]
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes on the first `count` tensors, the gradients; the others are what they depend on. Differentiating the result raises."""
+    """Passes on the first `count` tensors, the gradients; the others are what they depend on. Differentiating
+    the result raises."""
 
     @staticmethod
     def forward(ctx, losses: str, count: int, *tensors: Tensor) -> InputGradients:
@@ -31,11 +33,13 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def first_order(losses: str, backward: Callable[..., InputGradients]) -> Callable[..., InputGradients]:
-    """The backward function of an op from `backward(ctx, saved tensors, *upstream gradients)`; differentiating its gradients raises.
+    """The backward function of an op from `backward(ctx, saved tensors, *upstream gradients)`;
+    differentiating its gradients raises.
 
-    Autograd would take gradients that the forward pass saved, or that a kernel computed, for constants, and a second derivative would be
-    silently wrong. torch's `once_differentiable` is not enough: its error hangs on none of the op's inputs, so `autograd.grad` of an input
-    never reaches it. Here it hangs on all saved tensors: an op must save each input that gets a gradient, or a tensor computed from it.
+    Autograd would take gradients that the forward pass saved, or that a kernel computed, for constants, and a
+    second derivative would be silently wrong. torch's `once_differentiable` is not enough: its error hangs on
+    none of the op's inputs, so `autograd.grad` of an input never reaches it. Here it hangs on all saved
+    tensors: an op must save each input that gets a gradient, or a tensor computed from it.
 
     losses: the public functions of the op, for the error.
     """
@@ -59,7 +63,9 @@ def save_scalar_loss(ctx, inputs, output) -> None:
     """For an op that gives a loss, numbers without gradient, and gradients of its inputs."""
     _, numbers, *gradients = output
     ctx.mark_non_differentiable(numbers, *gradients)
-    ctx.set_materialize_grads(False)  # else autograd allocates zeros as the gradients of the outputs, for a head a [V, H]
+    ctx.set_materialize_grads(
+        False
+    )  # else autograd allocates zeros as the gradients of the outputs, for a head a [V, H]
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
     ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.tensors = [isinstance(x, Tensor) for x in inputs]
@@ -75,8 +81,8 @@ def saved_inputs(ctx, saved: Sequence[Tensor]) -> list[Any]:
 def hand_over(ctx, grad: Tensor, again: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
     """ctx.gradients times the upstream scalar; `again` computes them for a second backward.
 
-    Scaled where they lie and handed over, so that no second one exists, for a head a [V, H]; traced code may not write to what the forward
-    graph saved.
+    Scaled where they lie and handed over, so that no second one exists, for a head a [V, H]; traced code may
+    not write to what the forward graph saved.
     """
     gradients = ctx.gradients
     if traced(grad):
@@ -84,7 +90,9 @@ def hand_over(ctx, grad: Tensor, again: Callable[[], Sequence[Tensor]]) -> list[
     ctx.gradients = None
     if gradients is None:
         gradients = list(again())
-    if grad.is_cuda or grad.item() != 1:  # on a CPU looking is free, and the usual 1 saves a pass over all of them
+    if (
+        grad.is_cuda or grad.item() != 1
+    ):  # on a CPU looking is free, and the usual 1 saves a pass over all of them
         for g in gradients:
             g.mul_(grad)
     return gradients

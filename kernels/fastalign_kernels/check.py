@@ -1,7 +1,8 @@
-"""Argument checks shared by the public functions and modules: ValueError with what was got and what is expected.
+"""Argument checks shared by the public functions and modules: ValueError with what was got and what is
+expected.
 
-Numbers must be finite in fp32, in which most kernels compute: of size 0, or within fp32's normal numbers (1.2e-38 to 3.4e38). A temperature
-of 1e-40 would be 0 there.
+Numbers must be finite in fp32, in which most kernels compute: of size 0, or within fp32's normal numbers
+(1.2e-38 to 3.4e38). A temperature of 1e-40 would be 0 there.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from .transforms import reject_derivatives, unwrapped
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, Real)  # Real: NumPy's numbers. The common ones first, which are quick to tell.
+_NUMBERS = (
+    float,
+    int,
+    torch.SymFloat,
+    torch.SymInt,
+    Real,
+)  # Real: NumPy's numbers. The common ones first, which are quick to tell.
 _WHOLE = (int, torch.SymInt)
 
 
@@ -74,14 +81,24 @@ def process_group(value: object) -> None:
 # Numbers. Each returns the number as a float.
 
 
-def number(name: str, value: float, low: float = -LARGEST, high: float = LARGEST, expected: str = "a finite number") -> float:
+def number(
+    name: str, value: float, low: float = -LARGEST, high: float = LARGEST, expected: str = "a finite number"
+) -> float:
     """A number in [low, high] that fp32 holds: 0, or of a size within fp32's normal numbers."""
-    if type(value) is float and low <= value <= high and (value >= SMALLEST or value == 0 or value <= -SMALLEST):
+    if (
+        type(value) is float
+        and low <= value <= high
+        and (value >= SMALLEST or value == 0 or value <= -SMALLEST)
+    ):
         return value  # what nearly every call brings, in half the time
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise ValueError(f"{name}: {shown(value)} seen, {expected} wanted")
     if not low <= value <= high or -SMALLEST < value < 0 or 0 < value < SMALLEST:
-        limits = f", in size 0 or {SMALLEST:.2g} to {LARGEST:.2g} (fp32)" if 0 < abs(value) < SMALLEST or abs(value) > LARGEST else ""
+        limits = (
+            f", in size 0 or {SMALLEST:.2g} to {LARGEST:.2g} (fp32)"
+            if 0 < abs(value) < SMALLEST or abs(value) > LARGEST
+            else ""
+        )
         raise ValueError(f"{name}: {value!r} seen, {expected} wanted{limits}")
     return float(value)
 
@@ -99,10 +116,14 @@ def unit_interval(name: str, value: float) -> float:
 
 
 def tail_eps(value: float) -> float:
-    return number("tail_eps", value, SMALLEST, 1 - 2**-24, "a probability in (0, 1), or None for the exact gradient")
+    return number(
+        "tail_eps", value, SMALLEST, 1 - 2**-24, "a probability in (0, 1), or None for the exact gradient"
+    )
 
 
-def whole(name: str, value: int, low: int = -(2**63), high: int = 2**63 - 1, expected: str = "a whole number") -> int:
+def whole(
+    name: str, value: int, low: int = -(2**63), high: int = 2**63 - 1, expected: str = "a whole number"
+) -> int:
     """A whole number in [low, high]; a float is none, even 1.0."""
     if isinstance(value, bool) or not isinstance(value, (*_WHOLE, Integral)) or not low <= value <= high:
         raise ValueError(f"{name}: {shown(value)} seen, {expected} wanted")
@@ -123,7 +144,8 @@ def divisor(name: str, value: float | Tensor | None, like_name: str, like: Tenso
 
 
 def divisor_value(name: str, value: Tensor, *, low: float) -> None:
-    """The number in a tensor is finite and at least `low`, where `readable`; under vmap those of all slices."""
+    """The number in a tensor is finite and at least `low`, where `readable`; under vmap those of all
+    slices."""
     if readable(value):
         for number in unwrapped(value).reshape(-1).tolist():
             if not low <= number <= LARGEST:
@@ -152,7 +174,9 @@ def supported_device(name: str, tensor: Tensor) -> None:
 
 def device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{name}: on {tensor.device}, but {like_name} is on {like.device}; one device wanted")
+        raise ValueError(
+            f"{name}: on {tensor.device}, but {like_name} is on {like.device}; one device wanted"
+        )
 
 
 def everywhere() -> bool:
@@ -163,8 +187,8 @@ def everywhere() -> bool:
 def readable(tensor: Tensor, check: bool = False) -> bool:
     """Whether the values of a tensor may be read.
 
-    A meta or fake tensor has none, and neither has one under a compiler. On CUDA reading waits for the device, so it is done only with
-    `check` or FASTALIGN_CHECK=1.
+    A meta or fake tensor has none, and neither has one under a compiler. On CUDA reading waits for the
+    device, so it is done only with `check` or FASTALIGN_CHECK=1.
     """
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
@@ -193,12 +217,15 @@ def ignore_index(value: int | None) -> int:
 
 
 def cu_seqlens(value: Tensor, like_name: str, like: Tensor, check: bool = False) -> None:
-    """Integers [S + 1] on the device of `like`, [N]; where `readable` also 0 <= ... <= N without a decrease."""
+    """Integers [S + 1] on the device of `like`, [N]; where `readable` also 0 <= ... <= N without a
+    decrease."""
     tensors(cu_seqlens=value)
     dtype("cu_seqlens", value, INTEGERS)
     device("cu_seqlens", value, like_name, like)
     if value.dim() != 1 or value.numel() < 1 or like.dim() != 1:
-        raise ValueError(f"cu_seqlens: shape {list(value.shape)} seen with {like_name} {list(like.shape)}, [S + 1] and [N] wanted")
+        raise ValueError(
+            f"cu_seqlens: shape {list(value.shape)} seen with {like_name} {list(like.shape)}, [S + 1] and [N] wanted"
+        )
     if readable(value, check):
         ends, N = value.tolist(), like.shape[0]
         if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in zip(ends, ends[1:])):

@@ -1,13 +1,15 @@
-"""One block of logits by its columns: which of them matter to the block's gradient, and what the others add up to.
+"""One block of logits by its columns: which of them matter to the block's gradient, and what the others add
+up to.
 
 With P = softmax(z) and the transform of rows.py, over the rows n and the columns v of a block [N, V]:
 
     largest[v] = max_n P[n, v]        sums[v] = sum_n P[n, v] dz/dx
     totals[0, n] = sum_v P dz/dx      totals[1, n] = sum_v P log P dz/dx
 
-dz/dx is logit_scale / temperature, less where the softcap bends. Ignored rows (negative ids) are not read; their totals are zero.
-Bytes: N*V*e read. Then the gradient of rows.py at K of the columns, and the totals over these: N*K*e read and written; where the K lie
-scattered among the V, some lines of memory are read for a part of them only. Implementations as in rows.py, with the same arguments.
+dz/dx is logit_scale / temperature, less where the softcap bends. Ignored rows (negative ids) are not read;
+their totals are zero. Bytes: N*V*e read. Then the gradient of rows.py at K of the columns, and the totals
+over these: N*K*e read and written; where the K lie scattered among the V, some lines of memory are read for a
+part of them only. Implementations as in rows.py, with the same arguments.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ class ColumnSums(NamedTuple):
     totals: Tensor  # [2, N], fp64: differences of them are taken
 
 
-def column_sums(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> ColumnSums:
-    """The sums of logits [N, V] (unit stride over V); ids [N] int64, bias [V] of the logits' dtype, stats [7, N] of `row_stats`."""
+def column_sums(
+    logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor
+) -> ColumnSums:
+    """The sums of logits [N, V] (unit stride over V); ids [N] int64, bias [V] of the logits' dtype, stats [7,
+    N] of `row_stats`."""
     N, V = logits.shape
     dtype = accumulator_dtype(logits.dtype)
     out = ColumnSums(
@@ -52,12 +57,16 @@ def column_grad(
     vocab_size: int,
     out: Tensor,
 ) -> Tensor:
-    """dlogits, but for `uniform`, of the columns [K] (ascending) into out [N, K]; the totals [2, N] over these columns, fp64.
+    """dlogits, but for `uniform`, of the columns [K] (ascending) into out [N, K]; the totals [2, N] over
+    these columns, fp64.
 
-    logits: [N, V], or [N, K] of these columns, of out's dtype on a CPU. ids, bias [V], stats and coefficients [4, N] as in `row_grad`.
+    logits: [N, V], or [N, K] of these columns, of out's dtype on a CPU. ids, bias [V], stats and coefficients
+    [4, N] as in `row_grad`.
     """
     totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=logits.device)
-    _implementation(logits).column_grad(logits[None], columns, ids, bias, *transform, stats, coefficients, vocab_size, out[None], totals)
+    _implementation(logits).column_grad(
+        logits[None], columns, ids, bias, *transform, stats, coefficients, vocab_size, out[None], totals
+    )
     return totals
 
 
@@ -71,13 +80,17 @@ def _implementation(logits: Tensor) -> Any:
     return columns_triton
 
 
-def column_sums_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> ColumnSums:
+def column_sums_ref(
+    logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor
+) -> ColumnSums:
     """The specification of `column_sums`."""
     p, share, logp, _ = _shares(logits, ids, bias, transform, stats)
     return ColumnSums(p.amax(0), share.sum(0), _totals(share, logp))
 
 
-def _shares(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shares(
+    logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """P, P dz/dx, log P and dz/dx, [N, V]; the first three 0 in ignored rows."""
     z = transform_ref(logits, bias, transform)
     slope = slope_ref(logits, bias, transform)

@@ -1,7 +1,8 @@
-"""columns.py in Triton. Sums: one program a stretch of columns, all rows of the block in tiles. Gradient: one program a row.
+"""columns.py in Triton. Sums: one program a stretch of columns, all rows of the block in tiles. Gradient: one
+program a row.
 
-Bound by memory: a block of 256 tokens at V = 151936 in fp32 is 156 MB, 0.05 ms at an H100's 3.35 TB/s (predicted). No atomics: what
-programs add to a row lies apart, and is summed afterwards.
+Bound by memory: a block of 256 tokens at V = 151936 in fp32 is 156 MB, 0.05 ms at an H100's 3.35 TB/s
+(predicted). No atomics: what programs add to a row lies apart, and is summed afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from .options_triton import as_scalar
 from .rows_triton import transformed
 
 NUM_WARPS = 4
-COLUMNS, ROWS = 256, 4  # a tile: 8 logits a thread (16 spill on sm_120), and 594 programs at V = 151936 for an H100's 132 multiprocessors
+COLUMNS, ROWS = (
+    256,
+    4,
+)  # a tile: 8 logits a thread (16 spill on sm_120), and 594 programs at V = 151936 for an H100's 132 multiprocessors
 
 
 GRAD_COLUMNS = 1024  # of a row at a time
@@ -62,7 +66,11 @@ def column_sums_kernel(
         row_top = tl.load(stats + 4 * N + n, mask=kept, other=0.0)
         logsum = tl.load(stats + 5 * N + n, mask=kept, other=0.0)
         here = kept[:, None] & inside[None, :]
-        x = tl.load(logits + (n // T * batch_stride + n % T * time_stride)[:, None] + columns[None, :], mask=here, other=0.0).to(dtype)
+        x = tl.load(
+            logits + (n // T * batch_stride + n % T * time_stride)[:, None] + columns[None, :],
+            mask=here,
+            other=0.0,
+        ).to(dtype)
         z, dz_dx = transformed(x, b[None, :], logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         logp = z - row_top[:, None] - logsum[:, None]
         p = tl.where(here, tl.exp(logp), 0.0)

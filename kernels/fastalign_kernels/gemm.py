@@ -1,7 +1,8 @@
-"""Matrix products whose sums stay in the output's dtype, whatever the factors'; on a CPU with AVX-512 they may be our own (csrc/gemm*).
+"""Matrix products whose sums stay in the output's dtype, whatever the factors'; on a CPU with AVX-512 they
+may be our own (csrc/gemm*).
 
-torch's fp32 GEMM on an AMD CPU is MKL's AVX2 code, and none of its CPU GEMMs takes bf16 to fp32. Measured on two cores of an AMD EPYC
-(Zen 5), a head's three products at C 512, H 576, V 49152, GFLOP/s:
+torch's fp32 GEMM on an AMD CPU is MKL's AVX2 code, and none of its CPU GEMMs takes bf16 to fp32. Measured on
+two cores of an AMD EPYC (Zen 5), a head's three products at C 512, H 576, V 49152, GFLOP/s:
 
                                 logits   dX    dW
     fp32, torch.mm                 200  217   219
@@ -9,13 +10,15 @@ torch's fp32 GEMM on an AMD CPU is MKL's AVX2 code, and none of its CPU GEMMs ta
     bf16 to bf16, torch.mm         684  822   651
     bf16 to fp32, ours             970  823   834
 
-Ours pack factors of any of the three dtypes block by block (csrc/gemm_api.h), so nothing is widened or gathered in memory beforehand.
+Ours pack factors of any of the three dtypes block by block (csrc/gemm_api.h), so nothing is widened or
+gathered in memory beforehand.
 
-They serve on AMD CPUs only. On an Intel CPU with AVX-512 they were within 5 % of torch.mm, except for dW in fp32, which reached 0.74 of its
-speed: MKL has AVX-512 code for Intel. They run on every CPU with AVX-512, and so do their tests.
+They serve on AMD CPUs only. On an Intel CPU with AVX-512 they were within 5 % of torch.mm, except for dW in
+fp32, which reached 0.74 of its speed: MKL has AVX-512 code for Intel. They run on every CPU with AVX-512, and
+so do their tests.
 
-The shapes alone determine the order of their sums, so they have the same bits with any number of threads. torch.mm's do not:
-docs/determinism.md.
+The shapes alone determine the order of their sums, so they have the same bits with any number of threads.
+torch.mm's do not: docs/determinism.md.
 """
 
 from __future__ import annotations
@@ -27,19 +30,28 @@ from . import native
 
 
 def own_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of factors of this dtype (or of it and fp32) run in csrc/gemm.cpp: it mixes dtypes and gathers rows at no cost."""
+    """Whether products of factors of this dtype (or of it and fp32) run in csrc/gemm.cpp: it mixes dtypes and
+    gathers rows at no cost."""
     return device.type == "cpu" and dtype != torch.float64 and native.own_gemm()
 
 
 def mm(
-    left: Tensor, right: Tensor, out: Tensor, *, add: bool = False, right_rows: Tensor | None = None, out_rows: Tensor | None = None
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    *,
+    add: bool = False,
+    right_rows: Tensor | None = None,
+    out_rows: Tensor | None = None,
 ) -> None:
-    """out (+)= left [M, K] right [K, N]; with right_rows [K] of right's rows in their order; with out_rows [M], none twice, into out's.
+    """out (+)= left [M, K] right [K, N]; with right_rows [K] of right's rows in their order; with out_rows
+    [M], none twice, into out's.
 
     out: the accumulator's dtype, or on a GPU the factors' too. Factors of different dtypes: `own_gemm` only.
     """
     gathers = right_rows is not None or out_rows is not None
-    # torch's code for a matrix and a vector reads the matrix once and packs nothing: it takes 0.6 of our time.
+    # torch's code for a matrix and a vector reads the matrix once and packs nothing: it takes 0.6 of our
+    # time.
     vector = 1 in (*left.shape, *right.shape) and left.dtype == right.dtype == out.dtype and not gathers
     if own_gemm(out.device, out.dtype) and not vector:
         if right_rows is not None and right.shape[1] > 1 and right.stride(1) != 1:
@@ -61,5 +73,6 @@ def mm(
 
 
 def _packable(factor: Tensor) -> Tensor:
-    """The factor, or a copy of it where neither dimension has a stride of 1: csrc/gemm.cpp reads along one of them."""
+    """The factor, or a copy of it where neither dimension has a stride of 1: csrc/gemm.cpp reads along one of
+    them."""
     return factor if 1 in factor.stride() or 1 in factor.shape else factor.contiguous()

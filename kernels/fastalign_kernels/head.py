@@ -1,8 +1,10 @@
-"""The language-model head without logits: from hidden states and the head's weight to log-probabilities, statistics and losses.
+"""The language-model head without logits: from hidden states and the head's weight to log-probabilities,
+statistics and losses.
 
     hidden [N, H], weight [V, H], ids [N]  ->  the statistics table of rows.py, [7, N]; [N, V] logits never exist.
 
-One loop over chunks of C tokens (sweep.py) serves four ways. GEMM: one N x H x V matrix product, 2 N H V flops; the naive loss takes 3.
+One loop over chunks of C tokens (sweep.py) serves four ways. GEMM: one N x H x V matrix product, 2 N H V
+flops; the naive loss takes 3.
 
     way                  GEMMs            kept for backward
     no_grad              1                nothing
@@ -10,12 +12,14 @@ One loop over chunks of C tokens (sweep.py) serves four ways. GEMM: one N x H x 
     general              2 + dX + dW      the table   any upstream gradient of logp, entropy, lse; logits are computed twice
     frozen_head          2                D [N, H]    dX[t] = g[t] D[t] with D = d logp / d hidden, when only logp is asked for
 
-Between the GEMMs: one read of the logits tile (statistics), one read and one write (gradient). Ignored tokens enter no GEMM. dX and dW
-are summed in fp32 from low-precision inputs; rounding each chunk's share of dW to bf16 would bias training (trl/kernels says the same).
+Between the GEMMs: one read of the logits tile (statistics), one read and one write (gradient). Ignored tokens
+enter no GEMM. dX and dW are summed in fp32 from low-precision inputs; rounding each chunk's share of dW to
+bf16 would bias training (trl/kernels says the same).
 
-Predicted, not measured, for bf16 at N 8192, H 4096, V 151936 on an H100 (700 TFLOP/s reached, 3.35 TB/s): three GEMMs 43.7 ms (42 were
-measured for the bare ones, huggingface/trl#7244); between them fp32 logits are read twice and bf16 gradients written once, 12.4 GB or
-3.7 ms; so 47 ms in 14 chunks of 586 tokens, where plain PyTorch took 59 and Liger 192.
+Predicted, not measured, for bf16 at N 8192, H 4096, V 151936 on an H100 (700 TFLOP/s reached, 3.35 TB/s):
+three GEMMs 43.7 ms (42 were measured for the bare ones, huggingface/trl#7244); between them fp32 logits are
+read twice and bf16 gradients written once, 12.4 GB or 3.7 ms; so 47 ms in 14 chunks of 586 tokens, where
+plain PyTorch took 59 and Liger 192.
 """
 
 from __future__ import annotations
@@ -30,7 +34,17 @@ from . import check as _check
 from .backward import InputGradients, first_order, hand_over, saved_inputs
 from .gradients import fake_gradients
 from .head_table import head_table
-from .logits import TokenStats, check_loss_tensors, kept_ids, loss_options, loss_scale, make_transform, reduced, stats_of, token_loss
+from .logits import (
+    TokenStats,
+    check_loss_tensors,
+    kept_ids,
+    loss_options,
+    loss_scale,
+    make_transform,
+    reduced,
+    stats_of,
+    token_loss,
+)
 from .ordered_sum import ordered_sum
 from .plan import choose_way
 from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref
@@ -69,8 +83,11 @@ def _head_loss(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """sum over tokens of scale [N] times cross-entropy, the table [7, N], and the gradients of hidden, weight and bias."""
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    """sum over tokens of scale [N] times cross-entropy, the table [7, N], and the gradients of hidden, weight
+    and bias."""
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
 
     # d/dz of -(1 - e) logp - e mean_logp + z_loss lse^2, times the token's scale.
     def chunk_coefficients(stats: Tensor, index: Tensor | slice) -> Tensor:
@@ -106,14 +123,20 @@ def _(
     bias_grad,
 ):
     table = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-    return table.new_empty(()), table, *fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
+    return (
+        table.new_empty(()),
+        table,
+        *fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad),
+    )
 
 
 def _save_loss(ctx, inputs, output) -> None:
     hidden, weight, ids, bias, scale, *ctx.options = inputs
     _, table, *gradients = output
     ctx.mark_non_differentiable(table, *gradients)
-    ctx.set_materialize_grads(False)  # else autograd allocates a [V, H] of zeros as the gradient of the output d_weight
+    ctx.set_materialize_grads(
+        False
+    )  # else autograd allocates a [V, H] of zeros as the gradient of the output d_weight
     ctx.save_for_backward(hidden, weight, ids, bias, scale, table)
     ctx.gradients = gradients
 
@@ -124,7 +147,8 @@ def _wanted(ctx, gradients: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def scalar_loss_backward(losses: str, op: Callable[..., Sequence[Tensor]]) -> Callable[..., InputGradients]:
-    """The backward of an op of these losses saved by `save_scalar_loss` whose gradients are those of hidden, weight and bias."""
+    """The backward of an op of these losses saved by `save_scalar_loss` whose gradients are those of hidden,
+    weight and bias."""
 
     def backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: Tensor) -> InputGradients:
         inputs = saved_inputs(ctx, saved)
@@ -170,9 +194,12 @@ def _head_frozen(
 ) -> tuple[Tensor, Tensor]:
     """The table [7, N] and D [N, H] = d logp / d hidden, in hidden's dtype.
 
-    origin: an empty tensor with hidden's graph, for the error of a second derivative. Hidden itself is not kept: [N, H] for nothing.
+    origin: an empty tensor with hidden's graph, for the error of a second derivative. Hidden itself is not
+    kept: [N, H] for nothing.
     """
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
 
     def chunk_coefficients(stats: Tensor, index: Tensor | slice) -> Tensor:
         grad = torch.zeros_like(stats)
@@ -253,13 +280,17 @@ def prepare(
         raise ValueError(f"weight: shape {list(weight.shape)} seen, [V, H] wanted")
     V, H = weight.shape
     if hidden.dim() < 1 or hidden.shape[-1] != H:
-        raise ValueError(f"hidden: shape {list(hidden.shape)} seen, [..., H] = [..., {H}] wanted, as weight has it")
+        raise ValueError(
+            f"hidden: shape {list(hidden.shape)} seen, [..., H] = [..., {H}] wanted, as weight has it"
+        )
     _check.supported_device("hidden", hidden)
     kind = hidden.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     _check.dtype("hidden", hidden, _check.FLOATS)
-    allowed = (hidden.dtype,) if hidden.dtype in (torch.float32, torch.float64) else (hidden.dtype, torch.float32)
+    allowed = (
+        (hidden.dtype,) if hidden.dtype in (torch.float32, torch.float64) else (hidden.dtype, torch.float32)
+    )
     _check.dtype("weight", weight, allowed)
     _check.device("weight", weight, "hidden", hidden)
     _check.dtype(name, ids, _check.INTEGERS)
@@ -278,11 +309,20 @@ def prepare(
     return hidden.reshape(-1, H), weight, kept, bias, *transform, workspace_mib, tail_eps
 
 
-def find_way(hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: str) -> tuple[str, bool, bool, bool]:
+def find_way(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, upstream: str
+) -> tuple[str, bool, bool, bool]:
     """The way, and which of hidden, weight and bias want a gradient."""
     grad = torch.is_grad_enabled()
-    hidden_grad, weight_grad, bias_grad = (grad and x is not None and requires_grad(x) for x in (hidden, weight, bias))
-    return choose_way(hidden.dtype, hidden_grad, weight_grad or bias_grad, upstream), hidden_grad, weight_grad, bias_grad
+    hidden_grad, weight_grad, bias_grad = (
+        grad and x is not None and requires_grad(x) for x in (hidden, weight, bias)
+    )
+    return (
+        choose_way(hidden.dtype, hidden_grad, weight_grad or bias_grad, upstream),
+        hidden_grad,
+        weight_grad,
+        bias_grad,
+    )
 
 
 def linear_cross_entropy_stats(
@@ -304,12 +344,24 @@ def linear_cross_entropy_stats(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> CrossEntropyStats:
-    """`linear_cross_entropy`, and the statistics of its tokens from the same pass: [...] each, no gradient, 0 / False where ignored."""
+    """`linear_cross_entropy`, and the statistics of its tokens from the same pass: [...] each, no gradient, 0
+    / False where ignored."""
     label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
     check_tail_smoothing(tail_eps, label_smoothing, softcap)
     check_loss_tensors(targets, reduction, token_weights, num_items)
     arguments = prepare(
-        hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check
+        hidden,
+        weight,
+        targets,
+        "targets",
+        bias,
+        softcap,
+        logit_scale,
+        temperature,
+        ignore_index,
+        tail_eps,
+        workspace_mib,
+        check,
     )
     flat, _, ids, *_ = arguments
     scale = loss_scale(ids >= 0, reduction, token_weights, num_items, accumulator_dtype(flat.dtype))
@@ -321,7 +373,9 @@ def linear_cross_entropy_stats(
         total, table, *_ = _head_loss(*arguments[:4], scale, label_smoothing, z_loss, *arguments[4:], *wanted)
         loss = total / 0.0 if reduction == "mean" and ids.numel() == 0 else total
     stats = table.detach().view(len(Stat), *targets.shape)
-    return CrossEntropyStats(loss, stats[Stat.LOGP], stats[Stat.ENTROPY], stats[Stat.LSE], stats[Stat.TOP1] > 0)
+    return CrossEntropyStats(
+        loss, stats[Stat.LOGP], stats[Stat.ENTROPY], stats[Stat.LSE], stats[Stat.TOP1] > 0
+    )
 
 
 def linear_cross_entropy(
@@ -343,10 +397,12 @@ def linear_cross_entropy(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Cross-entropy of targets under softmax(hidden @ weight.T + bias), in nats, without the logits in memory.
+    """Cross-entropy of targets under softmax(hidden @ weight.T + bias), in nats, without the logits in
+    memory.
 
-    z = hidden @ weight.T + bias, then z * logit_scale, then softcap * tanh(z / softcap), then z / temperature; a token's loss is
-    -(1 - e) log P[target] - e mean_v log P[v] + z_loss * lse^2 with e = label_smoothing.
+    z = hidden @ weight.T + bias, then z * logit_scale, then softcap * tanh(z / softcap), then z /
+    temperature; a token's loss is -(1 - e) log P[target] - e mean_v log P[v] + z_loss * lse^2 with e =
+    label_smoothing.
 
     Args:
         hidden: [..., H] fp32, bf16, fp16 (fp64 on a CPU). Under autocast it is cast to the autocast dtype.
@@ -365,8 +421,8 @@ def linear_cross_entropy(
             On a CPU, low-precision weights are widened once besides (4 V H bytes).
         check: on CUDA, also check the range of targets (waits for the device); FASTALIGN_CHECK=1 does so everywhere.
 
-    Returns:
-        A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to average, as torch has it.
+    Returns: A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to
+        average, as torch has it.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
@@ -392,11 +448,26 @@ def linear_logprobs(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> Tensor:
-    """log P[id] of each position, [...] in nats (fp32; fp64 for fp64), for any upstream gradient; arguments as in `linear_cross_entropy`.
+    """log P[id] of each position, [...] in nats (fp32; fp64 for fp64), for any upstream gradient; arguments
+    as in `linear_cross_entropy`.
 
-    GEMMs: 1 without gradients, 2 with a frozen weight (LoRA runs), 4 in training. Ignored positions hold 0 and get no gradient.
+    GEMMs: 1 without gradients, 2 with a frozen weight (LoRA runs), 4 in training. Ignored positions hold 0
+    and get no gradient.
     """
-    arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)
+    arguments = prepare(
+        hidden,
+        weight,
+        ids,
+        "ids",
+        bias,
+        softcap,
+        logit_scale,
+        temperature,
+        ignore_index,
+        tail_eps,
+        workspace_mib,
+        check,
+    )
     way, *wanted = find_way(arguments[0], weight, bias, "logp")
     if way == "frozen_head":
         table, _ = _head_frozen(*arguments, arguments[0][:0].clone())
@@ -420,12 +491,27 @@ def linear_token_stats(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> TokenStats:
-    """logp, entropy and logsumexp of each position (nats, differentiable) and top-1; arguments as in `linear_cross_entropy`.
+    """logp, entropy and logsumexp of each position (nats, differentiable) and top-1; arguments as in
+    `linear_cross_entropy`.
 
-    GEMMs: 1 without gradients, 3 with a frozen weight, 4 in training. Ignored positions hold 0 / False. entropy=False leaves it None.
+    GEMMs: 1 without gradients, 3 with a frozen weight, 4 in training. Ignored positions hold 0 / False.
+    entropy=False leaves it None.
     """
     _check.flags(entropy=entropy)
-    arguments = prepare(hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)
+    arguments = prepare(
+        hidden,
+        weight,
+        ids,
+        "ids",
+        bias,
+        softcap,
+        logit_scale,
+        temperature,
+        ignore_index,
+        tail_eps,
+        workspace_mib,
+        check,
+    )
     _, *wanted = find_way(arguments[0], weight, bias, "table")
     return stats_of(head_table(arguments, wanted), ids.shape, entropy)
 
@@ -447,7 +533,8 @@ def linear_token_stats_ref(
     ignore_index: int | None = -100,
     entropy: bool = True,
 ) -> TokenStats:
-    """The specification of `linear_token_stats`, and of `linear_logprobs` by its first field: plain PyTorch with full logits."""
+    """The specification of `linear_token_stats`, and of `linear_logprobs` by its first field: plain PyTorch
+    with full logits."""
     transform = Transform(logit_scale, softcap or 0.0, temperature)
     table = row_stats_ref(_logits_ref(hidden, weight, bias), kept_ids(ids, ignore_index), None, transform)
     return stats_of(table, ids.shape, entropy)
@@ -471,6 +558,8 @@ def linear_cross_entropy_ref(
 ) -> Tensor:
     """The specification of `linear_cross_entropy`: plain PyTorch with full logits."""
     ids = kept_ids(targets, ignore_index)
-    table = row_stats_ref(_logits_ref(hidden, weight, bias), ids, None, Transform(logit_scale, softcap or 0.0, temperature))
+    table = row_stats_ref(
+        _logits_ref(hidden, weight, bias), ids, None, Transform(logit_scale, softcap or 0.0, temperature)
+    )
     scale = loss_scale(ids >= 0, reduction, token_weights, num_items, table.dtype)
     return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)

@@ -27,7 +27,9 @@ def _head_table(
     workspace_mib: float | None,
     tail_eps: float | None,
 ) -> Tensor:
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
     return sweep(head, None, None, (False, False, False))[0]
 
 
@@ -53,15 +55,35 @@ def _head_table_grad(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
     per_token = coefficients(grad, table, weight.shape[0])
-    _, gradients = sweep(head, table, lambda stats, index: per_token[:, index].contiguous(), (hidden_grad, weight_grad, bias_grad))
+    _, gradients = sweep(
+        head,
+        table,
+        lambda stats, index: per_token[:, index].contiguous(),
+        (hidden_grad, weight_grad, bias_grad),
+    )
     return gradients.hidden, gradients.weight, gradients.bias
 
 
 @_head_table_grad.register_fake
 def _(
-    grad, table, hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, hidden_grad, weight_grad, bias_grad
+    grad,
+    table,
+    hidden,
+    weight,
+    ids,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    workspace_mib,
+    tail_eps,
+    hidden_grad,
+    weight_grad,
+    bias_grad,
 ):
     return fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
 
@@ -74,8 +96,12 @@ def _save_table(ctx, inputs, output) -> None:
 def _table_backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGradients:
     hidden, weight, ids, bias, table = saved
     needs = ctx.needs_input_grad
-    gradients = _head_table_grad(grad, table, hidden, weight, ids, bias, *ctx.options, needs[0], needs[1], needs[3])
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3])))
+    gradients = _head_table_grad(
+        grad, table, hidden, weight, ids, bias, *ctx.options, needs[0], needs[1], needs[3]
+    )
+    d_hidden, d_weight, d_bias = (
+        g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3]))
+    )
     return d_hidden, d_weight, None, d_bias, *[None] * 5
 
 
@@ -102,14 +128,31 @@ def _head_table_kept(
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The table [7, N] and a KeptState."""
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
     table, state = sweep_keeping(head, (hidden_grad, weight_grad, bias_grad))
     return table, *state
 
 
 @_head_table_kept.register_fake
-def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, hidden_grad, weight_grad, bias_grad):
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+def _(
+    hidden,
+    weight,
+    ids,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    workspace_mib,
+    tail_eps,
+    hidden_grad,
+    weight_grad,
+    bias_grad,
+):
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
     table = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
     return table, *empty_state(head, (hidden_grad, weight_grad, bias_grad))
 
@@ -132,10 +175,14 @@ def _head_table_kept_grad(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
     per_token = coefficients(grad, table, weight.shape[0])
     wanted = (hidden_grad, weight_grad, bias_grad)
-    gradients = sweep_kept(head, table, KeptState(*state), lambda stats, index: per_token[:, index].contiguous(), wanted)
+    gradients = sweep_kept(
+        head, table, KeptState(*state), lambda stats, index: per_token[:, index].contiguous(), wanted
+    )
     return gradients.hidden, gradients.weight, gradients.bias
 
 

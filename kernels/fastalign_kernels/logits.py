@@ -5,8 +5,9 @@ With z the logits after softcap and temperature, log P = z - logsumexp(z), and a
     logp = log P[id]      entropy = -sum P log P      lse = logsumexp(z)      top1 = (no logit exceeds the id's)
     cross-entropy of a token = -(1 - e) logp - e mean_v log P[v] + z_loss lse^2,   e = label_smoothing
 
-One read of the logits forward, one read and one write backward (the bare minimum for a gradient of their size); the backward pass
-keeps 7 numbers a token. Peer for comparison: F.cross_entropy's log_softmax writes and keeps a tensor of the logits' size.
+One read of the logits forward, one read and one write backward (the bare minimum for a gradient of their
+size); the backward pass keeps 7 numbers a token. Peer for comparison: F.cross_entropy's log_softmax writes
+and keeps a tensor of the logits' size.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .transforms import transforming
 
 
 class TokenStats(NamedTuple):
-    """Per token: logp, entropy, lse in nats (fp32; fp64 for fp64 inputs), top1 bool; a field that was not asked for is None."""
+    """Per token: logp, entropy, lse in nats (fp32; fp64 for fp64 inputs), top1 bool; a field that was not
+    asked for is None."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -34,7 +36,9 @@ class TokenStats(NamedTuple):
 
 
 @torch.library.custom_op("fastalign::token_table", mutates_args=())
-def _token_table(logits: Tensor, ids: Tensor, softcap: float, temperature: float, inplace_backward: bool) -> Tensor:
+def _token_table(
+    logits: Tensor, ids: Tensor, softcap: float, temperature: float, inplace_backward: bool
+) -> Tensor:
     """Statistics [7, B*T] of logits [B, T, V]."""
     return row_stats(logits, ids, None, Transform(1.0, softcap, temperature))
 
@@ -46,19 +50,25 @@ def _(logits: Tensor, ids: Tensor, softcap: float, temperature: float, inplace_b
 
 
 @torch.library.custom_op("fastalign::token_table_grad", mutates_args=())
-def _token_table_grad(logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float) -> Tensor:
+def _token_table_grad(
+    logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float
+) -> Tensor:
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     row_grad(logits, ids, None, Transform(1.0, softcap, temperature), stats, coefficients, out)
     return out
 
 
 @_token_table_grad.register_fake
-def _(logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float) -> Tensor:
+def _(
+    logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float
+) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("fastalign::token_table_grad_", mutates_args={"logits"})
-def _token_table_grad_(logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float) -> None:
+def _token_table_grad_(
+    logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float
+) -> None:
     row_grad(logits, ids, None, Transform(1.0, softcap, temperature), stats, coefficients, logits)
 
 
@@ -78,11 +88,14 @@ def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGradients:
     return grad_logits, None, None, None, None
 
 
-_token_table.register_autograd(first_order("cross_entropy, token_logprobs or token_stats", _backward), setup_context=_setup)
+_token_table.register_autograd(
+    first_order("cross_entropy, token_logprobs or token_stats", _backward), setup_context=_setup
+)
 
 
 def token_loss(table: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """Cross-entropy [N] of each row of a statistics table [7, N], in nats; formula at the top of this file."""
+    """Cross-entropy [N] of each row of a statistics table [7, N], in nats; formula at the top of this
+    file."""
     loss = -table[Stat.LOGP]
     if label_smoothing:
         loss = (1 - label_smoothing) * loss - label_smoothing * table[Stat.MEAN_LOGP]
@@ -95,19 +108,30 @@ def kept_ids(ids: Tensor, ignore_index: int | None) -> Tensor:
     return torch.where(flat == (-100 if ignore_index is None else ignore_index), -1, flat)
 
 
-def loss_scale(kept: Tensor, reduction: str, token_weights: Tensor | None, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+def loss_scale(
+    kept: Tensor,
+    reduction: str,
+    token_weights: Tensor | None,
+    num_items: float | Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """What each token's loss is multiplied by, [N]: its weight over the denominator of `reduction`.
 
     0 for ignored tokens; NaN for a mean of nothing.
     """
-    weights = kept.to(dtype) if token_weights is None else torch.where(kept, token_weights.reshape(-1).to(dtype), 0.0)
+    weights = (
+        kept.to(dtype)
+        if token_weights is None
+        else torch.where(kept, token_weights.reshape(-1).to(dtype), 0.0)
+    )
     if reduction == "mean":
         return weights / (ordered_sum(weights) if num_items is None else num_items)
     return weights
 
 
 def reduced(loss: Tensor, scale: Tensor, reduction: str, shape: torch.Size) -> Tensor:
-    """Token losses [N] times their scale: [...] for "none", else their sum; the mean of no token at all is NaN."""
+    """Token losses [N] times their scale: [...] for "none", else their sum; the mean of no token at all is
+    NaN."""
     scaled = loss * scale
     if reduction == "none":
         return scaled.view(shape)
@@ -121,10 +145,14 @@ def loss_options(reduction: str, label_smoothing: float, z_loss: float) -> tuple
     return _check.unit_interval("label_smoothing", label_smoothing), _check.at_least_zero("z_loss", z_loss)
 
 
-def check_loss_tensors(targets: Tensor, reduction: str, token_weights: Tensor | None, num_items: float | Tensor | None) -> None:
+def check_loss_tensors(
+    targets: Tensor, reduction: str, token_weights: Tensor | None, num_items: float | Tensor | None
+) -> None:
     _check.tensor("targets", targets)
     if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items: {num_items} seen with reduction={reduction!r}; it is the divisor of reduction='mean'")
+        raise ValueError(
+            f"num_items: {num_items} seen with reduction={reduction!r}; it is the divisor of reduction='mean'"
+        )
     _check.divisor("num_items", num_items, "targets", targets)
     if token_weights is not None:
         _check.tensor("token_weights", token_weights)
@@ -165,14 +193,20 @@ def _table(
     _check.shape(name, ids, tuple(logits.shape[:-1]), "the logits' leading shape")
     _check.device(name, ids, "logits", logits)
     _check.ids(name, ids, logits.shape[-1], ignore_index, check)
-    if inplace_backward and any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride())):
+    if inplace_backward and any(
+        stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride())
+    ):
         raise ValueError(
             "inplace_backward: True seen with expanded logits, whose rows share memory; logits with memory of their own wanted"
         )
     blocks = logits if logits.dim() == 3 else logits.reshape(1, -1, logits.shape[-1])
     if blocks.stride(-1) != 1 and blocks.shape[-1] > 1:
-        blocks = blocks.clone(memory_format=torch.contiguous_format)  # contiguous() leaves an empty tensor's strides as they are
-    inplace_backward = inplace_backward and not transforming()  # vmap's slices share memory, so autograd would refuse
+        blocks = blocks.clone(
+            memory_format=torch.contiguous_format
+        )  # contiguous() leaves an empty tensor's strides as they are
+    inplace_backward = (
+        inplace_backward and not transforming()
+    )  # vmap's slices share memory, so autograd would refuse
     kept = kept_ids(ids, ignore_index)
     return _token_table(blocks, kept, transform.softcap, transform.temperature, inplace_backward), kept
 
@@ -192,7 +226,8 @@ def cross_entropy(
     inplace_backward: bool = False,
     check: bool = False,
 ) -> Tensor:
-    """Cross-entropy of targets under softmax(logits), in nats: one read forward, one read and one write backward.
+    """Cross-entropy of targets under softmax(logits), in nats: one read forward, one read and one write
+    backward.
 
     Args:
         logits: [..., V] fp32, bf16, fp16 (fp64 on a CPU), any strides; shifted views such as logits[:, :-1] are not copied.
@@ -207,15 +242,17 @@ def cross_entropy(
             logits for backward gets autograd's in-place error. No effect under torch.compile and torch.func.vmap.
         check: on CUDA, also check the range of targets (waits for the device); FASTALIGN_CHECK=1 does so everywhere.
 
-    Returns:
-        A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to average, as torch has it.
+    Returns: A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to
+        average, as torch has it.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
     check_loss_tensors(targets, reduction, token_weights, num_items)
-    table, ids = _table(logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward)
+    table, ids = _table(
+        logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward
+    )
     scale = loss_scale(ids >= 0, reduction, token_weights, num_items, table.dtype)
     return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
 
@@ -230,9 +267,11 @@ def token_stats(
     entropy: bool = True,
     check: bool = False,
 ) -> TokenStats:
-    """logp of ids, entropy, logsumexp (nats, differentiable) and top-1 from one read of logits [..., V]; ids [...].
+    """logp of ids, entropy, logsumexp (nats, differentiable) and top-1 from one read of logits [..., V]; ids
+    [...].
 
-    Ignored positions hold 0 / False and get no gradient. `entropy=False` leaves that field None. Errors as in `cross_entropy`.
+    Ignored positions hold 0 / False and get no gradient. `entropy=False` leaves that field None. Errors as in
+    `cross_entropy`.
     """
     _check.flags(entropy=entropy)
     table, _ = _table(logits, ids, "ids", softcap, temperature, ignore_index, check)
@@ -258,16 +297,19 @@ def token_logprobs(
     ignore_index: int | None = -100,
     check: bool = False,
 ) -> Tensor:
-    """log P[id] of each position, [...] in nats, from one read of logits [..., V]; the other arguments as in `token_stats`."""
-    return token_stats(logits, ids, temperature=temperature, softcap=softcap, ignore_index=ignore_index, check=check).logp
+    """log P[id] of each position, [...] in nats, from one read of logits [..., V]; the other arguments as in
+    `token_stats`."""
+    return token_stats(
+        logits, ids, temperature=temperature, softcap=softcap, ignore_index=ignore_index, check=check
+    ).logp
 
 
 def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -> Tensor:
     """Sum (or mean) of packed per-token values over each sequence: values [N], cu_seqlens [S+1] -> [S].
 
-    cu_seqlens starts at 0, does not decrease, and ends at N, as flash-attn's does. fp32 sums (fp64 for fp64), in a fixed order, so
-    they are deterministic; the gradient is the sequence's upstream gradient at each of its tokens. An empty sequence sums to 0 and
-    its mean is NaN.
+    cu_seqlens starts at 0, does not decrease, and ends at N, as flash-attn's does. fp32 sums (fp64 for fp64),
+    in a fixed order, so they are deterministic; the gradient is the sequence's upstream gradient at each of
+    its tokens. An empty sequence sums to 0 and its mean is NaN.
 
     Raises:
         ValueError: wrong shape, dtype or device; on a CPU also cu_seqlens that do not describe values.
@@ -280,7 +322,9 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -
     _check.cu_seqlens(cu_seqlens, "values", values)
     accumulated = values if values.dtype == torch.float64 else values.float()
     # fp64 inside: a sequence of 10^5 tokens summed one by one in fp32 would lose 3 digits.
-    sums = torch.segment_reduce(accumulated.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0).to(accumulated.dtype)
+    sums = torch.segment_reduce(
+        accumulated.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0
+    ).to(accumulated.dtype)
     return sums / cu_seqlens.diff() if mean else sums
 
 

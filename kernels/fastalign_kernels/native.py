@@ -1,8 +1,8 @@
 """The native library built from csrc/: loading it, and what runs without it.
 
-`setup.py` puts `_native.so` beside this file. Where it was not built (FASTALIGN_NATIVE=0), or torch cannot load it, PyTorch serves in its
-place: `rows.row_stats_ref`, `rows.row_grad_ref`, `sampling.sample_ref`, and the twins in policy.py and advantage.py. That is said once, by
-name, and `fastalign env` shows it.
+`setup.py` puts `_native.so` beside this file. Where it was not built (FASTALIGN_NATIVE=0), or torch cannot
+load it, PyTorch serves in its place: `rows.row_stats_ref`, `rows.row_grad_ref`, `sampling.sample_ref`, and
+the twins in policy.py and advantage.py. That is said once, by name, and `fastalign env` shows it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def _load() -> str:
 
 missing = _load()
 if missing:
-    substitutes = "rows.row_stats_ref, rows.row_grad_ref, sampling.sample_ref and PyTorch in policy.py and advantage.py"
+    substitutes = (
+        "rows.row_stats_ref, rows.row_grad_ref, sampling.sample_ref and PyTorch in policy.py and advantage.py"
+    )
     warnings.warn(f"fastalign: {missing}; {substitutes} serve instead", stacklevel=2)
 triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
@@ -54,7 +56,9 @@ def _choose_gemm() -> bool:
     if wanted is None:
         return not missing and torch.ops.fastalign.cpu_own_gemm()
     if wanted not in ("own", "torch"):
-        raise ValueError(f"FASTALIGN_GEMM: got {wanted!r}, expected own or torch, or nothing for the faster one on this CPU")
+        raise ValueError(
+            f"FASTALIGN_GEMM: got {wanted!r}, expected own or torch, or nothing for the faster one on this CPU"
+        )
     if wanted == "own" and not has_own_gemm():
         raise ValueError(f"FASTALIGN_GEMM: got 'own', expected torch: {missing or 'this CPU has no AVX-512'}")
     return wanted == "own"
@@ -64,7 +68,8 @@ _own_gemm = _choose_gemm()
 
 
 def own_gemm() -> bool:
-    """Whether csrc/gemm.cpp multiplies matrices, not torch: on AMD CPUs with AVX-512, or as FASTALIGN_GEMM (own or torch) says."""
+    """Whether csrc/gemm.cpp multiplies matrices, not torch: on AMD CPUs with AVX-512, or as FASTALIGN_GEMM
+    (own or torch) says."""
     return not missing and _own_gemm
 
 
@@ -79,25 +84,37 @@ samples_on = frozenset(
 @cache
 def warn_cuda_sampler_missing() -> None:
     """Say, at the first draw on a GPU without the CUDA sampler, what serves instead."""
-    warnings.warn("fastalign: the native library was built without nvcc; sampling.sample_ref serves the GPU instead", stacklevel=2)
+    warnings.warn(
+        "fastalign: the native library was built without nvcc; sampling.sample_ref serves the GPU instead",
+        stacklevel=2,
+    )
 
 
 @cache
 def warn_triton_missing() -> None:
     """Say, at the first use of a GPU without Triton, what serves instead."""
-    warnings.warn(f"fastalign: {triton_missing}; rows.row_stats_ref and rows.row_grad_ref serve the GPU instead", stacklevel=2)
+    warnings.warn(
+        f"fastalign: {triton_missing}; rows.row_stats_ref and rows.row_grad_ref serve the GPU instead",
+        stacklevel=2,
+    )
 
 
 def _gemm_status() -> tuple[str, str]:
     if own_gemm():
         return "native, AVX-512", ""
-    why = "FASTALIGN_GEMM=torch" if os.environ.get("FASTALIGN_GEMM") else "the CPU is no AMD with AVX-512, where torch's are slower"
+    why = (
+        "FASTALIGN_GEMM=torch"
+        if os.environ.get("FASTALIGN_GEMM")
+        else "the CPU is no AMD with AVX-512, where torch's are slower"
+    )
     return "torch's", missing or why
 
 
 def status() -> list[tuple[str, str, str]]:
     """(what, state, why) for each piece that can be native or fall back."""
-    native = f"native, {TARGETS[torch.ops.fastalign.cpu_target()]}" if not missing else "reference, in PyTorch"
+    native = (
+        f"native, {TARGETS[torch.ops.fastalign.cpu_target()]}" if not missing else "reference, in PyTorch"
+    )
     triton = "Triton" if not triton_missing else "reference, in PyTorch"
     unused = "" if torch.cuda.is_available() else "unused: torch sees no CUDA device"
     sampler = native if "cpu" in samples_on else "reference, in PyTorch"

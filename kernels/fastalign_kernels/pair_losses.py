@@ -1,11 +1,12 @@
 """The losses of a pair of completions, one small function each: DPO and its kin.
 
-With c = log pi - log pi_ref of the chosen completion and r of the rejected one, sums over their tokens in nats, each is a formula
+With c = log pi - log pi_ref of the chosen completion and r of the rejected one, sums over their tokens in
+nats, each is a formula
 
     (c, r, beta, label_smoothing) -> (loss, d loss / dc, d loss / dr)
 
-that a CPU evaluates on vectors and Triton compiles into its kernel (preference_triton.py). To add one, write it here, add its line to
-`PAIR_LOSSES` and its derivation to `dpo_loss_ref`.
+that a CPU evaluates on vectors and Triton compiles into its kernel (preference_triton.py). To add one, write
+it here, add its line to `PAIR_LOSSES` and its derivation to `dpo_loss_ref`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
-# The formulas. Triton compiles their source too (preference_triton.py), hence no annotations, and no calls but of softplus, sigmoid, exp,
-# expm1, log and where. s is the logistic function, x = beta (c - r), e the label smoothing; s (1 - s) is s(x) s(-x), which cannot cancel.
+# The formulas. Triton compiles their source too (preference_triton.py), hence no annotations, and no calls
+# but of softplus, sigmoid, exp, expm1, log and where. s is the logistic function, x = beta (c - r), e the
+# label smoothing; s (1 - s) is s(x) s(-x), which cannot cancel.
 
 
 def logistic(c, r, beta, e):
-    """-(1 - e) log s(x) - e log s(-x) = softplus(-x) + e x. DPO (2305.18290, eq. 7); e > 0 is cDPO (Mitchell 2023)."""
+    """-(1 - e) log s(x) - e log s(-x) = softplus(-x) + e x. DPO (2305.18290, eq. 7); e > 0 is cDPO (Mitchell
+    2023)."""
     x = beta * (c - r)
     d = beta * (e - sigmoid(-x))
     return softplus(-x) + e * x, d, -d
@@ -47,7 +50,8 @@ def ipo(c, r, beta, e):
 
 
 def robust(c, r, beta, e):
-    """(-(1 - e) log s(x) + e log s(-x)) / (1 - 2e) = softplus(-x) - e x / (1 - 2e). Robust DPO (2403.00409, eq. 11)."""
+    """(-(1 - e) log s(x) + e log s(-x)) / (1 - 2e) = softplus(-x) - e x / (1 - 2e). Robust DPO (2403.00409,
+    eq. 11)."""
     x = beta * (c - r)
     tilt = e / (1 - 2 * e)
     d = -beta * (sigmoid(-x) + tilt)
@@ -55,7 +59,8 @@ def robust(c, r, beta, e):
 
 
 def exo_pair(c, r, beta, e):
-    """KL((q, 1 - q) || (1 - e, e)), q = s(x): q log(q / (1 - e)) + (1 - q) log((1 - q) / e). EXO (2402.00856, eq. 16)."""
+    """KL((q, 1 - q) || (1 - e, e)), q = s(x): q log(q / (1 - e)) + (1 - q) log((1 - q) / e). EXO (2402.00856,
+    eq. 16)."""
     x = beta * (c - r)
     q = sigmoid(x)
     p = sigmoid(-x)
@@ -72,7 +77,8 @@ def nca_pair(c, r, beta, e):
 
 
 def bco_pair(c, r, beta, e):
-    """-log s(bc - delta) - log s(delta - br) at delta = 0. BCO (2404.04656); `dpo_loss` says how to have a delta."""
+    """-log s(bc - delta) - log s(delta - br) at delta = 0. BCO (2404.04656); `dpo_loss` says how to have a
+    delta."""
     a = beta * c
     b = beta * r
     return softplus(-a) + softplus(b), -beta * sigmoid(-a), beta * sigmoid(b)
@@ -101,7 +107,8 @@ def apo_down(c, r, beta, e):
 
 
 def discopop(c, r, beta, e):
-    """-(1 - m) log s(x) + m e^-x, m = s(x / 0.05). DiscoPOP's log-ratio modulated loss (2406.08414, eq. 5)."""
+    """-(1 - m) log s(x) + m e^-x, m = s(x / 0.05). DiscoPOP's log-ratio modulated loss (2406.08414, eq.
+    5)."""
     x = beta * (c - r)
     y = x / 0.05
     n = sigmoid(-y)
@@ -111,7 +118,8 @@ def discopop(c, r, beta, e):
 
 
 def odds_ratio(c, r, beta, e):
-    """-beta log s(log odds(c) - log odds(r)), log odds(c) = c - log(1 - e^c). ORPO (2403.07691, eq. 7); c and r clamped at -1e-6."""
+    """-beta log s(log odds(c) - log odds(r)), log odds(c) = c - log(1 - e^c). ORPO (2403.07691, eq. 7); c and
+    r clamped at -1e-6."""
     c = where(c > -1e-6, -1e-6, c)
     r = where(r > -1e-6, -1e-6, r)
     not_c = -expm1(c)
@@ -122,8 +130,8 @@ def odds_ratio(c, r, beta, e):
 
 
 class PairLoss(NamedTuple):
-    """A row of the table: the formula, the label smoothing that it takes (a key of `SMOOTHING`), and whether lengths, which turn its
-    log-ratios into means over tokens, are refused, optional or needed."""
+    """A row of the table: the formula, the label smoothing that it takes (a key of `SMOOTHING`), and whether
+    lengths, which turn its log-ratios into means over tokens, are refused, optional or needed."""
 
     formula: Callable[[Any, Any, Any, Any], tuple[Any, Any, Any]]
     smoothing: str = "0"

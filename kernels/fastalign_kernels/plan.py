@@ -1,4 +1,5 @@
-"""How a head call runs: its way, and chunks of tokens whose logits fit the workspace. Functions of shapes, dtypes and gradients wanted.
+"""How a head call runs: its way, and chunks of tokens whose logits fit the workspace. Functions of shapes,
+dtypes and gradients wanted.
 
 One GEMM here means one N x H x V matrix product, 2 N H V flops; the naive loss takes three.
 """
@@ -11,17 +12,23 @@ import torch
 
 from . import check as _check
 
-# Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V = 49152) run their GEMMs 9 %
-# faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak within 96 MiB of the gradients: MKL packs into 25 more.
+# Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V
+# = 49152) run their GEMMs 9 % faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak
+# within 96 MiB of the gradients: MKL packs into 25 more.
 WORKSPACE_MIB = {"cuda": (512.0, 512.0), "cpu": (96.0, 72.0)}
 
-TOKENS = {"cpu": 256, "cuda": 4096}  # of a tail's block at most: more keep more columns, fewer make slower GEMMs and more gathers
+TOKENS = {
+    "cpu": 256,
+    "cuda": 4096,
+}  # of a tail's block at most: more keep more columns, fewer make slower GEMMs and more gathers
 
 
 class HeadPlan(NamedTuple):
-    """How a head call runs: the way (head.py's table), tokens per chunk, bytes of the chunk's workspace, and GEMMs in all.
+    """How a head call runs: the way (head.py's table), tokens per chunk, bytes of the chunk's workspace, and
+    GEMMs in all.
 
-    Chunk and workspace are those of the pass that makes the gradients; the forward pass of "general" makes none and runs as "no_grad".
+    Chunk and workspace are those of the pass that makes the gradients; the forward pass of "general" makes
+    none and runs as "no_grad".
     """
 
     way: str
@@ -34,7 +41,8 @@ def choose_way(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstrea
     """The way of head.py's table for these gradients; see `plan_head` for the arguments."""
     if not (hidden_grad or weight_grad):
         return "no_grad"
-    # fp16 training scales the loss so that small gradients survive; the scale arrives with the upstream gradient, hence not in forward.
+    # fp16 training scales the loss so that small gradients survive; the scale arrives with the upstream
+    # gradient, hence not in forward.
     if upstream == "scalar" and dtype != torch.float16:
         return "gradient_in_forward"
     return "frozen_head" if upstream == "logp" and not weight_grad else "general"
@@ -53,7 +61,8 @@ def plan_head(
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
 ) -> HeadPlan:
-    """The way and the chunk that a head call takes: a pure function of shapes, dtype, gradients wanted and the workspace.
+    """The way and the chunk that a head call takes: a pure function of shapes, dtype, gradients wanted and
+    the workspace.
 
     Args:
         n_tokens, hidden_size, vocab_size: N (ignored tokens not counted), H, V.
@@ -65,8 +74,8 @@ def plan_head(
         tail_eps: whether the backward GEMMs leave columns out (see `linear_cross_entropy`); `gemms` is what they are at most.
         workspace_mib: MiB for the logits of a chunk; default 512 on a GPU, on a CPU 96, or 72 with weight_grad.
 
-    Raises:
-        ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small for one token's logits.
+    Raises: ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small
+        for one token's logits.
     """
     _check.whole("n_tokens", n_tokens, 0, expected="a whole number >= 0")
     _check.whole("hidden_size", hidden_size, 1, expected="a whole number >= 1")
@@ -85,14 +94,18 @@ def plan_head(
     gemms = 2 + gradients if way == "general" else 1 + gradients
     largest, per_token = capacity(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib)
     chunks = -(-n_tokens // largest) or 1
-    chunk = max(1, -(-n_tokens // chunks))  # even chunks: a last sliver of a few tokens would run its GEMMs at a fraction of the speed
+    chunk = max(
+        1, -(-n_tokens // chunks)
+    )  # even chunks: a last sliver of a few tokens would run its GEMMs at a fraction of the speed
     return HeadPlan(way, chunk, chunk * per_token, gemms)
 
 
 def default_workspace_mib(kind: str, *, weight_grad: bool) -> float:
     """The default `workspace_mib` on a device of type `kind`."""
     frozen, trained = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"]
-    return trained if weight_grad else frozen  # by name: torch.compile of torch 2.11 cannot index a tuple by a bool
+    return (
+        trained if weight_grad else frozen
+    )  # by name: torch.compile of torch 2.11 cannot index a tuple by a bool
 
 
 def _device_type(device: torch.device | str) -> str:
@@ -114,10 +127,14 @@ def capacity(
     tail_eps: float | None,
     workspace_mib: float | None,
 ) -> tuple[int, int]:
-    """Tokens that a workspace holds, and the bytes of each; arguments as in `plan_head`, `kind` the device's type."""
-    workspace_mib = default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
-    # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and its gradient in the GEMMs' dtype beside it: a tile
-    # of another dtype cannot be overwritten in place by parallel threads. On a CPU it stays in fp32.
+    """Tokens that a workspace holds, and the bytes of each; arguments as in `plan_head`, `kind` the device's
+    type."""
+    workspace_mib = (
+        default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
+    )
+    # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and its gradient in the
+    # GEMMs' dtype beside it: a tile of another dtype cannot be overwritten in place by parallel threads. On a
+    # CPU it stays in fp32.
     low = kind != "cpu" and (hidden_grad or weight_grad) and dtype in (torch.bfloat16, torch.float16)
     per_token = vocab_size * (8 if dtype == torch.float64 else 6 if low else 4)
     tail = tail_eps is not None and (hidden_grad or weight_grad)
@@ -132,6 +149,9 @@ def capacity(
 
 
 def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None, chunk_bytes: int) -> int:
-    """What kept columns (tail.py) may take between a forward and a backward pass: with a chunk's logits twice the workspace."""
-    workspace_mib = default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
+    """What kept columns (tail.py) may take between a forward and a backward pass: with a chunk's logits twice
+    the workspace."""
+    workspace_mib = (
+        default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
+    )
     return int(2 * workspace_mib * 2**20) - chunk_bytes

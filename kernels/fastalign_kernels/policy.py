@@ -1,17 +1,20 @@
-"""Losses of policy optimisation over tokens: the clipped ratio of PPO and its kin, and the clipped error of a value model.
+"""Losses of policy optimisation over tokens: the clipped ratio of PPO and its kin, and the clipped error of a
+value model.
 
-For each token inside the mask, with d = logp - old_logp, r = e^d, A its advantage, H its entropy and w its scale, 1 / tokens for a mean,
+For each token inside the mask, with d = logp - old_logp, r = e^d, A its advantage, H its entropy and w its
+scale, 1 / tokens for a mean,
 
     policy = max(-A r, -A min(max(r, 1 - clip), 1 + clip_high)), and, with a dual clip c and A < 0, at most -A c
     loss   = sum w (policy - entropy_coefficient H + kl_coefficient KL),     KL an estimator of `KL_ESTIMATORS`
     value  = sum w max((v - R)^2, (min(max(v, v_old - clip), v_old + clip) - R)^2) / 2
 
-in nats. One pass gives the loss, all metrics, and d loss / d logp and d loss / d entropy. The backward pass scales them where they lie by
-what arrives from upstream (on a CPU 1 is left out), so a second derivative is an error. Sums are taken over fixed blocks, added up in
-fp64, so they do not depend on the number of threads. Bytes: 3 to 5 N e and N read, N e or 2 N e written.
+in nats. One pass gives the loss, all metrics, and d loss / d logp and d loss / d entropy. The backward pass
+scales them where they lie by what arrives from upstream (on a CPU 1 is left out), so a second derivative is
+an error. Sums are taken over fixed blocks, added up in fp64, so they do not depend on the number of threads.
+Bytes: 3 to 5 N e and N read, N e or 2 N e written.
 
-Exponents d are held within +-20, as verl has it: beyond, r is e^20 or e^-20 and its gradient 0, so that no ratio is infinite. What stands
-outside the mask, NaN too, reaches nothing, and its gradient is 0.
+Exponents d are held within +-20, as verl has it: beyond, r is e^20 or e^-20 and its gradient 0, so that no
+ratio is infinite. What stands outside the mask, NaN too, reaches nothing, and its gradient is 0.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ from .transforms import transforming
 
 
 class PolicyLoss(NamedTuple):
-    """loss (differentiable); without gradient, means over the mask of `ppo_loss`'s metrics. All scalars; None: not asked for."""
+    """loss (differentiable); without gradient, means over the mask of `ppo_loss`'s metrics. All scalars;
+    None: not asked for."""
 
     loss: Tensor
     policy_loss: Tensor
@@ -45,7 +49,8 @@ class PolicyLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """Scalars: loss (differentiable); without gradient, clip_fraction and explained_variance over the mask."""
+    """Scalars: loss (differentiable); without gradient, clip_fraction and explained_variance over the
+    mask."""
 
     loss: Tensor
     clip_fraction: Tensor
@@ -58,7 +63,8 @@ ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
 
 
 class PolicySum(IntEnum):
-    """Sums over the mask that policy_tokens writes, [8] fp64; csrc/policy.h and policy_triton.py write the same order."""
+    """Sums over the mask that policy_tokens writes, [8] fp64; csrc/policy.h and policy_triton.py write the
+    same order."""
 
     LOSS = 0  # times the scale
     POLICY = 1
@@ -83,7 +89,8 @@ class ValueSum(IntEnum):
 
 
 class PolicyOptions(NamedTuple):
-    """The options in the form that the kernels take: bounds of the ratio, infinite where there is none, and the estimator's index."""
+    """The options in the form that the kernels take: bounds of the ratio, infinite where there is none, and
+    the estimator's index."""
 
     lower: float
     upper: float
@@ -99,7 +106,8 @@ class PolicyOptions(NamedTuple):
         return cls(lower, upper, dual, entropy_coefficient, kl_coefficient, int(kl_estimator))
 
 
-# PyTorch in place of csrc/policy.h where the native library is missing, and for fp64 on a GPU: same arguments, the last two are written.
+# PyTorch in place of csrc/policy.h where the native library is missing, and for fp64 on a GPU: same
+# arguments, the last two are written.
 
 
 def _policy_tokens(
@@ -157,7 +165,14 @@ def _kl(d: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
 
 
 def _value_tokens(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, scale: Tensor, clip: float, sums: Tensor, slopes: Tensor
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    clip: float,
+    sums: Tensor,
+    slopes: Tensor,
 ) -> None:
     v, old, target, inside = (torch.where(mask, x, 0.0) for x in (values, old_values, returns, scale))
     plain, held = v - target, torch.clamp(v, old - clip, old + clip) - target
@@ -166,7 +181,15 @@ def _value_tokens(
     torch.mul(inside, torch.where(old.isnan(), old, torch.where(clipped, 0.0, plain)), out=slopes)
     worse = torch.where(old.isnan(), old, torch.where(clipped, held, plain))
     clips = torch.where(worse.isnan(), worse, clipped)
-    rows = (0.5 * inside * worse * worse, clips, target, target.double() ** 2, plain, plain.double() ** 2, mask)
+    rows = (
+        0.5 * inside * worse * worse,
+        clips,
+        target,
+        target.double() ** 2,
+        plain,
+        plain.double() ** 2,
+        mask,
+    )
     sums.copy_(torch.stack([row.sum(dtype=torch.float64) for row in rows]))
 
 
@@ -194,17 +217,24 @@ def policy_sums(
     reference_logp: Tensor | None,
     options: PolicyOptions,
 ) -> tuple[Tensor, Tensor]:
-    """`PolicySum`s [8] fp64, and d loss / d logp [1, ..], or with d loss / d entropy [2, ..], in scale's dtype, fp32 or fp64.
+    """`PolicySum`s [8] fp64, and d loss / d logp [1, ..], or with d loss / d entropy [2, ..], in scale's
+    dtype, fp32 or fp64.
 
-    All of logp's shape. mask: bool. scale: [1], or one for each token of the mask. What stands outside the mask is not used.
+    All of logp's shape. mask: bool. scale: [1], or one for each token of the mask. What stands outside the
+    mask is not used.
     """
-    first, others = _dense(scale.dtype, logp, old_logp, advantages), _dense(scale.dtype, scale, entropy, reference_logp)
+    first, others = (
+        _dense(scale.dtype, logp, old_logp, advantages),
+        _dense(scale.dtype, scale, entropy, reference_logp),
+    )
     sums, slopes = _policy_outputs(logp, entropy, scale, options)
     _implementation(slopes).policy_tokens(*first, mask.contiguous(), *others, *options, sums, slopes)
     return sums, slopes
 
 
-def _policy_outputs(logp: Tensor, entropy: Tensor | None, scale: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor]:
+def _policy_outputs(
+    logp: Tensor, entropy: Tensor | None, scale: Tensor, options: PolicyOptions
+) -> tuple[Tensor, Tensor]:
     rows = 1 if entropy is None or options.entropy_coefficient == 0 else 2
     return scale.new_empty(len(PolicySum), dtype=torch.float64), scale.new_empty(rows, *logp.shape)
 
@@ -224,7 +254,9 @@ def _policy(
     options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, and `policy_sums`."""
-    sums, slopes = policy_sums(logp, old_logp, advantages, mask, scale, entropy, reference_logp, PolicyOptions.of(options))
+    sums, slopes = policy_sums(
+        logp, old_logp, advantages, mask, scale, entropy, reference_logp, PolicyOptions.of(options)
+    )
     return sums[PolicySum.LOSS].to(scale.dtype, copy=True), sums, slopes
 
 
@@ -251,7 +283,8 @@ policy_op.register_autograd(_policy_backward, setup_context=save_scalar_loss)
 
 
 class _EagerPolicy(torch.autograd.Function):
-    """policy_op without the dispatcher, whose layers in Python take 30 us a call: as long as the kernel does for [64, 1024] tokens.
+    """policy_op without the dispatcher, whose layers in Python take 30 us a call: as long as the kernel does
+    for [64, 1024] tokens.
 
     Without setup_context too, for which torch inspects the signature of forward at every call, 12 us.
     """
@@ -278,7 +311,11 @@ def value_op(
 
 @value_op.register_fake
 def _(values, old_values, returns, mask, scale, clip):
-    return scale.new_empty(()), scale.new_empty(len(ValueSum), dtype=torch.float64), scale.new_empty(values.shape)
+    return (
+        scale.new_empty(()),
+        scale.new_empty(len(ValueSum), dtype=torch.float64),
+        scale.new_empty(values.shape),
+    )
 
 
 def _save_value(ctx, inputs, output) -> None:
@@ -314,7 +351,8 @@ def ppo_loss(
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped loss (1707.06347, eq. 7) over the tokens of a mask, with the options of its kin; formula at the top of this file.
+    """PPO's clipped loss (1707.06347, eq. 7) over the tokens of a mask, with the options of its kin; formula
+    at the top of this file.
 
     Args:
         logp: [B, T] or packed [N] fp32, bf16, fp16 or fp64, log-probabilities of the tokens in nats. Differentiable.
@@ -335,11 +373,11 @@ def ppo_loss(
             whole batch's, and losses of micro-batches and ranks add up to the batch's. A number > 0 or a scalar tensor, no gradient.
         cu_seqlens: [S + 1], where packed sequences begin and end, for "sequence_mean" of [N].
 
-    Returns:
-        The loss, and means over the tokens of the mask, whatever the aggregation: policy_loss; entropy and kl, None without entropy and
-        reference_logp; mean_ratio; clip_fraction, the share of tokens that a clip, the dual one included, leaves without a gradient;
-        approx_kl, (logp - old_logp)^2 / 2, TRL's policy/approxkl_avg. fp32; fp64 if an input is. Scalars; the host waits for nothing.
-        Everything is 0 where the mask is empty: a micro-batch or a rank without tokens adds nothing.
+    Returns: The loss, and means over the tokens of the mask, whatever the aggregation: policy_loss; entropy
+        and kl, None without entropy and reference_logp; mean_ratio; clip_fraction, the share of tokens that a
+        clip, the dual one included, leaves without a gradient; approx_kl, (logp - old_logp)^2 / 2, TRL's
+        policy/approxkl_avg. fp32; fp64 if an input is. Scalars; the host waits for nothing. Everything is 0
+        where the mask is empty: a micro-batch or a rank without tokens adds nothing.
 
     Differences from TRL's PPO trainer: padding enters no average, and log-ratios are held within +-20.
 
@@ -350,17 +388,29 @@ def ppo_loss(
     _check.tensors(logp=logp, advantages=advantages)
     _check.optional_tensors(old_logp=old_logp, entropy=entropy, reference_logp=reference_logp)
     if entropy is None and entropy_coefficient:
-        raise ValueError(f"entropy: None seen with entropy_coefficient={entropy_coefficient}, logp's shape wanted")
+        raise ValueError(
+            f"entropy: None seen with entropy_coefficient={entropy_coefficient}, logp's shape wanted"
+        )
     if reference_logp is None and kl_coefficient:
-        raise ValueError(f"reference_logp: None seen with kl_coefficient={kl_coefficient}, logp's shape wanted")
+        raise ValueError(
+            f"reference_logp: None seen with kl_coefficient={kl_coefficient}, logp's shape wanted"
+        )
     old = logp if old_logp is None else old_logp
     advantages = per_token(advantages, logp.shape)
-    tensors = {"logp": logp, "old_logp": old, "advantages": advantages, "entropy": entropy, "reference_logp": reference_logp}
+    tensors = {
+        "logp": logp,
+        "old_logp": old,
+        "advantages": advantages,
+        "entropy": entropy,
+        "reference_logp": reference_logp,
+    }
     check_tokens(tensors, mask)
     inside, scale = token_scale(mask, aggregation, normalizer, cu_seqlens, accumulator_of(*tensors.values()))
     run = policy_op if traced(logp) or transforming() else _EagerPolicy.apply
     reference = None if reference_logp is None else reference_logp.detach()
-    loss, sums, _ = run(logp, entropy, old.detach(), advantages.detach(), inside, scale, reference, list(options))
+    loss, sums, _ = run(
+        logp, entropy, old.detach(), advantages.detach(), inside, scale, reference, list(options)
+    )
     return policy_metrics(loss, sums, entropy is not None, reference_logp is not None)
 
 
@@ -373,7 +423,8 @@ def value_loss(
     clip: float | None = 0.2,
     normalizer: float | Tensor | None = None,
 ) -> ValueLoss:
-    """PPO's loss of a value model over the tokens of a mask: mean of max((v - R)^2, (v held within v_old +- clip - R)^2) / 2.
+    """PPO's loss of a value model over the tokens of a mask: mean of max((v - R)^2, (v held within v_old +-
+    clip - R)^2) / 2.
 
     Args:
         values: [B, T] or [N] fp32, bf16, fp16 or fp64. Differentiable.
@@ -383,9 +434,9 @@ def value_loss(
         clip: > 0, in units of the values; None: no clip.
         normalizer: divisor in place of the mask's tokens, as in `ppo_loss`.
 
-    Returns:
-        The loss; clip_fraction, the share of tokens whose held value is the worse one, which have no gradient; explained_variance,
-        1 - Var(R - v) / Var(R), NaN where the returns do not vary. fp32; fp64 if an input is. The loss is 0 where the mask is empty.
+    Returns: The loss; clip_fraction, the share of tokens whose held value is the worse one, which have no
+        gradient; explained_variance, 1 - Var(R - v) / Var(R), NaN where the returns do not vary. fp32; fp64
+        if an input is. The loss is 0 where the mask is empty.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
@@ -398,8 +449,13 @@ def value_loss(
     loss, sums, _ = value_op(values, old_values.detach(), returns.detach(), *tokens, bound)
     means = sums / sums[ValueSum.TOKENS].clamp(min=1)
     squares = means[ValueSum.RETURN_SQUARE]
-    left, spread = means[ValueSum.ERROR_SQUARE] - means[ValueSum.ERROR] ** 2, squares - means[ValueSum.RETURN] ** 2
-    explained = torch.where(spread > 1e-12 * squares, 1 - left / spread, torch.nan)  # below, the difference is rounding
+    left, spread = (
+        means[ValueSum.ERROR_SQUARE] - means[ValueSum.ERROR] ** 2,
+        squares - means[ValueSum.RETURN] ** 2,
+    )
+    explained = torch.where(
+        spread > 1e-12 * squares, 1 - left / spread, torch.nan
+    )  # below, the difference is rounding
     return ValueLoss(loss, means[ValueSum.CLIPPED].to(loss.dtype), explained.to(loss.dtype))
 
 
@@ -431,4 +487,6 @@ def policy_options(
 def policy_metrics(loss: Tensor, sums: Tensor, has_entropy: bool, has_reference: bool) -> PolicyLoss:
     means = (sums / sums[PolicySum.TOKENS].clamp(min=1)).to(loss.dtype)
     _, policy, entropy, kl, ratio, clipped, squares, _ = means.unbind()  # in PolicySum's order
-    return PolicyLoss(loss, policy, entropy if has_entropy else None, kl if has_reference else None, ratio, clipped, squares)
+    return PolicyLoss(
+        loss, policy, entropy if has_entropy else None, kl if has_reference else None, ratio, clipped, squares
+    )

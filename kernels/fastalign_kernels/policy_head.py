@@ -1,10 +1,12 @@
-"""PPO's policy loss from hidden states: the head and the loss in one pass over chunks of tokens, without logits in memory.
+"""PPO's policy loss from hidden states: the head and the loss in one pass over chunks of tokens, without
+logits in memory.
 
     hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  sum of scale (policy - c_entropy H + c_kl KL), see policy.py
 
-What a token's logp and entropy are worth to the loss is known as soon as they are, so a chunk's gradient is made while its logits exist:
-3 GEMMs of N x H x V with a trained weight, 2 with a frozen one, 1 without gradients, where `linear_token_stats` and `ppo_loss` take
-4, 3 and 1. Kept for the backward pass: dX and dW. Tokens outside the mask enter no GEMM.
+What a token's logp and entropy are worth to the loss is known as soon as they are, so a chunk's gradient is
+made while its logits exist: 3 GEMMs of N x H x V with a trained weight, 2 with a frozen one, 1 without
+gradients, where `linear_token_stats` and `ppo_loss` take 4, 3 and 1. Kept for the backward pass: dX and dW.
+Tokens outside the mask enter no GEMM.
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from . import check as _check
 from .backward import save_scalar_loss
 from .gradients import fake_gradients
 from .head import find_way, linear_token_stats, prepare, scalar_loss_backward
-from .policy import PolicyLoss, PolicyOptions, PolicySum, policy_metrics, policy_options, policy_sums, ppo_loss
+from .policy import (
+    PolicyLoss,
+    PolicyOptions,
+    PolicySum,
+    policy_metrics,
+    policy_options,
+    policy_sums,
+    ppo_loss,
+)
 from .rows import Stat, Transform, accumulator_dtype, coefficients
 from .sweep import Head, sweep
 from .tokens import as_bool, check_tokens, per_token, token_scale
@@ -42,8 +52,11 @@ def _head_policy(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, `PolicySum`s [8] fp64, and the gradients of hidden, weight and bias. ids are -1 outside the mask."""
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    """The loss, `PolicySum`s [8] fp64, and the gradients of hidden, weight and bias. ids are -1 outside the
+    mask."""
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
     mask, numbers = ids >= 0, PolicyOptions.of(options)
 
     def sums_and_slopes(stats: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
@@ -63,17 +76,35 @@ def _head_policy(
 
     wanted = (hidden_grad, weight_grad, bias_grad)
     table, gradients = sweep(head, None, chunk_coefficients if any(wanted) else None, wanted)
-    sums, _ = sums_and_slopes(table, slice(None))  # once more and at once, so that the loss does not depend on the chunks
+    sums, _ = sums_and_slopes(
+        table, slice(None)
+    )  # once more and at once, so that the loss does not depend on the chunks
     return sums[PolicySum.LOSS].to(scale.dtype, copy=True), sums, *gradients
 
 
 @_head_policy.register_fake
-def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, old_logp, advantages, scale, *options):
+def _(
+    hidden,
+    weight,
+    ids,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    workspace_mib,
+    tail_eps,
+    old_logp,
+    advantages,
+    scale,
+    *options,
+):
     sums = scale.new_empty(len(PolicySum), dtype=torch.float64)
     return scale.new_empty(()), sums, *fake_gradients(hidden, weight, bias, *options[-3:])
 
 
-_head_policy.register_autograd(scalar_loss_backward("linear_ppo_loss", _head_policy), setup_context=save_scalar_loss)
+_head_policy.register_autograd(
+    scalar_loss_backward("linear_ppo_loss", _head_policy), setup_context=save_scalar_loss
+)
 
 
 def linear_ppo_loss(
@@ -103,7 +134,8 @@ def linear_ppo_loss(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> PolicyLoss:
-    """`ppo_loss` from hidden states, with gradients of hidden, weight and bias, exact, without logits in memory.
+    """`ppo_loss` from hidden states, with gradients of hidden, weight and bias, exact, without logits in
+    memory.
 
     Args:
         hidden: [B, T, H] or packed [N, H]; hidden[t] predicts ids[t]: shift before. weight: [V, H]. bias: [V]. dtypes as in
@@ -116,9 +148,9 @@ def linear_ppo_loss(
             as in `ppo_loss`. The entropy is the head's own, over the whole vocabulary.
         temperature, softcap, logit_scale, tail_eps, workspace_mib, check: as in `linear_cross_entropy`.
 
-    Returns:
-        As `ppo_loss`; entropy is always there. fp32; fp64 for fp64 hidden states. fp16's small gradients need the loss scale that comes
-        with the upstream gradient, so fp16 goes through `linear_token_stats`, with a GEMM more.
+    Returns: As `ppo_loss`; entropy is always there. fp32; fp64 for fp64 hidden states. fp16's small gradients
+        need the loss scale that comes with the upstream gradient, so fp16 goes through `linear_token_stats`,
+        with a GEMM more.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
@@ -127,7 +159,9 @@ def linear_ppo_loss(
     _check.tensors(hidden=hidden, ids=ids, advantages=advantages)
     _check.optional_tensors(old_logp=old_logp, reference_logp=reference_logp)
     if reference_logp is None and kl_coefficient:
-        raise ValueError(f"reference_logp: None seen with kl_coefficient={kl_coefficient}, the shape of ids wanted")
+        raise ValueError(
+            f"reference_logp: None seen with kl_coefficient={kl_coefficient}, the shape of ids wanted"
+        )
     advantages = per_token(advantages, ids.shape)
     for name, tensor in (("old_logp", old_logp), ("advantages", advantages)):
         if tensor is not None:
@@ -138,7 +172,19 @@ def linear_ppo_loss(
     _check.dtype("ids", ids, _check.INTEGERS)
     inside = as_bool(mask)
     arguments = prepare(
-        hidden, weight, ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check, mask=inside
+        hidden,
+        weight,
+        ids,
+        "ids",
+        bias,
+        softcap,
+        logit_scale,
+        temperature,
+        ignore_index,
+        tail_eps,
+        workspace_mib,
+        check,
+        mask=inside,
     )
     kept = arguments[2].view(ids.shape)  # -1 outside the mask and where ignored
     inside = kept >= 0
@@ -154,6 +200,10 @@ def linear_ppo_loss(
             kl_estimator=kl_estimator, aggregation=aggregation, normalizer=normalizer, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     _, scale = token_scale(inside, aggregation, normalizer, cu_seqlens, accumulator_dtype(arguments[0].dtype))
-    old, worth, reference = (None if x is None else x.detach().reshape(-1) for x in (old_logp, advantages, reference_logp))
-    loss, sums, *_ = _head_policy(*arguments, old, worth, scale.reshape(-1), reference, list(options), *wanted)
+    old, worth, reference = (
+        None if x is None else x.detach().reshape(-1) for x in (old_logp, advantages, reference_logp)
+    )
+    loss, sums, *_ = _head_policy(
+        *arguments, old, worth, scale.reshape(-1), reference, list(options), *wanted
+    )
     return policy_metrics(loss, sums, True, reference is not None)

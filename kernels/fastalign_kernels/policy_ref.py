@@ -1,4 +1,5 @@
-"""The specifications of policy.py and advantage.py: the formulas as the papers have them, plain PyTorch, valid in fp64."""
+"""The specifications of policy.py and advantage.py: the formulas as the papers have them, plain PyTorch,
+valid in fp64."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ def _mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def _aggregated(losses: Tensor, mask: Tensor, aggregation: str, normalizer: float | Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+def _aggregated(
+    losses: Tensor,
+    mask: Tensor,
+    aggregation: str,
+    normalizer: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
     if aggregation != "sequence_mean":
         tokens = mask.sum().clamp(min=1) if aggregation == "token_mean" else 1
         return torch.where(mask, losses, 0.0).sum() / (tokens if normalizer is None else normalizer)
@@ -55,12 +62,19 @@ def ppo_loss_ref(
     """The specification of `ppo_loss`."""
     mask = mask != 0
     drawn = logp if old_logp is None else old_logp
-    worth, reference = per_token(advantages, logp.shape), None if reference_logp is None else reference_logp.detach()
+    worth, reference = (
+        per_token(advantages, logp.shape),
+        None if reference_logp is None else reference_logp.detach(),
+    )
     given = (logp, drawn.detach(), worth.detach(), entropy, reference)
     own, old, a, *others = _inside(mask, *given)
     high = clip if clip_high is None else clip_high
     ratio = (own - old).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
-    held = ratio.clamp(None if clip is None else 1 - clip, None if high is None else 1 + high) if (clip, high) != (None, None) else ratio
+    held = (
+        ratio.clamp(None if clip is None else 1 - clip, None if high is None else 1 + high)
+        if (clip, high) != (None, None)
+        else ratio
+    )
     policy = torch.maximum(-a * ratio, -a * held)
     clipped = -a * held > -a * ratio
     if dual_clip is not None:
@@ -77,7 +91,10 @@ def ppo_loss_ref(
         losses = losses + kl_coefficient * kl
     loss = _aggregated(losses, mask, aggregation, normalizer, cu_seqlens)
     clips = torch.where(policy.isnan(), policy, clipped)
-    means = [None if x is None else _mean(x, mask).detach() for x in (policy, h, kl, ratio, clips, 0.5 * (own - old) ** 2)]
+    means = [
+        None if x is None else _mean(x, mask).detach()
+        for x in (policy, h, kl, ratio, clips, 0.5 * (own - old) ** 2)
+    ]
     return PolicyLoss(loss, *means)  # type: ignore[arg-type]
 
 
@@ -100,11 +117,19 @@ def value_loss_ref(
     clips = torch.where(squares.isnan(), squares, clipped).detach()
     loss = _aggregated(0.5 * squares, mask, "token_mean", normalizer, None)
     left, spread = (x[mask].detach().double().var(correction=0) for x in (target - v, target))
-    return ValueLoss(loss, _mean(clips, mask), torch.where(spread > 0, 1 - left / spread, torch.nan).to(v.dtype))
+    return ValueLoss(
+        loss, _mean(clips, mask), torch.where(spread > 0, 1 - left / spread, torch.nan).to(v.dtype)
+    )
 
 
 def gae_ref(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95, bootstrap: Tensor | None = None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,
 ) -> Advantages:
     """The specification of `gae`: the loop over time that PPO's trainers have."""
     mask = mask != 0

@@ -1,7 +1,8 @@
-"""The kernels of policy.py in Triton: a block of tokens a program, whose sums are added up afterwards in a fixed order.
+"""The kernels of policy.py in Triton: a block of tokens a program, whose sums are added up afterwards in a
+fixed order.
 
-Vectors are contiguous fp32. No float atomics, so results are the same bits every time. Bytes: 3 to 5 N e and N read, N e or 2 N e written;
-at [64, 1024] tokens 1.6 MB, so the launch is the cost.
+Vectors are contiguous fp32. No float atomics, so results are the same bits every time. Bytes: 3 to 5 N e and
+N read, N e or 2 N e written; at [64, 1024] tokens 1.6 MB, so the launch is the cost.
 """
 
 from __future__ import annotations
@@ -72,13 +73,17 @@ def policy_kernel(
         w = tl.load(scale + i, mask=token, other=0.0)
     else:
         w = tl.where(token, tl.load(scale), 0.0)
-    held = tl.where(d > LARGEST_EXPONENT, LARGEST_EXPONENT, tl.where(d < -LARGEST_EXPONENT, -LARGEST_EXPONENT, d))  # NaN passes
+    held = tl.where(
+        d > LARGEST_EXPONENT, LARGEST_EXPONENT, tl.where(d < -LARGEST_EXPONENT, -LARGEST_EXPONENT, d)
+    )  # NaN passes
     r = tl.exp(held)
     plain = minus_a * r
     high = (minus_a < 0) & (r > upper)
     low = (minus_a > 0) & (r < lower)
     doubly = (minus_a > 0) & (r > dual)
-    policy = tl.where(high, minus_a * upper, tl.where(doubly, minus_a * dual, tl.where(low, minus_a * lower, plain)))
+    policy = tl.where(
+        high, minus_a * upper, tl.where(doubly, minus_a * dual, tl.where(low, minus_a * lower, plain))
+    )
     clipped = high | low | doubly
     slope = tl.where(clipped | (d > LARGEST_EXPONENT) | (d < -LARGEST_EXPONENT), 0.0, plain)
     loss = policy
@@ -105,7 +110,9 @@ def policy_kernel(
     _add_up(sums, h, 2, program, 8)
     _add_up(sums, kl, 3, program, 8)
     _add_up(sums, one * r, 4, program, 8)
-    _add_up(sums, tl.where(policy != policy, policy, tl.where(clipped, one, 0.0)), 5, program, 8)  # of a NaN nobody knows
+    _add_up(
+        sums, tl.where(policy != policy, policy, tl.where(clipped, one, 0.0)), 5, program, 8
+    )  # of a NaN nobody knows
     _add_up(sums, 0.5 * d * d, 6, program, 8)
     _add_up(sums, one, 7, program, 8)
     tl.store(slopes + i, w * slope, mask=i < N)
@@ -156,13 +163,22 @@ def value_kernel(
     tl.store(slopes + i, tl.where(broken, old, tl.where(clipped, 0.0, w * plain)), mask=i < N)
 
 
-def _launch(kernel: triton.JITFunction, tensors: list[Tensor | None], sums: Tensor, slopes: Tensor, *numbers: float, **flags) -> None:
+def _launch(
+    kernel: triton.JITFunction,
+    tensors: list[Tensor | None],
+    sums: Tensor,
+    slopes: Tensor,
+    *numbers: float,
+    **flags,
+) -> None:
     assert tensors[0] is not None
     N = tensors[0].numel()
     parts = sums.new_empty(triton.cdiv(N, BLOCK), len(sums))
     if N:
         with torch.cuda.device_of(slopes):  # Triton launches on the current device
-            kernel[(len(parts),)](*tensors, parts, slopes, N, *numbers, **flags, BLOCK=BLOCK, num_warps=NUM_WARPS)
+            kernel[(len(parts),)](
+                *tensors, parts, slopes, N, *numbers, **flags, BLOCK=BLOCK, num_warps=NUM_WARPS
+            )
     torch.sum(parts, 0, out=sums)
 
 
@@ -192,7 +208,21 @@ def policy_tokens(
 
 
 def value_tokens(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, scale: Tensor, clip: float, sums: Tensor, slopes: Tensor
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    clip: float,
+    sums: Tensor,
+    slopes: Tensor,
 ) -> None:
     """Fill sums [7] and slopes; see policy.value_op."""
-    _launch(value_kernel, [values, old_values, returns, mask, scale], sums, slopes, clip, SCALE_EACH=scale.numel() > 1)
+    _launch(
+        value_kernel,
+        [values, old_values, returns, mask, scale],
+        sums,
+        slopes,
+        clip,
+        SCALE_EACH=scale.numel() > 1,
+    )

@@ -1,10 +1,12 @@
-"""Losses of whole sequences: pairs (DPO and its kin), labelled completions (KTO), scores of a reward model (Bradley-Terry).
+"""Losses of whole sequences: pairs (DPO and its kin), labelled completions (KTO), scores of a reward model
+(Bradley-Terry).
 
-Inputs are log-probabilities [S], one a sequence: log pi(y|x) summed over the completion's tokens, in nats (`sum_by_sequence` of a head's
-logp). The formulas of pairs are pair_losses.py's, for a CPU and, compiled from the same source, for Triton (preference_triton.py); the
-specifications are in preference_ref.py. One pass gives losses, rewards and gradients; the backward pass scales the gradients by what
-arrives from upstream, so a second derivative is an error. Bytes: 4 S e read, 5 S e written; at S = 10 to 1000 the launches are the cost,
-and this is one.
+Inputs are log-probabilities [S], one a sequence: log pi(y|x) summed over the completion's tokens, in nats
+(`sum_by_sequence` of a head's logp). The formulas of pairs are pair_losses.py's, for a CPU and, compiled from
+the same source, for Triton (preference_triton.py); the specifications are in preference_ref.py. One pass
+gives losses, rewards and gradients; the backward pass scales the gradients by what arrives from upstream, so
+a second derivative is an error. Bytes: 4 S e read, 5 S e written; at S = 10 to 1000 the launches are the
+cost, and this is one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from .transforms import unwrapped
 
 
 class PreferenceLoss(NamedTuple):
-    """loss: a scalar, or [S] with reduction="none". chosen_rewards, rejected_rewards: [S], beta * log-ratio, without gradient."""
+    """loss: a scalar, or [S] with reduction="none". chosen_rewards, rejected_rewards: [S], beta * log-ratio,
+    without gradient."""
 
     loss: Tensor
     chosen_rewards: Tensor
@@ -40,7 +43,8 @@ class UnpairedLoss(NamedTuple):
 
 
 class RewardLoss(NamedTuple):
-    """Scalars: loss; without gradient, accuracy, the share of pairs whose chosen score is higher, and mean_margin of chosen - rejected."""
+    """Scalars: loss; without gradient, accuracy, the share of pairs whose chosen score is higher, and
+    mean_margin of chosen - rejected."""
 
     loss: Tensor
     accuracy: Tensor
@@ -79,7 +83,9 @@ def _pairs(
         c, r = c / n_c, r / n_r
     if reference_chosen is None:
         torch.mul(torch.stack([c, r]), beta, out=rewards)
-    value, d_c, d_r = PAIR_LOSSES[loss].formula(c - offset, r, losses.new_full((), beta), losses.new_full((), label_smoothing))
+    value, d_c, d_r = PAIR_LOSSES[loss].formula(
+        c - offset, r, losses.new_full((), beta), losses.new_full((), label_smoothing)
+    )
     if rejected_lengths is not None:
         d_c, d_r = d_c / n_c, d_r / n_r
     losses.copy_(value - nll * own / n_c if nll else value)  # 0 * -inf is NaN
@@ -109,7 +115,13 @@ def _unpaired(
 
 
 def _scores(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center: float, losses: Tensor, metrics: Tensor, slopes: Tensor
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None,
+    center: float,
+    losses: Tensor,
+    metrics: Tensor,
+    slopes: Tensor,
 ) -> None:
     c, r = chosen.to(losses), rejected.to(losses)
     x = c - r if margin is None else c - r - margin.to(losses)
@@ -132,7 +144,8 @@ def _implementation(losses: Tensor) -> Any:
 
 
 def _outputs(rows: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """losses [S], rewards or metrics [rows, S], slopes = d loss / d each differentiable input [rows, S]: fp32, fp64 if any input is."""
+    """losses [S], rewards or metrics [rows, S], slopes = d loss / d each differentiable input [rows, S]:
+    fp32, fp64 if any input is."""
     given = [x for x in tensors if x is not None]
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
     S = given[0].shape[0]
@@ -153,13 +166,17 @@ def pairs_op(
     offset: float,
     nll: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """losses, rewards, slopes of PAIR_LOSSES[loss] at (c - offset, r), plus nll * the chosen completion's own NLL.
+    """losses, rewards, slopes of PAIR_LOSSES[loss] at (c - offset, r), plus nll * the chosen completion's own
+    NLL.
 
-    rejected_lengths: log-ratios are divided by their lengths. chosen_lengths divides the NLL, with or without them.
+    rejected_lengths: log-ratios are divided by their lengths. chosen_lengths divides the NLL, with or without
+    them.
     """
     tensors = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     out = _outputs(2, *tensors)
-    _implementation(out[0]).pairs(*tensors, chosen_lengths, rejected_lengths, loss, beta, label_smoothing, offset, nll, *out)
+    _implementation(out[0]).pairs(
+        *tensors, chosen_lengths, rejected_lengths, loss, beta, label_smoothing, offset, nll, *out
+    )
     return out
 
 
@@ -175,12 +192,16 @@ def unpaired_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """losses, rewards, slopes of weight * s(-x), x = +-beta (policy - reference - kl)."""
     out = _outputs(1, policy, reference)
-    _implementation(out[0]).unpaired(policy, reference, desirable, kl, beta, desirable_weight, undesirable_weight, *out)
+    _implementation(out[0]).unpaired(
+        policy, reference, desirable, kl, beta, desirable_weight, undesirable_weight, *out
+    )
     return out
 
 
 @torch.library.custom_op("fastalign::preference_scores", mutates_args=())
-def scores_op(chosen: Tensor, rejected: Tensor, margin: Tensor | None, center: float) -> tuple[Tensor, Tensor, Tensor]:
+def scores_op(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """losses, metrics (right, margin), slopes of the Bradley-Terry loss."""
     out = _outputs(2, chosen, rejected, margin)
     _implementation(out[0]).scores(chosen, rejected, margin, center, *out)
@@ -207,7 +228,11 @@ def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> In
     return *(row.to(x.dtype) for row, x in zip(grad * slopes, inputs)), *[None] * ctx.constants
 
 
-for _op, _losses in ((pairs_op, "dpo_loss, simpo_loss, orpo_loss or cpo_loss"), (unpaired_op, "kto_loss"), (scores_op, "reward_loss")):
+for _op, _losses in (
+    (pairs_op, "dpo_loss, simpo_loss, orpo_loss or cpo_loss"),
+    (unpaired_op, "kto_loss"),
+    (scores_op, "reward_loss"),
+):
     _op.register_autograd(first_order(_losses, _backward), setup_context=_setup)
 
 
@@ -224,9 +249,11 @@ def dpo_loss(
     rejected_lengths: Tensor | None = None,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """Direct preference optimisation of S pairs in one of the forms of `PAIR_LOSSES`, whose functions give formula and paper.
+    """Direct preference optimisation of S pairs in one of the forms of `PAIR_LOSSES`, whose functions give
+    formula and paper.
 
-    The default is -log sigmoid(beta (c - r)), c and r the log-ratios policy - reference of chosen and rejected; ln 2 at the first step.
+    The default is -log sigmoid(beta (c - r)), c and r the log-ratios policy - reference of chosen and
+    rejected; ln 2 at the first step.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: [S] fp32, bf16, fp16 or fp64, summed over the completion's tokens, nats. Differentiable.
@@ -239,14 +266,15 @@ def dpo_loss(
             needs them, ipo takes them: log-ratios are then means over tokens, and beta is in these units. Refused elsewhere.
         reduction: "mean" over pairs, "sum" or "none".
 
-    Returns:
-        The loss, and the rewards beta * (policy - reference), sums over tokens for every loss_type. fp32; fp64 if an input is.
+    Returns: The loss, and the rewards beta * (policy - reference), sums over tokens for every loss_type.
+        fp32; fp64 if an input is.
 
-    Differences from TRL 1.16: label_smoothing works with sigmoid and sigmoid_norm, where TRL ignores it without a word, and is refused
-    where it has no meaning. ipo without lengths is the paper's sum over tokens; TRL always takes the mean: give lengths. discopop's tau is
-    0.05, the paper's and TRL's default. No f-divergences, aot, sft or weighted mixtures (losses add up outside).
-    bco_pair has delta = 0 as in TRL and Liger, so a pair's loss does not depend on its batch; the paper subtracts a running mean delta of
-    the rewards: add delta / beta to both references (the rewards returned are then less by delta).
+    Differences from TRL 1.16: label_smoothing works with sigmoid and sigmoid_norm, where TRL ignores it
+    without a word, and is refused where it has no meaning. ipo without lengths is the paper's sum over
+    tokens; TRL always takes the mean: give lengths. discopop's tau is 0.05, the paper's and TRL's default. No
+    f-divergences, aot, sft or weighted mixtures (losses add up outside). bco_pair has delta = 0 as in TRL and
+    Liger, so a pair's loss does not depend on its batch; the paper subtracts a running mean delta of the
+    rewards: add delta / beta to both references (the rewards returned are then less by delta).
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
@@ -261,8 +289,12 @@ def dpo_loss(
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     for name, value in lengths.items():
         if value is not None and PAIR_LOSSES[loss_type].lengths == "refused":
-            raise ValueError(f"{name}: given with loss_type={loss_type!r}, which takes sums over tokens; None wanted")
-        if value is None and (PAIR_LOSSES[loss_type].lengths == "needed" or any(x is not None for x in lengths.values())):
+            raise ValueError(
+                f"{name}: given with loss_type={loss_type!r}, which takes sums over tokens; None wanted"
+            )
+        if value is None and (
+            PAIR_LOSSES[loss_type].lengths == "needed" or any(x is not None for x in lengths.values())
+        ):
             raise ValueError(f"{name}: None seen with loss_type={loss_type!r}, both lengths [S] wanted")
     return _preference(logps, lengths, loss_type, beta, label_smoothing, reduction)
 
@@ -279,26 +311,31 @@ def simpo_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """SimPO (2405.14734, eq. 6): -log sigmoid(beta (c - r) - gamma), c and r the mean log-prob of a token of chosen and rejected.
+    """SimPO (2405.14734, eq. 6): -log sigmoid(beta (c - r) - gamma), c and r the mean log-prob of a token of
+    chosen and rejected.
 
-    Args:
-        policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`.
-        chosen_lengths, rejected_lengths: [S] int64 or int32, tokens of each completion (0 counts as 1).
-        beta, gamma: scale > 0 and target margin; gamma / beta = 0.5 and beta = 2 are the paper's starting point.
-        alpha: adds alpha * (-c), the chosen completion's NLL a token (CPO-SimPO).
-        label_smoothing: [0, 0.5), as in cDPO.
+    Args: policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`. chosen_lengths,
+        rejected_lengths: [S] int64 or int32, tokens of each completion (0 counts as 1). beta, gamma: scale >
+        0 and target margin; gamma / beta = 0.5 and beta = 2 are the paper's starting point. alpha: adds alpha
+        * (-c), the chosen completion's NLL a token (CPO-SimPO). label_smoothing: [0, 0.5), as in cDPO.
 
     Returns:
         The loss, and the rewards beta * c and beta * r.
 
-    Differences from TRL 1.16 (CPOTrainer) and Liger: they default to beta 0.1 and gamma 0.5. Their NLL is a mean over the batch's tokens,
-    this one's a mean over pairs of means over tokens, so that micro-batches of pairs average to the batch.
+    Differences from TRL 1.16 (CPOTrainer) and Liger: they default to beta 0.1 and gamma 0.5. Their NLL is a
+    mean over the batch's tokens, this one's a mean over pairs of means over tokens, so that micro-batches of
+    pairs average to the batch.
     """
     _need_lengths(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
-    lengths: dict[str, Tensor | None] = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    lengths: dict[str, Tensor | None] = {
+        "chosen_lengths": chosen_lengths,
+        "rejected_lengths": rejected_lengths,
+    }
     offset = _check.number("gamma / beta", _check.number("gamma", gamma) / _check.above_zero("beta", beta))
-    return _preference(logps, lengths, "sigmoid", beta, label_smoothing, reduction, offset=offset, alpha=alpha)
+    return _preference(
+        logps, lengths, "sigmoid", beta, label_smoothing, reduction, offset=offset, alpha=alpha
+    )
 
 
 def orpo_loss(
@@ -311,8 +348,8 @@ def orpo_loss(
     alpha: float = 1.0,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """ORPO (2403.07691, eq. 6): -alpha c - beta log sigmoid(log odds(c) - log odds(r)), c and r mean log-probs of a token,
-    log odds(c) = c - log(1 - e^c).
+    """ORPO (2403.07691, eq. 6): -alpha c - beta log sigmoid(log odds(c) - log odds(r)), c and r mean
+    log-probs of a token, log odds(c) = c - log(1 - e^c).
 
     Args:
         policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`.
@@ -323,12 +360,16 @@ def orpo_loss(
     Returns:
         The loss, and the rewards beta * c and beta * r.
 
-    Differences from TRL 1.16: its NLL covers the prompt's tokens too and is a mean over the batch's tokens. Means above -1e-6 (p = 1 to
-    rounding, where the odds are infinite) count as -1e-6 in the odds and in the slope of the odds; TRL has inf and NaN there.
+    Differences from TRL 1.16: its NLL covers the prompt's tokens too and is a mean over the batch's tokens.
+    Means above -1e-6 (p = 1 to rounding, where the odds are infinite) count as -1e-6 in the odds and in the
+    slope of the odds; TRL has inf and NaN there.
     """
     _need_lengths(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
-    lengths: dict[str, Tensor | None] = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
+    lengths: dict[str, Tensor | None] = {
+        "chosen_lengths": chosen_lengths,
+        "rejected_lengths": rejected_lengths,
+    }
     return _preference(logps, lengths, "odds_ratio", beta, 0.0, reduction, alpha=alpha)
 
 
@@ -342,20 +383,20 @@ def cpo_loss(
     chosen_lengths: Tensor | None = None,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """CPO (2401.08417, eq. 5): -log sigmoid(beta (c - r)) - alpha c, c and r the summed log-probs of chosen and rejected.
+    """CPO (2401.08417, eq. 5): -log sigmoid(beta (c - r)) - alpha c, c and r the summed log-probs of chosen
+    and rejected.
 
-    Args:
-        policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`.
-        beta: scale, > 0.
-        alpha: weight of the chosen completion's NLL, >= 0; 1 in the paper.
-        label_smoothing: [0, 0.5), as in cDPO.
-        chosen_lengths: [S] int64 or int32; given, the NLL (and it alone) is a mean over the completion's tokens.
+    Args: policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`. beta: scale, >
+        0. alpha: weight of the chosen completion's NLL, >= 0; 1 in the paper. label_smoothing: [0, 0.5), as
+        in cDPO. chosen_lengths: [S] int64 or int32; given, the NLL (and it alone) is a mean over the
+        completion's tokens.
 
     Returns:
         The loss, and the rewards beta * c and beta * r.
 
-    Differences from TRL 1.16: without chosen_lengths the NLL is the paper's sum over tokens; TRL's is a mean over the batch's tokens,
-    prompts included. CPO's hinge and ipo are `dpo_loss` with zeros for references; AlphaPO is not there.
+    Differences from TRL 1.16: without chosen_lengths the NLL is the paper's sum over tokens; TRL's is a mean
+    over the batch's tokens, prompts included. CPO's hinge and ipo are `dpo_loss` with zeros for references;
+    AlphaPO is not there.
     """
     logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": None}
@@ -374,8 +415,8 @@ def kto_loss(
     loss_type: str = "kto",
     reduction: str = "mean",
 ) -> UnpairedLoss:
-    """KTO (2402.01306, eq. 8) of S labelled completions: weight * (1 - sigmoid(x)); x = beta (policy - reference - kl) where desirable and
-    minus that elsewhere. 1/2 at the first step with weights of 1.
+    """KTO (2402.01306, eq. 8) of S labelled completions: weight * (1 - sigmoid(x)); x = beta (policy -
+    reference - kl) where desirable and minus that elsewhere. 1/2 at the first step with weights of 1.
 
     Args:
         policy_logps, reference_logps: [S], summed over the completion's tokens, nats, as in `dpo_loss`; the policy's is differentiable.
@@ -395,7 +436,9 @@ def kto_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
-    beta, desirable_weight, undesirable_weight = unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
+    beta, desirable_weight, undesirable_weight = unpaired_options(
+        loss_type, beta, desirable_weight, undesirable_weight
+    )
     _check.choice("reduction", reduction, ("mean", "sum", "none"))
     _check.tensor("desirable", desirable)
     _check.optional_tensors(kl=kl)
@@ -412,23 +455,35 @@ def kto_loss(
         _check.device("kl", kl, "policy_logps", policy_logps)
         _check_least_zero("kl", kl)
     losses, rewards, _ = unpaired_op(
-        policy_logps.reshape(-1), reference_logps.reshape(-1), desirable.reshape(-1), kl, beta, desirable_weight, undesirable_weight
+        policy_logps.reshape(-1),
+        reference_logps.reshape(-1),
+        desirable.reshape(-1),
+        kl,
+        beta,
+        desirable_weight,
+        undesirable_weight,
     )
-    return UnpairedLoss(reduce_losses(losses, reduction, policy_logps.shape), rewards[0].view(policy_logps.shape))
+    return UnpairedLoss(
+        reduce_losses(losses, reduction, policy_logps.shape), rewards[0].view(policy_logps.shape)
+    )
 
 
 @torch.no_grad()
 def kto_kl(
-    policy_mismatched_logps: Tensor, reference_mismatched_logps: Tensor, *, group: torch.distributed.ProcessGroup | None = None
+    policy_mismatched_logps: Tensor,
+    reference_mismatched_logps: Tensor,
+    *,
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """KTO's point of reference (2402.01306, section 4.1): max(0, mean(policy - reference)) over completions paired with others' prompts.
+    """KTO's point of reference (2402.01306, section 4.1): max(0, mean(policy - reference)) over completions
+    paired with others' prompts.
 
-    Args:
-        policy_mismatched_logps, reference_mismatched_logps: [S], summed over the completion's tokens, nats.
-        group: the mean is over the sequences of all its ranks, of which some may have none; every rank must call. None: this process's.
+    Args: policy_mismatched_logps, reference_mismatched_logps: [S], summed over the completion's tokens, nats.
+        group: the mean is over the sequences of all its ranks, of which some may have none; every rank must
+        call. None: this process's.
 
-    Returns:
-        A scalar without gradient, fp32; fp64 if an input is. NaN where no rank has a sequence. The host waits for nothing.
+    Returns: A scalar without gradient, fp32; fp64 if an input is. NaN where no rank has a sequence. The host
+        waits for nothing.
 
     Differences from TRL 1.16: it averages the ranks' means, whatever their numbers of sequences.
 
@@ -436,31 +491,45 @@ def kto_kl(
         ValueError: an argument of the wrong shape, dtype or device.
     """
     _check.process_group(group)
-    _check_sequences({"policy_mismatched_logps": policy_mismatched_logps, "reference_mismatched_logps": reference_mismatched_logps})
+    _check_sequences(
+        {
+            "policy_mismatched_logps": policy_mismatched_logps,
+            "reference_mismatched_logps": reference_mismatched_logps,
+        }
+    )
     # In fp64: counts are exact, and a sum of many sequences of -10^4 nats loses nothing.
     total = (policy_mismatched_logps.double() - reference_mismatched_logps.double()).sum()
     sums = torch.stack([total, torch.full_like(total, policy_mismatched_logps.numel())])
     if group is not None:
         torch.distributed.all_reduce(sums, group=group)
     kl = (sums[0] / sums[1]).clamp(min=0)
-    return kl.to(accumulator_dtype(torch.promote_types(policy_mismatched_logps.dtype, reference_mismatched_logps.dtype)))
+    return kl.to(
+        accumulator_dtype(
+            torch.promote_types(policy_mismatched_logps.dtype, reference_mismatched_logps.dtype)
+        )
+    )
 
 
 def reward_loss(
-    chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None, *, center_coefficient: float = 0.0
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    margin: Tensor | None = None,
+    *,
+    center_coefficient: float = 0.0,
 ) -> RewardLoss:
-    """Bradley-Terry loss of a reward model: mean(-log sigmoid(chosen - rejected - margin) + center_coefficient (chosen + rejected)^2).
+    """Bradley-Terry loss of a reward model: mean(-log sigmoid(chosen - rejected - margin) +
+    center_coefficient (chosen + rejected)^2).
 
     ln 2 for a head of zeros. margin: Llama 2 (2307.09288, eq. 2); centring: Eisenstein et al. (2312.09244).
 
-    Args:
-        chosen_scores, rejected_scores: [S] fp32, bf16, fp16 or fp64. Differentiable.
-        margin: [S], by how much each pair's chosen score is asked to be the higher; never given a gradient.
-        center_coefficient: >= 0; draws the scores, of which the first term sees differences only, towards a mean of 0 (TRL suggests 0.01).
+    Args: chosen_scores, rejected_scores: [S] fp32, bf16, fp16 or fp64. Differentiable. margin: [S], by how
+        much each pair's chosen score is asked to be the higher; never given a gradient. center_coefficient:
+        >= 0; draws the scores, of which the first term sees differences only, towards a mean of 0 (TRL
+        suggests 0.01).
 
-    Returns:
-        The loss; accuracy, the share of pairs with chosen > rejected (a tie is wrong, a NaN among the scores makes it NaN); mean_margin of
-        chosen - rejected. fp32; fp64 if an input is. NaN where S = 0. Same values as TRL 1.16's RewardTrainer.
+    Returns: The loss; accuracy, the share of pairs with chosen > rejected (a tie is wrong, a NaN among the
+        scores makes it NaN); mean_margin of chosen - rejected. fp32; fp64 if an input is. NaN where S = 0.
+        Same values as TRL 1.16's RewardTrainer.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
@@ -469,7 +538,9 @@ def reward_loss(
     scores = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores}
     _check_sequences(scores if margin is None else scores | {"margin": margin})
     asked = None if margin is None else margin.reshape(-1)
-    losses, metrics, _ = scores_op(chosen_scores.reshape(-1), rejected_scores.reshape(-1), asked, center_coefficient)
+    losses, metrics, _ = scores_op(
+        chosen_scores.reshape(-1), rejected_scores.reshape(-1), asked, center_coefficient
+    )
     accuracy, mean_margin = metrics.mean(1).unbind()
     return RewardLoss(losses.mean(), accuracy, mean_margin)
 
@@ -484,7 +555,8 @@ def _preference(
     offset: float = 0.0,
     alpha: float = 0.0,
 ) -> PreferenceLoss:
-    """Check what all losses of pairs share, and run them. logps: policy's chosen and rejected, and the reference's where there is one."""
+    """Check what all losses of pairs share, and run them. logps: policy's chosen and rejected, and the
+    reference's where there is one."""
     _check.choice("reduction", reduction, ("mean", "sum", "none"))
     beta, label_smoothing = _pair_numbers(loss_type, beta, label_smoothing)
     alpha = _check.at_least_zero("alpha", alpha)
@@ -498,9 +570,13 @@ def _preference(
     flat = [x.reshape(-1) for x in logps.values()]
     flat_lengths = [None if x is None else x.reshape(-1) for x in lengths.values()]
     references = flat[2:] if len(flat) == 4 else (None, None)
-    losses, rewards, _ = pairs_op(*flat[:2], *references, *flat_lengths, loss_type, beta, label_smoothing, offset, alpha)
+    losses, rewards, _ = pairs_op(
+        *flat[:2], *references, *flat_lengths, loss_type, beta, label_smoothing, offset, alpha
+    )
     chosen, rejected = rewards.unbind()
-    return PreferenceLoss(reduce_losses(losses, reduction, like.shape), chosen.view(like.shape), rejected.view(like.shape))
+    return PreferenceLoss(
+        reduce_losses(losses, reduction, like.shape), chosen.view(like.shape), rejected.view(like.shape)
+    )
 
 
 def pair_options(loss_type: str, beta: float, label_smoothing: float) -> tuple[float, float]:
@@ -514,11 +590,15 @@ def _pair_numbers(loss_type: str, beta: float, label_smoothing: float) -> tuple[
     label_smoothing = _check.number("label_smoothing", label_smoothing)
     wanted = PAIR_LOSSES[loss_type].smoothing
     if not SMOOTHING[wanted](label_smoothing):
-        raise ValueError(f"label_smoothing: {label_smoothing} seen with loss_type={loss_type!r}, {wanted} wanted")
+        raise ValueError(
+            f"label_smoothing: {label_smoothing} seen with loss_type={loss_type!r}, {wanted} wanted"
+        )
     return beta, label_smoothing
 
 
-def unpaired_options(loss_type: str, beta: float, desirable_weight: float, undesirable_weight: float) -> tuple[float, float, float]:
+def unpaired_options(
+    loss_type: str, beta: float, desirable_weight: float, undesirable_weight: float
+) -> tuple[float, float, float]:
     """Check the options of `kto_loss`: its numbers as floats."""
     _check.choice("loss_type", loss_type, KTO_LOSS_TYPES)
     return (
@@ -548,7 +628,9 @@ def _check_sequences(tensors: dict[str, Tensor]) -> None:
         _check_like(name, tensor, _check.FLOATS, first, like)
 
 
-def _check_like(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], like_name: str, like: Tensor) -> None:
+def _check_like(
+    name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], like_name: str, like: Tensor
+) -> None:
     _check.dtype(name, tensor, allowed)
     _check.shape(name, tensor, tuple(like.shape), f"the shape of {like_name}")
     _check.device(name, tensor, like_name, like)

@@ -1,4 +1,5 @@
-"""The specifications of preference.py: the formulas as the papers have them, plain PyTorch that autograd differentiates, valid in fp64."""
+"""The specifications of preference.py: the formulas as the papers have them, plain PyTorch that autograd
+differentiates, valid in fp64."""
 
 from __future__ import annotations
 
@@ -38,11 +39,17 @@ def dpo_loss_ref(
 ) -> PreferenceLoss:
     """The specification of `dpo_loss`."""
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = _widened(
-        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps.detach(), reference_rejected_logps.detach()
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps.detach(),
+        reference_rejected_logps.detach(),
     )
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
     rewards = (beta * chosen).detach(), (beta * rejected).detach()
-    chosen, rejected = _mean_over_tokens(chosen, chosen_lengths), _mean_over_tokens(rejected, rejected_lengths)
+    chosen, rejected = (
+        _mean_over_tokens(chosen, chosen_lengths),
+        _mean_over_tokens(rejected, rejected_lengths),
+    )
     x, e = beta * (chosen - rejected), label_smoothing
     if loss_type in ("sigmoid", "sigmoid_norm"):
         loss = _smoothed(x, e)
@@ -57,7 +64,11 @@ def dpo_loss_ref(
         right, flipped = torch.tensor([1 - e, e], dtype=x.dtype, device=x.device).log()
         loss = log_q.exp() * (log_q - right) + log_p.exp() * (log_p - flipped)
     elif loss_type == "nca_pair":
-        loss = -F.logsigmoid(beta * chosen) - 0.5 * F.logsigmoid(-beta * chosen) - 0.5 * F.logsigmoid(-beta * rejected)
+        loss = (
+            -F.logsigmoid(beta * chosen)
+            - 0.5 * F.logsigmoid(-beta * chosen)
+            - 0.5 * F.logsigmoid(-beta * rejected)
+        )
     elif loss_type == "bco_pair":
         loss = -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
     elif loss_type == "sppo_hard":
@@ -88,9 +99,14 @@ def simpo_loss_ref(
 ) -> PreferenceLoss:
     """The specification of `simpo_loss`."""
     chosen, rejected = _widened(policy_chosen_logps, policy_rejected_logps)
-    chosen, rejected = _mean_over_tokens(chosen, chosen_lengths), _mean_over_tokens(rejected, rejected_lengths)
+    chosen, rejected = (
+        _mean_over_tokens(chosen, chosen_lengths),
+        _mean_over_tokens(rejected, rejected_lengths),
+    )
     loss = _smoothed(beta * (chosen - rejected) - gamma, label_smoothing) - alpha * chosen
-    return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach())
+    return PreferenceLoss(
+        reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach()
+    )
 
 
 def orpo_loss_ref(
@@ -106,13 +122,20 @@ def orpo_loss_ref(
     """The specification of `orpo_loss`."""
 
     def log_odds(logp: Tensor) -> Tensor:
-        logp = torch.where(logp > -1e-6, logp + (-1e-6 - logp).detach(), logp)  # by a sum alone, -inf would be NaN
+        logp = torch.where(
+            logp > -1e-6, logp + (-1e-6 - logp).detach(), logp
+        )  # by a sum alone, -inf would be NaN
         return logp - torch.log(-torch.expm1(logp))
 
     chosen, rejected = _widened(policy_chosen_logps, policy_rejected_logps)
-    chosen, rejected = _mean_over_tokens(chosen, chosen_lengths), _mean_over_tokens(rejected, rejected_lengths)
+    chosen, rejected = (
+        _mean_over_tokens(chosen, chosen_lengths),
+        _mean_over_tokens(rejected, rejected_lengths),
+    )
     loss = -beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected)) - alpha * chosen
-    return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach())
+    return PreferenceLoss(
+        reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach()
+    )
 
 
 def cpo_loss_ref(
@@ -127,8 +150,12 @@ def cpo_loss_ref(
 ) -> PreferenceLoss:
     """The specification of `cpo_loss`."""
     chosen, rejected = _widened(policy_chosen_logps, policy_rejected_logps)
-    loss = _smoothed(beta * (chosen - rejected), label_smoothing) - alpha * _mean_over_tokens(chosen, chosen_lengths)
-    return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach())
+    loss = _smoothed(beta * (chosen - rejected), label_smoothing) - alpha * _mean_over_tokens(
+        chosen, chosen_lengths
+    )
+    return PreferenceLoss(
+        reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach()
+    )
 
 
 def kto_loss_ref(
@@ -154,7 +181,11 @@ def kto_loss_ref(
 
 
 def reward_loss_ref(
-    chosen_scores: Tensor, rejected_scores: Tensor, margin: Tensor | None = None, *, center_coefficient: float = 0.0
+    chosen_scores: Tensor,
+    rejected_scores: Tensor,
+    margin: Tensor | None = None,
+    *,
+    center_coefficient: float = 0.0,
 ) -> RewardLoss:
     """The specification of `reward_loss`."""
     asked = torch.zeros_like(chosen_scores) if margin is None else margin.detach()

@@ -1,7 +1,8 @@
-"""The kernels of preference.py in Triton: one sequence, or pair, a lane. The formulas are pair_losses.py's own functions, compiled here.
+"""The kernels of preference.py in Triton: one sequence, or pair, a lane. The formulas are pair_losses.py's
+own functions, compiled here.
 
-A formula's source is written once: `_compiled` gives it Triton's meaning of the names it calls. Inputs are contiguous vectors of any
-float type; outputs fp32. Latency, not bandwidth: S = 1000 pairs are 36 KB.
+A formula's source is written once: `_compiled` gives it Triton's meaning of the names it calls. Inputs are
+contiguous vectors of any float type; outputs fp32. Latency, not bandwidth: S = 1000 pairs are 36 KB.
 """
 
 from __future__ import annotations
@@ -147,7 +148,9 @@ def unpaired_kernel(
     beta = as_scalar(beta, tl.float32)
     desirable_weight = as_scalar(desirable_weight, tl.float32)
     undesirable_weight = as_scalar(undesirable_weight, tl.float32)
-    ratio = tl.load(policy + i, mask=inside, other=0.0).to(tl.float32) - tl.load(reference + i, mask=inside, other=0.0).to(tl.float32)
+    ratio = tl.load(policy + i, mask=inside, other=0.0).to(tl.float32) - tl.load(
+        reference + i, mask=inside, other=0.0
+    ).to(tl.float32)
     good = tl.load(desirable + i, mask=inside, other=0) != 0
     tl.store(rewards + i, beta * ratio, mask=inside)
     if HAS_KL:
@@ -188,13 +191,22 @@ def scores_kernel(
     tl.store(slopes + S + i, 2.0 * center * total + tl.sigmoid(-x), mask=inside)
 
 
-def _launch(kernel: triton.JITFunction, losses: Tensor, tensors: list[Tensor | None], outputs: list[Tensor], *arguments, **flags) -> None:
+def _launch(
+    kernel: triton.JITFunction,
+    losses: Tensor,
+    tensors: list[Tensor | None],
+    outputs: list[Tensor],
+    *arguments,
+    **flags,
+) -> None:
     S = losses.shape[0]
     if S == 0:
         return
     inputs = [None if x is None else x.contiguous() for x in tensors]
     with torch.cuda.device_of(losses):  # Triton launches on the current device
-        kernel[(triton.cdiv(S, BLOCK),)](*inputs, *outputs, S, *arguments, **flags, BLOCK=BLOCK, num_warps=NUM_WARPS)
+        kernel[(triton.cdiv(S, BLOCK),)](
+            *inputs, *outputs, S, *arguments, **flags, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
 
 
 def pairs(
@@ -214,7 +226,14 @@ def pairs(
     slopes: Tensor,
 ) -> None:
     """Fill losses [S], rewards [2, S], slopes [2, S]; see preference.pairs_op."""
-    tensors = [policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_lengths, rejected_lengths]
+    tensors = [
+        policy_chosen,
+        policy_rejected,
+        reference_chosen,
+        reference_rejected,
+        chosen_lengths,
+        rejected_lengths,
+    ]
     _launch(
         pairs_kernel, losses, tensors, [losses, rewards, slopes], beta, label_smoothing, offset, nll, FORMULA=FORMULAS[loss],
         HAS_REFERENCE=reference_chosen is not None, HAS_CHOSEN_LENGTHS=chosen_lengths is not None,
@@ -237,9 +256,33 @@ def unpaired(
     """Fill losses [S], rewards [1, S], slopes [1, S]; see preference.unpaired_op."""
     outputs = [losses, rewards, slopes]
     flags = {"HAS_KL": kl is not None}
-    _launch(unpaired_kernel, losses, [policy, reference, desirable, kl], outputs, beta, desirable_weight, undesirable_weight, **flags)
+    _launch(
+        unpaired_kernel,
+        losses,
+        [policy, reference, desirable, kl],
+        outputs,
+        beta,
+        desirable_weight,
+        undesirable_weight,
+        **flags,
+    )
 
 
-def scores(chosen: Tensor, rejected: Tensor, margin: Tensor | None, center: float, losses: Tensor, metrics: Tensor, slopes: Tensor) -> None:
+def scores(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None,
+    center: float,
+    losses: Tensor,
+    metrics: Tensor,
+    slopes: Tensor,
+) -> None:
     """Fill losses [S], metrics [2, S], slopes [2, S]; see preference.scores_op."""
-    _launch(scores_kernel, losses, [chosen, rejected, margin], [losses, metrics, slopes], center, HAS_MARGIN=margin is not None)
+    _launch(
+        scores_kernel,
+        losses,
+        [chosen, rejected, margin],
+        [losses, metrics, slopes],
+        center,
+        HAS_MARGIN=margin is not None,
+    )

@@ -4,15 +4,17 @@ Each row x [V] of a block becomes z by the transform that API.md fixes,
 
     u = logit_scale * (x + bias),   c = softcap * tanh(u / softcap),   z = c / temperature,   P = softmax(z),
 
-and yields the seven numbers of `Stat` (nats). Every loss of this package is a function of them, and its gradient has the form
+and yields the seven numbers of `Stat` (nats). Every loss of this package is a function of them, and its
+gradient has the form
 
     dz[v] = onehot * [v == id] + P[v] * (prob + plogp * log P[v]) + uniform,   dx[v] = dz[v] * dz[v]/dx[v],
 
-so there is one statistics kernel and one gradient kernel; `coefficients` turns upstream gradients into the four numbers.
-A negative id marks an ignored row: it is not read, its statistics and its gradient are zero.
+so there is one statistics kernel and one gradient kernel; `coefficients` turns upstream gradients into the
+four numbers. A negative id marks an ignored row: it is not read, its statistics and its gradient are zero.
 
-Bytes: statistics read N*V*e; the gradient reads N*V*e and writes as much. Three implementations with the same arguments: Triton on a
-GPU, csrc/rows.h on a CPU, and the PyTorch reference below, which is the specification and serves where the native library is missing.
+Bytes: statistics read N*V*e; the gradient reads N*V*e and writes as much. Three implementations with the same
+arguments: Triton on a GPU, csrc/rows.h on a CPU, and the PyTorch reference below, which is the specification
+and serves where the native library is missing.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class Transform(NamedTuple):
 
 
 def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
-    """The gradient kernel's [4, N] (onehot, prob, plogp, uniform) for upstream gradients [7, N] of the statistics.
+    """The gradient kernel's [4, N] (onehot, prob, plogp, uniform) for upstream gradients [7, N] of the
+    statistics.
 
     d logp = onehot - P;  d mean_logp = 1/V - P;  d lse = P;  d entropy = -P (log P + entropy). MAX, LOGSUM and TOP1 carry no gradient.
     """
@@ -72,21 +75,30 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_stats(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
-    """Statistics [7, B*T] of logits [B, T, V] (unit stride over V) for ids [B*T] int64; bias [V] of the logits' dtype."""
+    """Statistics [7, B*T] of logits [B, T, V] (unit stride over V) for ids [B*T] int64; bias [V] of the
+    logits' dtype."""
     stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
     _implementation(logits).row_stats(logits, ids, bias, *transform, stats)
     return stats
 
 
 def row_grad(
-    logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, coefficients: Tensor, out: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    stats: Tensor,
+    coefficients: Tensor,
+    out: Tensor,
 ) -> None:
-    """Write d loss / d logits into out [B, T, V]: `logits` itself, or on a GPU also another tensor of a lower dtype."""
+    """Write d loss / d logits into out [B, T, V]: `logits` itself, or on a GPU also another tensor of a lower
+    dtype."""
     _implementation(logits).row_grad(logits, ids, bias, *transform, stats, coefficients, out)
 
 
 def traced(tensor: Tensor) -> bool:
-    """Whether a compiler is tracing: what is traced may not write to tensors that the forward graph saved for the backward graph."""
+    """Whether a compiler is tracing: what is traced may not write to tensors that the forward graph saved for
+    the backward graph."""
     return torch.compiler.is_compiling() or type(tensor) is not Tensor
 
 
@@ -118,7 +130,9 @@ def slope_ref(logits: Tensor, bias: Tensor | None, transform: Transform) -> Tens
     if not transform.softcap:
         return torch.full_like(x, transform.logit_scale / transform.temperature)
     u = (x if bias is None else x + bias) * (transform.logit_scale / transform.softcap)
-    t = (-2 * u.abs()).exp()  # 1 - tanh^2 = 4 t / (1 + t)^2: the difference would have no digits left where tanh is near 1
+    t = (
+        -2 * u.abs()
+    ).exp()  # 1 - tanh^2 = 4 t / (1 + t)^2: the difference would have no digits left where tanh is near 1
     return 4 * t / (1 + t) ** 2 * (transform.logit_scale / transform.temperature)
 
 
@@ -130,11 +144,28 @@ def row_stats_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: T
     logp = z - top[:, None] - logsum[:, None]
     at_id = z.gather(-1, ids.clamp(min=0)[:, None])[:, 0]
     entropy = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1)  # a masked logit counts 0 * -1e30, not 0 * -inf
-    stats = torch.stack([at_id - top - logsum, logp.mean(-1), entropy, top + logsum, top, logsum.detach(), (at_id == top).to(z.dtype)])
+    stats = torch.stack(
+        [
+            at_id - top - logsum,
+            logp.mean(-1),
+            entropy,
+            top + logsum,
+            top,
+            logsum.detach(),
+            (at_id == top).to(z.dtype),
+        ]
+    )
     return torch.where(ids >= 0, stats, torch.zeros_like(stats))
 
 
-def row_grad_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, coefficients: Tensor) -> Tensor:
+def row_grad_ref(
+    logits: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    stats: Tensor,
+    coefficients: Tensor,
+) -> Tensor:
     """The specification of `row_grad`: d loss / d logits [B, T, V] in the accumulator's dtype."""
     z = transform_ref(logits, bias, transform)
     per_row = (*logits.shape[:2], 1)
@@ -142,11 +173,19 @@ def row_grad_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Tr
     logp = z - stats[Stat.MAX].view(per_row) - stats[Stat.LOGSUM].view(per_row)
     grad = logp.exp() * (prob + plogp * logp.clamp(min=-1e30)) + uniform
     grad.scatter_add_(-1, ids.clamp(min=0).view(per_row), onehot)
-    return torch.where((ids >= 0).view(per_row), grad * slope_ref(logits, bias, transform), torch.zeros_like(grad))
+    return torch.where(
+        (ids >= 0).view(per_row), grad * slope_ref(logits, bias, transform), torch.zeros_like(grad)
+    )
 
 
 def _row_stats_reference(
-    logits: Tensor, ids: Tensor, bias: Tensor | None, logit_scale: float, softcap: float, temperature: float, stats: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    stats: Tensor,
 ) -> None:
     stats.copy_(row_stats_ref(logits, ids, bias, Transform(logit_scale, softcap, temperature)))
 
@@ -162,7 +201,9 @@ def _row_grad_reference(
     coefficients: Tensor,
     out: Tensor,
 ) -> None:
-    out.copy_(row_grad_ref(logits, ids, bias, Transform(logit_scale, softcap, temperature), stats, coefficients))
+    out.copy_(
+        row_grad_ref(logits, ids, bias, Transform(logit_scale, softcap, temperature), stats, coefficients)
+    )
 
 
 _reference = SimpleNamespace(row_stats=_row_stats_reference, row_grad=_row_grad_reference)

@@ -1,8 +1,9 @@
 """The row kernels of rows.py in Triton: one program a row, V in blocks, 64-bit row offsets.
 
-Bound by memory: at [8192, 151936] fp32 the statistics read 4.98 GB (1.5 ms at an H100's 3.35 TB/s, predicted), the gradient reads
-that and writes half of it in bf16. Each lane keeps a running maximum and sums relative to it (one exponential a logit) and the lanes
-meet once, after the loop: a reduction per block would stall the row at every block.
+Bound by memory: at [8192, 151936] fp32 the statistics read 4.98 GB (1.5 ms at an H100's 3.35 TB/s,
+predicted), the gradient reads that and writes half of it in bf16. Each lane keeps a running maximum and sums
+relative to it (one exponential a logit) and the lanes meet once, after the loop: a reduction per block would
+stall the row at every block.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from .options_triton import as_scalar
 
-# (BLOCK, warps) by kernel and compute capability. Measured on an H200 over fp32 [2048, 151936]: statistics read 2481 GB/s with (1024, 4),
-# where (2048, 4) reads 1668; the gradient moves 3160 GB/s with (2048, 4). The other architectures are taken to be alike. With 16 logits a
-# thread the statistics would spill on sm_100 under Triton 3.8. (4096, 16) moves the gradient at 3486 GB/s, but its bf16 variant with all
-# options spills on sm_90 and sm_100. `python -m bench.tune` times a grid on a GPU and prints the lines to paste.
+# (BLOCK, warps) by kernel and compute capability. Measured on an H200 over fp32 [2048, 151936]: statistics
+# read 2481 GB/s with (1024, 4), where (2048, 4) reads 1668; the gradient moves 3160 GB/s with (2048, 4). The
+# other architectures are taken to be alike. With 16 logits a thread the statistics would spill on sm_100
+# under Triton 3.8. (4096, 16) moves the gradient at 3486 GB/s, but its bf16 variant with all options spills
+# on sm_90 and sm_100. `python -m bench.tune` times a grid on a GPU and prints the lines to paste.
 LAUNCH = {
     "row_stats": {80: (1024, 4)},
     "row_grad": {80: (2048, 4)},
@@ -26,7 +28,8 @@ SHORTEST = 256  # of a block, in logits: two warps of 4 logits a thread
 
 
 def launch(kernel: str, sm: int, vocab: int) -> tuple[int, int]:
-    """(BLOCK, warps) for rows of `vocab` logits: the newest architecture's in LAUNCH up to `sm`, less for a row shorter than a block."""
+    """(BLOCK, warps) for rows of `vocab` logits: the newest architecture's in LAUNCH up to `sm`, less for a
+    row shorter than a block."""
     table = LAUNCH[kernel]
     block, warps = table[max((known for known in table if known <= sm), default=min(table))]
     short = max(SHORTEST, triton.next_power_of_2(vocab))
@@ -35,13 +38,17 @@ def launch(kernel: str, sm: int, vocab: int) -> tuple[int, int]:
 
 @triton.jit
 def _tanh(x):
-    """tanh and its derivative. With t = e^-2|x|: tanh |x| = 1 - 2 t / (1 + t), by its Taylor series below 0.25, where that cancels.
+    """tanh and its derivative. With t = e^-2|x|: tanh |x| = 1 - 2 t / (1 + t), by its Taylor series below
+    0.25, where that cancels.
 
-    The derivative is 4 t / (1 + t)^2. (1 - h)(1 + h) of a rounded h near 1 would have no digits left: at |x| = 6 it is off by 0.5 %.
+    The derivative is 4 t / (1 + t)^2. (1 - h)(1 + h) of a rounded h near 1 would have no digits left: at |x|
+    = 6 it is off by 0.5 %.
     """
     t = tl.exp(-2.0 * tl.abs(x))
     s = x * x
-    near = x + x * s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835 + s * (-1382.0 / 155925)))))
+    near = x + x * s * (
+        -1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835 + s * (-1382.0 / 155925))))
+    )
     far = 1.0 - 2.0 * t / (1.0 + t)
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far)), 4.0 * t / ((1.0 + t) * (1.0 + t))
 
@@ -87,7 +94,9 @@ def row_stats_kernel(
     if id >= 0:
         row = logits + n // T * batch_stride + n % T * time_stride
         columns = tl.arange(0, BLOCK)
-        top = tl.full([BLOCK], -1e30, dtype)  # finite, so that a lane of masked logits stays free of inf - inf
+        top = tl.full(
+            [BLOCK], -1e30, dtype
+        )  # finite, so that a lane of masked logits stays free of inf - inf
         total = tl.zeros([BLOCK], dtype)
         sum = tl.zeros([BLOCK], dtype)  # sum e^(z - top)
         weighted = tl.zeros([BLOCK], dtype)  # sum (z - top) e^(z - top)
@@ -110,7 +119,8 @@ def row_stats_kernel(
         row_top = tl.max(top, 0)
         shift = top - row_top
         scale = tl.exp(shift)
-        # In fp64: fp32 would round a confident row's 1 + 8e-7 at every level, and log(sum), all that is left of its loss, to half.
+        # In fp64: fp32 would round a confident row's 1 + 8e-7 at every level, and log(sum), all that is left
+        # of its loss, to half.
         row_weighted = tl.sum((scale * (weighted + shift * sum)).to(tl.float64), 0)
         row_sum = tl.sum((scale * sum).to(tl.float64), 0)
         logsum = tl.log(row_sum).to(dtype)
@@ -186,13 +196,17 @@ def row_grad_kernel(
             tl.store(out_row + begin + columns, dz, mask=inside)
     else:
         for begin in range(0, V, BLOCK):
-            tl.store(out_row + begin + columns, tl.zeros([BLOCK], stats.dtype.element_ty), mask=begin + columns < V)
+            tl.store(
+                out_row + begin + columns, tl.zeros([BLOCK], stats.dtype.element_ty), mask=begin + columns < V
+            )
 
 
 def _flags(
     kernel: str, logits: Tensor, bias: Tensor | None, logit_scale: float, softcap: float, temperature: float
 ) -> dict[str, bool | int]:
-    major, minor = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)  # the interpreter runs on a CPU
+    major, minor = (
+        torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)
+    )  # the interpreter runs on a CPU
     block, warps = launch(kernel, 10 * major + minor, logits.shape[-1])
     return {
         "PLAIN": bias is None and logit_scale == 1 and softcap == 0 and temperature == 1,
@@ -204,7 +218,13 @@ def _flags(
 
 
 def row_stats(
-    logits: Tensor, ids: Tensor, bias: Tensor | None, logit_scale: float, softcap: float, temperature: float, stats: Tensor
+    logits: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    stats: Tensor,
 ) -> None:
     """Fill stats [7, B*T]; see rows.row_stats."""
     B, T, V = logits.shape

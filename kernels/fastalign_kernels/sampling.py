@@ -1,4 +1,5 @@
-"""Rollout sampling: one read of the logits gives the token and every log-probability that reinforcement learning asks of it.
+"""Rollout sampling: one read of the logits gives the token and every log-probability that reinforcement
+learning asks of it.
 
 Of a row x [V], in the order of transformers' warpers (nats throughout):
 
@@ -9,13 +10,15 @@ Of a row x [V], in the order of transformers' warpers (nats throughout):
     token ~ p over the kept, log_kept = log(sum of p over the kept), logp = log p[token] - log_kept,
     logp_raw = log softmax(x)[token], entropy = -sum softmax(x) log softmax(x)
 
-The draw is a race of exponentials on two levels: chunks of 256 ids race with their kept mass, then the winner's ids with their own:
-argmin E / mass with E ~ Exp(1) is a draw in proportion to mass. E = -log(1 - u), u from the 64 bits that Philox4x32-10 makes of
-(seed, sequence id, position, id or chunk), exact to 2^-64 near 0, where tail tokens win. So a token depends on its row's logits,
-sequence and position: not on the batch, the slot, the threads or the machine.
+The draw is a race of exponentials on two levels: chunks of 256 ids race with their kept mass, then the
+winner's ids with their own: argmin E / mass with E ~ Exp(1) is a draw in proportion to mass. E = -log(1 - u),
+u from the 64 bits that Philox4x32-10 makes of (seed, sequence id, position, id or chunk), exact to 2^-64 near
+0, where tail tokens win. So a token depends on its row's logits, sequence and position: not on the batch, the
+slot, the threads or the machine.
 
-csrc/sampling*.h is the native implementation, on a CPU and on CUDA bit for bit the same; `sample_ref` below is its specification in fp64,
-and serves where the native library is missing and for fp64 logits. Bytes: B V e for the logits (and V/8 a row and bit mask).
+csrc/sampling*.h is the native implementation, on a CPU and on CUDA bit for bit the same; `sample_ref` below
+is its specification in fp64, and serves where the native library is missing and for fp64 logits. Bytes: B V e
+for the logits (and V/8 a row and bit mask).
 """
 
 from __future__ import annotations
@@ -37,10 +40,12 @@ LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Sample(NamedTuple):
-    """token [B] int64; logp, log_kept, logp_raw, entropy [B] in nats; kept [B] int64, ids that the filters left; valid [B] bool.
+    """token [B] int64; logp, log_kept, logp_raw, entropy [B] in nats; kept [B] int64, ids that the filters
+    left; valid [B] bool.
 
-    A row that is not valid (NaN or +inf among its logits or after the penalty, or none of the allowed ones finite) has token pad_id or -1,
-    kept 0 and NaN elsewhere. A finished row has token pad_id or -1, zeros elsewhere, and is valid.
+    A row that is not valid (NaN or +inf among its logits or after the penalty, or none of the allowed ones
+    finite) has token pad_id or -1, kept 0 and NaN elsewhere. A finished row has token pad_id or -1, zeros
+    elsewhere, and is valid.
     """
 
     token: Tensor
@@ -87,25 +92,24 @@ def sample(
     pad_id: int | None = None,
     check: bool = False,
 ) -> Sample:
-    """Draw a token from each row of logits, with the log-probabilities of the draw; formulas at the top of this file.
+    """Draw a token from each row of logits, with the log-probabilities of the draw; formulas at the top of
+    this file.
 
-    Args:
-        logits: [B, V] fp32, bf16, fp16 (fp64 on a CPU), unit stride over V, any stride over B; V up to 2^20.
-        seed: 0 to 2^63 - 1. The same seed, sequence id, position and logits draw the same token.
+    Args: logits: [B, V] fp32, bf16, fp16 (fp64 on a CPU), unit stride over V, any stride over B; V up to
+        2^20. seed: 0 to 2^63 - 1. The same seed, sequence id, position and logits draw the same token.
         temperature: a number or [B]; 0 takes the largest logit (the lowest id of equal ones), with logp 0.
-        top_k, top_p, min_p: numbers or [B]; 0, 1 and 0 filter nothing.
-        sequence_ids, positions: [B] integers that key the noise; by default the row's number and 0. Positions in [0, 2^32).
-        repetition_penalty: a number or [B], for the ids that `seen` marks.
-        seen, allowed: int32 bit masks [B, ceil(V / 32)], id v being bit v % 32 of word v // 32.
-        finished: [B] bool: rows that are not read and whose token is pad_id.
-        pad_id: token of finished and of invalid rows; default -1.
-        check: raise for rows that are not valid, and on CUDA check the values of tensor options (both wait for the device).
+        top_k, top_p, min_p: numbers or [B]; 0, 1 and 0 filter nothing. sequence_ids, positions: [B] integers
+        that key the noise; by default the row's number and 0. Positions in [0, 2^32). repetition_penalty: a
+        number or [B], for the ids that `seen` marks. seen, allowed: int32 bit masks [B, ceil(V / 32)], id v
+        being bit v % 32 of word v // 32. finished: [B] bool: rows that are not read and whose token is
+        pad_id. pad_id: token of finished and of invalid rows; default -1. check: raise for rows that are not
+        valid, and on CUDA check the values of tensor options (both wait for the device).
 
     Returns:
         Sample. The token is int64; log-probabilities are fp32 (fp64 for fp64 logits). No gradient.
 
-    Raises:
-        ValueError: an argument of the wrong shape, dtype, device or range; with check, also rows that are not valid, by number.
+    Raises: ValueError: an argument of the wrong shape, dtype, device or range; with check, also rows that are
+        not valid, by number.
     """
     B, V = _check_logits(logits)
     seed = _check.whole("seed", seed, 0, expected="a whole number in [0, 2^63)")
@@ -149,7 +153,9 @@ def sample(
     table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
     found = _implementation(logits)(
         # contiguous() leaves an empty tensor's strides as they are
-        logits.detach() if logits.stride(-1) == 1 else logits.detach().clone(memory_format=torch.contiguous_format),
+        logits.detach()
+        if logits.stride(-1) == 1
+        else logits.detach().clone(memory_format=torch.contiguous_format),
         seed,
         table,
         *scalars,
@@ -164,7 +170,9 @@ def sample(
     logp, log_kept, logp_raw, entropy = logs.unbind()
     if check and not bool(valid.all()):
         rows = (~valid).nonzero()[:, 0].tolist()
-        raise ValueError(f"logits: NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first; finite logits wanted")
+        raise ValueError(
+            f"logits: NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first; finite logits wanted"
+        )
     return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid)
 
 
@@ -211,7 +219,12 @@ def _implementation(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tenso
     kind = logits.device.type
     if logits.dtype != torch.float64 and kind in native.samples_on:
         return torch.ops.fastalign.sample
-    if kind == "cuda" and logits.dtype != torch.float64 and not native.missing and not torch.compiler.is_compiling():
+    if (
+        kind == "cuda"
+        and logits.dtype != torch.float64
+        and not native.missing
+        and not torch.compiler.is_compiling()
+    ):
         native.warn_cuda_sampler_missing()
     return _sample_reference
 
@@ -273,7 +286,8 @@ def sample_ref(
     finished: Tensor | None = None,
     pad_id: int | None = None,
 ) -> Sample:
-    """The specification of `sample`, in fp64 by a sort: same arguments, same tokens (but where two ids tie to fp32 rounding)."""
+    """The specification of `sample`, in fp64 by a sort: same arguments, same tokens (but where two ids tie to
+    fp32 rounding)."""
     B, V = logits.shape
     device = logits.device
 
@@ -305,7 +319,11 @@ def sample_ref(
     cut_k = torch.where((k > 0) & (k < V), by_value.gather(-1, (k.clamp(1, V) - 1).long()), nothing)
     sorted_mass = torch.where(by_value >= cut_k, mass.gather(-1, order), 0.0)
     above = sorted_mass.cumsum(-1) - sorted_mass
-    within = ((above < p * sorted_mass.sum(-1, keepdim=True)) & (by_value >= cut_k)).sum(-1, keepdim=True).clamp(min=1)
+    within = (
+        ((above < p * sorted_mass.sum(-1, keepdim=True)) & (by_value >= cut_k))
+        .sum(-1, keepdim=True)
+        .clamp(min=1)
+    )
     cut_p = torch.where(p < 1, by_value.gather(-1, within - 1), nothing)
     keep = (z > -math.inf) & (z >= cut_k) & (z >= cut_p) & (scaled >= least.log())
     first = torch.zeros_like(keep).scatter_(-1, (z == top).int().argmax(-1, keepdim=True), True)
@@ -317,7 +335,9 @@ def sample_ref(
     chunks = -(-V // CHUNK)
     padded = torch.nn.functional.pad(mass, (0, chunks * CHUNK - V)).view(B, chunks, CHUNK)
     tags = torch.arange(chunks, device=device) | 1 << 31
-    chunk = (_exponential(seed, sequence, position, tags.expand(B, -1)) / padded.sum(-1)).argmin(-1, keepdim=True)
+    chunk = (_exponential(seed, sequence, position, tags.expand(B, -1)) / padded.sum(-1)).argmin(
+        -1, keepdim=True
+    )
     ids = chunk * CHUNK + torch.arange(CHUNK, device=device)
     own = padded.gather(1, chunk[..., None].expand(-1, -1, CHUNK))[:, 0]
     token = chunk[:, 0] * CHUNK + (_exponential(seed, sequence, position, ids) / own).argmin(-1)
@@ -329,13 +349,17 @@ def sample_ref(
     raw = x.log_softmax(-1)
     entropy = -(raw.exp() * raw.clamp(min=-1e30)).sum(-1)
     zero = torch.zeros_like(log_sum)
-    logp, log_kept = (torch.where(greedy[:, 0], zero, value) for value in (at_token - log_mass, log_mass - log_sum))
+    logp, log_kept = (
+        torch.where(greedy[:, 0], zero, value) for value in (at_token - log_mass, log_mass - log_sum)
+    )
     poison = torch.where(valid, 0.0, math.nan)
     numbers = (logp, log_kept, raw.gather(-1, token[:, None])[:, 0], entropy)
     dtype = accumulator_dtype(logits.dtype)
     pad = -1 if pad_id is None else pad_id
     ok = usable[:, 0]
-    logp, log_kept, logp_raw, entropy = (torch.where(alive, torch.where(ok, number, poison), zero).to(dtype) for number in numbers)
+    logp, log_kept, logp_raw, entropy = (
+        torch.where(alive, torch.where(ok, number, poison), zero).to(dtype) for number in numbers
+    )
     token, kept = torch.where(ok, token, pad), torch.where(ok, keep.sum(-1), 0)
     return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid | ~alive)
 
@@ -347,12 +371,19 @@ def _bits(mask: Tensor, V: int) -> Tensor:
 
 
 def _exponential(seed: int, sequence: Tensor, position: Tensor, index: Tensor) -> Tensor:
-    """E ~ Exp(1), fp64, of Philox4x32-10 with key seed and counter (index, position, sequence); sequence, position [B], index [B, n]."""
+    """E ~ Exp(1), fp64, of Philox4x32-10 with key seed and counter (index, position, sequence); sequence,
+    position [B], index [B, n]."""
     low = 0xFFFFFFFF
-    counter = [index, *(word[:, None].expand_as(index) for word in (position & low, sequence & low, sequence >> 32 & low))]
+    counter = [
+        index,
+        *(word[:, None].expand_as(index) for word in (position & low, sequence & low, sequence >> 32 & low)),
+    ]
     key = [seed & low, seed >> 32 & low]
     for _ in range(10):  # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
-        (high0, low0), (high1, low1) = _multiplied(0xD2511F53, counter[0]), _multiplied(0xCD9E8D57, counter[2])
+        (high0, low0), (high1, low1) = (
+            _multiplied(0xD2511F53, counter[0]),
+            _multiplied(0xCD9E8D57, counter[2]),
+        )
         counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
     high, rest = counter[0].double(), (counter[1] | 1).double()

@@ -1,7 +1,8 @@
 """Losses of whole sequences from hidden states: DPO and KTO through the head, without logits.
 
-The gradient of a token's log-probability is its sequence's alone, d loss / d logps[row], and that is known as soon as the
-log-probabilities of its pair (DPO) or its row (KTO) are summed. On a CPU pairs or rows therefore go one by one (sequence_units.py):
+The gradient of a token's log-probability is its sequence's alone, d loss / d logps[row], and that is known as
+soon as the log-probabilities of its pair (DPO) or its row (KTO) are summed. On a CPU pairs or rows therefore
+go one by one (sequence_units.py):
 
     way          GEMMs                    when
     units        (2 n - 1) / n + dX + dW  on a CPU, for a pair or row of n chunks: 1 + dX + dW where it fits the workspace
@@ -10,8 +11,8 @@ log-probabilities of its pair (DPO) or its row (KTO) are summed. On a CPU pairs 
     kept         1 + f dX + f dW          with a tail: statistics of all tokens first, of which the share f of columns is kept (keeping.py)
     frozen_head  2                        the head's weight is not trained (`linear_logprobs`)
 
-and 1 GEMM for the reference's log-probabilities. All ways but the tail's give the same result, and none holds more logits than the
-workspace, however long a sequence is.
+and 1 GEMM for the reference's log-probabilities. All ways but the tail's give the same result, and none holds
+more logits than the workspace, however long a sequence is.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from .transforms import requires_grad
 
 
 class LinearPreferenceLoss(NamedTuple):
-    """loss: scalar; without gradient, [S]: rewards beta * log-ratio, and log-probabilities of the completions in nats."""
+    """loss: scalar; without gradient, [S]: rewards beta * log-ratio, and log-probabilities of the completions
+    in nats."""
 
     loss: Tensor
     chosen_rewards: Tensor
@@ -49,7 +51,8 @@ class LinearPreferenceLoss(NamedTuple):
 
 
 class LinearUnpairedLoss(NamedTuple):
-    """loss: scalar; without gradient, [S]: rewards beta * log-ratio, and log-probabilities of the completions in nats."""
+    """loss: scalar; without gradient, [S]: rewards beta * log-ratio, and log-probabilities of the completions
+    in nats."""
 
     loss: Tensor
     rewards: Tensor
@@ -84,11 +87,15 @@ def _head_sequences(
 
     Rows: S chosen ones, then S rejected ones (R = 2S); with `desirable` [S] they are KTO's (R = S).
     """
-    head = Head(hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps)
+    head = Head(
+        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    )
     wanted = (hidden_grad, weight_grad, bias_grad)
     R = reference.shape[0]
     S = R if desirable is not None else R // 2
-    row_of = torch.repeat_interleave(torch.arange(R, device=ids.device), cu_seqlens.diff(), output_size=ids.shape[0])
+    row_of = torch.repeat_interleave(
+        torch.arange(R, device=ids.device), cu_seqlens.diff(), output_size=ids.shape[0]
+    )
     lengths: tuple[Tensor | None, Tensor | None] = (None, None)
     if desirable is None and PAIR_LOSSES[loss_type].lengths == "needed":
         counts = sum_by_sequence((ids >= 0).to(reference.dtype), cu_seqlens).long()
@@ -97,7 +104,9 @@ def _head_sequences(
     def losses_and_slopes(logps: Tensor) -> tuple[Tensor, Tensor]:
         """losses [S] and d mean loss / d logps [R]."""
         if desirable is not None:
-            losses, _, slopes = unpaired_op(logps, reference, desirable, kl, beta, desirable_weight, undesirable_weight)
+            losses, _, slopes = unpaired_op(
+                logps, reference, desirable, kl, beta, desirable_weight, undesirable_weight
+            )
         else:
             pairs = (logps[:S], logps[S:], reference[:S], reference[S:])
             losses, _, slopes = pairs_op(*pairs, *lengths, loss_type, beta, label_smoothing, 0.0, 0.0)
@@ -112,28 +121,54 @@ def _head_sequences(
         return losses_and_slopes(sum_by_sequence(table[Stat.LOGP], cu_seqlens))[1]
 
     def of_units(table: Tensor, stats: Tensor, index: Tensor | slice) -> Tensor:
-        return token_coefficients(stats, index, slopes_of(table))  # rows of units to come are sums of nothing: not read
+        return token_coefficients(
+            stats, index, slopes_of(table)
+        )  # rows of units to come are sums of nothing: not read
 
     tail = tail_eps is not None and not capturing(ids)
     if tail or ids.is_cuda:
-        table, kept = sweep_keeping(head, wanted) if tail else (sweep(head, None, None, (False, False, False))[0], None)
+        table, kept = (
+            sweep_keeping(head, wanted) if tail else (sweep(head, None, None, (False, False, False))[0], None)
+        )
         of_tokens = partial(token_coefficients, slopes=slopes_of(table))
-        gradients = sweep(head, table, of_tokens, wanted)[1] if kept is None else sweep_kept(head, table, kept, of_tokens, wanted)
+        gradients = (
+            sweep(head, table, of_tokens, wanted)[1]
+            if kept is None
+            else sweep_kept(head, table, kept, of_tokens, wanted)
+        )
     else:
-        units: list[tuple[int, ...]] = [(row,) if desirable is not None else (row, S + row) for row in range(S)]
-        table, gradients = sweep_units(head, unit_chunks(head, cu_seqlens.tolist(), units, wanted), of_units, wanted)
+        units: list[tuple[int, ...]] = [
+            (row,) if desirable is not None else (row, S + row) for row in range(S)
+        ]
+        table, gradients = sweep_units(
+            head, unit_chunks(head, cu_seqlens.tolist(), units, wanted), of_units, wanted
+        )
     logps = sum_by_sequence(table[Stat.LOGP], cu_seqlens)
     return losses_and_slopes(logps)[0].mean(), logps, *gradients
 
 
 @_head_sequences.register_fake
-def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps, cu_seqlens, reference, *options):
+def _(
+    hidden,
+    weight,
+    ids,
+    bias,
+    logit_scale,
+    softcap,
+    temperature,
+    workspace_mib,
+    tail_eps,
+    cu_seqlens,
+    reference,
+    *options,
+):
     number = hidden.new_empty((), dtype=accumulator_dtype(hidden.dtype))
     return number, number.new_empty(reference.shape[0]), *fake_gradients(hidden, weight, bias, *options[-3:])
 
 
 _head_sequences.register_autograd(
-    scalar_loss_backward("linear_dpo_loss or linear_kto_loss", _head_sequences), setup_context=save_scalar_loss
+    scalar_loss_backward("linear_dpo_loss or linear_kto_loss", _head_sequences),
+    setup_context=save_scalar_loss,
 )
 
 
@@ -162,7 +197,11 @@ def _rows_of(hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, per_unit: i
         if ids.dim() != 2:
             raise ValueError(f"ids: shape {list(ids.shape)} seen, [rows, T] wanted, or [N] with cu_seqlens")
         R, T = ids.shape
-        cu_seqlens = torch.arange(0, R * T + 1, T, device=ids.device) if T else torch.zeros(R + 1, dtype=torch.int64, device=ids.device)
+        cu_seqlens = (
+            torch.arange(0, R * T + 1, T, device=ids.device)
+            if T
+            else torch.zeros(R + 1, dtype=torch.int64, device=ids.device)
+        )
     else:
         _check.cu_seqlens(cu_seqlens, "ids", ids, check)
     R = cu_seqlens.numel() - 1
@@ -203,7 +242,8 @@ def _reference(
 
 
 def _in_forward(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the op above runs: a trained head; fp16's small gradients need the loss scale that comes with the upstream gradient."""
+    """Whether the op above runs: a trained head; fp16's small gradients need the loss scale that comes with
+    the upstream gradient."""
     trained = requires_grad(weight) or (bias is not None and requires_grad(bias))
     return torch.is_grad_enabled() and trained and hidden.dtype != torch.float16
 
@@ -223,12 +263,25 @@ def _run(
         logp = linear_logprobs(hidden, weight, rows.ids, bias, **options)
         logps = sum_by_sequence(logp.reshape(-1), rows.cu_seqlens)
         return loss(logps), logps.detach()
-    softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check = (options[name] for name in OPTIONS)
+    softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check = (
+        options[name] for name in OPTIONS
+    )
     if workspace_mib is None and hidden.device.type == "cpu":
         # 96 beside a gradient of the weight too: rows of 512 tokens of V = 49152 fit whole.
         workspace_mib = default_workspace_mib("cpu", weight_grad=False)
     arguments = prepare(
-        hidden, weight, rows.ids, "ids", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check
+        hidden,
+        weight,
+        rows.ids,
+        "ids",
+        bias,
+        softcap,
+        logit_scale,
+        temperature,
+        ignore_index,
+        tail_eps,
+        workspace_mib,
+        check,
     )
     wanted = [x is not None and requires_grad(x) for x in (hidden, weight, bias)]
     dtype = accumulator_dtype(arguments[0].dtype)
@@ -261,7 +314,8 @@ def linear_dpo_loss(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> LinearPreferenceLoss:
-    """`dpo_loss` of S pairs from hidden states: mean loss with gradients of hidden, weight and bias, exact, without logits in memory.
+    """`dpo_loss` of S pairs from hidden states: mean loss with gradients of hidden, weight and bias, exact,
+    without logits in memory.
 
     Args:
         hidden: [2S, T, H], the S chosen rows first and then the rejected ones in their order; or packed [N, H] with cu_seqlens [2S + 1].
@@ -278,7 +332,9 @@ def linear_dpo_loss(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     beta, label_smoothing = pair_options(loss_type, beta, label_smoothing)
-    options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)))
+    options: dict[str, Any] = dict(
+        zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check))
+    )
     _check_head(weight, bias, options)
     rows = _rows_of(hidden, ids, cu_seqlens, 2, check)
     reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)
@@ -324,12 +380,17 @@ def linear_kto_loss(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> LinearUnpairedLoss:
-    """`kto_loss` of S completions from hidden states [S, T, H], or packed [N, H] with cu_seqlens [S + 1]; see `linear_dpo_loss`.
+    """`kto_loss` of S completions from hidden states [S, T, H], or packed [N, H] with cu_seqlens [S + 1]; see
+    `linear_dpo_loss`.
 
     desirable: [S] bool. kl: scalar >= 0 of `kto_kl`. The weights and loss_type as in `kto_loss`.
     """
-    beta, desirable_weight, undesirable_weight = unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
-    options: dict[str, Any] = dict(zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check)))
+    beta, desirable_weight, undesirable_weight = unpaired_options(
+        loss_type, beta, desirable_weight, undesirable_weight
+    )
+    options: dict[str, Any] = dict(
+        zip(OPTIONS, (softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, check))
+    )
     _check_head(weight, bias, options)
     rows = _rows_of(hidden, ids, cu_seqlens, 1, check)
     reference = _reference(rows, reference_hidden, reference_weight, reference_bias, reference_logps, options)

@@ -1,4 +1,5 @@
-"""The loop that every head call runs: chunks of tokens (plan.py), their logits by one GEMM, statistics, gradients (gradients.py)."""
+"""The loop that every head call runs: chunks of tokens (plan.py), their logits by one GEMM, statistics,
+gradients (gradients.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from .plan import TOKENS, HeadPlan, plan_head
 from .rows import Stat, Transform, accumulator_dtype, row_stats
 from .tail import Choice, Kept, choose, first_true, keep
 
-ChunkCoefficients = Callable[[Tensor, Tensor | slice], Tensor]  # statistics [7, C] of a chunk, its token indices -> row_grad's [4, C]
+ChunkCoefficients = Callable[
+    [Tensor, Tensor | slice], Tensor
+]  # statistics [7, C] of a chunk, its token indices -> row_grad's [4, C]
 
 
 class Head(NamedTuple):
@@ -44,10 +47,12 @@ class Head(NamedTuple):
 
 
 def _kept_tokens(ids: Tensor) -> tuple[Tensor | None, Callable[[], int]]:
-    """Indices [N] with the kept tokens first (None: all are kept), and a function that tells how many are kept.
+    """Indices [N] with the kept tokens first (None: all are kept), and a function that tells how many are
+    kept.
 
-    On a GPU only the second chunk asks: the host waits for work that was queued before the first chunk, the device never idles. Under
-    graph capture nothing can be asked, so all tokens run, the ignored ones with zero coefficients.
+    On a GPU only the second chunk asks: the host waits for work that was queued before the first chunk, the
+    device never idles. Under graph capture nothing can be asked, so all tokens run, the ignored ones with
+    zero coefficients.
     """
     if capturing(ids):
         return None, ids.numel
@@ -80,16 +85,25 @@ def no_autocast(head: Head) -> torch.autocast:
 
 def new_table(head: Head) -> Tensor:
     """The statistics [7, N] before any is made: those of ignored tokens stay 0."""
-    return torch.zeros(len(Stat), head.hidden.shape[0], dtype=accumulator_dtype(head.hidden.dtype), device=head.hidden.device)
+    return torch.zeros(
+        len(Stat), head.hidden.shape[0], dtype=accumulator_dtype(head.hidden.dtype), device=head.hidden.device
+    )
 
 
 def chunk_blocks(
-    head: Head, sums: GradientSums, table: Tensor, new: bool, groups: Sequence[Sequence[Tensor]] | None, wanted: tuple[bool, ...]
+    head: Head,
+    sums: GradientSums,
+    table: Tensor,
+    new: bool,
+    groups: Sequence[Sequence[Tensor]] | None,
+    wanted: tuple[bool, ...],
 ) -> Iterator[Block]:
-    """Logits of each chunk and its statistics, which go to the table if that is new. They live until the next chunk.
+    """Logits of each chunk and its statistics, which go to the table if that is new. They live until the next
+    chunk.
 
-    `groups`: token indices of chunks, instead of the plan's, each of which is a group of its own. With a new table a group's blocks come
-    when the statistics of all its chunks are there: the last chunk's first, whose logits are in memory, then the others', made again.
+    `groups`: token indices of chunks, instead of the plan's, each of which is a group of its own. With a new
+    table a group's blocks come when the statistics of all its chunks are there: the last chunk's first, whose
+    logits are in memory, then the others', made again.
 
     With a tail on a GPU they live until the chunk after the next: see `tail_blocks`.
     """
@@ -99,13 +113,19 @@ def chunk_blocks(
     def make(index: Tensor | slice, new: bool) -> Block:
         y = ids[index]
         x = hidden[index].to(sums.compute)
-        if ids.is_cuda:  # ignored tokens of the first chunk: their gradient is 0, but 0 times a NaN hidden state would reach dW
+        # ignored tokens of the first chunk: their gradient is 0, but 0 times a NaN hidden state would reach
+        # dW
+        if ids.is_cuda:
             x = x.masked_fill((y < 0)[:, None], 0)
         if not tiles:
-            rows = y.numel() if groups is None else max(len(own) for group in groups for own in group)  # the plan's first is its largest
+            rows = (
+                y.numel() if groups is None else max(len(own) for group in groups for own in group)
+            )  # the plan's first is its largest
             shape = (rows, sums.w.shape[0])
             number = 2 if head.tail_eps is not None and ids.is_cuda else 1
-            tiles.extend(torch.empty(shape, dtype=sums.accumulator, device=hidden.device) for _ in range(number))
+            tiles.extend(
+                torch.empty(shape, dtype=sums.accumulator, device=hidden.device) for _ in range(number)
+            )
         tiles.append(tiles.pop(0))
         logits = tiles[-1][: y.numel()]
         mm(x, sums.w.t(), logits)
@@ -122,11 +142,13 @@ def chunk_blocks(
             yield make(index, False)
 
 
-def tail_blocks(head: Head, sums: GradientSums, blocks: Iterable[Block]) -> Iterator[tuple[Block, Kept | None]]:
+def tail_blocks(
+    head: Head, sums: GradientSums, blocks: Iterable[Block]
+) -> Iterator[tuple[Block, Kept | None]]:
     """Blocks of at most so many TOKENS with their kept columns, None where the block had better be dense.
 
-    On a GPU the number of kept columns, which sizes the GEMMs, is asked for when the next chunk's logits are queued, so that the device
-    has work while the host waits.
+    On a GPU the number of kept columns, which sizes the GEMMs, is asked for when the next chunk's logits are
+    queued, so that the device has work while the host waits.
     """
     eps = head.tail_eps
     assert eps is not None
@@ -156,11 +178,13 @@ def sweep(
     chunk_coefficients: ChunkCoefficients | None,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Gradients]:
-    """The loop over chunks: logits by one GEMM, statistics (unless `table` has them), gradient in place, a GEMM each for dX and dW.
+    """The loop over chunks: logits by one GEMM, statistics (unless `table` has them), gradient in place, a
+    GEMM each for dX and dW.
 
-    `chunk_coefficients(table of the chunk [7, C], its token indices)` gives row_grad's [4, C]; None: statistics only. `wanted`: gradients
-    of hidden, weight and bias. With head.tail_eps the backward GEMMs take the columns that tail.py keeps (under graph capture, where their
-    number cannot be known, all of them).
+    `chunk_coefficients(table of the chunk [7, C], its token indices)` gives row_grad's [4, C]; None:
+    statistics only. `wanted`: gradients of hidden, weight and bias. With head.tail_eps the backward GEMMs
+    take the columns that tail.py keeps (under graph capture, where their number cannot be known, all of
+    them).
     """
     with no_autocast(head):
         sums = GradientSums(head.hidden, head.weight, head.bias, head.transform, wanted)
@@ -172,7 +196,9 @@ def sweep(
             for _ in blocks:
                 pass
         else:
-            add_all(head, sums, (b._replace(coefficients=chunk_coefficients(b.stats, b.tokens)) for b in blocks))
+            add_all(
+                head, sums, (b._replace(coefficients=chunk_coefficients(b.stats, b.tokens)) for b in blocks)
+            )
         return table, sums.finish()
 
 

@@ -1,21 +1,26 @@
-"""The tail-compensated backward pass: GEMMs over the columns of the softmax that matter, and a rank-1 matrix for all the others.
+"""The tail-compensated backward pass: GEMMs over the columns of the softmax that matter, and a rank-1 matrix
+for all the others.
 
-Of a block of C tokens with P = softmax(z) [C, V], let K be the columns where some token has p > eps, and those of the tokens' ids. The
-gradient dz of these columns is exact. The dropped part D of P is replaced by the rank-1 matrix with the same row sums and column sums,
+Of a block of C tokens with P = softmax(z) [C, V], let K be the columns where some token has p > eps, and
+those of the tokens' ids. The gradient dz of these columns is exact. The dropped part D of P is replaced by
+the rank-1 matrix with the same row sums and column sums,
 
     D ~ m q^T / sum(q),     m[t] = sum over dropped v of P[t, v],     q[v] = sum over t of P[t, v],
 
-so that dX = dz_K W_K + r (q^T W) / sum(q) and dW[v] = q[v] / sum(q) (r^T X) outside of K, with r the dropped row sums of dz itself, for
-any upstream gradient. q is taken without the upstream gradient, so that its terms have one sign and cannot cancel (DESIGN.md section 3 has
-the measured errors). All rows of W get their gradient. The products with q of many blocks are two thin GEMMs.
+so that dX = dz_K W_K + r (q^T W) / sum(q) and dW[v] = q[v] / sum(q) (r^T X) outside of K, with r the dropped
+row sums of dz itself, for any upstream gradient. q is taken without the upstream gradient, so that its terms
+have one sign and cannot cancel (DESIGN.md section 3 has the measured errors). All rows of W get their
+gradient. The products with q of many blocks are two thin GEMMs.
 
-GEMMs: 1 + 2 f for f = K / V, and dense (3) where f > DENSE. Kept between the passes: `Kept`, f of the block's logits.
+GEMMs: 1 + 2 f for f = K / V, and dense (3) where f > DENSE. Kept between the passes: `Kept`, f of the block's
+logits.
 
-Bytes beside the GEMMs: (16 + 6 f) V for each token and 22 f V H for each block (its rows of W and dW gathered and put back; on a CPU with
-our own GEMMs they are gathered while they are packed, 8 f V H), in bf16 with fp32 logits. Predicted, not measured, for N 8192, H 4096,
-V 151936 on an H100 (700 TFLOP/s reached, 3.35 TB/s; the exact way: 47 ms): 52 ms in the 24 blocks of 353 tokens that 512 MiB hold
-(f 0.25), 43 ms in the 6 of 2 GiB (f 0.4). So there it pays where logits would be made twice (62 ms exact), and for cross-entropy with a
-large workspace only; a GEMM that gathers its own rows, as the CPU's does, is the next step.
+Bytes beside the GEMMs: (16 + 6 f) V for each token and 22 f V H for each block (its rows of W and dW gathered
+and put back; on a CPU with our own GEMMs they are gathered while they are packed, 8 f V H), in bf16 with fp32
+logits. Predicted, not measured, for N 8192, H 4096, V 151936 on an H100 (700 TFLOP/s reached, 3.35 TB/s; the
+exact way: 47 ms): 52 ms in the 24 blocks of 353 tokens that 512 MiB hold (f 0.25), 43 ms in the 6 of 2 GiB (f
+0.4). So there it pays where logits would be made twice (62 ms exact), and for cross-entropy with a large
+workspace only; a GEMM that gathers its own rows, as the CPU's does, is the next step.
 """
 
 from __future__ import annotations
@@ -31,7 +36,9 @@ from .rows import Coefficient, Transform
 
 _seen = {"kept": 0, "all": 0}  # columns times tokens since `kept_share` was last asked
 
-GATHERED_BYTES = 4 * 2**20  # of gathered columns and of what is made of them, at a time: GEMMs stay large, memory stays small
+GATHERED_BYTES = (
+    4 * 2**20
+)  # of gathered columns and of what is made of them, at a time: GEMMs stay large, memory stays small
 DENSE = 3 / 5  # share of columns above which a block's gathers cost more than its smaller GEMMs save
 
 
@@ -54,9 +61,11 @@ class Choice(NamedTuple):
 
 
 def kept_share() -> float | None:
-    """Share of the softmax's columns that entered backward GEMMs in this process since this was last asked, over all heads with tail_eps.
+    """Share of the softmax's columns that entered backward GEMMs in this process since this was last asked,
+    over all heads with tail_eps.
 
-    None where none ran. It rises where a model is less sure: at 1 all blocks ran dense, and tail_eps saves nothing.
+    None where none ran. It rises where a model is less sure: at 1 all blocks ran dense, and tail_eps saves
+    nothing.
     """
     share = _seen["kept"] / _seen["all"] if _seen["all"] else None
     _seen.update(kept=0, all=0)
@@ -64,9 +73,11 @@ def kept_share() -> float | None:
 
 
 def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
-    """Indices with those of True first, in order (on a CPU only those), and a function that tells how many they are.
+    """Indices with those of True first, in order (on a CPU only those), and a function that tells how many
+    they are.
 
-    On a GPU the count is copied to pinned memory, and the function waits for no more than what was queued before this call.
+    On a GPU the count is copied to pinned memory, and the function waits for no more than what was queued
+    before this call.
     """
     if not mask.is_cuda:
         index = mask.nonzero()[:, 0]
@@ -84,7 +95,9 @@ def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
     return order, how_many
 
 
-def choose(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, eps: float) -> Choice:
+def choose(
+    logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, eps: float
+) -> Choice:
     """Columns of logits [C, V] to keep; arguments as in `column_sums`."""
     largest, sums, totals = column_sums(logits, ids, bias, transform, stats)
     wanted = largest > eps

@@ -17,7 +17,8 @@ from .tail import kept_share
 
 
 class TailReport(NamedTuple):
-    """Numbers, not tensors. Errors are relative, in the L2 norm over all entries, of the gradients of the mean cross-entropy."""
+    """Numbers, not tensors. Errors are relative, in the L2 norm over all entries, of the gradients of the
+    mean cross-entropy."""
 
     kept_share: float  # of the columns, mean over blocks; 1 where a block ran dense
     dropped_mass: float  # of the softmax, mean over tokens
@@ -39,10 +40,11 @@ def tail_report(
     temperature: float = 1.0,
     workspace_mib: float | None = None,
 ) -> TailReport:
-    """Measure tail_eps on the first `sample` tokens that are not ignored: the tail's gradients against the exact ones.
+    """Measure tail_eps on the first `sample` tokens that are not ignored: the tail's gradients against the
+    exact ones.
 
-    hidden [..., H], weight [V, H], targets [...], bias [V] and the options as in `linear_cross_entropy`. Costs about 6 GEMMs and two
-    gradients of the weight; it waits for the device.
+    hidden [..., H], weight [V, H], targets [...], bias [V] and the options as in `linear_cross_entropy`.
+    Costs about 6 GEMMs and two gradients of the weight; it waits for the device.
 
     Raises:
         ValueError: as `linear_cross_entropy`, and for tail_eps None, a sample below 1, no token to measure, or logit_scale 0, which
@@ -52,12 +54,25 @@ def tail_report(
         raise ValueError("tail_eps: None seen, a probability in (0, 1) wanted")
     _check.whole("sample", sample, 1, expected="a whole number >= 1")
     if _check.number("logit_scale", logit_scale) == 0:
-        raise ValueError("logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is relative to them")
+        raise ValueError(
+            "logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is relative to them"
+        )
     _check.tensor("hidden", hidden)
     if not _check.readable(hidden, check=True):
         raise ValueError(f"hidden: got a tensor without values, on {hidden.device}, expected one with values")
     arguments = prepare(
-        hidden, weight, targets, "targets", bias, softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib, True
+        hidden,
+        weight,
+        targets,
+        "targets",
+        bias,
+        softcap,
+        logit_scale,
+        temperature,
+        ignore_index,
+        tail_eps,
+        workspace_mib,
+        True,
     )
     flat, _, ids, bias, *transform, workspace, eps = arguments
     own = (ids >= 0).nonzero()[:sample, 0]
@@ -71,7 +86,9 @@ def tail_report(
     dropped = 0.0
     with no_autocast(head):
         sums = GradientSums(*head[:2], b, head.transform, (False, False, False))
-        for _, kept in tail_blocks(head, sums, chunk_blocks(head, sums, new_table(head), True, None, (True, True, False))):
+        for _, kept in tail_blocks(
+            head, sums, chunk_blocks(head, sums, new_table(head), True, None, (True, True, False))
+        ):
             dropped += 0.0 if kept is None else float(ordered_sum(kept.others))
     share = kept_share()
     assert share is not None
@@ -79,7 +96,15 @@ def tail_report(
 
     def gradients(tail: float | None) -> tuple[Tensor, ...]:
         loss = linear_cross_entropy(
-            x, w, y, b, softcap=softcap, logit_scale=logit_scale, temperature=temperature, tail_eps=tail, workspace_mib=workspace_mib
+            x,
+            w,
+            y,
+            b,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            tail_eps=tail,
+            workspace_mib=workspace_mib,
         )
         return torch.autograd.grad(loss, (x, w))
 

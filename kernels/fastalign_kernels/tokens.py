@@ -1,4 +1,5 @@
-"""Arguments of functions over tokens [B, T] or [N] and a mask of them: checked, and in the form that the kernels take."""
+"""Arguments of functions over tokens [B, T] or [N] and a mask of them: checked, and in the form that the
+kernels take."""
 
 from __future__ import annotations
 
@@ -17,9 +18,14 @@ MASKS = (torch.bool, torch.uint8, *_check.INTEGERS, *_check.FLOATS)
 
 
 def token_scale(
-    mask: Tensor, aggregation: str, normalizer: float | Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype
+    mask: Tensor,
+    aggregation: str,
+    normalizer: float | Tensor | None,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The mask as bool, and what each of its tokens counts in the loss: [1], or of the mask's shape for "sequence_mean"."""
+    """The mask as bool, and what each of its tokens counts in the loss: [1], or of the mask's shape for
+    "sequence_mean"."""
     _check.choice("aggregation", aggregation, AGGREGATIONS)
     if isinstance(normalizer, Tensor):
         _check.shape("normalizer", normalizer, (), "a scalar")
@@ -41,7 +47,9 @@ def token_scale(
         else:
             seen = f"'sequence_mean' seen with a mask {list(inside.shape)} and without cu_seqlens"
             raise ValueError(f"aggregation: {seen}, a mask [B, T] or cu_seqlens [S + 1] wanted")
-        divisor = tokens.to(dtype) * ((counts > 0).sum() if normalizer is None else normalizer)  # a number times integers is fp32
+        divisor = tokens.to(dtype) * (
+            (counts > 0).sum() if normalizer is None else normalizer
+        )  # a number times integers is fp32
     elif aggregation == "token_mean" and normalizer is None:
         divisor = inside.sum(dtype=torch.int32)
     elif isinstance(normalizer, Tensor):
@@ -54,29 +62,40 @@ def token_scale(
 
 
 def as_bool(mask: Tensor) -> Tensor:
-    """The mask as bool. One of floats may hold 0 and 1 alone: a weight in it would be cut to 1 without a word."""
+    """The mask as bool. One of floats may hold 0 and 1 alone: a weight in it would be cut to 1 without a
+    word."""
     if mask.dtype == torch.bool:
         return mask
     if mask.is_floating_point() and not mask.is_meta:
         right = (mask == 0) | (mask == 1)
         if _check.readable(mask):
             if not unwrapped(right).all():
-                raise ValueError(f"mask: got {unwrapped(mask)[~unwrapped(right)][0].item()}, expected 0 or 1 for each token")
-        elif not isinstance(mask, FakeTensor):  # on a GPU, and in compiled code, the device checks without the host
+                raise ValueError(
+                    f"mask: got {unwrapped(mask)[~unwrapped(right)][0].item()}, expected 0 or 1 for each token"
+                )
+        elif not isinstance(
+            mask, FakeTensor
+        ):  # on a GPU, and in compiled code, the device checks without the host
             torch._assert_async(right.all(), "mask: expected 0 or 1 for each token")
     return mask != 0
 
 
 def per_token(advantages: Tensor, shape: torch.Size) -> Tensor:
     """Advantages of the tokens' shape: [B] or [B, 1] beside tokens [B, T] are one number a row."""
-    if advantages.shape != shape and len(shape) == 2 and tuple(advantages.shape) in ((shape[0],), (shape[0], 1)):
+    if (
+        advantages.shape != shape
+        and len(shape) == 2
+        and tuple(advantages.shape) in ((shape[0],), (shape[0], 1))
+    ):
         return advantages.view(-1, 1).expand(shape)
     return advantages
 
 
 def accumulator_of(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if any is, else fp32."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    return (
+        torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+    )
 
 
 def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:

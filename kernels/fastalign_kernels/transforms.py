@@ -1,4 +1,5 @@
-"""What torch.func's transforms and forward-mode AD get from the public functions: an error where a derivative would be silently wrong.
+"""What torch.func's transforms and forward-mode AD get from the public functions: an error where a derivative
+would be silently wrong.
 
 `torch.func.vmap` is served: torch calls the ops once for each slice.
 """
@@ -24,12 +25,14 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 
 def requires_grad(tensor: Tensor) -> bool:
-    """Whether autograd wants a gradient of the tensor. One that vmap has wrapped says no, whatever the tensor below says."""
+    """Whether autograd wants a gradient of the tensor. One that vmap has wrapped says no, whatever the tensor
+    below says."""
     return tensor.requires_grad or unwrapped(tensor).requires_grad
 
 
 def reject_derivatives(name: str, tensor: Tensor) -> None:
-    """Raise where forward-mode AD or torch.func (grad, jvp, ...) differentiates by the tensor: the ops do not take part in that."""
+    """Raise where forward-mode AD or torch.func (grad, jvp, ...) differentiates by the tensor: the ops do not
+    take part in that."""
     while forward_ad._current_level >= 0 or transforming():
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
             raise _error(name, "a tensor with a tangent (forward-mode AD)")
@@ -43,7 +46,9 @@ def reject_derivatives(name: str, tensor: Tensor) -> None:
 def _differentiating() -> bool:
     """Whether one of the running transforms computes derivatives."""
     derivatives = (_functorch.TransformType.Grad, _functorch.TransformType.Jvp)
-    return transforming() and any(level.key() in derivatives for level in _functorch.get_interpreter_stack() or ())
+    return transforming() and any(
+        level.key() in derivatives for level in _functorch.get_interpreter_stack() or ()
+    )
 
 
 def _error(name: str, got: str) -> NotImplementedError:

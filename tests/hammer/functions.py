@@ -1,7 +1,9 @@
-"""Cases of the public functions: random shapes, dtypes, layouts, options and hostile values, each beside its specification.
+"""Cases of the public functions: random shapes, dtypes, layouts, options and hostile values, each beside its
+specification.
 
-A case draws tensors and options, and is run three times: ours, the specification in the same dtype ("eager"), and the specification in
-fp64 ("truth"). Outputs and gradients must be no worse than eager (tolerance.py); in fp64 they must equal the truth to 1e-9.
+A case draws tensors and options, and is run three times: ours, the specification in the same dtype ("eager"),
+and the specification in fp64 ("truth"). Outputs and gradients must be no worse than eager (tolerance.py); in
+fp64 they must equal the truth to 1e-9.
 """
 
 import math
@@ -18,7 +20,14 @@ from fastalign_kernels.logits import cross_entropy_ref, token_stats_ref
 from fastalign_kernels.pair_losses import DPO_LOSS_TYPES, PAIR_LOSSES
 from fastalign_kernels.policy import KL_ESTIMATORS
 from fastalign_kernels.policy_ref import gae_ref, masked_whiten_ref, ppo_loss_ref, value_loss_ref
-from fastalign_kernels.preference_ref import cpo_loss_ref, dpo_loss_ref, kto_loss_ref, orpo_loss_ref, reward_loss_ref, simpo_loss_ref
+from fastalign_kernels.preference_ref import (
+    cpo_loss_ref,
+    dpo_loss_ref,
+    kto_loss_ref,
+    orpo_loss_ref,
+    reward_loss_ref,
+    simpo_loss_ref,
+)
 from fastalign_kernels.tokens import AGGREGATIONS
 from tests.tolerance import EPS, assert_no_worse_than_eager
 
@@ -29,7 +38,8 @@ DTYPES = (torch.float64, torch.float64, torch.float32, torch.float32, torch.bflo
 class Case(NamedTuple):
     """A call: tensors by argument (those in `trained` get gradients), options, and what it is compared with.
 
-    Functions that mean the same for ours and the specification take (tensors, options) and give a tensor, a tuple or a NamedTuple.
+    Functions that mean the same for ours and the specification take (tensors, options) and give a tensor, a
+    tuple or a NamedTuple.
     """
 
     tensors: dict[str, Tensor]
@@ -44,7 +54,8 @@ class Case(NamedTuple):
 def run(
     function: Callable[..., Any], case: Case, tensors: dict[str, Tensor], options: dict[str, Any], seed: int
 ) -> list[tuple[str, Tensor]]:
-    """Named outputs of floating point, and the gradients for one random upstream gradient of all outputs that have a graph."""
+    """Named outputs of floating point, and the gradients for one random upstream gradient of all outputs that
+    have a graph."""
     leaves = {name: x.detach().clone().requires_grad_(name in case.trained) for name, x in tensors.items()}
     result = function(**leaves, **options)
     fields = zip(result._fields, result) if hasattr(result, "_fields") else [("result", result)]
@@ -59,14 +70,20 @@ def run(
     if isinstance(total, Tensor):
         wanted = [leaves[name] for name in case.trained]
         grads = torch.autograd.grad(total, wanted, allow_unused=True)
-        found += [(f"d {name}", g if g is not None else torch.zeros_like(x)) for name, x, g in zip(case.trained, wanted, grads)]
+        found += [
+            (f"d {name}", g if g is not None else torch.zeros_like(x))
+            for name, x, g in zip(case.trained, wanted, grads)
+        ]
     return found
 
 
 def check(case: Case, seed: int) -> None:
     """Raise AssertionError where ours is worse than it may be."""
     wide = {name: x.double() if x.is_floating_point() else x for name, x in case.tensors.items()}
-    options_wide = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in case.options.items()}
+    options_wide = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in case.options.items()
+    }
     truth = run(case.specification, case, wide, options_wide, seed)
     eager = run(case.specification, case, case.tensors, case.options, seed)
     ours = run(case.ours, case, case.tensors, {**case.options, **case.own}, seed)
@@ -77,7 +94,8 @@ def check(case: Case, seed: int) -> None:
         gradient = name.startswith("d ")
         if not own.is_floating_point() or (gradient and not case.exact):
             continue  # top1 turns on ties of rounded logits
-        # Where low precision overflows in the specification too, nothing can be said; nor of gradients that go with a NaN that is seen.
+        # Where low precision overflows in the specification too, nothing can be said; nor of gradients that
+        # go with a NaN that is seen.
         keep = (plain.isfinite() == true.isfinite()) & (plain.isnan() == true.isnan())
         keep &= own.isfinite() | true.isfinite()  # inf may be NaN
         if gradient and loud:
@@ -93,16 +111,27 @@ def assert_close(own: Tensor, plain: Tensor, true: Tensor, name: str, *, in_fp64
     if in_fp64:
         finite = true[true.isfinite()]
         largest = finite.abs().max().item() if finite.numel() else 1.0
-        torch.testing.assert_close(own, true, rtol=1e-9, atol=1e-9 * largest + 1e-14, equal_nan=True, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            own,
+            true,
+            rtol=1e-9,
+            atol=1e-9 * largest + 1e-14,
+            equal_nan=True,
+            msg=lambda text: f"{name}: {text}",
+        )
         return
     low = own.dtype in (torch.bfloat16, torch.float16)
     if low:  # few numbers of few digits: eager is lucky more often
         plain = true + 2 * (plain - true)
-    near = 4 * EPS if not true.any() else 1e-14  # what terms that cancel leave; the specifications have 1 - sigmoid(40) = 0
+    near = (
+        4 * EPS if not true.any() else 1e-14
+    )  # what terms that cancel leave; the specifications have 1 - sigmoid(40) = 0
     far = ~((own - true).abs() <= near)
     if far.any():
         rounding = torch.finfo(own.dtype).eps if low else EPS
-        assert_no_worse_than_eager(own[far], plain[far].to(own.dtype), true[far].double(), name, rounding=rounding, terms=16)
+        assert_no_worse_than_eager(
+            own[far], plain[far].to(own.dtype), true[far].double(), name, rounding=rounding, terms=16
+        )
 
 
 # Draws.
@@ -166,7 +195,10 @@ def lead(r: Random, most: int = 40) -> tuple[int, ...]:
 
 
 def transforms(r: Random, *, scaled: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {"temperature": maybe(r, log_uniform(r, 0.1, 5), 1.0), "softcap": maybe(r, log_uniform(r, 1, 60), None, 0.3)}
+    options: dict[str, Any] = {
+        "temperature": maybe(r, log_uniform(r, 0.1, 5), 1.0),
+        "softcap": maybe(r, log_uniform(r, 1, 60), None, 0.3),
+    }
     if scaled:
         options["logit_scale"] = maybe(r, r.choice((-1, 1, 1)) * log_uniform(r, 0.05, 3), 1.0)
     return options
@@ -184,8 +216,13 @@ def ids_of(r: Random, V: int, shape: tuple[int, ...], options: dict[str, Any]) -
     return torch.where(truths(r, shape, share), torch.tensor(value, dtype=ids.dtype), ids)
 
 
-def loss_of_tokens(r: Random, shape: tuple[int, ...], dtype: torch.dtype, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    options: dict[str, Any] = {"label_smoothing": maybe(r, r.random(), 0.0, 0.3), "z_loss": maybe(r, log_uniform(r, 1e-4, 1e-1), 0.0, 0.3)}
+def loss_of_tokens(
+    r: Random, shape: tuple[int, ...], dtype: torch.dtype, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "label_smoothing": maybe(r, r.random(), 0.0, 0.3),
+        "z_loss": maybe(r, log_uniform(r, 1e-4, 1e-1), 0.0, 0.3),
+    }
     options["reduction"] = r.choice(("mean", "sum", "none"))
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     if r.random() < 0.3:
@@ -213,12 +250,19 @@ def cross_entropy(r: Random, dtype: torch.dtype) -> Case:
 def token_stats(r: Random, dtype: torch.dtype) -> Case:
     tensors, options, _ = logits_case(r, dtype)
     if r.random() < 0.5:
-        return Case(tensors, options, ("logits",), k.token_logprobs, reading(lambda **given: token_stats_ref(**given).logp, "logits"))
+        return Case(
+            tensors,
+            options,
+            ("logits",),
+            k.token_logprobs,
+            reading(lambda **given: token_stats_ref(**given).logp, "logits"),
+        )
     return Case(tensors, options, ("logits",), k.token_stats, reading(token_stats_ref, "logits"))
 
 
 def reading(specification: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The specification where rows of `name` (hidden or logits) that are ignored or outside the mask are not read."""
+    """The specification where rows of `name` (hidden or logits) that are ignored or outside the mask are not
+    read."""
 
     def read(**given: Any) -> Any:
         ids = given["targets"] if "targets" in given else given["ids"]
@@ -240,7 +284,10 @@ class Head(NamedTuple):
 
 
 def head(r: Random, dtype: torch.dtype, shape: tuple[int, ...]) -> Head:
-    H, V = size(r, 70), max(size(r, 500), 1 if dtype == torch.float64 else 2)  # with one id the loss is 0, and rounding is all there is
+    H, V = (
+        size(r, 70),
+        max(size(r, 500), 1 if dtype == torch.float64 else 2),
+    )  # with one id the loss is 0, and rounding is all there is
     options = transforms(r, scaled=True)
     spread = r.choice((0.1, 1, 1, 3)) / H**0.5
     tensors = {"hidden": floats(r, (*shape, H), dtype), "weight": floats(r, (V, H), dtype, spread)}
@@ -250,7 +297,12 @@ def head(r: Random, dtype: torch.dtype, shape: tuple[int, ...]) -> Head:
         tensors["bias"] = floats(r, (V,), dtype)
         trained = (*trained, "bias") if "weight" in trained else trained
     tensors["hidden"] = spoil(r, tensors["hidden"], math.nan, math.inf)
-    return Head(tensors, options, trained, {"workspace_mib": maybe(r, log_uniform(r, 1, 60) * 8 * V / 2**20, None, 0.7)})
+    return Head(
+        tensors,
+        options,
+        trained,
+        {"workspace_mib": maybe(r, log_uniform(r, 1, 60) * 8 * V / 2**20, None, 0.7)},
+    )
 
 
 def linear_cross_entropy(r: Random, dtype: torch.dtype) -> Case:
@@ -263,7 +315,13 @@ def linear_cross_entropy(r: Random, dtype: torch.dtype) -> Case:
     if "token_weights" in tensors and "tail_eps" not in own and r.random() < 0.5:
         trained = (*trained, "token_weights")
     return Case(
-        tensors, options, trained, k.linear_cross_entropy, reading(linear_cross_entropy_ref, "hidden"), own, exact="tail_eps" not in own
+        tensors,
+        options,
+        trained,
+        k.linear_cross_entropy,
+        reading(linear_cross_entropy_ref, "hidden"),
+        own,
+        exact="tail_eps" not in own,
     )
 
 
@@ -271,9 +329,16 @@ def linear_token_stats(r: Random, dtype: torch.dtype) -> Case:
     tensors, options, trained, own = head(r, dtype, lead(r))
     if r.random() < 0.5:
         return Case(
-            tensors, options, trained, k.linear_logprobs, reading(lambda **given: linear_token_stats_ref(**given).logp, "hidden"), own
+            tensors,
+            options,
+            trained,
+            k.linear_logprobs,
+            reading(lambda **given: linear_token_stats_ref(**given).logp, "hidden"),
+            own,
         )
-    return Case(tensors, options, trained, k.linear_token_stats, reading(linear_token_stats_ref, "hidden"), own)
+    return Case(
+        tensors, options, trained, k.linear_token_stats, reading(linear_token_stats_ref, "hidden"), own
+    )
 
 
 HEAD_OPTIONS = ("temperature", "softcap", "logit_scale", "ignore_index")
@@ -299,7 +364,14 @@ def linear_ppo(r: Random, dtype: torch.dtype) -> Case:
         of_loss["mask"] = (of_loss["mask"] != 0) & (given["ids"].long() != value)
         return ppo_loss_ref(stats.logp, entropy=stats.entropy, **of_loss)
 
-    return Case({**tensors, **policy}, {**options, **policy_options}, trained, k.linear_ppo_loss, reading(specification, "hidden"), own)
+    return Case(
+        {**tensors, **policy},
+        {**options, **policy_options},
+        trained,
+        k.linear_ppo_loss,
+        reading(specification, "hidden"),
+        own,
+    )
 
 
 def sequence_logps(given: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -311,7 +383,9 @@ def sequence_logps(given: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any
 def linear_dpo(r: Random, dtype: torch.dtype) -> Case:
     S = size(r, 4)
     tensors, options, trained, own = head(r, dtype, (2 * S, size(r, 8)))
-    tensors["reference_logps"] = floats(r, (2 * S,), torch.float64 if dtype == torch.float64 else torch.float32)
+    tensors["reference_logps"] = floats(
+        r, (2 * S,), torch.float64 if dtype == torch.float64 else torch.float32
+    )
     options |= pair_options(r)
 
     def specification(**given: Any) -> Any:
@@ -329,8 +403,16 @@ def linear_kto(r: Random, dtype: torch.dtype) -> Case:
     S = size(r, 6)
     tensors, options, trained, own = head(r, dtype, (S, size(r, 8)))
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
-    tensors |= {"reference_logps": floats(r, (S,), accumulator), "desirable": truths(r, (S,), 0.5), "kl": floats(r, (), accumulator).abs()}
-    options |= {"beta": log_uniform(r, 0.01, 2), "desirable_weight": r.uniform(0.1, 2), "undesirable_weight": r.uniform(0.1, 2)}
+    tensors |= {
+        "reference_logps": floats(r, (S,), accumulator),
+        "desirable": truths(r, (S,), 0.5),
+        "kl": floats(r, (), accumulator).abs(),
+    }
+    options |= {
+        "beta": log_uniform(r, 0.01, 2),
+        "desirable_weight": r.uniform(0.1, 2),
+        "undesirable_weight": r.uniform(0.1, 2),
+    }
 
     def specification(**given: Any) -> Any:
         logps, _, others = sequence_logps(given)
@@ -359,7 +441,12 @@ def lengths(r: Random, S: int) -> Tensor:
 
 def pairs(r: Random, dtype: torch.dtype) -> Case:
     S = size(r, 50)
-    names = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
+    names = (
+        "policy_chosen_logps",
+        "policy_rejected_logps",
+        "reference_chosen_logps",
+        "reference_rejected_logps",
+    )
     tensors = {name: logps(r, dtype, S) for name in names}
     reduction = {"reduction": r.choice(("mean", "sum", "none"))}
     kind = r.choice(("dpo", "dpo", "simpo", "orpo", "cpo"))
@@ -374,7 +461,13 @@ def pairs(r: Random, dtype: torch.dtype) -> Case:
     if kind != "cpo" or r.random() < 0.5:
         tensors["chosen_lengths"] = lengths(r, S)
     if kind == "cpo":
-        return Case(tensors, options | {"label_smoothing": maybe(r, r.uniform(0, 0.49), 0.0)}, names[:2], k.cpo_loss, cpo_loss_ref)
+        return Case(
+            tensors,
+            options | {"label_smoothing": maybe(r, r.uniform(0, 0.49), 0.0)},
+            names[:2],
+            k.cpo_loss,
+            cpo_loss_ref,
+        )
     tensors["rejected_lengths"] = lengths(r, S)
     if kind == "orpo":
         return Case(tensors, options, names[:2], k.orpo_loss, orpo_loss_ref)
@@ -384,14 +477,21 @@ def pairs(r: Random, dtype: torch.dtype) -> Case:
 
 def kto(r: Random, dtype: torch.dtype) -> Case:
     S = size(r, 50)
-    tensors = {"policy_logps": logps(r, dtype, S), "reference_logps": logps(r, dtype, S), "desirable": truths(r, (S,), 0.5)}
+    tensors = {
+        "policy_logps": logps(r, dtype, S),
+        "reference_logps": logps(r, dtype, S),
+        "desirable": truths(r, (S,), 0.5),
+    }
     tensors["kl"] = floats(r, (), torch.float64 if dtype == torch.float64 else torch.float32).abs()
     options: dict[str, Any] = {
         "beta": log_uniform(r, 0.01, 3),
         "desirable_weight": r.uniform(0.1, 3),
         "undesirable_weight": r.uniform(0.1, 3),
     }
-    options |= {"loss_type": r.choice(("kto", "apo_zero_unpaired")), "reduction": r.choice(("mean", "sum", "none"))}
+    options |= {
+        "loss_type": r.choice(("kto", "apo_zero_unpaired")),
+        "reduction": r.choice(("mean", "sum", "none")),
+    }
     if options["loss_type"] != "kto":
         tensors.pop("kl")
         options["kl"] = None
@@ -417,23 +517,38 @@ def mask_of(r: Random, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def outside(r: Random, x: Tensor, mask: Tensor) -> Tensor:
     """Garbage outside the mask, which nobody may read."""
-    return torch.where(mask != 0, x, torch.tensor(r.choice((0.0, math.nan, math.inf, -1e4)), dtype=x.dtype)) if r.random() < 0.5 else x
+    return (
+        torch.where(mask != 0, x, torch.tensor(r.choice((0.0, math.nan, math.inf, -1e4)), dtype=x.dtype))
+        if r.random() < 0.5
+        else x
+    )
 
 
-def policy_inputs(r: Random, dtype: torch.dtype, shape: tuple[int, ...], *, packed: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def policy_inputs(
+    r: Random, dtype: torch.dtype, shape: tuple[int, ...], *, packed: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     mask = mask_of(r, shape, dtype)
     spread = r.choice((0.1, 0.5, 30))
     logp = -floats(r, shape, dtype, 2).abs()
-    near = {name: (logp.double() + floats(r, shape, torch.float64, spread)).to(dtype) for name in ("old_logp", "reference_logp")}
+    near = {
+        name: (logp.double() + floats(r, shape, torch.float64, spread)).to(dtype)
+        for name in ("old_logp", "reference_logp")
+    }
     tensors = {"logp": logp, "old_logp": near["old_logp"], "advantages": floats(r, shape, dtype)}
-    options: dict[str, Any] = {"clip": maybe(r, r.uniform(0.01, 0.9), None, 0.8), "clip_high": maybe(r, r.uniform(0.01, 2), None, 0.4)}
+    options: dict[str, Any] = {
+        "clip": maybe(r, r.uniform(0.01, 0.9), None, 0.8),
+        "clip_high": maybe(r, r.uniform(0.01, 2), None, 0.4),
+    }
     options |= {"dual_clip": maybe(r, r.uniform(1.01, 5), None, 0.4), "aggregation": r.choice(AGGREGATIONS)}
     if r.random() < 0.5:
         tensors["entropy"] = floats(r, shape, dtype).abs()
         options["entropy_coefficient"] = maybe(r, r.uniform(-0.1, 0.1), 0.0)
     if r.random() < 0.5:
         tensors["reference_logp"] = near["reference_logp"]
-        options |= {"kl_coefficient": maybe(r, r.uniform(0.01, 0.5), 0.0), "kl_estimator": r.choice(KL_ESTIMATORS)}
+        options |= {
+            "kl_coefficient": maybe(r, r.uniform(0.01, 0.5), 0.0),
+            "kl_estimator": r.choice(KL_ESTIMATORS),
+        }
     tensors = {name: spoil(r, outside(r, x, mask), math.nan) for name, x in tensors.items()}
     tensors["mask"] = mask
     if options["aggregation"] != "sequence_mean" or r.random() < 0.3:
@@ -462,14 +577,19 @@ def value(r: Random, dtype: torch.dtype) -> Case:
         "returns": floats(r, shape, dtype),
     }
     tensors = {name: spoil(r, outside(r, x, mask), math.nan) for name, x in tensors.items()} | {"mask": mask}
-    options = {"clip": maybe(r, r.uniform(0.01, 1), None, 0.8), "normalizer": r.choice((None, r.uniform(0.5, 50)))}
+    options = {
+        "clip": maybe(r, r.uniform(0.01, 1), None, 0.8),
+        "normalizer": r.choice((None, r.uniform(0.5, 50))),
+    }
     return Case(tensors, options, ("values",), k.value_loss, value_loss_ref)
 
 
 def gae(r: Random, dtype: torch.dtype) -> Case:
     shape = (size(r, 7), size(r, 60))
     mask = mask_of(r, shape, dtype)
-    tensors = {name: spoil(r, outside(r, floats(r, shape, dtype), mask), math.nan) for name in ("rewards", "values")} | {"mask": mask}
+    tensors = {
+        name: spoil(r, outside(r, floats(r, shape, dtype), mask), math.nan) for name in ("rewards", "values")
+    } | {"mask": mask}
     if r.random() < 0.5:
         tensors["bootstrap"] = floats(r, shape[:1], dtype)
     options = {"gamma": r.choice((1.0, r.random())), "lam": r.choice((0.95, 1.0, 0.0, r.random()))}
@@ -480,7 +600,13 @@ def whiten(r: Random, dtype: torch.dtype) -> Case:
     shape = (size(r, 7), size(r, 60))
     mask = mask_of(r, shape, dtype)
     tensors = {"x": outside(r, floats(r, shape, dtype, r.choice((1, 1, 1e-3, 100))), mask), "mask": mask}
-    return Case(tensors, {"shift_mean": r.random() < 0.5, "eps": r.choice((1e-8, 1e-5))}, (), k.masked_whiten, masked_whiten_ref)
+    return Case(
+        tensors,
+        {"shift_mean": r.random() < 0.5, "eps": r.choice((1e-8, 1e-5))},
+        (),
+        k.masked_whiten,
+        masked_whiten_ref,
+    )
 
 
 def sums(r: Random, dtype: torch.dtype) -> Case:
@@ -496,13 +622,23 @@ def sums(r: Random, dtype: torch.dtype) -> Case:
     def ours(values: Tensor, *, mean: bool) -> Tensor:
         return k.sum_by_sequence(values, bounds, mean=mean)
 
-    return Case({"values": floats(r, (N,), dtype)}, {"mean": r.random() < 0.5}, ("values",), ours, specification)
+    return Case(
+        {"values": floats(r, (N,), dtype)}, {"mean": r.random() < 0.5}, ("values",), ours, specification
+    )
 
 
 CASES: dict[str, Callable[[Random, torch.dtype], Case]] = {
     function.__name__: function
     for function in (
-        *(cross_entropy, token_stats, linear_cross_entropy, linear_token_stats, linear_ppo, linear_dpo, linear_kto),
+        *(
+            cross_entropy,
+            token_stats,
+            linear_cross_entropy,
+            linear_token_stats,
+            linear_ppo,
+            linear_dpo,
+            linear_kto,
+        ),
         *(pairs, kto, reward, ppo, value, gae, whiten, sums),
     )
 }

@@ -4,8 +4,8 @@
     make fuzz FUZZ_SECONDS=3600
     python -m tests.hammer.fuzz --only readers --case 81234567      one case again
 
-A case is a function of its number, which a finding names. Each area runs in a fork: a crash, or a case of more than a minute, is a finding
-too, and the next case follows.
+A case is a function of its number, which a finding names. Each area runs in a fork: a crash, or a case of
+more than a minute, is a finding too, and the next case follows.
 """
 
 import argparse
@@ -24,7 +24,11 @@ from pathlib import Path
 
 from tests.hammer import functions, readers, sampling
 
-AREAS: dict[str, Callable[[random.Random], str]] = {"functions": functions.fuzz, "sample": sampling.fuzz, "readers": readers.fuzz}
+AREAS: dict[str, Callable[[random.Random], str]] = {
+    "functions": functions.fuzz,
+    "sample": sampling.fuzz,
+    "readers": readers.fuzz,
+}
 LONGEST = 60  # seconds of a case
 
 
@@ -84,14 +88,20 @@ def run(area: str, seed: int, seconds: float, cases: int) -> tuple[Counter[str],
             first = int.from_bytes(current[:8], "little") + 1
             if status:
                 code = os.waitstatus_to_exitcode(status)
-                why = f"more than {LONGEST} s" if code == -signal.SIGALRM else f"the process ended with status {code}"
+                why = (
+                    f"more than {LONGEST} s"
+                    if code == -signal.SIGALRM
+                    else f"the process ended with status {code}"
+                )
                 found[first - 1] = why
     return kinds, found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seed", type=int, default=None, help="number of the first case; default: drawn, and printed")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="number of the first case; default: drawn, and printed"
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="for each area")
     parser.add_argument("--cases", type=int, default=2**62, help="at most so many in each area")
     parser.add_argument("--only", choices=AREAS, action="append", help="an area; may be repeated")
@@ -107,7 +117,10 @@ def main() -> int:
         kinds, found = run(area, seed, arguments.seconds, arguments.cases)
         for case, what in found.items():
             print(f"FOUND {area}, --only {area} --case {case}: {what}", flush=True)
-        print(f"fuzz: {area}: {kinds.total() + len(found)} cases, {len(found)} findings (--seed {seed})", flush=True)
+        print(
+            f"fuzz: {area}: {kinds.total() + len(found)} cases, {len(found)} findings (--seed {seed})",
+            flush=True,
+        )
         print("  " + "; ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
         total += len(found)
     return 1 if total else 0

@@ -1,4 +1,5 @@
-"""Cases of the readers: a whole file is read as it was written; a damaged one is read, or refused in one line that names it."""
+"""Cases of the readers: a whole file is read as it was written; a damaged one is read, or refused in one line
+that names it."""
 
 import bz2
 import contextlib
@@ -21,10 +22,55 @@ import pyarrow.parquet as pq
 from fastalign.chat import DataError
 from fastalign.readers import load_rows
 
-ODD = ("", "5", "null", "[1]", "3.10", "false", "NaN", "1e5", '{"a": 1}', "\u2028", "é世😀", "\x7f\x00\t", " x\r\n", "-0", "\ufeff")
+ODD = (
+    "",
+    "5",
+    "null",
+    "[1]",
+    "3.10",
+    "false",
+    "NaN",
+    "1e5",
+    '{"a": 1}',
+    "\u2028",
+    "é世😀",
+    "\x7f\x00\t",
+    " x\r\n",
+    "-0",
+    "\ufeff",
+)
 HOSTILE = (
-    *(b"\x00", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\n", b"\r", b'"', b"\\", b"\\u", b"\\ud800", b"{", b"}", b"[", b"]", b",", b":"),
-    *(b"NaN", b"-Infinity", b"1e999999", b"-", b"9" * 5000, b"[" * 3000, b'{"a":' * 2000, b"PAR1", b"\x1f\x8b", b"BZh9", b"\xef\xbb\xbf"),
+    *(
+        b"\x00",
+        b"\xff",
+        b"\xc3",
+        b"\xed\xa0\x80",
+        b"\n",
+        b"\r",
+        b'"',
+        b"\\",
+        b"\\u",
+        b"\\ud800",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+    ),
+    *(
+        b"NaN",
+        b"-Infinity",
+        b"1e999999",
+        b"-",
+        b"9" * 5000,
+        b"[" * 3000,
+        b'{"a":' * 2000,
+        b"PAR1",
+        b"\x1f\x8b",
+        b"BZh9",
+        b"\xef\xbb\xbf",
+    ),
 )
 COLUMNS = ("a", "prompt", "label", "margin", "__row__", "é")
 
@@ -32,7 +78,11 @@ COLUMNS = ("a", "prompt", "label", "margin", "__row__", "é")
 def value(r: random.Random, depth: int) -> Any:
     kind = r.randrange(9 if depth else 7)
     if kind < 2:
-        return r.choice(ODD) if kind else "".join(r.choice(string.printable + "äß世😀") for _ in range(r.randrange(12)))
+        return (
+            r.choice(ODD)
+            if kind
+            else "".join(r.choice(string.printable + "äß世😀") for _ in range(r.randrange(12)))
+        )
     if kind == 2:
         return r.randint(-(10 ** r.randrange(1, 40)), 10 ** r.randrange(1, 40))
     if kind < 5:
@@ -55,27 +105,42 @@ def json_file(r: random.Random, *, array: bool) -> tuple[bytes, list[dict[str, A
 
 
 def csv_file(r: random.Random) -> tuple[bytes, list[dict[str, Any]]]:
-    rows = [{name: str(value(r, 0) or "x").replace("\x00", "0") for name in ("a", "prompt", "é")} for _ in range(r.randint(1, 30))]
+    rows = [
+        {name: str(value(r, 0) or "x").replace("\x00", "0") for name in ("a", "prompt", "é")}
+        for _ in range(r.randint(1, 30))
+    ]
     file = io.StringIO(newline="")
-    writer = csv.DictWriter(file, fieldnames=["a", "prompt", "é"], lineterminator=r.choice(("\n", "\r\n")), quoting=csv.QUOTE_ALL)
+    writer = csv.DictWriter(
+        file, fieldnames=["a", "prompt", "é"], lineterminator=r.choice(("\n", "\r\n")), quoting=csv.QUOTE_ALL
+    )
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue().encode(), rows
 
 
 def text_file(r: random.Random) -> tuple[bytes, list[dict[str, Any]]]:
-    texts = [" ".join(r.choices(["film", "é世😀", "5", "null", '"'], k=r.randint(1, 9))) for _ in range(r.randint(1, 30))]
+    texts = [
+        " ".join(r.choices(["film", "é世😀", "5", "null", '"'], k=r.randint(1, 9)))
+        for _ in range(r.randint(1, 30))
+    ]
     return "\n".join(texts).encode() + r.choice((b"", b"\n")), [{"text": text} for text in texts]
 
 
 def parquet_file(r: random.Random) -> tuple[bytes, list[dict[str, Any]]]:
     count = r.randint(1, 200)
-    columns: dict[str, Any] = {"prompt": ["".join(r.choices(string.printable + "é世", k=r.randrange(9))) for _ in range(count)]}
+    columns: dict[str, Any] = {
+        "prompt": ["".join(r.choices(string.printable + "é世", k=r.randrange(9))) for _ in range(count)]
+    }
     columns["__row__"] = [r.randint(-(2**63), 2**63 - 1) for _ in range(count)]
     columns["margin"] = [r.choice((None, r.random())) for _ in range(count)]
-    columns["messages"] = [[{"role": "user", "content": r.choice(ODD)}] * r.randrange(3) for _ in range(count)]
+    columns["messages"] = [
+        [{"role": "user", "content": r.choice(ODD)}] * r.randrange(3) for _ in range(count)
+    ]
     sink = io.BytesIO()
-    options: dict[str, Any] = {"compression": r.choice(("snappy", "zstd", "gzip", "none")), "row_group_size": r.choice((7, 1000))}
+    options: dict[str, Any] = {
+        "compression": r.choice(("snappy", "zstd", "gzip", "none")),
+        "row_group_size": r.choice((7, 1000)),
+    }
     options |= {"use_dictionary": r.random() < 0.5, "write_page_checksum": r.random() < 0.5}
     pq.write_table(pa.table(columns), sink, **options)
     return sink.getvalue(), [dict(zip(columns, row)) for row in zip(*columns.values())]
@@ -94,7 +159,12 @@ def zst(content: bytes) -> bytes:
     return pa.compress(content, codec="zstd", asbytes=True)
 
 
-COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zst}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zst,
+}
 
 
 def damage(r: random.Random, content: bytes) -> bytes:
@@ -125,14 +195,17 @@ def same(left: Any, right: Any) -> bool:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows. Raises AssertionError where the file is refused in another way than by one line that names it."""
+    """All rows. Raises AssertionError where the file is refused in another way than by one line that names
+    it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
             return list(load_rows(str(path)))
         except DataError as error:
             said = str(error)
-            assert said.startswith(str(path)) and "\n" not in said and len(said) < 1000, f"refused as {said!r}"
+            assert said.startswith(str(path)) and "\n" not in said and len(said) < 1000, (
+                f"refused as {said!r}"
+            )
             raise
 
 
@@ -156,7 +229,8 @@ def fuzz(r: random.Random) -> str:
             found = read(path)
             names = list(dict.fromkeys(name for row in rows for name in row))
             assert all(
-                same(own, {name: row.get(name) for name in own}) and set(own) == set(names) for own, row in zip(found, rows, strict=True)
+                same(own, {name: row.get(name) for name in own}) and set(own) == set(names)
+                for own, row in zip(found, rows, strict=True)
             )
             return f"{ending}, whole"
         with contextlib.suppress(DataError):

@@ -1,4 +1,5 @@
-"""Small runs of every stage: their data, models and configurations, and what must be the same at the end of two of them."""
+"""Small runs of every stage: their data, models and configurations, and what must be the same at the end of
+two of them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,13 +30,25 @@ class Kind(NamedTuple):
 def prepare(folder: Path) -> None:
     """Write the tokenizer, the model and the rows that all runs start from."""
     folder.mkdir(parents=True)
-    pairs = [{"prompt": sentence(n), "chosen": " good " + sentence(n + 50), "rejected": " bad " + sentence(n + 81)} for n in range(24)]
+    pairs = [
+        {"prompt": sentence(n), "chosen": " good " + sentence(n + 50), "rejected": " bad " + sentence(n + 81)}
+        for n in range(24)
+    ]
     write(folder / "text.jsonl", [{"text": sentence(n)} for n in range(40)])
     write(folder / "held_out.jsonl", [{"text": sentence(n)} for n in range(100, 107)])
     write(folder / "pairs.jsonl", pairs)
-    write(folder / "completions.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
-    judged = [{**row, "completion": row["chosen"] if n % 3 else row["rejected"], "label": n % 3 > 0} for n, row in enumerate(pairs)]
-    write(folder / "judged.jsonl", [{name: row[name] for name in ("prompt", "completion", "label")} for row in judged])
+    write(
+        folder / "completions.jsonl",
+        [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
+    )
+    judged = [
+        {**row, "completion": row["chosen"] if n % 3 else row["rejected"], "label": n % 3 > 0}
+        for n, row in enumerate(pairs)
+    ]
+    write(
+        folder / "judged.jsonl",
+        [{name: row[name] for name in ("prompt", "completion", "label")} for row in judged],
+    )
     write(folder / "prompts.jsonl", [{"prompt": sentence(n)} for n in range(24)])
     (folder / "score.py").write_text(SCORE)
     save_base(folder / "base", save_tokenizer(folder / "tokenizer"), length=96)
@@ -44,12 +57,28 @@ def prepare(folder: Path) -> None:
 def kinds(folder: Path) -> dict[str, Kind]:
     """Every stage; with LoRA, dropout, accumulation, evaluation and each sort of reference among them."""
     file = {path.stem: str(path) for path in folder.iterdir()}
-    common: dict[str, Any] = {"device": "cpu", "learning_rate": 1e-3, "max_steps": 6, "save_every": 2, "batch_size": 8}
+    common: dict[str, Any] = {
+        "device": "cpu",
+        "learning_rate": 1e-3,
+        "max_steps": 6,
+        "save_every": 2,
+        "batch_size": 8,
+    }
     base = common | {"model": file["base"], "dtype": "float32"}
     tuned = base | {"max_length": 64}
-    scratch = {"tokenizer": file["tokenizer"], "model_config": LLAMA | {"attention_dropout": 0.2}, "sequence_length": 40}
+    scratch = {
+        "tokenizer": file["tokenizer"],
+        "model_config": LLAMA | {"attention_dropout": 0.2},
+        "sequence_length": 40,
+    }
     text = {"train_data": file["text"], "eval_data": file["held_out"], "eval_every": 3}
-    drawing = {"train_data": file["prompts"], "reward": file["score"] + ":count", "max_new_tokens": 8, "ppo_epochs": 1, "max_steps": 4}
+    drawing = {
+        "train_data": file["prompts"],
+        "reward": file["score"] + ":count",
+        "max_new_tokens": 8,
+        "ppo_epochs": 1,
+        "max_steps": 4,
+    }
     adaptive = {"target_kl": 0.01, "kl_horizon": 8, "minibatches": 2}
     pairs: dict[str, Any] = {"train_data": file["pairs"]}
     lora: dict[str, Any] = {"lora_rank": 4, "lora_dropout": 0.1}
@@ -76,21 +105,36 @@ def differences(expected: TrainConfig, found: TrainConfig) -> list[str]:
         if name.endswith(".safetensors"):
             one, other = (load_file(Path(config.output_dir, name)) for config in (expected, found))
         elif name.endswith("state.pt"):
-            one, other = (_flat(torch.load(Path(config.output_dir, name), weights_only=True)) for config in (expected, found))
+            one, other = (
+                _flat(torch.load(Path(config.output_dir, name), weights_only=True))
+                for config in (expected, found)
+            )
         else:
             continue
-        if one.keys() != other.keys() or not all(torch.equal(tensor, other[key]) for key, tensor in one.items()):
+        if one.keys() != other.keys() or not all(
+            torch.equal(tensor, other[key]) for key, tensor in one.items()
+        ):
             wrong.append(f"{name} holds other tensors")
     return wrong
 
 
 def _files(config: TrainConfig) -> set[str]:
-    return {str(path.relative_to(config.output_dir)) for path in Path(config.output_dir).rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(config.output_dir))
+        for path in Path(config.output_dir).rglob("*")
+        if path.is_file()
+    }
 
 
 def _flat(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     """The tensors anywhere in a checkpoint, by their path in it."""
     if isinstance(value, torch.Tensor):
         return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
     return {key: tensor for own, inner in items for key, tensor in _flat(inner, f"{name}/{own}").items()}

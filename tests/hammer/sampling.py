@@ -1,4 +1,5 @@
-"""Cases of `sample`: the tokens of its specification, bits that depend on nothing but the row, and the distribution of draws."""
+"""Cases of `sample`: the tokens of its specification, bits that depend on nothing but the row, and the
+distribution of draws."""
 
 import math
 import random
@@ -25,7 +26,9 @@ def rows_of(r: random.Random, most: int = 6000) -> Tensor:
     dtype = r.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16))
     V, B = size(r, most), size(r, 14)
     if r.random() < 0.4:
-        return hostile(V, r.choice((0.3, 2.0, 10.0)), dtype, "cpu")[torch.randperm(12, generator=generator_of(r))[:B]]
+        return hostile(V, r.choice((0.3, 2.0, 10.0)), dtype, "cpu")[
+            torch.randperm(12, generator=generator_of(r))[:B]
+        ]
     x = torch.randn(B, V, generator=generator_of(r)) * r.choice((1e-3, 0.3, 1, 3, 3, 10, 100))
     if r.random() < 0.2:
         x = (x * 2).round() / 2
@@ -44,13 +47,17 @@ def options_of(r: random.Random, B: int, V: int) -> dict[str, Any]:
     if r.random() < 0.4:
         options["top_k"] = number(r, B, lambda: r.choice((0, 1, size(r, V), V, V + 5)), torch.int64)
     if r.random() < 0.5:
-        options["top_p"] = number(r, B, lambda: r.choice((0.0, 1.0, 0.9, r.random(), 1 - log_uniform(r, 1e-4, 0.5))))
+        options["top_p"] = number(
+            r, B, lambda: r.choice((0.0, 1.0, 0.9, r.random(), 1 - log_uniform(r, 1e-4, 0.5)))
+        )
     if r.random() < 0.3:
         options["min_p"] = number(r, B, lambda: r.choice((0.0, 1.0, log_uniform(r, 1e-4, 1))))
     words = -(-V // 32)
     for name in ("seen", "allowed"):
         if r.random() < 0.25:
-            options[name] = torch.randint(-(2**31), 2**31, (B, words), generator=generator_of(r), dtype=torch.int64).to(torch.int32)
+            options[name] = torch.randint(
+                -(2**31), 2**31, (B, words), generator=generator_of(r), dtype=torch.int64
+            ).to(torch.int32)
     if "seen" in options:
         options["repetition_penalty"] = number(r, B, lambda: log_uniform(r, 0.2, 5))
     if r.random() < 0.5:
@@ -77,7 +84,8 @@ def against_the_specification(r: random.Random) -> None:
     assert torch.equal(ours.valid, truth.valid), (ours.valid, truth.valid)
     open_rows = (ours.kept != truth.kept) | (ours.token != truth.token)
     if open_rows.any():
-        # Only where an id lies within rounding of a threshold: the kept ones then lie between those of a little less and a little more.
+        # Only where an id lies within rounding of a threshold: the kept ones then lie between those of a
+        # little less and a little more.
         low, high = (sample_ref(x, **options | loosened(options, sign)) for sign in (-1, 1))
         near = (low.kept <= ours.kept) & (ours.kept <= high.kept) & (low.kept < high.kept)
         wrong = open_rows & ~near
@@ -85,9 +93,13 @@ def against_the_specification(r: random.Random) -> None:
     for name in NUMBERS:
         own, true = (getattr(result, name)[~open_rows] for result in (ours, truth))
         raw = x.double()[~open_rows]
-        size_of = torch.where(raw.isfinite(), raw, 0).abs().amax(-1).float() if raw.numel() else torch.zeros(0)
+        size_of = (
+            torch.where(raw.isfinite(), raw, 0).abs().amax(-1).float() if raw.numel() else torch.zeros(0)
+        )
         coldest = options.get("temperature", 1.0)
-        coldest = coldest[~open_rows] if isinstance(coldest, Tensor) else torch.tensor(coldest).expand(len(own))
+        coldest = (
+            coldest[~open_rows] if isinstance(coldest, Tensor) else torch.tensor(coldest).expand(len(own))
+        )
         scale = size_of * options_scale(options) / torch.where(coldest > 0, coldest, 1).clamp(max=1)
         allowed = 1e-6 * true.abs() + 4e-6 + 2e-7 * scale
         assert torch.equal(own.isnan(), true.isnan()), name
@@ -117,7 +129,9 @@ def same(ours: Sample, other: Sample, rows: Tensor) -> None:
     for name, own, theirs in zip(ours._fields, ours, other):
         theirs = theirs[rows]
         equal = (own == theirs) | ((own != own) & (theirs != theirs))
-        assert equal.all(), f"{name} of row {int(rows[(~equal).nonzero()[0, 0]])} depends on more than the row: {own} and {theirs}"
+        assert equal.all(), (
+            f"{name} of row {int(rows[(~equal).nonzero()[0, 0]])} depends on more than the row: {own} and {theirs}"
+        )
 
 
 def on_the_row_alone(r: random.Random) -> None:
@@ -152,14 +166,20 @@ def distribution(r: random.Random) -> None:
     counts = torch.bincount(drawn.token, minlength=V)
     assert counts[mass == 0].sum() == 0, "an id that is not kept was drawn"
     cells = {
-        number if value >= 10 else round(2 * math.log(value)) - 1000 for number, value in enumerate((mass * DRAWS).tolist()) if value > 0
+        number if value >= 10 else round(2 * math.log(value)) - 1000
+        for number, value in enumerate((mass * DRAWS).tolist())
+        if value > 0
     }
     if len(cells) > 2:
         deviate = surprise(counts, mass)
         assert deviate < 6, f"{deviate:.1f} standard deviations"
 
 
-KINDS = {"specification": against_the_specification, "row alone": on_the_row_alone, "distribution": distribution}
+KINDS = {
+    "specification": against_the_specification,
+    "row alone": on_the_row_alone,
+    "distribution": distribution,
+}
 
 
 def fuzz(r: random.Random) -> str:

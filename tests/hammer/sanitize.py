@@ -1,9 +1,11 @@
-"""The native tests and the fuzz of the functions and of `sample` under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""The native tests and the fuzz of the functions and of `sample` under AddressSanitizer and
+UndefinedBehaviorSanitizer.
 
     make sanitize
 
-The library is built with sanitizers into build/sanitized, which holds a copy of the packages and comes first on the path; the package's own
-_native.so is not touched. Our GEMM is forced where the CPU has AVX-512 (FASTALIGN_GEMM=own). Any report ends the process: a finding.
+The library is built with sanitizers into build/sanitized, which holds a copy of the packages and comes first
+on the path; the package's own _native.so is not touched. Our GEMM is forced where the CPU has AVX-512
+(FASTALIGN_GEMM=own). Any report ends the process: a finding.
 
 CUDA, what torch itself leaks, and the sampler's tests that compile copies of the source by g++ are left out.
 """
@@ -20,7 +22,13 @@ BUILT = ROOT / "build" / "sanitized"
 SUITE = ("rows", "columns", "gemm", "sampling", "policy", "native", "logits")
 LEFT_OUT = (
     *("triton", "cuda", "transformers", "SmolLM2"),  # no native code of ours
-    *("distribution", "broken_sampler", "block", "24_nats", "large_vocabulary"),  # minutes, or a library of their own
+    *(
+        "distribution",
+        "broken_sampler",
+        "block",
+        "24_nats",
+        "large_vocabulary",
+    ),  # minutes, or a library of their own
     *("without_the_library", "compile", "gradcheck"),
 )
 
@@ -28,13 +36,18 @@ LEFT_OUT = (
 def runtime(name: str) -> str:
     """The compiler's path of a library. The sanitizer's and C++'s must be loaded before Python's first."""
     compiler = os.environ.get("CXX", "g++")
-    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join([str(BUILT), str(ROOT)])
     added = {"PYTHONPATH": path, "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}"}
-    added |= {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
+    added |= {
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    }
     return os.environ | added
 
 
@@ -74,11 +87,26 @@ def main() -> int:
     chosen = " and ".join(f"not {word}" for word in LEFT_OUT)
     fuzz = [sys.executable, "-m", "tests.hammer.fuzz", "--only", "functions", "--only", "sample"]
     commands = {
-        "tests": [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *arguments.tests],
+        "tests": [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            chosen,
+            *arguments.tests,
+        ],
         "fuzz": [*fuzz, "--seed", str(arguments.seed), "--seconds", str(arguments.seconds)],
     }
-    failed = [name for name, command in commands.items() if subprocess.run(command, cwd=ROOT, env=run).returncode]
-    print(f"sanitize: {', '.join(failed) or 'nothing'} failed; GEMM: {run['FASTALIGN_GEMM']}; {time.time() - began:.0f} s")
+    failed = [
+        name for name, command in commands.items() if subprocess.run(command, cwd=ROOT, env=run).returncode
+    ]
+    print(
+        f"sanitize: {', '.join(failed) or 'nothing'} failed; GEMM: {run['FASTALIGN_GEMM']}; {time.time() - began:.0f} s"
+    )
     return 1 if failed else 0
 
 

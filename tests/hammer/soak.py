@@ -1,12 +1,13 @@
-"""Kills runs of every stage and resumes them; at the end each must equal, bit for bit, a run that was not killed.
+"""Kills runs of every stage and resumes them; at the end each must equal, bit for bit, a run that was not
+killed.
 
     make soak                      200 kills, about five minutes
     make soak SOAK_KILLS=2000      more of them
     python -m tests.hammer.soak --kills 50 --seed 7 --only ppo
 
-Half of the kills come at a random time. The others are aimed: at each moment of windows.py, which are found by running once and listing
-them. A run is killed up to three times before it may finish. The seed chooses stages and moments; a kill at a random time depends on the
-machine too.
+Half of the kills come at a random time. The others are aimed: at each moment of windows.py, which are found
+by running once and listing them. A run is killed up to three times before it may finish. The seed chooses
+stages and moments; a kill at a random time depends on the machine too.
 
 Each run is a fork of this process, which has imported torch and transformers: a kill costs a second, not ten.
 """
@@ -56,7 +57,8 @@ class Aim(NamedTuple):
 
 
 def fork(work: Callable[[], None], log: Path, *, after: float | None = None) -> tuple[int, float]:
-    """Run `work` in a child whose output goes to `log`; its exit status (-9 when killed) and seconds. Killed `after` so many."""
+    """Run `work` in a child whose output goes to `log`; its exit status (-9 when killed) and seconds. Killed
+    `after` so many."""
     began = time.perf_counter()
     sys.stdout.flush()
     child = os.fork()
@@ -102,7 +104,9 @@ def run_whole(name: str, kind: Kind, folder: Path) -> Whole:
     folder.mkdir()
     status, seconds = fork(lambda: train(kind, config, Aim("none"), listed), log)
     if status:
-        raise RuntimeError(f"{name}: a run without a kill ended with status {status}:\n{log.read_text()[-3000:]}")
+        raise RuntimeError(
+            f"{name}: a run without a kill ended with status {status}:\n{log.read_text()[-3000:]}"
+        )
     return Whole(config, seconds, Counter(json.loads(listed.read_text())))
 
 
@@ -111,25 +115,35 @@ def aim_at(window: str, whole: Whole, generator: random.Random, *, late: bool = 
     starts = AIMED[window]
     count = sum(count for moment, count in whole.moments.items() if moment.startswith(starts))
     number = generator.randint(count // 2 + 1 if late else 1, count)
-    return Aim(window, wanted=lambda moment: moment.startswith(starts), number=number, torn=generator.random() < 0.5)
+    return Aim(
+        window, wanted=lambda moment: moment.startswith(starts), number=number, torn=generator.random() < 0.5
+    )
 
 
 def choose_aims(whole: Whole, generator: random.Random) -> list[Aim]:
     """Up to three random times and moments of random windows, for one run and its resumes."""
-    there = [window for window, starts in AIMED.items() if any(moment.startswith(starts) for moment in whole.moments)]
+    there = [
+        window
+        for window, starts in AIMED.items()
+        if any(moment.startswith(starts) for moment in whole.moments)
+    ]
     aims: list[Aim] = []
     for _ in range(generator.randint(1, 3)):
         window = generator.choice(there)
         if generator.random() < 0.5:
             aims.append(Aim("random time", after=generator.uniform(0, whole.seconds)))
             continue
-        if window == REWRITE:  # of lines that only a run has that was killed before, late enough to have a checkpoint
+        if (
+            window == REWRITE
+        ):  # of lines that only a run has that was killed before, late enough to have a checkpoint
             aims.append(aim_at("line of metrics.jsonl", whole, generator, late=True))
         aims.append(aim_at(window, whole, generator))
     return aims
 
 
-def kill_and_resume(name: str, kind: Kind, whole: Whole, folder: Path, generator: random.Random) -> tuple[Counter[str], list[str]]:
+def kill_and_resume(
+    name: str, kind: Kind, whole: Whole, folder: Path, generator: random.Random
+) -> tuple[Counter[str], list[str]]:
     """One run through up to three kills to its end: its kills by window, and what is wrong."""
     output_dir = folder / "killed"
     log = folder / "killed.log"
@@ -149,7 +163,9 @@ def kill_and_resume(name: str, kind: Kind, whole: Whole, folder: Path, generator
         else:
             break
         config = replace(config, resume=True)
-    return kills, [f"{name}: after {'; '.join(story)}: {wrong}" for wrong in differences(whole.config, config)]
+    return kills, [
+        f"{name}: after {'; '.join(story)}: {wrong}" for wrong in differences(whole.config, config)
+    ]
 
 
 def main() -> int:
@@ -170,13 +186,19 @@ def main() -> int:
         status, _ = fork(lambda: prepare(folder / "data"), folder / "prepare.log")
         if status:
             raise RuntimeError((folder / "prepare.log").read_text())
-        chosen = {name: kind for name, kind in kinds(folder / "data").items() if name.startswith(arguments.only)}
-        whole = {name: run_whole(name, kind, folder / name.replace(", ", "-")) for name, kind in chosen.items()}
+        chosen = {
+            name: kind for name, kind in kinds(folder / "data").items() if name.startswith(arguments.only)
+        }
+        whole = {
+            name: run_whole(name, kind, folder / name.replace(", ", "-")) for name, kind in chosen.items()
+        }
         for name, run in whole.items():
             print(f"  {name}: {run.seconds:.1f} s, {run.moments.total()} moments", flush=True)
         while kills.total() < arguments.kills:
             name = list(chosen)[resumed % len(chosen)]
-            new, wrong = kill_and_resume(name, chosen[name], whole[name], folder / name.replace(", ", "-"), generator)
+            new, wrong = kill_and_resume(
+                name, chosen[name], whole[name], folder / name.replace(", ", "-"), generator
+            )
             kills += new
             by_kind[name] += new.total()
             found += wrong

@@ -1,7 +1,9 @@
-"""The moments of a run at which it may be killed: each touch of a file below its output_dir, and each step's parts.
+"""The moments of a run at which it may be killed: each touch of a file below its output_dir, and each step's
+parts.
 
-Python announces every open, rename and removal to audit hooks, so no window is missed that a change of fastalign opens. What is not
-announced (fsync, files that torch and safetensors write by themselves) and the parts of a step are functions that are wrapped here.
+Python announces every open, rename and removal to audit hooks, so no window is missed that a change of
+fastalign opens. What is not announced (fsync, files that torch and safetensors write by themselves) and the
+parts of a step are functions that are wrapped here.
 """
 
 import os
@@ -34,8 +36,16 @@ AIMED: dict[str, tuple[str, ...]] = {
 class Moments:
     """Counts the moments of this process, and ends it by SIGKILL at one of them."""
 
-    def __init__(self, output_dir: str, wanted: Callable[[str], bool] | None = None, number: int = 0, *, torn: bool = False) -> None:
-        """Kill at the `number`-th moment (from 1) whose name is `wanted`, with what is being written emptied or halved where `torn`."""
+    def __init__(
+        self,
+        output_dir: str,
+        wanted: Callable[[str], bool] | None = None,
+        number: int = 0,
+        *,
+        torn: bool = False,
+    ) -> None:
+        """Kill at the `number`-th moment (from 1) whose name is `wanted`, with what is being written emptied
+        or halved where `torn`."""
         self.output_dir = os.path.realpath(output_dir)
         self.wanted = wanted
         self.left = number
@@ -77,10 +87,18 @@ class Moments:
             self.reach(f"{event} {part}", (lambda: os.truncate(path, 0)) if empties else None)
 
     def _wrap(
-        self, owner: Any, attribute: str, *, name: str | None = None, after: bool = False, tear: Callable[..., None] | None = None
+        self,
+        owner: Any,
+        attribute: str,
+        *,
+        name: str | None = None,
+        after: bool = False,
+        tear: Callable[..., None] | None = None,
     ) -> None:
         function = getattr(owner, attribute)
-        label = name or (f"{owner.__name__}.{attribute}" if owner in (os, torch, report.Report) else attribute)
+        label = name or (
+            f"{owner.__name__}.{attribute}" if owner in (os, torch, report.Report) else attribute
+        )
 
         def watched(*arguments: Any, **options: Any) -> Any:
             self.reach(f"{label}, before")

@@ -1,4 +1,5 @@
-"""Fixtures of the first two stages' tests; the files of others bring their own `files`, `base` and configurations."""
+"""Fixtures of the first two stages' tests; the files of others bring their own `files`, `base` and
+configurations."""
 
 import itertools
 from collections.abc import Callable
@@ -39,7 +40,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def base(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of an untrained tiny GPT-2 in fp64 without dropout."""
-    return save_base(tmp_path_factory.mktemp("base"), files["tokenizer"], length=64, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    return save_base(
+        tmp_path_factory.mktemp("base"),
+        files["tokenizer"],
+        length=64,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
 
 
 @pytest.fixture

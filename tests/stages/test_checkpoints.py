@@ -116,7 +116,9 @@ def test_resume_refuses_other_rows_in_the_same_file(
     written = path.read_text().splitlines(keepends=True)
     again = dataclasses.replace(first, resume=True, max_steps=3)
     path.write_text("".join(written[::-1]))  # as many rows and tokens
-    with pytest.raises(ValueError, match=r"resume: .* has other rows than when the run in .*step-00000002 was started"):
+    with pytest.raises(
+        ValueError, match=r"resume: .* has other rows than when the run in .*step-00000002 was started"
+    ):
         pretrain.run(again)
     path.write_text("".join(written))
     assert pretrain.run(again)["step"] == 3

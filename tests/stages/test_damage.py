@@ -1,4 +1,5 @@
-"""Checkpoints and metrics that a disk, a copy or a kill has damaged; what is synced and renamed, in which order."""
+"""Checkpoints and metrics that a disk, a copy or a kill has damaged; what is synced and renamed, in which
+order."""
 
 import dataclasses
 import os
@@ -36,7 +37,9 @@ def two_checkpoints(pretraining: Pretraining) -> Path:
     return Path(config.output_dir)
 
 
-def test_72_flipped_bits_and_27_cuts_are_all_seen(pretraining: Pretraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_72_flipped_bits_and_27_cuts_are_all_seen(
+    pretraining: Pretraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = two_checkpoints(pretraining)
     draw = random.Random(0)
     for trial in range(99):
@@ -94,7 +97,9 @@ def test_without_a_whole_checkpoint_a_resume_is_refused(pretraining: Pretraining
         "step-00000001: it has no manifest.sha256, as where an earlier version of fastalign wrote it); "
         "bring one back from a copy, or name another output_dir"
     )
-    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"], "nothing is renamed then"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"], (
+        "nothing is renamed then"
+    )
 
 
 def test_a_missing_file_and_one_that_cannot_be_read_are_damage(
@@ -136,15 +141,22 @@ def test_a_bad_last_line_of_the_metrics_is_cut_off_and_said_and_another_is_refus
         path.write_bytes(written + rest)
         capsys.readouterr()
         pretrain.run(again)
-        assert f"resume: {path}: line 4, the last, is not whole and is cut off: {rest!r}" in capsys.readouterr().out
+        assert (
+            f"resume: {path}: line 4, the last, is not whole and is cut off: {rest!r}"
+            in capsys.readouterr().out
+        )
         assert path.read_bytes() == written
     path.write_bytes(written[:10] + b"\n" + written)
-    with pytest.raises(ValueError, match=r"resume: .*metrics\.jsonl: line 1 is not one of metrics\.jsonl .*mend it or delete it"):
+    with pytest.raises(
+        ValueError,
+        match=r"resume: .*metrics\.jsonl: line 1 is not one of metrics\.jsonl .*mend it or delete it",
+    ):
         pretrain.run(again)
 
 
 class Disk:
-    """What is synced and renamed below `root`: ("sync", name) and ("rename", name); `kill_at` ends the process before that one."""
+    """What is synced and renamed below `root`: ("sync", name) and ("rename", name); `kill_at` ends the
+    process before that one."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, kill_at: int | None = None) -> None:
         self.root, self.events, self.kill_at = root.resolve(), list[tuple[str, str]](), kill_at
@@ -161,9 +173,15 @@ class Disk:
         def record_replace(source: Any, target: Any) -> None:
             source, target = Path(source).resolve(), Path(target).resolve()
             self._note("rename", target)
-            if ".replaced" not in target.name and target.name != "unfinished" and ".damaged" not in target.name:
+            if (
+                ".replaced" not in target.name
+                and target.name != "unfinished"
+                and ".damaged" not in target.name
+            ):
                 content = [source, *source.rglob("*")]
-                assert {path for path in content if path not in self.whole} == set(), "all that is renamed is on the disk"
+                assert {path for path in content if path not in self.whole} == set(), (
+                    "all that is renamed is on the disk"
+                )
             replace(source, target)
             self.renamed.append((source, target))
 
@@ -173,10 +191,18 @@ class Disk:
     def _note(self, what: str, path: Path) -> None:
         if len(self.events) == self.kill_at:
             raise Killed
-        self.events.append((what, str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)))
+        self.events.append(
+            (what, str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path))
+        )
 
 
-MODEL = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+MODEL = [
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+]
 
 
 def test_every_file_of_a_run_is_synced_then_renamed_then_its_folder_synced(
@@ -195,8 +221,18 @@ def test_every_file_of_a_run_is_synced_then_renamed_then_its_folder_synced(
         ("sync", "metrics.jsonl"),
     ]
     assert events[first : first + 9] == [
-        *[("sync", new + "random-0.pt"), ("sync", new + "random-0.pt"), ("sync", new + "state.pt"), ("sync", new + files.MANIFEST)],
-        *[("sync", new[:-1]), ("rename", "checkpoints/step-00000001"), ("sync", "checkpoints"), ("sync", ".")],
+        *[
+            ("sync", new + "random-0.pt"),
+            ("sync", new + "random-0.pt"),
+            ("sync", new + "state.pt"),
+            ("sync", new + files.MANIFEST),
+        ],
+        *[
+            ("sync", new[:-1]),
+            ("rename", "checkpoints/step-00000001"),
+            ("sync", "checkpoints"),
+            ("sync", "."),
+        ],
         events[first + 8],
     ]
     assert sorted(events[first + 8 : -3]) == in_model
@@ -213,17 +249,40 @@ def test_every_file_of_a_run_is_synced_then_renamed_then_its_folder_synced(
 def test_the_files_of_other_commands_are_renamed_when_they_are_on_the_disk(
     tuning: Callable[..., sft.SFTConfig], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": sentence(n), "chosen": " good", "rejected": " bad"} for n in range(4)])
+    pairs = write(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": sentence(n), "chosen": " good", "rejected": " bad"} for n in range(4)],
+    )
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": sentence(n)} for n in range(4)])
-    (tmp_path / "score.py").write_text("def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n")
-    options: dict[str, Any] = {"model": base, "batch_size": 4, "max_steps": 1, "device": "cpu", "dtype": "float64"}
+    (tmp_path / "score.py").write_text(
+        "def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
+    )
+    options: dict[str, Any] = {
+        "model": base,
+        "batch_size": 4,
+        "max_steps": 1,
+        "device": "cpu",
+        "dtype": "float64",
+    }
     disk = Disk(tmp_path, monkeypatch)
 
     adapters = tuning(lora_rank=2)
     sft.run(adapters)
     merge.run(merge.MergeConfig(model=f"{adapters.output_dir}/model", output_dir=str(tmp_path / "merged")))
-    dpo.run(dpo.DPOConfig(**options, train_data=pairs, output_dir=str(tmp_path / "dpo"), reference="precomputed", max_length=64))
-    scored: dict[str, Any] = {"reward": f"{tmp_path / 'score.py'}:score", "max_new_tokens": 4, "ppo_epochs": 1}
+    dpo.run(
+        dpo.DPOConfig(
+            **options,
+            train_data=pairs,
+            output_dir=str(tmp_path / "dpo"),
+            reference="precomputed",
+            max_length=64,
+        )
+    )
+    scored: dict[str, Any] = {
+        "reward": f"{tmp_path / 'score.py'}:score",
+        "max_new_tokens": 4,
+        "ppo_epochs": 1,
+    }
     ppo.run(ppo.PPOConfig(**options, **scored, train_data=prompts, output_dir=str(tmp_path / "ppo")))
 
     targets = [str(target.relative_to(tmp_path)) for _, target in disk.renamed]
@@ -246,7 +305,9 @@ def test_the_files_of_other_commands_are_renamed_when_they_are_on_the_disk(
                               reference_dir=str(tmp_path / "dpo")))  # fmt: skip
 
 
-def test_a_kill_at_any_rename_of_a_resumed_run_loses_nothing(pretraining: Pretraining, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_at_any_rename_of_a_resumed_run_loses_nothing(
+    pretraining: Pretraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = pretraining(max_steps=2, save_every=1, schedule="constant")
     pretrain.run(dataclasses.replace(config, max_steps=1))
     again = dataclasses.replace(config, resume=True)
@@ -273,12 +334,19 @@ def test_a_kill_at_any_rename_of_a_resumed_run_loses_nothing(pretraining: Pretra
         pretrain.run(again)
         assert lines(config) == metrics
         assert all(torch.equal(tensor, weights(config)[name]) for name, tensor in expected.items())
-        inside = sorted(str(path.relative_to(config.output_dir)) for path in Path(config.output_dir).rglob("*"))
-        assert inside == sorted(str(path.relative_to(done)) for path in done.rglob("*")), "nothing half-written stays"
+        inside = sorted(
+            str(path.relative_to(config.output_dir)) for path in Path(config.output_dir).rglob("*")
+        )
+        assert inside == sorted(str(path.relative_to(done)) for path in done.rglob("*")), (
+            "nothing half-written stays"
+        )
 
 
 def test_models_of_no_run_are_not_replaced(pretraining: Pretraining, tmp_path: Path, no_model: None) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "weights").write_text("x")
-    with pytest.raises(ValueError, match=r"output_dir: '.*mine/model' is no run's and holds files, which the run would replace"):
+    with pytest.raises(
+        ValueError,
+        match=r"output_dir: '.*mine/model' is no run's and holds files, which the run would replace",
+    ):
         pretrain.run(pretraining(output_dir=str(tmp_path / "mine"), resume=True))

@@ -58,16 +58,23 @@ def test_a_signal_finishes_the_step_saves_and_the_command_that_it_names_goes_on_
     assert stop.value.number == number
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     saved = f"{stopped.output_dir}/config.yaml"
-    assert str(stop.value) == f" after step 3, which is saved; go on with: fastalign pretrain --config {saved} resume=true"
+    assert (
+        str(stop.value)
+        == f" after step 3, which is saved; go on with: fastalign pretrain --config {saved} resume=true"
+    )
     assert [path.name for path in Path(stopped.output_dir, "checkpoints").iterdir()] == ["step-00000003"]
 
-    pretrain.run(parse(pretrain.PretrainConfig, str(stop.value).split("fastalign pretrain ")[1].split(), prog=""))
+    pretrain.run(
+        parse(pretrain.PretrainConfig, str(stop.value).split("fastalign pretrain ")[1].split(), prog="")
+    )
     assert lines(stopped) == lines(whole)
     expected, found = weights(whole), weights(stopped)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_signal_during_the_first_evaluation_ends_before_the_first_step(pretraining: Make, signal_at: Callable[..., None]) -> None:
+def test_a_signal_during_the_first_evaluation_ends_before_the_first_step(
+    pretraining: Make, signal_at: Callable[..., None]
+) -> None:
     config = pretraining()
     signal_at(0, signal.SIGTERM)
     with pytest.raises(Stopped, match=" after step 0, before the next; go on with: "):
@@ -75,14 +82,18 @@ def test_a_signal_during_the_first_evaluation_ends_before_the_first_step(pretrai
     assert not Path(config.output_dir, "checkpoints").exists()
 
 
-def test_a_signal_in_the_last_step_lets_the_run_end_as_it_would(pretraining: Make, signal_at: Callable[..., None]) -> None:
+def test_a_signal_in_the_last_step_lets_the_run_end_as_it_would(
+    pretraining: Make, signal_at: Callable[..., None]
+) -> None:
     config = pretraining(max_steps=2)
     signal_at(2, signal.SIGTERM)
     assert pretrain.run(config)["step"] == 2
     assert weights(config)
 
 
-def test_a_second_ctrl_c_ends_at_once(pretraining: Make, signal_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_ends_at_once(
+    pretraining: Make, signal_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = pretraining()
     monkeypatch.setattr(signals, "SAME", -1.0)
     signal_at(1, signal.SIGINT, signal.SIGINT)
@@ -101,7 +112,9 @@ def test_one_ctrl_c_that_comes_twice_counts_once(pretraining: Make, signal_at: C
 def test_ranks_go_on_with_torchrun(pretraining: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     config = pretraining(output_dir="runs/a b")
-    expected = "torchrun --nproc-per-node 4 -m fastalign.stages.pretrain --config 'runs/a b/config.yaml' resume=true"
+    expected = (
+        "torchrun --nproc-per-node 4 -m fastalign.stages.pretrain --config 'runs/a b/config.yaml' resume=true"
+    )
     assert signals.how_to_resume(config, World(0, 8, torch.device("cpu"))) == expected
 
 
@@ -113,7 +126,9 @@ def test_stray_files_beside_the_checkpoints_do_not_stop_a_resume(pretraining: Ma
     (checkpoints / "step-00000009").write_text("a file")
     shutil.copytree(checkpoints / "step-00000002", checkpoints / "step-00000002 (copy)")
     assert checkpoint.latest(config.output_dir) == checkpoints / "step-00000002"
-    again = pretraining(max_steps=3, save_every=1, keep_checkpoints=1, resume=True, output_dir=config.output_dir)
+    again = pretraining(
+        max_steps=3, save_every=1, keep_checkpoints=1, resume=True, output_dir=config.output_dir
+    )
     assert pretrain.run(again)["step"] == result["step"] + 1
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "step-00000002 (copy)",
@@ -129,18 +144,23 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_a_disk_without_room_is_told_before_the_first_step(pretraining: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_told_before_the_first_step(
+    pretraining: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**16))
     config = pretraining(save_every=1)
     with pytest.raises(
-        OSError, match=rf"output_dir: 3 checkpoints and the model needs 1\.\d MiB, and '{config.output_dir}' has 0.1 MiB free"
+        OSError,
+        match=rf"output_dir: 3 checkpoints and the model needs 1\.\d MiB, and '{config.output_dir}' has 0.1 MiB free",
     ):
         pretrain.run(config)
     assert not Path(config.output_dir, "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("how", ["room", "write"])
-def test_a_disk_that_fills_up_is_told_and_the_old_checkpoint_stays(pretraining: Make, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_disk_that_fills_up_is_told_and_the_old_checkpoint_stays(
+    pretraining: Make, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     config = pretraining(save_every=2, keep_checkpoints=1)
     saved, usage = torch.save, shutil.disk_usage
 
@@ -159,11 +179,18 @@ def test_a_disk_that_fills_up_is_told_and_the_old_checkpoint_stays(pretraining: 
     assert checkpoint.latest(config.output_dir) == checkpoints / "step-00000002"
     monkeypatch.setattr(torch, "save", saved)
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    assert pretrain.run(pretraining(save_every=2, keep_checkpoints=1, resume=True, output_dir=config.output_dir))["step"] == 7
+    assert (
+        pretrain.run(
+            pretraining(save_every=2, keep_checkpoints=1, resume=True, output_dir=config.output_dir)
+        )["step"]
+        == 7
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_metrics_that_cannot_be_written_name_their_file(pretraining: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_cannot_be_written_name_their_file(
+    pretraining: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def enter(self: report.Report) -> report.Report:
         self.file = Path("/dev/full").open("w")  # noqa: SIM115
         return self
@@ -178,7 +205,9 @@ def test_a_folder_that_another_run_holds_is_refused_with_its_process(pretraining
     with folder.held("output_dir", Path(config.output_dir)), pytest.raises(ValueError) as refused:
         pretrain.run(config)
     holder = f"process {os.getpid()} on {socket.gethostname()}"
-    assert str(refused.value) == f"output_dir: {config.output_dir!r} is in use by {holder}; name another folder"
+    assert (
+        str(refused.value) == f"output_dir: {config.output_dir!r} is in use by {holder}; name another folder"
+    )
     assert pretrain.run(config)["step"] == 7
 
 
@@ -206,7 +235,10 @@ def test_a_file_system_without_locks_is_said_and_goes_on(
     monkeypatch.setattr("fcntl.flock", refuse)
     with folder.held("output_dir", tmp_path):
         pass
-    assert capsys.readouterr().err == f"output_dir: {tmp_path} cannot be locked (No locks available): let no other run use it\n"
+    assert (
+        capsys.readouterr().err
+        == f"output_dir: {tmp_path} cannot be locked (No locks available): let no other run use it\n"
+    )
 
 
 def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:

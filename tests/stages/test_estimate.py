@@ -1,4 +1,5 @@
-"""What a stage says before its first step: parameters, tokens, steps, and memory beside the peak that is measured; and dry runs."""
+"""What a stage says before its first step: parameters, tokens, steps, and memory beside the peak that is
+measured; and dry runs."""
 
 import json
 import re
@@ -40,13 +41,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
     paths = {name: write(folder / f"{name}.jsonl", records) for name, records in rows.items()}
     base = save_base(folder / "base", tokenizer, length=512, n_embd=256, n_layer=4, n_head=4)
-    (folder / "score.py").write_text("def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n")
+    (folder / "score.py").write_text(
+        "def score(prompts, completions):\n    return [float(len(text)) for text in completions]\n"
+    )
     return paths | {"tokenizer": tokenizer, "base": base, "score": f"{folder}/score.py:score"}
 
 
 def fields_of(stage: str, data: dict[str, str], output_dir: Path, **changes: Any) -> dict[str, Any]:
     names = {"pretrain": "text", "sft": "demonstrations", "kto": "judged", "ppo": "prompts"}
-    fields: dict[str, Any] = {"train_data": data[names.get(stage, "pairs")], "output_dir": str(output_dir), "device": "cpu", "max_steps": 2}
+    fields: dict[str, Any] = {
+        "train_data": data[names.get(stage, "pairs")],
+        "output_dir": str(output_dir),
+        "device": "cpu",
+        "max_steps": 2,
+    }
     fields |= {"tokenizer": data["tokenizer"]} if stage == "pretrain" else {"model": data["base"]}
     fields |= {"reward": data["score"], "max_new_tokens": 8} if stage == "ppo" else {}
     return fields | {"batch_size": 8} | changes
@@ -66,8 +74,12 @@ def totals(monkeypatch: pytest.MonkeyPatch) -> list[Estimate]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process its peak memory")
-def test_the_estimate_lies_near_the_measured_peak(data: dict[str, str], tmp_path: Path, totals: list[Estimate]) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="this system does not tell a process its peak memory"
+)
+def test_the_estimate_lies_near_the_measured_peak(
+    data: dict[str, str], tmp_path: Path, totals: list[Estimate]
+) -> None:
     """Between 0.75 and 1.5 times: what a step keeps is counted, what kernels take for moments is not."""
     runs: list[tuple[str, dict[str, Any]]] = [
         ("pretrain", {"model_config": LONG, "sequence_length": 256, "batch_size": 16}),  # activations
@@ -81,7 +93,10 @@ def test_the_estimate_lies_near_the_measured_peak(data: dict[str, str], tmp_path
         run(kind(**fields, dry_run=True))
         calls.append({"stage": stage, "fields": json.dumps(fields)})
     small = {"model_config": LLAMA, "sequence_length": 32}
-    warmup = {"stage": "pretrain", "fields": json.dumps(fields_of("pretrain", data, tmp_path / "warm", **small))}
+    warmup = {
+        "stage": "pretrain",
+        "fields": json.dumps(fields_of("pretrain", data, tmp_path / "warm", **small)),
+    }
     peaks = peak_memories("tests.stages.memory:prepare", calls, warmup=warmup)
     for (stage, changes), total, peak in zip(runs, totals, peaks, strict=True):
         assert 0.75 < total.total / 2**20 / peak < 1.5, (stage, changes, total, peak)
@@ -89,7 +104,11 @@ def test_the_estimate_lies_near_the_measured_peak(data: dict[str, str], tmp_path
 
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "kto", "ppo"])
 def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
-    stage: str, data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
         monkeypatch.setattr(auto, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
@@ -105,7 +124,9 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
         shown,
         re.M,
     )  # noqa: E501
-    assert ("reference: " in shown) == (stage in ("dpo", "kto", "ppo")) and ("value model: " in shown) == (stage == "ppo")
+    assert ("reference: " in shown) == (stage in ("dpo", "kto", "ppo")) and ("value model: " in shown) == (
+        stage == "ppo"
+    )
     assert "warning" not in shown and not (tmp_path / "out").exists()
 
 
@@ -115,14 +136,22 @@ def test_rows_fewer_than_a_batch_and_memory_that_does_not_do_are_warned_of(
     monkeypatch.setattr(estimate, "free_memory", lambda world: 2**20)
     sft.run(sft.SFTConfig(**fields_of("sft", data, tmp_path / "out", dry_run=True, batch_size=33)))
     shown = capsys.readouterr().out
-    assert "warning: batch_size: got 33, expected at most the 32 rows: a step takes some of them more than once" in shown
-    assert re.search(r"warning: memory: a step is estimated to take [\d.]+ GiB and 0.00 GiB are free: lower micro_batch_size", shown)
+    assert (
+        "warning: batch_size: got 33, expected at most the 32 rows: a step takes some of them more than once"
+        in shown
+    )
+    assert re.search(
+        r"warning: memory: a step is estimated to take [\d.]+ GiB and 0.00 GiB are free: lower micro_batch_size",
+        shown,
+    )
 
 
 def test_the_estimate_counts_parameters_as_the_model_has_them(data: dict[str, str], tmp_path: Path) -> None:
     config = pretrain.PretrainConfig(**fields_of("pretrain", data, tmp_path, model_config=LLAMA))
     architecture = scratch_config(LLAMA, load_tokenizer(data["tokenizer"]), length=64)
-    found = estimate.estimate(config, CPU, Part("model", architecture), Shape(2, 64, 126, masked=False), upstream="scalar")
+    found = estimate.estimate(
+        config, CPU, Part("model", architecture), Shape(2, 64, 126, masked=False), upstream="scalar"
+    )
     whole = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(architecture).parameters())
     assert found[:5] == (whole, whole, 4 * whole, 4 * whole, 8 * whole)
 
@@ -137,13 +166,19 @@ def test_a_model_that_cannot_be_traced_is_said_and_does_not_end_the_run(
 
     monkeypatch.setattr(GPT2Model, "forward", forward)
     sft.run(sft.SFTConfig(**fields_of("sft", data, tmp_path / "out", dry_run=True)))
-    assert "; activations not counted (GPT2LMHeadModel cannot be traced: DataDependentOutputException)" in capsys.readouterr().out
+    assert (
+        "; activations not counted (GPT2LMHeadModel cannot be traced: DataDependentOutputException)"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_tightest_cgroup_counts_less_what_it_holds_and_with_its_page_cache(tmp_path: Path) -> None:
     (tmp_path / "membership").write_text("0::/outer/inner\n")
     (tmp_path / "outer" / "inner").mkdir(parents=True)
-    limits: dict[str, tuple[str, str, str]] = {"outer": ("1000", "700", "anon 1\ninactive_file 50"), "outer/inner": ("max", "600", "")}
+    limits: dict[str, tuple[str, str, str]] = {
+        "outer": ("1000", "700", "anon 1\ninactive_file 50"),
+        "outer/inner": ("max", "600", ""),
+    }
     for folder, (most, now, stat) in limits.items():
         for name, text in {"memory.max": most, "memory.current": now, "memory.stat": stat}.items():
             (tmp_path / folder / name).write_text(text + "\n")

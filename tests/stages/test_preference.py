@@ -1,4 +1,5 @@
-"""Reward model, DPO and KTO on a tiny model and a few dozen rows: first losses, invariances, references, what is saved."""
+"""Reward model, DPO and KTO on a tiny model and a few dozen rows: first losses, invariances, references, what
+is saved."""
 
 import dataclasses
 import itertools
@@ -31,7 +32,16 @@ from fastalign.stages.config import TrainConfig, describe, save_config
 from fastalign.stages.world import World
 from fastalign_kernels.pair_losses import DPO_LOSS_TYPES
 from fastalign_kernels.preference import KTO_LOSS_TYPES
-from tests.stages.tiny import assert_close, lines, save_base, save_tokenizer, sentence, torchrun, weights, write
+from tests.stages.tiny import (
+    assert_close,
+    lines,
+    save_base,
+    save_tokenizer,
+    sentence,
+    torchrun,
+    weights,
+    write,
+)
 
 STAGES: dict[str, tuple[ModuleType, type[TrainConfig], str]] = {
     "reward": (reward, reward.RewardConfig, "pairs"),
@@ -45,21 +55,33 @@ Make = Callable[..., Any]
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A byte-level BPE tokenizer of 300 entries, pairs and judged completions."""
     folder = tmp_path_factory.mktemp("files")
-    pairs = [{"prompt": sentence(n), "chosen": " good " + sentence(n + 50), "rejected": " bad " + sentence(n + 81)} for n in range(24)]
+    pairs = [
+        {"prompt": sentence(n), "chosen": " good " + sentence(n + 50), "rejected": " bad " + sentence(n + 81)}
+        for n in range(24)
+    ]
     rows: dict[str, list[Any]] = {
         "pairs": pairs,
         "held_out_pairs": [row | {"prompt": row["prompt"] + " story"} for row in pairs[:7]],
         "margins": [row | {"margin": n / 8} for n, row in enumerate(pairs)],
         "judged": [
-            {"prompt": row["prompt"], "completion": row["chosen"] if n % 3 else row["rejected"], "label": n % 3 > 0}
+            {
+                "prompt": row["prompt"],
+                "completion": row["chosen"] if n % 3 else row["rejected"],
+                "label": n % 3 > 0,
+            }
             for n, row in enumerate(pairs)
         ],
         "held_out_judged": [
-            {"prompt": row["prompt"] + " actor", "completion": row["chosen"] if n % 3 else row["rejected"], "label": n % 3 > 0}
+            {
+                "prompt": row["prompt"] + " actor",
+                "completion": row["chosen"] if n % 3 else row["rejected"],
+                "label": n % 3 > 0,
+            }
             for n, row in enumerate(pairs[:7])
         ],
         "two": [
-            {"prompt": sentence(n), "completion": f" {word} {sentence(n + 50)}", "label": n > 0} for n, word in enumerate(("bad", "good"))
+            {"prompt": sentence(n), "completion": f" {word} {sentence(n + 50)}", "label": n > 0}
+            for n, word in enumerate(("bad", "good"))
         ],
         "alike": [{"prompt": sentence(n), "completion": " good", "label": True} for n in range(4)],
         "bad": [pairs[0], pairs[1] | {"rejected": pairs[1]["chosen"]}],
@@ -77,13 +99,25 @@ def base(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str
 
 @pytest.fixture
 def make(files: dict[str, str], base: str, tmp_path: Path) -> Make:
-    """A function from a stage's name and fields to a small configuration with an output_dir of its own, in fp64."""
+    """A function from a stage's name and fields to a small configuration with an output_dir of its own, in
+    fp64."""
     runs = itertools.count()
 
     def configure(stage: str, **changes: Any) -> Any:
         _, config, data = STAGES[stage]
-        values: dict[str, Any] = {"train_data": files[data], "model": base, "output_dir": str(tmp_path / f"run{next(runs)}")}
-        values |= {"max_length": 64, "batch_size": 8, "learning_rate": 1e-3, "max_steps": 1, "dtype": "float64", "device": "cpu"}
+        values: dict[str, Any] = {
+            "train_data": files[data],
+            "model": base,
+            "output_dir": str(tmp_path / f"run{next(runs)}"),
+        }
+        values |= {
+            "max_length": 64,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+            "max_steps": 1,
+            "dtype": "float64",
+            "device": "cpu",
+        }
         return config(**(values | changes))
 
     return configure
@@ -109,7 +143,10 @@ def plain_logps(model: Any, sequences: list[Tokenized]) -> torch.Tensor:
 
 
 def step_rows(config: Any, rows: list[Any], step: int) -> list[Any]:
-    return [rows[n] for n in loop.rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)]
+    return [
+        rows[n]
+        for n in loop.rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
+    ]
 
 
 # First losses
@@ -135,10 +172,19 @@ def test_the_first_losses_are_what_they_must_be(make: Make, dtype: str, referenc
 
 
 def test_reward_steps_are_plain_pytorchs(make: Make, files: dict[str, str]) -> None:
-    config = make("reward", train_data=files["margins"], max_steps=2, center_coefficient=0.1, micro_batch_size=4, max_grad_norm=None)
+    config = make(
+        "reward",
+        train_data=files["margins"],
+        max_steps=2,
+        center_coefficient=0.1,
+        micro_batch_size=4,
+        max_grad_norm=None,
+    )
     run(config)
     torch.manual_seed(config.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=1, dtype=torch.float64).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(
+        config.model, num_labels=1, dtype=torch.float64
+    ).eval()
     rows = tokenize_pairs(load_rows(config.train_data), build.load_tokenizer(config.model), max_length=64)
     optimizer = loop.make_optimizer(config, model)
     for step, line in enumerate(lines(config)):
@@ -149,30 +195,44 @@ def test_reward_steps_are_plain_pytorchs(make: Make, files: dict[str, str]) -> N
         )
         margins = torch.tensor([pair.margin for pair in pairs], dtype=torch.float64)
         loss = (-F.logsigmoid(chosen - rejected - margins) + 0.1 * (chosen + rejected) ** 2).mean()
-        expected = {"loss": loss, "accuracy": (chosen > rejected).double().mean(), "margin": (chosen - rejected).mean()}
+        expected = {
+            "loss": loss,
+            "accuracy": (chosen > rejected).double().mean(),
+            "margin": (chosen - rejected).mean(),
+        }
         expected |= {"mean_reward": (chosen + rejected).mean() / 2}
         loss.backward()
-        expected["grad_norm"] = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
-        assert {name: line[name] for name in expected} == pytest.approx({name: v.item() for name, v in expected.items()}, rel=1e-6)
+        expected["grad_norm"] = torch.nn.utils.get_total_norm(
+            [weight.grad for weight in model.parameters() if weight.grad is not None]
+        )
+        assert {name: line[name] for name in expected} == pytest.approx(
+            {name: v.item() for name, v in expected.items()}, rel=1e-6
+        )
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = line["learning_rate"]
         optimizer.step()
         optimizer.zero_grad()
 
 
-def dpo_by_hand(config: Any, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def dpo_by_hand(
+    config: Any, policy: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
     chosen, rejected = (policy - reference).chunk(2)
     if config.loss_type == "ipo":
         n_chosen, n_rejected = lengths.chunk(2)
         return ((chosen / n_chosen - rejected / n_rejected - 1 / (2 * config.beta)) ** 2).mean()
     margin = config.beta * (chosen - rejected)
-    return -((1 - config.label_smoothing) * F.logsigmoid(margin) + config.label_smoothing * F.logsigmoid(-margin)).mean()
+    return -(
+        (1 - config.label_smoothing) * F.logsigmoid(margin) + config.label_smoothing * F.logsigmoid(-margin)
+    ).mean()
 
 
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"loss_type": "ipo"}])
 def test_dpo_steps_are_plain_pytorchs(make: Make, options: dict[str, Any]) -> None:
     config = make("dpo", max_steps=3, beta=0.3, micro_batch_size=4, max_grad_norm=None, **options)
     run(config)
-    model, reference = (GPT2LMHeadModel.from_pretrained(config.model, dtype=torch.float64).eval() for _ in range(2))
+    model, reference = (
+        GPT2LMHeadModel.from_pretrained(config.model, dtype=torch.float64).eval() for _ in range(2)
+    )
     rows = tokenize_pairs(load_rows(config.train_data), build.load_tokenizer(config.model), max_length=64)
     optimizer = loop.make_optimizer(config, model)
     for step, line in enumerate(lines(config)):
@@ -181,14 +241,23 @@ def test_dpo_steps_are_plain_pytorchs(make: Make, options: dict[str, Any]) -> No
         policy = plain_logps(model, sequences)
         with torch.no_grad():
             frozen = plain_logps(reference, sequences)
-        loss = dpo_by_hand(config, policy, frozen, torch.tensor([sum(sequence.trained) for sequence in sequences]))
+        loss = dpo_by_hand(
+            config, policy, frozen, torch.tensor([sum(sequence.trained) for sequence in sequences])
+        )
         rewards = config.beta * (policy - frozen).detach()
         chosen, rejected = rewards.chunk(2)
         expected = {"loss": loss, "rewards/chosen": chosen.mean(), "rewards/rejected": rejected.mean()}
-        expected |= {"rewards/margins": (chosen - rejected).mean(), "rewards/accuracies": (chosen > rejected).double().mean()}
-        expected |= dict(zip(("logps/chosen", "logps/rejected"), (part.mean() for part in policy.chunk(2)), strict=True))
+        expected |= {
+            "rewards/margins": (chosen - rejected).mean(),
+            "rewards/accuracies": (chosen > rejected).double().mean(),
+        }
+        expected |= dict(
+            zip(("logps/chosen", "logps/rejected"), (part.mean() for part in policy.chunk(2)), strict=True)
+        )
         loss.backward()
-        expected["grad_norm"] = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+        expected["grad_norm"] = torch.nn.utils.get_total_norm(
+            [weight.grad for weight in model.parameters() if weight.grad is not None]
+        )
         if not step:
             del expected["rewards/accuracies"]  # of rewards that are zero to rounding
         numbers = {name: value.item() for name, value in expected.items()}
@@ -207,26 +276,47 @@ def kto_by_hand(config: Any, model: Any, reference: Any, rows: list[Unpaired]) -
         ratio = policy - plain_logps(reference, answered)
         kl = (plain_logps(model, mismatched) - plain_logps(reference, mismatched)).mean().clamp(min=0)
     x = config.beta * (policy - (policy.detach() - ratio) - kl)
-    losses = torch.where(good, config.desirable_weight * (1 - x.sigmoid()), config.undesirable_weight * (1 - (-x).sigmoid()))
+    losses = torch.where(
+        good, config.desirable_weight * (1 - x.sigmoid()), config.undesirable_weight * (1 - (-x).sigmoid())
+    )
     means = {"loss": losses.mean(), "kl": kl}
-    means |= {"rewards/chosen": config.beta * ratio[good].mean(), "rewards/rejected": config.beta * ratio[~good].mean()}
+    means |= {
+        "rewards/chosen": config.beta * ratio[good].mean(),
+        "rewards/rejected": config.beta * ratio[~good].mean(),
+    }
     return means | {"logps/chosen": policy[good].mean(), "logps/rejected": policy[~good].mean()}
 
 
 def test_kto_steps_are_plain_pytorchs(make: Make) -> None:
-    config = make("kto", max_steps=3, beta=0.3, micro_batch_size=2, desirable_weight=1.5, undesirable_weight=0.5, max_grad_norm=None)
+    config = make(
+        "kto",
+        max_steps=3,
+        beta=0.3,
+        micro_batch_size=2,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+        max_grad_norm=None,
+    )
     run(config)
-    model, reference = (GPT2LMHeadModel.from_pretrained(config.model, dtype=torch.float64).eval() for _ in range(2))
+    model, reference = (
+        GPT2LMHeadModel.from_pretrained(config.model, dtype=torch.float64).eval() for _ in range(2)
+    )
     rows = tokenize_unpaired(load_rows(config.train_data), build.load_tokenizer(config.model), max_length=64)
     optimizer = loop.make_optimizer(config, model)
     for step, line in enumerate(lines(config)):
-        picked = preferences.mismatch(step_rows(config, rows, step), seed=config.seed, step=step, max_length=64)
+        picked = preferences.mismatch(
+            step_rows(config, rows, step), seed=config.seed, step=step, max_length=64
+        )
         expected = kto_by_hand(config, model, reference, picked)
         expected["loss"].backward()
-        expected["grad_norm"] = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
+        expected["grad_norm"] = torch.nn.utils.get_total_norm(
+            [weight.grad for weight in model.parameters() if weight.grad is not None]
+        )
         numbers = {name: value.item() for name, value in expected.items()}
         assert {name: line[name] for name in expected} == pytest.approx(numbers, rel=1e-6, abs=1e-9)
-        assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12)
+        assert line["rewards/margins"] == pytest.approx(
+            line["rewards/chosen"] - line["rewards/rejected"], abs=1e-12
+        )
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = line["learning_rate"]
         optimizer.step()
         optimizer.zero_grad()
@@ -243,9 +333,13 @@ def test_apo_zero_needs_no_other_completions(make: Make, files: dict[str, str]) 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_eight_micro_batches_of_one_equal_one_of_eight_packed_or_not(make: Make, files: dict[str, str], stage: str) -> None:
+def test_eight_micro_batches_of_one_equal_one_of_eight_packed_or_not(
+    make: Make, files: dict[str, str], stage: str
+) -> None:
     options = {"max_steps": 3, "eval_data": files[STAGES[stage][2]], "learning_rate": 1e-2}
-    whole, parts, padded = (make(stage, **options, **more) for more in ({}, {"micro_batch_size": 1}, {"packing": False}))
+    whole, parts, padded = (
+        make(stage, **options, **more) for more in ({}, {"micro_batch_size": 1}, {"packing": False})
+    )
     for config in (whole, parts, padded):
         run(config)
     close(whole, parts)
@@ -255,7 +349,12 @@ def test_eight_micro_batches_of_one_equal_one_of_eight_packed_or_not(make: Make,
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("stage", "options"),
-    [("reward", {}), ("dpo", {"lora_rank": 4}), ("kto", {}), ("dpo", {"reference": "precomputed", "gradient_checkpointing": True})],
+    [
+        ("reward", {}),
+        ("dpo", {"lora_rank": 4}),
+        ("kto", {}),
+        ("dpo", {"reference": "precomputed", "gradient_checkpointing": True}),
+    ],
 )
 def test_prompts_that_pairs_share_are_computed_once(
     make: Make,
@@ -266,7 +365,12 @@ def test_prompts_that_pairs_share_are_computed_once(
     options: dict[str, Any],
     attention: str,
 ) -> None:
-    options = options | {"max_steps": 3, "eval_data": files[f"held_out_{STAGES[stage][2]}"], "learning_rate": 1e-2, "attention": attention}
+    options = options | {
+        "max_steps": 3,
+        "eval_data": files[f"held_out_{STAGES[stage][2]}"],
+        "learning_rate": 1e-2,
+        "attention": attention,
+    }
     tokens: list[int] = []
     forward = GPT2Model.forward
 
@@ -281,18 +385,31 @@ def test_prompts_that_pairs_share_are_computed_once(
     tokens_once, tokens[:] = sum(tokens), []
     monkeypatch.setattr(preference, "explain_unshared", lambda *_, **__: "a test's wish")
     run(apart)
-    assert capsys.readouterr().out.count("packing: each sequence has its own copy of the prompt (a test's wish)\n") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "packing: each sequence has its own copy of the prompt (a test's wish)\n"
+        )
+        == 1
+    )
     # Of KTO's passes the reference's alone has pairs.
     assert tokens_once < (0.96 if stage == "kto" else 0.9) * sum(tokens)
     close(once, apart)
 
 
 @pytest.mark.parametrize(
-    ("stage", "options"), [("reward", {"lora_rank": 4}), ("dpo", {"lora_rank": 4}), ("kto", {"reference": "precomputed"})]
+    ("stage", "options"),
+    [("reward", {"lora_rank": 4}), ("dpo", {"lora_rank": 4}), ("kto", {"reference": "precomputed"})],
 )
-def test_two_gloo_ranks_equal_one_process(make: Make, files: dict[str, str], tmp_path: Path, stage: str, options: dict[str, Any]) -> None:
+def test_two_gloo_ranks_equal_one_process(
+    make: Make, files: dict[str, str], tmp_path: Path, stage: str, options: dict[str, Any]
+) -> None:
     # Seven held-out rows: the ranks get unequal numbers of them.
-    options = options | {"max_steps": 2, "micro_batch_size": 2, "eval_data": files[f"held_out_{STAGES[stage][2]}"], "learning_rate": 1e-2}
+    options = options | {
+        "max_steps": 2,
+        "micro_batch_size": 2,
+        "eval_data": files[f"held_out_{STAGES[stage][2]}"],
+        "learning_rate": 1e-2,
+    }
     alone, together = make(stage, **options), make(stage, **options)
     run(alone)
     save_config(together, tmp_path / "two.yaml")
@@ -302,7 +419,12 @@ def test_two_gloo_ranks_equal_one_process(make: Make, files: dict[str, str], tmp
 
 @pytest.mark.parametrize(
     ("stage", "options"),
-    [("reward", {}), ("dpo", {}), ("dpo", {"reference": "precomputed"}), ("kto", {"lora_rank": 4, "lora_dropout": 0.1})],
+    [
+        ("reward", {}),
+        ("dpo", {}),
+        ("dpo", {"reference": "precomputed"}),
+        ("kto", {"lora_rank": 4, "lora_dropout": 0.1}),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     make: Make, monkeypatch: pytest.MonkeyPatch, stage: str, options: dict[str, Any]
@@ -330,7 +452,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     run(dataclasses.replace(stopped, resume=True))
     assert lines(stopped) == lines(whole)
     expected, found = weights(whole), weights(stopped)
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    assert expected.keys() == found.keys() and all(
+        torch.equal(expected[name], found[name]) for name in expected
+    )
 
 
 # References
@@ -338,10 +462,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
 
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_the_three_references_train_alike_bitwise(make: Make, files: dict[str, str], stage: str, lora_rank: int) -> None:
+def test_the_three_references_train_alike_bitwise(
+    make: Make, files: dict[str, str], stage: str, lora_rank: int
+) -> None:
     # In fp32, with held-out rows, over one epoch.
     held_out = files[f"held_out_{STAGES[stage][2]}"]
-    options = {"lora_rank": lora_rank, "max_steps": 3, "dtype": "float32", "eval_data": held_out, "learning_rate": 1e-2}
+    options = {
+        "lora_rank": lora_rank,
+        "max_steps": 3,
+        "dtype": "float32",
+        "eval_data": held_out,
+        "learning_rate": 1e-2,
+    }
     ways = ["copy", "precomputed", "adapters_off", "auto"] if lora_rank else ["copy", "precomputed", "auto"]
     runs = [make(stage, **options, reference=way) for way in ways]
     for config in runs:
@@ -352,7 +484,12 @@ def test_the_three_references_train_alike_bitwise(make: Make, files: dict[str, s
 
 
 def test_a_table_is_used_again_until_the_model_or_a_row_changes(
-    make: Make, files: dict[str, str], tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: Make,
+    files: dict[str, str],
+    tmp_path: Path,
+    base: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = {"reference": "precomputed", "reference_dir": str(tmp_path / "cache"), "max_steps": 3}
     scored: list[int] = []
@@ -409,7 +546,9 @@ def test_dropout_is_off_and_the_saved_configuration_keeps_it(make: Make, base: s
         ("kto", {"loss_type": "apo_zero_unpaired"}),
     ],
 )
-def test_the_first_steps_are_trls(make: Make, files: dict[str, str], tmp_path: Path, stage: str, options: dict[str, Any]) -> None:
+def test_the_first_steps_are_trls(
+    make: Make, files: dict[str, str], tmp_path: Path, stage: str, options: dict[str, Any]
+) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed")
     # KTO: of two rows each can only meet the other's completion, which is where TRL's rotation leads too.
     rows = 2 if stage == "kto" else 24
@@ -430,15 +569,23 @@ def test_the_first_steps_are_trls(make: Make, files: dict[str, str], tmp_path: P
     )  # fmt: skip
     auto = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
     torch.manual_seed(config.seed)
-    model = auto.from_pretrained(config.model, dtype=torch.float32, **({"num_labels": 1} if stage == "reward" else {}))
+    model = auto.from_pretrained(
+        config.model, dtype=torch.float32, **({"num_labels": 1} if stage == "reward" else {})
+    )
     data = Dataset.from_list(list(load_rows(config.train_data)))
-    trainer = trainer_class(model=model, args=settings, train_dataset=data, processing_class=build.load_tokenizer(config.model))
+    trainer = trainer_class(
+        model=model, args=settings, train_dataset=data, processing_class=build.load_tokenizer(config.model)
+    )
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]
     assert len(logged) == 3
     shared = {"loss", "grad_norm", "accuracy", "margin", "mean_reward", "kl"}
     for ours, theirs in zip(lines(config), logged, strict=True):
-        names = [name for name in ours if name in theirs and (name in shared or name.startswith(("rewards/", "logps/")))]
+        names = [
+            name
+            for name in ours
+            if name in theirs and (name in shared or name.startswith(("rewards/", "logps/")))
+        ]
         assert len(names) >= 5
         if ours["step"] == 1 and stage == "dpo":
             names.remove("rewards/accuracies")  # of rewards that are zero to rounding
@@ -452,8 +599,12 @@ def test_the_first_steps_are_trls(make: Make, files: dict[str, str], tmp_path: P
 
 @pytest.mark.hosts
 @pytest.mark.parametrize("stage", ["dpo", "kto"])
-def test_policies_learn_their_rows_and_load_as_causal_lms(make: Make, files: dict[str, str], stage: str) -> None:
-    config = make(stage, max_steps=25, eval_data=files[STAGES[stage][2]], beta=0.3, learning_rate=2e-3, dtype="float32")
+def test_policies_learn_their_rows_and_load_as_causal_lms(
+    make: Make, files: dict[str, str], stage: str
+) -> None:
+    config = make(
+        stage, max_steps=25, eval_data=files[STAGES[stage][2]], beta=0.3, learning_rate=2e-3, dtype="float32"
+    )
     result = run(config)
     assert result["eval/loss"] < 0.6 * lines(config)[0]["eval/loss"] and result["eval/rewards/margins"] > 1
     name = "pairs" if stage == "dpo" else "rows"
@@ -469,7 +620,9 @@ def test_policies_learn_their_rows_and_load_as_causal_lms(make: Make, files: dic
 
 
 @pytest.mark.hosts
-def test_a_reward_model_learns_its_pairs_and_scores_a_padded_batch_as_transformers_does(make: Make, files: dict[str, str]) -> None:
+def test_a_reward_model_learns_its_pairs_and_scores_a_padded_batch_as_transformers_does(
+    make: Make, files: dict[str, str]
+) -> None:
     config = make("reward", max_steps=25, eval_data=files["pairs"], learning_rate=1e-3, dtype="float32")
     result = run(config)
     assert result["eval/accuracy"] == 1.0 and result["eval/loss"] < 0.2
@@ -481,9 +634,17 @@ def test_a_reward_model_learns_its_pairs_and_scores_a_padded_batch_as_transforme
     rows = [json.loads(line) for line in Path(files["pairs"]).read_text().splitlines()]
     means = []
     for side in ("chosen", "rejected"):
-        batch = tokenizer([row["prompt"] + row[side] + tokenizer.eos_token for row in rows], padding=True, return_tensors="pt")
+        batch = tokenizer(
+            [row["prompt"] + row[side] + tokenizer.eos_token for row in rows],
+            padding=True,
+            return_tensors="pt",
+        )
         with torch.no_grad():
-            means.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.mean().item())
+            means.append(
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                .logits.mean()
+                .item()
+            )
     assert means[0] - means[1] == pytest.approx(result["eval/margin"], rel=1e-4)
 
 
@@ -505,14 +666,18 @@ def test_lora_trains_the_adapters_and_they_load_on_the_base(make: Make, base: st
 
 
 def test_centring_draws_the_scores_to_zero(make: Make) -> None:
-    plain, centred = (make("reward", max_steps=10, center_coefficient=weight, learning_rate=1e-3) for weight in (0.0, 1.0))
+    plain, centred = (
+        make("reward", max_steps=10, center_coefficient=weight, learning_rate=1e-3) for weight in (0.0, 1.0)
+    )
     assert abs(run(centred)["mean_reward"]) < abs(run(plain)["mean_reward"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
 def test_the_ways_to_save_memory_train(make: Make, stage: str, options: dict[str, Any]) -> None:
-    plain, changed = (make(stage, max_steps=2, dtype="float32", lora_rank=2, **more) for more in ({}, options))
+    plain, changed = (
+        make(stage, max_steps=2, dtype="float32", lora_rank=2, **more) for more in ({}, options)
+    )
     run(plain)
     run(changed)
     tolerance = 0.05 if "bf16" in options else 1e-6
@@ -527,7 +692,11 @@ def test_the_ways_to_save_memory_train(make: Make, stage: str, options: dict[str
     ("stage", "changes", "message"),
     [
         ("dpo", {"loss_type": "sigmod"}, "loss_type"),
-        ("dpo", {"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing: 0.1 seen with loss_type='hinge'"),
+        (
+            "dpo",
+            {"label_smoothing": 0.1, "loss_type": "hinge"},
+            "label_smoothing: 0.1 seen with loss_type='hinge'",
+        ),
         ("dpo", {"loss_type": "exo_pair"}, "label_smoothing: 0.0 seen with loss_type='exo_pair'"),
         ("dpo", {"beta": 0}, "beta"),
         ("dpo", {"reference": "adapters_off"}, r"reference: adapters_off needs adapters \(lora_rank > 0\)"),
@@ -540,22 +709,35 @@ def test_the_ways_to_save_memory_train(make: Make, stage: str, options: dict[str
         ("dpo", {"tail_eps": 1.0}, "tail_eps"),
     ],
 )
-def test_a_wrong_configuration_is_refused_by_name(make: Make, stage: str, changes: dict[str, Any], message: str) -> None:
+def test_a_wrong_configuration_is_refused_by_name(
+    make: Make, stage: str, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         make(stage, **changes)
 
 
-def test_rows_that_cannot_be_used_are_refused_before_the_model_loads(make: Make, files: dict[str, str], no_model: None) -> None:
+def test_rows_that_cannot_be_used_are_refused_before_the_model_loads(
+    make: Make, files: dict[str, str], no_model: None
+) -> None:
     for stage in ("reward", "dpo"):
-        with pytest.raises(ValueError, match=r"bad\.jsonl, row 2: columns 'chosen' and 'rejected' are the same"):
+        with pytest.raises(
+            ValueError, match=r"bad\.jsonl, row 2: columns 'chosen' and 'rejected' are the same"
+        ):
             run(make(stage, train_data=files["bad"]))
         with pytest.raises(ValueError, match=r"judged\.jsonl: no column 'chosen' and no column 'rejected'"):
             run(make(stage, train_data=files["judged"]))
-    with pytest.raises(ValueError, match=r"bad_labels\.jsonl, row 2: column 'label' must be true or false, got 'yes'"):
+    with pytest.raises(
+        ValueError, match=r"bad_labels\.jsonl, row 2: column 'label' must be true or false, got 'yes'"
+    ):
         run(make("kto", train_data=files["bad_labels"]))
-    with pytest.raises(ValueError, match=r"batch_size \(8\): all rows of step 1 have the same completion.* 1 of the 4 rows' completions"):
+    with pytest.raises(
+        ValueError,
+        match=r"batch_size \(8\): all rows of step 1 have the same completion.* 1 of the 4 rows' completions",
+    ):
         run(make("kto", train_data=files["alike"]))
-    with pytest.raises(ValueError, match="eval_data: rows must have two different completions at least.* got 4 rows of one"):
+    with pytest.raises(
+        ValueError, match="eval_data: rows must have two different completions at least.* got 4 rows of one"
+    ):
         run(make("kto", eval_data=files["alike"]))
 
 
@@ -588,11 +770,15 @@ def test_a_model_that_packs_wrongly_is_refused(make: Make, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_field_is_described_and_the_command_shows_it(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_field_is_described_and_the_command_shows_it(
+    stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = STAGES[stage][1]
     for kind in config.__mro__:
         own = getattr(kind, "__pydantic_fields__", {})
-        assert not [name for name in getattr(kind, "__annotations__", {}) if name in own and not own[name].description]
+        assert not [
+            name for name in getattr(kind, "__annotations__", {}) if name in own and not own[name].description
+        ]
     with pytest.raises(SystemExit):
         cli.main([stage, "--help"])
     shown = capsys.readouterr().out

@@ -81,7 +81,9 @@ def test_what_cannot_run_is_refused_before_the_model_loads(
     message: str,
 ) -> None:
     find = report.importlib.util.find_spec
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    monkeypatch.setattr(
+        report.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
+    )
     with pytest.raises(ValueError, match=message):
         pretrain.run(pretraining(**changes))
 
@@ -91,7 +93,9 @@ def test_bad_demonstrations_are_refused_before_the_model_loads(
 ) -> None:
     with pytest.raises(ValueError, match=r"bad\.jsonl.*2"):
         sft.run(tuning(train_data=files["bad"]))
-    with pytest.raises(ValueError, match=r"a sequence of \d+ tokens does not fit .* 64 \(max_position_embeddings\)"):
+    with pytest.raises(
+        ValueError, match=r"a sequence of \d+ tokens does not fit .* 64 \(max_position_embeddings\)"
+    ):
         sft.run(tuning(train_data=files["long"], max_length=512))
 
 
@@ -103,11 +107,15 @@ def test_an_adapter_on_lm_head_is_refused_before_the_first_step(
         sft.run(tuning(lora_rank=2, lora_targets=["c_attn", "lm_head"]))
 
 
-def test_liger_is_refused_for_a_model_that_it_has_no_layers_for(tuning: Callable[..., sft.SFTConfig], base: str, no_model: None) -> None:
+def test_liger_is_refused_for_a_model_that_it_has_no_layers_for(
+    tuning: Callable[..., sft.SFTConfig], base: str, no_model: None
+) -> None:
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     config, world = tuning(liger=True), World(0, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match="liger: true, but liger-kernel has no layers for gpt2"):
-        build.load_model(config, world, AutoConfig.from_pretrained(base), weights=base, attention="sdpa", packed=False)
+        build.load_model(
+            config, world, AutoConfig.from_pretrained(base), weights=base, attention="sdpa", packed=False
+        )
 
 
 def test_a_cuda_device_that_is_not_there_is_refused(
@@ -122,7 +130,9 @@ def test_a_cuda_device_that_is_not_there_is_refused(
 def test_a_batch_that_the_devices_do_not_divide_is_refused(
     pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "join_world", lambda device, timeout: nullcontext(World(0, 3, torch.device(device))))
+    monkeypatch.setattr(
+        loop, "join_world", lambda device, timeout: nullcontext(World(0, 3, torch.device(device)))
+    )
     with pytest.raises(ValueError, match=r"batch_size \(4\) must be .* micro_batch_size x devices \(1 x 3\)"):
         pretrain.run(pretraining())
 
@@ -134,7 +144,9 @@ def longrope(files: dict[str, str], tmp_path: Path) -> str:
     ropes = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     fields = {name: value for name, value in LLAMA.items() if name != "head_dim"}
     fields |= {"model_type": "phi3", "original_max_position_embeddings": 16, "rope_parameters": ropes}
-    model = AutoModelForCausalLM.from_config(build.scratch_config(fields, tokenizer, length=64), dtype=torch.float64)
+    model = AutoModelForCausalLM.from_config(
+        build.scratch_config(fields, tokenizer, length=64), dtype=torch.float64
+    )
     model.save_pretrained(tmp_path / "phi3")
     tokenizer.save_pretrained(tmp_path / "phi3")
     return str(tmp_path / "phi3")
@@ -148,20 +160,33 @@ def test_rows_on_both_sides_of_a_longrope_switch_are_refused_unless_each_is_alon
     for changes in ({"packing": True}, {"packing": True, "micro_batch_size": 1}, {"packing": False}):
         with pytest.raises(ValueError, match=message):
             sft.run(tuning(model=longrope, **changes))
-    assert math.isfinite(sft.run(tuning(model=longrope, packing=False, micro_batch_size=1, batch_size=2))["nll"])
-    short = write(
-        Path(longrope, "short.jsonl"), [{"prompt": "a film", "completion": " good"}, {"prompt": "the actor", "completion": " bad"}]
+    assert math.isfinite(
+        sft.run(tuning(model=longrope, packing=False, micro_batch_size=1, batch_size=2))["nll"]
     )
-    assert math.isfinite(sft.run(tuning(model=longrope, packing=True, max_length=16, train_data=short, batch_size=1))["nll"])
+    short = write(
+        Path(longrope, "short.jsonl"),
+        [{"prompt": "a film", "completion": " good"}, {"prompt": "the actor", "completion": " bad"}],
+    )
+    assert math.isfinite(
+        sft.run(tuning(model=longrope, packing=True, max_length=16, train_data=short, batch_size=1))["nll"]
+    )
 
 
 def test_an_id_that_the_model_lacks_is_refused_only_where_a_row_uses_it(
-    tuning: Callable[..., sft.SFTConfig], files: dict[str, str], base: str, no_model: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tuning: Callable[..., sft.SFTConfig],
+    files: dict[str, str],
+    base: str,
+    no_model: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     tokenizer = build.load_tokenizer(base)
     tokenizer.add_special_tokens({"pad_token": "<padding>", "additional_special_tokens": ["<tool>"]})
     tokenizer.save_pretrained(tmp_path / "larger")
-    assert len(tokenizer) == 302 and build.padding_id(tokenizer, AutoConfig.from_pretrained(base)) == tokenizer.eos_token_id
+    assert (
+        len(tokenizer) == 302
+        and build.padding_id(tokenizer, AutoConfig.from_pretrained(base)) == tokenizer.eos_token_id
+    )
     loaded: list[str] = []
     monkeypatch.setattr(sft, "load_model", lambda *arguments, **options: loaded.append("model"))
     monkeypatch.setattr(sft, "stop_at", lambda *arguments: None)
@@ -169,7 +194,10 @@ def test_an_id_that_the_model_lacks_is_refused_only_where_a_row_uses_it(
     monkeypatch.setattr(sft, "train", lambda *arguments, **options: {})
     sft.run(tuning(tokenizer=str(tmp_path / "larger")))
     assert loaded == ["model"]
-    rows = [{"prompt": "a film", "completion": " good"}, {"prompt": "the actor", "completion": " never <tool>"}]
+    rows = [
+        {"prompt": "a film", "completion": " good"},
+        {"prompt": "the actor", "completion": " never <tool>"},
+    ]
     message = r"tokenizer: 302 tokens .* vocab_size 300, and 1 sequences use such: '<tool>' \(id 301\) is in the row that begins 'the actor"
     with pytest.raises(ValueError, match=message):
         sft.run(tuning(tokenizer=str(tmp_path / "larger"), train_data=write(tmp_path / "rows.jsonl", rows)))
@@ -179,7 +207,12 @@ TEXT = {name: value for name, value in LLAMA.items() if name != "model_type"}
 COMPOSITE: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": TEXT,
-        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
     },
     "llama4": {"text_config": {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2}},
     "qwen3_5": {"text_config": {**TEXT, "layer_types": ["full_attention"] * 2}},
@@ -193,7 +226,12 @@ def test_models_of_several_parts_are_fitted_by_their_language_model(
     tokenizer = build.load_tokenizer(files["tokenizer"])
     config = build.scratch_config({"model_type": kind} | COMPOSITE[kind], tokenizer, length=40)
     text = config.get_text_config()
-    assert (text.vocab_size, text.max_position_embeddings, text.eos_token_id, text.hidden_size) == (300, 40, tokenizer.eos_token_id, 32)
+    assert (text.vocab_size, text.max_position_embeddings, text.eos_token_id, text.hidden_size) == (
+        300,
+        40,
+        tokenizer.eos_token_id,
+        32,
+    )
     row = [Tokenized(list(range(41)), [True] * 41)]
     assert build.check_fit(config, tokenizer, [[Tokenized(row[0].input_ids[:40], row[0].trained[:40])]]) == 40
     with pytest.raises(ValueError, match=r"a sequence of 41 tokens does not fit the model's 40"):
@@ -216,12 +254,23 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("field", "stage"), [("model", "sft"), ("tokenizer", "sft"), ("reward", "ppo"), ("value_model", "ppo"), ("model", "pretrain")]
+    ("field", "stage"),
+    [
+        ("model", "sft"),
+        ("tokenizer", "sft"),
+        ("reward", "ppo"),
+        ("value_model", "ppo"),
+        ("model", "pretrain"),
+    ],
 )
-def test_a_name_that_is_nowhere_is_told_at_once(field: str, stage: str, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_nowhere_is_told_at_once(
+    field: str, stage: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = no_hub(monkeypatch)
     given = {"model": base, "reward": base, "train_data": "rows.jsonl", "output_dir": "out"}
-    given = {name: value for name, value in given.items() if stage == "ppo" or name != "reward"} | {field: "foo/bar"}
+    given = {name: value for name, value in given.items() if stage == "ppo" or name != "reward"} | {
+        field: "foo/bar"
+    }
     with pytest.raises(ValueError) as refused:
         names.check_names(CONFIGS[stage](**given))
     expected = f"{field}: 'foo/bar' is no folder here, is not in the cache, and the hub cannot be reached (Name or service not known)"
@@ -235,7 +284,9 @@ def test_a_name_in_the_cache_is_taken_from_there_where_the_hub_is_away(
     no_hub(monkeypatch)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda name, file: "/cache/config.json")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # so that it is put back for the tests behind this one
+    monkeypatch.setattr(
+        datasets.config, "HF_HUB_OFFLINE", False
+    )  # so that it is put back for the tests behind this one
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     names.check_name("model", "foo/bar")
     names.check_name("tokenizer", "foo/bar")
@@ -247,11 +298,16 @@ def test_a_name_in_the_cache_is_taken_from_there_where_the_hub_is_away(
     ("name", "message"),
     [
         ("runs/sft/modle", "model: 'runs/sft/modle' is no folder here, and no name of a model on the hub"),
-        ("{tmp}/run", "model: folder '{tmp}/run' holds no config.json, so no model; did you mean '{tmp}/run/model'?"),
+        (
+            "{tmp}/run",
+            "model: folder '{tmp}/run' holds no config.json, so no model; did you mean '{tmp}/run/model'?",
+        ),
         ("{tmp}", "model: folder '{tmp}' holds no config.json, so no model"),
     ],
 )
-def test_a_folder_that_is_no_models_is_told(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_no_models_is_told(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     no_hub(monkeypatch)
     (tmp_path / "run" / "model").mkdir(parents=True)
     with pytest.raises(ValueError) as refused:

@@ -21,9 +21,14 @@ def test_every_step_has_a_line_that_says_what_happened(
     found = lines(config)
     assert [line["step"] for line in found] == [0, 1, 2, 3, 4, 5]
     assert [line["step"] for line in found if "eval/nll" in line] == [0, 2, 4, 5]
-    assert {"loss", "nll", "accuracy", "entropy", "grad_norm", "learning_rate", "tokens", "epoch"} <= found[1].keys()
+    assert {"loss", "nll", "accuracy", "entropy", "grad_norm", "learning_rate", "tokens", "epoch"} <= found[
+        1
+    ].keys()
     assert all(one["tokens"] < two["tokens"] for one, two in itertools.pairwise(found[1:]))
-    assert {name: result[name] for name in found[-1]} == found[-1] and set(result) - set(found[-1]) == {"seconds", "tokens_per_second"}
+    assert {name: result[name] for name in found[-1]} == found[-1] and set(result) - set(found[-1]) == {
+        "seconds",
+        "tokens_per_second",
+    }
     assert pretrain.PretrainConfig(**read_config(str(Path(config.output_dir, "config.yaml")))) == config
 
 
@@ -72,7 +77,9 @@ def test_hosted_reporters_get_every_line(
     assert calls[2][2]["loss"] == lines(config)[1]["loss"]
 
 
-def test_a_folder_that_has_a_reporters_name_is_not_that_reporter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_has_a_reporters_name_is_not_that_reporter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "trackio").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ValueError, match="report_to: trackio not installed"):

@@ -32,11 +32,20 @@ def test_any_text_comes_back_and_a_document_ends_with_eos(train_data: str, tmp_p
     assert made.pad_token_id not in (made.eos_token_id, None)
 
 
-def test_conversations_are_read_turn_by_turn_and_only_answers_are_trained(train_data: str, tmp_path: Path) -> None:
+def test_conversations_are_read_turn_by_turn_and_only_answers_are_trained(
+    train_data: str, tmp_path: Path
+) -> None:
     made = train(train_data, tmp_path / "made", vocab_size=300)
-    turns = [{"role": role, "content": f"{role} says"} for role in ("system", "user", "assistant", "user", "assistant")]
-    [row] = tokenize_sft(load_rows(write(tmp_path / "chats.jsonl", [{"messages": turns}])), made, max_length=200)
-    assert made.decode(row.input_ids) == ("<s><|system|>system says</s>" + 2 * "<|user|>user says</s><|assistant|>assistant says</s>")
+    turns = [
+        {"role": role, "content": f"{role} says"}
+        for role in ("system", "user", "assistant", "user", "assistant")
+    ]
+    [row] = tokenize_sft(
+        load_rows(write(tmp_path / "chats.jsonl", [{"messages": turns}])), made, max_length=200
+    )
+    assert made.decode(row.input_ids) == (
+        "<s><|system|>system says</s>" + 2 * "<|user|>user says</s><|assistant|>assistant says</s>"
+    )
     trained = [token for token, train in zip(row.input_ids, row.trained, strict=True) if train]
     assert made.decode(trained) == "assistant says</s>" * 2
     prompt = made.apply_chat_template(turns[:2], add_generation_prompt=True, tokenize=False)
@@ -50,7 +59,9 @@ def test_what_the_template_has_no_place_for_is_refused(train_data: str, tmp_path
         tokenize_sft(load_rows(write(tmp_path / "chats.jsonl", [{"messages": turns}])), made, max_length=200)
 
 
-def test_a_text_with_too_few_pairs_is_said(train_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_with_too_few_pairs_is_said(
+    train_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     made = train(train_data, tmp_path / "made")
     assert (
         f"a tokenizer of {len(made)} tokens (vocab_size=8192, but the text has no more pairs to merge), from 40 rows"
@@ -59,7 +70,9 @@ def test_a_text_with_too_few_pairs_is_said(train_data: str, tmp_path: Path, caps
 
 
 def test_a_folder_with_files_and_wrong_rows_are_refused(train_data: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="output_dir: got '.*', which holds files, expected a new or empty folder"):
+    with pytest.raises(
+        ValueError, match="output_dir: got '.*', which holds files, expected a new or empty folder"
+    ):
         train(train_data, tmp_path)
     with pytest.raises(DataError, match="no column 'txt'"):
         train(train_data, tmp_path / "made", text_column="txt")

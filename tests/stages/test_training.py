@@ -1,4 +1,5 @@
-"""The training loop and its two first stages, on a tiny Llama and a few dozen rows: batches, ranks, what is trained and saved."""
+"""The training loop and its two first stages, on a tiny Llama and a few dozen rows: batches, ranks, what is
+trained and saved."""
 
 import dataclasses
 import json
@@ -48,11 +49,15 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tuning: Callable[..., sft
 
 
 def ragged_targets(config: sft.SFTConfig) -> bool:
-    rows = data.tokenize_sft(data.load_rows(config.train_data), build.load_tokenizer(config.model), max_length=config.max_length)
+    rows = data.tokenize_sft(
+        data.load_rows(config.train_data), build.load_tokenizer(config.model), max_length=config.max_length
+    )
     return len({sum(row.trained) for row in rows}) > 5
 
 
-def test_two_gloo_ranks_equal_one_process(tuning: Callable[..., sft.SFTConfig], files: dict[str, str], tmp_path: Path) -> None:
+def test_two_gloo_ranks_equal_one_process(
+    tuning: Callable[..., sft.SFTConfig], files: dict[str, str], tmp_path: Path
+) -> None:
     options: dict[str, Any] = {"micro_batch_size": 2, "eval_data": files["pairs"], "schedule": "constant"}
     options |= {"max_grad_norm": 0.5, "save_every": 2}
     alone, together = tuning(**options, max_steps=3), tuning(**options, max_steps=2)
@@ -61,7 +66,12 @@ def test_two_gloo_ranks_equal_one_process(tuning: Callable[..., sft.SFTConfig], 
     torchrun(2, "fastalign.stages.sft", "--config", str(tmp_path / "two.yaml"))
     found = checkpoint.latest(together.output_dir)
     assert found is not None
-    assert sorted(path.name for path in found.iterdir()) == ["manifest.sha256", "random-0.pt", "random-1.pt", "state.pt"]
+    assert sorted(path.name for path in found.iterdir()) == [
+        "manifest.sha256",
+        "random-0.pt",
+        "random-1.pt",
+        "state.pt",
+    ]
 
     # The third step on one process shows that their checkpoint is good too.
     with pytest.warns(UserWarning, match="resuming on 1 processes a run of 2"):
@@ -71,7 +81,10 @@ def test_two_gloo_ranks_equal_one_process(tuning: Callable[..., sft.SFTConfig], 
 
 
 def without_the_evaluation_at_2(config: TrainConfig) -> list[dict[str, Any]]:
-    return [{name: value for name, value in line.items() if line["step"] != 2 or not name.startswith("eval/")} for line in lines(config)]
+    return [
+        {name: value for name, value in line.items() if line["step"] != 2 or not name.startswith("eval/")}
+        for line in lines(config)
+    ]
 
 
 def test_every_rank_gets_its_own_rows_and_all_get_each_once() -> None:
@@ -114,7 +127,9 @@ def test_held_out_rows_are_shared_without_loss_or_repetition() -> None:
 def test_a_memorisable_set_is_memorised_and_the_saved_model_is_that_model(
     pretraining: Callable[..., pretrain.PretrainConfig], files: dict[str, str]
 ) -> None:
-    config = pretraining(max_steps=80, eval_data=files["text"], learning_rate=1e-2, warmup_steps=5, batch_size=8)
+    config = pretraining(
+        max_steps=80, eval_data=files["text"], learning_rate=1e-2, warmup_steps=5, batch_size=8
+    )
     result = pretrain.run(config)
     start = lines(config)[0]["eval/nll"]
     tokenizer = AutoTokenizer.from_pretrained(Path(config.output_dir, "model"))
@@ -166,7 +181,9 @@ def test_lora_trains_the_adapters_alone_and_saves_them_alone(
     folder = Path(config.output_dir, "model")
     adapters = load_file(folder / "adapter_model.safetensors")
     assert len(adapters) == len(trained) and not (folder / "model.safetensors").exists()
-    assert all(tensor.abs().max() > 0 for name, tensor in adapters.items() if "lora_B" in name)  # B starts at 0
+    assert all(
+        tensor.abs().max() > 0 for name, tensor in adapters.items() if "lora_B" in name
+    )  # B starts at 0
     losses = [line["loss"] for line in lines(config)]
     assert losses[-1] < losses[0]
 
@@ -178,7 +195,9 @@ def test_lora_trains_the_adapters_alone_and_saves_them_alone(
     assert lines(shorter) == lines(unbroken)
 
 
-def test_compiling_runs_the_same_model(pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_runs_the_same_model(
+    pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
     def traced(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
@@ -186,7 +205,9 @@ def test_compiling_runs_the_same_model(pretraining: Callable[..., pretrain.Pretr
         return graph.forward
 
     compiles = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiles(self, backend=traced, fullgraph=True))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compiles(self, backend=traced, fullgraph=True)
+    )
     plain, compiled = (
         pretraining(max_steps=2, eval_data=None),
         pretraining(max_steps=2, eval_data=None, compile=True),
@@ -199,7 +220,9 @@ def test_compiling_runs_the_same_model(pretraining: Callable[..., pretrain.Pretr
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
-def test_the_ways_to_save_memory_train(pretraining: Callable[..., pretrain.PretrainConfig], options: dict[str, Any]) -> None:
+def test_the_ways_to_save_memory_train(
+    pretraining: Callable[..., pretrain.PretrainConfig], options: dict[str, Any]
+) -> None:
     plain, changed = pretraining(max_steps=12), pretraining(max_steps=12, **options)
     plain_result, result = pretrain.run(plain), pretrain.run(changed)
     start = lines(plain)[0]["eval/nll"]
@@ -212,11 +235,17 @@ def test_the_ways_to_save_memory_train(pretraining: Callable[..., pretrain.Pretr
         assert stored == {torch.bfloat16 if "dtype" in options else torch.float32}
 
 
-def test_a_tail_is_the_fused_heads_and_its_share_is_logged(pretraining: Callable[..., pretrain.PretrainConfig]) -> None:
+def test_a_tail_is_the_fused_heads_and_its_share_is_logged(
+    pretraining: Callable[..., pretrain.PretrainConfig],
+) -> None:
     config = pretraining(max_steps=2, tail_eps=1e-4)
     pretrain.run(config)
     found = lines(config)
-    assert [line.get("kept_share") for line in found] == [None, 1.0, 1.0]  # an untrained softmax is flat: all blocks run dense
+    assert [line.get("kept_share") for line in found] == [
+        None,
+        1.0,
+        1.0,
+    ]  # an untrained softmax is flat: all blocks run dense
 
 
 @pytest.mark.hosts
@@ -279,12 +308,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(
     built = recorded(sft, monkeypatch)
     whole = loop.language_model_loss
 
-    def poisoned(model: torch.nn.Module, batch: loop.Batch, items: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def poisoned(
+        model: torch.nn.Module, batch: loop.Batch, items: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, metrics = whole(model, batch, items)
         return loss * float("nan"), metrics
 
     monkeypatch.setattr(sft, "language_model_loss", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 1: loss = nan, grad_norm = nan; .* still those of step 0"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: loss = nan, grad_norm = nan; .* still those of step 0"
+    ):
         sft.run(tuning())
     assert all(weight.isfinite().all() for weight in built[0].parameters())
 
@@ -312,7 +345,9 @@ def test_sft_trains_the_completions_and_packing_does_not_change_what_they_cost(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"bf16": True, "liger": True}])
-def test_training_on_a_gpu(pretraining: Callable[..., pretrain.PretrainConfig], options: dict[str, Any], tmp_path: Path) -> None:
+def test_training_on_a_gpu(
+    pretraining: Callable[..., pretrain.PretrainConfig], options: dict[str, Any], tmp_path: Path
+) -> None:
     # In a process of its own: Liger changes transformers' Llama for good.
     config = pretraining(device="cuda", max_steps=12, **options)
     save_config(config, tmp_path / "gpu.yaml")
@@ -332,7 +367,10 @@ def test_training_on_a_gpu(pretraining: Callable[..., pretrain.PretrainConfig], 
     ],
 )
 def test_schedules_at_their_corners(schedule: str, expected: dict[int, float]) -> None:
-    found = {s: loop.multiplier(s, schedule=schedule, steps=104, warmup_steps=4, final_fraction=0.1) for s in expected}
+    found = {
+        s: loop.multiplier(s, schedule=schedule, steps=104, warmup_steps=4, final_fraction=0.1)
+        for s in expected
+    }
     assert found == pytest.approx(expected)
 
 
@@ -353,7 +391,9 @@ def test_the_learning_rate_of_each_step_is_the_schedules(
         pretrain.run(pretraining(max_steps=2, warmup_steps=9))
 
 
-@pytest.mark.parametrize(("changes", "steps"), [({}, 3), ({"epochs": 2.5}, 7), ({"epochs": None, "max_steps": 2}, 2)])
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({}, 3), ({"epochs": 2.5}, 7), ({"epochs": None, "max_steps": 2}, 2)]
+)
 def test_epochs_are_rounded_up_to_steps(changes: dict[str, Any], steps: int) -> None:
     config = TrainConfig(train_data="x", output_dir="x", batch_size=4, **changes)
     assert loop.total_steps(config, rows=11) == steps
@@ -374,7 +414,9 @@ def test_the_loop_serves_a_loss_that_is_no_language_models(base: str, tmp_path: 
     head = model.get_output_embeddings().weight.requires_grad_(True)
     counted: list[int] = []
 
-    def pull_to_zero(_: torch.nn.Module, batch: loop.Batch, items: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def pull_to_zero(
+        _: torch.nn.Module, batch: loop.Batch, items: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         counted.append(int(items))
         share = batch["pairs"] / items
         return (head**2).sum() * share, {"half": 0.5 * share}
@@ -401,7 +443,9 @@ def test_each_step_is_taken_with_the_learning_rate_that_its_line_says_and_the_ru
     taken: list[float] = []
     update = loop.update
 
-    def recording(world: World, model: Any, optimizer: torch.optim.Optimizer, *rest: Any, **options: Any) -> Any:
+    def recording(
+        world: World, model: Any, optimizer: torch.optim.Optimizer, *rest: Any, **options: Any
+    ) -> Any:
         taken.append(optimizer.param_groups[0]["lr"])
         assert torch.initial_seed() == 5  # dropout draws from it
         return update(world, model, optimizer, *rest, **options)

@@ -1,4 +1,5 @@
-"""Two ranks of which one fails, dies or stops: it is told once, with rank, step and its own error, and the other ends too."""
+"""Two ranks of which one fails, dies or stops: it is told once, with rank, step and its own error, and the
+other ends too."""
 
 import os
 import re
@@ -32,21 +33,47 @@ print("through", flush=True)
 def run(folder: Path, fault: str, minutes: float = 30.0) -> tuple[int, list[str], float]:
     """Status, the ranks' own lines on stderr, and the seconds that it took."""
     (folder / "script.py").write_text(SCRIPT.format(fault=fault, minutes=minutes))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--shutdown-timeout=3"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--shutdown-timeout=3",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     began = time.monotonic()
-    done = subprocess.run([*command, str(folder / "script.py")], env=environment, capture_output=True, text=True, timeout=200)
-    own = [line for line in done.stderr.splitlines() if line.startswith(("fastalign", "Traceback", "ValueError", "RuntimeError"))]
-    own = own[: own.index("Traceback (most recent call last):")] if "Traceback (most recent call last):" in own else own  # torchrun's own
+    done = subprocess.run(
+        [*command, str(folder / "script.py")], env=environment, capture_output=True, text=True, timeout=200
+    )
+    own = [
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith(("fastalign", "Traceback", "ValueError", "RuntimeError"))
+    ]
+    own = (
+        own[: own.index("Traceback (most recent call last):")]
+        if "Traceback (most recent call last):" in own
+        else own
+    )  # torchrun's own
     return done.returncode, own, time.monotonic() - began
 
 
 @pytest.mark.parametrize(
     ("fault", "line"),
     [
-        ("if rank == 1 and step == 2: raise ValueError('row 7 is odd')", r"fastalign: error: rank 1, step 2: ValueError: row 7 is odd.*"),
-        ("if rank == 0 and step == 2: raise ValueError('row 7 is odd')", r"fastalign sft: error: .*row 7 is odd.*"),
-        ("if step == 2: raise ValueError('row 7 is odd')", r"fastalign sft: error: ValueError: row 7 is odd.*"),
+        (
+            "if rank == 1 and step == 2: raise ValueError('row 7 is odd')",
+            r"fastalign: error: rank 1, step 2: ValueError: row 7 is odd.*",
+        ),
+        (
+            "if rank == 0 and step == 2: raise ValueError('row 7 is odd')",
+            r"fastalign sft: error: .*row 7 is odd.*",
+        ),
+        (
+            "if step == 2: raise ValueError('row 7 is odd')",
+            r"fastalign sft: error: ValueError: row 7 is odd.*",
+        ),
         (
             "if rank == 1 and step == 2: os.kill(os.getpid(), signal.SIGKILL)",
             r"fastalign sft: error: rank 1 \(step 2\): gives no sign of life.*",
@@ -61,7 +88,9 @@ def test_what_ends_one_rank_ends_all_and_is_told_once(fault: str, line: str, tmp
 
 
 def test_a_rank_that_is_stopped_ends_the_others_after_the_timeout(tmp_path: Path) -> None:
-    status, own, seconds = run(tmp_path, "if rank == 1 and step == 2: os.kill(os.getpid(), signal.SIGSTOP)", minutes=0.1)
+    status, own, seconds = run(
+        tmp_path, "if rank == 1 and step == 2: os.kill(os.getpid(), signal.SIGSTOP)", minutes=0.1
+    )
     assert status != 0 and own == [
         "fastalign: error: rank 1 (step 2): gives no sign of life for 0.1 minutes (timeout): stopped, or the machine is gone"
     ]

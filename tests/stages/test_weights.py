@@ -21,7 +21,9 @@ NORM = "transformer.ln_f.weight"
 WEIGHT = "transformer.h.1.mlp.c_fc.weight"
 
 
-def changed(folder: str, target: Path, change: Callable[[Tensors], None], file: str = "model.safetensors") -> str:
+def changed(
+    folder: str, target: Path, change: Callable[[Tensors], None], file: str = "model.safetensors"
+) -> str:
     """A copy of a model folder with other weights."""
     shutil.copytree(folder, target)
     tensors = load_file(target / file)
@@ -50,15 +52,30 @@ def with_weight(name: str, *shape: int) -> Callable[[Tensors], None]:
 
 
 WRONG = {
-    "one missing": (without(WEIGHT), rf"lacks weights: {WEIGHT}; expected those of its config\.json's GPT2LMHeadModel"),
-    "tied ones missing": (without("transformer.wte.weight"), r"lacks weights: lm_head\.weight, transformer\.wte\.weight; expected"),
-    "another shape": (with_weight(NORM, 7), rf"has weights of other shapes: {NORM} \[7\] \(expected \[32\]\); expected"),
+    "one missing": (
+        without(WEIGHT),
+        rf"lacks weights: {WEIGHT}; expected those of its config\.json's GPT2LMHeadModel",
+    ),
+    "tied ones missing": (
+        without("transformer.wte.weight"),
+        r"lacks weights: lm_head\.weight, transformer\.wte\.weight; expected",
+    ),
+    "another shape": (
+        with_weight(NORM, 7),
+        rf"has weights of other shapes: {NORM} \[7\] \(expected \[32\]\); expected",
+    ),
     "a layer too many": (
         with_weight("transformer.h.2.ln_1.weight", 32),
         r"has weights that the model has not: transformer\.h\.2\.ln_1\.weight; exp",
     ),
-    "NaN": (with_value(WEIGHT, math.nan), rf"{WEIGHT} holds 1 values of 4096 that are NaN or inf in torch\.float64; expected finite"),
-    "inf": (with_value(NORM, -math.inf), rf"{NORM} holds 1 values of 32 that are NaN or inf in torch\.float64; expected finite"),
+    "NaN": (
+        with_value(WEIGHT, math.nan),
+        rf"{WEIGHT} holds 1 values of 4096 that are NaN or inf in torch\.float64; expected finite",
+    ),
+    "inf": (
+        with_value(NORM, -math.inf),
+        rf"{NORM} holds 1 values of 32 that are NaN or inf in torch\.float64; expected finite",
+    ),
 }
 
 
@@ -76,8 +93,18 @@ def test_another_models_head_is_left_out_and_a_new_classifiers_head_is_drawn(
     tuning: Callable[..., sft.SFTConfig], base: str, tmp_path: Path
 ) -> None:
     sft.run(tuning(model=changed(base, tmp_path / "critic", with_weight("v_head.summary.weight", 1, 32))))
-    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": sentence(n), "chosen": " good", "rejected": " bad"} for n in range(4)])
-    options: dict[str, Any] = {"train_data": pairs, "max_length": 64, "batch_size": 4, "max_steps": 1, "dtype": "float64", "device": "cpu"}
+    pairs = write(
+        tmp_path / "pairs.jsonl",
+        [{"prompt": sentence(n), "chosen": " good", "rejected": " bad"} for n in range(4)],
+    )
+    options: dict[str, Any] = {
+        "train_data": pairs,
+        "max_length": 64,
+        "batch_size": 4,
+        "max_steps": 1,
+        "dtype": "float64",
+        "device": "cpu",
+    }
     first = reward.RewardConfig(model=base, output_dir=str(tmp_path / "reward"), **options)
     reward.run(first)  # a causal LM has no score.weight
 
@@ -86,11 +113,18 @@ def test_another_models_head_is_left_out_and_a_new_classifiers_head_is_drawn(
     with pytest.raises(ValueError, match=r"model: '.*headless' lacks weights: score\.weight; expected"):
         reward.run(reward.RewardConfig(model=headless, output_dir=str(tmp_path / "again"), **options))
     three = changed(scorer, tmp_path / "three", with_weight("score.weight", 3, 32))
-    with pytest.raises(ValueError, match=r"model: '.*three' has weights of other shapes: score\.weight \[3, 32\] \(expected \[1, 32\]\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"model: '.*three' has weights of other shapes: score\.weight \[3, 32\] \(expected \[1, 32\]\)",
+    ):
         reward.run(reward.RewardConfig(model=three, output_dir=str(tmp_path / "again"), **options))
 
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": sentence(n)} for n in range(4)])
-    scored: dict[str, Any] = {"model": base, "max_new_tokens": 4, "output_dir": str(tmp_path / "ppo")} | options | {"train_data": prompts}
+    scored: dict[str, Any] = (
+        {"model": base, "max_new_tokens": 4, "output_dir": str(tmp_path / "ppo")}
+        | options
+        | {"train_data": prompts}
+    )
     del scored["max_length"]
     with pytest.raises(ValueError, match=r"reward: '.*headless' lacks weights: score\.weight"):
         ppo.run(ppo.PPOConfig(**scored, reward=headless))
@@ -98,14 +132,19 @@ def test_another_models_head_is_left_out_and_a_new_classifiers_head_is_drawn(
         ppo.run(ppo.PPOConfig(**scored, reward=scorer, value_model=headless))
 
 
-def test_wrong_weights_below_and_in_adapters_are_named(tuning: Callable[..., sft.SFTConfig], base: str, tmp_path: Path) -> None:
+def test_wrong_weights_below_and_in_adapters_are_named(
+    tuning: Callable[..., sft.SFTConfig], base: str, tmp_path: Path
+) -> None:
     below = shutil.copytree(base, tmp_path / "base")
     config = tuning(model=str(below), lora_rank=2)
     sft.run(config)
     adapters = f"{config.output_dir}/model"
     name = next(iter(load_file(f"{adapters}/adapter_model.safetensors")))
     broken = changed(adapters, tmp_path / "adapters", with_value(name, math.nan), "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"model: in the adapters in '.*adapters', .*lora_A.* holds 1 values of 64 that are NaN or inf"):
+    with pytest.raises(
+        ValueError,
+        match=r"model: in the adapters in '.*adapters', .*lora_A.* holds 1 values of 64 that are NaN or inf",
+    ):
         sft.run(tuning(model=broken))
     shutil.rmtree(below)
     changed(base, below, without(NORM))
@@ -113,14 +152,19 @@ def test_wrong_weights_below_and_in_adapters_are_named(tuning: Callable[..., sft
         merge.run(merge.MergeConfig(model=adapters, output_dir=str(tmp_path / "merged")))
     shutil.rmtree(below)
     changed(base, below, with_value(NORM, 1e6))
-    with pytest.raises(ValueError, match=rf"model: in '.*base', {NORM} holds 1 values of 32 that are NaN or inf in torch\.float16"):
+    with pytest.raises(
+        ValueError,
+        match=rf"model: in '.*base', {NORM} holds 1 values of 32 that are NaN or inf in torch\.float16",
+    ):
         merge.run(merge.MergeConfig(model=adapters, output_dir=str(tmp_path / "merged"), dtype="float16"))
     assert not (tmp_path / "merged").exists()
 
 
 def test_nan_is_told_as_nan_where_a_head_is_fused_or_a_classifier_packed(base: str) -> None:
     language_model = AutoModelForCausalLM.from_pretrained(base)
-    classifier = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(base, num_labels=1))
+    classifier = AutoModelForSequenceClassification.from_config(
+        AutoConfig.from_pretrained(base, num_labels=1)
+    )
     for model, prepare in ((language_model, fuse_head), (classifier, score_packed)):
         with torch.no_grad():
             model.get_parameter(WEIGHT)[3, 4] = math.nan
@@ -129,15 +173,27 @@ def test_nan_is_told_as_nan_where_a_head_is_fused_or_a_classifier_packed(base: s
             prepare(model)
 
 
-def test_weights_that_are_not_finite_are_not_saved(pretraining: Callable[..., pretrain.PretrainConfig]) -> None:
-    several: list[dict[str, Any]] = [{}, {"save_every": 1}, {"eval_data": None}, {"eval_data": None, "save_every": 1}]
+def test_weights_that_are_not_finite_are_not_saved(
+    pretraining: Callable[..., pretrain.PretrainConfig],
+) -> None:
+    several: list[dict[str, Any]] = [
+        {},
+        {"save_every": 1},
+        {"eval_data": None},
+        {"eval_data": None, "save_every": 1},
+    ]
     for options in several:
         config = pretraining(max_steps=1, learning_rate=1e38, **options)
         with pytest.raises(
-            FloatingPointError, match=r"step 1: .*weight holds \d+ values of \d+ that are NaN or inf .* neither a checkpoint nor"
+            FloatingPointError,
+            match=r"step 1: .*weight holds \d+ values of \d+ that are NaN or inf .* neither a checkpoint nor",
         ):
             pretrain.run(config)
-        assert sorted(path.name for path in Path(config.output_dir).iterdir()) == ["config.yaml", "lock", "metrics.jsonl"]
+        assert sorted(path.name for path in Path(config.output_dir).iterdir()) == [
+            "config.yaml",
+            "lock",
+            "metrics.jsonl",
+        ]
 
 
 def test_a_checkpoint_stays_where_a_later_steps_weights_are_not_finite(
@@ -156,16 +212,27 @@ def test_a_checkpoint_stays_where_a_later_steps_weights_are_not_finite(
     config = pretraining(save_every=1, max_steps=4)
     with pytest.raises(FloatingPointError, match="step 3: "):
         pretrain.run(config)
-    assert sorted(path.name for path in Path(config.output_dir, "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+    assert sorted(path.name for path in Path(config.output_dir, "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+    ]
     monkeypatch.undo()
-    assert pretrain.run(pretraining(save_every=1, max_steps=4, output_dir=config.output_dir, resume=True))["step"] == 4
+    assert (
+        pretrain.run(pretraining(save_every=1, max_steps=4, output_dir=config.output_dir, resume=True))[
+            "step"
+        ]
+        == 4
+    )
     assert [line["step"] for line in lines(config)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dtype": "float16"}, "dtype: Value error, got float16, expected bf16=true or dtype=bfloat16: the stages have no loss scale"),
+        (
+            {"dtype": "float16"},
+            "dtype: Value error, got float16, expected bf16=true or dtype=bfloat16: the stages have no loss scale",
+        ),
         ({"dtype": "fp16"}, "got fp16, expected bf16=true or dtype=bfloat16"),
         ({"fp16": True}, "fp16: expected bf16=true or dtype=bfloat16: the stages have no loss scale"),
     ],
@@ -189,8 +256,14 @@ RETURNED: list[tuple[Any, str]] = [
     ([1.0, 2.0, 3.0], "returned 3 scores for 2 completions"),
     ([1.0, None], r"scored completion 2 of 2, ' bad', as None \(NoneType\), expected a finite number"),
     ([1.0, "2"], r"scored completion 2 of 2, ' bad', as '2' \(str\), expected a finite number"),
-    ([[1.0, 2.0], 3.0], r"scored completion 1 of 2, ' good', as \[1\.0, 2\.0\] \(list\), expected a finite number"),
-    (torch.ones(2, 2), r"scored completion 1 of 2, ' good', as tensor\(\[1\., 1\.\]\) \(Tensor\), expected a finite number"),
+    (
+        [[1.0, 2.0], 3.0],
+        r"scored completion 1 of 2, ' good', as \[1\.0, 2\.0\] \(list\), expected a finite number",
+    ),
+    (
+        torch.ones(2, 2),
+        r"scored completion 1 of 2, ' good', as tensor\(\[1\., 1\.\]\) \(Tensor\), expected a finite number",
+    ),
     ([1j, 1.0], r"scored completion 1 of 2, ' good', as 1j \(complex\), expected a finite number"),
     ([10**400, 1.0], r"scored completion 1 of 2, ' good', as 1000.* \(int\), expected a finite number"),
     ([1.0, math.nan], r"scored ' bad' as nan; finite numbers are wanted"),
@@ -217,7 +290,9 @@ def test_what_a_reward_function_returned_is_named_where_it_is_no_number(returned
         score([Prompt(), Prompt()], [[0], [1]])
 
 
-@pytest.mark.parametrize("returned", [[1, 2.0], (True, 2), torch.tensor([1, 2]), torch.tensor([[1.0], [2.0]]), iter([1.0, 2.0])])
+@pytest.mark.parametrize(
+    "returned", [[1, 2.0], (True, 2), torch.tensor([1, 2]), torch.tensor([[1.0], [2.0]]), iter([1.0, 2.0])]
+)
 def test_lists_tensors_and_iterators_of_numbers_are_scores(returned: Any) -> None:
     score: Any = rewards.by_function(rewards.Function("f", lambda prompts, completions: returned), Words())
     assert score([Prompt(), Prompt()], [[0], [1]]).tolist() == [1.0, 2.0]

@@ -17,13 +17,32 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from fastalign.stages import build
 from fastalign.stages.config import TrainConfig
 
-WORDS = ["the", "a", "film", "story", "actor", "is", "was", "good", "bad", "dull", "bright", "and", "but", "never"]
-GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}  # and its dropout of 0.1
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "story",
+    "actor",
+    "is",
+    "was",
+    "good",
+    "bad",
+    "dull",
+    "bright",
+    "and",
+    "but",
+    "never",
+]
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 2,
+    "initializer_range": 0.2,
+}  # and its dropout of 0.1
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-CHAT = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
+CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
 # What the clock says in a line of metrics.jsonl.
 CLOCK = (
     *("seconds", "seconds_rollout", "seconds_update"),
@@ -33,7 +52,9 @@ CLOCK = (
 
 def sentence(number: int) -> str:
     """Ragged on purpose: 3 to 14 words."""
-    return " ".join(WORDS[(number * 5 + 3 * place * place) % len(WORDS)] for place in range(3 + number * 5 % 12))
+    return " ".join(
+        WORDS[(number * 5 + 3 * place * place) % len(WORDS)] for place in range(3 + number * 5 % 12)
+    )
 
 
 def write(path: Path, rows: Iterable[Any]) -> str:
@@ -44,8 +65,12 @@ def write(path: Path, rows: Iterable[Any]) -> str:
 def save_tokenizer(folder: Path, special: tuple[str, ...] = ("<eos>", "<pad>"), **options: Any) -> str:
     """A byte-level BPE tokenizer of 300 entries, the special ones first."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(map(sentence, range(40)), vocab_size=300, special_tokens=list(special), show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>", **options)
+    bpe.train_from_iterator(
+        map(sentence, range(40)), vocab_size=300, special_tokens=list(special), show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<pad>", **options
+    )
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -61,7 +86,11 @@ def save_base(folder: Path, tokenizer_folder: str, length: int, **architecture: 
 
 
 def weights(config: TrainConfig, part: str = "model") -> dict[str, torch.Tensor]:
-    return load_file(Path(config.output_dir, part, "adapter_model.safetensors" if config.lora_rank else "model.safetensors"))
+    return load_file(
+        Path(
+            config.output_dir, part, "adapter_model.safetensors" if config.lora_rank else "model.safetensors"
+        )
+    )
 
 
 def lines(config: TrainConfig) -> list[dict[str, Any]]:
@@ -79,7 +108,8 @@ def assert_close(
     parts: tuple[str, ...] = ("model",),
     shown: Callable[[TrainConfig], list[dict[str, Any]]] = lines,
 ) -> None:
-    """Weights, and the metrics of every step: a wrong scale of the loss hardly moves AdamW, but the logged gradient norm shows it."""
+    """Weights, and the metrics of every step: a wrong scale of the loss hardly moves AdamW, but the logged
+    gradient norm shows it."""
     for part in parts:
         expected, found = weights(one, part), weights(other, part)
         assert expected.keys() == found.keys()
@@ -94,5 +124,7 @@ def torchrun(processes: int, module: str, *arguments: str) -> None:
     """Run a stage in so many processes; one that hangs at its end fails the test."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, "-m", module, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*command, "-m", module, *arguments], env=environment, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -35,7 +35,8 @@ Make = Callable[..., PPOConfig]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A byte-level BPE tokenizer of 300 entries, prompts as text and messages, preference pairs, and reward functions."""
+    """A byte-level BPE tokenizer of 300 entries, prompts as text and messages, preference pairs, and reward
+    functions."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "functions.py").write_text(FUNCTIONS)
     rows: dict[str, list[Any]] = {
@@ -43,9 +44,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "held_out": [{"prompt": sentence(n + 30)} for n in range(7)],
         "chats": [{"prompt": [{"role": "user", "content": sentence(n)}]} for n in range(24)],
         "answered": [
-            {"prompt": [{"role": role, "content": "a"} for role in roles]} for roles in (["user"], ["user", "assistant"], ["user"])
+            {"prompt": [{"role": role, "content": "a"} for role in roles]}
+            for roles in (["user"], ["user", "assistant"], ["user"])
         ],
-        "pairs": [{"prompt": sentence(n), "chosen": " good " + sentence(n), "rejected": " bad " + sentence(n + 81)} for n in range(8)],
+        "pairs": [
+            {"prompt": sentence(n), "chosen": " good " + sentence(n), "rejected": " bad " + sentence(n + 81)}
+            for n in range(8)
+        ],
     }
     paths = {name: write(folder / f"{name}.jsonl", records) for name, records in rows.items()}
     tokenizer = save_tokenizer(folder / "tokenizer", ("<eos>", "<pad>", "<s>"), chat_template=CHAT)
@@ -62,8 +67,18 @@ def base(files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str
 def reward_model(files: dict[str, str], base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a reward model that the stage `reward` left."""
     folder = tmp_path_factory.mktemp("reward")
-    options: dict[str, Any] = {"max_length": 96, "batch_size": 8, "max_steps": 2, "learning_rate": 1e-3, "dtype": "float64"}
-    reward.run(reward.RewardConfig(model=base, train_data=files["pairs"], output_dir=str(folder), device="cpu", **options))
+    options: dict[str, Any] = {
+        "max_length": 96,
+        "batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+        "dtype": "float64",
+    }
+    reward.run(
+        reward.RewardConfig(
+            model=base, train_data=files["pairs"], output_dir=str(folder), device="cpu", **options
+        )
+    )
     return str(folder / "model")
 
 
@@ -73,8 +88,17 @@ def make(files: dict[str, str], base: str, tmp_path: Path) -> Make:
     runs = itertools.count()
 
     def configure(**changes: Any) -> PPOConfig:
-        values: dict[str, Any] = {"train_data": files["prompts"], "model": base, "output_dir": str(tmp_path / f"run{next(runs)}")}
-        values |= {"reward": files["functions"] + ":count", "max_new_tokens": 12, "batch_size": 8, "learning_rate": 1e-3}
+        values: dict[str, Any] = {
+            "train_data": files["prompts"],
+            "model": base,
+            "output_dir": str(tmp_path / f"run{next(runs)}"),
+        }
+        values |= {
+            "reward": files["functions"] + ":count",
+            "max_new_tokens": 12,
+            "batch_size": 8,
+            "learning_rate": 1e-3,
+        }
         values |= {"ppo_epochs": 1, "max_steps": 1, "dtype": "float64", "device": "cpu"}
         return PPOConfig(**(values | changes))
 

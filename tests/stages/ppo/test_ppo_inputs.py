@@ -54,58 +54,93 @@ def test_a_function_is_found_by_module_and_file_and_gets_the_columns_that_it_nam
 
 
 @pytest.mark.hosts
-def test_our_reward_model_scores_the_tokens_as_transformers_does(base: str, files: dict[str, str], reward_model: str) -> None:
+def test_our_reward_model_scores_the_tokens_as_transformers_does(
+    base: str, files: dict[str, str], reward_model: str
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     prompts = tokenize_prompts(load_rows(files["prompts"]), tokenizer, max_length=64)[:5]
     completions = [[9, 10, 0], [11] * 7, [12, 13, 0], [3, 0], [40] * 12]
     classifier = find_classifier(reward_model, None)
     assert classifier.reads(tokenizer)
-    scores = load_classifier(classifier, ALONE, tokenizer, dtype=torch.float64, rows=3, attention="sdpa", packing=True)(
-        prompts, completions
-    )
+    scores = load_classifier(
+        classifier, ALONE, tokenizer, dtype=torch.float64, rows=3, attention="sdpa", packing=True
+    )(prompts, completions)
     model = AutoModelForSequenceClassification.from_pretrained(reward_model, dtype=torch.float64).eval()
-    expected = [model(torch.tensor([prompt.input_ids + ids])).logits.item() for prompt, ids in zip(prompts, completions, strict=True)]
+    expected = [
+        model(torch.tensor([prompt.input_ids + ids])).logits.item()
+        for prompt, ids in zip(prompts, completions, strict=True)
+    ]
     assert scores.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_another_classifier_reads_the_text_with_its_own_tokenizer(base: str, files: dict[str, str], tmp_path: Path, chat: bool) -> None:
+def test_another_classifier_reads_the_text_with_its_own_tokenizer(
+    base: str, files: dict[str, str], tmp_path: Path, chat: bool
+) -> None:
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(map(sentence, range(9)), vocab_size=280, special_tokens=["<pad>", "<eos>", "<s>"], show_progress=False)
+    bpe.train_from_iterator(
+        map(sentence, range(9)), vocab_size=280, special_tokens=["<pad>", "<eos>", "<s>"], show_progress=False
+    )
     own = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", chat_template=CHAT)
     own.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    shape: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     names = {0: "NEGATIVE", 1: "POSITIVE"}
-    model = BertForSequenceClassification(BertConfig(vocab_size=280, pad_token_id=0, id2label=names, **shape)).double().eval()
+    model = (
+        BertForSequenceClassification(BertConfig(vocab_size=280, pad_token_id=0, id2label=names, **shape))
+        .double()
+        .eval()
+    )
     model.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(base)
     prompts = tokenize_prompts(load_rows(files["chats" if chat else "prompts"]), tokenizer, max_length=64)[:3]
-    completions = [tokenizer.encode(text) + [0] for text in (" good", " a dull story", " bright and never bad")]
-    with pytest.raises(ValueError, match=r"reward_label: None seen, and .* has the labels 0 \(NEGATIVE\), 1 \(POSITIVE\): give the number"):
+    completions = [
+        tokenizer.encode(text) + [0] for text in (" good", " a dull story", " bright and never bad")
+    ]
+    with pytest.raises(
+        ValueError,
+        match=r"reward_label: None seen, and .* has the labels 0 \(NEGATIVE\), 1 \(POSITIVE\): give the number",
+    ):
         find_classifier(str(tmp_path), None)
     classifier = find_classifier(str(tmp_path), 1)
     assert not classifier.reads(tokenizer)
-    score = load_classifier(classifier, ALONE, tokenizer, dtype=torch.float64, rows=2, attention="sdpa", packing=True)
+    score = load_classifier(
+        classifier, ALONE, tokenizer, dtype=torch.float64, rows=2, attention="sdpa", packing=True
+    )
     for place, (text, value) in enumerate(
         zip((" good", " a dull story", " bright and never bad"), score(prompts, completions), strict=True)
     ):
         whole = prompts[place].row["prompt"]
         whole = f"<s>user: {whole[0]['content']}<eos><s>assistant: {text}<eos>" if chat else whole + text
-        assert value.item() == pytest.approx(model(torch.tensor([own.encode(whole)])).logits[0, 1].item(), rel=1e-6)
+        assert value.item() == pytest.approx(
+            model(torch.tensor([own.encode(whole)])).logits[0, 1].item(), rel=1e-6
+        )
 
 
 def save_foreign(folder: Path, config: Any, **tokenizer: Any) -> str:
     """An untrained classifier with one label and a byte-level tokenizer of its own."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(map(sentence, range(9)), vocab_size=280, special_tokens=["<pad>", "<eos>", "<s>"], show_progress=False)
+    bpe.train_from_iterator(
+        map(sentence, range(9)), vocab_size=280, special_tokens=["<pad>", "<eos>", "<s>"], show_progress=False
+    )
     PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
     AutoModelForSequenceClassification.from_config(config, dtype=torch.float64).save_pretrained(folder)
     return str(folder)
 
 
-FOREIGN: dict[str, Any] = {"vocab_size": 280, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+FOREIGN: dict[str, Any] = {
+    "vocab_size": 280,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
 FOREIGN |= {"num_labels": 1, "bos_token_id": None, "eos_token_id": None}
 
 
@@ -123,13 +158,26 @@ FOREIGN |= {"num_labels": 1, "bos_token_id": None, "eos_token_id": None}
             {"pad_token": "<pad>"},
             r"a prompt of \d+ .* of 12 do not fit its 40",
         ),
-        (RobertaConfig(**FOREIGN, pad_token_id=1, max_position_embeddings=42), {"pad_token": "<eos>"}, r"of 12 do not fit its 40"),
-        (BertConfig(**FOREIGN, pad_token_id=0), {"pad_token": "<pad>", "model_max_length": 30}, "of 12 do not fit its 30"),
+        (
+            RobertaConfig(**FOREIGN, pad_token_id=1, max_position_embeddings=42),
+            {"pad_token": "<eos>"},
+            r"of 12 do not fit its 40",
+        ),
+        (
+            BertConfig(**FOREIGN, pad_token_id=0),
+            {"pad_token": "<pad>", "model_max_length": 30},
+            "of 12 do not fit its 30",
+        ),
     ],
     ids=["no pad", "two pads", "positions", "roberta's positions", "length"],
 )
 def test_a_foreign_classifier_that_cannot_score_is_refused_before_it_is_loaded(
-    make: Make, tmp_path: Path, request: pytest.FixtureRequest, config: Any, tokenizer: dict[str, Any], message: str
+    make: Make,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    config: Any,
+    tokenizer: dict[str, Any],
+    message: str,
 ) -> None:
     folder = save_foreign(tmp_path / "foreign", config, **tokenizer)
     configured = make(reward=folder)
@@ -146,33 +194,66 @@ def test_a_foreign_decoder_without_a_pad_token_in_its_config_scores_the_last_tok
     prompts = tokenize_prompts(load_rows(files["prompts"]), tokenizer, max_length=64)[:3]
     texts = (" good", " a dull story", " bright and never bad")
     options: dict[str, Any] = {"dtype": torch.float64, "rows": 3, "attention": "sdpa", "packing": True}
-    scores = load_classifier(classifier, ALONE, tokenizer, **options)(prompts, [tokenizer.encode(text) for text in texts])
+    scores = load_classifier(classifier, ALONE, tokenizer, **options)(
+        prompts, [tokenizer.encode(text) for text in texts]
+    )
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64).eval()
     alone = [
-        model(torch.tensor([classifier.tokenizer.encode(p.row["prompt"] + t)])).logits.item() for p, t in zip(prompts, texts, strict=True)
+        model(torch.tensor([classifier.tokenizer.encode(p.row["prompt"] + t)])).logits.item()
+        for p, t in zip(prompts, texts, strict=True)
     ]
     assert scores.tolist() == pytest.approx(alone, rel=1e-6)
 
 
-def test_a_conversation_that_is_longer_than_a_foreign_classifier_reads_is_cut_with_a_warning(files: dict[str, str], tmp_path: Path) -> None:
-    folder = save_foreign(tmp_path / "foreign", BertConfig(**FOREIGN, pad_token_id=0, max_position_embeddings=40), pad_token="<pad>")
+def test_a_conversation_that_is_longer_than_a_foreign_classifier_reads_is_cut_with_a_warning(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    folder = save_foreign(
+        tmp_path / "foreign",
+        BertConfig(**FOREIGN, pad_token_id=0, max_position_embeddings=40),
+        pad_token="<pad>",
+    )
     classifier, tokenizer = find_classifier(folder, None), AutoTokenizer.from_pretrained(files["tokenizer"])
     prompts = tokenize_prompts(load_rows(files["prompts"]), tokenizer, max_length=64)[:1]
-    score = load_classifier(classifier, ALONE, tokenizer, dtype=torch.float64, rows=1, attention="sdpa", packing=True)
-    with pytest.warns(UserWarning, match="reward: conversations of more than the 40 tokens that the classifier reads are cut"):
-        assert math.isfinite(score(prompts, [tokenizer.encode(" qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq")]).item())
+    score = load_classifier(
+        classifier, ALONE, tokenizer, dtype=torch.float64, rows=1, attention="sdpa", packing=True
+    )
+    with pytest.warns(
+        UserWarning,
+        match="reward: conversations of more than the 40 tokens that the classifier reads are cut",
+    ):
+        assert math.isfinite(
+            score(prompts, [tokenizer.encode(" qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqq")]).item()
+        )
 
 
-def test_a_value_model_is_checked_before_anything_is_loaded(make: Make, files: dict[str, str], no_model: None, tmp_path: Path) -> None:
+def test_a_value_model_is_checked_before_anything_is_loaded(
+    make: Make, files: dict[str, str], no_model: None, tmp_path: Path
+) -> None:
     small = LlamaConfig(**FOREIGN | {"vocab_size": 300}, max_position_embeddings=20)
     small.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"a sequence of \d+ tokens does not fit the model's 20 \(max_position_embeddings\)"):
+    with pytest.raises(
+        ValueError, match=r"a sequence of \d+ tokens does not fit the model's 20 \(max_position_embeddings\)"
+    ):
         ppo.run(make(value_model=str(tmp_path)))
 
 
-def test_a_reward_model_of_adapters_scores(make: Make, files: dict[str, str], base: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_length": 96, "batch_size": 8, "max_steps": 2, "learning_rate": 1e-2, "lora_rank": 2, "dtype": "float64"}
-    reward.run(reward.RewardConfig(model=base, train_data=files["pairs"], output_dir=str(tmp_path / "r"), device="cpu", **options))
+def test_a_reward_model_of_adapters_scores(
+    make: Make, files: dict[str, str], base: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "max_length": 96,
+        "batch_size": 8,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lora_rank": 2,
+        "dtype": "float64",
+    }
+    reward.run(
+        reward.RewardConfig(
+            model=base, train_data=files["pairs"], output_dir=str(tmp_path / "r"), device="cpu", **options
+        )
+    )
     config = make(reward=str(tmp_path / "r" / "model"))
     assert math.isfinite(ppo.run(config)["objective/scores"])
 
@@ -180,19 +261,28 @@ def test_a_reward_model_of_adapters_scores(make: Make, files: dict[str, str], ba
 def test_scores_that_are_none_are_refused(make: Make, files: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"functions\.py:short returned 1 scores for 8 completions"):
         ppo.run(make(reward=files["functions"] + ":short"))
-    with pytest.raises(ValueError, match=r"functions\.py:infinite scored '.*' as inf; finite numbers are wanted"):
+    with pytest.raises(
+        ValueError, match=r"functions\.py:infinite scored '.*' as inf; finite numbers are wanted"
+    ):
         ppo.run(make(reward=files["functions"] + ":infinite"))
 
 
 # Prompts
 
 
-def test_prompts_lose_an_eos_and_long_ones_are_left_out_with_a_warning(files: dict[str, str], tmp_path: Path) -> None:
+def test_prompts_lose_an_eos_and_long_ones_are_left_out_with_a_warning(
+    files: dict[str, str], tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"])
     rows = load_rows(
-        write(tmp_path / "p.jsonl", [{"prompt": "the film<eos>"}, {"prompt": sentence(1) * 3}, {"prompt": "a", "answer": "b"}])
+        write(
+            tmp_path / "p.jsonl",
+            [{"prompt": "the film<eos>"}, {"prompt": sentence(1) * 3}, {"prompt": "a", "answer": "b"}],
+        )
     )
-    with pytest.warns(UserWarning, match=r"p\.jsonl, row 2: longer than max_prompt_length=8, left out \(1 of 3 rows\)"):
+    with pytest.warns(
+        UserWarning, match=r"p\.jsonl, row 2: longer than max_prompt_length=8, left out \(1 of 3 rows\)"
+    ):
         first, second = tokenize_prompts(rows, tokenizer, max_length=8)
     assert tokenizer.decode(first.input_ids) == "the film" and second.row == {"prompt": "a", "answer": "b"}
 
@@ -207,9 +297,15 @@ def test_prompts_lose_an_eos_and_long_ones_are_left_out_with_a_warning(files: di
         ([{"prompt": []}], r"p\.jsonl, row 1: column 'prompt' has no messages"),
     ],
 )
-def test_prompts_that_cannot_be_completed_are_refused(files: dict[str, str], tmp_path: Path, rows: list[Any], message: str) -> None:
+def test_prompts_that_cannot_be_completed_are_refused(
+    files: dict[str, str], tmp_path: Path, rows: list[Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        tokenize_prompts(load_rows(write(tmp_path / "p.jsonl", rows)), AutoTokenizer.from_pretrained(files["tokenizer"]), max_length=8)
+        tokenize_prompts(
+            load_rows(write(tmp_path / "p.jsonl", rows)),
+            AutoTokenizer.from_pretrained(files["tokenizer"]),
+            max_length=8,
+        )
 
 
 # Refusals
@@ -221,7 +317,10 @@ def test_prompts_that_cannot_be_completed_are_refused(files: dict[str, str], tmp
         ({"importance_cap": 2.0}, r"importance_cap \(2.0\) needs rescore=true"),
         ({"target_kl": 6.0, "kl_coef": 0}, r"target_kl \(6.0\) needs a kl_coef above 0"),
         ({"minibatches": 3}, r"batch_size \(8\) must be a multiple of minibatches \(3\)"),
-        ({"reference": "adapters_off"}, r"reference: adapters_off needs adapters \(lora_rank > 0\); allowed without: auto, copy, none"),
+        (
+            {"reference": "adapters_off"},
+            r"reference: adapters_off needs adapters \(lora_rank > 0\); allowed without: auto, copy, none",
+        ),
         ({"reference": "none"}, "reference: none needs kl_coef=0, not 0.05"),
         ({"value": "shared", "value_model": "x"}, r"value_model \('x'\) needs value=own, not shared"),
         ({"reward_label": 1}, r"reward_label \(1\) needs a classifier, and reward is the function"),
@@ -242,17 +341,32 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
     make: Make, files: dict[str, str], base: str, reward_model: str, no_model: None
 ) -> None:
     for changes, message in (
-        ({"train_data": files["answered"]}, r"answered\.jsonl, row 2: column 'prompt' ends in an assistant turn"),
-        ({"max_new_tokens": 90}, "a sequence of .* tokens does not fit the model's 96 .*: lower max_prompt_length or max_new_tokens"),
+        (
+            {"train_data": files["answered"]},
+            r"answered\.jsonl, row 2: column 'prompt' ends in an assistant turn",
+        ),
+        (
+            {"max_new_tokens": 90},
+            "a sequence of .* tokens does not fit the model's 96 .*: lower max_prompt_length or max_new_tokens",
+        ),
         ({"reward": base}, r"reward: .* holds GPT2LMHeadModel; a sequence classifier is wanted"),
-        ({"reward": reward_model, "reward_label": 1}, r"reward_label: 1 seen, and .* has the labels 0 \(LABEL_0\)"),
+        (
+            {"reward": reward_model, "reward_label": 1},
+            r"reward_label: 1 seen, and .* has the labels 0 \(LABEL_0\)",
+        ),
         (
             {"reward": files["functions"] + ":cuont"},
             r"reward: .*functions\.py has no function 'cuont'; it has: count, answered, of_the_prompt",
         ),
-        ({"reward": "no_such_module:score"}, "reward: 'no_such_module:score': No module named 'no_such_module'"),
+        (
+            {"reward": "no_such_module:score"},
+            "reward: 'no_such_module:score': No module named 'no_such_module'",
+        ),
         ({"reward": "no/such.py:score"}, "reward: 'no/such.py:score': .*No such file"),
-        ({"minibatches": 2, "micro_batch_size": 8}, r"batch_size / minibatches \(8 / 2\) must be a multiple of micro_batch_size x devices"),
+        (
+            {"minibatches": 2, "micro_batch_size": 8},
+            r"batch_size / minibatches \(8 / 2\) must be a multiple of micro_batch_size x devices",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             ppo.run(make(**changes))
@@ -261,8 +375,14 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
 def test_every_field_is_described_and_the_command_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in PPOConfig.__mro__:
         own = getattr(kind, "__pydantic_fields__", {})
-        assert not [name for name in getattr(kind, "__annotations__", {}) if name in own and not own[name].description]
+        assert not [
+            name for name in getattr(kind, "__annotations__", {}) if name in own and not own[name].description
+        ]
     with pytest.raises(SystemExit):
         cli.main(["ppo", "--help"])
     shown = capsys.readouterr().out
-    assert shown.startswith("usage: fastalign ppo") and describe(PPOConfig) in shown and "learning_rate: float (> 0) = 3.0e-06" in shown
+    assert (
+        shown.startswith("usage: fastalign ppo")
+        and describe(PPOConfig) in shown
+        and "learning_rate: float (> 0) = 3.0e-06" in shown
+    )
