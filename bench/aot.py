@@ -33,8 +33,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastalign_kernels import advantage_triton, columns_triton, policy_triton, preference_triton, rows_triton
-from fastalign_kernels.policy import KL_ESTIMATORS
+from fastalign_kernels.policy import advantages_triton as advantage_triton
+from fastalign_kernels.policy import losses_triton as policy_triton
+from fastalign_kernels.policy.losses import KL_ESTIMATORS
+from fastalign_kernels.preference import losses_triton as preference_triton
+from fastalign_kernels.softmax import columns_triton, rows_triton
 
 ARCHITECTURES = {
     80: 163,
@@ -83,7 +86,7 @@ def _signature(
 
 
 def _annotated(function: triton.JITFunction) -> dict[str, str]:
-    """The types that a kernel fixes for its float options, see options_triton.py."""
+    """The types that a kernel fixes for its float options, see triton_options.py."""
     return {
         parameter.name: parameter.annotation_type
         for parameter in function.params

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastalign
-from fastalign_kernels.sequence_head import linear_dpo_loss, linear_kto_loss
+from fastalign_kernels.linear.preference import linear_dpo_loss, linear_kto_loss
 
 from .head_methods import HEAD_ROWS, eager_logprobs, head_inputs, trl_chunked
 from .operation import (

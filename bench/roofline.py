@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastalign_kernels import native
-from fastalign_kernels.plan import capacity, default_workspace_mib, plan_head
+from fastalign_kernels.linear.plan import capacity, default_workspace_mib, plan_head
 
 from .operation import OURS, Shape
 from .preference_methods import PAIRS, ROWS
@@ -134,7 +134,7 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
 
 
 def _sequences_head(dtype: str, shape: Shape, kind: str, units: int) -> Work:
-    """A head whose loss is of whole sequences, in units of one length; see sequence_head.py for its GEMMs."""
+    """A head whose loss is of whole sequences, in units of one length; see linear/preference.py for its GEMMs."""
     if kind != "cpu":
         return _head(dtype, shape, kind, True, True, "logp")
     mib = default_workspace_mib("cpu", weight_grad=False)

@@ -52,7 +52,8 @@ from fastalign.demo_settings import RECIPE, ROW_TOKENS
 from fastalign.measure import machine
 from fastalign.stages import pretrain, sft
 from fastalign.stages.tokenizer import train_tokenizer
-from fastalign_kernels import gradients, tail_report
+from fastalign_kernels import tail_report
+from fastalign_kernels.linear import accumulate as gradients
 
 from . import smollm2, tail_smollm2
 from .operation import Absent

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from fastalign.measure import interleaved
-from fastalign_kernels.rows import Transform, row_grad, row_stats
+from fastalign_kernels.softmax.rows import Transform, row_grad, row_stats
 
 from .shapes import HEADS
 
@@ -56,7 +56,7 @@ def calls(V: int) -> dict[str, Callable[[], object]]:
 
 def tune(kernel: str, sm: int) -> Launch:
     """Time the grid at every vocabulary of HEADS, print it, and return the best launch."""
-    from fastalign_kernels import rows_triton
+    from fastalign_kernels.softmax import rows_triton
 
     seconds: dict[int, dict[Launch, float]] = {}
     for V in sorted({V for _, V in HEADS.values()}):

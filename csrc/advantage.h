@@ -1,4 +1,4 @@
-// Generalised advantage estimation, backwards in time over the tokens inside the mask; advantage.py has the formula. Torch-free.
+// Generalised advantage estimation, backwards in time over the tokens inside the mask; policy/advantages.py has the formula. Torch-free.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 //   d = logp - old_logp;   r = exp(d held within +-20);   policy = max(-A r, -A (r held within [lower, upper])), for A < 0 at most -A dual
 //   loss = w (policy - entropy_coefficient H + kl_coefficient KL);   value = w max((v - R)^2, ((v held within old +- clip) - R)^2) / 2
 //
-// with w the token's scale. policy.py has the reasons. Outside the mask every term is selected away, not multiplied by 0: NaN may stand there.
+// with w the token's scale. policy/losses.py has the reasons. Outside the mask every term is selected away, not multiplied by 0: NaN may stand there.
 #pragma once
 
 #include "policy_api.h"

@@ -1,4 +1,4 @@
-// Whitening over a mask, of blocks of tokens: their moments, then their whitened values. advantage.py has the formula. Torch-free.
+// Whitening over a mask, of blocks of tokens: their moments, then their whitened values. policy/advantages.py has the formula. Torch-free.
 #pragma once
 
 #include "policy.h"

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fastalign_kernels import (
     PolicyLoss,
-    check,
+    checks,
     linear_cross_entropy_stats,
     linear_ppo_loss,
     linear_token_stats,
@@ -109,7 +109,7 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
     base = _causal_lm(model)
     heads = _plain_heads(base)
     if tail_eps is not None:
-        check.tail_eps(tail_eps)
+        checks.tail_eps(tail_eps)
     if (
         all(_is_ours(module) for module in (base, *heads))
         and base.loss_function is base.__dict__[LOSS_FUNCTION]
@@ -236,7 +236,7 @@ def _run(
     """Backbone, then lm_head with the targets. `arguments` are the call's, by name."""
     labels, targets = arguments.pop("labels", None), arguments.pop("shift_labels", None)
     num_items = arguments.pop("num_items_in_batch", None)
-    ignore_index = check.ignore_index(arguments.pop("ignore_index", None))
+    ignore_index = checks.ignore_index(arguments.pop("ignore_index", None))
     logits_to_keep = arguments.pop("logits_to_keep", 0)
     if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
         raise ValueError(

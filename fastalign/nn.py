@@ -13,18 +13,18 @@ from fastalign_kernels import (
     LinearPreferenceLoss,
     LinearUnpairedLoss,
     PolicyLoss,
-    check,
+    checks,
     cross_entropy,
     linear_cross_entropy,
     linear_dpo_loss,
     linear_kto_loss,
     linear_ppo_loss,
 )
-from fastalign_kernels.head import check_tail_smoothing, head_options
+from fastalign_kernels.linear.cross_entropy import check_tail_smoothing, head_options
 from fastalign_kernels.logits import loss_options, make_transform
-from fastalign_kernels.policy import policy_options
-from fastalign_kernels.preference import pair_options, unpaired_options
-from fastalign_kernels.tokens import AGGREGATIONS
+from fastalign_kernels.policy.arguments import AGGREGATIONS
+from fastalign_kernels.policy.losses import policy_options
+from fastalign_kernels.preference.losses import pair_options, unpaired_options
 
 
 class _Loss(nn.Module):
@@ -59,8 +59,8 @@ class CrossEntropyLoss(_Loss):
     ) -> None:
         loss_options(reduction, label_smoothing, z_loss)
         make_transform(1.0, softcap, temperature)
-        check.ignore_index(ignore_index)
-        check.flags(inplace_backward=inplace_backward)
+        checks.ignore_index(ignore_index)
+        checks.flags(inplace_backward=inplace_backward)
         super().__init__(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -290,7 +290,7 @@ class LinearPPOLoss(_Loss):
         workspace_mib: float | None = None,
     ) -> None:
         policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
-        check.choice("aggregation", aggregation, AGGREGATIONS)
+        checks.choice("aggregation", aggregation, AGGREGATIONS)
         head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
         super().__init__(
             clip=clip,

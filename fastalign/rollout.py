@@ -39,7 +39,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from fastalign_kernels import check, native, sample
+from fastalign_kernels import checks as check
+from fastalign_kernels import native, sample
 
 from .hosts import CACHE
 from .probe import probing, unsupported

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from fastalign_kernels import check
+from fastalign_kernels import checks as check
 
 from .hosts import CACHE
 from .probe import unsupported

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastalign_kernels import advantage, native
-from fastalign_kernels.advantage import gae, masked_whiten
-from fastalign_kernels.policy_ref import gae_ref, masked_whiten_ref
+from fastalign_kernels import native
+from fastalign_kernels.policy import advantages as advantage
+from fastalign_kernels.policy.advantages import gae, masked_whiten
+from fastalign_kernels.policy.reference import gae_ref, masked_whiten_ref
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -53,7 +54,9 @@ def implementation(request, monkeypatch):
     other = advantage._twins
     if request.param == "triton":
         other = pytest.importorskip(
-            "fastalign_kernels.advantage_triton", reason="triton is not installed", exc_type=ImportError
+            "fastalign_kernels.policy.advantages_triton",
+            reason="triton is not installed",
+            exc_type=ImportError,
         )
         monkeypatch.setattr(other, "BLOCK", 16)
     if request.param != "chosen":

@@ -7,12 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign_kernels import columns, native
-from fastalign_kernels.columns import ColumnSums, column_sums_ref
-from fastalign_kernels.rows import Coefficient, Transform, accumulator_dtype, row_grad_ref, row_stats_ref
+from fastalign_kernels import native
+from fastalign_kernels.softmax import columns
+from fastalign_kernels.softmax.columns import ColumnSums, column_sums_ref
+from fastalign_kernels.softmax.rows import (
+    Coefficient,
+    Transform,
+    accumulator_dtype,
+    row_grad_ref,
+    row_stats_ref,
+)
 
 columns_triton = pytest.importorskip(
-    "fastalign_kernels.columns_triton", reason="triton is not installed", exc_type=ImportError
+    "fastalign_kernels.softmax.columns_triton", reason="triton is not installed", exc_type=ImportError
 )
 
 TRANSFORMS = {"plain": Transform(), "softcap": Transform(1.0, 5.0, 1.0), "all": Transform(0.7, 30.0, 1.3)}

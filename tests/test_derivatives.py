@@ -29,10 +29,10 @@ from fastalign_kernels import (
     token_stats,
     value_loss,
 )
-from fastalign_kernels.head import linear_cross_entropy_ref
+from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
 from fastalign_kernels.logits import cross_entropy_ref
-from fastalign_kernels.policy_ref import ppo_loss_ref, value_loss_ref
-from fastalign_kernels.preference_ref import dpo_loss_ref, kto_loss_ref, reward_loss_ref
+from fastalign_kernels.policy.reference import ppo_loss_ref, value_loss_ref
+from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref, reward_loss_ref
 
 IDS = torch.tensor([0, 2, 1, 3])
 ROWS = IDS.view(2, 2)

@@ -13,10 +13,10 @@ from fastalign_kernels import (
     linear_token_stats,
     native,
     plan_head,
-    rows,
-    sweep,
 )
-from fastalign_kernels.head import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.linear import token_tiles as sweep
+from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.softmax import rows
 
 OPTIONS = {
     "mean": {},
@@ -386,7 +386,7 @@ def test_workspace_holds(monkeypatch):
 
 
 def test_the_plan():
-    """The table at the top of head.py, and chunks as large and as even as the workspace lets them be."""
+    """The table at the top of linear/cross_entropy.py, and chunks as large and as even as the workspace lets them be."""
 
     def plan(N=2048, H=576, V=49152, dtype=torch.float32, device="cpu", **options):
         return plan_head(N, H, V, dtype=dtype, device=device, **options)
@@ -484,7 +484,7 @@ def test_opcheck(tail_eps):
 def test_triton_runs_the_whole_loop(monkeypatch):
     """The chunk loop over the Triton kernels, in the interpreter where there is no GPU."""
     rows_triton = pytest.importorskip(
-        "fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError
+        "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, weight, ids, bias = make(device, torch.float32, N=9)

@@ -21,9 +21,9 @@ from fastalign_kernels import (
     token_stats,
     value_loss,
 )
-from fastalign_kernels.head import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref, linear_token_stats_ref
 from fastalign_kernels.logits import cross_entropy_ref, token_stats_ref
-from fastalign_kernels.policy_ref import ppo_loss_ref
+from fastalign_kernels.policy.reference import ppo_loss_ref
 
 B, T, H, V = 3, 4, 5, 7
 GENERATOR = torch.Generator().manual_seed(0)

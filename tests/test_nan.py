@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fastalign_kernels import (
-    advantage,
     cpo_loss,
     cross_entropy,
     dpo_loss,
@@ -25,17 +24,17 @@ from fastalign_kernels import (
     ppo_loss,
     preference,
     reward_loss,
-    rows,
     simpo_loss,
     sum_by_sequence,
     token_stats,
     value_loss,
 )
-from fastalign_kernels.head import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref, linear_token_stats_ref
 from fastalign_kernels.logits import cross_entropy_ref
-from fastalign_kernels.pair_losses import DPO_LOSS_TYPES, PAIR_LOSSES
-from fastalign_kernels.policy_ref import gae_ref, masked_whiten_ref, ppo_loss_ref, value_loss_ref
-from fastalign_kernels.preference_ref import (
+from fastalign_kernels.policy import advantages as advantage
+from fastalign_kernels.policy.reference import gae_ref, masked_whiten_ref, ppo_loss_ref, value_loss_ref
+from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES, PAIR_LOSSES
+from fastalign_kernels.preference.reference import (
     cpo_loss_ref,
     dpo_loss_ref,
     kto_loss_ref,
@@ -43,6 +42,7 @@ from fastalign_kernels.preference_ref import (
     reward_loss_ref,
     simpo_loss_ref,
 )
+from fastalign_kernels.softmax import rows
 
 NAN = float("nan")
 B, T, H, V = 2, 19, 4, 6  # more than one vector of tokens, and a rest
@@ -168,7 +168,10 @@ def implementation(request, monkeypatch):
         monkeypatch.setattr(native, "missing", "for this test")
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
-        from fastalign_kernels import advantage_triton, policy_triton, preference_triton, rows_triton
+        from fastalign_kernels.policy import advantages_triton as advantage_triton
+        from fastalign_kernels.policy import losses_triton as policy_triton
+        from fastalign_kernels.preference import losses_triton as preference_triton
+        from fastalign_kernels.softmax import rows_triton
 
         kernels = {
             rows: rows_triton,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastalign_kernels import native
-from fastalign_kernels.rows import Transform
+from fastalign_kernels.softmax.rows import Transform
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
-from fastalign_kernels import native, policy
-from fastalign_kernels.policy import KL_ESTIMATORS, ppo_loss, value_loss
-from fastalign_kernels.policy_ref import ppo_loss_ref, value_loss_ref
-from fastalign_kernels.tokens import AGGREGATIONS
+from fastalign_kernels import native
+from fastalign_kernels.policy import losses as policy
+from fastalign_kernels.policy.arguments import AGGREGATIONS
+from fastalign_kernels.policy.losses import KL_ESTIMATORS, ppo_loss, value_loss
+from fastalign_kernels.policy.reference import ppo_loss_ref, value_loss_ref
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -79,7 +80,7 @@ def implementation(request, monkeypatch):
     a CPU."""
     if request.param == "triton":
         other = pytest.importorskip(
-            "fastalign_kernels.policy_triton", reason="triton is not installed", exc_type=ImportError
+            "fastalign_kernels.policy.losses_triton", reason="triton is not installed", exc_type=ImportError
         )
     else:
         other = policy._twins

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign_kernels import linear_token_stats, policy_head, ppo_loss, sweep
-from fastalign_kernels.head import linear_token_stats_ref
-from fastalign_kernels.policy import KL_ESTIMATORS
-from fastalign_kernels.policy_head import linear_ppo_loss
-from fastalign_kernels.policy_ref import ppo_loss_ref
-from fastalign_kernels.tokens import AGGREGATIONS
+from fastalign_kernels import linear_token_stats, ppo_loss
+from fastalign_kernels.linear import policy as policy_head
+from fastalign_kernels.linear import token_tiles as sweep
+from fastalign_kernels.linear.cross_entropy import linear_token_stats_ref
+from fastalign_kernels.linear.policy import linear_ppo_loss
+from fastalign_kernels.policy.arguments import AGGREGATIONS
+from fastalign_kernels.policy.losses import KL_ESTIMATORS
+from fastalign_kernels.policy.reference import ppo_loss_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fastalign_kernels import native, preference
-from fastalign_kernels.pair_losses import DPO_LOSS_TYPES, PAIR_LOSSES
-from fastalign_kernels.preference import (
+from fastalign_kernels import native
+from fastalign_kernels.preference import losses as preference
+from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES, PAIR_LOSSES
+from fastalign_kernels.preference.losses import (
     cpo_loss,
     dpo_loss,
     kto_kl,
@@ -24,7 +25,7 @@ from fastalign_kernels.preference import (
     reward_loss,
     simpo_loss,
 )
-from fastalign_kernels.preference_ref import (
+from fastalign_kernels.preference.reference import (
     cpo_loss_ref,
     dpo_loss_ref,
     kto_loss_ref,
@@ -570,7 +571,7 @@ def test_opcheck():
 def through_triton(monkeypatch):
     """The public functions on Triton's kernels: compiled on a GPU, interpreted on a CPU."""
     triton = pytest.importorskip(
-        "fastalign_kernels.preference_triton", reason="triton is not installed", exc_type=ImportError
+        "fastalign_kernels.preference.losses_triton", reason="triton is not installed", exc_type=ImportError
     )
     monkeypatch.setattr(preference, "_implementation", lambda losses: triton)
 
@@ -785,7 +786,9 @@ def test_a_chosen_completion_without_probability_has_the_loss_of_the_formula(mon
     """0 times its infinite NLL was NaN."""
     if twin == "triton":
         triton = pytest.importorskip(
-            "fastalign_kernels.preference_triton", reason="triton is not installed", exc_type=ImportError
+            "fastalign_kernels.preference.losses_triton",
+            reason="triton is not installed",
+            exc_type=ImportError,
         )
         monkeypatch.setattr(preference, "_implementation", lambda losses: triton)
     chosen, rejected = torch.tensor([-math.inf], device=device), torch.tensor([-3.0], device=device)

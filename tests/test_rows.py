@@ -4,8 +4,9 @@ reference, on the same inputs."""
 import pytest
 import torch
 
-from fastalign_kernels import native, rows
-from fastalign_kernels.rows import (
+from fastalign_kernels import native
+from fastalign_kernels.softmax import rows
+from fastalign_kernels.softmax.rows import (
     Stat,
     Transform,
     accumulator_dtype,
@@ -15,7 +16,7 @@ from fastalign_kernels.rows import (
 )
 
 rows_triton = pytest.importorskip(
-    "fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError
+    "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
 )
 
 DEVICES = {"native": "cpu", "reference": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastalign.measure import peak_memories
-from fastalign_kernels import sequence_head, sweep
-from fastalign_kernels.pair_losses import DPO_LOSS_TYPES
-from fastalign_kernels.preference_ref import dpo_loss_ref, kto_loss_ref
-from fastalign_kernels.sequence_head import linear_dpo_loss, linear_kto_loss
+from fastalign_kernels.linear import preference as sequence_head
+from fastalign_kernels.linear import token_tiles as sweep
+from fastalign_kernels.linear.preference import linear_dpo_loss, linear_kto_loss
+from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
+from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref
 
 V, H, T, S = 257, 16, 9, 3
 # One of the rows has no scored token, and a NaN hidden state stands where none is read.
@@ -201,7 +202,7 @@ def test_pairs_without_a_scored_token(scored: list[int]) -> None:
 TARGET = f"""
 import torch
 
-from fastalign_kernels.sequence_head import linear_dpo_loss
+from fastalign_kernels.linear.preference import linear_dpo_loss
 
 def pair(tokens, workspace_mib):
     hidden = torch.ones(2, tokens, {H}, requires_grad=True)

@@ -19,13 +19,13 @@ from fastalign_kernels import (
     native,
     plan_head,
     ppo_loss,
-    rows,
-    sweep,
-    tail,
     tail_report,
 )
-from fastalign_kernels.columns import column_grad
-from fastalign_kernels.head import linear_cross_entropy_stats
+from fastalign_kernels.linear import tail_columns as tail
+from fastalign_kernels.linear import token_tiles as sweep
+from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_stats
+from fastalign_kernels.softmax import rows
+from fastalign_kernels.softmax.columns import column_grad
 
 N, H, V = 41, 16, 301
 EPS = 2**-10
@@ -47,7 +47,7 @@ def make(dtype: torch.dtype = torch.float64, peak: float = 2.5, seed: int = 0) -
 def tail_ref(
     given: dict[str, Tensor], dz: Tensor, eps: float, tokens: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula of tail.py for exact dlogits [N, V] and blocks of `tokens` tokens, without softcap:
+    """The formula of linear/tail_columns.py for exact dlogits [N, V] and blocks of `tokens` tokens, without softcap:
     gradients of hidden, weight, bias."""
     hidden, weight, bias, ids = (given[name].detach() for name in ("hidden", "weight", "bias", "ids"))
     P = ((hidden @ weight.t() + bias) / temperature).softmax(-1)
@@ -296,7 +296,7 @@ def test_kept_columns_alone_enter_the_backward_gemms(monkeypatch: pytest.MonkeyP
         widths.append(columns.numel())
         return column_grad(logits, columns, *rest)
 
-    from fastalign_kernels import gradients as module
+    from fastalign_kernels.linear import accumulate as module
 
     monkeypatch.setattr(module, "column_grad", counted)
     monkeypatch.setattr(sweep, "TOKENS", {"cpu": 10})
@@ -379,9 +379,9 @@ def test_triton_and_the_reference_run_the_whole_loop(monkeypatch: pytest.MonkeyP
     """The Triton kernels, in the interpreter where there is no GPU, and what serves without a native
     library."""
     rows_triton = pytest.importorskip(
-        "fastalign_kernels.rows_triton", reason="triton is not installed", exc_type=ImportError
+        "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
     )
-    from fastalign_kernels import columns, columns_triton
+    from fastalign_kernels.softmax import columns, columns_triton
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     given = make(torch.float32)

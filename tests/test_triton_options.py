@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from fastalign_kernels import advantage_triton  # noqa: E402
-from fastalign_kernels.options_triton import as_scalar  # noqa: E402
+from fastalign_kernels.policy import advantages_triton as advantage_triton  # noqa: E402
+from fastalign_kernels.triton_options import as_scalar  # noqa: E402
 
 FOLDER = Path(__file__).parents[1] / "kernels" / "fastalign_kernels"
 # What a kernel takes besides pointers and constexprs: sizes and strides are integers, all else is a float
@@ -51,8 +51,8 @@ def scalar_parameters(kernel):
 
 def test_every_float_option_of_every_kernel_is_annotated():
     found = {}
-    for path in FOLDER.glob("*_triton.py"):
-        module = importlib.import_module(f"fastalign_kernels.{path.stem}")
+    for path in FOLDER.glob("*/*_triton.py"):
+        module = importlib.import_module(f"fastalign_kernels.{path.parent.name}.{path.stem}")
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 found |= {

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import tune  # noqa: E402
-from fastalign_kernels import rows_triton  # noqa: E402
+from fastalign_kernels.softmax import rows_triton  # noqa: E402
 
 
 def test_a_launch_is_a_function_of_architecture_and_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastalign_kernels.pair_losses import PAIR_LOSSES
-from fastalign_kernels.preference import dpo_loss
+from fastalign_kernels.preference.formulas import PAIR_LOSSES
+from fastalign_kernels.preference.losses import dpo_loss
 
 from ..data import load_rows, turn_ends
 from ..preferences import Pair, collate_pairs, sequence_logps, tokenize_pairs

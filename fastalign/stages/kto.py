@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastalign_kernels.preference import kto_kl, kto_loss
+from fastalign_kernels.preference.losses import kto_kl, kto_loss
 
 from ..data import load_rows, turn_ends
 from ..preferences import (

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastalign_kernels.preference import reward_loss
+from fastalign_kernels.preference.losses import reward_loss
 
 from ..classifier import last_tokens
 from ..data import load_rows

@@ -1,19 +1,22 @@
 """Kernels of fastalign: torch, triton and the native library of csrc/ only. `fastalign` hands these names
 on."""
 
-from .advantage import Advantages, gae, masked_whiten
-from .head import (
+from .linear.cross_entropy import (
     CrossEntropyStats,
     linear_cross_entropy,
     linear_cross_entropy_stats,
     linear_logprobs,
     linear_token_stats,
 )
+from .linear.plan import HeadPlan, plan_head
+from .linear.policy import linear_ppo_loss
+from .linear.preference import LinearPreferenceLoss, LinearUnpairedLoss, linear_dpo_loss, linear_kto_loss
+from .linear.tail_columns import kept_share
+from .linear.tail_report import TailReport, tail_report
 from .logits import TokenStats, cross_entropy, sum_by_sequence, token_logprobs, token_stats
-from .plan import HeadPlan, plan_head
-from .policy import PolicyLoss, ValueLoss, ppo_loss, value_loss
-from .policy_head import linear_ppo_loss
-from .preference import (
+from .policy.advantages import Advantages, gae, masked_whiten
+from .policy.losses import PolicyLoss, ValueLoss, ppo_loss, value_loss
+from .preference.losses import (
     PreferenceLoss,
     RewardLoss,
     UnpairedLoss,
@@ -26,9 +29,6 @@ from .preference import (
     simpo_loss,
 )
 from .sampling import Sample, sample
-from .sequence_head import LinearPreferenceLoss, LinearUnpairedLoss, linear_dpo_loss, linear_kto_loss
-from .tail import kept_share
-from .tail_report import TailReport, tail_report
 
 __all__ = [
     "Advantages",

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import check as _check
-from .backward import InputGradients, first_order
+from . import checks
+from .autograd import InputGradients, first_order
 from .ordered_sum import ordered_sum
-from .rows import Stat, Transform, coefficients, row_grad, row_stats, row_stats_ref, traced
-from .transforms import transforming
+from .softmax.rows import Stat, Transform, coefficients, row_grad, row_stats, row_stats_ref, traced
+from .torch_func import transforming
 
 
 class TokenStats(NamedTuple):
@@ -141,31 +141,31 @@ def reduced(loss: Tensor, scale: Tensor, reduction: str, shape: torch.Size) -> T
 
 def loss_options(reduction: str, label_smoothing: float, z_loss: float) -> tuple[float, float]:
     """Check the options of a cross-entropy: label_smoothing and z_loss as floats."""
-    _check.choice("reduction", reduction, ("mean", "sum", "none"))
-    return _check.unit_interval("label_smoothing", label_smoothing), _check.at_least_zero("z_loss", z_loss)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    return checks.unit_interval("label_smoothing", label_smoothing), checks.at_least_zero("z_loss", z_loss)
 
 
 def check_loss_tensors(
     targets: Tensor, reduction: str, token_weights: Tensor | None, num_items: float | Tensor | None
 ) -> None:
-    _check.tensor("targets", targets)
+    checks.tensor("targets", targets)
     if num_items is not None and reduction != "mean":
         raise ValueError(
             f"num_items: {num_items} seen with reduction={reduction!r}; it is the divisor of reduction='mean'"
         )
-    _check.divisor("num_items", num_items, "targets", targets)
+    checks.divisor("num_items", num_items, "targets", targets)
     if token_weights is not None:
-        _check.tensor("token_weights", token_weights)
-        _check.shape("token_weights", token_weights, tuple(targets.shape), "the targets' shape")
-        _check.dtype("token_weights", token_weights, _check.FLOATS)
-        _check.device("token_weights", token_weights, "targets", targets)
+        checks.tensor("token_weights", token_weights)
+        checks.shape("token_weights", token_weights, tuple(targets.shape), "the targets' shape")
+        checks.dtype("token_weights", token_weights, checks.FLOATS)
+        checks.device("token_weights", token_weights, "targets", targets)
 
 
 def make_transform(logit_scale: float, softcap: float | None, temperature: float) -> Transform:
     return Transform(
-        _check.number("logit_scale", logit_scale),
-        0.0 if softcap is None else _check.above_zero("softcap", softcap),
-        _check.above_zero("temperature", temperature),
+        checks.number("logit_scale", logit_scale),
+        0.0 if softcap is None else checks.above_zero("softcap", softcap),
+        checks.above_zero("temperature", temperature),
     )
 
 
@@ -181,18 +181,18 @@ def _table(
 ) -> tuple[Tensor, Tensor]:
     """The statistics [7, N] and the ids [N], -1 where ignored."""
     transform = make_transform(1.0, softcap, temperature)
-    ignore_index = _check.ignore_index(ignore_index)
-    _check.flags(check=check, inplace_backward=inplace_backward)
-    _check.tensor("logits", logits)
-    _check.tensor(name, ids)
+    ignore_index = checks.ignore_index(ignore_index)
+    checks.flags(check=check, inplace_backward=inplace_backward)
+    checks.tensor("logits", logits)
+    checks.tensor(name, ids)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: shape {list(logits.shape)} seen, [..., V] with V >= 1 wanted")
-    _check.dtype("logits", logits, _check.FLOATS)
-    _check.supported_device("logits", logits)
-    _check.dtype(name, ids, _check.INTEGERS)
-    _check.shape(name, ids, tuple(logits.shape[:-1]), "the logits' leading shape")
-    _check.device(name, ids, "logits", logits)
-    _check.ids(name, ids, logits.shape[-1], ignore_index, check)
+    checks.dtype("logits", logits, checks.FLOATS)
+    checks.supported_device("logits", logits)
+    checks.dtype(name, ids, checks.INTEGERS)
+    checks.shape(name, ids, tuple(logits.shape[:-1]), "the logits' leading shape")
+    checks.device(name, ids, "logits", logits)
+    checks.ids(name, ids, logits.shape[-1], ignore_index, check)
     if inplace_backward and any(
         stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride())
     ):
@@ -273,7 +273,7 @@ def token_stats(
     Ignored positions hold 0 / False and get no gradient. `entropy=False` leaves that field None. Errors as in
     `cross_entropy`.
     """
-    _check.flags(entropy=entropy)
+    checks.flags(entropy=entropy)
     table, _ = _table(logits, ids, "ids", softcap, temperature, ignore_index, check)
     return stats_of(table, ids.shape, entropy)
 
@@ -314,12 +314,12 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -
     Raises:
         ValueError: wrong shape, dtype or device; on a CPU also cu_seqlens that do not describe values.
     """
-    _check.tensors(values=values)
-    _check.flags(mean=mean)
+    checks.tensors(values=values)
+    checks.flags(mean=mean)
     if values.dim() != 1:
         raise ValueError(f"values: shape {list(values.shape)} seen, [N] wanted")
-    _check.dtype("values", values, _check.FLOATS)
-    _check.cu_seqlens(cu_seqlens, "values", values)
+    checks.dtype("values", values, checks.FLOATS)
+    checks.cu_seqlens(cu_seqlens, "values", values)
     accumulated = values if values.dtype == torch.float64 else values.float()
     # fp64 inside: a sequence of 10^5 tokens summed one by one in fp32 would lose 3 digits.
     sums = torch.segment_reduce(

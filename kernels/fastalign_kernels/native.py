@@ -2,7 +2,7 @@
 
 `setup.py` puts `_native.so` beside this file. Where it was not built (FASTALIGN_NATIVE=0), or torch cannot
 load it, PyTorch serves in its place: `rows.row_stats_ref`, `rows.row_grad_ref`, `sampling.sample_ref`, and
-the twins in policy.py and advantage.py. That is said once, by name, and `fastalign env` shows it.
+the twins in policy/losses.py and policy/advantages.py. That is said once, by name, and `fastalign env` shows it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def _load() -> str:
 
 missing = _load()
 if missing:
-    substitutes = (
-        "rows.row_stats_ref, rows.row_grad_ref, sampling.sample_ref and PyTorch in policy.py and advantage.py"
-    )
+    substitutes = "rows.row_stats_ref, rows.row_grad_ref, sampling.sample_ref and PyTorch in policy/losses.py and policy/advantages.py"
     warnings.warn(f"fastalign: {missing}; {substitutes} serve instead", stacklevel=2)
 triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
 

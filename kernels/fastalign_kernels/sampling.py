@@ -30,9 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import check as _check
-from . import native
-from .rows import accumulator_dtype
+from . import checks, native
+from .softmax.rows import accumulator_dtype
 
 CHUNK = 256  # ids of a chunk; part of the specification, as csrc/sampling_math.h has it
 MAX_VOCAB = 2**20
@@ -61,8 +60,8 @@ class _Option(NamedTuple):
     """A number that may differ from row to row: 0 or in [least, most]."""
 
     expected: str
-    least: float = _check.SMALLEST
-    most: float = _check.LARGEST
+    least: float = checks.SMALLEST
+    most: float = checks.LARGEST
     zero: bool = True
 
 
@@ -112,9 +111,9 @@ def sample(
         not valid, by number.
     """
     B, V = _check_logits(logits)
-    seed = _check.whole("seed", seed, 0, expected="a whole number in [0, 2^63)")
-    _check.flags(check=check)
-    look = _check.readable(logits, check)
+    seed = checks.whole("seed", seed, 0, expected="a whole number in [0, 2^63)")
+    checks.flags(check=check)
+    look = checks.readable(logits, check)
     numbers = {
         "temperature": temperature,
         "top_k": top_k,
@@ -132,24 +131,24 @@ def sample(
             scalars.append(_scalar(name, value))
     for name, ids in (("sequence_ids", sequence_ids), ("positions", positions)):
         if ids is not None:
-            _check.tensor(name, ids)
-            _check.shape(name, ids, (B,), "[B]")
-            _check.dtype(name, ids, _check.INTEGERS)
-            _check.device(name, ids, "logits", logits)
+            checks.tensor(name, ids)
+            checks.shape(name, ids, (B,), "[B]")
+            checks.dtype(name, ids, checks.INTEGERS)
+            checks.device(name, ids, "logits", logits)
     if positions is not None and look and B and bool(((positions < 0) | (positions.long() >= 2**32)).any()):
         raise ValueError(f"positions: {positions.tolist()[:8]} seen, whole numbers in [0, 2^32) wanted")
     for name, mask in (("seen", seen), ("allowed", allowed)):
         if mask is not None:
-            _check.tensor(name, mask)
-            _check.shape(name, mask, (B, -(-V // 32)), "[B, ceil(V / 32)]")
-            _check.dtype(name, mask, (torch.int32,))
-            _check.device(name, mask, "logits", logits)
+            checks.tensor(name, mask)
+            checks.shape(name, mask, (B, -(-V // 32)), "[B, ceil(V / 32)]")
+            checks.dtype(name, mask, (torch.int32,))
+            checks.device(name, mask, "logits", logits)
     if finished is not None:
-        _check.tensor("finished", finished)
-        _check.shape(name := "finished", finished, (B,), "[B]")
-        _check.dtype(name, finished, (torch.bool,))
-        _check.device(name, finished, "logits", logits)
-    pad_id = -1 if pad_id is None else _check.whole("pad_id", pad_id, -1, expected="an id (or -1)")
+        checks.tensor("finished", finished)
+        checks.shape(name := "finished", finished, (B,), "[B]")
+        checks.dtype(name, finished, (torch.bool,))
+        checks.device(name, finished, "logits", logits)
+    pad_id = -1 if pad_id is None else checks.whole("pad_id", pad_id, -1, expected="an id (or -1)")
     table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
     found = _implementation(logits)(
         # contiguous() leaves an empty tensor's strides as they are
@@ -177,28 +176,28 @@ def sample(
 
 
 def _check_logits(logits: Tensor) -> torch.Size:
-    _check.tensor("logits", logits)
+    checks.tensor("logits", logits)
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_VOCAB:
         raise ValueError(f"logits: shape {list(logits.shape)} seen, [B, V] with V in 1 to 2^20 wanted")
-    _check.dtype("logits", logits, LOGITS)
-    _check.supported_device("logits", logits)
+    checks.dtype("logits", logits, LOGITS)
+    checks.supported_device("logits", logits)
     return logits.shape
 
 
 def _scalar(name: str, value: float) -> float:
     option = _OPTIONS[name]
     if name == "top_k":
-        return float(_check.whole(name, value, 0, expected=option.expected))  # type: ignore[arg-type]
-    return _check.number(name, value, 0 if option.zero else option.least, option.most, option.expected)
+        return float(checks.whole(name, value, 0, expected=option.expected))  # type: ignore[arg-type]
+    return checks.number(name, value, 0 if option.zero else option.least, option.most, option.expected)
 
 
 def _check_rows(name: str, value: Tensor, logits: Tensor, look: bool) -> None:
     """An option of each row; `look`: its values too."""
     option = _OPTIONS[name]
-    _check.shape(name, value, (logits.shape[0],), "[B]")
-    _check.device(name, value, "logits", logits)
+    checks.shape(name, value, (logits.shape[0],), "[B]")
+    checks.device(name, value, "logits", logits)
     if name == "top_k":
-        _check.dtype(name, value, _check.INTEGERS)
+        checks.dtype(name, value, checks.INTEGERS)
     elif not value.is_floating_point():
         raise ValueError(f"{name}: {value.dtype} seen, a floating-point tensor wanted")
     if look and value.numel():

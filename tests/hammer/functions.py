@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 import fastalign_kernels as k
-from fastalign_kernels.head import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref, linear_token_stats_ref
 from fastalign_kernels.logits import cross_entropy_ref, token_stats_ref
-from fastalign_kernels.pair_losses import DPO_LOSS_TYPES, PAIR_LOSSES
-from fastalign_kernels.policy import KL_ESTIMATORS
-from fastalign_kernels.policy_ref import gae_ref, masked_whiten_ref, ppo_loss_ref, value_loss_ref
-from fastalign_kernels.preference_ref import (
+from fastalign_kernels.policy.arguments import AGGREGATIONS
+from fastalign_kernels.policy.losses import KL_ESTIMATORS
+from fastalign_kernels.policy.reference import gae_ref, masked_whiten_ref, ppo_loss_ref, value_loss_ref
+from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES, PAIR_LOSSES
+from fastalign_kernels.preference.reference import (
     cpo_loss_ref,
     dpo_loss_ref,
     kto_loss_ref,
@@ -28,7 +29,6 @@ from fastalign_kernels.preference_ref import (
     reward_loss_ref,
     simpo_loss_ref,
 )
-from fastalign_kernels.tokens import AGGREGATIONS
 from tests.tolerance import EPS, assert_no_worse_than_eager
 
 Random = random.Random

@@ -30,8 +30,8 @@ from fastalign.preferences import Unpaired, tokenize_pairs, tokenize_unpaired
 from fastalign.stages import build, checkpoint, dpo, kto, loop, preference, report, reward
 from fastalign.stages.config import TrainConfig, describe, save_config
 from fastalign.stages.world import World
-from fastalign_kernels.pair_losses import DPO_LOSS_TYPES
-from fastalign_kernels.preference import KTO_LOSS_TYPES
+from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
+from fastalign_kernels.preference.losses import KTO_LOSS_TYPES
 from tests.stages.tiny import (
     assert_close,
     lines,

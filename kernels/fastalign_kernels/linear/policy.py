@@ -1,7 +1,7 @@
 """PPO's policy loss from hidden states: the head and the loss in one pass over chunks of tokens, without
 logits in memory.
 
-    hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  sum of scale (policy - c_entropy H + c_kl KL), see policy.py
+    hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  sum of scale (policy - c_entropy H + c_kl KL), see policy/losses.py
 
 What a token's logp and entropy are worth to the loss is known as soon as they are, so a chunk's gradient is
 made while its logits exist: 3 GEMMs of N x H x V with a trained weight, 2 with a frozen one, 1 without
@@ -14,11 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import check as _check
-from .backward import save_scalar_loss
-from .gradients import fake_gradients
-from .head import find_way, linear_token_stats, prepare, scalar_loss_backward
-from .policy import (
+from .. import checks
+from ..autograd import save_scalar_loss
+from ..policy.arguments import as_bool, check_tokens, per_token, token_scale
+from ..policy.losses import (
     PolicyLoss,
     PolicyOptions,
     PolicySum,
@@ -27,9 +26,10 @@ from .policy import (
     policy_sums,
     ppo_loss,
 )
-from .rows import Stat, Transform, accumulator_dtype, coefficients
-from .sweep import Head, sweep
-from .tokens import as_bool, check_tokens, per_token, token_scale
+from ..softmax.rows import Stat, Transform, accumulator_dtype, coefficients
+from .accumulate import fake_gradients
+from .cross_entropy import find_way, linear_token_stats, prepare, scalar_loss_backward
+from .token_tiles import Head, sweep
 
 
 @torch.library.custom_op("fastalign::head_policy", mutates_args=())
@@ -156,8 +156,8 @@ def linear_ppo_loss(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
-    _check.tensors(hidden=hidden, ids=ids, advantages=advantages)
-    _check.optional_tensors(old_logp=old_logp, reference_logp=reference_logp)
+    checks.tensors(hidden=hidden, ids=ids, advantages=advantages)
+    checks.optional_tensors(old_logp=old_logp, reference_logp=reference_logp)
     if reference_logp is None and kl_coefficient:
         raise ValueError(
             f"reference_logp: None seen with kl_coefficient={kl_coefficient}, the shape of ids wanted"
@@ -165,11 +165,11 @@ def linear_ppo_loss(
     advantages = per_token(advantages, ids.shape)
     for name, tensor in (("old_logp", old_logp), ("advantages", advantages)):
         if tensor is not None:
-            _check.shape(name, tensor, tuple(ids.shape), "the shape of ids")
+            checks.shape(name, tensor, tuple(ids.shape), "the shape of ids")
     check_tokens({"advantages": advantages, "old_logp": old_logp, "reference_logp": reference_logp}, mask)
-    _check.device("ids", ids, "hidden", hidden)
-    _check.device("mask", mask, "ids", ids)
-    _check.dtype("ids", ids, _check.INTEGERS)
+    checks.device("ids", ids, "hidden", hidden)
+    checks.device("mask", mask, "ids", ids)
+    checks.dtype("ids", ids, checks.INTEGERS)
     inside = as_bool(mask)
     arguments = prepare(
         hidden,

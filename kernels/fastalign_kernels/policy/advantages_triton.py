@@ -1,4 +1,4 @@
-"""GAE and whitening of advantage.py in Triton.
+"""GAE and whitening of policy/advantages.py in Triton.
 
 GAE: one program a row, blocks of time from the last to the first, each a parallel scan. Two scans a block.
 The next token's value is that of the nearest later token inside the mask: of two stretches of time, what the
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .options_triton import as_scalar
+from ..triton_options import as_scalar
 
 BLOCK = 1024
 NUM_WARPS = 4

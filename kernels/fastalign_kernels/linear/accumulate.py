@@ -1,5 +1,5 @@
 """What a head call adds up, a block of tokens at a time: gradients of hidden states, weight and bias, dense
-or with a tail (tail.py)."""
+or with a tail (linear/tail_columns.py)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .columns import column_grad
-from .gemm import mm, own_gemm
-from .ordered_sum import ordered_sum
-from .rows import Coefficient, Transform, accumulator_dtype, row_grad
-from .tail import GATHERED_BYTES, Kept, dropped_grad
+from ..gemm import mm, own_gemm
+from ..ordered_sum import ordered_sum
+from ..softmax.columns import column_grad
+from ..softmax.rows import Coefficient, Transform, accumulator_dtype, row_grad
+from .tail_columns import GATHERED_BYTES, Kept, dropped_grad
 
 # blocks whose rank-1 parts wait for one pair of thin GEMMs, the first of 8 rows: it reads the weight, the
 # other dW

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import check as _check
+from .. import checks
 
 # Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V
 # = 49152) run their GEMMs 9 % faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak
@@ -24,7 +24,7 @@ TOKENS = {
 
 
 class HeadPlan(NamedTuple):
-    """How a head call runs: the way (head.py's table), tokens per chunk, bytes of the chunk's workspace, and
+    """How a head call runs: the way (linear/cross_entropy.py's table), tokens per chunk, bytes of the chunk's workspace, and
     GEMMs in all.
 
     Chunk and workspace are those of the pass that makes the gradients; the forward pass of "general" makes
@@ -38,7 +38,7 @@ class HeadPlan(NamedTuple):
 
 
 def choose_way(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
-    """The way of head.py's table for these gradients; see `plan_head` for the arguments."""
+    """The way of linear/cross_entropy.py's table for these gradients; see `plan_head` for the arguments."""
     if not (hidden_grad or weight_grad):
         return "no_grad"
     # fp16 training scales the loss so that small gradients survive; the scale arrives with the upstream
@@ -77,18 +77,18 @@ def plan_head(
     Raises: ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small
         for one token's logits.
     """
-    _check.whole("n_tokens", n_tokens, 0, expected="a whole number >= 0")
-    _check.whole("hidden_size", hidden_size, 1, expected="a whole number >= 1")
-    _check.whole("vocab_size", vocab_size, 1, expected="a whole number >= 1")
-    if not isinstance(dtype, torch.dtype) or dtype not in _check.FLOATS:
-        raise ValueError(f"dtype: got {_check.shown(dtype)}, expected {' or '.join(map(str, _check.FLOATS))}")
+    checks.whole("n_tokens", n_tokens, 0, expected="a whole number >= 0")
+    checks.whole("hidden_size", hidden_size, 1, expected="a whole number >= 1")
+    checks.whole("vocab_size", vocab_size, 1, expected="a whole number >= 1")
+    if not isinstance(dtype, torch.dtype) or dtype not in checks.FLOATS:
+        raise ValueError(f"dtype: got {checks.shown(dtype)}, expected {' or '.join(map(str, checks.FLOATS))}")
     kind = _device_type(device)
-    _check.flags(hidden_grad=hidden_grad, weight_grad=weight_grad)
-    _check.choice("upstream", upstream, ("scalar", "logp", "table"))
+    checks.flags(hidden_grad=hidden_grad, weight_grad=weight_grad)
+    checks.choice("upstream", upstream, ("scalar", "logp", "table"))
     if tail_eps is not None:
-        _check.tail_eps(tail_eps)
+        checks.tail_eps(tail_eps)
     if workspace_mib is not None:
-        _check.above_zero("workspace_mib", workspace_mib)
+        checks.above_zero("workspace_mib", workspace_mib)
     way = choose_way(dtype, hidden_grad, weight_grad, upstream)
     gradients = int(hidden_grad) + int(weight_grad)
     gemms = 2 + gradients if way == "general" else 1 + gradients
@@ -149,7 +149,7 @@ def capacity(
 
 
 def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None, chunk_bytes: int) -> int:
-    """What kept columns (tail.py) may take between a forward and a backward pass: with a chunk's logits twice
+    """What kept columns (linear/tail_columns.py) may take between a forward and a backward pass: with a chunk's logits twice
     the workspace."""
     workspace_mib = (
         default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib

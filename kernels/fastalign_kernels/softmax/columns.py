@@ -1,15 +1,15 @@
 """One block of logits by its columns: which of them matter to the block's gradient, and what the others add
 up to.
 
-With P = softmax(z) and the transform of rows.py, over the rows n and the columns v of a block [N, V]:
+With P = softmax(z) and the transform of softmax/rows.py, over the rows n and the columns v of a block [N, V]:
 
     largest[v] = max_n P[n, v]        sums[v] = sum_n P[n, v] dz/dx
     totals[0, n] = sum_v P dz/dx      totals[1, n] = sum_v P log P dz/dx
 
 dz/dx is logit_scale / temperature, less where the softcap bends. Ignored rows (negative ids) are not read;
-their totals are zero. Bytes: N*V*e read. Then the gradient of rows.py at K of the columns, and the totals
+their totals are zero. Bytes: N*V*e read. Then the gradient of softmax/rows.py at K of the columns, and the totals
 over these: N*K*e read and written; where the K lie scattered among the V, some lines of memory are read for a
-part of them only. Implementations as in rows.py, with the same arguments.
+part of them only. Implementations as in softmax/rows.py, with the same arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from .. import native
 from .rows import Stat, Transform, accumulator_dtype, slope_ref, transform_ref
 
 

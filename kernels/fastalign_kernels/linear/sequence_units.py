@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .gradients import Gradients, GradientSums
+from .accumulate import Gradients, GradientSums
 from .plan import capacity
-from .sweep import Head, add_all, chunk_blocks, new_table, no_autocast
+from .token_tiles import Head, add_all, chunk_blocks, new_table, no_autocast
 
 UnitCoefficients = Callable[
     [Tensor, Tensor, Tensor | slice], Tensor

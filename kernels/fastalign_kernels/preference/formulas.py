@@ -5,7 +5,7 @@ nats, each is a formula
 
     (c, r, beta, label_smoothing) -> (loss, d loss / dc, d loss / dr)
 
-that a CPU evaluates on vectors and Triton compiles into its kernel (preference_triton.py). To add one, write
+that a CPU evaluates on vectors and Triton compiles into its kernel (preference/losses_triton.py). To add one, write
 it here, add its line to `PAIR_LOSSES` and its derivation to `dpo_loss_ref`.
 """
 
@@ -23,7 +23,7 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
-# The formulas. Triton compiles their source too (preference_triton.py), hence no annotations, and no calls
+# The formulas. Triton compiles their source too (preference/losses_triton.py), hence no annotations, and no calls
 # but of softplus, sigmoid, exp, expm1, log and where. s is the logistic function, x = beta (c - r), e the
 # label smoothing; s (1 - s) is s(x) s(-x), which cannot cancel.
 

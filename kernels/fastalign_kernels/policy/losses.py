@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import check as _check
-from . import native
-from .backward import InputGradients, first_order, hand_over, save_scalar_loss, saved_inputs
-from .rows import traced
-from .tokens import accumulator_of, check_tokens, per_token, token_scale
-from .transforms import transforming
+from .. import checks, native
+from ..autograd import InputGradients, first_order, hand_over, save_scalar_loss, saved_inputs
+from ..softmax.rows import traced
+from ..torch_func import transforming
+from .arguments import accumulator_of, check_tokens, per_token, token_scale
 
 
 class PolicyLoss(NamedTuple):
@@ -63,7 +62,7 @@ ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
 
 
 class PolicySum(IntEnum):
-    """Sums over the mask that policy_tokens writes, [8] fp64; csrc/policy.h and policy_triton.py write the
+    """Sums over the mask that policy_tokens writes, [8] fp64; csrc/policy.h and policy/losses_triton.py write the
     same order."""
 
     LOSS = 0  # times the scale
@@ -202,7 +201,7 @@ def _implementation(slopes: Tensor) -> Any:
     # The Triton kernels compute in fp32, so fp64 is the twins' on a GPU.
     if slopes.dtype == torch.float64 or native.triton_missing:
         return _twins
-    from . import policy_triton  # here, because triton is absent on macOS and Windows
+    from . import losses_triton as policy_triton  # here, because triton is absent on macOS and Windows
 
     return policy_triton
 
@@ -385,8 +384,8 @@ def ppo_loss(
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
     options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
-    _check.tensors(logp=logp, advantages=advantages)
-    _check.optional_tensors(old_logp=old_logp, entropy=entropy, reference_logp=reference_logp)
+    checks.tensors(logp=logp, advantages=advantages)
+    checks.optional_tensors(old_logp=old_logp, entropy=entropy, reference_logp=reference_logp)
     if entropy is None and entropy_coefficient:
         raise ValueError(
             f"entropy: None seen with entropy_coefficient={entropy_coefficient}, logp's shape wanted"
@@ -441,8 +440,8 @@ def value_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    bound = torch.inf if clip is None else _check.above_zero("clip", clip)
-    _check.tensors(values=values, old_values=old_values, returns=returns)
+    bound = torch.inf if clip is None else checks.above_zero("clip", clip)
+    checks.tensors(values=values, old_values=old_values, returns=returns)
     tensors = {"values": values, "old_values": old_values, "returns": returns}
     check_tokens(tensors, mask)
     tokens = token_scale(mask, "token_mean", normalizer, None, accumulator_of(*tensors.values()))
@@ -467,19 +466,19 @@ def policy_options(
     kl_coefficient: float,
     kl_estimator: str,
 ) -> PolicyOptions:
-    _check.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
     for name, value in (("clip", clip), ("clip_high", clip_high)):
         if value is not None:
-            _check.number(name, value, 0, expected="None or a number >= 0")
+            checks.number(name, value, 0, expected="None or a number >= 0")
     if dual_clip is not None:
-        _check.number("dual_clip", dual_clip, ABOVE_ONE, expected="None or a number above 1")
+        checks.number("dual_clip", dual_clip, ABOVE_ONE, expected="None or a number above 1")
     high = clip if clip_high is None else clip_high
     return PolicyOptions(
         -torch.inf if clip is None else 1.0 - clip,
         torch.inf if high is None else 1.0 + high,
         torch.inf if dual_clip is None else float(dual_clip),
-        _check.number("entropy_coefficient", entropy_coefficient),
-        _check.number("kl_coefficient", kl_coefficient),
+        checks.number("entropy_coefficient", entropy_coefficient),
+        checks.number("kl_coefficient", kl_coefficient),
         KL_ESTIMATORS.index(kl_estimator),
     )
 

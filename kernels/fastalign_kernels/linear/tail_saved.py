@@ -1,4 +1,4 @@
-"""With a tail (tail.py), a forward pass keeps what the backward pass needs, where the exact way makes the
+"""With a tail (linear/tail_columns.py), a forward pass keeps what the backward pass needs, where the exact way makes the
 logits again.
 
 For any upstream gradient that is 1 + 2 f GEMMs in place of 4. The kept columns' logits take f of all logits;
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gradients import Block, Gradients, GradientSums
+from ..softmax.rows import accumulator_dtype
+from .accumulate import Block, Gradients, GradientSums
 from .plan import TOKENS, capacity, keeping_bytes
-from .rows import accumulator_dtype
-from .sweep import ChunkCoefficients, Head, add_all, chunk_blocks, new_table, no_autocast, tail_blocks
-from .tail import DENSE, Kept
+from .tail_columns import DENSE, Kept
+from .token_tiles import ChunkCoefficients, Head, add_all, chunk_blocks, new_table, no_autocast, tail_blocks
 
 MADE_AGAIN = -1  # in place of a number of columns
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import traced
+from .softmax.rows import traced
 
 InputGradients = tuple[Tensor | None, ...]
 

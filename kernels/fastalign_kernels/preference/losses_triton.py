@@ -1,4 +1,4 @@
-"""The kernels of preference.py in Triton: one sequence, or pair, a lane. The formulas are pair_losses.py's
+"""The kernels of preference/losses.py in Triton: one sequence, or pair, a lane. The formulas are preference/formulas.py's
 own functions, compiled here.
 
 A formula's source is written once: `_compiled` gives it Triton's meaning of the names it calls. Inputs are
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .options_triton import as_scalar
-from .pair_losses import PAIR_LOSSES
+from ..triton_options import as_scalar
+from .formulas import PAIR_LOSSES
 
 BLOCK = 128
 NUM_WARPS = 4  # one lane a thread

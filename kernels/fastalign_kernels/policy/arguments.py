@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from . import check as _check
-from .logits import sum_by_sequence
-from .transforms import unwrapped
+from .. import checks
+from ..logits import sum_by_sequence
+from ..torch_func import unwrapped
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sum")
-MASKS = (torch.bool, torch.uint8, *_check.INTEGERS, *_check.FLOATS)
+MASKS = (torch.bool, torch.uint8, *checks.INTEGERS, *checks.FLOATS)
 
 
 def token_scale(
@@ -26,17 +26,17 @@ def token_scale(
 ) -> tuple[Tensor, Tensor]:
     """The mask as bool, and what each of its tokens counts in the loss: [1], or of the mask's shape for
     "sequence_mean"."""
-    _check.choice("aggregation", aggregation, AGGREGATIONS)
+    checks.choice("aggregation", aggregation, AGGREGATIONS)
     if isinstance(normalizer, Tensor):
-        _check.shape("normalizer", normalizer, (), "a scalar")
-        _check.dtype("normalizer", normalizer, (*_check.FLOATS, *_check.INTEGERS))
-        _check.device("normalizer", normalizer, "mask", mask)
-        _check.divisor_value("normalizer", normalizer, low=0)  # 0: the whole batch has no token
+        checks.shape("normalizer", normalizer, (), "a scalar")
+        checks.dtype("normalizer", normalizer, (*checks.FLOATS, *checks.INTEGERS))
+        checks.device("normalizer", normalizer, "mask", mask)
+        checks.divisor_value("normalizer", normalizer, low=0)  # 0: the whole batch has no token
     elif normalizer is not None:
-        _check.above_zero("normalizer", normalizer)
+        checks.above_zero("normalizer", normalizer)
     inside = as_bool(mask)
     if cu_seqlens is not None:
-        _check.cu_seqlens(cu_seqlens, "a mask", inside)
+        checks.cu_seqlens(cu_seqlens, "a mask", inside)
     if aggregation == "sequence_mean":
         if inside.dim() == 2:
             counts = inside.sum(1, keepdim=True)
@@ -68,7 +68,7 @@ def as_bool(mask: Tensor) -> Tensor:
         return mask
     if mask.is_floating_point() and not mask.is_meta:
         right = (mask == 0) | (mask == 1)
-        if _check.readable(mask):
+        if checks.readable(mask):
             if not unwrapped(right).all():
                 raise ValueError(
                     f"mask: got {unwrapped(mask)[~unwrapped(right)][0].item()}, expected 0 or 1 for each token"
@@ -102,13 +102,13 @@ def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
     """[B, T] or [N], floating point, of the first one's shape and device, and a mask of that shape."""
     first, like = next(iter(tensors.items()))
     assert like is not None
-    _check.tensor("mask", mask)
-    _check.supported_device(first, like)
+    checks.tensor("mask", mask)
+    checks.supported_device(first, like)
     if like.dim() not in (1, 2):
         raise ValueError(f"{first}: shape {list(like.shape)} seen, [B, T] or [N] wanted")
     wanted, letters = tuple(like.shape), f"the shape of {first}"
     for name, tensor in (*tensors.items(), ("mask", mask)):
         if tensor is not None:
-            _check.dtype(name, tensor, MASKS if name == "mask" else _check.FLOATS)
-            _check.shape(name, tensor, wanted, letters)
-            _check.device(name, tensor, first, like)
+            checks.dtype(name, tensor, MASKS if name == "mask" else checks.FLOATS)
+            checks.shape(name, tensor, wanted, letters)
+            checks.device(name, tensor, first, like)

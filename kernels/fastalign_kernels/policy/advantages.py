@@ -7,7 +7,7 @@ after the last one 0 or given,
     delta[t] = r[t] + gamma V[t+1] - V[t],     A[t] = delta[t] + gamma lam A[t+1],     R[t] = A[t] + V[t].
 
 A[t] is an affine function of A[t+1], and such functions compose: a GPU scans blocks of time in parallel
-(advantage_triton.py), a CPU loops over time with a row a thread (csrc/advantage.h). Bytes: 2 B T e + B T
+(policy/advantages_triton.py), a CPU loops over time with a row a thread (csrc/advantage.h). Bytes: 2 B T e + B T
 read, 2 B T e written, once.
 
 Whitening reads x once for its moments, and once more to write (x - mean) / sqrt(variance + eps). Moments are
@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import check as _check
-from . import native
-from .rows import traced
-from .tokens import accumulator_of, as_bool, check_tokens
-from .transforms import transforming
+from .. import checks, native
+from ..softmax.rows import traced
+from ..torch_func import transforming
+from .arguments import accumulator_of, as_bool, check_tokens
 
 
 class Advantages(NamedTuple):
@@ -84,7 +83,7 @@ def _implementation(values: Tensor) -> Any:
         return _twins if native.missing else torch.ops.fastalign
     if native.triton_missing:
         return _twins
-    from . import advantage_triton  # here, because triton is absent on macOS and Windows
+    from . import advantages_triton as advantage_triton  # here, because triton is absent on macOS and Windows
 
     return advantage_triton
 
@@ -135,16 +134,16 @@ def gae(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    gamma, lam = _check.unit_interval("gamma", gamma), _check.unit_interval("lam", lam)
-    _check.tensors(rewards=rewards, values=values)
+    gamma, lam = checks.unit_interval("gamma", gamma), checks.unit_interval("lam", lam)
+    checks.tensors(rewards=rewards, values=values)
     if rewards.dim() != 2:
         raise ValueError(f"rewards: shape {list(rewards.shape)} seen, [B, T] wanted")
     check_tokens({"rewards": rewards, "values": values}, mask)
     if bootstrap is not None:
-        _check.tensor("bootstrap", bootstrap)
-        _check.dtype("bootstrap", bootstrap, _check.FLOATS)
-        _check.shape("bootstrap", bootstrap, (rewards.shape[0],), "[B]")
-        _check.device("bootstrap", bootstrap, "rewards", rewards)
+        checks.tensor("bootstrap", bootstrap)
+        checks.dtype("bootstrap", bootstrap, checks.FLOATS)
+        checks.shape("bootstrap", bootstrap, (rewards.shape[0],), "[B]")
+        checks.device("bootstrap", bootstrap, "rewards", rewards)
     return Advantages(*gae_op(rewards, values, as_bool(mask), bootstrap, gamma, lam))
 
 
@@ -205,10 +204,10 @@ def masked_whiten(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device, or eps < 0.
     """
-    eps = _check.at_least_zero("eps", eps)
-    _check.flags(shift_mean=shift_mean)
-    _check.process_group(group)
-    _check.tensor("x", x)
+    eps = checks.at_least_zero("eps", eps)
+    checks.flags(shift_mean=shift_mean)
+    checks.process_group(group)
+    checks.tensor("x", x)
     check_tokens({"x": x}, mask)
     own, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
     # The ops without the dispatcher where nothing is traced, whose layers in Python take longer than the

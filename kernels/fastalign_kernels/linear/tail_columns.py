@@ -31,8 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .columns import column_sums
-from .rows import Coefficient, Transform
+from ..softmax.columns import column_sums
+from ..softmax.rows import Coefficient, Transform
 
 _seen = {"kept": 0, "all": 0}  # columns times tokens since `kept_share` was last asked
 

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from .. import native
 
 
 class Stat(IntEnum):
-    """Rows of the statistics table [7, N]; csrc/rows.h and rows_triton.py write the same order."""
+    """Rows of the statistics table [7, N]; csrc/rows.h and softmax/rows_triton.py write the same order."""
 
     LOGP = 0  # log P[id]
     MEAN_LOGP = 1  # mean over v of log P[v], for label smoothing

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .transforms import reject_derivatives, unwrapped
+from .torch_func import reject_derivatives, unwrapped
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)

@@ -1,4 +1,4 @@
-"""The statistics of a head's tokens for any upstream gradient: head.py's ways no_grad and general."""
+"""The statistics of a head's tokens for any upstream gradient: linear/cross_entropy.py's ways no_grad and general."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backward import InputGradients, first_order
-from .gradients import fake_gradients
-from .keeping import KeptState, empty_state, sweep_keeping, sweep_kept
-from .rows import Stat, Transform, accumulator_dtype, coefficients
-from .sweep import Head, capturing, sweep
+from ..autograd import InputGradients, first_order
+from ..softmax.rows import Stat, Transform, accumulator_dtype, coefficients
+from .accumulate import fake_gradients
+from .tail_saved import KeptState, empty_state, sweep_keeping, sweep_kept
+from .token_tiles import Head, capturing, sweep
 
 
 @torch.library.custom_op("fastalign::head_table", mutates_args=())

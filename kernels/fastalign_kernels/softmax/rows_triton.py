@@ -1,4 +1,4 @@
-"""The row kernels of rows.py in Triton: one program a row, V in blocks, 64-bit row offsets.
+"""The row kernels of softmax/rows.py in Triton: one program a row, V in blocks, 64-bit row offsets.
 
 Bound by memory: at [8192, 151936] fp32 the statistics read 4.98 GB (1.5 ms at an H100's 3.35 TB/s,
 predicted), the gradient reads that and writes half of it in bf16. Each lane keeps a running maximum and sums
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .options_triton import as_scalar
+from ..triton_options import as_scalar
 
 # (BLOCK, warps) by kernel and compute capability. Measured on an H200 over fp32 [2048, 151936]: statistics
 # read 2481 GB/s with (1024, 4), where (2048, 4) reads 1668; the gradient moves 3160 GB/s with (2048, 4). The
@@ -55,7 +55,7 @@ def _tanh(x):
 
 @triton.jit
 def transformed(x, bias, logit_scale, softcap, temperature, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z and dz/dx of raw logits x, see rows.py. The compiler drops what is not used."""
+    """z and dz/dx of raw logits x, see softmax/rows.py. The compiler drops what is not used."""
     slope = tl.full(x.shape, 1.0, x.dtype)
     if PLAIN:
         return x, slope

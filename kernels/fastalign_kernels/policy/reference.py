@@ -1,4 +1,4 @@
-"""The specifications of policy.py and advantage.py: the formulas as the papers have them, plain PyTorch,
+"""The specifications of policy/losses.py and policy/advantages.py: the formulas as the papers have them, plain PyTorch,
 valid in fp64."""
 
 from __future__ import annotations
@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .advantage import Advantages
-from .policy import LARGEST_EXPONENT, PolicyLoss, ValueLoss
-from .tokens import accumulator_of, per_token
+from .advantages import Advantages
+from .arguments import accumulator_of, per_token
+from .losses import LARGEST_EXPONENT, PolicyLoss, ValueLoss
 
 
 def _inside(mask: Tensor, *tensors: Tensor | None) -> list[Tensor]:

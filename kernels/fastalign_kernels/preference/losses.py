@@ -2,8 +2,8 @@
 (Bradley-Terry).
 
 Inputs are log-probabilities [S], one a sequence: log pi(y|x) summed over the completion's tokens, in nats
-(`sum_by_sequence` of a head's logp). The formulas of pairs are pair_losses.py's, for a CPU and, compiled from
-the same source, for Triton (preference_triton.py); the specifications are in preference_ref.py. One pass
+(`sum_by_sequence` of a head's logp). The formulas of pairs are preference/formulas.py's, for a CPU and, compiled from
+the same source, for Triton (preference/losses_triton.py); the specifications are in preference/reference.py. One pass
 gives losses, rewards and gradients; the backward pass scales the gradients by what arrives from upstream, so
 a second derivative is an error. Bytes: 4 S e read, 5 S e written; at S = 10 to 1000 the launches are the
 cost, and this is one.
@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, sigmoid, where
 
-from . import check as _check
-from . import native
-from .backward import InputGradients, first_order
-from .pair_losses import DPO_LOSS_TYPES, PAIR_LOSSES, SMOOTHING, softplus
-from .rows import accumulator_dtype
-from .transforms import unwrapped
+from .. import checks, native
+from ..autograd import InputGradients, first_order
+from ..softmax.rows import accumulator_dtype
+from ..torch_func import unwrapped
+from .formulas import DPO_LOSS_TYPES, PAIR_LOSSES, SMOOTHING, softplus
 
 
 class PreferenceLoss(NamedTuple):
@@ -54,7 +53,7 @@ class RewardLoss(NamedTuple):
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
 
-# The CPU twins of preference_triton.py's launchers: same arguments, the last three are written.
+# The CPU twins of preference/losses_triton.py's launchers: same arguments, the last three are written.
 
 
 def _pairs(
@@ -138,7 +137,7 @@ def _implementation(losses: Tensor) -> Any:
     # The Triton kernels compute in fp32, so fp64 is the twins' on every device.
     if not losses.is_cuda or losses.dtype == torch.float64 or native.triton_missing:
         return _twins
-    from . import preference_triton  # here, because triton is absent on macOS and Windows
+    from . import losses_triton as preference_triton  # here, because triton is absent on macOS and Windows
 
     return preference_triton
 
@@ -279,7 +278,7 @@ def dpo_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
-    _check.choice("loss_type", loss_type, DPO_LOSS_TYPES)
+    checks.choice("loss_type", loss_type, DPO_LOSS_TYPES)
     logps = {
         "policy_chosen_logps": policy_chosen_logps,
         "policy_rejected_logps": policy_rejected_logps,
@@ -332,7 +331,7 @@ def simpo_loss(
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
     }
-    offset = _check.number("gamma / beta", _check.number("gamma", gamma) / _check.above_zero("beta", beta))
+    offset = checks.number("gamma / beta", checks.number("gamma", gamma) / checks.above_zero("beta", beta))
     return _preference(
         logps, lengths, "sigmoid", beta, label_smoothing, reduction, offset=offset, alpha=alpha
     )
@@ -439,9 +438,9 @@ def kto_loss(
     beta, desirable_weight, undesirable_weight = unpaired_options(
         loss_type, beta, desirable_weight, undesirable_weight
     )
-    _check.choice("reduction", reduction, ("mean", "sum", "none"))
-    _check.tensor("desirable", desirable)
-    _check.optional_tensors(kl=kl)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.tensor("desirable", desirable)
+    checks.optional_tensors(kl=kl)
     _check_sequences({"policy_logps": policy_logps, "reference_logps": reference_logps})
     _check_like("desirable", desirable, (torch.bool,), "policy_logps", policy_logps)
     if loss_type == "apo_zero_unpaired":
@@ -450,9 +449,9 @@ def kto_loss(
         raise ValueError("kl: None seen with loss_type='kto', a scalar tensor >= 0 wanted")
     else:
         kl = scalar_kl(kl)
-        _check.shape("kl", kl, (), "a scalar")
-        _check.dtype("kl", kl, _check.FLOATS)
-        _check.device("kl", kl, "policy_logps", policy_logps)
+        checks.shape("kl", kl, (), "a scalar")
+        checks.dtype("kl", kl, checks.FLOATS)
+        checks.device("kl", kl, "policy_logps", policy_logps)
         _check_least_zero("kl", kl)
     losses, rewards, _ = unpaired_op(
         policy_logps.reshape(-1),
@@ -490,7 +489,7 @@ def kto_kl(
     Raises:
         ValueError: an argument of the wrong shape, dtype or device.
     """
-    _check.process_group(group)
+    checks.process_group(group)
     _check_sequences(
         {
             "policy_mismatched_logps": policy_mismatched_logps,
@@ -534,7 +533,7 @@ def reward_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    center_coefficient = _check.at_least_zero("center_coefficient", center_coefficient)
+    center_coefficient = checks.at_least_zero("center_coefficient", center_coefficient)
     scores = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores}
     _check_sequences(scores if margin is None else scores | {"margin": margin})
     asked = None if margin is None else margin.reshape(-1)
@@ -557,15 +556,15 @@ def _preference(
 ) -> PreferenceLoss:
     """Check what all losses of pairs share, and run them. logps: policy's chosen and rejected, and the
     reference's where there is one."""
-    _check.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
     beta, label_smoothing = _pair_numbers(loss_type, beta, label_smoothing)
-    alpha = _check.at_least_zero("alpha", alpha)
+    alpha = checks.at_least_zero("alpha", alpha)
     _check_sequences(logps)
     name, like = next(iter(logps.items()))
     for key, value in lengths.items():
         if value is not None:
-            _check.tensor(key, value)
-            _check_like(key, value, _check.INTEGERS, name, like)
+            checks.tensor(key, value)
+            _check_like(key, value, checks.INTEGERS, name, like)
             _check_least_zero(key, value)
     flat = [x.reshape(-1) for x in logps.values()]
     flat_lengths = [None if x is None else x.reshape(-1) for x in lengths.values()]
@@ -581,13 +580,13 @@ def _preference(
 
 def pair_options(loss_type: str, beta: float, label_smoothing: float) -> tuple[float, float]:
     """Check the options of `dpo_loss`: beta and label_smoothing as floats."""
-    _check.choice("loss_type", loss_type, DPO_LOSS_TYPES)
+    checks.choice("loss_type", loss_type, DPO_LOSS_TYPES)
     return _pair_numbers(loss_type, beta, label_smoothing)
 
 
 def _pair_numbers(loss_type: str, beta: float, label_smoothing: float) -> tuple[float, float]:
-    beta = _check.above_zero("beta", beta)
-    label_smoothing = _check.number("label_smoothing", label_smoothing)
+    beta = checks.above_zero("beta", beta)
+    label_smoothing = checks.number("label_smoothing", label_smoothing)
     wanted = PAIR_LOSSES[loss_type].smoothing
     if not SMOOTHING[wanted](label_smoothing):
         raise ValueError(
@@ -600,11 +599,11 @@ def unpaired_options(
     loss_type: str, beta: float, desirable_weight: float, undesirable_weight: float
 ) -> tuple[float, float, float]:
     """Check the options of `kto_loss`: its numbers as floats."""
-    _check.choice("loss_type", loss_type, KTO_LOSS_TYPES)
+    checks.choice("loss_type", loss_type, KTO_LOSS_TYPES)
     return (
-        _check.above_zero("beta", beta),
-        _check.at_least_zero("desirable_weight", desirable_weight),
-        _check.at_least_zero("undesirable_weight", undesirable_weight),
+        checks.above_zero("beta", beta),
+        checks.at_least_zero("desirable_weight", desirable_weight),
+        checks.at_least_zero("undesirable_weight", undesirable_weight),
     )
 
 
@@ -621,24 +620,24 @@ def reduce_losses(losses: Tensor, reduction: str, shape: torch.Size) -> Tensor:
 
 def _check_sequences(tensors: dict[str, Tensor]) -> None:
     """All floating point, of the first one's shape and device."""
-    _check.tensors(**tensors)
+    checks.tensors(**tensors)
     first, like = next(iter(tensors.items()))
-    _check.supported_device(first, like)
+    checks.supported_device(first, like)
     for name, tensor in tensors.items():
-        _check_like(name, tensor, _check.FLOATS, first, like)
+        _check_like(name, tensor, checks.FLOATS, first, like)
 
 
 def _check_like(
     name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], like_name: str, like: Tensor
 ) -> None:
-    _check.dtype(name, tensor, allowed)
-    _check.shape(name, tensor, tuple(like.shape), f"the shape of {like_name}")
-    _check.device(name, tensor, like_name, like)
+    checks.dtype(name, tensor, allowed)
+    checks.shape(name, tensor, tuple(like.shape), f"the shape of {like_name}")
+    checks.device(name, tensor, like_name, like)
 
 
 def _check_least_zero(name: str, tensor: Tensor) -> None:
     tensor = unwrapped(tensor)
-    if _check.readable(tensor) and (tensor < 0).any():
+    if checks.readable(tensor) and (tensor < 0).any():
         raise ValueError(f"{name}: {tensor.min().item()} seen, values >= 0 wanted")
 
 

@@ -1,4 +1,4 @@
-"""The specifications of preference.py: the formulas as the papers have them, plain PyTorch that autograd
+"""The specifications of preference/losses.py: the formulas as the papers have them, plain PyTorch that autograd
 differentiates, valid in fp64."""
 
 from __future__ import annotations
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pair_losses import DPO_LOSS_TYPES
-from .preference import PreferenceLoss, RewardLoss, UnpairedLoss, reduce_losses
+from .formulas import DPO_LOSS_TYPES
+from .losses import PreferenceLoss, RewardLoss, UnpairedLoss, reduce_losses
 
 
 def _widened(*tensors: Tensor) -> list[Tensor]:

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import check as _check
-from .gradients import GradientSums
-from .head import linear_cross_entropy, prepare
-from .ordered_sum import ordered_sum
-from .rows import Transform
-from .sweep import Head, chunk_blocks, new_table, no_autocast, tail_blocks
-from .tail import kept_share
+from .. import checks
+from ..ordered_sum import ordered_sum
+from ..softmax.rows import Transform
+from .accumulate import GradientSums
+from .cross_entropy import linear_cross_entropy, prepare
+from .tail_columns import kept_share
+from .token_tiles import Head, chunk_blocks, new_table, no_autocast, tail_blocks
 
 
 class TailReport(NamedTuple):
@@ -52,13 +52,13 @@ def tail_report(
     """
     if tail_eps is None:
         raise ValueError("tail_eps: None seen, a probability in (0, 1) wanted")
-    _check.whole("sample", sample, 1, expected="a whole number >= 1")
-    if _check.number("logit_scale", logit_scale) == 0:
+    checks.whole("sample", sample, 1, expected="a whole number >= 1")
+    if checks.number("logit_scale", logit_scale) == 0:
         raise ValueError(
             "logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is relative to them"
         )
-    _check.tensor("hidden", hidden)
-    if not _check.readable(hidden, check=True):
+    checks.tensor("hidden", hidden)
+    if not checks.readable(hidden, check=True):
         raise ValueError(f"hidden: got a tensor without values, on {hidden.device}, expected one with values")
     arguments = prepare(
         hidden,

@@ -2,13 +2,13 @@
 
 The gradient of a token's log-probability is its sequence's alone, d loss / d logps[row], and that is known as
 soon as the log-probabilities of its pair (DPO) or its row (KTO) are summed. On a CPU pairs or rows therefore
-go one by one (sequence_units.py):
+go one by one (linear/sequence_units.py):
 
     way          GEMMs                    when
     units        (2 n - 1) / n + dX + dW  on a CPU, for a pair or row of n chunks: 1 + dX + dW where it fits the workspace
     general      2 + dX + dW              on a GPU, where the lengths are not known to the host without waiting: statistics of all tokens
                                           first, then their logits again
-    kept         1 + f dX + f dW          with a tail: statistics of all tokens first, of which the share f of columns is kept (keeping.py)
+    kept         1 + f dX + f dW          with a tail: statistics of all tokens first, of which the share f of columns is kept (linear/tail_saved.py)
     frozen_head  2                        the head's weight is not trained (`linear_logprobs`)
 
 and 1 GEMM for the reference's log-probabilities. All ways but the tail's give the same result, and none holds
@@ -24,19 +24,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import check as _check
-from .backward import save_scalar_loss
-from .gradients import fake_gradients
-from .head import head_options, linear_logprobs, prepare, scalar_loss_backward
-from .keeping import sweep_keeping, sweep_kept
-from .logits import kept_ids, sum_by_sequence
-from .pair_losses import PAIR_LOSSES
+from .. import checks
+from ..autograd import save_scalar_loss
+from ..logits import kept_ids, sum_by_sequence
+from ..preference.formulas import PAIR_LOSSES
+from ..preference.losses import (
+    dpo_loss,
+    kto_loss,
+    pair_options,
+    pairs_op,
+    scalar_kl,
+    unpaired_op,
+    unpaired_options,
+)
+from ..softmax.rows import Stat, Transform, accumulator_dtype, coefficients
+from ..torch_func import requires_grad
+from .accumulate import fake_gradients
+from .cross_entropy import head_options, linear_logprobs, prepare, scalar_loss_backward
 from .plan import default_workspace_mib
-from .preference import dpo_loss, kto_loss, pair_options, pairs_op, scalar_kl, unpaired_op, unpaired_options
-from .rows import Stat, Transform, accumulator_dtype, coefficients
 from .sequence_units import sweep_units, unit_chunks
-from .sweep import Head, capturing, sweep
-from .transforms import requires_grad
+from .tail_saved import sweep_keeping, sweep_kept
+from .token_tiles import Head, capturing, sweep
 
 
 class LinearPreferenceLoss(NamedTuple):
@@ -185,14 +193,14 @@ def _check_head(weight: Tensor, bias: Tensor | None, options: dict[str, Any]) ->
     """What must be known of the head before the reference runs; `prepare` checks the rest."""
     check, numbers = options["check"], {name: value for name, value in options.items() if name != "check"}
     head_options(**numbers)
-    _check.flags(check=check)
-    _check.tensor("weight", weight)
-    _check.optional_tensors(bias=bias)
+    checks.flags(check=check)
+    checks.tensor("weight", weight)
+    checks.optional_tensors(bias=bias)
 
 
 def _rows_of(hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, per_unit: int, check: bool) -> _Rows:
-    _check.tensors(hidden=hidden, ids=ids)
-    _check.optional_tensors(cu_seqlens=cu_seqlens)
+    checks.tensors(hidden=hidden, ids=ids)
+    checks.optional_tensors(cu_seqlens=cu_seqlens)
     if cu_seqlens is None:
         if ids.dim() != 2:
             raise ValueError(f"ids: shape {list(ids.shape)} seen, [rows, T] wanted, or [N] with cu_seqlens")
@@ -203,7 +211,7 @@ def _rows_of(hidden: Tensor, ids: Tensor, cu_seqlens: Tensor | None, per_unit: i
             else torch.zeros(R + 1, dtype=torch.int64, device=ids.device)
         )
     else:
-        _check.cu_seqlens(cu_seqlens, "ids", ids, check)
+        checks.cu_seqlens(cu_seqlens, "ids", ids, check)
     R = cu_seqlens.numel() - 1
     if R % per_unit:
         raise ValueError(f"ids: {R} rows seen, the chosen ones and then as many rejected ones wanted")
@@ -219,7 +227,7 @@ def _reference(
     options: dict[str, Any],
 ) -> Tensor:
     """log-probabilities [R] under the reference, without gradient: given, or from its hidden states."""
-    _check.optional_tensors(
+    checks.optional_tensors(
         reference_hidden=reference_hidden,
         reference_weight=reference_weight,
         reference_bias=reference_bias,
@@ -228,9 +236,9 @@ def _reference(
     if reference_hidden is not None and reference_logps is not None:
         raise ValueError("reference_hidden, reference_logps: both seen, one of them wanted")
     if reference_logps is not None:
-        _check.shape("reference_logps", reference_logps, (rows.number,), "[rows]")
-        _check.dtype("reference_logps", reference_logps, _check.FLOATS)
-        _check.device("reference_logps", reference_logps, "ids", rows.ids)
+        checks.shape("reference_logps", reference_logps, (rows.number,), "[rows]")
+        checks.dtype("reference_logps", reference_logps, checks.FLOATS)
+        checks.device("reference_logps", reference_logps, "ids", rows.ids)
         return reference_logps.detach()
     if reference_hidden is None:
         raise ValueError("reference_hidden, reference_logps: neither seen, one of them wanted")

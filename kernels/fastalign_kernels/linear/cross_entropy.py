@@ -1,9 +1,9 @@
 """The language-model head without logits: from hidden states and the head's weight to log-probabilities,
 statistics and losses.
 
-    hidden [N, H], weight [V, H], ids [N]  ->  the statistics table of rows.py, [7, N]; [N, V] logits never exist.
+    hidden [N, H], weight [V, H], ids [N]  ->  the statistics table of softmax/rows.py, [7, N]; [N, V] logits never exist.
 
-One loop over chunks of C tokens (sweep.py) serves four ways. GEMM: one N x H x V matrix product, 2 N H V
+One loop over chunks of C tokens (linear/token_tiles.py) serves four ways. GEMM: one N x H x V matrix product, 2 N H V
 flops; the naive loss takes 3.
 
     way                  GEMMs            kept for backward
@@ -30,11 +30,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import check as _check
-from .backward import InputGradients, first_order, hand_over, saved_inputs
-from .gradients import fake_gradients
-from .head_table import head_table
-from .logits import (
+from .. import checks
+from ..autograd import InputGradients, first_order, hand_over, saved_inputs
+from ..logits import (
     TokenStats,
     check_loss_tensors,
     kept_ids,
@@ -45,11 +43,13 @@ from .logits import (
     stats_of,
     token_loss,
 )
-from .ordered_sum import ordered_sum
+from ..ordered_sum import ordered_sum
+from ..softmax.rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref
+from ..torch_func import requires_grad
+from .accumulate import fake_gradients
 from .plan import choose_way
-from .rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref
-from .sweep import Head, sweep
-from .transforms import requires_grad
+from .token_stats import head_table
+from .token_tiles import Head, sweep
 
 
 class CrossEntropyStats(NamedTuple):
@@ -250,9 +250,9 @@ def head_options(
 ) -> HeadOptions:
     return HeadOptions(
         make_transform(logit_scale, softcap, temperature),
-        _check.ignore_index(ignore_index),
-        None if tail_eps is None else _check.tail_eps(tail_eps),
-        None if workspace_mib is None else _check.above_zero("workspace_mib", workspace_mib),
+        checks.ignore_index(ignore_index),
+        None if tail_eps is None else checks.tail_eps(tail_eps),
+        None if workspace_mib is None else checks.above_zero("workspace_mib", workspace_mib),
     )
 
 
@@ -274,8 +274,8 @@ def prepare(
     """
     options = head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
     transform, ignore_index, tail_eps, workspace_mib = options
-    _check.flags(check=check)
-    _check.tensors(**{"hidden": hidden, "weight": weight, name: ids})
+    checks.flags(check=check)
+    checks.tensors(**{"hidden": hidden, "weight": weight, name: ids})
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: shape {list(weight.shape)} seen, [V, H] wanted")
     V, H = weight.shape
@@ -283,25 +283,25 @@ def prepare(
         raise ValueError(
             f"hidden: shape {list(hidden.shape)} seen, [..., H] = [..., {H}] wanted, as weight has it"
         )
-    _check.supported_device("hidden", hidden)
+    checks.supported_device("hidden", hidden)
     kind = hidden.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(kind))
-    _check.dtype("hidden", hidden, _check.FLOATS)
+    checks.dtype("hidden", hidden, checks.FLOATS)
     allowed = (
         (hidden.dtype,) if hidden.dtype in (torch.float32, torch.float64) else (hidden.dtype, torch.float32)
     )
-    _check.dtype("weight", weight, allowed)
-    _check.device("weight", weight, "hidden", hidden)
-    _check.dtype(name, ids, _check.INTEGERS)
-    _check.shape(name, ids, tuple(hidden.shape[:-1]), "hidden's leading shape")
-    _check.device(name, ids, "hidden", hidden)
-    _check.ids(name, ids if mask is None else torch.where(mask, ids, 0), V, ignore_index, check)
+    checks.dtype("weight", weight, allowed)
+    checks.device("weight", weight, "hidden", hidden)
+    checks.dtype(name, ids, checks.INTEGERS)
+    checks.shape(name, ids, tuple(hidden.shape[:-1]), "hidden's leading shape")
+    checks.device(name, ids, "hidden", hidden)
+    checks.ids(name, ids if mask is None else torch.where(mask, ids, 0), V, ignore_index, check)
     if bias is not None:
-        _check.tensor("bias", bias)
-        _check.shape("bias", bias, (V,), "[V]")
-        _check.dtype("bias", bias, allowed)
-        _check.device("bias", bias, "hidden", hidden)
+        checks.tensor("bias", bias)
+        checks.shape("bias", bias, (V,), "[V]")
+        checks.dtype("bias", bias, allowed)
+        checks.device("bias", bias, "hidden", hidden)
         bias = bias.contiguous()  # the row kernels read it with a stride of 1
     kept = kept_ids(ids, ignore_index)
     if mask is not None:
@@ -414,7 +414,7 @@ def linear_cross_entropy(
         token_weights: [...] float; multiplies each token's loss. Differentiable.
         num_items: divisor of "mean", for accumulation over micro-batches and ranks.
         tail_eps: None for the exact gradient. Else columns of the softmax where no token of a block (256 on a CPU) has a probability
-            above it enter the backward GEMMs as a rank-1 matrix with their row and column sums (tail.py): loss and statistics stay exact,
+            above it enter the backward GEMMs as a rank-1 matrix with their row and column sums (linear/tail_columns.py): loss and statistics stay exact,
             gradients are off by 0.1 to 0.2 % at 2**-14 and 0.4 to 0.6 % at 2**-12 on a trained model (`tail_report`). 3 GEMMs become
             1 + 2 f, f the share of columns kept; where f > 0.6, as in an untrained model, a block runs exact.
         workspace_mib: MiB for the logits of a chunk of tokens; default 512 on a GPU, on a CPU 96, or 72 beside a gradient of the weight.
@@ -497,7 +497,7 @@ def linear_token_stats(
     GEMMs: 1 without gradients, 3 with a frozen weight, 4 in training. Ignored positions hold 0 / False.
     entropy=False leaves it None.
     """
-    _check.flags(entropy=entropy)
+    checks.flags(entropy=entropy)
     arguments = prepare(
         hidden,
         weight,

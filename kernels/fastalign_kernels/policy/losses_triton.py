@@ -1,4 +1,4 @@
-"""The kernels of policy.py in Triton: a block of tokens a program, whose sums are added up afterwards in a
+"""The kernels of policy/losses.py in Triton: a block of tokens a program, whose sums are added up afterwards in a
 fixed order.
 
 Vectors are contiguous fp32. No float atomics, so results are the same bits every time. Bytes: 3 to 5 N e and
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .options_triton import as_scalar
+from ..triton_options import as_scalar
 
 BLOCK = 1024
 NUM_WARPS = 4

@@ -1,5 +1,5 @@
-"""The loop that every head call runs: chunks of tokens (plan.py), their logits by one GEMM, statistics,
-gradients (gradients.py)."""
+"""The loop that every head call runs: chunks of tokens (linear/plan.py), their logits by one GEMM, statistics,
+gradients (linear/accumulate.py)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gemm import mm
-from .gradients import Block, Gradients, GradientSums
+from ..gemm import mm
+from ..softmax.rows import Stat, Transform, accumulator_dtype, row_stats
+from .accumulate import Block, Gradients, GradientSums
 from .plan import TOKENS, HeadPlan, plan_head
-from .rows import Stat, Transform, accumulator_dtype, row_stats
-from .tail import Choice, Kept, choose, first_true, keep
+from .tail_columns import Choice, Kept, choose, first_true, keep
 
 ChunkCoefficients = Callable[
     [Tensor, Tensor | slice], Tensor
@@ -183,7 +183,7 @@ def sweep(
 
     `chunk_coefficients(table of the chunk [7, C], its token indices)` gives row_grad's [4, C]; None:
     statistics only. `wanted`: gradients of hidden, weight and bias. With head.tail_eps the backward GEMMs
-    take the columns that tail.py keeps (under graph capture, where their number cannot be known, all of
+    take the columns that linear/tail_columns.py keeps (under graph capture, where their number cannot be known, all of
     them).
     """
     with no_autocast(head):

@@ -1,0 +1,1 @@
+"""Losses of pairs and of labelled completions from log-probabilities, O(S)."""
