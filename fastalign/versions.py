@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-# As in requirements.lock, which no wheel holds; tests/test_versions.py compares the two.
+# As in requirements.lock, which no wheel holds; tests/project/test_versions.py compares the two.
 TESTED = {
     "torch": "2.13.0",
     "triton": "3.7.1",

@@ -2,7 +2,7 @@
 
 Triton hands a Python float to a kernel as fp32 unless the parameter is annotated. Every float parameter of
 our kernels is therefore annotated `tl.float64`, and the kernel converts it once to the dtype it computes in.
-tests/test_triton_options.py holds both.
+tests/kernels/test_triton_options.py holds both.
 """
 
 from __future__ import annotations

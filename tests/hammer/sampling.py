@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastalign_kernels.sampling import Sample, sample, sample_ref
 from tests.hammer.functions import log_uniform, maybe, size
-from tests.sampling_checks import hostile, kept_mass, surprise
+from tests.kernels.sampling_checks import hostile, kept_mass, surprise
 
 NUMBERS = ("logp", "log_kept", "logp_raw", "entropy")
 SLACK = 2e-6  # of a threshold on probabilities: what fp32 sums of them leave open

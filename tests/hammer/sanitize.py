@@ -19,7 +19,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build" / "sanitized"
-SUITE = ("rows", "columns", "gemm", "sampling", "policy", "native", "logits")
+SUITE = (
+    *("softmax/test_rows", "softmax/test_columns", "policy/test_policy"),
+    *("kernels/test_gemm", "kernels/test_sampling", "kernels/test_native", "kernels/test_logits"),
+)
 LEFT_OUT = (
     *("triton", "cuda", "transformers", "SmolLM2"),  # no native code of ours
     *(
@@ -69,7 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="of the fuzz of each of its two areas")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("tests", nargs="*", default=[f"tests/test_{name}.py" for name in SUITE])
+    parser.add_argument("tests", nargs="*", default=[f"tests/{name}.py" for name in SUITE])
     arguments = parser.parse_args()
     began = time.time()
     build()

@@ -1,5 +1,5 @@
-"""The plain losses are the stages' own: here PPO's; tests/test_bench.py has the others in whole steps,
-tests/test_demo.py all of them."""
+"""The plain losses are the stages' own: here PPO's; tests/bench/test_bench.py has the others in whole steps,
+tests/demo/test_demo.py all of them."""
 
 import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel

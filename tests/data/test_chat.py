@@ -27,7 +27,7 @@ from fastalign.data import (
 from fastalign.preferences import tokenize_pairs, tokenize_unpaired
 from fastalign.rows import Rows
 from fastalign.template_keys import TemplateKeys
-from tests.test_data import CHATML, HEADER, MARKED, PROMPT, build, trained_text
+from tests.data.test_data import CHATML, HEADER, MARKED, PROMPT, build, trained_text
 
 ASKED = {"role": "user", "content": "What is it?"}
 GOOD = {"role": "assistant", "content": "Great."}

@@ -10,7 +10,7 @@ from bench import readme
 from bench.operation import EAGER, OURS
 from bench.step_methods import BACKBONE, STAGES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_readme_is_in_sync_with_its_results_files(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from fastalign_kernels import native
 from fastalign_kernels.softmax.rows import Transform
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_status_says_what_is_native_and_why_not(monkeypatch):

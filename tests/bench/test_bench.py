@@ -33,7 +33,7 @@ from bench.sampling_methods import Filter, drawn_from
 from bench.suite import Case, Target
 from fastalign.measure import Error, PeakMemoryUnavailable, largest_error
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = Shape(48, 32, 333)
 FILES = (
     "linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "linear_ppo", "token_stats", "cross_entropy", "ppo_loss", "gae",

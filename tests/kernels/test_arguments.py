@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import fastalign.nn
-from tests.public_calls import FUNCTIONS, call_of, tensors_of
+from tests.kernels.public_calls import FUNCTIONS, call_of, tensors_of
 
 MODULES: dict[str, Callable[..., Any]] = {
     name: kind

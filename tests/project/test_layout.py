@@ -11,7 +11,7 @@ import pytest
 
 import fastalign
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_kernels_is_not_a_package():

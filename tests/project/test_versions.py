@@ -12,7 +12,7 @@ import transformers as tf
 from fastalign import cli, versions
 from fastalign.causal_lm import UnsupportedModelError, fuse_head
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTE = "transformers 99.0.0.dev1 is newer than 5.1.2, the newest that fastalign was tested with"
 
 
@@ -78,7 +78,7 @@ def test_an_error_of_the_host_under_a_newer_package_gets_a_note(monkeypatch: pyt
 
 @pytest.mark.usefixtures("newer_transformers")
 def test_a_command_that_fails_under_a_newer_package_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "sft", ("tests.test_versions", ""))
+    monkeypatch.setitem(cli.COMMANDS, "sft", ("tests.project.test_versions", ""))
     with pytest.raises(AttributeError) as failure:  # this module has no main
         cli.main(["sft"])
     assert failure.value.__notes__ == [NOTE]

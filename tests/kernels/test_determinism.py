@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastalign_kernels import linear_cross_entropy, linear_logprobs, native, tail_report
 from fastalign_kernels.ordered_sum import GRAIN, ordered_sum
-from tests.public_calls import FUNCTIONS, call_of, tensors_of
+from tests.kernels.public_calls import FUNCTIONS, call_of, tensors_of
 
 pytestmark = pytest.mark.skipif(
     bool(native.missing), reason="without the native library PyTorch's ops serve, and they differ"

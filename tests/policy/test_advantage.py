@@ -350,6 +350,6 @@ def run_rank(folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]), int(sys.argv[2]))
     # Not by return: gloo's threads can end the process while the interpreter shuts down
-    # (tests/test_causal_lm.py).
+    # (tests/models/test_causal_lm.py).
     sys.stderr.flush()
     os._exit(0)

@@ -15,7 +15,7 @@ import triton.language as tl  # noqa: E402
 from fastalign_kernels.policy import advantages_triton as advantage_triton  # noqa: E402
 from fastalign_kernels.triton_options import as_scalar  # noqa: E402
 
-FOLDER = Path(__file__).parents[1] / "kernels" / "fastalign_kernels"
+FOLDER = Path(__file__).parents[2] / "kernels" / "fastalign_kernels"
 # What a kernel takes besides pointers and constexprs: sizes and strides are integers, all else is a float
 # option.
 INTEGERS = {"N", "T", "V", "K", "S", "P"}

@@ -13,7 +13,7 @@ import pytest
 from bench import gpu_check
 from bench.gpu_check import Part
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(code: str) -> tuple[str, ...]:

@@ -27,9 +27,9 @@ from bench.operation import Shape
 from bench.sampling_methods import trained_inputs
 from fastalign_kernels import native
 from fastalign_kernels.sampling import CHUNK, Sample, sample, sample_ref
-from tests.sampling_checks import bit_masks, hostile, kept_mass, surprise
+from tests.kernels.sampling_checks import bit_masks, hostile, kept_mass, surprise
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUMBERS = ("logp", "log_kept", "logp_raw", "entropy")
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -231,7 +231,7 @@ def compiled(compiler: str, folder: Path, *flags: str, root: Path = ROOT) -> cty
     command = [
         *COMPILERS[compiler],
         *flags,
-        str(root / "tests" / "sampling_emulator.cpp"),
+        str(root / "tests" / "kernels" / "sampling_emulator.cpp"),
         "-o",
         str(library),
     ]
