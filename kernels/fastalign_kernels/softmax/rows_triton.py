@@ -45,10 +45,11 @@ def _tanh(x):
     = 6 it is off by 0.5 %.
     """
     t = tl.exp(-2.0 * tl.abs(x))
+    # Up to x^19, so that what is left out is below 1e-17 at 0.25: up to x^11 it was 5e-11, which fp64 saw.
     s = x * x
-    near = x + x * s * (
-        -1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835 + s * (-1382.0 / 155925))))
-    )
+    series = -929569.0 / 638512875 + s * (6404582.0 / 10854718875 + s * (-443861162.0 / 1856156927625))
+    series = 62.0 / 2835 + s * (-1382.0 / 155925 + s * (21844.0 / 6081075 + s * series))
+    near = x + x * s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * series)))
     far = 1.0 - 2.0 * t / (1.0 + t)
     return tl.where(tl.abs(x) < 0.25, near, tl.where(x < 0, -far, far)), 4.0 * t / ((1.0 + t) * (1.0 + t))
 
