@@ -1,10 +1,14 @@
-"""What ops share whose gradients come from a kernel: what is kept of a call, its gradients times the
-upstream, no second derivative."""
+"""What all our ops share: how they are registered, and how a gradient made in forward reaches backward.
+
+A kernel computes each gradient, so no op has a second derivative. `first_order` makes differentiating a
+gradient an error.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,87 +16,150 @@ from torch import Tensor
 
 from .softmax.rows import traced
 
-InputGradients = tuple[Tensor | None, ...]
+InputGrads = tuple[Tensor | None, ...]
+NamedGrads = Mapping[str, Tensor | None]  # from the names of an op's inputs to their gradients
+
+
+def register_op(
+    name: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    save: Callable[..., None],
+    backward: Callable[..., NamedGrads],
+    losses: str,
+) -> Callable[..., Any]:
+    """The op `fastalign::name` of `forward`, with its fake and its backward.
+
+    Args:
+        save: setup_context(ctx, inputs, output) of torch.library.
+        backward: backward(ctx, saved tensors, *upstream gradients) -> gradients by the names of forward's
+            parameters. The parameters it does not name get no gradient.
+        losses: the public functions of the op, for the error of a second derivative.
+    """
+    op = torch.library.custom_op(f"fastalign::{name}", forward, mutates_args=())
+    op.register_fake(fake)
+    parameters = list(inspect.signature(forward).parameters)
+
+    def in_order(ctx, saved: Sequence[Tensor], *upstream: Tensor | None) -> InputGrads:
+        grads = backward(ctx, saved, *upstream)
+        return tuple([grads.get(parameter) for parameter in parameters])
+
+    op.register_autograd(first_order(losses, in_order), setup_context=save)
+    return op
+
+
+def register_loss_op(
+    name: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    differentiable: Sequence[str],
+    losses: str,
+) -> Callable[..., Any]:
+    """An op whose forward returns a loss, numbers without gradient, and the gradients of `differentiable`.
+
+    differentiable: names of forward's parameters, in the order of the gradients.
+    """
+
+    def backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: Tensor | None) -> NamedGrads:
+        if grad is None:
+            return {}
+        inputs = saved_inputs(ctx, saved)
+        grads = scale_saved_grads(ctx, grad, lambda: op(*inputs)[2:])
+        # A gradient that nobody asked for has size 0.
+        return {parameter: value for parameter, value in zip(differentiable, grads) if needed(ctx, parameter)}
+
+    parameters = list(inspect.signature(forward).parameters)
+
+    def needed(ctx, parameter: str) -> bool:
+        return ctx.needs_input_grad[parameters.index(parameter)]
+
+    op = register_op(name, forward, fake, save=save_loss, backward=backward, losses=losses)
+    return op
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Passes on the first `count` tensors, the gradients; the others are what they depend on. Differentiating
-    the result raises."""
+    """Passes on the first `count` tensors, the gradients. The rest are what they depend on.
+
+    Differentiating the result raises.
+    """
 
     @staticmethod
-    def forward(ctx, losses: str, count: int, *tensors: Tensor) -> InputGradients:
+    def forward(ctx, losses: str, count: int, *tensors: Tensor) -> InputGrads:
         ctx.losses = losses
         return tuple(x.detach() for x in tensors[:count])
 
     @staticmethod
     def backward(ctx, *_: Tensor):
         raise RuntimeError(
-            f"{ctx.losses} has no second derivative, because a kernel computes its gradient. Use the specifications in its place: the "
-            "functions of fastalign_kernels' modules whose names end in _ref are plain PyTorch and have all derivatives"
+            f"{ctx.losses} has no second derivative, because a kernel computes its gradient. Use the "
+            "specifications in its place: the functions of fastalign_kernels' modules whose names end in "
+            "_ref are plain PyTorch and have all derivatives"
         )
 
 
-def first_order(losses: str, backward: Callable[..., InputGradients]) -> Callable[..., InputGradients]:
-    """The backward function of an op from `backward(ctx, saved tensors, *upstream gradients)`;
-    differentiating its gradients raises.
+def first_order(losses: str, backward: Callable[..., InputGrads]) -> Callable[..., InputGrads]:
+    """The backward function of an op, made so that differentiating its gradients raises.
 
-    Autograd would take gradients that the forward pass saved, or that a kernel computed, for constants, and a
-    second derivative would be silently wrong. torch's `once_differentiable` is not enough: its error hangs on
-    none of the op's inputs, so `autograd.grad` of an input never reaches it. Here it hangs on all saved
-    tensors: an op must save each input that gets a gradient, or a tensor computed from it.
+    Autograd would treat gradients that the forward pass saved, or that a kernel computed, as constants. A
+    second derivative would then be silently wrong. torch's `once_differentiable` is not enough: its error
+    is attached to none of the op's inputs, so `autograd.grad` of an input never reaches it. Here it is
+    attached to all saved tensors. An op must therefore save each input that gets a gradient, or a tensor
+    computed from it.
 
-    losses: the public functions of the op, for the error.
+    Args:
+        losses: the public functions of the op, for the error.
+        backward: backward(ctx, saved tensors, *upstream gradients).
     """
 
     @functools.wraps(backward)
-    def checked(ctx, *upstream: Tensor | None) -> InputGradients:
+    def checked(ctx, *upstream: Tensor | None) -> InputGrads:
         saved = ctx.saved_tensors  # once: under checkpoint a second look raises
         if not torch.is_grad_enabled():  # the usual case; create_graph=True enables it
             return backward(ctx, saved, *upstream)
         with torch.no_grad():
-            gradients = backward(ctx, saved, *upstream)
-        given = [g for g in gradients if g is not None]
-        origins = [x for x in (*saved, *upstream) if x is not None and x.requires_grad]
+            grads = backward(ctx, saved, *upstream)
+        given = [g for g in grads if g is not None]
+        origins = [x for x in (*saved, *upstream) if isinstance(x, Tensor) and x.requires_grad]
         marked = iter(_NoSecondDerivative.apply(losses, len(given), *given, *origins))
-        return tuple(None if g is None else next(marked) for g in gradients)
+        return tuple(None if g is None else next(marked) for g in grads)
 
     return checked
 
 
-def save_scalar_loss(ctx, inputs, output) -> None:
-    """For an op that gives a loss, numbers without gradient, and gradients of its inputs."""
-    _, numbers, *gradients = output
-    ctx.mark_non_differentiable(numbers, *gradients)
-    ctx.set_materialize_grads(
-        False
-    )  # else autograd allocates zeros as the gradients of the outputs, for a head a [V, H]
+def save_loss(ctx, inputs, output) -> None:
+    """setup_context of an op that returns a loss, numbers without gradient, and gradients of its inputs."""
+    _, numbers, *grads = output
+    ctx.mark_non_differentiable(numbers, *grads)
+    # Without this autograd allocates zeros as the gradients of the outputs, for a head a [V, H].
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
     ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
-    ctx.gradients = gradients
+    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+    ctx.grads = grads
 
 
 def saved_inputs(ctx, saved: Sequence[Tensor]) -> list[Any]:
-    """The inputs of such an op, of which `saved` are the tensors."""
+    """The inputs of an op that `save_loss` saved; `saved` are the tensors among them."""
     tensors = iter(saved)
-    return [next(tensors) if own else x for own, x in zip(ctx.tensors, ctx.inputs)]
+    return [next(tensors) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.inputs)]
 
 
-def hand_over(ctx, grad: Tensor, again: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
-    """ctx.gradients times the upstream scalar; `again` computes them for a second backward.
+def scale_saved_grads(ctx, grad: Tensor, recompute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """ctx.grads times the upstream scalar; `recompute` computes them again for a second backward.
 
-    Scaled where they lie and handed over, so that no second one exists, for a head a [V, H]; traced code may
-    not write to what the forward graph saved.
+    They are scaled in place and given away, so that no second copy exists (for a head a [V, H]). Traced
+    code may not write to what the forward graph saved.
     """
-    gradients = ctx.gradients
+    grads = ctx.grads
     if traced(grad):
-        return [g * grad for g in gradients]
-    ctx.gradients = None
-    if gradients is None:
-        gradients = list(again())
-    if (
-        grad.is_cuda or grad.item() != 1
-    ):  # on a CPU looking is free, and the usual 1 saves a pass over all of them
-        for g in gradients:
+        return [g * grad for g in grads]
+    ctx.grads = None
+    if grads is None:
+        grads = list(recompute())
+    # On a CPU reading the scalar is free, and the usual 1 saves a pass over all gradients.
+    if grad.is_cuda or grad.item() != 1:
+        for g in grads:
             g.mul_(grad)
-    return gradients
+    return grads

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import InputGradients, first_order
+from .autograd import InputGrads, first_order
 from .ordered_sum import ordered_sum
 from .softmax.rows import Stat, Transform, coefficients, row_grad, row_stats, row_stats_ref, traced
 from .torch_func import transforming
@@ -77,7 +77,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(logits, ids, output)
 
 
-def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGradients:
+def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGrads:
     logits, ids, stats = saved
     arguments = (ids, stats, coefficients(grad, stats, logits.shape[-1]), ctx.softcap, ctx.temperature)
     if ctx.inplace_backward and not traced(grad):

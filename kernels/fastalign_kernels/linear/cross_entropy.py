@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..autograd import InputGradients, first_order, hand_over, saved_inputs
+from ..autograd import InputGrads, first_order, saved_inputs, scale_saved_grads
 from ..logits import (
     TokenStats,
     check_loss_tensors,
@@ -138,7 +138,7 @@ def _save_loss(ctx, inputs, output) -> None:
         False
     )  # else autograd allocates a [V, H] of zeros as the gradient of the output d_weight
     ctx.save_for_backward(hidden, weight, ids, bias, scale, table)
-    ctx.gradients = gradients
+    ctx.grads = gradients
 
 
 def _wanted(ctx, gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -146,27 +146,29 @@ def _wanted(ctx, gradients: Sequence[Tensor]) -> list[Tensor | None]:
     return [g if ctx.needs_input_grad[i] else None for g, i in zip(gradients, (0, 1, 3))]
 
 
-def scalar_loss_backward(losses: str, op: Callable[..., Sequence[Tensor]]) -> Callable[..., InputGradients]:
-    """The backward of an op of these losses saved by `save_scalar_loss` whose gradients are those of hidden,
+def scalar_loss_backward(losses: str, op: Callable[..., Sequence[Tensor]]) -> Callable[..., InputGrads]:
+    """The backward of an op of these losses saved by `save_loss` whose gradients are those of hidden,
     weight and bias."""
 
-    def backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: Tensor) -> InputGradients:
+    def backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: Tensor) -> InputGrads:
         inputs = saved_inputs(ctx, saved)
         nothing = (None,) * len(inputs)
         if grad is None:
             return nothing
-        d_hidden, d_weight, d_bias = _wanted(ctx, hand_over(ctx, grad, lambda: op(*inputs)[2:]))
+        d_hidden, d_weight, d_bias = _wanted(ctx, scale_saved_grads(ctx, grad, lambda: op(*inputs)[2:]))
         return d_hidden, d_weight, None, d_bias, *nothing[4:]
 
     return first_order(losses, backward)
 
 
-def _loss_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+def _loss_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGrads:
     hidden, weight, ids, bias, scale, table = saved
     nothing = (None,) * 15
     if grad is None:
         return nothing
-    gradients = hand_over(ctx, grad, lambda: _head_loss(hidden, weight, ids, bias, scale, *ctx.options)[2:])
+    gradients = scale_saved_grads(
+        ctx, grad, lambda: _head_loss(hidden, weight, ids, bias, scale, *ctx.options)[2:]
+    )
     d_hidden, d_weight, d_bias = _wanted(ctx, gradients)
     label_smoothing, z_loss = ctx.options[:2]
     d_scale = grad * token_loss(table, label_smoothing, z_loss) if ctx.needs_input_grad[4] else None
@@ -223,7 +225,7 @@ def _save_frozen(ctx, inputs, output) -> None:
     ctx.save_for_backward(d_hidden, inputs[-1])
 
 
-def _frozen_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+def _frozen_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGrads:
     d_hidden = saved[0]
     return (None if grad is None else (grad[Stat.LOGP][:, None] * d_hidden).to(d_hidden.dtype), *(None,) * 9)
 

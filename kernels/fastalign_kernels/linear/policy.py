@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..autograd import save_scalar_loss
+from ..autograd import save_loss
 from ..policy.arguments import as_bool, check_tokens, per_token, token_scale
 from ..policy.losses import (
     PolicyLoss,
@@ -102,9 +102,7 @@ def _(
     return scale.new_empty(()), sums, *fake_gradients(hidden, weight, bias, *options[-3:])
 
 
-_head_policy.register_autograd(
-    scalar_loss_backward("linear_ppo_loss", _head_policy), setup_context=save_scalar_loss
-)
+_head_policy.register_autograd(scalar_loss_backward("linear_ppo_loss", _head_policy), setup_context=save_loss)
 
 
 def linear_ppo_loss(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..autograd import save_scalar_loss
+from ..autograd import save_loss
 from ..logits import kept_ids, sum_by_sequence
 from ..preference.formulas import PAIR_LOSSES
 from ..preference.losses import (
@@ -176,7 +176,7 @@ def _(
 
 _head_sequences.register_autograd(
     scalar_loss_backward("linear_dpo_loss or linear_kto_loss", _head_sequences),
-    setup_context=save_scalar_loss,
+    setup_context=save_loss,
 )
 
 

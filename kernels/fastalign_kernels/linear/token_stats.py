@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import InputGradients, first_order
+from ..autograd import InputGrads, first_order
 from ..softmax.rows import Stat, Transform, accumulator_dtype, coefficients
 from .accumulate import fake_gradients
 from .tail_saved import KeptState, empty_state, sweep_keeping, sweep_kept
@@ -93,7 +93,7 @@ def _save_table(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, ids, bias, output)
 
 
-def _table_backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGradients:
+def _table_backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGrads:
     hidden, weight, ids, bias, table = saved
     needs = ctx.needs_input_grad
     gradients = _head_table_grad(
@@ -199,7 +199,7 @@ def _save_kept(ctx, inputs, output) -> None:
     ctx.save_for_backward(hidden, weight, ids, bias, table, *state)
 
 
-def _kept_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+def _kept_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGrads:
     if grad is None:
         return (None,) * 12
     hidden, weight, ids, bias, table, *state = saved

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, native
-from ..autograd import InputGradients, first_order, hand_over, save_scalar_loss, saved_inputs
+from ..autograd import InputGrads, first_order, save_loss, saved_inputs, scale_saved_grads
 from ..softmax.rows import traced
 from ..torch_func import transforming
 from .arguments import accumulator_of, check_tokens, per_token, token_scale
@@ -267,18 +267,18 @@ def _(logp, entropy, old_logp, advantages, mask, scale, reference_logp, options)
     return scale.new_empty(()), *_policy_outputs(logp, entropy, scale, PolicyOptions.of(options))
 
 
-def _policy_gradients(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+def _policy_gradients(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGrads:
     inputs = saved_inputs(ctx, saved)
     nothing = (None,) * len(inputs)
     if grad is None:
         return nothing
-    (slopes,) = hand_over(ctx, grad, lambda: _policy(*inputs)[2:])
+    (slopes,) = scale_saved_grads(ctx, grad, lambda: _policy(*inputs)[2:])
     gradients = [row.to(x.dtype) for row, x in zip(slopes, inputs)]
     return *gradients, *nothing[len(gradients) :]
 
 
 _policy_backward = first_order("ppo_loss", _policy_gradients)
-policy_op.register_autograd(_policy_backward, setup_context=save_scalar_loss)
+policy_op.register_autograd(_policy_backward, setup_context=save_loss)
 
 
 class _EagerPolicy(torch.autograd.Function):
@@ -291,7 +291,7 @@ class _EagerPolicy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         output = _policy(*inputs)
-        save_scalar_loss(ctx, inputs, output)
+        save_loss(ctx, inputs, output)
         return output
 
     backward = staticmethod(_policy_backward)
@@ -324,7 +324,7 @@ def _save_value(ctx, inputs, output) -> None:
     ctx.save_for_backward(inputs[0], slopes)
 
 
-def _value_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+def _value_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGrads:
     values, slopes = saved
     return (None if grad is None else (grad * slopes).to(values.dtype), *(None,) * 5)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, sigmoid, where
 
 from .. import checks, native
-from ..autograd import InputGradients, first_order
+from ..autograd import InputGrads, first_order
 from ..softmax.rows import accumulator_dtype
 from ..torch_func import unwrapped
 from .formulas import DPO_LOSS_TYPES, PAIR_LOSSES, SMOOTHING, softplus
@@ -220,7 +220,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.constants = len(inputs) - slopes.shape[0]
 
 
-def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGradients:
+def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGrads:
     slopes, *inputs = saved
     if grad is None:
         return (None,) * (len(inputs) + ctx.constants)
