@@ -65,6 +65,7 @@ def save(
         state = {
             "step": step,
             "world_size": world.size,
+            "threads": torch.get_num_threads(),
             "config": dataclasses.asdict(config),
             "data": data,
             **extra,
@@ -165,6 +166,7 @@ def load(
             raise ValueError(f"resume: {name} is {new!r}, and the run in {path} was started with {old!r}")
         if old != new and name not in SILENT:
             world.say(f"resuming with {name}={new!r} (before: {old!r})")
+    _compare_threads(state.get("threads"), world)
     data = fingerprint_of(config.train_data, split=config.train_split)
     if state.get("data") not in (None, data):
         raise ValueError(
@@ -188,6 +190,17 @@ def load(
     if world.main:
         _delete_old(config)  # one that a kill left; a run that is at its last step saves no more
     return {name: value for name, value in state.items() if name not in ("tensors", "optimizer", "config")}
+
+
+def _compare_threads(before: int | None, world: World) -> None:
+    """Say that the number of CPU threads differs, since PyTorch's sums are split among them. A checkpoint of an
+    earlier version has no number."""
+    now = torch.get_num_threads()
+    if world.device.type == "cpu" and before not in (None, now):
+        world.say(
+            f"resuming with {now} CPU threads (before: {before}): the weights will differ in their last digits from "
+            f"those of an uninterrupted run; OMP_NUM_THREADS={before} keeps them the same"
+        )
 
 
 def _all(output_dir: str) -> list[Path]:

@@ -107,6 +107,22 @@ def test_resume_refuses_another_place_in_the_data_and_says_what_else_changed(
     assert [line["step"] for line in lines(first)] == [0, 1, 2, 3]
 
 
+def test_a_resume_with_another_number_of_threads_says_so_once(
+    pretraining: Callable[..., pretrain.PretrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = pretraining(max_steps=1, save_every=1)
+    pretrain.run(config)
+    resumed = dataclasses.replace(config, max_steps=2, resume=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    pretrain.run(resumed)
+    printed = capsys.readouterr().out
+    assert printed.count("resuming with 3 CPU threads (before: 1): ") == 1 and "OMP_NUM_THREADS=1" in printed
+    pretrain.run(dataclasses.replace(resumed, max_steps=3))
+    assert "CPU threads" not in capsys.readouterr().out
+
+
 def test_resume_refuses_other_rows_in_the_same_file(
     pretraining: Callable[..., pretrain.PretrainConfig], files: dict[str, str], tmp_path: Path
 ) -> None:
