@@ -1,16 +1,13 @@
-"""The native library built from csrc/: loading it, and what runs without it.
+"""Loads the native library built from csrc/, and says which parts of it, and of Triton, are there.
 
-`setup.py` puts `_native.so` beside this file. Where it was not built (FASTALIGN_NATIVE=0), or torch cannot
-load it, PyTorch serves in its place: `rows.row_stats_ref`, `rows.row_grad_ref`, `sampling.sample_ref`, and
-the twins in policy/losses.py and policy/advantages.py. That is said once, by name, and `fastalign env` shows it.
+`setup.py` puts `_native.so` beside this file. The library is missing if it was not built (FASTALIGN_NATIVE=0) or
+if torch cannot load it. dispatch.py says what runs instead.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,9 +35,6 @@ def _load() -> str:
 
 
 missing = _load()
-if missing:
-    substitutes = "rows.row_stats_ref, rows.row_grad_ref, sampling.sample_ref and PyTorch in policy/losses.py and policy/advantages.py"
-    warnings.warn(f"fastalign: {missing}; {substitutes} serve instead", stacklevel=2)
 triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
@@ -77,24 +71,7 @@ samples_on = frozenset(
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
     if not missing and torch._C._dispatch_has_kernel_for_dispatch_key("fastalign::sample", key)
 )
-
-
-@cache
-def warn_cuda_sampler_missing() -> None:
-    """Say, at the first draw on a GPU without the CUDA sampler, what serves instead."""
-    warnings.warn(
-        "fastalign: the native library was built without nvcc; sampling.sample_ref serves the GPU instead",
-        stacklevel=2,
-    )
-
-
-@cache
-def warn_triton_missing() -> None:
-    """Say, at the first use of a GPU without Triton, what serves instead."""
-    warnings.warn(
-        f"fastalign: {triton_missing}; rows.row_stats_ref and rows.row_grad_ref serve the GPU instead",
-        stacklevel=2,
-    )
+cuda_missing = missing or ("" if "cuda" in samples_on else "the native library was built without nvcc")
 
 
 def _gemm_status() -> tuple[str, str]:
@@ -117,11 +94,10 @@ def status() -> list[tuple[str, str, str]]:
     unused = "" if torch.cuda.is_available() else "unused: torch sees no CUDA device"
     sampler = native if "cpu" in samples_on else "reference, in PyTorch"
     cuda = "native, CUDA" if "cuda" in samples_on else "reference, in PyTorch"
-    no_cuda = missing or ("" if "cuda" in samples_on else "the native library was built without nvcc")
     return [
         ("CPU row kernels", native, missing),
         ("GPU row kernels", triton, triton_missing or unused),
         ("CPU matrix products", *_gemm_status()),
         ("CPU sampler", sampler, missing),
-        ("GPU sampler", cuda, no_cuda or unused),
+        ("GPU sampler", cuda, missing or cuda_missing or unused),
     ]

@@ -24,13 +24,14 @@ for the logits (and V/8 a row and bit mask).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, native
+from .dispatch import Kernels
 from .softmax.rows import accumulator_dtype
 
 CHUNK = 256  # ids of a chunk; part of the specification, as csrc/sampling_math.h has it
@@ -150,7 +151,7 @@ def sample(
         checks.device(name, finished, "logits", logits)
     pad_id = -1 if pad_id is None else checks.whole("pad_id", pad_id, -1, expected="an id (or -1)")
     table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
-    found = _implementation(logits)(
+    found = KERNELS.select(logits).sample(
         # contiguous() leaves an empty tensor's strides as they are
         logits.detach()
         if logits.stride(-1) == 1
@@ -214,20 +215,6 @@ def _row_values(value: float | Tensor, logits: Tensor) -> Tensor:
     return torch.full(logits.shape[:1], float(value), dtype=torch.float64, device=logits.device)
 
 
-def _implementation(logits: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    kind = logits.device.type
-    if logits.dtype != torch.float64 and kind in native.samples_on:
-        return torch.ops.fastalign.sample
-    if (
-        kind == "cuda"
-        and logits.dtype != torch.float64
-        and not native.missing
-        and not torch.compiler.is_compiling()
-    ):
-        native.warn_cuda_sampler_missing()
-    return _sample_reference
-
-
 @torch.library.custom_op("fastalign::sample_reference", mutates_args=())
 def _sample_reference(
     logits: Tensor,
@@ -264,6 +251,7 @@ def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Te
     )
 
 
+KERNELS = Kernels(SimpleNamespace(sample=_sample_reference), native_fp64=False)
 _sample_reference.register_fake(_fake_sample)
 if not native.missing:
     torch.library.register_fake("fastalign::sample", _fake_sample)

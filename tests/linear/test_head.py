@@ -488,7 +488,7 @@ def test_triton_runs_the_whole_loop(monkeypatch):
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, weight, ids, bias = make(device, torch.float32, N=9)
-    monkeypatch.setattr(rows, "_implementation", lambda logits: rows_triton)
+    monkeypatch.setattr(rows.KERNELS, "select", lambda logits: rows_triton)
     found = linear_cross_entropy(hidden, weight, ids, bias, softcap=5.0, z_loss=0.01, workspace_mib=0.002)
     expected = linear_cross_entropy_ref(hidden, weight, ids, bias, softcap=5.0, z_loss=0.01)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -499,7 +499,7 @@ def test_triton_runs_the_whole_loop(monkeypatch):
 def test_the_reference_serves_where_the_native_library_is_missing(monkeypatch):
     hidden, weight, ids, bias = make("cpu")
     expected = linear_cross_entropy(hidden, weight, ids, bias)
-    monkeypatch.setattr(rows.native, "missing", "deleted by this test")
+    monkeypatch.setattr(native, "missing", "deleted by this test")
     found = linear_cross_entropy(hidden, weight, ids, bias)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for a, b in zip(grads_of(found, (hidden, weight, bias)), grads_of(expected, (hidden, weight, bias))):

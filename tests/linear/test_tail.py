@@ -392,11 +392,11 @@ def test_triton_and_the_reference_run_the_whole_loop(monkeypatch: pytest.MonkeyP
         given,
     )
     pairs: list[tuple[Any, Any]] = [(rows_triton, columns_triton)] + (
-        [] if torch.cuda.is_available() else [(rows._reference, columns._reference)]
+        [] if torch.cuda.is_available() else [(rows.KERNELS.reference, columns.KERNELS.reference)]
     )
     for row_kernels, column_kernels in pairs:
-        monkeypatch.setattr(rows, "_implementation", lambda logits, own=row_kernels: own)
-        monkeypatch.setattr(columns, "_implementation", lambda logits, own=column_kernels: own)
+        monkeypatch.setattr(rows.KERNELS, "select", lambda logits, kernels=row_kernels: kernels)
+        monkeypatch.setattr(columns.KERNELS, "select", lambda logits, kernels=column_kernels: kernels)
         for a, b in zip(torch.autograd.grad(linear_cross_entropy(*args, tail_eps=EPS), leaves), expected):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6)
 

@@ -51,7 +51,7 @@ def episodes(dtype=torch.float64, shape=(9, 53), seed=0, device="cpu"):
 def implementation(request, monkeypatch):
     """What a CPU or a GPU runs, PyTorch in its place, and Triton's kernels with blocks of 16: compiled on a
     GPU, else interpreted."""
-    other = advantage._twins
+    other = advantage.KERNELS.reference
     if request.param == "triton":
         other = pytest.importorskip(
             "fastalign_kernels.policy.advantages_triton",
@@ -60,7 +60,7 @@ def implementation(request, monkeypatch):
         )
         monkeypatch.setattr(other, "BLOCK", 16)
     if request.param != "chosen":
-        monkeypatch.setattr(advantage, "_implementation", lambda values: other)
+        monkeypatch.setattr(advantage.KERNELS, "select", lambda values: other)
     return request.param
 
 

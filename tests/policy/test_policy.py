@@ -83,9 +83,9 @@ def implementation(request, monkeypatch):
             "fastalign_kernels.policy.losses_triton", reason="triton is not installed", exc_type=ImportError
         )
     else:
-        other = policy._twins
+        other = policy.KERNELS.reference
     if request.param != "chosen":
-        monkeypatch.setattr(policy, "_implementation", lambda slopes: other)
+        monkeypatch.setattr(policy.KERNELS, "select", lambda slopes: other)
     return request.param
 
 
@@ -539,20 +539,6 @@ def test_compiles_without_a_graph_break(device):
                 for x in (ours, theirs)
             )
         )
-
-
-def test_fp64_on_a_gpu_and_machines_without_triton_use_pytorch(monkeypatch):
-    class Cuda:
-        is_cuda = True
-        dtype = torch.float32
-
-    monkeypatch.setattr(native, "triton_missing", "triton is not installed")
-    assert policy._implementation(Cuda()) is policy._twins
-    monkeypatch.setattr(native, "triton_missing", "")
-    Cuda.dtype = torch.float64
-    assert policy._implementation(Cuda()) is policy._twins
-    monkeypatch.setattr(native, "missing", "not built")
-    assert policy._implementation(torch.zeros(1)) is policy._twins
 
 
 ZEROS = torch.zeros(2, 3)

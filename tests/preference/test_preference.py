@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fastalign_kernels import native
 from fastalign_kernels.preference import losses as preference
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES, PAIR_LOSSES
 from fastalign_kernels.preference.losses import (
@@ -573,7 +572,7 @@ def through_triton(monkeypatch):
     triton = pytest.importorskip(
         "fastalign_kernels.preference.losses_triton", reason="triton is not installed", exc_type=ImportError
     )
-    monkeypatch.setattr(preference, "_implementation", lambda losses: triton)
+    monkeypatch.setattr(preference.KERNELS, "select", lambda losses: triton)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -604,19 +603,6 @@ def test_triton_at_the_edges(through_triton, device):
         dpo_loss(*(x[:0] for x in inputs)).loss.isnan()
         and reward_loss(inputs[0][:0], inputs[1][:0]).loss.isnan()
     )
-
-
-def test_fp64_and_machines_without_triton_use_the_twins(monkeypatch):
-    class Cuda:
-        is_cuda = True
-        dtype = torch.float32
-
-    monkeypatch.setattr(native, "triton_missing", "triton is not installed")
-    assert preference._implementation(Cuda()) is preference._twins
-    monkeypatch.setattr(native, "triton_missing", "")
-    Cuda.dtype = torch.float64
-    assert preference._implementation(Cuda()) is preference._twins
-    assert preference._implementation(torch.zeros(1)) is preference._twins
 
 
 ZEROS, LONG = torch.zeros(S), torch.ones(S, dtype=torch.int64)
@@ -790,6 +776,6 @@ def test_a_chosen_completion_without_probability_has_the_loss_of_the_formula(mon
             reason="triton is not installed",
             exc_type=ImportError,
         )
-        monkeypatch.setattr(preference, "_implementation", lambda losses: triton)
+        monkeypatch.setattr(preference.KERNELS, "select", lambda losses: triton)
     chosen, rejected = torch.tensor([-math.inf], device=device), torch.tensor([-3.0], device=device)
     assert dpo_loss(chosen, rejected, rejected, rejected, loss_type="apo_zero").loss == 1.5

@@ -35,7 +35,7 @@ pytestmark = [
 def implementation(request: pytest.FixtureRequest) -> Any:
     if request.param == "native" and native.missing:
         pytest.skip(f"the native library is not there: {native.missing}")
-    return {"native": torch.ops.fastalign, "triton": columns_triton, "reference": columns._reference}[
+    return {"native": torch.ops.fastalign, "triton": columns_triton, "reference": columns.KERNELS.reference}[
         request.param
     ]
 
@@ -144,10 +144,20 @@ def test_gradient(
         :, own
     ]
     _, truth_totals = run_grad(
-        columns._reference, logits.double(), own, ids, wide_bias, t, stats.double(), coefficients.double(), V
+        columns.KERNELS.reference,
+        logits.double(),
+        own,
+        ids,
+        wide_bias,
+        t,
+        stats.double(),
+        coefficients.double(),
+        V,
     )
     given = logits[:, own] if gathered else logits
-    eager, eager_totals = run_grad(columns._reference, given, own, ids, bias, t, stats, coefficients, V)
+    eager, eager_totals = run_grad(
+        columns.KERNELS.reference, given, own, ids, bias, t, stats, coefficients, V
+    )
     found, totals = run_grad(implementation, given, own, ids, bias, t, stats, coefficients, V)
     no_worse_than_eager(found, eager, truth, "gradient")
     no_worse_than_eager(totals, eager_totals, truth_totals, "totals")

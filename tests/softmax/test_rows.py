@@ -31,7 +31,7 @@ pytestmark = [
 
 def run_stats(implementation, logits, ids, bias, transform):
     stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
-    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows._reference}[
+    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows.KERNELS.reference}[
         implementation
     ]
     namespace.row_stats(logits, ids, bias, *transform, stats)
@@ -39,7 +39,7 @@ def run_stats(implementation, logits, ids, bias, transform):
 
 
 def run_grad(implementation, logits, ids, bias, transform, stats, coefficients, out):
-    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows._reference}[
+    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows.KERNELS.reference}[
         implementation
     ]
     namespace.row_grad(logits, ids, bias, *transform, stats, coefficients, out)

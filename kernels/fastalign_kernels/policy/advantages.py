@@ -19,12 +19,13 @@ as Chan, Golub and LeVeque do; so no square cancels, and the bits do not depend 
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks, native
+from .. import checks
+from ..dispatch import Kernels
 from ..softmax.rows import traced
 from ..torch_func import transforming
 from .arguments import accumulator_of, as_bool, check_tokens
@@ -75,17 +76,10 @@ def _whiten_tokens(
     out.copy_(torch.where(mask, white if shift_mean else white + mean, 0.0))
 
 
-_twins = SimpleNamespace(gae_rows=_gae_rows, token_moments=_token_moments, whiten_tokens=_whiten_tokens)
-
-
-def _implementation(values: Tensor) -> Any:
-    if not values.is_cuda:
-        return _twins if native.missing else torch.ops.fastalign
-    if native.triton_missing:
-        return _twins
-    from . import advantages_triton as advantage_triton  # here, because triton is absent on macOS and Windows
-
-    return advantage_triton
+KERNELS = Kernels(
+    SimpleNamespace(gae_rows=_gae_rows, token_moments=_token_moments, whiten_tokens=_whiten_tokens),
+    triton=".policy.advantages_triton",
+)
 
 
 @torch.library.custom_op("fastalign::gae", mutates_args=())
@@ -98,7 +92,7 @@ def gae_op(
     after = None if bootstrap is None else bootstrap.to(dtype).contiguous()
     out = torch.empty_like(v), torch.empty_like(v)
     if v.numel():
-        _implementation(v).gae_rows(r, v, mask.contiguous(), after, gamma, lam, *out)
+        KERNELS.select(v).gae_rows(r, v, mask.contiguous(), after, gamma, lam, *out)
     return out
 
 
@@ -151,7 +145,7 @@ def _moments(x: Tensor, mask: Tensor) -> Tensor:
     """Tokens inside the mask, their mean, and the sum of squared deviations from it, [3] fp64; x fp32 or
     fp64, mask bool, both dense."""
     out = torch.empty(3, dtype=torch.float64, device=x.device)
-    _implementation(x).token_moments(x, mask, out)
+    KERNELS.select(x).token_moments(x, mask, out)
     return out
 
 
@@ -159,7 +153,7 @@ def _whiten(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: flo
     """x by these moments, 0 outside the mask."""
     out = torch.empty_like(x)
     if x.numel():
-        _implementation(x).whiten_tokens(x, mask, moments, shift_mean, eps, out)
+        KERNELS.select(x).whiten_tokens(x, mask, moments, shift_mean, eps, out)
     return out
 
 

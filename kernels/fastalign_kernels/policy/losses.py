@@ -22,13 +22,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks, native
+from .. import checks
 from ..autograd import InputGrads, first_order, save_loss, saved_inputs, scale_saved_grads
+from ..dispatch import Kernels
 from ..softmax.rows import traced
 from ..torch_func import transforming
 from .arguments import accumulator_of, check_tokens, per_token, token_scale
@@ -192,18 +193,11 @@ def _value_tokens(
     sums.copy_(torch.stack([row.sum(dtype=torch.float64) for row in rows]))
 
 
-_twins = SimpleNamespace(policy_tokens=_policy_tokens, value_tokens=_value_tokens)
-
-
-def _implementation(slopes: Tensor) -> Any:
-    if not slopes.is_cuda:
-        return _twins if native.missing else torch.ops.fastalign
-    # The Triton kernels compute in fp32, so fp64 is the twins' on a GPU.
-    if slopes.dtype == torch.float64 or native.triton_missing:
-        return _twins
-    from . import losses_triton as policy_triton  # here, because triton is absent on macOS and Windows
-
-    return policy_triton
+KERNELS = Kernels(
+    SimpleNamespace(policy_tokens=_policy_tokens, value_tokens=_value_tokens),
+    triton=".policy.losses_triton",
+    triton_fp64=False,
+)
 
 
 def policy_sums(
@@ -227,7 +221,7 @@ def policy_sums(
         _dense(scale.dtype, scale, entropy, reference_logp),
     )
     sums, slopes = _policy_outputs(logp, entropy, scale, options)
-    _implementation(slopes).policy_tokens(*first, mask.contiguous(), *others, *options, sums, slopes)
+    KERNELS.select(slopes).policy_tokens(*first, mask.contiguous(), *others, *options, sums, slopes)
     return sums, slopes
 
 
@@ -304,7 +298,7 @@ def value_op(
     """The loss, `ValueSum`s [7] fp64 and d loss / d values; mask and scale as in `policy_sums`."""
     dense = _dense(scale.dtype, values, old_values, returns)
     sums, slopes = scale.new_empty(len(ValueSum), dtype=torch.float64), scale.new_empty(values.shape)
-    _implementation(slopes).value_tokens(*dense, mask.contiguous(), scale, clip, sums, slopes)
+    KERNELS.select(slopes).value_tokens(*dense, mask.contiguous(), scale, clip, sums, slopes)
     return sums[ValueSum.LOSS].to(scale.dtype, copy=True), sums, slopes
 
 

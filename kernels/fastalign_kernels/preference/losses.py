@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, sigmoid, where
 
-from .. import checks, native
+from .. import checks
 from ..autograd import InputGrads, first_order
+from ..dispatch import Kernels
 from ..softmax.rows import accumulator_dtype
 from ..torch_func import unwrapped
 from .formulas import DPO_LOSS_TYPES, PAIR_LOSSES, SMOOTHING, softplus
@@ -130,16 +131,12 @@ def _scores(
     slopes[0], slopes[1] = 2 * center * total - sigmoid(-x), 2 * center * total + sigmoid(-x)
 
 
-_twins = SimpleNamespace(pairs=_pairs, unpaired=_unpaired, scores=_scores)
-
-
-def _implementation(losses: Tensor) -> Any:
-    # The Triton kernels compute in fp32, so fp64 is the twins' on every device.
-    if not losses.is_cuda or losses.dtype == torch.float64 or native.triton_missing:
-        return _twins
-    from . import losses_triton as preference_triton  # here, because triton is absent on macOS and Windows
-
-    return preference_triton
+KERNELS = Kernels(
+    SimpleNamespace(pairs=_pairs, unpaired=_unpaired, scores=_scores),
+    native_cpu=False,
+    triton=".preference.losses_triton",
+    triton_fp64=False,
+)
 
 
 def _outputs(rows: int, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +170,7 @@ def pairs_op(
     """
     tensors = (policy_chosen, policy_rejected, reference_chosen, reference_rejected)
     out = _outputs(2, *tensors)
-    _implementation(out[0]).pairs(
+    KERNELS.select(out[0]).pairs(
         *tensors, chosen_lengths, rejected_lengths, loss, beta, label_smoothing, offset, nll, *out
     )
     return out
@@ -191,7 +188,7 @@ def unpaired_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """losses, rewards, slopes of weight * s(-x), x = +-beta (policy - reference - kl)."""
     out = _outputs(1, policy, reference)
-    _implementation(out[0]).unpaired(
+    KERNELS.select(out[0]).unpaired(
         policy, reference, desirable, kl, beta, desirable_weight, undesirable_weight, *out
     )
     return out
@@ -203,7 +200,7 @@ def scores_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """losses, metrics (right, margin), slopes of the Bradley-Terry loss."""
     out = _outputs(2, chosen, rejected, margin)
-    _implementation(out[0]).scores(chosen, rejected, margin, center, *out)
+    KERNELS.select(out[0]).scores(chosen, rejected, margin, center, *out)
     return out
 
 

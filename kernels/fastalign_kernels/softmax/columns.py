@@ -15,12 +15,12 @@ part of them only. Implementations as in softmax/rows.py, with the same argument
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import native
+from ..dispatch import Kernels
 from .rows import Stat, Transform, accumulator_dtype, slope_ref, transform_ref
 
 
@@ -42,7 +42,7 @@ def column_sums(
         torch.empty(V, dtype=dtype, device=logits.device),
         torch.empty(2, N, dtype=torch.float64, device=logits.device),
     )
-    _implementation(logits).column_sums(logits[None], ids, bias, *transform, stats, *out)
+    KERNELS.select(logits).column_sums(logits[None], ids, bias, *transform, stats, *out)
     return out
 
 
@@ -64,20 +64,10 @@ def column_grad(
     [4, N] as in `row_grad`.
     """
     totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=logits.device)
-    _implementation(logits).column_grad(
+    KERNELS.select(logits).column_grad(
         logits[None], columns, ids, bias, *transform, stats, coefficients, vocab_size, out[None], totals
     )
     return totals
-
-
-def _implementation(logits: Tensor) -> Any:
-    if not logits.is_cuda:
-        return _reference if native.missing else torch.ops.fastalign
-    if native.triton_missing:
-        return _reference
-    from . import columns_triton  # here, because triton is absent on macOS and Windows
-
-    return columns_triton
 
 
 def column_sums_ref(
@@ -145,4 +135,7 @@ def _column_grad_reference(
     totals.copy_(_totals(share, logp))
 
 
-_reference = SimpleNamespace(column_sums=_column_sums_reference, column_grad=_column_grad_reference)
+KERNELS = Kernels(
+    SimpleNamespace(column_sums=_column_sums_reference, column_grad=_column_grad_reference),
+    triton=".softmax.columns_triton",
+)

@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from enum import IntEnum
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import native
+from ..dispatch import Kernels
 
 
 class Stat(IntEnum):
@@ -78,7 +78,7 @@ def row_stats(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Trans
     """Statistics [7, B*T] of logits [B, T, V] (unit stride over V) for ids [B*T] int64; bias [V] of the
     logits' dtype."""
     stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
-    _implementation(logits).row_stats(logits, ids, bias, *transform, stats)
+    KERNELS.select(logits).row_stats(logits, ids, bias, *transform, stats)
     return stats
 
 
@@ -93,24 +93,13 @@ def row_grad(
 ) -> None:
     """Write d loss / d logits into out [B, T, V]: `logits` itself, or on a GPU also another tensor of a lower
     dtype."""
-    _implementation(logits).row_grad(logits, ids, bias, *transform, stats, coefficients, out)
+    KERNELS.select(logits).row_grad(logits, ids, bias, *transform, stats, coefficients, out)
 
 
 def traced(tensor: Tensor) -> bool:
     """Whether a compiler is tracing: what is traced may not write to tensors that the forward graph saved for
     the backward graph."""
     return torch.compiler.is_compiling() or type(tensor) is not Tensor
-
-
-def _implementation(logits: Tensor) -> Any:
-    if not logits.is_cuda:
-        return _reference if native.missing else torch.ops.fastalign
-    if native.triton_missing:
-        native.warn_triton_missing()
-        return _reference
-    from . import rows_triton  # here, because triton is absent on macOS and Windows
-
-    return rows_triton
 
 
 def transform_ref(logits: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
@@ -206,4 +195,7 @@ def _row_grad_reference(
     )
 
 
-_reference = SimpleNamespace(row_stats=_row_stats_reference, row_grad=_row_grad_reference)
+KERNELS = Kernels(
+    SimpleNamespace(row_stats=_row_stats_reference, row_grad=_row_grad_reference),
+    triton=".softmax.rows_triton",
+)
