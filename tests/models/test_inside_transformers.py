@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastalign.causal_lm import UnsupportedModelError, fuse_head, unfuse_head
-from tests.models.test_causal_lm import (
+from tests.models.tiny_models import (
     CONFIGS,
     VOCAB,
     assert_equal_gradients,

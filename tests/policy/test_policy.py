@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from fastalign_kernels import native
 from fastalign_kernels.policy import losses as policy
 from fastalign_kernels.policy.arguments import AGGREGATIONS
 from fastalign_kernels.policy.losses import KL_ESTIMATORS, ppo_loss, value_loss
 from fastalign_kernels.policy.reference import ppo_loss_ref, value_loss_ref
+from tests.policy.tokens import FULL, NAN, gradients, tokens, values
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -21,7 +21,7 @@ pytestmark = [
     ),  # numpy's, inside Triton's interpreter: inf * 0 is not selected
 ]
 
-NAN, INF = float("nan"), float("inf")
+
 CLIPS = {
     "clip": {},
     "asymmetric": {"clip": 0.1, "clip_high": 0.3},
@@ -29,49 +29,6 @@ CLIPS = {
     "upper alone": {"clip": None, "clip_high": 0.1},
     "none": {"clip": None},
 }
-FULL = {"entropy_coefficient": 0.1, "kl_coefficient": 0.3, "clip_high": 0.4, "dual_clip": 1.3}
-
-
-def tokens(dtype=torch.float64, shape=(5, 23), seed=0, device="cpu", spread=0.4):
-    """logp and entropy with a gradient, what goes with them, and a ragged mask with an empty row; garbage
-    stands outside of it."""
-    generator = torch.Generator().manual_seed(seed)
-    random = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name in ("logp", "old_logp", "a", "entropy", "ref")
-    }
-    mask = torch.rand(shape, generator=generator) > 0.3
-    if len(shape) == 2:
-        mask[1:2], mask[2:3] = False, True
-    random["logp"] = -2 + random["logp"]
-    tensors = {
-        "logp": random["logp"],
-        "old_logp": random["logp"] + spread * random["old_logp"],
-        "advantages": random["a"],
-        "entropy": random["entropy"].abs(),
-        "reference_logp": random["logp"] + spread * random["ref"],
-    }
-    for tensor, garbage in zip(tensors.values(), (NAN, INF, NAN, -INF, 1e30)):
-        tensor[~mask] = garbage
-    tensors = {name: tensor.to(dtype).to(device) for name, tensor in tensors.items()}
-    tensors["logp"].requires_grad_()
-    tensors["entropy"].requires_grad_()
-    return tensors | {"mask": mask.to(device)}
-
-
-def values(dtype=torch.float64, shape=(5, 23), seed=0, device="cpu"):
-    given = tokens(torch.float64, shape, seed, device)
-    tensors = {
-        "values": given["logp"].detach(),
-        "old_values": given["old_logp"],
-        "returns": given["advantages"],
-    }
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()} | {"mask": given["mask"]}
-
-
-def gradients(loss, given, upstream=-1.7):
-    trained = [x for x in given.values() if x.requires_grad]
-    return torch.autograd.grad(upstream * loss, trained, retain_graph=True)
 
 
 @pytest.fixture(params=["chosen", "pytorch", "triton"])
@@ -382,210 +339,3 @@ def test_explained_variance_far_from_zero(device):
     target = 1e4 + noise
     found = value_loss(target - 0.1 * noise, target, target, noise == noise).explained_variance
     assert found.item() == pytest.approx(0.99, abs=1e-3)
-
-
-def test_any_number_of_threads_gives_the_same_bits():
-    if native.missing:
-        pytest.skip(native.missing)
-    given, own = tokens(torch.float32, (64, 1024)), values(torch.float32, (64, 1024))
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        try:
-            out, value = ppo_loss(**given, **FULL), value_loss(**own)
-        finally:
-            torch.set_num_threads(1)
-        results.append([*out, *gradients(out.loss, given), *value])
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
-
-
-def test_strides_dtypes_and_masks_of_integers(device):
-    given = tokens(torch.float32, device=device)
-    expected = ppo_loss(**given, **FULL)
-    strided = {
-        name: torch.stack([x.detach(), x.detach()], -1)[..., 0].requires_grad_(x.requires_grad)
-        for name, x in given.items()
-    }
-    assert not strided["logp"].is_contiguous() and not strided["mask"].is_contiguous()
-    found = ppo_loss(**strided, **FULL)
-    assert all(map(torch.equal, found, expected))
-    assert all(map(torch.equal, gradients(found.loss, strided), gradients(expected.loss, given)))
-    per_sequence = given | {"advantages": torch.randn(5, 1, device=device).expand(5, 23)}
-    assert ppo_loss(**per_sequence).loss.isfinite()
-    for kind in (torch.int64, torch.int32, torch.uint8):
-        assert all(
-            map(torch.equal, ppo_loss(**given | {"mask": given["mask"].to(kind) * 3}, **FULL), expected)
-        )
-    mixed = given | {"old_logp": given["old_logp"].double(), "advantages": given["advantages"].bfloat16()}
-    out = ppo_loss(**mixed, **FULL)
-    assert all(x.dtype == torch.float64 for x in out) and all(
-        g.dtype == torch.float32 for g in gradients(out.loss, mixed)
-    )
-
-
-def test_only_logp_and_entropy_get_a_gradient(device):
-    given = tokens(device=device)
-    for name in ("old_logp", "advantages", "reference_logp"):
-        given[name].requires_grad_()
-    normalizer = torch.tensor(3.0, device=device, requires_grad=True)
-    ppo_loss(**given, **FULL, normalizer=normalizer).loss.backward()
-    assert [name for name, x in given.items() if x.grad is not None] == [
-        "logp",
-        "entropy",
-    ] and normalizer.grad is None
-    own = values(device=device)
-    for name in ("values", "old_values", "returns"):
-        own[name].requires_grad_()
-    value_loss(**own).loss.backward()
-    assert [name for name, x in own.items() if x.grad is not None] == ["values"]
-    with torch.no_grad():
-        assert not ppo_loss(**given).loss.requires_grad
-    fixed = {name: x.detach() if name in ("logp", "entropy") else x for name, x in given.items()}
-    assert not ppo_loss(**fixed).loss.requires_grad, "what is never given a gradient is no part of the graph"
-
-
-def test_a_gradient_that_was_handed_over_is_the_callers(device):
-    """An upstream gradient of 1 hands over what forward computed; what the caller makes of it reaches no
-    second backward."""
-    given = tokens(torch.float32, device=device)
-    loss = ppo_loss(**given, **FULL).loss
-    first = torch.autograd.grad(loss, (given["logp"], given["entropy"]), retain_graph=True)
-    kept = [gradient.clone() for gradient in first]
-    for gradient in first:
-        gradient.zero_()
-    for factor in (1.0, -2.0):
-        again = torch.autograd.grad(factor * loss, (given["logp"], given["entropy"]), retain_graph=True)
-        torch.testing.assert_close(list(again), [factor * gradient for gradient in kept])
-
-
-def test_a_metric_alone_has_no_gradient(device):
-    given = tokens(device=device)
-    out = ppo_loss(**given)
-    torch.testing.assert_close(
-        out.loss, ppo_loss(**{k: v for k, v in given.items() if k not in ("entropy", "reference_logp")}).loss
-    )
-    logp, entropy = torch.autograd.grad(out.loss, (given["logp"], given["entropy"]), allow_unused=True)
-    assert logp.any() and (entropy is None or not entropy.any())
-
-
-def test_kin_of_ppo_have_the_gradients_of_their_papers(device):
-    """As docs/policy_losses.md makes them: Dr. GRPO, GSPO and CISPO, each against its own formula."""
-    given = tokens(device=device)
-    mask = given["mask"] | (torch.arange(23, device=device) < 2)
-    logp, old, a = (
-        torch.nan_to_num(given[name].detach(), 0.3, 0.3, 0.3) for name in ("logp", "old_logp", "advantages")
-    )
-    logp.requires_grad_()
-    a, ratio = a[:, :1].expand_as(logp), (logp - old).exp()
-
-    def same(loss, expected):
-        torch.testing.assert_close(
-            *(torch.autograd.grad(x, logp, retain_graph=True) for x in (loss, expected)),
-            rtol=1e-12,
-            atol=1e-12,
-        )
-
-    surrogate = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
-    dr_grpo = ppo_loss(logp, old, a, mask, aggregation="sum", normalizer=logp.numel()).loss
-    same(dr_grpo, -torch.where(mask, surrogate, 0).sum() / logp.numel())
-    means = torch.where(mask, logp - old, 0).sum(1) / mask.sum(1)
-    gspo = ppo_loss(means, torch.zeros_like(means), a[:, 0], mask.any(1), clip=3e-4, clip_high=4e-4).loss
-    s = means.exp()
-    same(gspo, -torch.minimum(s * a[:, 0], s.clamp(1 - 3e-4, 1 + 4e-4) * a[:, 0]).mean())
-    held = ratio.clamp(max=1.28).detach()
-    cispo = ppo_loss(logp, logp.detach(), a * held, mask, clip=None).loss
-    same(cispo, -torch.where(mask, held * a * logp, 0).sum() / mask.sum())
-
-
-def test_opcheck():
-    given = {
-        name: x.detach().reshape(-1).nan_to_num(0.0, 0.0, 0.0)
-        for name, x in tokens(torch.float32).items()
-        if name != "mask"
-    }
-    mask = tokens()["mask"].reshape(-1)
-    logp, entropy = given["logp"].requires_grad_(), given["entropy"].requires_grad_()
-    fixed = (given["old_logp"], given["advantages"], mask)
-    options = list(policy.policy_options(0.2, None, None, 0.1, 0.3, "k3"))
-    torch.library.opcheck(
-        policy.policy_op, (logp, entropy, *fixed, torch.tensor([0.1]), given["reference_logp"], options)
-    )
-    torch.library.opcheck(policy.policy_op, (logp, None, *fixed, torch.rand(len(mask)), None, options))
-    torch.library.opcheck(policy.value_op, (logp, *fixed, torch.tensor([0.1]), 0.2))
-
-
-def test_compiles_without_a_graph_break(device):
-    given = tokens(torch.float32, device=device)
-
-    def both(**given):
-        found = (
-            ppo_loss(**given, **FULL, aggregation="sequence_mean"),
-            ppo_loss(**given, clip=None, dual_clip=3.0),
-        )
-        return *found, value_loss(
-            given["logp"], given["old_logp"], given["advantages"], given["mask"], clip=None
-        )
-
-    expected, found = both(**given), torch.compile(both, fullgraph=True, backend="aot_eager")(**given)
-    for ours, theirs in zip(found, expected):
-        torch.testing.assert_close(tuple(ours), tuple(theirs))
-        trained = [given["logp"], given["entropy"]]
-        torch.testing.assert_close(
-            *(
-                torch.autograd.grad(
-                    x.loss, trained, retain_graph=True, allow_unused=True, materialize_grads=True
-                )
-                for x in (ours, theirs)
-            )
-        )
-
-
-ZEROS = torch.zeros(2, 3)
-REFUSALS = [
-    ({"logp": torch.zeros(2, 3, 1)}, r"logp: shape \[2, 3, 1\] seen, \[B, T\] or \[N\] wanted"),
-    ({"logp": torch.zeros(2, 3, dtype=torch.int64)}, r"logp: torch.int64 seen, torch.float32 or"),
-    ({"old_logp": torch.zeros(3)}, r"old_logp: shape \[3\] seen, the shape of logp = \[2, 3\] wanted"),
-    ({"advantages": torch.zeros(1, 3)}, r"advantages: shape \[1, 3\] seen"),
-    ({"advantages": torch.zeros(2, 3, device="meta")}, r"advantages: on meta, but logp is on cpu"),
-    ({"mask": torch.full((2, 3), 0.5)}, "mask: got 0.5, expected 0 or 1 for each token"),
-    ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask: shape \[2\] seen"),
-    ({"entropy": torch.zeros(2)}, r"entropy: shape \[2\] seen"),
-    ({"reference_logp": torch.zeros(2)}, r"reference_logp: shape \[2\] seen"),
-    ({"entropy_coefficient": 0.1}, r"entropy: None seen with entropy_coefficient=0.1"),
-    ({"kl_coefficient": 0.1}, r"reference_logp: None seen with kl_coefficient=0.1"),
-    ({"clip": -0.1}, r"clip: -0.1 seen, None or a number >= 0 wanted"),
-    ({"clip_high": NAN}, r"clip_high: nan seen"),
-    ({"dual_clip": 1.0}, r"dual_clip: 1.0 seen, None or a number above 1 wanted"),
-    ({"kl_estimator": "k4"}, r"kl_estimator: 'k4' seen, one of k1, k2, k3 wanted"),
-    ({"aggregation": "mean"}, r"aggregation: 'mean' seen, one of token_mean, sequence_mean, sum wanted"),
-    ({"normalizer": 0}, r"normalizer: 0 seen, a number above 0 wanted"),
-    ({"normalizer": torch.ones(2)}, r"normalizer: shape \[2\] seen, a scalar = \[\] wanted"),
-    (
-        {"cu_seqlens": torch.tensor([0, 6])},
-        r"cu_seqlens: shape \[2\] seen with a mask \[2, 3\], \[S \+ 1\] and \[N\] wanted",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    "change, named", REFUSALS, ids=lambda value: " ".join(value) if isinstance(value, dict) else ""
-)
-def test_refusals_name_the_argument(change, named):
-    given = {"logp": ZEROS, "old_logp": ZEROS, "advantages": ZEROS, "mask": ZEROS == 0}
-    with pytest.raises(ValueError, match=named):
-        ppo_loss(**given | change)
-
-
-def test_further_refusals():
-    flat = torch.zeros(6)
-    with pytest.raises(
-        ValueError, match=r"aggregation: 'sequence_mean' seen with a mask \[6\] and without cu_seqlens"
-    ):
-        ppo_loss(flat, flat, flat, flat == 0, aggregation="sequence_mean")
-    with pytest.raises(ValueError, match=r"cu_seqlens: \[0, 5\] seen"):
-        ppo_loss(flat, flat, flat, flat == 0, aggregation="sequence_mean", cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match=r"clip: 0 seen, a number above 0 wanted"):
-        value_loss(flat, flat, flat, flat == 0, clip=0)
-    with pytest.raises(ValueError, match=r"returns: shape \[1\] seen, the shape of values = \[6\] wanted"):
-        value_loss(flat, flat, flat[:1], flat == 0)

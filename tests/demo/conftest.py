@@ -1,0 +1,13 @@
+"""The tokenizer of the demo's tests."""
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from fastalign.demo_data import CHAT_TEMPLATE
+from fastalign.stages.tokenizer import train_tokenizer
+from tests.demo.sentences import SENTENCES
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer([own.text for own in SENTENCES], 400, chat_template=CHAT_TEMPLATE)

@@ -1,0 +1,184 @@
+"""A model whose head cannot be served exactly is refused by name and left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+from fastalign.causal_lm import UnsupportedModelError, fuse_head, unfuse_head
+from tests.models.tiny_models import CONFIGS, GQA, MHA, VOCAB, batch, build, llama, lora, own_nll, shift
+
+pytestmark = pytest.mark.hosts
+
+
+class Tilted(tf.LlamaForCausalLM):
+    """A Llama that bends its logits or its loss in one way."""
+
+    bend = ""
+
+    def forward(
+        self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any
+    ) -> Any:
+        if self.bend == "input":
+            hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            return tf.modeling_outputs.CausalLMOutputWithPast(
+                logits=(logits := self.lm_head(hidden * 1.01)), loss=self.loss_function(logits, labels, VOCAB)
+            )
+        out = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        if self.bend == "softcap":
+            out.logits = 30 * torch.tanh(out.logits / 30)
+        elif self.bend == "masked":
+            out.logits[..., 5] = torch.finfo(out.logits.dtype).min
+        elif self.bend == "sliced":
+            out.logits = out.logits[..., :-1]
+        elif self.bend == "loss":
+            out.loss = out.loss + 0.125
+        return out
+
+
+def test_a_head_that_starts_at_zero_is_served_with_its_softcap() -> None:
+    model = build(CONFIGS["gemma2-softcap"]())
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    fuse_head(model)
+    with torch.no_grad():
+        model.lm_head.weight.normal_()
+    inputs, labels = batch()
+    nll = own_nll(model, inputs, shift(labels))
+    torch.testing.assert_close(model(**inputs, labels=labels).logp, -nll, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("bend", "reason"),
+    [
+        ("input", "lm_head's input from its backbone's output differs by"),
+        ("softcap", r"up to 64, differ by .* from LogitTransform\(logit_scale=1.0, softcap=None\)"),
+        ("masked", "differ by"),
+        ("sliced", "1 calls of lm_head, and not one that ends in a loss and logits of its shape"),
+        ("loss", "its loss from the cross-entropy of its logits differs by 0.125"),
+    ],
+)
+def test_a_model_that_cannot_be_served_exactly_is_refused_and_left_alone(
+    bend: str, reason: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = Tilted(tf.LlamaConfig(**GQA)).to(
+        dtype
+    )  # an untrained model's logits: a softcap of 30 is within rounding
+    model.bend = bend
+    with pytest.raises(UnsupportedModelError, match=f"Tilted cannot be served.*{reason}"):
+        fuse_head(model)
+    assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
+
+
+class QuantisedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def quantised_head() -> Any:
+    model = llama()
+    model.lm_head = QuantisedLinear(32, VOCAB)
+    return model
+
+
+def replaced_forward() -> Any:
+    model = llama()
+    model.forward = partial(model.forward)
+    return model
+
+
+def meta() -> Any:
+    with torch.device("meta"):
+        return tf.LlamaForCausalLM(tf.LlamaConfig(**GQA))
+
+
+T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+
+
+MOE = {"num_local_experts": 2, "output_router_logits": True}
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "encoder-decoder": (
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
+        "T5ForConditionalGeneration is an encoder-decoder",
+    ),
+    "backbone": (lambda: tf.LlamaModel(tf.LlamaConfig(**GQA)), "LlamaModel has no output embeddings"),
+    "classifier": (
+        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**GQA)),
+        "LlamaForSequenceClassification has no output embeddings",
+    ),
+    "bert": (
+        lambda: tf.BertLMHeadModel(tf.BertConfig(**MHA, is_decoder=True)),
+        "BertLMHeadModel cannot be served exactly by the fused head: lm_head's input",
+    ),
+    "electra": (
+        lambda: tf.ElectraForCausalLM(tf.ElectraConfig(**MHA, is_decoder=True)),
+        "ElectraForCausalLM cannot be served exactly by the fused head: the head does not take",
+    ),
+    "bart": (
+        lambda: tf.BartForCausalLM(tf.BartConfig(vocab_size=VOCAB, d_model=32, decoder_layers=1)),
+        "BartForCausalLM cannot be served exactly by the fused head: its loss",
+    ),
+    "lora on the head": (
+        lambda: lora(llama(), target_modules=["lm_head"]),
+        "LlamaForCausalLM has a peft.tuners.lora.layer.Linear as its lm_head",
+    ),
+    "quantised head": (quantised_head, "LlamaForCausalLM has a .*QuantisedLinear as its lm_head"),
+    "router loss": (
+        lambda: build(tf.MixtralConfig(**GQA, **MOE)),
+        "MixtralForCausalLM with output_router_logits=True",
+    ),
+    "DataParallel": (lambda: nn.DataParallel(llama()), "DataParallel copies a module"),
+    "not transformers": (lambda: nn.Linear(2, 2), "Linear is no transformers PreTrainedModel"),
+    "replaced forward": (
+        replaced_forward,
+        "has the forward of its LlamaForCausalLM replaced by functools.partial",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case: str) -> None:
+    make, reason = REFUSED[case]
+    with pytest.raises(UnsupportedModelError, match=reason):
+        fuse_head(make())
+
+
+def test_a_model_on_the_meta_device_cannot_be_verified() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device.*verify=False"):
+        fuse_head(meta())
+    model = fuse_head(meta(), verify=False).to_empty(device="cpu")
+    twin = fuse_head(llama().float())
+    model.load_state_dict(twin.state_dict())
+    for buffer, value in zip(model.buffers(), twin.buffers(), strict=True):
+        buffer.copy_(value)
+    inputs, labels = batch()
+    assert torch.equal(model(**inputs, labels=labels).loss, twin(**inputs, labels=labels).loss)
+
+
+def test_a_resized_vocabulary_wants_fusing_again() -> None:
+    model = fuse_head(llama())
+    model.resize_token_embeddings(VOCAB + 3)
+    inputs, labels = batch()
+    with pytest.raises(
+        UnsupportedModelError, match="LlamaForCausalLM had its lm_head replaced after fuse_head"
+    ):
+        model(**inputs, labels=labels)
+    nll = own_nll(model, inputs, shift(labels))
+    torch.testing.assert_close(fuse_head(model)(**inputs, labels=labels).logp, -nll, rtol=1e-10, atol=1e-12)
+
+
+def test_unfusing_a_wrapped_forward_is_refused() -> None:
+    model = fuse_head(llama())
+    model.forward = partial(model.forward)
+    with pytest.raises(ValueError, match="forward of LlamaForCausalLM was replaced after fuse_head"):
+        unfuse_head(model)

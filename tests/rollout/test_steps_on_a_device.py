@@ -1,0 +1,123 @@
+"""A step of a rollout reads nothing back from the device, and can be captured as a graph."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from fastalign import rollout as module
+from fastalign.rollout import WARM_UP
+from tests.rollout.tiny_rollouts import CONFIGS, PAD, VOCAB, build, draw, prompts
+
+pytestmark = pytest.mark.hosts
+
+
+def host_state(layers: list[Any]) -> list[dict[str, Any]]:
+    return [
+        {key: id(value) if isinstance(value, Tensor) else value for key, value in vars(layer).items()}
+        for layer in layers
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(name, "sdpa") for name in ("llama", "qwen3-tied", "mistral-window", "gpt2")]
+    + [(name, "eager") for name in ("llama", "gemma2-alternating-window", "gpt2")],
+)
+def test_a_step_reads_nothing_back_from_the_device(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = module.sample
+
+    def sample_as_on_a_gpu(
+        *args: Any, **kwargs: Any
+    ) -> Any:  # which leaves the values of tensors unchecked, as a traced one does
+        with mock.patch("torch.compiler.is_compiling", lambda: True):
+            return own(*args, **kwargs)
+
+    monkeypatch.setattr(module, "sample", sample_as_on_a_gpu)
+    monkeypatch.setattr(module, "_check_written", lambda *_: None)  # after the prefill, and it reads
+    options: dict[str, Any] = {"seed": 0, "temperature": torch.ones(2), "repetition_penalty": 1.2}
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+    ):  # its tensors have no values: reading one raises
+        model = tf.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention).eval()
+        state = module._Decoding(
+            model, model, torch.ones(2, 5).long(), torch.ones(2, 5).long(), 20, [2], PAD, options
+        )
+        tensors = {key: value for key, value in vars(state).items() if isinstance(value, Tensor)}
+        host = host_state(state.cache.layers)
+        for _ in range(2):
+            state.step()
+        with pytest.raises(DataDependentOutputException):
+            state.all_ended()
+    # A graph replays addresses, and nothing that Python counts.
+    assert all(getattr(state, key) is value for key, value in tensors.items())
+    assert host_state(state.cache.layers) == host
+
+
+def test_a_captured_step_runs_for_real_in_the_warm_up_and_by_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of CUDA calls, with stand-ins: a capture runs nothing, so each step must come of the warm-up
+    or of a replay."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    @contextmanager
+    def inside(*what: Any, **options: Any):
+        log.append(
+            f"in {what[0].name}" if isinstance(what[0], Stream) else f"capture on {options['stream'].name}"
+        )
+        yield
+
+    for name, stand_in in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "stream": inside,
+        "graph": inside,
+        "current_stream": lambda: Stream("main"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    steps = module._run(lambda: log.append("step"), capture=True)
+    for _ in range(WARM_UP + 3):
+        next(steps)
+    warm_up = ["side waits for main", "in side", "step", "main waits for side"]
+    assert log == warm_up * WARM_UP + ["capture on side", "step"] + ["replay"] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_on_a_gpu_a_captured_rollout_equals_an_eager_one(name: str) -> None:
+    model = build(CONFIGS[name]()).cuda()
+    ids, mask = (tensor.cuda() for tensor in prompts())
+    eos = int(draw(model, (ids, mask), max_new_tokens=40).tokens[0, 20])
+    options = {"max_new_tokens": 40, "eos_id": eos, "top_p": 0.95, "repetition_penalty": 1.1}
+    eager, captured = (draw(model, (ids, mask), **options, cuda_graph=graph) for graph in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+
+
+def test_prompt_bits() -> None:
+    ids = torch.tensor([[0, 0, 31, 31, 95, 64, 64], [5, 96, 0, 1, 63, 32, 0], [7, 7, 7, 7, 7, 7, 9]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0, 0, 0, 0, 0, 0, 1]])
+    words = module._bits(ids, mask, VOCAB)
+    assert words.dtype == torch.int32 and words.shape == (3, 4)
+    marked = [{v for v in range(128) if int(row[v // 32]) >> v % 32 & 1} for row in words]
+    assert marked == [{31, 95, 64}, {5, 96, 0, 1, 63, 32}, {9}]

@@ -1,0 +1,112 @@
+"""What the reward model, DPO and KTO refuse, and what their commands say."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from fastalign import cli
+from fastalign.stages import build, dpo, kto
+from fastalign.stages.config import describe
+from fastalign.stages.world import World
+from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
+from fastalign_kernels.preference.losses import KTO_LOSS_TYPES
+from tests.stages.preference.runs import STAGES, Make, run
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        ("dpo", {"loss_type": "sigmod"}, "loss_type"),
+        (
+            "dpo",
+            {"label_smoothing": 0.1, "loss_type": "hinge"},
+            "label_smoothing: 0.1 seen with loss_type='hinge'",
+        ),
+        ("dpo", {"loss_type": "exo_pair"}, "label_smoothing: 0.0 seen with loss_type='exo_pair'"),
+        ("dpo", {"beta": 0}, "beta"),
+        ("dpo", {"reference": "adapters_off"}, r"reference: adapters_off needs adapters \(lora_rank > 0\)"),
+        ("kto", {"reference_dir": "x"}, r"reference_dir \('x'\) needs reference=precomputed, not auto"),
+        ("kto", {"batch_size": 1}, "batch_size must be at least 2: .* another row of its step; got 1"),
+        ("kto", {"desirable_weight": -1}, "desirable_weight"),
+        ("reward", {"center_coefficient": -1}, "center_coefficient"),
+        ("reward", {"beta": 0.1}, "unknown key 'beta'"),
+        ("reward", {"tail_eps": 0.01}, r"tail_eps \(0.01\) is for a softmax"),
+        ("dpo", {"tail_eps": 1.0}, "tail_eps"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_by_name(
+    make: Make, stage: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(stage, **changes)
+
+
+def test_rows_that_cannot_be_used_are_refused_before_the_model_loads(
+    make: Make, files: dict[str, str], no_model: None
+) -> None:
+    for stage in ("reward", "dpo"):
+        with pytest.raises(
+            ValueError, match=r"bad\.jsonl, row 2: columns 'chosen' and 'rejected' are the same"
+        ):
+            run(make(stage, train_data=files["bad"]))
+        with pytest.raises(ValueError, match=r"judged\.jsonl: no column 'chosen' and no column 'rejected'"):
+            run(make(stage, train_data=files["judged"]))
+    with pytest.raises(
+        ValueError, match=r"bad_labels\.jsonl, row 2: column 'label' must be true or false, got 'yes'"
+    ):
+        run(make("kto", train_data=files["bad_labels"]))
+    with pytest.raises(
+        ValueError,
+        match=r"batch_size \(8\): all rows of step 1 have the same completion.* 1 of the 4 rows' completions",
+    ):
+        run(make("kto", train_data=files["alike"]))
+    with pytest.raises(
+        ValueError, match="eval_data: rows must have two different completions at least.* got 4 rows of one"
+    ):
+        run(make("kto", eval_data=files["alike"]))
+
+
+def test_the_loss_types_are_the_kernels() -> None:
+    assert get_args(dpo.DPOConfig.__annotations__["loss_type"]) == DPO_LOSS_TYPES
+    assert get_args(kto.KTOConfig.__annotations__["loss_type"]) == KTO_LOSS_TYPES
+
+
+def test_a_model_that_packs_wrongly_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    check = build.check_packing
+
+    def noted(model: Any, **options: Any) -> None:
+        asked.append(type(model).__name__)
+        check(model, **options)
+
+    monkeypatch.setattr(build, "check_packing", noted)
+    for stage in STAGES:
+        run(make(stage))
+        run(make(stage, packing=False))
+    assert asked == ["GPT2Model", "GPT2LMHeadModel", "GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_is_described_and_the_command_shows_it(
+    stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = STAGES[stage][1]
+    for kind in config.__mro__:
+        own = getattr(kind, "__pydantic_fields__", {})
+        assert not [
+            name for name in getattr(kind, "__annotations__", {}) if name in own and not own[name].description
+        ]
+    with pytest.raises(SystemExit):
+        cli.main([stage, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: fastalign {stage}") and describe(config) in shown
+    assert stage == "reward" or "learning_rate: float (> 0) = 1.0e-06" in shown
+
+
+def test_world_places_batches_within_batches() -> None:
+    world = World(0, 1, torch.device("meta"))
+    placed = world.place({"a": {"b": torch.ones(2), "c": (1,)}, "d": 3})
+    assert placed["a"]["b"].is_meta and placed["a"]["c"] == (1,) and placed["d"] == 3
