@@ -12,9 +12,9 @@ from transformers import (
 from fastalign.stages import preference
 from fastalign.stages.config import TrainConfig, save_config
 from tests.stages.preference.runs import STAGES, Make, run
+from tests.stages.ranks import run_two_ranks
 from tests.stages.tiny import (
     assert_close,
-    torchrun,
 )
 
 
@@ -106,5 +106,5 @@ def test_two_gloo_ranks_equal_one_process(
     alone, together = make(stage, **options), make(stage, **options)
     run(alone)
     save_config(together, tmp_path / "two.yaml")
-    torchrun(2, f"fastalign.stages.{stage}", "--config", str(tmp_path / "two.yaml"))
+    run_two_ranks(tmp_path, f"fastalign.stages.{stage}", "--config", str(tmp_path / "two.yaml"))
     close(alone, together)
