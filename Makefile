@@ -69,7 +69,7 @@ bench: $(SETUP)
 
 # On a bare GPU machine without network: its own python and torch, peers from the folder wheels/. See bench/README.md.
 gpu-check:
-	$(PYTHON) -m bench.gpu_check
+	$(PYTHON) -m bench.gpu.check
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info runs kernels/fastalign_kernels/_native.so

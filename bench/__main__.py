@@ -20,8 +20,8 @@ import torch
 
 from fastalign.measure import available_cores, machine
 
-from .plots import draw
-from .report import render
+from .reports.markdown import render
+from .reports.plots import draw
 
 HERE = Path(__file__).parent
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         "-rs",
         f"--benchmark-json={output}",
     ]
-    status = int(pytest.main([str(HERE), *options, *table, *rest]))
+    status = int(pytest.main([str(HERE / "cases"), *options, *table, *rest]))
     if output.exists() and output.stat().st_size:
         results = json.loads(output.read_text())
         report = output.with_suffix(".md")

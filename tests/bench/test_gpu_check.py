@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_check
-from bench.gpu_check import Part
+from bench.gpu import check as gpu_check
+from bench.gpu.check import Part
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,4 +124,4 @@ def test_make_runs_it_with_the_machines_own_python() -> None:
         "PYTHON=python3.12",
     ]  # `make test` may have started this test
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == "python3.12 -m bench.gpu_check"
+    assert shown.strip() == "python3.12 -m bench.gpu.check"

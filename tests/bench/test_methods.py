@@ -9,22 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import (
-    bench_ppo_step,
-    bench_sampling,
-    methods,
-    peers,
-    preference_methods,
-    report,
-    sampling_methods,
-    shapes,
-    step_methods,
-    suite,
-)
-from bench.methods import OPERATIONS
-from bench.operation import EAGER, OURS, Absent, Shape
-from bench.sampling_methods import Filter, drawn_from
-from bench.suite import Case, Target
+from bench.cases import bench_ppo_step, bench_sampling, measure, truth
+from bench.cases.case import Case, Target
+from bench.core import peers, shapes
+from bench.core.operation import EAGER, OURS, Absent, Shape
+from bench.methods import cross_entropy as methods
+from bench.methods import preference as preference_methods
+from bench.methods import sampling as sampling_methods
+from bench.methods import steps as step_methods
+from bench.methods.sampling import Filter, drawn_from
+from bench.methods.table import OPERATIONS
+from bench.reports import markdown
 from fastalign.measure import Error, largest_error
 from tests.bench.tiny_cases import CASES, INSTALLED, TINY, tiny_case
 
@@ -35,7 +30,7 @@ def tiny(name: str) -> tuple[Case, dict[str, Tensor], Tensor | None]:
     """The case at a tiny shape with its inputs; skips where a model that they need is absent."""
     case = CASES[name]._replace(shape=TINY)
     try:
-        return case, *suite.make_inputs(case, "cpu")
+        return case, *truth.make_inputs(case, "cpu")
     except Absent as reason:
         pytest.skip(str(reason))
 
@@ -43,13 +38,13 @@ def tiny(name: str) -> tuple[Case, dict[str, Tensor], Tensor | None]:
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_present_agrees_with_the_truth(name: str) -> None:
     case, tensors, upstream = tiny(name)
-    check = suite.checker(case, tensors, upstream)
+    check = truth.checker(case, tensors, upstream)
     present = set()
     for method, load in case.methods.items():
         if method.startswith(methods.COMPILED) and name != FIRST[case.operation]:
             continue  # seconds each where nothing is cached: one case of an operation tells
         try:
-            results = suite.run(load("cpu"), tensors, upstream)
+            results = truth.run(load("cpu"), tensors, upstream)
         except Absent:
             continue
         present.add(method)
@@ -69,11 +64,11 @@ def test_every_method_present_agrees_with_the_truth(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_truth_in_chunks_is_the_truth_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, tensors, upstream = tiny(name)
-    whole = suite.truth(case, tensors, upstream)
-    monkeypatch.setattr(suite, "ROWS_AT_ONCE", 20)  # 20, 20, 8: chunks of unequal weight in a mean
-    for key, error in largest_error(suite.truth(case, tensors, upstream), whole).items():
+    whole = truth.truth(case, tensors, upstream)
+    monkeypatch.setattr(truth, "ROWS_AT_ONCE", 20)  # 20, 20, 8: chunks of unequal weight in a mean
+    for key, error in largest_error(truth.truth(case, tensors, upstream), whole).items():
         assert error.relative < 1e-14, key
-    direct = suite.run(
+    direct = truth.run(
         OPERATIONS[case.operation].methods[EAGER]("cpu"),
         {
             key: t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t
@@ -139,10 +134,10 @@ def test_a_head_is_sized_to_the_machine_or_left_out_with_its_reason(monkeypatch:
         shapes.sized(*heads["Gemma-2-2B"], "cpu", 64 * 2**30)
     assert shapes.memory_bytes("cpu") > 2**30
     monkeypatch.setattr(shapes, "memory_bytes", lambda device: 2**30)
-    measured = suite.measure(
+    measured = measure.measure(
         "big", CASES["linear_cross_entropy fp32"]._replace(head="Qwen3-8B"), "cpu", seconds=0.01
     )
-    text = report.render_case(suite.as_json(measured))
+    text = markdown.render_case(measure.as_json(measured))
     assert "absent: [151936, 4096] is too big for this machine: 21 GiB needed, 1 had" in text
 
 
@@ -164,7 +159,7 @@ def test_a_whole_step_leaves_the_weights_as_they_were_and_takes_the_stages_own_l
 
 
 def test_a_wrong_method_is_refused_and_not_timed(three_methods: dict[str, int]) -> None:
-    measured = suite.measure("tiny", tiny_case(), "cpu", seconds=0.01)
+    measured = measure.measure("tiny", tiny_case(), "cpu", seconds=0.01)
     rows = measured.rows
     assert rows["wrong"].refused.startswith("wrong: d logits is off by") and rows["wrong"].timing is None
     assert three_methods["wrong"] == 1  # for the check alone
@@ -172,7 +167,7 @@ def test_a_wrong_method_is_refused_and_not_timed(three_methods: dict[str, int]) 
     assert rows["absent"].refused == "absent: on holiday"
     timed = {name: len(row.timing.seconds) for name, row in rows.items() if row.timing}
     assert set(timed) == {"copy", OURS, EAGER} and set(timed.values()) <= set(
-        range(suite.ROUNDS[0], suite.ROUNDS[1] + 1)
+        range(measure.ROUNDS[0], measure.ROUNDS[1] + 1)
     )
 
 
@@ -181,10 +176,10 @@ def test_a_preference_loss_with_other_maths_is_wrong(name: str) -> None:
     """The allowance for rounded log-probabilities is small beside what an average, another beta or a lost row
     would change."""
     case = CASES[name]._replace(shape=TINY)
-    tensors, upstream = suite.make_inputs(case, "cpu")
-    check = suite.checker(case, tensors, upstream)
+    tensors, upstream = truth.make_inputs(case, "cpu")
+    check = truth.checker(case, tensors, upstream)
     eager = OPERATIONS[case.operation].methods[EAGER]("cpu")
-    right = suite.run(eager, tensors, upstream)
+    right = truth.run(eager, tensors, upstream)
     assert not check(right).refused
     for key, factor in {"loss": 1 + 1e-4, "d hidden": 1 + 1e-4, "d weight": 1 - 1e-4}.items():
         assert check({**right, key: right[key] * factor}).refused.startswith(f"wrong: {key} is off by"), key
@@ -192,7 +187,7 @@ def test_a_preference_loss_with_other_maths_is_wrong(name: str) -> None:
         **tensors,
         "reference_hidden": tensors["reference_hidden"].roll(TINY.N // preference_methods.ROWS, 0),
     }
-    assert check(suite.run(eager, swapped, upstream)).refused.startswith("wrong: loss is off by")
+    assert check(truth.run(eager, swapped, upstream)).refused.startswith("wrong: loss is off by")
     no_gradient_of_the_last_row = right["d hidden"].clone()
     no_gradient_of_the_last_row[-12:] = 0
     assert check({**right, "d hidden": no_gradient_of_the_last_row}).refused.startswith(
@@ -204,12 +199,12 @@ def test_rounding_one_large_log_prob_is_allowed_for_and_no_more() -> None:
     """At 512 tokens a row log-probabilities are -6600: one rounding of those to fp32 moves the loss by 2e-5,
     plain PyTorch's or not."""
     case = CASES["linear_dpo fp32"]._replace(shape=Shape(2048, 8, 400))
-    tensors, upstream = suite.make_inputs(case, "cpu")
+    tensors, upstream = truth.make_inputs(case, "cpu")
     widened = {key: t.detach().double() if t.is_floating_point() else t for key, t in tensors.items()}
-    true = suite.truth(case, tensors, upstream)
+    true = truth.truth(case, tensors, upstream)
     exponents = true["exponents"].abs().amax().item()
     assert 0.1 * 400 * 6 < exponents < 0.1 * 512 * 12
-    check = suite.checker(case, tensors, upstream)
+    check = truth.checker(case, tensors, upstream)
     rounded = (true["exponents"] / preference_methods.BETA).float().double()
     loss = preference_methods._dpo(rounded[:4], rounded[4:], widened).mean()
     assert loss != true["loss"] and not check({"loss": loss.float()}).refused
@@ -220,8 +215,8 @@ def test_rounding_one_large_log_prob_is_allowed_for_and_no_more() -> None:
 def test_results_with_nan_are_wrong() -> None:
     nan, fine = Error(float("nan"), float("nan")), Error(1e-6, 1e-6)
     results = {"d logits": torch.zeros(4)}
-    assert suite.judge(results, {"d logits": nan}, {"d logits": fine}, {"d logits": 1.0})
-    assert not suite.judge(results, {"d logits": fine}, {"d logits": fine}, {"d logits": 1.0})
+    assert truth.judge(results, {"d logits": nan}, {"d logits": fine}, {"d logits": 1.0})
+    assert not truth.judge(results, {"d logits": fine}, {"d logits": fine}, {"d logits": 1.0})
 
 
 def test_a_single_number_may_be_one_rounding_of_its_own_dtype_off() -> None:
@@ -229,21 +224,21 @@ def test_a_single_number_may_be_one_rounding_of_its_own_dtype_off() -> None:
         {"loss": Error(0.0, 0.0)},
         {"loss": Error(0.0625, 0.0)},
     )  # half a unit in the last place of bf16 at 11 is 0.03125
-    assert not suite.judge({"loss": torch.tensor(11.0, dtype=torch.bfloat16)}, off, exact, {"loss": 11.0})
-    assert suite.judge({"loss": torch.tensor(11.0)}, off, exact, {"loss": 11.0})
+    assert not truth.judge({"loss": torch.tensor(11.0, dtype=torch.bfloat16)}, off, exact, {"loss": 11.0})
+    assert truth.judge({"loss": torch.tensor(11.0)}, off, exact, {"loss": 11.0})
 
 
 @pytest.mark.parametrize("name", bench_sampling.CASES)
 def test_every_sampler_present_draws_from_the_kept_set(name: str) -> None:
     case = bench_sampling.CASES[name]._replace(shape=TINY)
     try:
-        tensors, _ = suite.make_inputs(case, "cpu")
+        tensors, _ = truth.make_inputs(case, "cpu")
     except Absent as reason:
         pytest.skip(str(reason))
-    check, present = suite.checker(case, tensors, None), set()
+    check, present = truth.checker(case, tensors, None), set()
     for method, load in OPERATIONS[case.operation].methods.items():
         try:
-            verdict = check(suite.run(load("cpu"), tensors, None))
+            verdict = check(truth.run(load("cpu"), tensors, None))
         except Absent:
             continue
         present.add(method)
@@ -312,7 +307,7 @@ def test_a_sampler_outside_the_kept_set_or_with_a_wrong_log_prob_is_refused_and_
         "unrenormalised": lambda _: renormalised,
     }
     monkeypatch.setitem(OPERATIONS, case.operation, operation._replace(methods=table))
-    measured = suite.measure("tiny", case, "cpu", seconds=0.01)
+    measured = measure.measure("tiny", case, "cpu", seconds=0.01)
     rows = measured.rows
     assert (
         rows["unfiltered"].refused.endswith("of 48 tokens drawn outside the kept set")
@@ -323,23 +318,23 @@ def test_a_sampler_outside_the_kept_set_or_with_a_wrong_log_prob_is_refused_and_
         and rows["unrenormalised"].timing is None
     )
     assert rows[OURS].timing and rows[OURS].errors["token"] == Error(0, 0)
-    rendered = suite.as_json(measured)
-    text = report.render_case(json.loads(json.dumps(rendered)))
+    rendered = measure.as_json(measured)
+    text = markdown.render_case(json.loads(json.dumps(rendered)))
     assert (
         "N 48, V 333; no gradients" in text and "times one read (amax) | error, token | error, logp |" in text
     )
     assert f"- unfiltered: {rows['unfiltered'].refused}" in text
-    assert report.target_lines(rendered) == [
+    assert markdown.target_lines(rendered) == [
         f"tiny: time against unfiltered was not measured: {rows['unfiltered'].refused}"
     ]
 
 
 def test_a_step_of_ppo_is_right_by_either_way_and_a_wrong_one_is_refused() -> None:
     case = bench_ppo_step.CASES["ppo_step fp32"]._replace(shape=TINY)
-    tensors, upstream = suite.make_inputs(case, "cpu")
-    check = suite.checker(case, tensors, upstream)
+    tensors, upstream = truth.make_inputs(case, "cpu")
+    check = truth.checker(case, tensors, upstream)
     results = {
-        method: suite.run(load("cpu"), tensors, upstream)
+        method: truth.run(load("cpu"), tensors, upstream)
         for method, load in OPERATIONS["ppo_step"].methods.items()
     }
     assert [check(found).refused for found in results.values()] == ["", ""] and set(results) == {OURS, EAGER}

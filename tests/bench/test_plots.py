@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bench import plots
+from bench.reports import plots
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib, of the extra `bench`")
 

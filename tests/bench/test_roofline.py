@@ -1,13 +1,13 @@
-"""bench.roofline against figures worked out by hand."""
+"""bench.reports.roofline against figures worked out by hand."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from bench import roofline
-from bench.operation import OURS, Shape
-from bench.roofline import GPUS, Machine, count, predict
+from bench.core.operation import OURS, Shape
+from bench.reports import roofline
+from bench.reports.roofline import GPUS, Machine, count, predict
 
 H100 = GPUS[0]
 QWEN = Shape(8192, 4096, 151936)

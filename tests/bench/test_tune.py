@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench import tune  # noqa: E402
+from bench.gpu import tune  # noqa: E402
 from fastalign_kernels.softmax import rows_triton  # noqa: E402
 
 

@@ -4,11 +4,9 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 
-from bench import (
-    methods,
-)
-from bench.operation import Shape
-from bench.suite import Case, Target
+from bench.cases.case import Case, Target
+from bench.core.operation import Shape
+from bench.methods import ceilings
 
 TINY = Shape(48, 32, 333)
 
@@ -27,7 +25,7 @@ INSTALLED = {
 
 def cases() -> Iterator[tuple[str, Case]]:
     for file in FILES:
-        yield from importlib.import_module(f"bench.bench_{file}").CASES.items()
+        yield from importlib.import_module(f"bench.cases.bench_{file}").CASES.items()
 
 
 CASES = dict(cases())
@@ -35,5 +33,5 @@ CASES = dict(cases())
 
 def tiny_case(*targets: Target, memory: bool = False) -> Case:
     return Case(
-        "cross_entropy", "fp32", ("logits",), {"copy": methods.read_read_write}, targets, TINY, memory
+        "cross_entropy", "fp32", ("logits",), {"copy": ceilings.read_read_write}, targets, TINY, memory
     )

@@ -16,9 +16,9 @@ from transformers.generation import (
 )
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from bench import smollm2
-from bench.operation import Shape
-from bench.sampling_methods import trained_inputs
+from bench.core import smollm2
+from bench.core.operation import Shape
+from bench.methods.sampling import trained_inputs
 from fastalign_kernels import native
 from fastalign_kernels.sampling import CHUNK, sample, sample_ref
 from tests.kernels.sampling_cases import OPTIONS, ROOT, needs_native, same

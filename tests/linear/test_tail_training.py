@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import readme, tail_tables, tail_training
-from bench.operation import Absent
-from bench.tail_training import Settings, Way, smoothed
+from bench.core.operation import Absent
+from bench.experiments import tail_tables, tail_training
+from bench.experiments.tail_training import Settings, Way, smoothed
+from bench.reports import readme
 from fastalign_kernels import linear_cross_entropy
 from fastalign_kernels.linear import accumulate as gradients
 
@@ -115,6 +116,6 @@ def test_a_curve_is_the_means_of_its_spans(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_page_is_in_sync_with_its_results_file() -> None:
     text = tail_tables.PAGE.read_text()
-    assert readme.filled(text, kinds=tail_tables.KINDS) == text, "run python -m bench.tail_tables"
+    assert readme.filled(text, kinds=tail_tables.KINDS) == text, "run python -m bench.experiments.tail_tables"
     assert {kind for _, _, kind, _ in readme.BLOCK.findall(text)} == set(tail_tables.KINDS)
     assert tail_tables.PLOT.name in text and tail_tables.PLOT.stat().st_size < 150_000

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from bench import readme
-from bench.operation import EAGER, OURS
-from bench.step_methods import BACKBONE, STAGES
+from bench.core.operation import EAGER, OURS
+from bench.methods.steps import BACKBONE, STAGES
+from bench.reports import readme
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_readme_is_in_sync_with_its_results_files(capsys: pytest.CaptureFixture[str]) -> None:
-    assert readme.main(["--check"]) == 0, "run python -m bench.readme"
+    assert readme.main(["--check"]) == 0, "run python -m bench.reports.readme"
     assert {kind for _, _, kind, _ in readme.BLOCK.findall((ROOT / "README.md").read_text())} >= {
         "head",
         "sampling",

@@ -19,7 +19,7 @@ from ..triton_options import as_scalar
 # read 2481 GB/s with (1024, 4), where (2048, 4) reads 1668; the gradient moves 3160 GB/s with (2048, 4). The
 # other architectures are taken to be alike. With 16 logits a thread the statistics would spill on sm_100
 # under Triton 3.8. (4096, 16) moves the gradient at 3486 GB/s, but its bf16 variant with all options spills
-# on sm_90 and sm_100. `python -m bench.tune` times a grid on a GPU and prints the lines to paste.
+# on sm_90 and sm_100. `python -m bench.gpu.tune` times a grid on a GPU and prints the lines to paste.
 LAUNCH = {
     "row_stats": {80: (1024, 4)},
     "row_grad": {80: (2048, 4)},

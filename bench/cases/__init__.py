@@ -1,0 +1,1 @@
+"""What is measured, at which shapes and against which targets, and how."""

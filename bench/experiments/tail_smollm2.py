@@ -1,0 +1,116 @@
+"""Fine-tuning the last layer, the norm and the head of SmolLM2-135M, for bench/experiments/tail_training.py.
+
+The 29 layers below are frozen, so their output is computed once and a step costs little more than its head: a
+real model's softmax over 49152 tokens, trained on one core in a second a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastalign.causal_lm import fuse_head
+from fastalign_kernels import kept_share
+
+from ..core import smollm2
+from ..core.operation import Shape
+
+WINDOW, ROWS = 128, 2  # tokens that see each other; windows in a step
+HELD_OUT = 16  # windows
+LEARNING_RATE = 2e-4  # falls linearly to a tenth
+
+
+class Frozen(NamedTuple):
+    """Windows of tokens, and the hidden states that enter the last layer."""
+
+    model: Any
+    ids: Tensor  # [W, WINDOW]
+    states: Tensor  # [W, WINDOW, H]
+    held_out_ids: Tensor
+    held_out_states: Tensor
+
+
+def prepare(train: str, held_out: str, steps: int) -> Frozen:
+    """Twice the windows that a run takes, so that seeds differ in which they see. Raises Absent where the
+    model is not installed."""
+    model, _ = smollm2.load()
+    tokenizer = AutoTokenizer.from_pretrained(**smollm2.files())
+
+    def windows(text: str, most: int) -> Tensor:
+        ids = torch.tensor(
+            tokenizer(text[: 8 * WINDOW * most])["input_ids"]
+        )  # a token of English holds fewer than 8 characters
+        return ids[: min(most, ids.numel() // WINDOW) * WINDOW].view(-1, WINDOW)
+
+    def states(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            parts = [model.model(part, output_hidden_states=True).hidden_states[-2] for part in ids.split(8)]
+        return torch.cat(parts)
+
+    ids, held = windows(train, 2 * ROWS * steps), windows(held_out, HELD_OUT)
+    return Frozen(model, ids, states(ids), held, states(held))
+
+
+def text_head(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the head's weight and the next tokens of the untouched model on this suite's English
+    text."""
+    model, _ = smollm2.load()
+    own = smollm2.head_inputs(
+        Shape(tokens, model.config.hidden_size, model.config.vocab_size), torch.float32, "cpu"
+    )
+    return own["hidden"], own["weight"], own["ids"]
+
+
+def _top(model: Any) -> Any:
+    """The last layer, the norm and the head as a causal LM of its own, on hidden states in place of
+    embeddings."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.tie_word_embeddings = 1, False
+    top = AutoModelForCausalLM.from_config(config)
+    top.model.layers[0].load_state_dict(model.model.layers[-1].state_dict())
+    top.model.norm.load_state_dict(model.model.norm.state_dict())
+    top.lm_head.load_state_dict(model.lm_head.state_dict())
+    top.model.embed_tokens.requires_grad_(False)
+    return top
+
+
+def tune(frozen: Frozen, tail_eps: float | None, seed: int, steps: int) -> dict[str, Any]:
+    """One run: its curves, as of a stage's metrics.jsonl."""
+    top = fuse_head(_top(frozen.model), tail_eps=tail_eps)
+    optimizer = torch.optim.AdamW(
+        [w for w in top.parameters() if w.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
+    )
+    order = random.Random(seed).sample(range(len(frozen.ids)), ROWS * steps)
+    curves: dict[str, Any] = {"loss": [], "held_out": [(0, _evaluate(top, frozen))], "kept_share": []}
+    seconds = []
+    kept_share()
+    for step in range(steps):
+        began = time.perf_counter()
+        rows = order[ROWS * step : ROWS * (step + 1)]
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * (1 - 0.9 * step / steps)
+        loss = top(inputs_embeds=frozen.states[rows], labels=frozen.ids[rows], use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+        curves["loss"].append((step + 1, loss.item()))
+        if (share := kept_share()) is not None:
+            curves["kept_share"].append((step + 1, share))
+        if step + 1 in (steps // 2, steps):
+            curves["held_out"].append((step + 1, _evaluate(top, frozen)))
+    return {**curves, "median_step_seconds": statistics.median(seconds)}
+
+
+def _evaluate(top: Any, frozen: Frozen) -> float:
+    with torch.no_grad():
+        return top(
+            inputs_embeds=frozen.held_out_states, labels=frozen.held_out_ids, use_cache=False
+        ).loss.item()

@@ -1,0 +1,151 @@
+"""docs/tail.md's tables and its plot from the results file that the page names: `python -m
+bench.experiments.tail_tables`.
+
+The file is bench/experiments/tail_training.py's. To take them from another run, change the file's name in the page and
+run this.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..reports import readme
+
+PAGE = readme.ROOT / "docs" / "tail.md"
+PLOT = PAGE.with_name("tail_training.png")
+LINES = {  # a way's line: exact lies below, because 2^-14 hides it
+    "exact": {"color": "0.7", "linewidth": 5},
+    "2^-14": {"color": "C0", "linewidth": 1.5},
+    "2^-12": {"color": "C2", "linewidth": 1.5},
+    "2^-12 dropped": {"color": "C3", "linewidth": 1.5, "linestyle": "--"},
+}
+
+
+def _settings(results: Mapping[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Setting -> way -> its runs, by seed."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for own in results["runs"]:
+        found.setdefault(own["setting"], {}).setdefault(own["way"], []).append(own)
+    return found
+
+
+def _final(own: Mapping[str, Any]) -> float:
+    return own["held_out"][-1][1]
+
+
+def training(results: Mapping[str, Any]) -> str:
+    """Final held-out NLLs of each seed, their differences from exact's of the same seed, and what was
+    kept."""
+    names = list(LINES)
+    lines = [_row(["held-out NLL, nats a token, of each seed", *names]), _row(["---"] * (1 + len(names)))]
+    for setting, ways in _settings(results).items():
+        exact = [_final(own) for own in ways["exact"]]
+        lines.append(
+            _row(
+                [
+                    f"{setting}, {ways['exact'][0]['held_out'][-1][0]} steps",
+                    *(_each(ways[name]) for name in names),
+                ]
+            )
+        )
+        differences = [
+            statistics.fmean(map(_final, ways[name])) - statistics.fmean(exact) for name in names[1:]
+        ]
+        spread = f"spread {max(exact) - min(exact):.4f}"
+        lines.append(
+            _row(["… mean less exact's", spread, *(f"{difference:+z.4f}" for difference in differences)])
+        )
+        lines.append(
+            _row(["… columns kept, first and last steps", "–", *(_shares(ways[name]) for name in names[1:])])
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _each(runs: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{_final(own):.4f}" for own in runs)
+
+
+def _shares(runs: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{statistics.fmean(own['kept_share'][end][1] for own in runs):.1%}" for end in (0, -1))
+
+
+def meter(results: Mapping[str, Any]) -> str:
+    """`tail_report` of three models by tail_eps."""
+    head = [
+        "model",
+        "V",
+        "tail_eps",
+        "columns kept, f",
+        "GEMMs, 1 + 2 f",
+        "mass dropped",
+        "error of dX",
+        "error of dW",
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for own in results["reports"]:
+        share = own["kept_share"]
+        errors = (f"{own[name]:.2%}" for name in ("dropped_mass", "hidden_error", "weight_error"))
+        lines.append(
+            _row(
+                [
+                    own["model"],
+                    f"{own['vocabulary']}",
+                    f"2^{own['power']}",
+                    f"{share:.1%}",
+                    f"{1 + 2 * share:.2f}",
+                    *errors,
+                ]
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+KINDS = {function.__name__: function for function in (training, meter)}
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """A column a setting: held-out NLL above, the share of columns kept below; a line a seed. Needs
+    matplotlib."""
+    from matplotlib.figure import Figure
+
+    settings = _settings(results)
+    figure = Figure(figsize=(3.8 * len(settings), 6.4), layout="constrained")
+    axes = figure.subplots(2, len(settings), squeeze=False, sharex="col")
+    for column, (setting, ways) in enumerate(settings.items()):
+        above, below = axes[0][column], axes[1][column]
+        for name, style in LINES.items():
+            for number, own in enumerate(ways[name]):
+                label = None if number else name
+                above.plot(*_points(own, "held_out"), **style, label=label)
+                if own["kept_share"]:
+                    below.plot(*_points(own, "kept_share"), **style, label=label)
+        above.set(title=setting, ylabel="held-out NLL, nats a token")
+        below.set(xlabel="optimizer step", ylabel="share of columns kept", ylim=(0, 1.05))
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=58)  # four columns at 64 make 158 kB
+
+
+def _points(own: Mapping[str, Any], curve: str) -> Iterator[tuple[float, ...]]:
+    """Steps, and values."""
+    return zip(*own[curve], strict=True)
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    PAGE.write_text(readme.filled(text, kinds=KINDS))
+    ((_, file, *_),) = {found[:2] for found in readme.BLOCK.findall(text) if found[2] == training.__name__}
+    plot(json.loads((readme.ROOT / file).read_text()), PLOT)
+
+
+if __name__ == "__main__":
+    main()

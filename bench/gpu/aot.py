@@ -1,0 +1,333 @@
+"""Compile every GPU kernel ahead of time, without a GPU: registers, spills, shared memory and size for each
+architecture.
+
+    python -m bench.gpu.aot                 # table; exit status 1 on a spill or on more shared memory than the architecture has
+    python -m bench.gpu.aot --json FILE     # the rows as JSON too
+
+Triton's by its own compiler, for AMD's gfx942 (MI300) as well; csrc/sampling.cu by nvcc where setup.py finds
+one, with setup.py's flags. Must run without TRITON_INTERPRET, which replaces the compiled kernels by
+interpreted ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastalign_kernels.policy import advantages_triton as advantage_triton
+from fastalign_kernels.policy import losses_triton as policy_triton
+from fastalign_kernels.policy.losses import KL_ESTIMATORS
+from fastalign_kernels.preference import losses_triton as preference_triton
+from fastalign_kernels.softmax import columns_triton, rows_triton
+
+ARCHITECTURES = {
+    80: 163,
+    90: 227,
+    100: 227,
+    120: 99,
+}  # compute capability -> KiB of shared memory a block may have
+AMD = {942: 64}  # gfx942, as far as Triton's wheel goes: to machine code, which nobody has run
+TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+LARGEST_V = 262144  # of the vocabularies in use
+ROOT = Path(__file__).parents[2]
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass
+class Row:
+    """What one kernel needs on one architecture. spills: bytes of local memory a thread. binary_bytes: of the
+    file that holds it."""
+
+    kernel: str
+    sm: int
+    dtype: str
+    variant: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    binary_bytes: int = 0
+
+    @property
+    def fits(self) -> bool:
+        return self.spills == 0 and self.shared_bytes <= (ARCHITECTURES | AMD)[self.sm] * 1024
+
+    @property
+    def target(self) -> str:
+        return f"gfx{self.sm}" if self.sm in AMD else f"sm_{self.sm}"
+
+
+def _signature(
+    function: triton.JITFunction, pointers: dict[str, str], constants: Mapping[str, object]
+) -> dict[str, str]:
+    scalars = {"N": "i32", "T": "i32", "V": "i32"} | _annotated(function)
+    return {
+        name: "constexpr" if name in constants else pointers.get(name) or scalars.get(name, "i64")
+        for name in function.arg_names
+    }
+
+
+def _annotated(function: triton.JITFunction) -> dict[str, str]:
+    """The types that a kernel fixes for its float options, see triton_options.py."""
+    return {
+        parameter.name: parameter.annotation_type
+        for parameter in function.params
+        if parameter.annotation_type
+    }
+
+
+def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
+    """One of rows_triton's kernels; `full` has bias, softcap, scale and temperature, else none of them."""
+    function = getattr(rows_triton, kernel)
+    block, warps = rows_triton.launch(kernel.removesuffix("_kernel"), 90 if sm in AMD else sm, LARGEST_V)
+    constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": block}
+    pointers = {
+        "logits": TYPES[dtype],
+        "bias": TYPES[dtype],
+        "out": TYPES[dtype],
+        "ids": "*i64",
+        "stats": "*fp32",
+        "coefficients": "*fp32",
+    }
+    # Row strides and pointers are multiples of 16 bytes in practice, and Triton specialises launches on that.
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if name in pointers or name.endswith("stride")
+    }
+    source = ASTSource(
+        function, _signature(function, pointers, constants), constexprs=constants, attrs=attributes
+    )
+    return _triton_row(source, warps, kernel, sm, dtype, "full" if full else "plain")
+
+
+def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
+    """columns_triton's kernels, which read fp32 logits whatever the head's dtype; the gradient is written in
+    that, here bf16."""
+    function = getattr(columns_triton, kernel)
+    constants: dict[str, object] = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
+    names = ("logits", "bias", "stats", "largest", "sums", "parts", "coefficients")
+    pointers = dict.fromkeys(names, TYPES[dtype]) | {
+        "ids": "*i64",
+        "columns": "*i64",
+        "out": TYPES["bf16"],
+        "totals": "*fp64",
+    }
+    if kernel == "column_sums_kernel":
+        constants |= {"BLOCK": columns_triton.COLUMNS, "ROWS": columns_triton.ROWS}
+    else:
+        constants |= {"BLOCK": columns_triton.GRAD_COLUMNS, "GATHERED": full}
+    source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants)
+    return _triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
+
+
+def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
+    """One of preference_triton's kernels with all its optional inputs; of pairs_kernel, `variant` is the
+    formula."""
+    function = getattr(preference_triton, kernel)
+    constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith("HAS_")}
+    constants["BLOCK"] = preference_triton.BLOCK
+    if kernel == "pairs_kernel":
+        constants["FORMULA"] = preference_triton.FORMULAS[variant]
+    vectors = dict.fromkeys(("losses", "rewards", "metrics", "slopes"), "*fp32")
+    vectors |= {"desirable": "*i1", "chosen_lengths": "*i64", "rejected_lengths": "*i64"}
+    types = (
+        dict.fromkeys(constants, "constexpr") | vectors | {"S": "i32"} | _annotated(function)
+    )  # all others are inputs
+    source = ASTSource(
+        function, {name: types.get(name, TYPES[dtype]) for name in function.arg_names}, constexprs=constants
+    )
+    return _triton_row(source, preference_triton.NUM_WARPS, kernel, sm, dtype, variant)
+
+
+def compile_policy(kernel: str, sm: int, variant: str) -> Row:
+    """One of policy_triton's or advantage_triton's kernels with all its options; `variant` is policy_kernel's
+    KL estimator."""
+    module = advantage_triton if hasattr(advantage_triton, kernel) else policy_triton
+    function = getattr(module, kernel)
+    constants: dict[str, object] = {
+        name: True for name in function.arg_names if name.startswith(("HAS_", "SCALE_", "ENTROPY_", "SHIFT_"))
+    }
+    constants["BLOCK"] = module.BLOCK
+    if kernel == "policy_kernel":
+        constants["KL"] = KL_ESTIMATORS.index(variant)
+    types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1", "N": "i32", "T": "i32", "P": "i32"}
+    types |= dict.fromkeys(("sums", "parts", "moments"), "*fp64")
+    types |= _annotated(function)  # all others are inputs and outputs
+    source = ASTSource(
+        function, {name: types.get(name, "*fp32") for name in function.arg_names}, constexprs=constants
+    )
+    return _triton_row(source, module.NUM_WARPS, kernel, sm, "fp32", variant)
+
+
+def _triton_row(source: ASTSource, num_warps: int, kernel: str, sm: int, dtype: str, variant: str) -> Row:
+    target = GPUTarget("hip", f"gfx{sm}", 64) if sm in AMD else GPUTarget("cuda", sm, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    if sm in AMD:
+        numbers = {
+            key: int(value)
+            for key, value in re.findall(r"\.(\w+): +(\d+)$", compiled.asm["amdgcn"], flags=re.MULTILINE)
+        }
+        registers, spills, binary = (
+            numbers["vgpr_count"],
+            numbers["private_segment_fixed_size"],
+            compiled.asm["hsaco"],
+        )
+    else:
+        binary = compiled.asm["cubin"]
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(binary)
+            cubin.flush()
+            ((_, _, registers, spills, _),) = resource_usage(cubin.name)
+    return Row(kernel, sm, dtype, variant, registers, spills, compiled.metadata.shared, len(binary))
+
+
+def resource_usage(binary: str) -> list[tuple[int, str, int, int, int]]:
+    """(sm, mangled name, registers, bytes of local memory a thread, bytes of static shared memory) a kernel;
+    sm is 0 for a bare cubin."""
+    usage = subprocess.run(
+        [CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+    ).stdout
+    found, sm = [], 0
+    for arch, name, numbers in re.findall(
+        r"^arch = sm_(\d+)|Function (\S+):\s+(.*)", usage, flags=re.MULTILINE
+    ):
+        if arch:
+            sm = int(arch)
+            continue
+        used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+        found.append((sm, name, used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]))
+    return found
+
+
+@functools.cache
+def build_rules() -> dict[str, Any]:
+    """What setup.py defines; its call of setup() does nothing here."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def compile_sampling(nvcc: str) -> list[Row]:
+    """csrc/sampling.cu for every architecture that this nvcc knows, in one call: a row an architecture and
+    dtype.
+
+    Raises:
+        CalledProcessError: nvcc failed; its messages are on standard error.
+    """
+    rules, torch = build_rules(), importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None  # Triton came with it
+    with tempfile.TemporaryDirectory() as folder:
+        binary = str(Path(folder, "sampling.fatbin"))
+        # Without TORCH_TARGET_VERSION, which says what host code may call and changes no kernel.
+        options = [
+            *rules["NVCC_FLAGS"],
+            *rules["gpu_codes"](nvcc),
+            f"-I{Path(torch.origin).parent / 'include'}",
+        ]
+        subprocess.run(
+            [nvcc, *options, "-fatbin", "-o", binary, str(rules["CSRC"] / "sampling.cu")], check=True
+        )
+        subprocess.run([CUOBJDUMP, "-xelf", "all", binary], cwd=folder, capture_output=True, check=True)
+        sizes = {
+            int(re.findall(r"sm_(\d+)", path.name)[0]): path.stat().st_size
+            for path in Path(folder).glob("*.cubin")
+        }
+        return [_sampling_row(*usage, binary_bytes=sizes[usage[0]]) for usage in resource_usage(binary)]
+
+
+def _sampling_row(sm: int, mangled: str, registers: int, spills: int, shared: int, binary_bytes: int) -> Row:
+    """Mangled names end in <length><kernel>I<type>E..., the type being f or a struct bf16 or fp16 of ours."""
+    found = re.search(r"\d([a-z]+(?:_[a-z]+)*_kernel)(?:I(?:f|NS_4(\w{4})E)E)?", mangled)
+    assert found, mangled
+    return Row(found[1], sm, found[2] or "fp32", "", registers, spills, shared, binary_bytes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("bench.gpu.aot: TRITON_INTERPRET=1 is set; unset it, interpreted kernels cannot be compiled")
+    jobs = [
+        (kernel, sm, dtype, full)
+        for kernel in ("row_stats_kernel", "row_grad_kernel")
+        for sm in (*ARCHITECTURES, *AMD)
+        for dtype in TYPES
+        for full in (False, True)
+    ]
+    variants = {
+        "pairs_kernel": list(preference_triton.FORMULAS),
+        "unpaired_kernel": ["full"],
+        "scores_kernel": ["full"],
+    }
+    preference_jobs = [
+        (kernel, sm, dtype, variant)
+        for kernel in variants
+        for sm in (*ARCHITECTURES, *AMD)
+        for variant in variants[kernel]
+        for dtype in (TYPES if variant in ("sigmoid", "full") else ("fp32",))
+    ]
+    whole = ("value_kernel", "gae_kernel", "moments_kernel", "merge_kernel", "whiten_kernel")
+    policies = (
+        *(("policy_kernel", estimator) for estimator in KL_ESTIMATORS),
+        *((kernel, "full") for kernel in whole),
+    )
+    policy_jobs = [(kernel, sm, variant) for kernel, variant in policies for sm in (*ARCHITECTURES, *AMD)]
+    nvcc = build_rules()["find_nvcc"]()
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
+        rows = list(pool.map(lambda job: compile_rows(*job), jobs))
+        rows += pool.map(
+            lambda job: compile_columns(job[0], job[1], "fp32", job[2]),
+            product(("column_sums_kernel", "column_grad_kernel"), (*ARCHITECTURES, *AMD), (False, True)),
+        )
+        rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
+        rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
+    rows += sampling.result() if sampling else []
+    widths = {
+        "kernel": 18,
+        "target": 6,
+        "dtype": 5,
+        "variant": 12,
+        "registers": 9,
+        "spills": 6,
+        "shared_bytes": 12,
+        "binary_bytes": 12,
+    }
+    print(" ".join(f"{name:>{width}}" for name, width in widths.items()))
+    for row in rows:
+        print(" ".join(f"{getattr(row, name):>{width}}" for name, width in widths.items()))
+    if not nvcc:
+        print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling.cu is not in the table")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    bad = [row for row in rows if not row.fits]
+    for row in bad:
+        print(f"does not fit: {row}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Ceilings: the part of the work that no method can leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastalign_kernels.gemm import mm, own_gemm
+
+from ..core.operation import Ceiling, Tensors
+
+
+def bare_gemms(
+    forward: int, hidden_grad: bool = False, weight_grad: bool = False, ours: bool = False
+) -> Ceiling:
+    """The GEMMs of a head and nothing between them, on whole matrices: torch's, or what gemm.py takes, in
+    memory made beforehand."""
+
+    def make(tensors: Tensors) -> Callable[[], object]:
+        x, w = tensors["hidden"].detach(), tensors["weight"].detach()
+        (N, H), V = x.shape, w.shape[0]
+
+        def fresh() -> object:
+            for _ in range(forward):
+                z = x @ w.t()
+            return (
+                z
+                if not hidden_grad and not weight_grad
+                else (z @ w if hidden_grad else None, z.t() @ x if weight_grad else None)
+            )
+
+        if not ours:
+            return fresh
+        dtype = torch.float32 if own_gemm(x.device, x.dtype) else x.dtype
+        z, dx, dw = (x.new_empty(shape, dtype=dtype) for shape in ((N, V), (N, H), (V, H)))
+
+        def reusing() -> object:
+            for _ in range(forward):
+                mm(x, w.t(), z)
+            if hidden_grad:
+                mm(z, w, dx)
+            if weight_grad:
+                mm(z.t(), x, dw)
+            return None
+
+        return reusing
+
+    return make
+
+
+def read_write(tensors: Tensors) -> Callable[[], object]:
+    """One read and one write of every input."""
+    own = [tensor.detach() for tensor in tensors.values()]
+    return lambda: [tensor.clone() for tensor in own]
+
+
+def one_read(tensors: Tensors) -> Callable[[], object]:
+    """One read of the logits: the largest of each row."""
+    logits = tensors["logits"].detach()
+    return lambda: logits.amax(-1)
+
+
+def read_read_write(tensors: Tensors) -> Callable[[], object]:
+    """One read of the logits, then one read and one write of as much: a loss and its gradient."""
+    logits = tensors["logits"].detach()
+    return lambda: (logits.amax(-1), logits.clone())

@@ -1,0 +1,61 @@
+"""What operations on hidden states share: inputs hidden [N, H], weight [V, H], ids [N], and the methods that
+give log P[id] of each token.
+
+The other losses are made of these log-probabilities: methods.py (cross-entropy), preference_methods.py (DPO,
+KTO), policy_methods.py (PPO).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.operation import Forward, Shape, module, needs_gpu
+
+HEAD_ROWS = ("hidden", "ids")
+
+
+def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Logits of standard deviation 2: neither a flat softmax nor one that a single id owns."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(shape.N, shape.H, generator=generator)
+    weight = torch.randn(shape.V, shape.H, generator=generator) * (2 / math.sqrt(shape.H))
+    ids = torch.randint(0, shape.V, (shape.N,), generator=generator)
+    return {"hidden": hidden.to(device, dtype), "weight": weight.to(device, dtype), "ids": ids.to(device)}
+
+
+def eager_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
+    return {"logp": F.log_softmax(F.linear(hidden, weight), -1).gather(-1, ids[:, None])[:, 0]}
+
+
+def liger_scaled(device: str) -> Forward:
+    """On a CPU and on other GPUs than Hopper's this is Liger's loop over 512 tokens in PyTorch."""
+    function = module(
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel"
+    ).LigerFusedLinearScaledCrossEntropyFunction
+    return lambda hidden, weight, ids: {"logp": -function.apply(hidden, weight, ids)}
+
+
+def trl_chunked(device: str) -> Forward:
+    """With the vocabulary chunk that TRL's trainers use; on a CPU PyTorch stands in for its Triton kernel."""
+    function = module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
+    return lambda hidden, weight, ids: {
+        "logp": function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]
+    }
+
+
+def apple_cce(filter_eps: str | None) -> Callable[[str], Forward]:
+    """filter_eps "high" is its default, which drops small gradients; None drops none."""
+
+    def load(device: str) -> Forward:
+        needs_gpu(device)
+        function = module("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+        return lambda hidden, weight, ids: {
+            "logp": -function(hidden, weight, ids, reduction="none", filter_eps=filter_eps)
+        }
+
+    return load

@@ -1,0 +1,172 @@
+"""Drawing a token from each row of logits [N, V]: the filters, the logits, the methods, and what makes a
+drawn token wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastalign.measure import Error, largest_error
+from fastalign_kernels.sampling import sample
+
+from ..core import smollm2
+from ..core.operation import OURS, Check, Forward, Operation, Shape, Tensors, Verdict, here, module, needs_gpu
+
+NATS = 1e-5  # that a log-probability, the log of the kept mass or the entropy may be off
+# of a row's mass by which top-p may miss its threshold: what prefix sums of V probabilities in fp32 cost
+EDGE = 1e-5
+MULTINOMIAL = "softmax, torch.multinomial"
+TRANSFORMERS = "transformers' warpers, softmax, torch.multinomial"
+
+
+class Filter(NamedTuple):
+    """In the order of transformers: temperature, then top_k (0: all), then top_p of what is left."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def random_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Normal with standard deviation 2: flat, the hard case of a filter, for top-p 0.9 keeps tens of
+    thousands of ids."""
+    generator = torch.Generator().manual_seed(0)
+    return {"logits": torch.randn(shape.N, shape.V, generator=generator).mul_(2).to(device, dtype)}
+
+
+def trained_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Zipf-Mandelbrot's law in each row: the logit of rank r is -s log(r + 2), s from 1.2 to 2.2 over the
+    rows, ids in random order.
+
+    Fitted to SmolLM2-135M on bench/README.md. Entropy: 4.0 nats a row on average (the model: 3.9). Average
+    log-probability at the ranks 1, 10, 100, 1000, 10000: -1.7, -4.0, -7.7, -11.5, -15.5 (the model: -1.5,
+    -4.6, -7.7, -10.8, -15.1).
+    """
+    generator = torch.Generator().manual_seed(0)
+    by_rank = -torch.linspace(1.2, 2.2, shape.N)[:, None] * torch.arange(3, shape.V + 3).log()
+    ranks = torch.stack([torch.randperm(shape.V, generator=generator) for _ in range(shape.N)])
+    return {"logits": by_rank.gather(-1, ranks).to(device, dtype)}
+
+
+def _ours(rule: Filter) -> Callable[[str], Forward]:
+    return here(lambda logits: sample(logits, seed=0, **rule._asdict())._asdict())
+
+
+def _multinomial(device: str) -> Forward:
+    generator = torch.Generator(device).manual_seed(
+        0
+    )  # so that a draw at the edge of the kept set happens in every run, or in none
+    return lambda logits: {"token": torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]}
+
+
+def _transformers(rule: Filter) -> Callable[[str], Forward]:
+    """As `generate` draws, less its copy of the logits."""
+
+    def load(device: str) -> Forward:
+        process = module("transformers.generation.logits_process", "transformers")
+        warpers = process.LogitsProcessorList()
+        if rule.temperature != 1:
+            warpers.append(process.TemperatureLogitsWarper(rule.temperature))
+        if rule.top_k:
+            warpers.append(process.TopKLogitsWarper(rule.top_k))
+        if rule.top_p < 1:
+            warpers.append(process.TopPLogitsWarper(rule.top_p))
+        draw = _multinomial(device)
+        return lambda logits: draw(logits=warpers(None, logits))
+
+    return load
+
+
+def _flashinfer(rule: Filter) -> Callable[[str], Forward]:
+    def load(device: str) -> Forward:
+        needs_gpu(device, "CUDA")
+        sampling = module("flashinfer.sampling", "flashinfer-python")
+        if rule == Filter():
+            return lambda logits: {"token": sampling.sampling_from_logits(logits)}
+        draw, limit = (
+            (sampling.top_k_sampling_from_probs, rule.top_k)
+            if rule.top_k
+            else (sampling.top_p_sampling_from_probs, rule.top_p)
+        )
+        return lambda logits: {"token": draw(sampling.softmax(logits, rule.temperature), limit)}
+
+    return load
+
+
+def drawn_from(rule: Filter) -> Callable[[Tensors], Check]:
+    """The judge of a draw, in fp64: each token is one that the filter keeps, and the numbers that come with
+    it, if any, are its own.
+
+    The error of "token" is how many tokens lie outside the kept set, and their share of the rows.
+    """
+
+    def make(tensors: Tensors) -> Check:
+        raw = tensors["logits"].double().log_softmax(-1)
+        N, V = raw.shape
+        logp = (raw / rule.temperature).log_softmax(-1)
+        ranked = logp.sort(-1, descending=True).values
+        mass = ranked.exp()
+        if rule.top_k:
+            mass *= ranked >= ranked[:, rule.top_k - 1, None]
+        above = (mass.cumsum(-1) - mass) / mass.sum(-1, keepdim=True)
+
+        def least_kept(top_p: float) -> Tensor:
+            within = ((above < top_p) & (mass > 0)).sum(-1, keepdim=True)
+            return ranked.gather(-1, within - 1)
+
+        top_p = rule.top_p if rule.top_p < 1 else math.inf
+        edge = least_kept(top_p + EDGE)
+        kept = logp >= least_kept(top_p)
+        log_kept = (
+            logp.where(kept, -math.inf).logsumexp(-1).where(~kept.all(-1), 0)
+        )  # else not quite 0, and relative errors of it 1
+        entropy = -(raw.exp() * raw).sum(-1)
+
+        def check(results: Tensors) -> Verdict:
+            token = results["token"].long()
+            at = token.clamp(0, V - 1)[:, None]
+            outside = int(((token != at[:, 0]) | (logp.gather(-1, at) < edge)[:, 0]).sum())
+            true = {
+                "logp": logp.gather(-1, at)[:, 0] - log_kept,
+                "log_kept": log_kept,
+                "logp_raw": raw.gather(-1, at)[:, 0],
+                "entropy": entropy,
+            }
+            numbers = largest_error({name: results[name] for name in true if name in results}, true)
+            errors = {"token": Error(outside, outside / N), **numbers}
+            if outside:
+                return Verdict(errors, f"wrong: {outside} of {N} tokens drawn outside the kept set")
+            for name, error in numbers.items():
+                if not error.absolute <= NATS:  # NaN is wrong too
+                    return Verdict(
+                        errors, f"wrong: {name} is off by {error.absolute:.2e} nats, {NATS:.0e} allowed"
+                    )
+            return Verdict(errors, "")
+
+        return check
+
+    return make
+
+
+def _sampling(
+    rule: Filter, inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]] = random_inputs
+) -> Operation:
+    """Without a filter transformers has no warper to run, and is softmax and multinomial."""
+    peer = {MULTINOMIAL: _multinomial} if rule == Filter() else {TRANSFORMERS: _transformers(rule)}
+    return Operation(
+        inputs, {OURS: _ours(rule), **peer, "FlashInfer": _flashinfer(rule)}, ("logits",), drawn_from(rule)
+    )
+
+
+NUCLEUS = Filter(temperature=0.7, top_p=0.9)
+SAMPLING = {
+    "sample": _sampling(Filter()),
+    "sample, top_k 50": _sampling(Filter(top_k=50)),
+    "sample, top_p 0.9 at T 0.7": _sampling(NUCLEUS),
+    "sample, top_p 0.9 at T 0.7, trained-like logits": _sampling(NUCLEUS, trained_inputs),
+    "sample, top_p 0.9 at T 0.7, SmolLM2's logits": _sampling(NUCLEUS, smollm2.logits_inputs),
+}

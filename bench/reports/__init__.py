@@ -1,0 +1,1 @@
+"""From a results file to tables, plots, regressions and predictions."""

@@ -1,0 +1,294 @@
+"""The tables of README.md from the results files that they name: `python -m bench.reports.readme`, or `--check`,
+which changes nothing.
+
+A table stands in README.md between `<!-- bench/results/FILE.json: KIND -->` and `<!-- end -->`; KIND is a
+function of `KINDS`. To take the tables from another run, change the file's name there and run this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastalign.measure import Timing
+
+from ..core.operation import COMPILED, EAGER, OURS
+from ..methods.cross_entropy import CHUNKED
+from ..methods.sampling import MULTINOMIAL, TRANSFORMERS
+from ..methods.steps import BACKBONE, STAGES
+from ..methods.tail import SMALL
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+LCE, LOGP = "linear_cross_entropy", "linear_logprobs"
+LOSSES = (
+    ("linear_dpo", ""),
+    ("linear_kto", ""),
+    ("linear_ppo", ""),
+    ("ppo_loss", ""),
+    (LCE, ", tail"),
+    ("linear_dpo", ", tail"),
+)
+METHODS = {  # columns of the head's table, and what each is called in an operation's rows
+    "fastalign": (OURS,),
+    "torch.compile": (COMPILED,),
+    "`F.linear_cross_entropy`, 512 a chunk": (CHUNKED,),
+    "PyTorch": (EAGER,),
+    "Liger Scaled CE": ("Liger fused linear Scaled CE",),
+    "TRL": ("TRL ChunkedLogProbFunction", "TRL selective_log_softmax_and_entropy"),
+}
+
+
+def head(results: Mapping[str, Any]) -> str:
+    """Times over the ceiling, peaks and errors of the head's operations, a column a method; the least of a
+    row in bold."""
+    cases = {case["name"]: case for case in results["cases"]}
+    dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
+    plain, logp = f"{LCE} {dtype}", f"{LOGP} {dtype}"
+    rows: list[tuple[str, str, Callable[[Mapping[str, Any], str], float | None], str]] = [
+        (f"`{LCE}`, times 3 GEMMs", plain, _times_ceiling, ".2f"),
+        ("its peak MiB beyond inputs", plain, _peak, ",.0f"),
+        ("its largest gradient error", plain, _gradient_error, ".1e"),
+        ("… bf16, times PyTorch", f"{LCE} bf16", _times_eager, ".2f"),
+        ("… bf16, error of the loss", f"{LCE} bf16", _loss_error, ".0e"),
+        ("… frozen head, times 2 GEMMs", f"{plain}, frozen head", _times_ceiling, ".2f"),
+        ("… no gradients, times 1 GEMM", f"{plain}, no gradients", _times_ceiling, ".2f"),
+        (f"`{LOGP}`, times 4 GEMMs", logp, _times_ceiling, ".2f"),
+        ("its peak MiB beyond inputs", logp, _peak, ",.0f"),
+        ("… frozen head, times 2 GEMMs", f"{logp}, frozen head", _times_ceiling, ".2f"),
+        ("… no gradients, times 1 GEMM", f"{logp}, no gradients", _times_ceiling, ".2f"),
+        (
+            "`token_stats` fp32, times one read (TRL: two of four outputs)",
+            "token_stats fp32",
+            _times_ceiling,
+            ".2f",
+        ),
+    ]
+    first = f"{dtype}, forward and backward unless said; {_where(results, plain)}"
+    lines = [_row([first, *METHODS]), _row(["---"] * (1 + len(METHODS)))]
+    for label, name, value, form in rows:
+        if name not in cases:
+            continue
+        if cases[name]["shape"]["N"] != cases[plain]["shape"]["N"] and label.startswith("…"):
+            label += f"; N {cases[name]['shape']['N']}"
+        values = [
+            next((v for own in names if (v := _value(cases[name], own, value)) is not None), None)
+            for names in METHODS.values()
+        ]
+        best = min(v for v in values if v is not None)
+        lines.append(
+            _row(
+                [
+                    label,
+                    *(
+                        "–" if v is None else f"**{v:{form}}**" if v == best else f"{v:{form}}"
+                        for v in values
+                    ),
+                ]
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def sampling(results: Mapping[str, Any]) -> str:
+    """Ours against transformers' warpers, or softmax and multinomial where there is no filter."""
+    cases = [case for case in results["cases"] if case["operation"].startswith("sample")]
+    head = [
+        _where(results, cases[0]["name"], "N"),
+        "fastalign, ms",
+        "transformers' warpers, softmax, multinomial, ms",
+        "times faster",
+        "times one read",
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for case in cases:
+        if not case["rows"][OURS]["seconds"]:
+            continue
+        peer = TRANSFORMERS if TRANSFORMERS in case["rows"] else MULTINOMIAL
+        ours, theirs, read = (
+            Timing.of(case["rows"][row]["seconds"]) for row in (OURS, peer, case["ceilings"][0])
+        )
+        label = (
+            case["name"].removeprefix("sample fp32, ")
+            + f", V {case['shape']['V']}"
+            + (" (no warper)" if peer == MULTINOMIAL else "")
+        )
+        cells = [
+            f"**{1e3 * ours.median:.2f}**",
+            f"{1e3 * theirs.median:.0f}",
+            f"{theirs.over(ours):.0f}",
+            f"{ours.over(read):.2f}",
+        ]
+        lines.append(_row([label, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def steps(results: Mapping[str, Any]) -> str:
+    """Whole training steps: seconds, and peaks where they were measured."""
+    cases = {case["name"]: case for case in results["cases"]}
+    dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
+    head = [
+        f"s (peak MiB); {dtype}; {_where(results, f'{STAGES[0]} step {dtype}')}",
+        "fastalign",
+        "PyTorch",
+        BACKBONE,
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for stage in STAGES:
+        rows = cases[f"{stage} step {dtype}"]["rows"]
+        cells = []
+        for name in (OURS, EAGER, BACKBONE):
+            peak, seconds = rows[name]["peak_mib"], rows[name]["seconds"]
+            cells.append(
+                ("–" if not seconds else f"{Timing.of(seconds).median:.2f}")
+                + ("" if peak is None else f" ({peak:,.0f})")
+            )
+        lines.append(_row([stage, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def losses(results: Mapping[str, Any]) -> str:
+    """Losses of sequences and policies, and the tail, as multiples of plain PyTorch's time; the least of a
+    row in bold."""
+    dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
+    columns: dict[str, Callable[[str], bool]] = {
+        "fastalign": lambda name: name == OURS,
+        "with `tail_eps=2**-14`": lambda name: name == SMALL,
+        "torch.compile": lambda name: name == COMPILED,
+        "Liger": lambda name: name.startswith("Liger"),
+    }
+    head = [
+        f"forward and backward, times PyTorch; {dtype}; {_where(results, f'linear_dpo {dtype}', '').rstrip('; ')}",
+        *columns,
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for case in results["cases"]:
+        if (
+            case["name"] not in (f"{name} {dtype}{of}" for name, of in LOSSES)
+            or not case["rows"][OURS]["seconds"]
+        ):
+            continue
+        values = [
+            next(
+                (v for n in case["rows"] if own(n) and (v := _value(case, n, _times_eager)) is not None), None
+            )
+            for own in columns.values()
+        ]
+        best = min(v for v in values if v is not None)
+        shape = case["shape"]
+        label = f"`{case['name'].split()[0]}`" + ("; SmolLM2's softmax" if "tail" in case["name"] else "")
+        label += f"; N {shape['N'] * (1 if shape['H'] else shape['V'])}" + (
+            f", V {shape['V']}" if shape["H"] else ""
+        )
+        lines.append(
+            _row(
+                [label, *("–" if v is None else f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in values)]
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+KINDS = {function.__name__: function for function in (head, losses, sampling, steps)}
+
+
+def _where(results: Mapping[str, Any], name: str, letters: str = "NHV") -> str:
+    info = results["machine_info"]
+    shape = next(case["shape"] for case in results["cases"] if case["name"] == name)
+    device = info["gpu"] if info["gpu"] != "none" else f"{info['cpu']}, {info['threads']} threads"
+    return f"{device}; " + ", ".join(
+        f"{letter} {size}" for letter, size in shape.items() if size and letter in letters
+    )
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _value(
+    case: Mapping[str, Any], name: str, value: Callable[[Mapping[str, Any], str], float | None]
+) -> float | None:
+    row = case["rows"].get(name)
+    return value(case, name) if row and row["seconds"] else None
+
+
+def _over(case: Mapping[str, Any], name: str, other: str) -> float:
+    return Timing.of(case["rows"][name]["seconds"]).over(Timing.of(case["rows"][other]["seconds"]))
+
+
+def _times_ceiling(case: Mapping[str, Any], name: str) -> float:
+    return _over(case, name, case["ceilings"][0])
+
+
+def _times_eager(case: Mapping[str, Any], name: str) -> float:
+    return _over(case, name, EAGER)
+
+
+def _peak(case: Mapping[str, Any], name: str) -> float | None:
+    return case["rows"][name]["peak_mib"]
+
+
+def _gradient_error(case: Mapping[str, Any], name: str) -> float:
+    return max(
+        error["relative"] for kind, error in case["rows"][name]["errors"].items() if kind.startswith("d ")
+    )
+
+
+def _loss_error(case: Mapping[str, Any], name: str) -> float:
+    return case["rows"][name]["errors"]["loss"]["relative"]
+
+
+def filled(
+    text: str, folder: Path = ROOT, kinds: Mapping[str, Callable[[Mapping[str, Any]], str]] = KINDS
+) -> str:
+    """README's text, or with its own `kinds` another page's, with every table made anew.
+
+    Raises:
+        ValueError: a block of an unknown kind.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        begin, file, kind, end = found.groups()
+        if kind not in kinds:
+            raise ValueError(f"a table {kind!r} seen, one of {', '.join(kinds)} wanted")
+        return begin + kinds[kind](json.loads((folder / file).read_text())) + end
+
+    return BLOCK.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.reports.readme",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; exit status 1 where a table differs from its file's",
+    )
+    given = parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    made = filled(text)
+    if given.check:
+        print(
+            "README.md: "
+            + (
+                "in sync"
+                if made == text
+                else "its tables differ from their results files; run python -m bench.reports.readme"
+            )
+        )
+        return int(made != text)
+    readme.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""Predicted time and memory of every operation, from bytes and flops counted here: `python -m bench.reports.roofline
+[RESULTS.json]`.
+
+Without a file: H100, A100 and B200 at the shapes of real heads. With one: its cases on those GPUs and on the
+machine that it was measured on, beside what was measured there. That machine's rates are what its own bare
+GEMMs and bare read reached.
+
+Counted: 2 N H V flops a GEMM; of memory the passes between the GEMMs, each input read once and each output
+written once. GEMMs and passes run one after another, so their times add up; a GEMM whose operands take longer
+to move than to multiply takes that time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastalign_kernels import native
+from fastalign_kernels.linear.plan import capacity, default_workspace_mib, plan_head
+
+from ..core.operation import OURS, Shape
+from ..core.shapes import GPU_TOKENS, HEADS
+from ..methods.preference import PAIRS, ROWS
+from ..methods.steps import Layers
+
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Machine(NamedTuple):
+    """Dense flops a second in bf16 and in fp32, bytes a second, and the shares of them that are assumed to be
+    reached."""
+
+    name: str
+    low_flops: float
+    fp32_flops: float
+    bytes: float
+    gemm_share: float
+    byte_share: float
+    kind: str = "cuda"
+
+    def rate(self, dtype: str) -> float:
+        return (self.fp32_flops if dtype == "fp32" else self.low_flops) * self.gemm_share
+
+
+# Peaks: NVIDIA's data sheets of H100 SXM, A100 80GB SXM and DGX B200; bf16 dense, fp32 without TF32. Shares:
+# an H100 was measured at 728 TFLOP/s in the bare GEMMs of a head (huggingface/trl#7244) and at 3.0 TB/s in
+# cross-entropy (quack's README); assumed of all three.
+GPUS = (
+    Machine("H100", 989e12, 67e12, 3.35e12, 0.708, 0.9),
+    Machine("A100", 312e12, 19.5e12, 2.039e12, 0.708, 0.9),
+    Machine("B200", 2250e12, 75e12, 8.0e12, 0.708, 0.9),
+)
+
+
+class Work(NamedTuple):
+    """What an operation has to do: GEMMs (M, N, K), how often each; bytes of the passes beside them; bytes
+    held beyond its inputs."""
+
+    gemms: tuple[tuple[float, int, int, int], ...]
+    pass_bytes: float
+    held_bytes: float
+
+
+class Prediction(NamedTuple):
+    """Seconds of the GEMMs and of the passes, and MiB beyond the inputs."""
+
+    gemms: float
+    passes: float
+    mib: float
+
+    @property
+    def seconds(self) -> float:
+        return self.gemms + self.passes
+
+
+def predict(work: Work, machine: Machine, dtype: str) -> Prediction:
+    rate, bandwidth = machine.rate(dtype), machine.bytes * machine.byte_share
+    seconds = sum(
+        times * max(2 * m * n * k / rate, (m * k + k * n + m * n) * SIZES[dtype] / bandwidth)
+        for times, m, n, k in work.gemms
+    )
+    return Prediction(seconds, work.pass_bytes / bandwidth, work.held_bytes / 2**20)
+
+
+def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind: str) -> Work | None:
+    """The work of our row of an operation on a device of that kind; None: a draw among few ids, whose bytes
+    depend on the logits."""
+    base = operation.partition(",")[0]
+    if base.endswith(" step"):
+        return _step(base.removesuffix(" step"), dtype, shape, kind)
+    if base in ("linear_cross_entropy", "linear_logprobs"):
+        return _head(
+            dtype,
+            shape,
+            kind,
+            "hidden" in trained,
+            "weight" in trained,
+            "scalar" if base == "linear_cross_entropy" else "logp",
+        )
+    if base in ("linear_dpo", "linear_kto"):  # the reference's pass, which keeps nothing, and the policy's
+        units = PAIRS if base == "linear_dpo" else ROWS
+        reference, policy = (
+            _head(dtype, shape, kind, False, False, "scalar"),
+            _sequences_head(dtype, shape, kind, units),
+        )
+        return Work(
+            reference.gemms + policy.gemms, reference.pass_bytes + policy.pass_bytes, policy.held_bytes
+        )
+    size, logits = SIZES[dtype], shape.N * shape.V
+    if base == "token_stats":
+        return Work((), size * logits, 28 * shape.N)
+    if base == "cross_entropy":
+        return Work((), 3 * size * logits, size * logits)
+    if base == "reward":
+        return Work((), 4 * size * shape.N, 2 * size * shape.N)
+    # N sequences of V tokens, with a mask of a byte: PPO's four inputs, two slopes, and these times the
+    # upstream gradient; GAE; whitening.
+    if base == "ppo":
+        return Work((), (10 * size + 1) * logits, 4 * size * logits)
+    if base == "gae":
+        return Work((), (4 * size + 1) * logits, 2 * size * logits)
+    if base == "whiten":
+        return Work((), (3 * size + 2) * logits, size * logits)
+    if operation == "sample":
+        return Work((), size * logits, 40 * shape.N)
+    return None
+
+
+def _sequences_head(dtype: str, shape: Shape, kind: str, units: int) -> Work:
+    """A head whose loss is of whole sequences, in units of one length; see linear/preference.py for its GEMMs."""
+    if kind != "cpu":
+        return _head(dtype, shape, kind, True, True, "logp")
+    mib = default_workspace_mib("cpu", weight_grad=False)
+    work = _head(dtype, shape, kind, True, True, "logp", mib)
+    room, _ = capacity(shape.V, DTYPES[dtype], kind, True, True, None, mib)
+    chunks = -(-shape.N // units // room)
+    (_, m, n, k), *gradients = work.gemms
+    return work._replace(gemms=((2 - 1 / chunks, m, n, k), *gradients))
+
+
+def _head(
+    dtype: str,
+    shape: Shape,
+    kind: str,
+    hidden_grad: bool,
+    weight_grad: bool,
+    upstream: str,
+    workspace_mib: float | None = None,
+) -> Work:
+    N, H, V = shape
+    plan = plan_head(
+        N, H, V, dtype=DTYPES[dtype], device=kind, hidden_grad=hidden_grad, weight_grad=weight_grad, upstream=upstream,
+        workspace_mib=workspace_mib,
+    )  # fmt: skip
+    size = SIZES[dtype]
+    dX, dW = int(hidden_grad), int(weight_grad)
+    gemms = [(float(plan.gemms - dX - dW), N, V, H)] + [(1.0, N, H, V)] * dX + [(1.0, V, H, N)] * dW
+    # fp32 logits are read once for the statistics; for the gradient read again and overwritten, on a GPU in
+    # the inputs' dtype.
+    passes = 4 + (4 + (size if kind == "cuda" else 4)) * (dX or dW)
+    held = plan.workspace_bytes + 28 * N + size * N * H * dX + 4 * V * H * dW
+    if dW and size < 4:
+        held += size * V * H  # the gradient in the weight's dtype, made of its fp32 sum
+    if kind == "cpu" and size < 4 and not native.own_gemm():
+        held += 4 * V * H  # the weight in fp32
+    return Work(tuple(gemms), float(passes * N * V), float(held))
+
+
+def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
+    """The backbone's GEMMs, attention's left out; the head; AdamW, which reads four tensors of the weights'
+    size and writes three."""
+    N, H, V = shape
+    number, heads, key_heads, inner = Layers.of(H)
+    body = number * (2 * H * H + 2 * H * (H // heads) * key_heads + 3 * H * inner)
+    body_passes = 3.0  # forward, and two GEMMs backward for each
+    heads_run: list[Work] = []
+    if stage != "reward":
+        heads_run = [
+            _head(dtype, shape, kind, True, True, "scalar" if stage in ("pretrain", "sft") else "logp")
+        ]
+    if stage in (
+        "dpo",
+        "kto",
+    ):  # the reference's pass; for KTO of twice the sequences, and the policy's on the mismatched ones
+        extra = 1 if stage == "dpo" else 3
+        body_passes += extra
+        heads_run += [_head(dtype, shape, kind, False, False, "scalar")] * extra
+    weights, size = body + V * H, SIZES[dtype]
+    gemms = ((body_passes, N, body // H, H), *(gemm for head in heads_run for gemm in head.gemms))
+    held = weights * size + max((head.held_bytes for head in heads_run), default=0.0)
+    return Work(gemms, 7.0 * weights * size + sum(head.pass_bytes for head in heads_run), held)
+
+
+def measured_machine(results: Mapping[str, Any]) -> Machine | None:
+    """The machine of a results file, with what its bare GEMMs and its bare read of the logits reached; None
+    without those rows."""
+    flops: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    reads = []
+    for case in results["cases"]:
+        N, H, V = case["shape"].values()
+        rows = {
+            name: statistics.median(row["seconds"]) for name, row in case["rows"].items() if row["seconds"]
+        }
+        gemms = [
+            int(name.split()[0]) * 2 * N * H * V / seconds
+            for name, seconds in rows.items()
+            if " bare GEMM" in name
+        ]
+        if gemms and case["dtype"] in flops:
+            flops[case["dtype"]].append(max(gemms))  # torch's or gemm.py's
+        if case["dtype"] == "fp32" and "one read (amax)" in rows:
+            reads.append(4 * N * V / rows["one read (amax)"])
+    if not flops["fp32"] or not reads:
+        return None
+    info = results["machine_info"]
+    gpu = info["gpu"] != "none"
+    rate = statistics.median(flops["fp32"])  # that of bf16 too where none was measured
+    low = statistics.median(flops["bf16"] or [rate])
+    return Machine(
+        info["gpu"] if gpu else info["cpu"],
+        low,
+        rate,
+        statistics.median(reads),
+        1.0,
+        1.0,
+        "cuda" if gpu else "cpu",
+    )
+
+
+def table(results: Mapping[str, Any] | None) -> str:
+    own = measured_machine(results) if results else None
+    machines = [*GPUS, *([own] if own else [])]
+    rates = [
+        (m.name, m.rate("bf16") / 1e12, m.rate("fp32") / 1e12, m.bytes * m.byte_share / 1e12)
+        for m in machines
+    ]
+    shares = "; ".join(
+        f"{name} {low:,.4g} TFLOP/s (fp32 {high:.3g}), {bandwidth:.3g} TB/s"
+        for name, low, high, bandwidth in rates
+    )
+    names = [f"{m.name}: ms, MiB" for m in machines] + ["measured: ms, MiB"] * bool(results)
+    lines = [
+        f"Predicted for {shares}.",
+        "",
+        f"| operation | N, H, V | {' | '.join(names)} |",
+        "|" + " --- |" * (len(names) + 2),
+    ]
+    for case in results["cases"] if results else _usual_cases():
+        shape = Shape(*case["shape"].values())
+        if not shape.N:
+            continue  # left out on that machine
+        cells = []
+        for machine in machines:
+            work = count(case["operation"], case["dtype"], case["trained"], shape, machine.kind)
+            cells.append(
+                _cell(
+                    *(predict(work, machine, case["dtype"]).seconds, work.held_bytes / 2**20)
+                    if work
+                    else (None, None)
+                )
+            )
+        if results:
+            row = case["rows"][OURS]
+            cells.append(
+                _cell(statistics.median(row["seconds"]) if row["seconds"] else None, row["peak_mib"])
+            )
+        lines.append(f"| {case['name']} | {', '.join(map(str, shape))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(seconds: float | None, mib: float | None) -> str:
+    return f"{'–' if seconds is None else f'{seconds * 1e3:.3g}'}, {'–' if mib is None else f'{mib:,.0f}'}"
+
+
+def _usual_cases() -> list[dict[str, Any]]:
+    """Every operation in bf16 at the heads of HEADS, as many tokens as a GPU is given."""
+    both = ["hidden", "weight"]
+    operations = [
+        ("linear_cross_entropy", both), ("linear_logprobs", both), ("linear_logprobs", ["hidden"]), ("linear_logprobs", []),
+        ("linear_dpo", both), ("linear_kto", both), ("token_stats", []), ("cross_entropy", ["logits"]), ("sample", []),
+        ("pretrain step", []),
+    ]  # fmt: skip
+    return [
+        {
+            "name": f"{operation} bf16{', ' + ' and '.join(trained) + ' trained' if trained else ''}, {head}",
+            "operation": operation,
+            "dtype": "bf16",
+            "trained": trained,
+            "shape": Shape(GPU_TOKENS, H, V)._asdict(),
+        }
+        for head, (H, V) in HEADS.items()
+        for operation, trained in operations
+        if operation != "pretrain step" or head == "SmolLM2-135M"
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.reports.roofline",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, nargs="?")
+    given = parser.parse_args(argv)
+    print(table(json.loads(given.results.read_text()) if given.results else None))
+
+
+if __name__ == "__main__":
+    main()
