@@ -1,9 +1,12 @@
-"""40 faults of one line each; for each, the tests that must fail. `make mutations` runs all, `python
-.ci/mutations.py 3 17` these two.
+"""40 faults of one line each; for each, the tests that must fail.
 
-A fault is put into a copy of the tree in a temporary folder, and its tests run there. Exits with status 1
-where a fault is missed or where its line does not occur exactly once. csrc/ is left out: each fault there
-would need a build. Run `make test` first, since a test that fails anyway catches everything.
+    make mutations                      all of them, in half an hour
+    python .ci/mutations.py 3 17        these two
+    python .ci/mutations.py --check     whether each line is still there, in a second
+
+A fault is put into a copy of the tree in a temporary folder, and its tests run there. The exit status is 1 if
+a fault is missed. It is 2, and nothing runs, if a line does not occur exactly once in its file. csrc/ is left
+out: each fault there would need a build. Run `make test` first: a test that fails anyway catches everything.
 """
 
 import os
@@ -296,12 +299,21 @@ def run_tests(folder: Path, tests: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def judge(folder: Path, mutation: Mutation) -> str:
+def find_stale(number: int, mutation: Mutation) -> list[str]:
+    """Why a mutation no longer fits the tree: its file, its line or its tests are gone."""
+    at, path = f"mutation {number}, {mutation.file}", ROOT / mutation.file
+    if not path.exists():
+        return [f"{at}: no such file"]
+    found = path.read_text(encoding="utf-8").count(mutation.before)
+    stale = [] if found == 1 else [f"{at}: got {found} times, expected once: {mutation.before}"]
+    tests = [word for word in mutation.tests.split() if word.startswith("tests/")]
+    return stale + [f"{at}: no test {test}" for test in tests if not (ROOT / test).exists()]
+
+
+def try_mutation(folder: Path, mutation: Mutation) -> str:
     """caught, or why not."""
     path = folder / mutation.file
     source = path.read_text(encoding="utf-8")
-    if source.count(mutation.before) != 1:
-        return f"MISSED: the text occurs {source.count(mutation.before)} times, expected 1"
     path.write_text(source.replace(mutation.before, mutation.after), encoding="utf-8")
     try:
         run = run_tests(folder, mutation.tests)
@@ -310,29 +322,35 @@ def judge(folder: Path, mutation: Mutation) -> str:
     if run.returncode == 1:  # tests ran and failed
         failed = next((line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
         return f"caught by {failed.split(' - ')[0].removeprefix('FAILED ')}"
-    return (
-        "MISSED"
-        if run.returncode == 0
-        else f"MISSED: pytest ended with status {run.returncode}: {run.stdout[-300:]}"
-    )
+    if run.returncode == 0:
+        return "MISSED"
+    return f"MISSED: pytest ended with status {run.returncode}: {run.stdout[-300:]}"
 
 
 def main() -> int:
-    chosen = [int(number) for number in sys.argv[1:]] or list(range(1, len(MUTATIONS) + 1))
+    words = sys.argv[1:]
+    numbers = [int(word) for word in words if word != "--check"] or list(range(1, len(MUTATIONS) + 1))
+    stale = [line for number in numbers for line in find_stale(number, MUTATIONS[number - 1])]
+    for line in stale:
+        print(f"STALE {line}")
+    if stale:
+        print(f"{len(stale)} lines of .ci/mutations.py do not fit the tree: nothing was run", flush=True)
+        return 2
+    if "--check" in words:
+        print(f"all {len(numbers)} mutations fit the tree")
+        return 0
     missed = 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_tree(folder)
-        for number in chosen:
+        for number in numbers:
             mutation = MUTATIONS[number - 1]
             began = time.perf_counter()
-            verdict = judge(folder, mutation)
+            verdict = try_mutation(folder, mutation)
             missed += verdict.startswith("MISSED")
-            print(
-                f"{number:2} {mutation.file}: {mutation.after}\n   {verdict} ({time.perf_counter() - began:.0f} s)",
-                flush=True,
-            )
-    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
+            print(f"{number:2} {mutation.file}: {mutation.after}")
+            print(f"   {verdict} ({time.perf_counter() - began:.0f} s)", flush=True)
+    print(f"{len(numbers) - missed} of {len(numbers)} faults caught")
     return int(missed > 0)
 
 

@@ -5,6 +5,7 @@ import getpass
 import math
 import platform
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,6 +212,16 @@ def test_the_machine_is_described_without_names_of_host_user_or_path() -> None:
         and str(Path.home()) not in text
         and f" {getpass.getuser()} " not in f" {text} "
     )
+
+
+def test_the_machine_is_described_where_a_package_is_absent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(measure, "version", absent)
+    assert machine()["triton"] == "not installed"
 
 
 def test_a_gpus_clocks_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastalign.stages import dpo, kto, merge, ppo, pretrain, reward, sft
@@ -237,6 +238,23 @@ def test_what_does_not_fit_is_refused_by_name(runs: Path, tmp_path: Path) -> Non
     (wide / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(wide)}))
     with pytest.raises(ValueError, match="are their own base"):
         find_source(str(wide))
+
+
+def test_folders_of_adapters_that_lack_something_are_refused_by_name(runs: Path, tmp_path: Path) -> None:
+    scorer = shutil.copytree(runs / "reward" / "model", tmp_path / "scorer")
+    weights = load_file(scorer / "adapter_model.safetensors")
+    headless = {name: weight for name, weight in weights.items() if not name.endswith("score.weight")}
+    assert len(headless) < len(weights)
+    save_file(headless, scorer / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="reward: .*'.*scorer' .* weight of its head, expected score.weight"):
+        load_architecture(str(scorer), task="SEQ_CLS", argument="reward")
+    (scorer / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"reward: .*adapter_model.safetensors.* '.*scorer'"):
+        load_architecture(str(scorer), task="SEQ_CLS", argument="reward")
+    settings = json.loads((scorer / "adapter_config.json").read_text())
+    (scorer / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match=r"reward: .*'.*scorer' .*base_model_name_or_path"):
+        find_source(str(scorer), argument="reward")
 
 
 def test_adapters_on_initial_weights_are_refused(pretraining: Callable[..., pretrain.PretrainConfig]) -> None:

@@ -185,3 +185,18 @@ def test_the_tightest_cgroup_counts_less_what_it_holds_and_with_its_page_cache(t
     assert estimate._cgroup_left(tmp_path, tmp_path / "membership") == 350
     shutil.rmtree(tmp_path / "outer")
     assert estimate._cgroup_left(tmp_path, tmp_path / "membership") is None
+
+
+def test_memory_that_the_system_does_not_tell_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert estimate._cgroup_left(tmp_path, tmp_path / "absent") is None
+    read = Path.read_text
+
+    def without_proc(path: Path, *arguments: Any, **options: Any) -> str:
+        if path.parts[:2] == ("/", "proc"):
+            raise FileNotFoundError(path)
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", without_proc)
+    assert estimate.free_memory(CPU) is None
