@@ -20,7 +20,7 @@ from fastalign_kernels import (
     linear_kto_loss,
     linear_ppo_loss,
 )
-from fastalign_kernels.linear.cross_entropy import check_tail_smoothing, head_options
+from fastalign_kernels.linear.inputs import check_tail_smoothing, head_options
 from fastalign_kernels.logits import loss_options, make_transform
 from fastalign_kernels.policy.arguments import AGGREGATIONS
 from fastalign_kernels.policy.losses import policy_options
@@ -105,7 +105,14 @@ class LinearCrossEntropyLoss(_Loss):
         workspace_mib: float | None = None,
     ) -> None:
         loss_options(reduction, label_smoothing, z_loss)
-        head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
+        checks.ignore_index(ignore_index)
+        head_options(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            tail_eps=tail_eps,
+            workspace_mib=workspace_mib,
+        )
         check_tail_smoothing(tail_eps, label_smoothing, softcap)
         super().__init__(
             ignore_index=ignore_index,
@@ -156,7 +163,14 @@ class LinearDPOLoss(_Loss):
         workspace_mib: float | None = None,
     ) -> None:
         pair_options(loss_type, beta, label_smoothing)
-        head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
+        checks.ignore_index(ignore_index)
+        head_options(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            tail_eps=tail_eps,
+            workspace_mib=workspace_mib,
+        )
         super().__init__(
             beta=beta,
             loss_type=loss_type,
@@ -219,7 +233,14 @@ class LinearKTOLoss(_Loss):
         workspace_mib: float | None = None,
     ) -> None:
         unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
-        head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
+        checks.ignore_index(ignore_index)
+        head_options(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            tail_eps=tail_eps,
+            workspace_mib=workspace_mib,
+        )
         super().__init__(
             beta=beta,
             loss_type=loss_type,
@@ -291,7 +312,14 @@ class LinearPPOLoss(_Loss):
     ) -> None:
         policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
         checks.choice("aggregation", aggregation, AGGREGATIONS)
-        head_options(softcap, logit_scale, temperature, ignore_index, tail_eps, workspace_mib)
+        checks.ignore_index(ignore_index)
+        head_options(
+            softcap=softcap,
+            logit_scale=logit_scale,
+            temperature=temperature,
+            tail_eps=tail_eps,
+            workspace_mib=workspace_mib,
+        )
         super().__init__(
             clip=clip,
             clip_high=clip_high,

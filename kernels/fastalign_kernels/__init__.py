@@ -1,18 +1,19 @@
 """Kernels of fastalign: torch, triton and the native library of csrc/ only. `fastalign` hands these names
 on."""
 
-from .linear.cross_entropy import (
-    CrossEntropyStats,
-    linear_cross_entropy,
-    linear_cross_entropy_stats,
-    linear_logprobs,
-    linear_token_stats,
-)
+from .linear.cross_entropy import CrossEntropyStats, linear_cross_entropy, linear_cross_entropy_stats
+from .linear.logprobs import linear_logprobs
 from .linear.plan import HeadPlan, plan_head
 from .linear.policy import linear_ppo_loss
-from .linear.preference import LinearPreferenceLoss, LinearUnpairedLoss, linear_dpo_loss, linear_kto_loss
+from .linear.preference import (
+    LinearPreferenceLoss,
+    LinearUnpairedLoss,
+    linear_dpo_loss,
+    linear_kto_loss,
+)
 from .linear.tail_columns import kept_share
 from .linear.tail_report import TailReport, tail_report
+from .linear.token_stats import linear_token_stats
 from .logits import TokenStats, cross_entropy, sum_by_sequence, token_logprobs, token_stats
 from .policy.advantages import Advantages, gae, masked_whiten
 from .policy.losses import PolicyLoss, ValueLoss, ppo_loss, value_loss

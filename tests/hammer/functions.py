@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import fastalign_kernels as k
-from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
+from fastalign_kernels.linear.token_stats import linear_token_stats_ref
 from fastalign_kernels.logits import cross_entropy_ref, token_stats_ref
 from fastalign_kernels.policy.arguments import AGGREGATIONS
 from fastalign_kernels.policy.losses import KL_ESTIMATORS

@@ -97,42 +97,19 @@ def test_compiles_with_a_dynamic_number_of_tokens(device):
 def test_opcheck(tail_eps):
     hidden, weight, ids, bias = make("cpu", N=6, H=4, V=11)
     ids = ids.clamp(min=-1)
-    transform = (0.7, 5.0, 1.3, None, tail_eps)
-    ops = torch.ops.fastalign
-    torch.library.opcheck(ops.head_table.default, (hidden, weight, ids, bias, *transform))
+    options, needs = [0.7, 5.0, 1.3, 0.0, tail_eps or 0.0], [True, True, True]
+    head, ops = (hidden, weight, ids, bias), torch.ops.fastalign
+    torch.library.opcheck(ops.head_stats.default, (*head, options, needs))
+    scale = torch.rand(6, dtype=torch.float64)
+    torch.library.opcheck(ops.head_loss.default, (*head, scale, [0.1, 0.01, *options], needs))
+    frozen = (hidden, weight.detach(), ids, bias.detach())
+    torch.library.opcheck(ops.head_frozen.default, (*frozen, options, hidden[:0].clone()))
+    with torch.no_grad():
+        stats = ops.head_stats(*head, options, needs)
+    detached = (hidden.detach(), weight.detach(), ids, bias.detach())
     torch.library.opcheck(
-        ops.head_loss.default,
-        (
-            hidden,
-            weight,
-            ids,
-            bias,
-            torch.rand(6, dtype=torch.float64),
-            0.1,
-            0.01,
-            *transform,
-            True,
-            True,
-            True,
-        ),
+        ops.head_stats_grad.default, (torch.randn_like(stats), stats, [], *detached, options, needs)
     )
-    torch.library.opcheck(
-        ops.head_frozen.default, (hidden, weight.detach(), ids, bias.detach(), *transform, hidden[:0].clone())
-    )
-    table = ops.head_table(hidden, weight, ids, bias, *transform).detach()
-    arguments = (
-        torch.randn_like(table),
-        table,
-        hidden.detach(),
-        weight.detach(),
-        ids,
-        bias.detach(),
-        *transform,
-        True,
-        True,
-        True,
-    )
-    torch.library.opcheck(ops.head_table_grad.default, arguments)
 
 
 def test_triton_runs_the_whole_loop(monkeypatch):
@@ -163,9 +140,12 @@ def test_the_reference_serves_where_the_native_library_is_missing(monkeypatch):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"hidden": torch.zeros(5, 3)}, r"hidden: shape \[5, 3\] seen, \[\.\.\., H\] = \[\.\.\., 4\] wanted"),
+        (
+            {"hidden": torch.zeros(5, 3)},
+            r"hidden: got shape \[5, 3\], expected \[\.\.\., H\] = \[\.\.\., 4\]",
+        ),
         ({"hidden": torch.zeros(5, 4, dtype=torch.int64)}, "hidden: torch.int64 seen"),
-        ({"weight": torch.zeros(4)}, r"weight: shape \[4\] seen, \[V, H\] wanted"),
+        ({"weight": torch.zeros(4)}, r"weight: got shape \[4\], expected \[V, H\]"),
         (
             {"weight": torch.zeros(7, 4, dtype=torch.bfloat16)},
             "weight: torch.bfloat16 seen, torch.float32 wanted",

@@ -11,8 +11,9 @@ from fastalign_kernels import (
     linear_token_stats,
     native,
 )
-from fastalign_kernels.linear import token_tiles as sweep
-from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.linear import chunks
+from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
+from fastalign_kernels.linear.token_stats import linear_token_stats_ref
 from tests.linear.inputs import grads_of, make
 
 OPTIONS = {
@@ -191,7 +192,7 @@ def test_weight_gradient_of_low_precision_is_summed_in_fp32(device):
     one_token = 64 * (6 if device == "cuda" else 4) / 2**20
     loss = linear_cross_entropy(hidden, weight, ids, reduction="sum", workspace_mib=one_token)
     assert (
-        sweep.plan_head(512, 16, 64, dtype=torch.bfloat16, device=device, workspace_mib=one_token).chunk == 1
+        chunks.plan_head(512, 16, 64, dtype=torch.bfloat16, device=device, workspace_mib=one_token).chunk == 1
     )
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
     (found,) = grads_of(loss, [weight])
@@ -257,9 +258,9 @@ def test_ignored_tokens_enter_no_gemm(monkeypatch):
     others: the count comes late.)"""
     hidden, weight, ids, bias = make("cpu")
     counted = []
-    original = sweep.mm
+    original = chunks.mm
     monkeypatch.setattr(
-        sweep, "mm", lambda a, b, out: counted.append(tuple(out.shape)) or original(a, b, out)
+        chunks, "mm", lambda a, b, out: counted.append(tuple(out.shape)) or original(a, b, out)
     )
     linear_cross_entropy(hidden, weight, ids, bias, workspace_mib=SEVERAL_CHUNKS)
     assert sum(rows for rows, columns in counted if columns == 123) == int((ids >= 0).sum())

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastalign_kernels import linear_token_stats, ppo_loss
+from fastalign_kernels.linear import chunks
 from fastalign_kernels.linear import policy as policy_head
-from fastalign_kernels.linear import token_tiles as sweep
-from fastalign_kernels.linear.cross_entropy import linear_token_stats_ref
 from fastalign_kernels.linear.policy import linear_ppo_loss
+from fastalign_kernels.linear.token_stats import linear_token_stats_ref
 from fastalign_kernels.policy.arguments import AGGREGATIONS
 from fastalign_kernels.policy.losses import KL_ESTIMATORS
 from fastalign_kernels.policy.reference import ppo_loss_ref
@@ -145,14 +145,14 @@ def test_packed_equals_padded(device: str) -> None:
 def test_gemms_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of each GEMM for logits: those of the mask, once, whatever is trained; fp16 twice."""
     seen: list[int] = []
-    mm = sweep.mm
+    mm = chunks.mm
 
     def counted(a: Tensor, b: Tensor, out: Tensor) -> None:
         if out.shape[-1] == V:
             seen.append(a.shape[0])
         mm(a, b, out)
 
-    monkeypatch.setattr(sweep, "mm", counted)
+    monkeypatch.setattr(chunks, "mm", counted)
     for dtype, times in ((torch.float64, 1), (torch.float32, 1), (torch.float16, 2)):
         given = inputs(dtype)
         for trained in (("hidden", "weight", "bias"), ("hidden",)):
@@ -240,10 +240,11 @@ def test_opcheck() -> None:
     ids = torch.where(given["mask"], given["ids"], -1).flatten()
     flat = [given[name].nan_to_num().flatten() for name in ("old_logp", "advantages", "reference_logp")]
     hidden = given["hidden"].detach().nan_to_num().view(-1, H).requires_grad_()
-    head = (hidden, given["weight"], ids, given["bias"], 1.0, 0.0, 1.0, None, None)
+    head = (hidden, given["weight"], ids, given["bias"])
+    head_options = [1.0, 0.0, 1.0, 0.0, 0.0]
     options = list(policy_head.policy_options(0.2, None, None, 0.1, 0.3, "k3"))
     for scale in (torch.tensor([0.1]), torch.rand(len(ids), generator=torch.Generator().manual_seed(0))):
-        arguments = (*head, *flat[:2], scale, flat[2], options, True, True, True)
+        arguments = (*head, *flat[:2], scale, flat[2], head_options, options, [True, True, True])
         torch.library.opcheck(torch.ops.fastalign.head_policy.default, arguments)
     step = torch.compile(
         lambda **tensors: linear_ppo_loss(**tensors, **LOSS, aggregation="sequence_mean"),
@@ -267,10 +268,10 @@ def test_opcheck() -> None:
         ({"ids": torch.full((B, T), -100), "ignore_index": -1}, r"ids: -100 at"),
         (
             {"reference_logp": None, "kl_coefficient": 0.1},
-            "reference_logp: None seen with kl_coefficient=0.1",
+            "reference_logp: got None with kl_coefficient=0.1",
         ),
         ({"clip": -1.0}, "clip: -1.0 seen"),
-        ({"weight": torch.zeros(V, H + 1)}, "hidden: shape"),
+        ({"weight": torch.zeros(V, H + 1)}, "hidden: got shape"),
         ({"temperature": 0.0}, "temperature: 0.0 seen"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastalign.measure import peak_memories
+from fastalign_kernels.linear import chunks
 from fastalign_kernels.linear import preference as sequence_head
-from fastalign_kernels.linear import token_tiles as sweep
 from fastalign_kernels.linear.preference import linear_dpo_loss, linear_kto_loss
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref
@@ -154,7 +154,7 @@ def test_of_a_long_unit_the_logits_of_all_chunks_but_one_are_made_again(
     and `room` fit the workspace."""
     seen: list[int] = []
     tiles = set()
-    mm = sweep.mm
+    mm = chunks.mm
 
     def counted(a: Tensor, b: Tensor, out: Tensor) -> None:
         assert out.shape == (len(a), V) and out.untyped_storage().nbytes() <= room * V * 8
@@ -162,7 +162,7 @@ def test_of_a_long_unit_the_logits_of_all_chunks_but_one_are_made_again(
         tiles.add(out.data_ptr())
         mm(a, b, out)
 
-    monkeypatch.setattr(sweep, "mm", counted)
+    monkeypatch.setattr(chunks, "mm", counted)
     given = inputs(torch.float64, 2 * S)
     options = {name: given[name] for name in ("hidden", "weight", "ids", "bias")}
     linear_dpo_loss(
@@ -305,14 +305,15 @@ def test_opcheck_and_compile(tail_eps: float | None) -> None:
         given["weight"],
         ids,
         given["bias"],
-        1.0,
-        0.0,
-        1.0,
-        None,
-        tail_eps,
+        ends,
+        reference,
     )
-    options = (None, None, "sigmoid", 0.1, 0.0, 1.0, 1.0, True, True, True)
-    torch.library.opcheck(torch.ops.fastalign.head_sequences.default, (*head, ends, reference, *options))
+    options, needs = [0.1, 0.0, 1.0, 0.0, 1.0, 0.0, tail_eps or 0.0], [True, True, True]
+    ops = torch.ops.fastalign
+    torch.library.opcheck(ops.head_pairs.default, (*head, None, "sigmoid", options, needs))
+    desirable, kl = torch.arange(2 * S) % 2 == 0, torch.tensor(0.2)
+    weighted = [0.1, 1.0, 1.5, *options[2:]]
+    torch.library.opcheck(ops.head_unpaired.default, (*head, desirable, kl, weighted, needs))
     step = torch.compile(lambda **tensors: linear_dpo_loss(**tensors), fullgraph=True, backend="aot_eager")
     eager, ours = linear_dpo_loss(**given), step(**given)
     torch.testing.assert_close(tuple(ours), tuple(eager))
@@ -325,16 +326,16 @@ def test_opcheck_and_compile(tail_eps: float | None) -> None:
     [
         (
             {"ids": torch.zeros(6 * T, dtype=torch.int64)},
-            r"ids: shape \[54\] seen, \[rows, T\] wanted, or \[N\] with cu_seqlens",
+            r"ids: got shape \[54\], expected \[rows, T\], or \[N\] with cu_seqlens",
         ),
-        ({"ids": torch.zeros(5, T, dtype=torch.int64)}, "ids: 5 rows seen, the chosen ones"),
-        ({"reference_logps": torch.zeros(6)}, "reference_hidden, reference_logps: both seen"),
-        ({"reference_hidden": None}, "reference_hidden, reference_logps: neither seen"),
-        ({"reference_weight": None}, "reference_weight: None seen"),
+        ({"ids": torch.zeros(5, T, dtype=torch.int64)}, "ids: got 5 rows, expected the chosen ones"),
+        ({"reference_logps": torch.zeros(6)}, "reference_hidden, reference_logps: got both"),
+        ({"reference_hidden": None}, "reference_hidden, reference_logps: got neither"),
+        ({"reference_weight": None}, "reference_weight: got None"),
         ({"reference_hidden": None, "reference_logps": torch.zeros(5)}, r"reference_logps: shape \[5\] seen"),
         ({"loss_type": "dpo"}, "loss_type: 'dpo' seen"),
         ({"beta": 0.0}, "beta: 0.0 seen"),
-        ({"weight": torch.zeros(V, H + 1)}, "hidden: shape"),
+        ({"weight": torch.zeros(V, H + 1)}, "hidden: got shape"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

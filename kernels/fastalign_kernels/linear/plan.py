@@ -37,7 +37,7 @@ class HeadPlan(NamedTuple):
     gemms: int
 
 
-def choose_way(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
+def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
     """The way of linear/cross_entropy.py's table for these gradients; see `plan_head` for the arguments."""
     if not (hidden_grad or weight_grad):
         return "no_grad"
@@ -89,7 +89,7 @@ def plan_head(
         checks.tail_eps(tail_eps)
     if workspace_mib is not None:
         checks.above_zero("workspace_mib", workspace_mib)
-    way = choose_way(dtype, hidden_grad, weight_grad, upstream)
+    way = select_mode(dtype, hidden_grad, weight_grad, upstream)
     gradients = int(hidden_grad) + int(weight_grad)
     gemms = 2 + gradients if way == "general" else 1 + gradients
     largest, per_token = capacity(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib)

@@ -1,12 +1,11 @@
-"""PPO's policy loss from hidden states: the head and the loss in one pass over chunks of tokens, without
-logits in memory.
+"""PPO's policy loss from hidden states, without the logits in memory.
 
-    hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  sum of scale (policy - c_entropy H + c_kl KL), see policy/losses.py
+    hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  the loss of policy/losses.py
 
-What a token's logp and entropy are worth to the loss is known as soon as they are, so a chunk's gradient is
-made while its logits exist: 3 GEMMs of N x H x V with a trained weight, 2 with a frozen one, 1 without
-gradients, where `linear_token_stats` and `ppo_loss` take 4, 3 and 1. Kept for the backward pass: dX and dW.
-Tokens outside the mask enter no GEMM.
+What a token's logp and entropy contribute to the loss is known as soon as they are. Its gradient is therefore
+computed while its logits exist: 3 GEMMs of 2 N H V flops with a trained weight, 2 with a frozen one, 1 without
+gradients, where `linear_token_stats` and `ppo_loss` take 4, 3 and 1. Saved for backward: dX and dW. Tokens
+outside the mask enter no GEMM.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..autograd import save_loss
+from ..autograd import register_loss_op
+from ..logits import stats_of
 from ..policy.arguments import as_bool, check_tokens, per_token, token_scale
 from ..policy.losses import (
     PolicyLoss,
@@ -26,83 +26,82 @@ from ..policy.losses import (
     policy_sums,
     ppo_loss,
 )
-from ..softmax.rows import Stat, Transform, accumulator_dtype, coefficients
-from .accumulate import fake_gradients
-from .cross_entropy import find_way, linear_token_stats, prepare, scalar_loss_backward
-from .token_tiles import Head, sweep
+from ..softmax.rows import Stat, accumulator_dtype, coefficients
+from . import engines
+from .engine import empty_gradients
+from .inputs import HeadInputs, NeedsGrad, head_inputs, head_options
+from .token_stats import head_stats
 
 
-@torch.library.custom_op("fastalign::head_policy", mutates_args=())
-def _head_policy(
+def _policy(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
     bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float | None,
     old_logp: Tensor | None,
     advantages: Tensor,
     scale: Tensor,
     reference_logp: Tensor | None,
     options: list[float],
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
+    policy_numbers: list[float],
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, `PolicySum`s [8] fp64, and the gradients of hidden, weight and bias. ids are -1 outside the
-    mask."""
-    head = Head(
-        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
-    )
-    mask, numbers = ids >= 0, PolicyOptions.of(options)
+    """The loss, `PolicySum`s [8] fp64, and gradients. ids are -1 outside the mask."""
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    mask, policy = ids >= 0, PolicyOptions.of(policy_numbers)
 
-    def sums_and_slopes(stats: Tensor, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        own_scale = scale if scale.numel() == 1 else scale[index]
-        reference = None if reference_logp is None else reference_logp[index]
-        old = stats[Stat.LOGP] if old_logp is None else old_logp[index]
-        fixed = (old, advantages[index], mask[index], own_scale)
-        return policy_sums(stats[Stat.LOGP], *fixed, stats[Stat.ENTROPY], reference, numbers)
+    def sums_and_grads(stats: Tensor, tokens: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """`policy_sums` of some tokens."""
+        return policy_sums(
+            stats[Stat.LOGP],
+            stats[Stat.LOGP] if old_logp is None else old_logp[tokens],
+            advantages[tokens],
+            mask[tokens],
+            scale if scale.numel() == 1 else scale[tokens],
+            stats[Stat.ENTROPY],
+            None if reference_logp is None else reference_logp[tokens],
+            policy,
+        )
 
-    def chunk_coefficients(stats: Tensor, index: Tensor | slice) -> Tensor:
-        slopes = sums_and_slopes(stats, index)[1]
+    def of_tokens(stats: Tensor, tokens: Tensor | slice) -> Tensor:
+        grads = sums_and_grads(stats, tokens)[1]
         grad = torch.zeros_like(stats)
-        grad[Stat.LOGP] = slopes[0]
-        if len(slopes) > 1:
-            grad[Stat.ENTROPY] = slopes[1]
-        return coefficients(grad, stats, weight.shape[0])
+        grad[Stat.LOGP] = grads[0]
+        if len(grads) > 1:
+            grad[Stat.ENTROPY] = grads[1]
+        return coefficients(grad, stats, inputs.vocab_size)
 
-    wanted = (hidden_grad, weight_grad, bias_grad)
-    table, gradients = sweep(head, None, chunk_coefficients if any(wanted) else None, wanted)
-    sums, _ = sums_and_slopes(
-        table, slice(None)
-    )  # once more and at once, so that the loss does not depend on the chunks
-    return sums[PolicySum.LOSS].to(scale.dtype, copy=True), sums, *gradients
+    stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
+    # Once more over all tokens, so that the loss does not depend on the chunks.
+    sums, _ = sums_and_grads(stats, slice(None))
+    return sums[PolicySum.LOSS].to(scale.dtype, copy=True), sums, *grads
 
 
-@_head_policy.register_fake
-def _(
+def _fake_policy(
     hidden,
     weight,
     ids,
     bias,
-    logit_scale,
-    softcap,
-    temperature,
-    workspace_mib,
-    tail_eps,
     old_logp,
     advantages,
     scale,
-    *options,
+    reference_logp,
+    options,
+    policy_numbers,
+    needs,
 ):
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
     sums = scale.new_empty(len(PolicySum), dtype=torch.float64)
-    return scale.new_empty(()), sums, *fake_gradients(hidden, weight, bias, *options[-3:])
+    return scale.new_empty(()), sums, *empty_gradients(inputs, NeedsGrad(*needs))
 
 
-_head_policy.register_autograd(scalar_loss_backward("linear_ppo_loss", _head_policy), setup_context=save_loss)
+_head_policy = register_loss_op(
+    "head_policy",
+    _policy,
+    _fake_policy,
+    differentiable=("hidden", "weight", "bias"),
+    losses="linear_ppo_loss",
+)
 
 
 def linear_ppo_loss(
@@ -153,12 +152,14 @@ def linear_ppo_loss(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device, range or name.
     """
-    options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
+    policy_numbers = policy_options(
+        clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator
+    )
     checks.tensors(hidden=hidden, ids=ids, advantages=advantages)
     checks.optional_tensors(old_logp=old_logp, reference_logp=reference_logp)
     if reference_logp is None and kl_coefficient:
         raise ValueError(
-            f"reference_logp: None seen with kl_coefficient={kl_coefficient}, the shape of ids wanted"
+            f"reference_logp: got None with kl_coefficient={kl_coefficient}, expected a tensor of the shape of ids"
         )
     advantages = per_token(advantages, ids.shape)
     for name, tensor in (("old_logp", old_logp), ("advantages", advantages)):
@@ -169,39 +170,50 @@ def linear_ppo_loss(
     checks.device("mask", mask, "ids", ids)
     checks.dtype("ids", ids, checks.INTEGERS)
     inside = as_bool(mask)
-    arguments = prepare(
-        hidden,
-        weight,
-        ids,
-        "ids",
-        bias,
-        softcap,
-        logit_scale,
-        temperature,
-        ignore_index,
-        tail_eps,
-        workspace_mib,
-        check,
-        mask=inside,
+    options = head_options(
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
     )
-    kept = arguments[2].view(ids.shape)  # -1 outside the mask and where ignored
+    inputs = head_inputs(
+        hidden, weight, ids, bias, options, ignore_index=ignore_index, check=check, mask=inside
+    )
+    kept = inputs.ids.view(ids.shape)  # -1 outside the mask and where ignored
     inside = kept >= 0
-    way, *wanted = find_way(arguments[0], weight, bias, "scalar")
-    if way == "general":
-        stats = linear_token_stats(
-            hidden, weight, kept, bias, ignore_index=-1, softcap=softcap, logit_scale=logit_scale, temperature=temperature,
-            tail_eps=tail_eps, workspace_mib=workspace_mib,
-        )  # fmt: skip
+    if inputs.mode("scalar") == "general":
+        stats = stats_of(head_stats(inputs), ids.shape, entropy=True)
         return ppo_loss(
-            stats.logp, old_logp, advantages, inside, clip=clip, clip_high=clip_high, dual_clip=dual_clip, entropy=stats.entropy,
-            entropy_coefficient=entropy_coefficient, reference_logp=reference_logp, kl_coefficient=kl_coefficient,
-            kl_estimator=kl_estimator, aggregation=aggregation, normalizer=normalizer, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
-    _, scale = token_scale(inside, aggregation, normalizer, cu_seqlens, accumulator_dtype(arguments[0].dtype))
-    old, worth, reference = (
+            stats.logp,
+            old_logp,
+            advantages,
+            inside,
+            clip=clip,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            entropy=stats.entropy,
+            entropy_coefficient=entropy_coefficient,
+            reference_logp=reference_logp,
+            kl_coefficient=kl_coefficient,
+            kl_estimator=kl_estimator,
+            aggregation=aggregation,
+            normalizer=normalizer,
+            cu_seqlens=cu_seqlens,
+        )
+    dtype = accumulator_dtype(inputs.hidden.dtype)
+    _, scale = token_scale(inside, aggregation, normalizer, cu_seqlens, dtype)
+    old, advantage, reference = (
         None if x is None else x.detach().reshape(-1) for x in (old_logp, advantages, reference_logp)
     )
     loss, sums, *_ = _head_policy(
-        *arguments, old, worth, scale.reshape(-1), reference, list(options), *wanted
+        *inputs.tensors,
+        old,
+        advantage,
+        scale.reshape(-1),
+        reference,
+        options.numbers(),
+        list(policy_numbers),
+        list(inputs.needs_grad()),
     )
     return policy_metrics(loss, sums, True, reference is not None)

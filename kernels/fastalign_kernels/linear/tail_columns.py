@@ -25,33 +25,34 @@ workspace only; a GEMM that gathers its own rows, as the CPU's does, is the next
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..softmax.columns import column_sums
-from ..softmax.rows import Coefficient, Transform
+from ..softmax.rows import Coefficient
+from .chunks import Operands, TokenChunk, first_true
+from .inputs import HeadInputs
+from .plan import TOKENS
 
-_seen = {"kept": 0, "all": 0}  # columns times tokens since `kept_share` was last asked
-
-GATHERED_BYTES = (
-    4 * 2**20
-)  # of gathered columns and of what is made of them, at a time: GEMMs stay large, memory stays small
-DENSE = 3 / 5  # share of columns above which a block's gathers cost more than its smaller GEMMs save
+# Bytes of gathered columns, and of what is made of them, at a time. GEMMs stay large and memory stays small.
+GATHERED_BYTES = 4 * 2**20
+# Share of columns above which a chunk's gathers cost more than its smaller GEMMs save.
+DENSE = 3 / 5
 
 
-class Kept(NamedTuple):
-    """What the gradient of a block needs of its logits, for any coefficients."""
+class KeptColumns(NamedTuple):
+    """What the gradient of a chunk needs of its logits, for any coefficients."""
 
     columns: Tensor  # [K] int64, ascending
     logits: Tensor  # raw: [C, V], of which `columns` are the kept ones, or [C, K] of these
     totals: Tensor  # [2, C] fp64, sums over all columns of p dz/dx and of p log p dz/dx
-    others: Tensor  # [V], column sums of p dz/dx, 0 for the kept columns
+    dropped_sums: Tensor  # [V], column sums of p dz/dx, 0 for the kept columns
 
 
-class Choice(NamedTuple):
+class ColumnSelection(NamedTuple):
     """The columns to keep, before the host knows how many they are."""
 
     order: Tensor  # [V] or [K], the kept columns first
@@ -60,64 +61,109 @@ class Choice(NamedTuple):
     totals: Tensor  # [2, C]
 
 
-def kept_share() -> float | None:
-    """Share of the softmax's columns that entered backward GEMMs in this process since this was last asked,
-    over all heads with tail_eps.
+class ColumnCounter:
+    """Counts columns times tokens: those that entered backward GEMMs, and all."""
 
-    None where none ran. It rises where a model is less sure: at 1 all blocks ran dense, and tail_eps saves
-    nothing.
+    def __init__(self) -> None:
+        self.kept = self.total = 0
+
+    @property
+    def share(self) -> float | None:
+        """Of the columns, those kept; None where no tail ran."""
+        return self.kept / self.total if self.total else None
+
+    def add(self, *, kept: int, total: int) -> None:
+        self.kept += kept
+        self.total += total
+
+    def reset(self) -> None:
+        self.kept = self.total = 0
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Counts inside do not last."""
+        before = self.kept, self.total
+        try:
+            yield
+        finally:
+            self.kept, self.total = before
+
+
+COUNTER = ColumnCounter()
+
+
+def kept_share() -> float | None:
+    """Share of the softmax's columns that entered backward GEMMs since this was last asked.
+
+    It counts all heads with tail_eps in this process; None where none ran. It rises where a model is less
+    sure. At 1 all chunks ran dense, and tail_eps saves nothing.
     """
-    share = _seen["kept"] / _seen["all"] if _seen["all"] else None
-    _seen.update(kept=0, all=0)
+    share = COUNTER.share
+    COUNTER.reset()
     return share
 
 
-def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
-    """Indices with those of True first, in order (on a CPU only those), and a function that tells how many
-    they are.
-
-    On a GPU the count is copied to pinned memory, and the function waits for no more than what was queued
-    before this call.
-    """
-    if not mask.is_cuda:
-        index = mask.nonzero()[:, 0]
-        return index, index.numel
-    order = torch.argsort(~mask, stable=True)
-    count = torch.empty(1, dtype=torch.int64, pin_memory=True)
-    count.copy_(mask.sum().view(1), non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def how_many() -> int:
-        copied.synchronize()
-        return int(count[0])
-
-    return order, how_many
+def select_columns(inputs: HeadInputs, operands: Operands, chunk: TokenChunk) -> ColumnSelection:
+    """The columns of a chunk where some token's probability exceeds tail_eps, and the tokens' ids."""
+    largest, sums, totals = column_sums(
+        chunk.logits, chunk.ids, operands.bias, inputs.options.transform, chunk.stats
+    )
+    assert inputs.options.tail_eps is not None
+    keep = largest > inputs.options.tail_eps
+    keep[chunk.ids.clamp(min=0)] = True  # an ignored token keeps column 0 too, which is harmless
+    return ColumnSelection(*first_true(keep), sums, totals)
 
 
-def choose(
-    logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor, eps: float
-) -> Choice:
-    """Columns of logits [C, V] to keep; arguments as in `column_sums`."""
-    largest, sums, totals = column_sums(logits, ids, bias, transform, stats)
-    wanted = largest > eps
-    wanted[ids.clamp(min=0)] = True  # an ignored token keeps column 0 too, which is harmless
-    return Choice(*first_true(wanted), sums, totals)
-
-
-def keep(choice: Choice, logits: Tensor) -> Kept | None:
-    """The kept columns of the logits; None where they are so many that the block is better served dense."""
+def kept_columns(selection: ColumnSelection, logits: Tensor) -> KeptColumns | None:
+    """The selected columns of the logits; None where they are so many that dense is faster."""
     C, V = logits.shape
-    K = choice.how_many()
-    _seen["kept"] += C * (K if K <= DENSE * V else V)
-    _seen["all"] += logits.numel()
-    if K > DENSE * V:
+    K = selection.how_many()
+    dense = K > DENSE * V
+    COUNTER.add(kept=C * (V if dense else K), total=logits.numel())
+    if dense:
         return None
-    columns = choice.order[:K]
-    return Kept(columns, logits, choice.totals, choice.sums.index_fill(0, columns, 0))
+    columns = selection.order[:K]
+    return KeptColumns(columns, logits, selection.totals, selection.sums.index_fill(0, columns, 0))
 
 
 def dropped_grad(totals: Tensor, coefficients: Tensor) -> Tensor:
     """Row sums [C] of dz over columns with these totals [2, C]."""
     prob, plogp = coefficients[Coefficient.PROB], coefficients[Coefficient.PLOGP]
     return (prob * totals[0] + plogp * totals[1]).to(coefficients.dtype)
+
+
+def chunks_with_columns(
+    inputs: HeadInputs,
+    operands: Operands,
+    chunks: Iterable[TokenChunk],
+    coefficients: Callable[[TokenChunk], Tensor] | None = None,
+) -> Iterator[tuple[TokenChunk, Tensor, KeptColumns | None]]:
+    """Parts of at most TOKENS tokens, their coefficients [4, C], and kept columns (None: run dense).
+
+    On a GPU the number of kept columns, which sizes the GEMMs, is asked for when the next chunk's logits are
+    queued. The device then has work while the host waits.
+
+    coefficients: of a chunk; without it the parts' are empty.
+    """
+    queued: list[tuple[TokenChunk, Tensor, ColumnSelection]] = []
+
+    def finished() -> Iterator[tuple[TokenChunk, Tensor, KeptColumns | None]]:
+        for part, part_coefficients, selection in queued:
+            yield part, part_coefficients, kept_columns(selection, part.logits)
+
+    for chunk in chunks:
+        C, most = chunk.ids.numel(), TOKENS[inputs.hidden.device.type]
+        of_chunk = chunk.stats.new_empty(0, C) if coefficients is None else coefficients(chunk)
+        selected = []
+        for begin in range(0, C, most):
+            part = chunk.part(begin, min(begin + most, C))
+            part_coefficients = of_chunk[:, begin : begin + most].contiguous()
+            selected.append((part, part_coefficients, select_columns(inputs, operands, part)))
+        if inputs.ids.is_cuda:
+            yield from finished()
+            queued = selected
+        else:
+            queued = selected
+            yield from finished()
+            queued = []
+    yield from finished()

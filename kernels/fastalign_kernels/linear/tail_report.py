@@ -9,18 +9,19 @@ from torch import Tensor
 
 from .. import checks
 from ..ordered_sum import ordered_sum
-from ..softmax.rows import Transform
-from .accumulate import GradientSums
-from .cross_entropy import linear_cross_entropy, prepare
-from .tail_columns import kept_share
-from .token_tiles import Head, chunk_blocks, new_table, no_autocast, tail_blocks
+from .chunks import ChunkRunner, Operands, new_stats, planned_chunks, run_chunks
+from .cross_entropy import linear_cross_entropy
+from .inputs import HeadInputs, NeedsGrad, head_inputs, head_options
+from .tail_columns import COUNTER, chunks_with_columns
 
 
 class TailReport(NamedTuple):
-    """Numbers, not tensors. Errors are relative, in the L2 norm over all entries, of the gradients of the
-    mean cross-entropy."""
+    """Numbers, not tensors, of the gradients of the mean cross-entropy.
 
-    kept_share: float  # of the columns, mean over blocks; 1 where a block ran dense
+    Errors are relative, in the L2 norm over all entries.
+    """
+
+    kept_share: float  # of the columns, mean over chunks; 1 where a chunk ran dense
     dropped_mass: float  # of the softmax, mean over tokens
     hidden_error: float
     weight_error: float
@@ -40,77 +41,88 @@ def tail_report(
     temperature: float = 1.0,
     workspace_mib: float | None = None,
 ) -> TailReport:
-    """Measure tail_eps on the first `sample` tokens that are not ignored: the tail's gradients against the
-    exact ones.
+    """The errors of the tail's gradients against the exact ones, on the first `sample` kept tokens.
 
-    hidden [..., H], weight [V, H], targets [...], bias [V] and the options as in `linear_cross_entropy`.
-    Costs about 6 GEMMs and two gradients of the weight; it waits for the device.
+    Costs about 6 GEMMs and two gradients of the weight, and waits for the device.
 
+    Args:
+        hidden, weight, targets, bias: [..., H], [V, H], [...], [V]; these and the options as in
+            `linear_cross_entropy`.
+        sample: tokens that are not ignored, at most.
     Raises:
-        ValueError: as `linear_cross_entropy`, and for tail_eps None, a sample below 1, no token to measure, or logit_scale 0, which
-            makes all gradients 0.
+        ValueError: as `linear_cross_entropy`; tail_eps is None, sample is below 1, no token is left to
+            measure, or logit_scale is 0, which makes all gradients 0.
     """
     if tail_eps is None:
-        raise ValueError("tail_eps: None seen, a probability in (0, 1) wanted")
+        raise ValueError("tail_eps: got None, expected a probability in (0, 1)")
     checks.whole("sample", sample, 1, expected="a whole number >= 1")
     if checks.number("logit_scale", logit_scale) == 0:
         raise ValueError(
-            "logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is relative to them"
+            "logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is "
+            "relative to them"
         )
     checks.tensor("hidden", hidden)
     if not checks.readable(hidden, check=True):
         raise ValueError(f"hidden: got a tensor without values, on {hidden.device}, expected one with values")
-    arguments = prepare(
+    options = head_options(
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
+    )
+    inputs = head_inputs(
         hidden,
         weight,
         targets,
-        "targets",
         bias,
-        softcap,
-        logit_scale,
-        temperature,
-        ignore_index,
-        tail_eps,
-        workspace_mib,
-        True,
+        options,
+        ignore_index=ignore_index,
+        check=True,
+        ids_name="targets",
     )
-    flat, _, ids, bias, *transform, workspace, eps = arguments
-    own = (ids >= 0).nonzero()[:sample, 0]
-    if not own.numel():
-        raise ValueError("targets: none seen that is not ignored, at least one wanted")
-    x, w, y = flat[own].detach().requires_grad_(), weight.detach().requires_grad_(), ids[own]
-    b = None if bias is None else bias.detach()
-
-    kept_share()
-    head = Head(x.detach(), w.detach(), y, b, Transform(*transform), workspace, eps)
-    dropped = 0.0
-    with no_autocast(head):
-        sums = GradientSums(*head[:2], b, head.transform, (False, False, False))
-        for _, kept in tail_blocks(
-            head, sums, chunk_blocks(head, sums, new_table(head), True, None, (True, True, False))
-        ):
-            dropped += 0.0 if kept is None else float(ordered_sum(kept.others))
-    share = kept_share()
-    assert share is not None
-    mass = dropped / own.numel() * temperature / logit_scale  # of p dz/dx: a softcap's slope is counted in
+    tokens = (inputs.ids >= 0).nonzero()[:sample, 0]
+    if not tokens.numel():
+        raise ValueError("targets: got none that is not ignored, expected at least one")
+    sampled = HeadInputs(
+        inputs.hidden[tokens].detach().requires_grad_(),
+        weight.detach().requires_grad_(),
+        inputs.ids[tokens],
+        None if inputs.bias is None else inputs.bias.detach(),
+        options,
+    )
 
     def gradients(tail: float | None) -> tuple[Tensor, ...]:
         loss = linear_cross_entropy(
-            x,
-            w,
-            y,
-            b,
+            *sampled.tensors,
             softcap=softcap,
             logit_scale=logit_scale,
             temperature=temperature,
             tail_eps=tail,
             workspace_mib=workspace_mib,
         )
-        return torch.autograd.grad(loss, (x, w))
+        return torch.autograd.grad(loss, (sampled.hidden, sampled.weight))
 
-    errors = [relative_error(a, e) for a, e in zip(gradients(eps), gradients(None))]
-    kept_share()
-    return TailReport(share, mass, *errors)
+    with COUNTER.restored():
+        COUNTER.reset()
+        mass = _dropped_mass(sampled)
+        share = COUNTER.share
+        assert share is not None
+        errors = [relative_error(a, e) for a, e in zip(gradients(tail_eps), gradients(None))]
+    # The sums are of p dz/dx: a softcap's slope is counted in.
+    return TailReport(share, mass / tokens.numel() * temperature / logit_scale, *errors)
+
+
+@torch.no_grad()
+def _dropped_mass(inputs: HeadInputs) -> float:
+    """The sum over tokens and dropped columns of p dz/dx."""
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        runner = ChunkRunner(inputs, Operands.of(inputs), new_stats(inputs))
+        chunks = run_chunks(
+            runner, planned_chunks(inputs, NeedsGrad(hidden=True, weight=True)), fill_stats=True
+        )
+        parts = chunks_with_columns(inputs, runner.operands, chunks)
+        return sum(0.0 if kept is None else float(ordered_sum(kept.dropped_sums)) for _, _, kept in parts)
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:

@@ -1,219 +1,182 @@
-"""The statistics of a head's tokens for any upstream gradient: linear/cross_entropy.py's ways no_grad and general."""
+"""Statistics of a head's tokens, for any upstream gradient: the modes no_grad and general.
+
+    hidden [N, H], weight [V, H], ids [N]  ->  the table of softmax/rows.py, [7, N]
+
+The gradient is computed in backward, when the upstream gradients of logp, entropy and lse are known. It uses
+what the engine saved, or recomputes the logits: 2 + dX + dW GEMMs of 2 N H V flops on a CPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..autograd import InputGrads, first_order
-from ..softmax.rows import Stat, Transform, accumulator_dtype, coefficients
-from .accumulate import fake_gradients
-from .tail_saved import KeptState, empty_state, sweep_keeping, sweep_kept
-from .token_tiles import Head, capturing, sweep
+from .. import checks
+from ..autograd import NamedGrads, register_op
+from ..logits import TokenStats, kept_ids, stats_of
+from ..softmax.rows import Transform, coefficients, row_stats_ref
+from ..torch_func import transforming
+from . import engines
+from .engine import empty_gradients, empty_stats
+from .inputs import HeadInputs, NeedsGrad, head_inputs, head_options
 
 
-@torch.library.custom_op("fastalign::head_table", mutates_args=())
-def _head_table(
+def _stats(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
     bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float | None,
+    options: list[float],
+    needs: list[bool],
 ) -> Tensor:
-    head = Head(
-        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
-    )
-    return sweep(head, None, None, (False, False, False))[0]
+    """The table [7, N]."""
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    return engines.statistics(inputs, NeedsGrad())[0]
 
 
-@_head_table.register_fake
-def _(hidden, weight, ids, bias, logit_scale, softcap, temperature, workspace_mib, tail_eps):
-    return hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+def _fake_stats(hidden, weight, ids, bias, options, needs):
+    return empty_stats(HeadInputs.of(hidden, weight, ids, bias, options))
 
 
-@torch.library.custom_op("fastalign::head_table_grad", mutates_args=())
-def _head_table_grad(
-    grad: Tensor,
-    table: Tensor,
+def _stats_and_saved(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
     bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float | None,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
+    options: list[float],
+    needs: list[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """The table [7, N], and what the engine saves for `_stats_grad`."""
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    return engines.statistics(inputs, NeedsGrad(*needs))
+
+
+def _fake_stats_and_saved(hidden, weight, ids, bias, options, needs):
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    needs_grad = NeedsGrad(*needs)
+    return empty_stats(inputs), engines.engine_for(inputs, needs_grad).empty_saved(inputs, needs_grad)
+
+
+@torch.library.custom_op("fastalign::head_stats_grad", mutates_args=())
+def _stats_grad(
+    grad: Tensor,
+    stats: Tensor,
+    saved: Sequence[Tensor],
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    options: list[float],
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(
-        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
-    )
-    per_token = coefficients(grad, table, weight.shape[0])
-    _, gradients = sweep(
-        head,
-        table,
-        lambda stats, index: per_token[:, index].contiguous(),
-        (hidden_grad, weight_grad, bias_grad),
-    )
-    return gradients.hidden, gradients.weight, gradients.bias
+    """The gradients of hidden, weight and bias for the table's upstream gradient [7, N]."""
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    of_tokens = coefficients(grad, stats, inputs.vocab_size)
+    return engines.gradients(inputs, stats, list(saved), of_tokens, NeedsGrad(*needs))
 
 
-@_head_table_grad.register_fake
-def _(
-    grad,
-    table,
-    hidden,
-    weight,
-    ids,
-    bias,
-    logit_scale,
-    softcap,
-    temperature,
-    workspace_mib,
-    tail_eps,
-    hidden_grad,
-    weight_grad,
-    bias_grad,
-):
-    return fake_gradients(hidden, weight, bias, hidden_grad, weight_grad, bias_grad)
+@_stats_grad.register_fake
+def _fake_stats_grad(grad, stats, saved, hidden, weight, ids, bias, options, needs):
+    return empty_gradients(HeadInputs.of(hidden, weight, ids, bias, options), NeedsGrad(*needs))
 
 
-def _save_table(ctx, inputs, output) -> None:
-    hidden, weight, ids, bias, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight, ids, bias, output)
+def _save(ctx, inputs, output) -> None:
+    hidden, weight, ids, bias, ctx.options, ctx.needs = inputs
+    stats, saved = output if isinstance(output, tuple) else (output, [])
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, ids, bias, stats, *saved)
 
 
-def _table_backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGrads:
-    hidden, weight, ids, bias, table = saved
-    needs = ctx.needs_input_grad
-    gradients = _head_table_grad(
-        grad, table, hidden, weight, ids, bias, *ctx.options, needs[0], needs[1], needs[3]
-    )
-    d_hidden, d_weight, d_bias = (
-        g if need else None for g, need in zip(gradients, (needs[0], needs[1], needs[3]))
-    )
-    return d_hidden, d_weight, None, d_bias, *[None] * 5
+def _backward(ctx, tensors: Sequence[Tensor], grad: Tensor | None, *_: object) -> NamedGrads:
+    if grad is None:
+        return {}
+    hidden, weight, ids, bias, stats, *saved = tensors
+    grads = _stats_grad(grad, stats, saved, hidden, weight, ids, bias, ctx.options, ctx.needs)
+    return {name: value for name, value, need in zip(("hidden", "weight", "bias"), grads, ctx.needs) if need}
 
 
 _LOSSES = "linear_logprobs, linear_token_stats or linear_cross_entropy"
-_head_table.register_autograd(first_order(_LOSSES, _table_backward), setup_context=_save_table)
+_head_stats = register_op("head_stats", _stats, _fake_stats, save=_save, backward=_backward, losses=_LOSSES)
+_head_stats_saving = register_op(
+    "head_stats_saving",
+    _stats_and_saved,
+    _fake_stats_and_saved,
+    save=_save,
+    backward=_backward,
+    losses=_LOSSES,
+)
 
 
-# The same with a tail: what the backward pass needs is kept, and no logits are made again.
+def head_stats(inputs: HeadInputs) -> Tensor:
+    """The statistics [7, N] of a call, differentiable."""
+    needs = inputs.needs_grad()
+    arguments = (*inputs.tensors, inputs.options.numbers(), list(needs))
+    # torch.func.vmap serves no op that returns a list of tensors; without one the logits are recomputed.
+    if transforming() or not engines.engine_for(inputs, needs).saves(inputs, needs):
+        return _head_stats(*arguments)
+    return _head_stats_saving(*arguments)[0]
 
 
-@torch.library.custom_op("fastalign::head_table_kept", mutates_args=())
-def _head_table_kept(
+def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The table [7, N] and a KeptState."""
-    head = Head(
-        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    entropy: bool = True,
+    tail_eps: float | None = None,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> TokenStats:
+    """Log-probability, entropy and logsumexp of each position, differentiable, and top-1.
+
+    Costs 1 GEMM without gradients, 3 with a frozen weight, 4 when training. Arguments and errors as in
+    `linear_cross_entropy`.
+
+    Args:
+        entropy: False leaves that field None.
+    Returns:
+        [...] each: logp, entropy, lse in nats, fp32 (fp64 for fp64 inputs); top1 bool. Ignored positions are
+        0 / False and get no gradient.
+    """
+    checks.flags(entropy=entropy)
+    options = head_options(
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
     )
-    table, state = sweep_keeping(head, (hidden_grad, weight_grad, bias_grad))
-    return table, *state
+    inputs = head_inputs(hidden, weight, ids, bias, options, ignore_index=ignore_index, check=check)
+    return stats_of(head_stats(inputs), ids.shape, entropy)
 
 
-@_head_table_kept.register_fake
-def _(
-    hidden,
-    weight,
-    ids,
-    bias,
-    logit_scale,
-    softcap,
-    temperature,
-    workspace_mib,
-    tail_eps,
-    hidden_grad,
-    weight_grad,
-    bias_grad,
-):
-    head = Head(
-        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
-    )
-    table = hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
-    return table, *empty_state(head, (hidden_grad, weight_grad, bias_grad))
+def logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Raw logits [1, N, V] in full: plain PyTorch, for the specifications."""
+    logits = hidden @ weight.to(hidden.dtype).t()
+    return (logits if bias is None else logits + bias.to(logits.dtype)).reshape(1, -1, weight.shape[0])
 
 
-@torch.library.custom_op("fastalign::head_table_kept_grad", mutates_args=())
-def _head_table_kept_grad(
-    grad: Tensor,
-    table: Tensor,
-    state: Sequence[Tensor],
+def linear_token_stats_ref(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    workspace_mib: float | None,
-    tail_eps: float,
-    hidden_grad: bool,
-    weight_grad: bool,
-    bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(
-        hidden, weight, ids, bias, Transform(logit_scale, softcap, temperature), workspace_mib, tail_eps
-    )
-    per_token = coefficients(grad, table, weight.shape[0])
-    wanted = (hidden_grad, weight_grad, bias_grad)
-    gradients = sweep_kept(
-        head, table, KeptState(*state), lambda stats, index: per_token[:, index].contiguous(), wanted
-    )
-    return gradients.hidden, gradients.weight, gradients.bias
-
-
-@_head_table_kept_grad.register_fake
-def _(grad, table, state, hidden, weight, ids, bias, *options):
-    return fake_gradients(hidden, weight, bias, *options[-3:])
-
-
-def _save_kept(ctx, inputs, output) -> None:
-    hidden, weight, ids, bias, *ctx.options = inputs
-    table, *state = output
-    ctx.mark_non_differentiable(*state)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, ids, bias, table, *state)
-
-
-def _kept_backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> InputGrads:
-    if grad is None:
-        return (None,) * 12
-    hidden, weight, ids, bias, table, *state = saved
-    gradients = _head_table_kept_grad(grad, table, state, hidden, weight, ids, bias, *ctx.options)
-    d_hidden, d_weight, d_bias = (g if need else None for g, need in zip(gradients, ctx.options[-3:]))
-    return d_hidden, d_weight, None, d_bias, *[None] * 8
-
-
-_head_table_kept.register_autograd(first_order(_LOSSES, _kept_backward), setup_context=_save_kept)
-
-
-def head_table(arguments: Sequence[Any], wanted: Sequence[bool]) -> Tensor:
-    """The table [7, N] of `head.prepare`'s arguments; `wanted`: gradients of hidden, weight and bias."""
-    hidden, *_, tail_eps = arguments
-    if tail_eps is not None and any(wanted) and not capturing(hidden):
-        return _head_table_kept(*arguments, *wanted)[0]
-    return _head_table(*arguments)
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    entropy: bool = True,
+) -> TokenStats:
+    """The specification of `linear_token_stats`, and by its first field of `linear_logprobs`."""
+    transform = Transform(logit_scale, softcap or 0.0, temperature)
+    stats = row_stats_ref(logits_ref(hidden, weight, bias), kept_ids(ids, ignore_index), None, transform)
+    return stats_of(stats, ids.shape, entropy)

@@ -1,0 +1,199 @@
+"""Chunks of tokens: which tokens go together, and their logits and statistics, one GEMM a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..gemm import mm, own_gemm
+from ..softmax.rows import Stat, accumulator_dtype, row_stats
+from .inputs import HeadInputs, NeedsGrad
+from .plan import HeadPlan, plan_head
+
+
+class Operands(NamedTuple):
+    """The head in the dtypes of its GEMMs.
+
+    GEMMs take hidden states and weight in hidden's dtype. On a CPU without our own GEMMs torch's would round
+    their output to that dtype, so a chunk's hidden states and, once, the weight are widened.
+    """
+
+    weight: Tensor  # [V, H] of `factor`
+    bias: Tensor | None  # [V] of `accumulator`
+    factor: torch.dtype  # of hidden states and weight in a GEMM
+    accumulator: torch.dtype  # of logits, statistics and sums
+    grad: torch.dtype  # of dlogits and of a chunk's dX; our own GEMMs round dlogits while they pack
+
+    @classmethod
+    def of(cls, inputs: HeadInputs) -> Operands:
+        hidden, weight, _, bias, _ = inputs
+        accumulator = accumulator_dtype(hidden.dtype)
+        widen = not hidden.is_cuda and not own_gemm(hidden.device, hidden.dtype)
+        factor = accumulator if widen else hidden.dtype
+        return cls(
+            weight.to(factor),
+            None if bias is None else bias.to(accumulator),
+            factor,
+            accumulator,
+            grad=factor if hidden.is_cuda else accumulator,
+        )
+
+
+class TokenChunk(NamedTuple):
+    """Tokens whose logits, or their kept columns, are in memory."""
+
+    tokens: Tensor | slice  # their indices
+    ids: Tensor  # [C]
+    hidden: Tensor  # [C, H], as they enter a GEMM
+    stats: Tensor  # [7, C]
+    logits: Tensor  # [C, V]
+
+    def part(self, begin: int, end: int) -> TokenChunk:
+        tokens = self.tokens
+        if isinstance(tokens, slice):
+            tokens = slice(tokens.start + begin, tokens.start + end)
+        else:
+            tokens = tokens[begin:end]
+        return TokenChunk(
+            tokens,
+            self.ids[begin:end],
+            self.hidden[begin:end],
+            self.stats[:, begin:end].contiguous(),
+            self.logits[begin:end],
+        )
+
+
+def new_stats(inputs: HeadInputs) -> Tensor:
+    """The table [7, N] before any token runs. The statistics of ignored tokens stay 0."""
+    hidden = inputs.hidden
+    return hidden.new_zeros(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, when the host can ask the device nothing."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
+    """Indices with those of True first, in order, and a function that tells how many those are.
+
+    On a CPU only those of True. On a GPU the count is copied to pinned memory, and the function waits for no
+    more than what was queued before this call.
+    """
+    if not mask.is_cuda:
+        index = mask.nonzero()[:, 0]
+        return index, index.numel
+    order = torch.argsort(~mask, stable=True)
+    count = torch.empty(1, dtype=torch.int64, pin_memory=True)
+    count.copy_(mask.sum().view(1), non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def how_many() -> int:
+        copied.synchronize()
+        return int(count[0])
+
+    return order, how_many
+
+
+def _kept_tokens(ids: Tensor) -> tuple[Tensor | None, Callable[[], int]]:
+    """Indices [N] with the kept tokens first (None: all are kept), and a function that tells how many.
+
+    On a GPU only the second chunk asks. The host then waits for work that was queued before the first chunk,
+    and the device never idles. Under graph capture nothing can be asked: all tokens run, the ignored ones
+    with coefficients of zero.
+    """
+    if capturing(ids):
+        return None, ids.numel
+    order, how_many = first_true(ids >= 0)
+    return (None if not ids.is_cuda and how_many() == ids.numel() else order), how_many
+
+
+def planned_chunks(inputs: HeadInputs, needs: NeedsGrad) -> Iterator[Tensor | slice]:
+    """Token indices of the plan's chunks, ignored tokens left out (on a GPU the first may hold some)."""
+    ids = inputs.ids
+    order, how_many = _kept_tokens(ids)
+    N = ids.numel() if ids.is_cuda else how_many()
+    chunk = _plan(inputs, needs, N).chunk
+    for begin in range(0, N, chunk):
+        if begin and ids.is_cuda:
+            N = how_many()
+            if begin >= N:
+                return
+        end = min(begin + chunk, N)
+        yield slice(begin, end) if order is None else order[begin:end]
+
+
+def _plan(inputs: HeadInputs, needs: NeedsGrad, n_tokens: int) -> HeadPlan:
+    V, H = inputs.weight.shape
+    return plan_head(
+        n_tokens,
+        H,
+        V,
+        dtype=inputs.hidden.dtype,
+        device=inputs.hidden.device,
+        hidden_grad=needs.hidden,
+        weight_grad=needs.head,
+        tail_eps=inputs.options.tail_eps,
+        workspace_mib=inputs.options.workspace_mib,
+    )
+
+
+class ChunkRunner:
+    """Makes chunks of a head call: their logits by one GEMM, and their statistics.
+
+    The logits live in one tile until the next chunk; with a tail on a GPU in two, until the chunk after the
+    next (tail_columns.py: `chunks_with_columns`).
+    """
+
+    def __init__(self, inputs: HeadInputs, operands: Operands, stats: Tensor) -> None:
+        self.inputs, self.operands, self.stats = inputs, operands, stats
+        self.tiles: list[Tensor] = []
+
+    def run(self, tokens: Tensor | slice, *, rows: int, fill_stats: bool) -> TokenChunk:
+        """The chunk of these tokens; rows: of the tile, at least the tokens. `fill_stats` writes the table."""
+        inputs, operands = self.inputs, self.operands
+        ids = inputs.ids[tokens]
+        hidden = inputs.hidden[tokens].to(operands.factor)
+        if ids.is_cuda:  # an ignored token's gradient is 0, but 0 times a NaN hidden state would reach dW
+            hidden = hidden.masked_fill((ids < 0)[:, None], 0)
+        logits = self._tile(rows)[: ids.numel()]
+        mm(hidden, operands.weight.t(), logits)
+        if fill_stats:
+            self.stats[:, tokens] = row_stats(logits[None], ids, operands.bias, inputs.options.transform)
+        return TokenChunk(tokens, ids, hidden, self.stats[:, tokens].contiguous(), logits)
+
+    def _tile(self, rows: int) -> Tensor:
+        if not self.tiles:
+            inputs = self.inputs
+            number = 2 if inputs.options.tail_eps is not None and inputs.ids.is_cuda else 1
+            shape, dtype = (rows, inputs.vocab_size), self.operands.accumulator
+            self.tiles = [torch.empty(shape, dtype=dtype, device=inputs.hidden.device) for _ in range(number)]
+        self.tiles.append(self.tiles.pop(0))
+        return self.tiles[-1]
+
+
+def run_chunks(
+    runner: ChunkRunner, chunks: Iterable[Tensor | slice], *, fill_stats: bool, rows: int = 0
+) -> Iterator[TokenChunk]:
+    """The chunks one after another; rows: tokens of the largest, which is the first if not given."""
+    for tokens in chunks:
+        rows = rows or runner.inputs.ids[tokens].numel()
+        yield runner.run(tokens, rows=rows, fill_stats=fill_stats)
+
+
+def run_groups(runner: ChunkRunner, groups: Sequence[Sequence[Tensor]]) -> Iterator[TokenChunk]:
+    """Chunks of groups; a group's chunks come when the statistics of all of them are in the table.
+
+    The group's last chunk comes first, because its logits are in memory. The others' are recomputed.
+    """
+    rows = max((len(tokens) for group in groups for tokens in group), default=0)
+    for *before, last in groups:
+        for tokens in before:
+            runner.run(tokens, rows=rows, fill_stats=True)
+        yield runner.run(last, rows=rows, fill_stats=True)
+        for tokens in before:
+            yield runner.run(tokens, rows=rows, fill_stats=False)

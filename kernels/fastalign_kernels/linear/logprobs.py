@@ -1,0 +1,114 @@
+"""Log-probabilities of given tokens from hidden states, for any upstream gradient.
+
+Under a head that is not trained (LoRA runs; mode frozen_head) the gradient of a token's log-probability
+factors: dX[t] = g[t] D[t], with D[t] = d logp[t] / d hidden[t] = W[y_t] - P_t W. D is computed in forward,
+while the logits exist: 2 GEMMs of 2 N H V flops in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..autograd import NamedGrads, register_op
+from ..softmax.rows import Stat, coefficients
+from . import engines
+from .engine import empty_stats
+from .inputs import HeadInputs, NeedsGrad, head_inputs, head_options
+from .token_stats import head_stats
+
+_HIDDEN_ALONE = NeedsGrad(hidden=True)
+
+
+def _frozen(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    options: list[float],
+    origin: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The table [7, N], and D [N, H] in hidden's dtype.
+
+    origin: an empty tensor with hidden's graph, to which the error of a second derivative is attached.
+        Hidden itself is not saved, which would be [N, H] for nothing.
+    """
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+
+    def of_logp(stats: Tensor, tokens: Tensor | slice) -> Tensor:
+        grad = torch.zeros_like(stats)
+        grad[Stat.LOGP] = 1
+        return coefficients(grad, stats, inputs.vocab_size)
+
+    stats, grads = engines.statistics_and_gradients(inputs, of_logp, _HIDDEN_ALONE)
+    return stats, grads.hidden
+
+
+def _fake_frozen(hidden, weight, ids, bias, options, origin):
+    d_logp = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return empty_stats(HeadInputs.of(hidden, weight, ids, bias, options)), d_logp
+
+
+def _save(ctx, inputs, output) -> None:
+    _, d_logp = output
+    ctx.mark_non_differentiable(d_logp)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_logp, inputs[-1])
+
+
+def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> NamedGrads:
+    d_logp = saved[0]
+    if grad is None:
+        return {}
+    return {"hidden": (grad[Stat.LOGP][:, None] * d_logp).to(d_logp.dtype)}
+
+
+_head_frozen = register_op(
+    "head_frozen", _frozen, _fake_frozen, save=_save, backward=_backward, losses="linear_logprobs"
+)
+
+
+def logprobs(inputs: HeadInputs) -> Tensor:
+    """`linear_logprobs` [N] of checked inputs."""
+    if inputs.mode("logp") == "frozen_head":
+        # A clone: a view would keep all of hidden.
+        origin = inputs.hidden[:0].clone()
+        stats, _ = _head_frozen(*inputs.tensors, inputs.options.numbers(), origin)
+    else:
+        stats = head_stats(inputs)
+    return stats[Stat.LOGP]
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    tail_eps: float | None = None,
+    workspace_mib: float | None = None,
+    check: bool = False,
+) -> Tensor:
+    """Log-probability of each id under softmax(hidden @ weight.T + bias), without the logits in memory.
+
+    Supports any upstream gradient. Costs 1 GEMM without gradients, 2 with a frozen weight (LoRA runs), 4 when
+    training. Arguments and errors as in `linear_cross_entropy`.
+
+    Returns:
+        [...] in nats, fp32 (fp64 for fp64 inputs). Ignored positions are 0 and get no gradient.
+    """
+    options = head_options(
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
+    )
+    inputs = head_inputs(hidden, weight, ids, bias, options, ignore_index=ignore_index, check=check)
+    return logprobs(inputs).view(ids.shape)
