@@ -1,7 +1,6 @@
 """Text and conversations as tokens: what is trained, what is cut, and what is refused."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from fastalign.data import (
     tokenize_text,
 )
 from tests.data.chats import CHATML, HEADER, MARKED, PROMPT, build, trained_text
+from tests.data.files import write
 
 FORGETFUL = (
     "{% for m in messages %}" + HEADER + "{% if loop.last %}{{ m['content'] }}{% else %}"
@@ -31,11 +31,6 @@ TALK = [
     {"role": "user", "content": "And the end?"},
     {"role": "assistant", "content": " Really great, é世."},
 ]
-
-
-def write(path: Path, rows: Sequence[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def chats(*conversations: Any) -> Dataset:

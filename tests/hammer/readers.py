@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from fastalign.chat import DataError
 from fastalign.readers import load_rows
+from tests.data.files import same
 
 ODD = (
     "",
@@ -187,11 +188,6 @@ def damage(r: random.Random, content: bytes) -> bytes:
         else:
             del data[place:]
     return bytes(data)
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equality of values and of their types."""
-    return repr(left) == repr(right)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

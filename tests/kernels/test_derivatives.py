@@ -33,13 +33,12 @@ from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
 from fastalign_kernels.logits import cross_entropy_ref
 from fastalign_kernels.policy.reference import ppo_loss_ref, value_loss_ref
 from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref, reward_loss_ref
+from tests.kernels.small_inputs import DESIRABLE, LENGTHS
 
 IDS = torch.tensor([0, 2, 1, 3])
 ROWS = IDS.view(2, 2)
 MASK = torch.ones(2, 2, dtype=torch.bool)
-DESIRABLE = torch.tensor([True, False])
 KL = torch.tensor(0.1, dtype=torch.float64)
-LENGTHS: dict = {"chosen_lengths": torch.tensor([2, 3]), "rejected_lengths": torch.tensor([1, 4])}
 
 
 def fixed(*shape: int) -> torch.Tensor:

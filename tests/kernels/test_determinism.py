@@ -11,9 +11,12 @@ from fastalign_kernels import linear_cross_entropy, linear_logprobs, native, tai
 from fastalign_kernels.ordered_sum import GRAIN, ordered_sum
 from tests.kernels.public_calls import FUNCTIONS, call_of, tensors_of
 
-pytestmark = pytest.mark.skipif(
-    bool(native.missing), reason="without the native library PyTorch's ops serve, and they differ"
-)
+pytestmark = [
+    pytest.mark.usefixtures("forced_gemm"),
+    pytest.mark.skipif(
+        bool(native.missing), reason="without the native library PyTorch's ops serve, and they differ"
+    ),
+]
 OURS = pytest.mark.skipif(
     not native.has_own_gemm(), reason="without AVX-512 products are torch's, and theirs differ"
 )
@@ -26,12 +29,6 @@ SIZES = [
     {"rows": 1, "length": 1, "hidden_size": 24, "vocab_size": 1337},
 ]
 CONSTANT = {"x", "rewards", "bootstrap", "num_items", "normalizer"}  # what nobody asks a gradient of
-
-
-@pytest.fixture(autouse=True)
-def forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our products on every CPU with AVX-512, as with FASTALIGN_GEMM=own."""
-    monkeypatch.setattr(native, "_own_gemm", native.has_own_gemm())
 
 
 def outcome(function: Any, arguments: dict[str, Any], threads: int) -> list[Tensor]:

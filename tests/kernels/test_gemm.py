@@ -7,6 +7,7 @@ import torch
 from fastalign_kernels import native
 from fastalign_kernels.gemm import mm, own_gemm
 
+pytestmark = pytest.mark.usefixtures("forced_gemm")
 own = pytest.mark.skipif(
     not native.has_own_gemm(),
     reason="gemm.cpp needs AVX-512, and this CPU has none (or the library is not there)",
@@ -31,13 +32,6 @@ DTYPES = [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F32), (F16, F16), (F32, 
 def matrix(rows, columns, dtype, order, generator):
     x = torch.randn(rows, columns, generator=generator).to(dtype)
     return x.t().contiguous().t() if order == "columns" else x
-
-
-@pytest.fixture(autouse=True)
-def forced(monkeypatch):
-    """Our products on every CPU that runs them, as with FASTALIGN_GEMM=own; by itself it serves AMD's
-    alone."""
-    monkeypatch.setattr(native, "_own_gemm", native.has_own_gemm())
 
 
 @own

@@ -25,13 +25,10 @@ from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
 from fastalign_kernels.linear.token_stats import linear_token_stats_ref
 from fastalign_kernels.logits import cross_entropy_ref, token_stats_ref
 from fastalign_kernels.policy.reference import ppo_loss_ref
+from tests.kernels.small_inputs import normal_numbers
 
 B, T, H, V = 3, 4, 5, 7
-GENERATOR = torch.Generator().manual_seed(0)
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+normal, GENERATOR = normal_numbers(torch.float64)
 
 
 LOGP, OLD, ADVANTAGES = normal(B, T), normal(B, T), normal(B, T)

@@ -44,21 +44,17 @@ from fastalign_kernels.preference.reference import (
     simpo_loss_ref,
 )
 from fastalign_kernels.softmax import rows
+from tests.kernels.small_inputs import DESIRABLE, LENGTHS, normal_numbers
 
 NAN = float("nan")
 B, T, H, V = 2, 19, 4, 6  # more than one vector of tokens, and a rest
-GENERATOR = torch.Generator().manual_seed(0)
+normal, GENERATOR = normal_numbers(torch.float32)
 MASK = torch.ones(B, T, dtype=torch.bool).index_put(
     (torch.tensor([0, 1]), torch.tensor([3, 18])), torch.tensor(False)
 )
 COUNTED, ELSEWHERE = (1, 17), (1, 18)
 IDS = torch.randint(V, (B, T), generator=GENERATOR).masked_fill(~MASK, -100)
-LENGTHS: dict = {"chosen_lengths": torch.tensor([2, 3]), "rejected_lengths": torch.tensor([1, 4])}
-DESIRABLE, PACKED = torch.tensor([True, False]), torch.tensor([0, T, 2 * T])
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=GENERATOR)
+PACKED = torch.tensor([0, T, 2 * T])
 
 
 TOKENS = {name: normal(B, T) for name in ("logp", "old_logp", "advantages", "entropy", "reference_logp")}

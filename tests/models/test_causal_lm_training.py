@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from tests.models.tiny_models import (
     own_nll,
     shift,
 )
+from tests.two_ranks import be_a_rank, run_as_two_ranks
 
 pytestmark = pytest.mark.hosts
 
@@ -81,14 +79,7 @@ def distributed_model(case: str) -> Any:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two_ranks")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_as_two_ranks(__file__, folder)
     return torch.load(folder / "result.pt")
 
 
@@ -142,9 +133,4 @@ def run_rank(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), int(sys.argv[2]))
-    # Not by return: the meshes keep gloo's threads alive, and one that drops a tensor while the interpreter
-    # shuts down ends the process with "terminate called without an active exception" (seen once in CI, on the
-    # rank that had nothing to save).
-    sys.stderr.flush()
-    os._exit(0)
+    be_a_rank(run_rank)

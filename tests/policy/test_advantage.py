@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from fastalign_kernels import native
 from fastalign_kernels.policy import advantages as advantage
 from fastalign_kernels.policy.advantages import gae, masked_whiten
 from fastalign_kernels.policy.reference import gae_ref, masked_whiten_ref
+from tests.two_ranks import be_a_rank, run_as_two_ranks
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -319,14 +317,7 @@ def shared(case, rank):
 
 
 def test_whitening_over_two_ranks(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_as_two_ranks(__file__, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for case in ("uneven", "empty"):
         x, mask = (torch.cat(parts) for parts in zip(shared(case, 0), shared(case, 1)))
@@ -348,8 +339,4 @@ def run_rank(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), int(sys.argv[2]))
-    # Not by return: gloo's threads can end the process while the interpreter shuts down
-    # (tests/models/test_causal_lm.py).
-    sys.stderr.flush()
-    os._exit(0)
+    be_a_rank(run_rank)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from fastalign_kernels.preference.losses import (
     simpo_loss,
 )
 from tests.preference.sequence_losses import S, lengths, logps, options_of
+from tests.two_ranks import be_a_rank, run_as_two_ranks
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -158,14 +156,7 @@ def mismatched(case, rank):
 
 
 def test_kto_kl_over_two_ranks(tmp_path):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+    run_as_two_ranks(__file__, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for case in ("uneven", "empty"):
         both = [torch.cat(parts) for parts in zip(mismatched(case, 0), mismatched(case, 1))]
@@ -189,8 +180,4 @@ def run_rank(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), int(sys.argv[2]))
-    # Not by return: gloo's threads can end the process while the interpreter shuts down
-    # (tests/models/test_causal_lm.py).
-    sys.stderr.flush()
-    os._exit(0)
+    be_a_rank(run_rank)
