@@ -154,8 +154,8 @@ MUTATIONS = [
     ),
     Mutation(
         KERNELS + "preference/losses_triton.py",
-        "tl.store(slopes + i, d_c - nll / n_c, mask=inside)",
-        "tl.store(slopes + i, d_c, mask=inside)",
+        "tl.store(grads + i, d_c - nll_weight / n_c, mask=inside)",
+        "tl.store(grads + i, d_c, mask=inside)",
         "tests/preference",
     ),
     Mutation(

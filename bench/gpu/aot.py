@@ -37,6 +37,7 @@ from fastalign_kernels.policy import advantages_triton as advantage_triton
 from fastalign_kernels.policy import losses_triton as policy_triton
 from fastalign_kernels.policy.losses import KL_ESTIMATORS
 from fastalign_kernels.preference import losses_triton as preference_triton
+from fastalign_kernels.preference.formulas import PAIR_LOSSES
 from fastalign_kernels.softmax import columns_triton, rows_triton
 
 ARCHITECTURES = {
@@ -144,10 +145,10 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
     formula."""
     function = getattr(preference_triton, kernel)
     constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith("HAS_")}
-    constants["BLOCK"] = preference_triton.BLOCK
+    constants["BLOCK_SIZE"] = preference_triton.BLOCK_SIZE
     if kernel == "pairs_kernel":
-        constants["FORMULA"] = preference_triton.FORMULAS[variant]
-    vectors = dict.fromkeys(("losses", "rewards", "metrics", "slopes"), "*fp32")
+        constants["FORMULA"] = preference_triton.compiled(PAIR_LOSSES[variant].formula)
+    vectors = dict.fromkeys(("losses", "rewards", "metrics", "grads"), "*fp32")
     vectors |= {"desirable": "*i1", "chosen_lengths": "*i64", "rejected_lengths": "*i64"}
     types = (
         dict.fromkeys(constants, "constexpr") | vectors | {"S": "i32"} | _annotated(function)
@@ -278,7 +279,7 @@ def main() -> int:
         for full in (False, True)
     ]
     variants = {
-        "pairs_kernel": list(preference_triton.FORMULAS),
+        "pairs_kernel": list(PAIR_LOSSES),
         "unpaired_kernel": ["full"],
         "scores_kernel": ["full"],
     }

@@ -8,7 +8,7 @@ import torch
 
 from fastalign_kernels import dispatch, native, sampling
 from fastalign_kernels.policy import advantages, losses
-from fastalign_kernels.preference import losses as preference
+from fastalign_kernels.preference import ops as preference
 from fastalign_kernels.softmax import columns, rows
 
 FP32, FP64 = torch.float32, torch.float64

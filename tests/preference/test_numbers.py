@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastalign_kernels.preference import losses as preference
+from fastalign_kernels.preference import ops as preference
 from fastalign_kernels.preference.losses import (
     dpo_loss,
     kto_loss,

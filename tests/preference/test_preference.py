@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastalign_kernels.preference import losses as preference
+from fastalign_kernels.preference import ops as preference
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES, PAIR_LOSSES
 from fastalign_kernels.preference.losses import (
     cpo_loss,

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..autograd import register_loss_op
 from ..preference import on_sequences
+from ..preference.arguments import pair_options, scalar_kl, unpaired_options
 from ..preference.formulas import PAIR_LOSSES
-from ..preference.losses import dpo_loss, kto_loss, pair_options, scalar_kl, unpaired_options
+from ..preference.losses import dpo_loss, kto_loss
 from ..softmax.rows import accumulator_dtype
 from .engine import empty_gradients
 from .inputs import HeadInputs, NeedsGrad, head_inputs, head_options

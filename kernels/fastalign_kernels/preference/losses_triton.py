@@ -1,12 +1,14 @@
-"""The kernels of preference/losses.py in Triton: one sequence, or pair, a lane. The formulas are preference/formulas.py's
-own functions, compiled here.
+"""The kernels of preference/ops.py in Triton: a lane computes one pair or one completion.
 
-A formula's source is written once: `_compiled` gives it Triton's meaning of the names it calls. Inputs are
-contiguous vectors of any float type; outputs fp32. Latency, not bandwidth: S = 1000 pairs are 36 KB.
+The formulas of pairs are the functions of formulas.py: `compiled` gives their code Triton's meanings of the names
+it calls. Inputs are contiguous vectors of any float type, outputs fp32. Latency is the cost, not bandwidth: S =
+1000 pairs are 36 KB.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from types import FunctionType
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 
 from ..triton_options import as_scalar
 from .formulas import PAIR_LOSSES
+from .ops import Outputs, PairInputs, PairOptions, UnpairedInputs, UnpairedOptions
 
-BLOCK = 128
+BLOCK_SIZE = 128
 NUM_WARPS = 4  # one lane a thread
 
 
@@ -41,7 +44,7 @@ def _expm1(x):
     return tl.where(u == 1.0, x, tl.where(near, (u - 1.0) * (x / tl.log(tl.where(near, u, 0.5))), u - 1.0))
 
 
-# Of its own builtins the interpreter patches what is reached through `tl`, hence functions of ours.
+# The interpreter replaces the builtins that are reached through `tl`, hence these functions.
 @triton.jit
 def _exp(x):
     return tl.exp(x)
@@ -57,17 +60,16 @@ def _where(condition, x, y):
     return tl.where(condition, x, y)
 
 
-_MEANING = {
+_MEANINGS = {
     "__name__": __name__, "tl": tl, "softplus": _softplus, "expm1": _expm1, "sigmoid": tl.sigmoid, "exp": _exp,
     "log": _log, "where": _where,
 }  # fmt: skip
 
 
-def _compiled(function: FunctionType) -> triton.JITFunction:
-    return triton.jit(FunctionType(function.__code__, _MEANING, function.__name__))
-
-
-FORMULAS = {name: _compiled(entry.formula) for name, entry in PAIR_LOSSES.items()}  # type: ignore[arg-type]
+@cache
+def compiled(formula: FunctionType) -> triton.JITFunction:
+    """A formula of formulas.py for Triton: the same code, where its names have Triton's meanings."""
+    return triton.jit(FunctionType(formula.__code__, _MEANINGS, formula.__name__))
 
 
 @triton.jit
@@ -80,33 +82,33 @@ def pairs_kernel(
     rejected_lengths,  # [S] integers; read if HAS_REJECTED_LENGTHS: log-ratios are then means over tokens
     losses,  # [S]
     rewards,  # [2, S]
-    slopes,  # [2, S]
+    grads,  # [2, S]
     S,
     beta: tl.float64,
     label_smoothing: tl.float64,
     offset: tl.float64,
-    nll: tl.float64,
+    nll_weight: tl.float64,
     FORMULA: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     HAS_CHOSEN_LENGTHS: tl.constexpr,
     HAS_REJECTED_LENGTHS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = i < S
     beta = as_scalar(beta, tl.float32)
     label_smoothing = as_scalar(label_smoothing, tl.float32)
     offset = as_scalar(offset, tl.float32)
-    nll = as_scalar(nll, tl.float32)
-    own = tl.load(policy_chosen + i, mask=inside, other=0.0).to(tl.float32)
-    c = own
+    nll_weight = as_scalar(nll_weight, tl.float32)
+    logp = tl.load(policy_chosen + i, mask=inside, other=0.0).to(tl.float32)
+    c = logp
     r = tl.load(policy_rejected + i, mask=inside, other=0.0).to(tl.float32)
     if HAS_REFERENCE:
         c -= tl.load(reference_chosen + i, mask=inside, other=0.0).to(tl.float32)
         r -= tl.load(reference_rejected + i, mask=inside, other=0.0).to(tl.float32)
         tl.store(rewards + i, beta * c, mask=inside)
         tl.store(rewards + S + i, beta * r, mask=inside)
-    n_c = tl.full([BLOCK], 1.0, tl.float32)
+    n_c = tl.full([BLOCK_SIZE], 1.0, tl.float32)
     n_r = n_c
     if HAS_CHOSEN_LENGTHS:
         n_c = tl.maximum(tl.load(chosen_lengths + i, mask=inside, other=1), 1).to(tl.float32)
@@ -121,10 +123,10 @@ def pairs_kernel(
     if HAS_REJECTED_LENGTHS:
         d_c /= n_c
         d_r /= n_r
-    value = tl.where(nll == 0.0, value, value - nll * own / n_c)  # 0 * -inf is NaN
+    value = tl.where(nll_weight == 0.0, value, value - nll_weight * logp / n_c)  # 0 * -inf is NaN
     tl.store(losses + i, value, mask=inside)
-    tl.store(slopes + i, d_c - nll / n_c, mask=inside)
-    tl.store(slopes + S + i, d_r, mask=inside)
+    tl.store(grads + i, d_c - nll_weight / n_c, mask=inside)
+    tl.store(grads + S + i, d_r, mask=inside)
 
 
 @triton.jit
@@ -135,15 +137,15 @@ def unpaired_kernel(
     kl,  # scalar; read if HAS_KL
     losses,  # [S]
     rewards,  # [S]
-    slopes,  # [S]
+    grads,  # [S]
     S,
     beta: tl.float64,
     desirable_weight: tl.float64,
     undesirable_weight: tl.float64,
     HAS_KL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = i < S
     beta = as_scalar(beta, tl.float32)
     desirable_weight = as_scalar(desirable_weight, tl.float32)
@@ -159,7 +161,7 @@ def unpaired_kernel(
     weight = tl.where(good, desirable_weight, undesirable_weight)
     x = signed * ratio
     tl.store(losses + i, weight * tl.sigmoid(-x), mask=inside)
-    tl.store(slopes + i, -signed * weight * tl.sigmoid(x) * tl.sigmoid(-x), mask=inside)
+    tl.store(grads + i, -signed * weight * tl.sigmoid(x) * tl.sigmoid(-x), mask=inside)
 
 
 @triton.jit
@@ -169,15 +171,15 @@ def scores_kernel(
     margin,  # [S]; read if HAS_MARGIN
     losses,  # [S]
     metrics,  # [2, S]
-    slopes,  # [2, S]
+    grads,  # [2, S]
     S,
-    center: tl.float64,
+    center_coefficient: tl.float64,
     HAS_MARGIN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = i < S
-    center = as_scalar(center, tl.float32)
+    center_coefficient = as_scalar(center_coefficient, tl.float32)
     c = tl.load(chosen + i, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(rejected + i, mask=inside, other=0.0).to(tl.float32)
     x = c - r
@@ -186,103 +188,45 @@ def scores_kernel(
     if HAS_MARGIN:
         x -= tl.load(margin + i, mask=inside, other=0.0).to(tl.float32)
     total = c + r
-    tl.store(losses + i, _softplus(-x) + center * total * total, mask=inside)
-    tl.store(slopes + i, 2.0 * center * total - tl.sigmoid(-x), mask=inside)
-    tl.store(slopes + S + i, 2.0 * center * total + tl.sigmoid(-x), mask=inside)
+    tl.store(losses + i, _softplus(-x) + center_coefficient * total * total, mask=inside)
+    tl.store(grads + i, 2.0 * center_coefficient * total - tl.sigmoid(-x), mask=inside)
+    tl.store(grads + S + i, 2.0 * center_coefficient * total + tl.sigmoid(-x), mask=inside)
 
 
 def _launch(
-    kernel: triton.JITFunction,
-    losses: Tensor,
-    tensors: list[Tensor | None],
-    outputs: list[Tensor],
-    *arguments,
-    **flags,
+    kernel: triton.JITFunction, inputs: Sequence[Tensor | None], out: Outputs, *numbers, **flags
 ) -> None:
-    S = losses.shape[0]
+    S = out.losses.shape[0]
     if S == 0:
         return
-    inputs = [None if x is None else x.contiguous() for x in tensors]
-    with torch.cuda.device_of(losses):  # Triton launches on the current device
-        kernel[(triton.cdiv(S, BLOCK),)](
-            *inputs, *outputs, S, *arguments, **flags, BLOCK=BLOCK, num_warps=NUM_WARPS
+    dense = [None if x is None else x.contiguous() for x in inputs]
+    with torch.cuda.device_of(out.losses):  # Triton launches on the current device
+        kernel[(triton.cdiv(S, BLOCK_SIZE),)](
+            *dense, *out, S, *numbers, **flags, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
         )
 
 
-def pairs(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor | None,
-    reference_rejected: Tensor | None,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-    loss: str,
-    beta: float,
-    label_smoothing: float,
-    offset: float,
-    nll: float,
-    losses: Tensor,
-    rewards: Tensor,
-    slopes: Tensor,
-) -> None:
-    """Fill losses [S], rewards [2, S], slopes [2, S]; see preference.pairs_op."""
-    tensors = [
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
-        chosen_lengths,
-        rejected_lengths,
-    ]
+def pairs(inputs: PairInputs, loss_type: str, options: PairOptions, out: Outputs) -> None:
+    """Write losses [S], rewards [2, S] and grads [2, S]; see ops.run_pairs."""
     _launch(
-        pairs_kernel, losses, tensors, [losses, rewards, slopes], beta, label_smoothing, offset, nll, FORMULA=FORMULAS[loss],
-        HAS_REFERENCE=reference_chosen is not None, HAS_CHOSEN_LENGTHS=chosen_lengths is not None,
-        HAS_REJECTED_LENGTHS=rejected_lengths is not None,
-    )  # fmt: skip
-
-
-def unpaired(
-    policy: Tensor,
-    reference: Tensor,
-    desirable: Tensor,
-    kl: Tensor | None,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    losses: Tensor,
-    rewards: Tensor,
-    slopes: Tensor,
-) -> None:
-    """Fill losses [S], rewards [1, S], slopes [1, S]; see preference.unpaired_op."""
-    outputs = [losses, rewards, slopes]
-    flags = {"HAS_KL": kl is not None}
-    _launch(
-        unpaired_kernel,
-        losses,
-        [policy, reference, desirable, kl],
-        outputs,
-        beta,
-        desirable_weight,
-        undesirable_weight,
-        **flags,
+        pairs_kernel,
+        inputs,
+        out,
+        *options,
+        FORMULA=compiled(PAIR_LOSSES[loss_type].formula),
+        HAS_REFERENCE=inputs.reference_chosen is not None,
+        HAS_CHOSEN_LENGTHS=inputs.chosen_lengths is not None,
+        HAS_REJECTED_LENGTHS=inputs.rejected_lengths is not None,
     )
+
+
+def unpaired(inputs: UnpairedInputs, options: UnpairedOptions, out: Outputs) -> None:
+    """Write losses [S], rewards [1, S] and grads [1, S]; see ops.run_unpaired."""
+    _launch(unpaired_kernel, inputs, out, *options, HAS_KL=inputs.kl is not None)
 
 
 def scores(
-    chosen: Tensor,
-    rejected: Tensor,
-    margin: Tensor | None,
-    center: float,
-    losses: Tensor,
-    metrics: Tensor,
-    slopes: Tensor,
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coefficient: float, out: Outputs
 ) -> None:
-    """Fill losses [S], metrics [2, S], slopes [2, S]; see preference.scores_op."""
-    _launch(
-        scores_kernel,
-        losses,
-        [chosen, rejected, margin],
-        [losses, metrics, slopes],
-        center,
-        HAS_MARGIN=margin is not None,
-    )
+    """Write losses [S], metrics [2, S] and grads [2, S]; see ops.scores_op."""
+    _launch(scores_kernel, [chosen, rejected, margin], out, center_coefficient, HAS_MARGIN=margin is not None)

@@ -1,7 +1,7 @@
-"""Losses of whole sequences as functions of their log-probabilities: what a head needs to know of a loss.
+"""Preference losses as functions of the log-probabilities of sequences alone: what a head needs of a loss.
 
-Each object is built from a loss's tensors and options and has one method: losses, and the gradient of their
-mean with respect to the log-probabilities.
+Each object is built from a loss's tensors and options. Its method `losses_and_grads` takes the log-probabilities
+of the rows and returns the losses and the gradients of their mean.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .losses import pairs_op, unpaired_op
+from .ops import PairInputs, PairOptions, UnpairedInputs, UnpairedOptions, run_pairs, run_unpaired
 
 
 class PairLoss(NamedTuple):
@@ -23,23 +23,23 @@ class PairLoss(NamedTuple):
     label_smoothing: float
 
     def losses_and_grads(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """losses [S], and d mean loss / d logps [2S]."""
+        """Losses [S], and d mean loss / d logps [2S]."""
         S = len(logps) // 2
         reference, lengths = self.reference_logps, self.lengths
-        losses, _, grads = pairs_op(
-            logps[:S],
-            logps[S:],
-            reference[:S],
-            reference[S:],
-            None if lengths is None else lengths[:S],
-            None if lengths is None else lengths[S:],
-            self.loss_type,
-            self.beta,
-            self.label_smoothing,
-            0.0,
-            0.0,
+        inputs = PairInputs(
+            policy_chosen=logps[:S],
+            policy_rejected=logps[S:],
+            reference_chosen=reference[:S],
+            reference_rejected=reference[S:],
+            chosen_lengths=None if lengths is None else lengths[:S],
+            rejected_lengths=None if lengths is None else lengths[S:],
         )
-        return losses, grads.flatten() / S
+        out = run_pairs(
+            inputs,
+            self.loss_type,
+            PairOptions(self.beta, self.label_smoothing),
+        )
+        return out.losses, out.grads.flatten() / S
 
 
 class UnpairedLoss(NamedTuple):
@@ -47,20 +47,15 @@ class UnpairedLoss(NamedTuple):
 
     reference_logps: Tensor  # [S]
     desirable: Tensor  # [S] bool
-    kl: Tensor | None  # scalar
+    kl: Tensor | None  # scalar; None for APO-zero's loss
     beta: float
     desirable_weight: float
     undesirable_weight: float
 
     def losses_and_grads(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """losses [S], and d mean loss / d logps [S]."""
-        losses, _, grads = unpaired_op(
-            logps,
-            self.reference_logps,
-            self.desirable,
-            self.kl,
-            self.beta,
-            self.desirable_weight,
-            self.undesirable_weight,
+        """Losses [S], and d mean loss / d logps [S]."""
+        out = run_unpaired(
+            UnpairedInputs(logps, self.reference_logps, self.desirable, self.kl),
+            UnpairedOptions(self.beta, self.desirable_weight, self.undesirable_weight),
         )
-        return losses, grads.flatten() / len(logps)
+        return out.losses, out.grads.flatten() / len(logps)

@@ -9,8 +9,8 @@ from fastalign import cli
 from fastalign.stages import build, dpo, kto
 from fastalign.stages.config import describe
 from fastalign.stages.world import World
+from fastalign_kernels.preference.arguments import KTO_LOSS_TYPES
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
-from fastalign_kernels.preference.losses import KTO_LOSS_TYPES
 from tests.stages.preference.runs import STAGES, Make, run
 
 # Refusals
@@ -23,9 +23,9 @@ from tests.stages.preference.runs import STAGES, Make, run
         (
             "dpo",
             {"label_smoothing": 0.1, "loss_type": "hinge"},
-            "label_smoothing: 0.1 seen with loss_type='hinge'",
+            "label_smoothing: got 0.1, expected 0 with loss_type='hinge'",
         ),
-        ("dpo", {"loss_type": "exo_pair"}, "label_smoothing: 0.0 seen with loss_type='exo_pair'"),
+        ("dpo", {"loss_type": "exo_pair"}, "label_smoothing: got 0.0, expected"),
         ("dpo", {"beta": 0}, "beta"),
         ("dpo", {"reference": "adapters_off"}, r"reference: adapters_off needs adapters \(lora_rank > 0\)"),
         ("kto", {"reference_dir": "x"}, r"reference_dir \('x'\) needs reference=precomputed, not auto"),
