@@ -154,7 +154,10 @@ class ChunkRunner:
         self.tiles: list[Tensor] = []
 
     def run(self, tokens: Tensor | slice, *, rows: int, fill_stats: bool) -> TokenChunk:
-        """The chunk of these tokens; rows: of the tile, at least the tokens. `fill_stats` writes the table."""
+        """The chunk of these tokens.
+
+        rows: of the tile, at least the tokens. fill_stats: write the table; otherwise read it.
+        """
         inputs, operands = self.inputs, self.operands
         ids = inputs.ids[tokens]
         hidden = inputs.hidden[tokens].to(operands.factor)

@@ -159,41 +159,59 @@ def linear_cross_entropy(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> Tensor:
-    """Cross-entropy of targets under softmax(hidden @ weight.T + bias), in nats, without the logits in
-    memory.
+    """Cross-entropy of targets under softmax(hidden @ weight.T + bias), in nats, without the logits.
 
-    z = hidden @ weight.T + bias, then z * logit_scale, then softcap * tanh(z / softcap), then z /
-    temperature; a token's loss is -(1 - e) log P[target] - e mean_v log P[v] + z_loss * lse^2 with e =
-    label_smoothing.
+    z = hidden @ weight.T + bias, then z * logit_scale, then softcap * tanh(z / softcap), then
+    z / temperature. A token's loss is -(1 - e) log P[target] - e mean_v log P[v] + z_loss * lse^2, with e = label_smoothing.
 
     Args:
-        hidden: [..., H] fp32, bf16, fp16 (fp64 on a CPU). Under autocast it is cast to the autocast dtype.
-        weight: [V, H] of hidden's dtype, or fp32 master weights beside bf16 / fp16 hidden states: they are cast for the GEMMs and their
-            gradient comes back in fp32, never rounded. bias: [V], likewise.
-        targets: [...] int64 or int32 in [0, V), or ignore_index (None: -100, as torch's linear_cross_entropy has it); ignored tokens enter
-            no GEMM.
-        reduction: "mean" over tokens that are not ignored (over their token_weights, or divided by num_items), "sum", or "none".
+        hidden: [..., H], fp32, bf16 or fp16 (fp64 on a CPU). Under autocast it is cast to the autocast dtype.
+        weight: [V, H], of hidden's dtype, or fp32 master weights beside bf16 or fp16 hidden states. Master
+            weights are cast for the GEMMs, and their gradient is fp32, never rounded.
+        targets: [...] int64 or int32 in [0, V), or ignore_index. Ignored tokens enter no GEMM.
+        bias: [V], of the weight's dtypes.
+        ignore_index: None is -100, as in torch's linear_cross_entropy.
+        reduction: "mean" over tokens that are not ignored (over their token_weights, or divided by
+            num_items), "sum", or "none".
         token_weights: [...] float; multiplies each token's loss. Differentiable.
         num_items: divisor of "mean", for accumulation over micro-batches and ranks.
-        tail_eps: None for the exact gradient. Else columns of the softmax where no token of a block (256 on a CPU) has a probability
-            above it enter the backward GEMMs as a rank-1 matrix with their row and column sums (linear/tail_columns.py): loss and statistics stay exact,
-            gradients are off by 0.1 to 0.2 % at 2**-14 and 0.4 to 0.6 % at 2**-12 on a trained model (`tail_report`). 3 GEMMs become
-            1 + 2 f, f the share of columns kept; where f > 0.6, as in an untrained model, a block runs exact.
-        workspace_mib: MiB for the logits of a chunk of tokens; default 512 on a GPU, on a CPU 96, or 72 beside a gradient of the weight.
-            On a CPU, low-precision weights are widened once besides (4 V H bytes).
-        check: on CUDA, also check the range of targets (waits for the device); FASTALIGN_CHECK=1 does so everywhere.
+        tail_eps: None for exact gradients. Otherwise a block of tokens (256 on a CPU) takes only the columns
+            of the softmax where some token's probability exceeds tail_eps into its backward GEMMs. A rank-1
+            matrix with the same row and column sums stands for the rest (tail_columns.py). The loss and the
+            statistics stay exact. On a trained model gradients are off by 0.1 to 0.2 % at 2**-14 and by 0.4
+            to 0.6 % at 2**-12 (`tail_report` measures it). 3 GEMMs become 1 + 2 f, f the share of columns
+            kept. Where f > 0.6, as in an untrained model, a block runs exact.
+        workspace_mib: MiB for the logits of a chunk of tokens; default 512 on a GPU, and 96 on a CPU, or 72
+            there beside a gradient of the weight. On a CPU whose products are torch's, low-precision weights
+            are widened once besides (4 V H bytes).
+        check: on CUDA, also check the range of targets, which waits for the device. FASTALIGN_CHECK=1 does so
+            everywhere.
 
-    Returns: A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to
-        average, as torch has it.
+    Returns:
+        A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to average,
+        as in torch.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device, range or name.
+        ValueError: an argument has the wrong shape, dtype, device or range, or is no option's name.
     """
     return linear_cross_entropy_stats(
-        hidden, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, temperature=temperature, reduction=reduction, token_weights=token_weights, num_items=num_items,
-        tail_eps=tail_eps, workspace_mib=workspace_mib, check=check,
-    ).loss  # fmt: skip
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items=num_items,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
+        check=check,
+    ).loss
 
 
 def linear_cross_entropy_ref(

@@ -3,9 +3,9 @@
     hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  the loss of policy/losses.py
 
 What a token's logp and entropy contribute to the loss is known as soon as they are. Its gradient is therefore
-computed while its logits exist: 3 GEMMs of 2 N H V flops with a trained weight, 2 with a frozen one, 1 without
-gradients, where `linear_token_stats` and `ppo_loss` take 4, 3 and 1. Saved for backward: dX and dW. Tokens
-outside the mask enter no GEMM.
+computed while its logits exist: 3 GEMMs of 2 N H V flops with a trained weight, 2 with a frozen one, 1
+without gradients, where `linear_token_stats` and `ppo_loss` take 4, 3 and 1. Saved for backward: dX and
+dW. Tokens outside the mask enter no GEMM.
 """
 
 from __future__ import annotations
@@ -131,26 +131,29 @@ def linear_ppo_loss(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> PolicyLoss:
-    """`ppo_loss` from hidden states, with gradients of hidden, weight and bias, exact, without logits in
-    memory.
+    """`ppo_loss` from hidden states, with exact gradients and without the logits in memory.
 
     Args:
-        hidden: [B, T, H] or packed [N, H]; hidden[t] predicts ids[t]: shift before. weight: [V, H]. bias: [V]. dtypes as in
+        hidden: [B, T, H], or packed [N, H]. hidden[t] predicts ids[t]: shift before. dtypes as in
             `linear_cross_entropy`.
-        ids: [B, T] or [N], in [0, V) or ignore_index (None: -100) where the mask is set, anything elsewhere. An ignored token counts as
-            outside the mask. Tokens outside enter no GEMM, and none of their values is used.
-        old_logp, advantages, mask: as in `ppo_loss`, beside ids; old_logp under the same temperature, softcap and logit_scale. None: every
-            ratio is 1.
-        clip, clip_high, dual_clip, entropy_coefficient, reference_logp, kl_coefficient, kl_estimator, aggregation, normalizer, cu_seqlens:
-            as in `ppo_loss`. The entropy is the head's own, over the whole vocabulary.
+        weight, bias: [V, H], [V].
+        ids: [B, T] or [N], in [0, V) or ignore_index (None: -100) where the mask is set, anything elsewhere.
+            An ignored token counts as outside the mask. Tokens outside enter no GEMM, and none of their
+            values is used.
+        old_logp, advantages, mask: as in `ppo_loss`, beside ids; old_logp under the same temperature, softcap
+            and logit_scale. None: every ratio is 1.
+        clip, clip_high, dual_clip, entropy_coefficient, reference_logp, kl_coefficient, kl_estimator,
+            aggregation, normalizer, cu_seqlens: as in `ppo_loss`. The entropy is the head's, over the whole
+            vocabulary.
         temperature, softcap, logit_scale, tail_eps, workspace_mib, check: as in `linear_cross_entropy`.
 
-    Returns: As `ppo_loss`; entropy is always there. fp32; fp64 for fp64 hidden states. fp16's small gradients
-        need the loss scale that comes with the upstream gradient, so fp16 goes through `linear_token_stats`,
-        with a GEMM more.
+    Returns:
+        As `ppo_loss`; entropy is always there. fp32; fp64 for fp64 hidden states. fp16's small gradients need
+        the loss scale that arrives with the upstream gradient, so fp16 goes through `linear_token_stats`,
+        with one GEMM more.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device, range or name.
+        ValueError: an argument has the wrong shape, dtype, device or range, or is no option's name.
     """
     policy_numbers = policy_options(
         clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator
@@ -159,7 +162,8 @@ def linear_ppo_loss(
     checks.optional_tensors(old_logp=old_logp, reference_logp=reference_logp)
     if reference_logp is None and kl_coefficient:
         raise ValueError(
-            f"reference_logp: got None with kl_coefficient={kl_coefficient}, expected a tensor of the shape of ids"
+            f"reference_logp: got None with kl_coefficient={kl_coefficient}, "
+            "expected a tensor of the shape of ids"
         )
     advantages = per_token(advantages, ids.shape)
     for name, tensor in (("old_logp", old_logp), ("advantages", advantages)):

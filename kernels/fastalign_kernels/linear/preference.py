@@ -143,22 +143,28 @@ def linear_dpo_loss(
     workspace_mib: float | None = None,
     check: bool = False,
 ) -> LinearPreferenceLoss:
-    """`dpo_loss` of S pairs from hidden states: mean loss with gradients of hidden, weight and bias, exact,
-    without logits in memory.
+    """`dpo_loss` of S pairs from hidden states, with exact gradients and without the logits in memory.
 
     Args:
-        hidden: [2S, T, H], the S chosen rows first and then the rejected ones in their order; or packed [N, H] with cu_seqlens [2S + 1].
-            hidden[t] predicts ids[t]: shift before. dtypes as in `linear_cross_entropy`.
-        weight: [V, H]. bias: [V]. ids: [2S, T] or [N]; ignore_index where a token is not scored (prompt, padding).
+        hidden: [2S, T, H], the S chosen rows first and then the rejected ones in the same order; or packed
+            [N, H] with cu_seqlens [2S + 1]. hidden[t] predicts ids[t]: shift before. dtypes as in
+            `linear_cross_entropy`.
+        weight, bias: [V, H], [V].
+        ids: [2S, T] or [N]; ignore_index where a token is not scored (prompt, padding).
         reference_hidden, reference_weight, reference_bias: the reference model's, of the same layout; or
         reference_logps: [2S], its log-probabilities, where they are known.
-        beta, loss_type, label_smoothing: as in `dpo_loss`; lengths, where the loss takes means over tokens, are counted here.
-        workspace_mib: default 512 on a GPU, 96 on a CPU. There a pair whose logits (4 V bytes a token) take n times as much costs 1 - 1 / n
-            of a GEMM more than one that fits, which costs 4 with the reference's: at V = 49152 a pair of 512 tokens each wants 192.
+        beta, loss_type, label_smoothing: as in `dpo_loss`. Where the loss takes means over tokens, the tokens
+            are counted here.
+        workspace_mib: MiB; default 512 on a GPU, 96 on a CPU. On a CPU a pair whose logits (4 V bytes a
+            token) take n times as much costs 1 - 1 / n of a GEMM more than one that fits. One that fits
+            costs 4 GEMMs with the reference's: at V = 49152 a pair of 512 tokens each needs 192.
         The others as in `linear_cross_entropy`.
 
+    Returns:
+        The mean loss with gradients of hidden, weight and bias; rewards and log-probabilities without.
+
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device, range or name.
+        ValueError: an argument has the wrong shape, dtype, device or range, or is no option's name.
     """
     beta, label_smoothing = pair_options(loss_type, beta, label_smoothing)
     options = head_options(

@@ -1,4 +1,4 @@
-"""What losses of whole sequences on the head share: packed rows, the reference's log-probabilities, gradients.
+"""What losses of whole sequences on the head share: rows, the reference's log-probabilities, gradients.
 
 The gradient of a token's log-probability is its sequence's, d loss / d logps[row]. It is known as soon as the
 log-probabilities of its pair (DPO) or its row (KTO) are summed:
