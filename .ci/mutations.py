@@ -190,25 +190,25 @@ MUTATIONS = [
     ),
     # data and rollouts
     Mutation(
-        "fastalign/data.py",
+        "fastalign/data/packing.py",
         "token if train and position else IGNORE_INDEX",
         "token if train else IGNORE_INDEX",
         "tests/data/test_tokenization.py tests/data/test_packing.py",
     ),
     Mutation(
-        "fastalign/data.py",
+        "fastalign/data/packing.py",
         "place = bisect_left(room, lengths[index])",
         "place = bisect_left(room, lengths[index] + 1)",
         "tests/data/test_tokenization.py tests/data/test_packing.py",
     ),
     Mutation(
-        "fastalign/data.py",
+        "fastalign/data/packing.py",
         "lengths += [width - sum(lengths)] if width > sum(lengths) else []",
         "lengths += []",
         "tests/data/test_tokenization.py tests/data/test_packing.py",
     ),
     Mutation(
-        "fastalign/data.py",
+        "fastalign/data/tokenization.py",
         "Tokenized(ids[:max_length], trained[:max_length])",
         "Tokenized(ids[: max_length + 1], trained[: max_length + 1])",
         "tests/data/test_tokenization.py tests/data/test_packing.py",
@@ -234,7 +234,7 @@ MUTATIONS = [
         "tests/stages/test_schedules.py -k learning_rate",
     ),
     Mutation(
-        "fastalign/stages/loop.py",
+        "fastalign/stages/optimization.py",
         "config.weight_decay if decays else 0.0",
         "config.weight_decay",
         "tests/stages/test_training.py -k decay",
@@ -258,13 +258,13 @@ MUTATIONS = [
         "tests/stages/preference",
     ),
     Mutation(
-        "fastalign/stages/experience.py",
+        "fastalign/stages/ppo_rollouts.py",
         "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) - 1,",
         "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) * 0,",
         "tests/stages/ppo",
     ),
     Mutation(
-        "fastalign/stages/experience.py",
+        "fastalign/stages/ppo_rollouts.py",
         "- options.missing_eos_penalty * ~ended",
         "- options.missing_eos_penalty * ended",
         "tests/stages/ppo",

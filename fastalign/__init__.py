@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastalign_kernels import *  # noqa: F403
     from fastalign_kernels import __all__ as _kernels
 
-    from . import actor_critic, causal_lm, classifier, data, measure, nn, preferences, rollout, stages  # noqa: F401
+    from . import actor_critic, causal_lm, classifier, data, measure, nn, rollout, stages  # noqa: F401
 
     __all__ = [*_kernels, "__version__"]
 

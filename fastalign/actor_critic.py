@@ -63,7 +63,7 @@ class ActorCritic(nn.Module):
     ) -> tuple[PolicyLoss, Tensor]:
         """PPO's loss of the policy, and the values [N] with gradient.
 
-        `arguments` are those of packed sequences (fastalign.preferences.pack_sequences), `at` int64 [N]: the
+        `arguments` are those of packed sequences (fastalign.data.pack_sequences), `at` int64 [N]: the
         place, among all their B·T, before each token that is scored; `ppo` what `linear_ppo_loss` takes, its
         tensors [N].
         """

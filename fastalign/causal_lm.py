@@ -5,7 +5,7 @@ Asked for a loss (`labels` or `shift_labels`), the model runs its backbone and c
 the targets; the head's kernels run inside that call. So whatever hooks modules sees an ordinary forward: DDP
 and FSDP2 find the loss and the statistics in the returned `ModelOutput`, FSDP2 has the head's weight whole
 when it is read, PEFT dispatches to the active copy. Without labels the model's own forward runs, so
-`generate` is unaffected. It also runs where the fused head cannot give what is asked for; see own_forward.py.
+`generate` is unaffected. It also runs where the fused head cannot give what is asked for; see full_logits.py.
 
 What lies between `lm_head` and the loss (logit scale, softcap) is read from the config and, by default,
 proven on ten tokens when the head is fused: a model that cannot be served exactly is refused by name.
@@ -34,8 +34,7 @@ from fastalign_kernels import (
 )
 from fastalign_kernels.ordered_sum import ordered_sum
 
-from .hosts import CACHE
-from .own_forward import LOSS_FUNCTION, takes_own_forward
+from .full_logits import LOSS_FUNCTION, takes_own_forward
 from .probe import (
     LogitTransform,
     UnsupportedModelError,
@@ -45,6 +44,7 @@ from .probe import (
     probing,
     unsupported,
 )
+from .transformers_names import CACHE
 from .versions import noting_newer_packages
 
 Model = TypeVar("Model", bound=nn.Module)

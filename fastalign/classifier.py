@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .data import Tokenized
 from .finite import find_not_finite
 from .probe import probing, unsupported
 from .versions import noting_newer_packages
@@ -47,21 +46,6 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
             f"scores a sequence as {own.tolist()}, not by its layer `score` at the last token, {ours.tolist()}",
         )
     return model
-
-
-def last_token(sequence: Tokenized, *, pad_id: int) -> int:
-    """The place of a sequence's last token but `pad_id`, at which transformers scores it; 0 where there is
-    none."""
-    return max((place for place, token in enumerate(sequence.input_ids) if token != pad_id), default=0)
-
-
-def last_tokens(packed: dict[str, Any], *, pad_id: int) -> Tensor:
-    """The `ends` of sequences as `fastalign.preferences.pack_sequences` packs them: what transformers pools,
-    the last but `pad_id`."""
-    behind = [
-        len(sequence.input_ids) - last_token(sequence, pad_id=pad_id) for sequence in packed["sequences"]
-    ]
-    return packed["starts"][packed["places"] + 1] - torch.tensor(behind)
 
 
 def _forward(self: PreTrainedModel, *args: Any, ends: Tensor | None = None, **kwargs: Any) -> Any:

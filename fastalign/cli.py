@@ -19,7 +19,7 @@ COMMANDS = {
     "ppo": ("fastalign.stages.ppo", "align a causal LM with scores of its own completions, by PPO"),
     "merge": ("fastalign.stages.merge", "write a model with its LoRA adapters merged in"),
     "demo": (
-        "fastalign.demo",
+        "fastalign.demo.command",
         "pre-training, SFT, reward model, DPO, KTO and PPO on real text at toy scale, with a report",
     ),
     "env": ("fastalign.cli", "versions, devices, what is native, what falls back and why"),

@@ -42,9 +42,9 @@ from transformers.generation import (
 from fastalign_kernels import checks as check
 from fastalign_kernels import native, sample
 
-from .hosts import CACHE
 from .probe import probing, unsupported
 from .rollout_checks import check_prompts, servable_model
+from .transformers_names import CACHE
 from .versions import noting_newer_packages
 
 # Steps between two looks at the device. A look drains the queue of launches, which costs a fraction of one

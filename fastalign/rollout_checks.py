@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from fastalign_kernels import checks as check
 
-from .hosts import CACHE
 from .probe import unsupported
 from .rope import rope_switch
+from .transformers_names import CACHE
 
 
 def servable_model(model: Any) -> Any:

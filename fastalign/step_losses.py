@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .stages import dpo, kto, loop, ppo, reward
-from .stages.preference import Reference
-from .stages.world import World
+from .stages.distributed import World
+from .stages.reference_model import Reference
 
 Batch = Mapping[str, Any]
 Loss = Callable[[], Tensor]
@@ -103,7 +103,7 @@ def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
 
 
 def plain_logps(model: Any, packed: Batch) -> Tensor:
-    """`fastalign.preferences.sequence_logps` from full logits."""
+    """`fastalign.data.sequence_logps` from full logits."""
     arguments = dict(packed["arguments"])
     labels = F.pad(arguments.pop("labels"), (0, 1), value=-100)[:, 1:]
     logp = F.log_softmax(model(**arguments, use_cache=False).logits, -1).gather(

@@ -36,8 +36,8 @@ from unittest import mock
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from fastalign import demo
-from fastalign.demo_data import (
+from fastalign.demo import recipes
+from fastalign.demo.sentences import (
     CHAT_TEMPLATE,
     POSITIVE,
     Sentence,
@@ -48,7 +48,7 @@ from fastalign.demo_data import (
     texts_of,
     write_rows,
 )
-from fastalign.demo_settings import RECIPE, ROW_TOKENS
+from fastalign.demo.settings import RECIPE, ROW_TOKENS
 from fastalign.measure import machine
 from fastalign.stages import pretrain, sft
 from fastalign.stages.tokenizer import train_tokenizer
@@ -246,7 +246,7 @@ def pretrain_config(
         train_data=str(folder / "train.jsonl"),
         eval_data=str(folder / "held_out.jsonl"),
         output_dir=str(folder / f"pretrain-{name}-{seed}"),
-        model_config=demo.MODEL,
+        model_config=recipes.MODEL,
         sequence_length=ROW_TOKENS,
         learning_rate=settings.learning_rate,
         **shared(settings, folder, settings.steps, way, seed),

@@ -98,17 +98,19 @@ def _sequences(ids: Tensor) -> list[Any]:
 def _batch(stage: str, ids: Tensor) -> dict[str, Any]:
     """A micro-batch as the stage makes it, but with a prompt for each sequence (plain code shares none), on
     the ids' device."""
-    from fastalign.classifier import last_tokens
-    from fastalign.data import Tokenized, collate, pack
-    from fastalign.preferences import (
+    from fastalign.data import (
         Pair,
+        Tokenized,
         Unpaired,
+        collate,
         collate_pairs,
         collate_unpaired,
+        last_tokens,
         mismatch,
+        pack,
         pack_sequences,
     )
-    from fastalign.stages.world import World
+    from fastalign.stages.distributed import World
 
     sequences = _sequences(ids)
     packer = functools.partial(pack_sequences, pad_id=0)
@@ -135,7 +137,7 @@ def _fused_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, Any]
     """As the stage computes it."""
     from fastalign.causal_lm import fuse_head
     from fastalign.classifier import score_packed
-    from fastalign.preferences import sequence_logps
+    from fastalign.data import sequence_logps
     from fastalign.step_losses import fused_loss
 
     for own in [model] if reference is None else [model, reference]:

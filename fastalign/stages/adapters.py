@@ -21,7 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..finite import find_not_finite
 from .config import TrainConfig
-from .names import check_name
+from .hub_names import check_name
 from .weights import Task, load_whole, names_classifier
 
 ADAPTER_CONFIG = "adapter_config.json"

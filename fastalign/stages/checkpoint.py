@@ -7,7 +7,7 @@
 A checkpoint is written to a temporary folder, synced to the disk and renamed, so a kill or a power loss
 leaves no half of one under a name step-…. What a disk or a copy changes later, the hashes show: a run resumes
 from the newest checkpoint whose files are as they were written. The position in the data is not stored: it is
-a function of the step and the seed (loop.py, `rows_of_step`). Learning rates are a function of the step.
+a function of the step and the seed (batches.py, `rows_of_step`). Learning rates are a function of the step.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..readers import fingerprint_of
+from ..data.readers import fingerprint_of
 from .config import TrainConfig
+from .distributed import World
 from .files import find_damage, replace_folder, seal, sync
-from .folder import check_room, naming
-from .world import World
+from .run_folder import check_room, naming
 
 # The position in the data is a function of these: with another value, the step means another place.
 POSITION = ("train_data", "train_split", "seed", "batch_size")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from ..faults import told
 from .config import parse
-from .names import check_names
+from .hub_names import check_names
 from .stage_configs import CONFIGS
 
 

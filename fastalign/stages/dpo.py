@@ -17,14 +17,18 @@ from torch import Tensor, nn
 from fastalign_kernels.preference.formulas import PAIR_LOSSES
 from fastalign_kernels.preference.losses import dpo_loss
 
-from ..data import load_rows, turn_ends
-from ..preferences import Pair, collate_pairs, sequence_logps, tokenize_pairs
+from ..data.preference_pairs import Pair, collate_pairs, tokenize_pairs
+from ..data.readers import load_rows
+from ..data.sequence_batches import sequence_logps
+from ..data.tokenization import turn_ends
 from .adapters import load_architecture
-from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
+from .batches import Batch, epoch_batches, held_out_batches, total_steps
 from .command import run_stage
 from .estimate import announce
-from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, total_steps, train
-from .preference import Reference, make_packer, make_reference, pack_rows, parts_of, without_dropout
+from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
+from .loop import LossFn, start, train
+from .packers import make_packer, pack_rows, without_dropout
+from .reference_model import Reference, make_reference, parts_of
 from .stage_configs import DPOConfig
 
 

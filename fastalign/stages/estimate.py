@@ -26,11 +26,12 @@ from transformers import (
 
 from fastalign_kernels import plan_head
 
-from ..data import IGNORE_INDEX, Tokenized
-from .adapters import Task, add_adapters
+from ..data.tokens import IGNORE_INDEX, Tokenized
+from .adapters import add_adapters
+from .batches import micro_batch_size, total_steps
 from .config import TrainConfig
-from .loop import micro_batch_size, total_steps
-from .world import World
+from .distributed import World
+from .weights import Task
 
 GIB = 2**30
 Upstream = Literal["scalar", "logp"]

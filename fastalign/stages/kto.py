@@ -19,33 +19,20 @@ from torch import Tensor, nn
 
 from fastalign_kernels.preference.losses import kto_kl, kto_loss
 
-from ..data import load_rows, turn_ends
-from ..preferences import (
-    Unpaired,
-    collate_unpaired,
-    mismatch,
-    mismatch_bounds,
-    sequence_logps,
-    tokenize_unpaired,
-)
+from ..data.preference_pairs import Unpaired, collate_unpaired, mismatch, mismatch_bounds, tokenize_unpaired
+from ..data.readers import load_rows
+from ..data.sequence_batches import sequence_logps
+from ..data.tokenization import turn_ends
 from .adapters import load_architecture
-from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
+from .batches import Batch, epoch_batches, held_out_batches, rows_of_step, total_steps
 from .command import run_stage
+from .distributed import World
 from .estimate import announce
-from .loop import (
-    Batch,
-    LossFn,
-    Prepare,
-    epoch_batches,
-    held_out_batches,
-    rows_of_step,
-    start,
-    total_steps,
-    train,
-)
-from .preference import Reference, make_packer, make_reference, pack_rows, parts_of, without_dropout
+from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
+from .loop import LossFn, Prepare, start, train
+from .packers import make_packer, pack_rows, without_dropout
+from .reference_model import Reference, make_reference, parts_of
 from .stage_configs import KTOConfig
-from .world import World
 
 
 def run(config: KTOConfig) -> dict[str, float]:

@@ -15,13 +15,9 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,17 +30,17 @@ from ..faults import Stopped
 from ..finite import find_not_finite
 from . import checkpoint
 from .adapters import record_base
-from .build import check_liger
+from .batches import Batch, micro_batch_size, total_steps
 from .config import TrainConfig, save_config
+from .distributed import World, join_world
 from .files import new_folder
-from .folder import check_room, held, naming
-from .names import check_names
-from .report import Report, check_reporters
+from .hub_names import check_names
+from .loading import check_liger
+from .optimization import autocast, distribute, make_optimizer, multiplier, trained_weights
+from .reporters import Report, check_reporters
+from .run_folder import check_room, held, naming
 from .signals import Signals, how_to_resume
-from .world import World, join_world
 
-Batch = Mapping[str, Any]
-Row = TypeVar("Row")
 # (model, micro-batch, items in the step [int64 scalar]) -> the micro-batch's share of the loss, with
 # gradient, and of each metric: shares add up, over micro-batches and ranks, to the step's value.
 LossFn = Callable[[nn.Module, Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
@@ -91,119 +87,6 @@ def _check_free(config: TrainConfig) -> None:
 
 def _held(config: TrainConfig, world: World) -> AbstractContextManager[None]:
     return held("output_dir", Path(config.output_dir)) if world.main and not config.dry_run else nullcontext()
-
-
-def micro_batch_size(config: TrainConfig, world: World) -> int:
-    """Rows of one forward pass on one device."""
-    return config.micro_batch_size or max(config.batch_size // world.size, 1)
-
-
-def multiplier(step: int, *, schedule: str, steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """The learning rate of optimizer step `step` (from 0), as a fraction of the peak.
-
-    It rises as (step + 1) / warmup_steps, is 1 right after warm-up, and would reach final_fraction at step
-    `steps`, the first one that is not taken.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
-    fall = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return final_fraction + (1 - final_fraction) * fall
-
-
-def autocast(config: TrainConfig, world: World) -> torch.autocast:
-    """The precision of every forward pass."""
-    return torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16)
-
-
-def total_steps(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of the run: max_steps, or what the epochs need, rounded up."""
-    return config.max_steps or math.ceil((config.epochs or 1) * rows / config.batch_size)
-
-
-@lru_cache(maxsize=2)
-def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(rows)
-
-
-def rows_of_step(step: int, *, rows: int, batch_size: int, seed: int) -> list[int]:
-    """The row numbers of a step: a window on the epochs' orders written one after another.
-
-    The order of an epoch is a function of (seed, epoch), so the step alone is the position in the data. Every
-    row comes once an epoch; a step at an epoch's end takes its remaining rows from the next one.
-    """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_order(rows, seed, place // rows)[place % rows]) for place in places]
-
-
-def epoch_batches(
-    rows: Sequence[Row],
-    collate: Callable[[Sequence[Row]], Batch],
-    config: TrainConfig,
-    world: World,
-    arrange: Callable[[list[Row], int], list[Row]] = lambda rows, step: rows,
-) -> Callable[[int], list[Batch]]:
-    """A function from a step to this rank's micro-batches in it, for stages that pass over a list of rows.
-
-    `arrange` sees all rows of a step before they are shared out to micro-batches and ranks.
-    """
-    size = micro_batch_size(config, world)
-
-    def batches_of(step: int) -> list[Batch]:
-        numbers = rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
-        arranged = arrange([rows[number] for number in numbers], step)
-        starts = range(world.rank * size, len(arranged), world.size * size)
-        return [collate(arranged[first : first + size]) for first in starts]
-
-    return batches_of
-
-
-def held_out_batches(
-    rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World
-) -> list[Batch]:
-    """This rank's held-out rows in micro-batches. Raises ValueError where a rank would get none."""
-    if 0 < len(rows) < world.size:
-        raise ValueError(f"eval_data: {len(rows)} rows for {world.size} devices; each needs at least one")
-    own = rows[world.rank :: world.size]
-    size = micro_batch_size(config, world)
-    return [collate(own[first : first + size]) for first in range(0, len(own), size)]
-
-
-def make_optimizer(
-    config: TrainConfig, model: nn.Module, own_rates: Mapping[str, float] | None = None
-) -> torch.optim.AdamW:
-    """AdamW over what is trained; matrices decay, vectors (norms, biases) do not.
-
-    `own_rates`: from the start of a weight's name to a peak learning rate other than learning_rate.
-    """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            own = (rate for start, rate in (own_rates or {}).items() if name.startswith(start))
-            groups.setdefault((next(own, config.learning_rate), weight.ndim >= 2), []).append(weight)
-    return torch.optim.AdamW(
-        [
-            {"params": weights, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
-            for (rate, decays), weights in sorted(groups.items(), key=lambda group: not group[0][1])
-        ],
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_eps,
-        fused=True,
-    )
-
-
-def distribute(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
-    """The model to call in training: compiled as configured, its gradients averaged over the ranks."""
-    if config.compile:
-        model.compile()
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
-
-
-def trained_weights(model: nn.Module) -> list[nn.Parameter]:
-    """What the optimizer changes."""
-    return [weight for weight in model.parameters() if weight.requires_grad]
 
 
 def count_targets(batch: Batch) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import find_source, is_classifier, load_architecture, load_plain
-from .build import load_tokenizer, padding_id
 from .command import run_stage
 from .files import new_folder
+from .loading import load_tokenizer, padding_id
 from .stage_configs import MergeConfig
 
 

@@ -6,7 +6,7 @@ max_new_tokens=64 fastalign ppo model=runs/sft/model reward=my_rewards.py:score 
 output_dir=runs/ppo value=shared lora_rank=16 torchrun --nproc-per-node 8 -m fastalign.stages.ppo --config
 ppo.yaml
 
-A step draws completions of batch_size prompts (`rollout`, in experience.py) and learns from them in several
+A step draws completions of batch_size prompts (`rollout`, in ppo_rollouts.py) and learns from them in several
 passes (`ppo_step`); both are plain functions for a loop of one's own.
 
 A rollout is a function of the weights, the seed and the step's number, as its noise is keyed by them. So
@@ -14,46 +14,45 @@ checkpoints lie between steps and hold none: a run that was killed between a rol
 same tokens again.
 """
 
-import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fastalign_kernels import value_loss
 
 from ..actor_critic import ActorCritic
-from ..data import Prompt, Tokenized, load_rows, tokenize_prompts, turn_ends
-from .adapters import find_source, is_classifier, load_architecture, record_base
-from .build import check_fit, load_model, load_tokenizer, padding_id, stop_at
+from ..data.readers import load_rows
+from ..data.tokenization import tokenize_prompts, turn_ends
+from ..data.tokens import Prompt, Tokenized
+from .adapters import load_architecture, record_base
+from .batches import Batch, rows_of_step
 from .command import run_stage
-from .estimate import Part, announce
-from .experience import Experience, experience_batch, rollout
+from .distributed import World
+from .estimate import announce
 from .files import new_folder
-from .loop import Batch, LossFn, autocast, distribute, make_optimizer, rows_of_step, run_steps, start, update
-from .preference import pack_rows, without_dropout
-from .reward import zero_head
-from .rewards import (
+from .loading import check_fit, load_model, load_tokenizer, padding_id, stop_at
+from .loop import LossFn, run_steps, start, update
+from .optimization import autocast, distribute, make_optimizer
+from .packers import pack_rows, without_dropout
+from .ppo_models import end_ids, find_value, make_reference, make_reward, make_value, micro_batch, parts_of
+from .ppo_rollouts import Experience, experience_batch, rollout
+from .scorers import (
     Classifier,
-    Function,
     Reward,
-    by_function,
     check_classifier,
     find_classifier,
     find_function,
-    load_classifier,
 )
 from .stage_configs import PPOConfig, PPOOptions, is_function
-from .world import World
 
 
 def ppo_step(
@@ -322,119 +321,11 @@ def train(
     )
 
 
-class ValueSource(NamedTuple):
-    """What a value model of its own starts from."""
-
-    argument: str
-    """The field that gives it."""
-    folder: str
-    architecture: PretrainedConfig
-    scores: bool
-    """Whether it is a classifier, whose head is kept."""
-
-
-def parts_of(
-    config: PPOConfig,
-    architecture: PretrainedConfig,
-    scorer: Classifier | Function,
-    value: ValueSource | None,
-) -> list[Part]:
-    """The models that a step needs: the policy, a value model of its own, the reward model, and where the
-    reference is a copy, that."""
-    parts = [Part("model", architecture)]
-    if value is not None:
-        parts.append(Part("value model", value.architecture, "SEQ_CLS"))
-    if isinstance(scorer, Classifier):
-        parts.append(Part("reward model", scorer.architecture, "SEQ_CLS", trained=False))
-    if config.reference == "copy" or (config.reference == "auto" and not config.lora_rank):
-        parts.append(Part("reference", architecture, trained=False))
-    return parts
-
-
 def _full(prompt: Prompt, new_tokens: int) -> Tokenized:
     """A prompt with the longest completion."""
     return Tokenized(
         prompt.input_ids + [0] * new_tokens, [False] * len(prompt.input_ids) + [True] * new_tokens
     )
-
-
-def micro_batch(config: PPOConfig, world: World) -> int:
-    """Sequences of one forward pass on one device. Raises ValueError where minibatches do not divide into
-    those of all devices."""
-    size = config.batch_size // config.minibatches
-    micro = config.micro_batch_size or max(size // world.size, 1)
-    if size % (micro * world.size):
-        raise ValueError(
-            f"batch_size / minibatches ({config.batch_size} / {config.minibatches}) must be a multiple of micro_batch_size x devices "
-            f"({micro} x {world.size})"
-        )
-    return micro
-
-
-def make_reward(
-    config: PPOConfig,
-    world: World,
-    scorer: Classifier | Function,
-    tokenizer: PreTrainedTokenizerBase,
-    attention: str,
-) -> Reward:
-    """The scores of completions, as configured."""
-    if isinstance(scorer, Function):
-        return by_function(scorer, tokenizer)
-    options: dict[str, Any] = {
-        "rows": micro_batch(config, world),
-        "attention": attention,
-        "packing": config.packing,
-    }
-    return load_classifier(scorer, world, tokenizer, dtype=getattr(torch, config.dtype), **options)
-
-
-def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | None:
-    """The source of a value model of its own, None for a shared one. `reader`: the reward model, if it reads
-    the policy's tokens."""
-    if config.value == "shared":
-        return None
-    usable = reader is not None and reader.labels == 1
-    folder = config.value_model or (config.reward if usable else config.model)
-    argument = "value_model" if config.value_model else "reward" if usable else "model"
-    architecture = load_architecture(folder, task="SEQ_CLS", argument=argument)
-    return ValueSource(
-        argument, folder, architecture, is_classifier(find_source(folder, argument=argument), architecture)
-    )
-
-
-def make_value(source: ValueSource | None, load: Callable[..., Any]) -> Any:
-    """The value model of its own, None for a shared one."""
-    if source is None:
-        return None
-    value = load(source.architecture, weights=source.folder, task="SEQ_CLS", argument=source.argument)
-    if not source.scores:
-        zero_head(value)
-    return value
-
-
-def make_reference(config: PPOConfig, policy: Any) -> nn.Module | None:
-    """What the policy is held near: `rollout`'s argument."""
-    if config.reference == "none":
-        return None
-    if isinstance(policy, PeftModel) and config.reference != "copy":
-        return policy
-    frozen: nn.Module = copy.deepcopy(policy).requires_grad_(False).eval()
-    return frozen
-
-
-def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS, and those that the model generates by (the end of a
-    turn, say)."""
-    own = policy.generation_config.eos_token_id
-    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    known = policy.config.get_text_config().vocab_size
-    found = sorted({id for id in ids if id is not None and id < known})  # a model cannot draw others
-    if not found:
-        raise ValueError(
-            "tokenizer: no EOS token, and the model's generation_config names none: completions could not end"
-        )
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

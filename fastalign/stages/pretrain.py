@@ -8,12 +8,16 @@
 from collections.abc import Sequence
 from functools import partial
 
-from ..data import Tokenized, collate, load_rows, pack, tokenize_text
+from ..data.packing import collate, pack
+from ..data.readers import load_rows
+from ..data.tokenization import tokenize_text
+from ..data.tokens import Tokenized
 from .adapters import load_architecture
-from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
+from .batches import epoch_batches, held_out_batches
 from .command import run_stage
 from .estimate import Part, announce
-from .loop import epoch_batches, held_out_batches, language_model_loss, start, train
+from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
+from .loop import language_model_loss, start, train
 from .stage_configs import PretrainConfig
 
 

@@ -14,16 +14,17 @@ from transformers import PreTrainedModel
 
 from fastalign_kernels.preference.losses import reward_loss
 
-from ..classifier import last_tokens
-from ..data import load_rows
-from ..preferences import Pair, collate_pairs, tokenize_pairs
-from ..shared_prompts import model_arguments
+from ..data.preference_pairs import Pair, collate_pairs, tokenize_pairs
+from ..data.readers import load_rows
+from ..data.sequence_batches import last_tokens
+from ..data.shared_prefix import model_arguments
 from .adapters import load_architecture
-from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .batches import Batch, epoch_batches, held_out_batches
 from .command import run_stage
 from .estimate import Part, announce
-from .loop import Batch, LossFn, epoch_batches, held_out_batches, start, train
-from .preference import make_packer, pack_rows, without_dropout
+from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id
+from .loop import LossFn, start, train
+from .packers import make_packer, pack_rows, without_dropout
 from .stage_configs import RewardConfig
 
 

@@ -7,12 +7,16 @@ torchrun --nproc-per-node 8 -m fastalign.stages.sft --config sft.yaml
 from collections.abc import Sequence
 from functools import partial
 
-from ..data import Tokenized, collate, load_rows, pack, tokenize_sft, turn_ends
+from ..data.packing import collate, pack
+from ..data.readers import load_rows
+from ..data.tokenization import tokenize_sft, turn_ends
+from ..data.tokens import Tokenized
 from .adapters import load_architecture
-from .build import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
+from .batches import epoch_batches, held_out_batches, micro_batch_size
 from .command import run_stage
 from .estimate import Part, announce
-from .loop import epoch_batches, held_out_batches, language_model_loss, micro_batch_size, start, train
+from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
+from .loop import language_model_loss, start, train
 from .stage_configs import SFTConfig
 
 

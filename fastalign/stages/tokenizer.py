@@ -9,8 +9,9 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ..chat import read_text
-from ..data import load_rows, need_columns, read_each
+from ..data.readers import load_rows
+from ..data.rows import need_columns, read_each
+from ..data.texts import read_text
 from .command import run_stage
 from .files import new_folder
 from .stage_configs import ROLES, TokenizerConfig

@@ -292,7 +292,7 @@ def test_python_dash_m_is_the_command() -> None:
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
-    monkeypatch.delitem(sys.modules, "fastalign.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "fastalign.demo.command", raising=False)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["demo", "--steps", "1"])
     assert stopped.value.code == 2

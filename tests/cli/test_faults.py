@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastalign import faults
-from fastalign.chat import DataError
+from fastalign.data import DataError
 
 
 def raised(error: Exception) -> Exception:

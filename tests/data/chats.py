@@ -7,9 +7,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastalign.data import (
-    Tokenized,
-)
+from fastalign.data import Tokenized
 
 CORPUS = ["The film was great, really great.", "What did you think of the film?", "user assistant system\n\n"]
 

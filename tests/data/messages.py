@@ -5,12 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fastalign.data import (
-    Tokenized,
-    load_rows,
-    tokenize_sft,
-)
-from fastalign.rows import Rows
+from fastalign.data import Rows, Tokenized, load_rows, tokenize_sft
 from tests.data.chats import build
 
 ASKED = {"role": "user", "content": "What is it?"}

@@ -5,10 +5,8 @@ from typing import Any
 
 import pytest
 
-from fastalign.data import (
-    DataError,
-)
-from fastalign.template_keys import TemplateKeys
+from fastalign.data import DataError
+from fastalign.data.chat_template.template_keys import TemplateKeys
 from tests.data.chats import CHATML, MARKED
 from tests.data.messages import ASKED, BAD, GOOD, TALK, chatml, sft_text
 

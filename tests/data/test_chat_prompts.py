@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from fastalign.chat import ChatTemplate
 from fastalign.data import (
     DataError,
+    tokenize_pairs,
     tokenize_prompts,
     tokenize_sft,
     tokenize_text,
+    tokenize_unpaired,
     turn_ends,
 )
-from fastalign.preferences import tokenize_pairs, tokenize_unpaired
+from fastalign.data.chat_template.trained_spans import ChatTemplate
 from tests.data.chats import CHATML, MARKED, build, trained_text
 from tests.data.messages import ASKED, BAD, GOOD, TALK, chatml, rows_of, sft_text
 

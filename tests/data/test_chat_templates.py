@@ -5,12 +5,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from fastalign import rendering
-from fastalign.data import (
-    DataError,
-    Tokenized,
-    tokenize_sft,
-)
+from fastalign.data import DataError, Tokenized, tokenize_sft
+from fastalign.data.chat_template import rendering
 from tests.data.chats import CHATML, HEADER, PROMPT, build
 from tests.data.messages import ASKED, GOOD, TALK
 

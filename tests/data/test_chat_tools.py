@@ -8,12 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fastalign.data import (
-    DataError,
-    load_rows,
-    tokenize_prompts,
-    tokenize_sft,
-)
+from fastalign.data import DataError, load_rows, tokenize_prompts, tokenize_sft
 from tests.data.chats import CHATML, build
 from tests.data.messages import ASKED, GOOD, TALK, chatml, rows_of, sft_text, shown
 

@@ -24,13 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fastalign.data import (
-    Tokenized,
-    beyond_rounding,
-    check_packing,
-    collate,
-    pack,
-)
+from fastalign.data import Tokenized, check_packing, collate, pack
+from fastalign.data.packing import beyond_rounding
 from tests.data.chats import sequence
 
 

@@ -17,14 +17,15 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from fastalign import preferences
 from fastalign.causal_lm import fuse_head
-from fastalign.classifier import last_tokens, score_packed
-from fastalign.data import Tokenized
-from fastalign.preferences import (
+from fastalign.classifier import score_packed
+from fastalign.data import (
     Pair,
+    Tokenized,
     Unpaired,
+    last_tokens,
     pack_sequences,
+    preference_pairs,
     sequence_logps,
 )
 from fastalign.probe import UnsupportedModelError
@@ -75,10 +76,10 @@ def test_for_flash_attention_all_sequences_lie_in_one_row() -> None:
 def test_collators_keep_chosen_and_rejected_apart_and_in_order() -> None:
     one, two, three, four = random_sequences([5, 9, 7, 4])
     packer = partial(pack_sequences, pad_id=0)
-    batch = preferences.collate_pairs([Pair(one, two, 1.5), Pair(three, four, 0.0)], packer=packer)
+    batch = preference_pairs.collate_pairs([Pair(one, two, 1.5), Pair(three, four, 0.0)], packer=packer)
     assert batch["both"]["sequences"] == (one, three, two, four) and batch["margins"].tolist() == [1.5, 0.0]
-    assert "margins" not in preferences.collate_pairs([Pair(one, two)], packer=packer)
-    judged = preferences.collate_unpaired(
+    assert "margins" not in preference_pairs.collate_pairs([Pair(one, two)], packer=packer)
+    judged = preference_pairs.collate_unpaired(
         [Unpaired(one, True, two), Unpaired(three, False, four)], packer=packer
     )
     assert judged["answered"]["sequences"] == (one, three) and judged["mismatched"]["sequences"] == (
@@ -89,7 +90,7 @@ def test_collators_keep_chosen_and_rejected_apart_and_in_order() -> None:
         True,
         False,
     ]
-    assert "mismatched" not in preferences.collate_unpaired([Unpaired(one, True)], packer=packer)
+    assert "mismatched" not in preference_pairs.collate_unpaired([Unpaired(one, True)], packer=packer)
 
 
 # Classifiers

@@ -14,11 +14,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastalign import preferences
-from fastalign.data import DataError, Tokenized, load_rows
-from fastalign.preferences import (
+from fastalign.data import (
+    DataError,
+    Tokenized,
     Unpaired,
+    load_rows,
     mismatch,
+    preference_pairs,
     tokenize_pairs,
     tokenize_unpaired,
 )
@@ -298,7 +300,7 @@ def test_a_mismatched_sequence_is_cut_and_one_completion_alone_is_refused() -> N
 def test_the_longest_mismatch_bounds_every_mismatch() -> None:
     sequences = random_sequences([4, 9, 17, 30, 12])
     rows = [Unpaired(sequence, True) for sequence in sequences]
-    longest = preferences.mismatch_bounds(rows, max_length=64)[1]
+    longest = preference_pairs.mismatch_bounds(rows, max_length=64)[1]
     found = [
         len(row.mismatched.input_ids)
         for step in range(30)
@@ -306,4 +308,4 @@ def test_the_longest_mismatch_bounds_every_mismatch() -> None:
         if row.mismatched
     ]
     assert len(longest.input_ids) == 30 and max(found) <= 30
-    assert len(preferences.mismatch_bounds(rows, max_length=20)[1].input_ids) == 20
+    assert len(preference_pairs.mismatch_bounds(rows, max_length=20)[1].input_ids) == 20

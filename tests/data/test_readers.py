@@ -14,8 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fastalign.chat import DataError
-from fastalign.readers import load_rows
+from fastalign.data import DataError, load_rows
 from tests.data.files import parquet, same, write, write_bytes
 
 # JSON

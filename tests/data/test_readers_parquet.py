@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from fastalign.chat import DataError
-from fastalign.readers import load_rows
-from fastalign.rows import as_rows, read_each
+from fastalign.data import DataError, load_rows
+from fastalign.data.rows import as_rows, read_each
 from tests.data.files import parquet, same, write
 
 TALK = [

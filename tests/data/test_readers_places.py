@@ -11,9 +11,8 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset
 
-from fastalign.chat import DataError
-from fastalign.readers import load_rows
-from fastalign.rows import Rows, as_rows
+from fastalign.data import DataError, Rows, load_rows
+from fastalign.data.rows import as_rows
 from tests.data.files import parquet, same, write, write_bytes
 
 # Which files

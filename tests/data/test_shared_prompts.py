@@ -30,18 +30,20 @@ from transformers import (
 )
 
 from fastalign.causal_lm import fuse_head
-from fastalign.classifier import last_tokens, score_packed
-from fastalign.data import FLASH, Tokenized
-from fastalign.preferences import (
+from fastalign.classifier import score_packed
+from fastalign.data import (
     Pair,
+    Tokenized,
     Unpaired,
     collate_pairs,
     collate_unpaired,
+    last_tokens,
     mismatch,
     pack_sequences,
     sequence_logps,
 )
-from fastalign.shared_prompts import Family, explain_unshared, find_families, model_arguments
+from fastalign.data.packing import FLASH
+from fastalign.data.shared_prefix import Family, explain_unshared, find_families, model_arguments
 
 V = 97
 SMALL: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

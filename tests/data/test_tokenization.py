@@ -9,12 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from fastalign.data import (
-    DataError,
-    load_rows,
-    tokenize_sft,
-    tokenize_text,
-)
+from fastalign.data import DataError, load_rows, tokenize_sft, tokenize_text
 from tests.data.chats import CHATML, HEADER, MARKED, PROMPT, build, trained_text
 from tests.data.files import write
 
@@ -61,7 +56,7 @@ class TestTokenizeText:
     def test_does_not_depend_on_how_rows_are_batched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = Dataset.from_dict({"text": [f"The film {i} was great" for i in range(23)]})
         together = tokenize_text(rows, build(), max_length=6)
-        monkeypatch.setattr("fastalign.data.BATCH", 4)
+        monkeypatch.setattr("fastalign.data.tokenization.BATCH", 4)
         assert tokenize_text(rows, build(), max_length=6) == together
 
     def test_names_the_lines_of_the_file(self, tmp_path: Path) -> None:

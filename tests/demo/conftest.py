@@ -3,7 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fastalign.demo_data import CHAT_TEMPLATE
+from fastalign.demo.sentences import CHAT_TEMPLATE
 from fastalign.stages.tokenizer import train_tokenizer
 from tests.demo.sentences import SENTENCES
 

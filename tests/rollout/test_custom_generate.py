@@ -10,8 +10,8 @@ import torch
 import transformers as tf
 
 from fastalign import rollout as module
-from fastalign.hosts import CACHE
 from fastalign.rollout import RolloutOutput, custom_generate
+from fastalign.transformers_names import CACHE
 from tests.rollout.tiny_rollouts import CONFIGS, NEW, PAD, VOCAB, build, calls_of, draw, llama, prompts
 
 pytestmark = pytest.mark.hosts

@@ -13,9 +13,9 @@ from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 
 from fastalign import rollout as module
-from fastalign.hosts import CACHE
 from fastalign.probe import UnsupportedModelError
 from fastalign.rollout import POLL, generate
+from fastalign.transformers_names import CACHE
 from tests.rollout.tiny_rollouts import GQA, NEW, VOCAB, build, calls_of, draw, llama, prompts
 
 pytestmark = pytest.mark.hosts

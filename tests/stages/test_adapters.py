@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastalign.stages import dpo, kto, merge, ppo, pretrain, reward, sft
 from fastalign.stages.adapters import find_source, load_architecture, load_plain
-from fastalign.stages.build import load_tokenizer
+from fastalign.stages.loading import load_tokenizer
 from tests.stages.tiny import CHAT, lines, save_base, save_tokenizer, sentence, write
 
 OPTIONS: dict[str, Any] = {

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from fastalign import cli
-from fastalign.stages import adapters, build, dpo, experience, kto, merge, ppo, pretrain, reward, sft
+from fastalign.stages import adapters, dpo, kto, loading, merge, ppo, ppo_rollouts, pretrain, reward, sft
 from tests.stages.tiny import LLAMA, lines, save_base, save_tokenizer, sentence, write
 
 CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
@@ -119,13 +119,13 @@ def test_the_end_of_a_turn_stops_rollouts(
     make: Make, files: dict[str, str], monkeypatch: pytest.MonkeyPatch, data: str, ends: list[int]
 ) -> None:
     seen = []
-    generate = experience.generate
+    generate = ppo_rollouts.generate
 
     def see(*given: Any, **options: Any) -> Any:
         seen.append(options["eos_id"])
         return generate(*given, **options)
 
-    monkeypatch.setattr(experience, "generate", see)
+    monkeypatch.setattr(ppo_rollouts, "generate", see)
     run("ppo", make("ppo", train_data=files[data]))
     assert seen and all(sorted(given) == ends for given in seen)
 
@@ -173,5 +173,5 @@ def test_code_that_comes_with_a_model_is_refused_without_a_question(
         _ = (
             adapters.load_architecture(str(tmp_path))
             if file == "config.json"
-            else build.load_tokenizer(str(tmp_path))
+            else loading.load_tokenizer(str(tmp_path))
         )

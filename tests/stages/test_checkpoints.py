@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.stages import checkpoint, pretrain, report
+from fastalign.stages import checkpoint, pretrain, reporters
 from tests.stages.tiny import LLAMA, lines, weights
 
 
@@ -32,16 +32,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     class Killed(BaseException):
         """The run's process ends."""
 
-    write = report.Report.write
+    write = reporters.Report.write
 
-    def write_until_six(self: report.Report, line: dict[str, Any]) -> None:
+    def write_until_six(self: reporters.Report, line: dict[str, Any]) -> None:
         write(self, line)
         if line["step"] == 6:
             raise Killed
 
     stopped = pretraining(**options)
     with monkeypatch.context() as patch:
-        patch.setattr(report.Report, "write", write_until_six)
+        patch.setattr(reporters.Report, "write", write_until_six)
         with pytest.raises(Killed):
             pretrain.run(stopped)
     assert [line["step"] for line in lines(stopped)] == [

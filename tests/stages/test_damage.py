@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastalign.stages import checkpoint, dpo, files, merge, ppo, pretrain, sft
-from fastalign.stages.world import World
+from fastalign.stages.distributed import World
 from tests.stages.tiny import lines, sentence, weights, write
 
 Pretraining = Callable[..., pretrain.PretrainConfig]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastalign.stages import build, dpo, kto, ppo, pretrain, reward, sft
+from fastalign.stages import dpo, kto, loading, ppo, pretrain, reward, sft
 from tests.stages.tiny import LLAMA, lines, save_tokenizer, sentence, weights, write
 
 STAGES: dict[str, tuple[ModuleType, Any, dict[str, Any]]] = {
@@ -53,9 +53,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     )
     tokenizer = save_tokenizer(folder / "tokenizer")
     torch.manual_seed(3)
-    architecture = build.scratch_config(LLAMA, build.load_tokenizer(tokenizer), length=96)
+    architecture = loading.scratch_config(LLAMA, loading.load_tokenizer(tokenizer), length=96)
     AutoModelForCausalLM.from_config(architecture).save_pretrained(folder / "base")
-    build.load_tokenizer(tokenizer).save_pretrained(folder / "base")
+    loading.load_tokenizer(tokenizer).save_pretrained(folder / "base")
     return paths | {
         "tokenizer": tokenizer,
         "base": str(folder / "base"),

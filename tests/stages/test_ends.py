@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fastalign.faults import Stopped
-from fastalign.stages import checkpoint, folder, pretrain, report, signals
+from fastalign.stages import checkpoint, pretrain, reporters, run_folder, signals
 from fastalign.stages.config import parse
-from fastalign.stages.world import World
+from fastalign.stages.distributed import World
 from tests.stages.tiny import LLAMA, lines, weights
 
 Make = Callable[..., pretrain.PretrainConfig]
@@ -27,16 +27,16 @@ Make = Callable[..., pretrain.PretrainConfig]
 @pytest.fixture
 def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A function that lets signals come while the line of a step is written."""
-    write = report.Report.write
+    write = reporters.Report.write
 
     def arrange(step: int, *numbers: int) -> None:
-        def write_and_raise(self: report.Report, line: dict[str, Any]) -> None:
+        def write_and_raise(self: reporters.Report, line: dict[str, Any]) -> None:
             write(self, line)
             if line["step"] == step:
                 for number in numbers:
                     signal.raise_signal(number)
 
-        monkeypatch.setattr(report.Report, "write", write_and_raise)
+        monkeypatch.setattr(reporters.Report, "write", write_and_raise)
 
     return arrange
 
@@ -191,18 +191,18 @@ def test_a_disk_that_fills_up_is_told_and_the_old_checkpoint_stays(
 def test_metrics_that_cannot_be_written_name_their_file(
     pretraining: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def enter(self: report.Report) -> report.Report:
+    def enter(self: reporters.Report) -> reporters.Report:
         self.file = Path("/dev/full").open("w")  # noqa: SIM115
         return self
 
-    monkeypatch.setattr(report.Report, "__enter__", enter)
+    monkeypatch.setattr(reporters.Report, "__enter__", enter)
     with pytest.raises(OSError, match="output_dir: /dev/full could not be written: No space left on device"):
         pretrain.run(pretraining())
 
 
 def test_a_folder_that_another_run_holds_is_refused_with_its_process(pretraining: Make) -> None:
     config = pretraining()
-    with folder.held("output_dir", Path(config.output_dir)), pytest.raises(ValueError) as refused:
+    with run_folder.held("output_dir", Path(config.output_dir)), pytest.raises(ValueError) as refused:
         pretrain.run(config)
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     assert (
@@ -215,14 +215,14 @@ def test_the_lock_of_a_process_that_was_killed_blocks_nobody(tmp_path: Path) -> 
     code = f"""
 import os, signal
 from pathlib import Path
-from fastalign.stages.folder import held
+from fastalign.stages.run_folder import held
 with held("output_dir", Path({str(tmp_path)!r})):
     os.kill(os.getpid(), signal.SIGKILL)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
     assert (tmp_path / "lock").read_text().startswith("process ")
-    with folder.held("output_dir", tmp_path):
+    with run_folder.held("output_dir", tmp_path):
         assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
 
 
@@ -233,7 +233,7 @@ def test_a_file_system_without_locks_is_said_and_goes_on(
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with folder.held("output_dir", tmp_path):
+    with run_folder.held("output_dir", tmp_path):
         pass
     assert (
         capsys.readouterr().err
@@ -245,10 +245,10 @@ def test_a_lock_may_be_waited_for(tmp_path: Path) -> None:
     came: list[str] = []
 
     def wait() -> None:
-        with folder.held("reference_dir", tmp_path, wait=True):
+        with run_folder.held("reference_dir", tmp_path, wait=True):
             came.append("second")
 
-    with folder.held("reference_dir", tmp_path):
+    with run_folder.held("reference_dir", tmp_path):
         waiting = threading.Thread(target=wait)
         waiting.start()
         waiting.join(0.2)

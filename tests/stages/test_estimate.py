@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastalign.measure import peak_memories
 from fastalign.stages import dpo, estimate, kto, ppo, pretrain, reward, sft
-from fastalign.stages.build import load_tokenizer, scratch_config
+from fastalign.stages.distributed import World
 from fastalign.stages.estimate import Estimate, Part, Shape
-from fastalign.stages.world import World
+from fastalign.stages.loading import load_tokenizer, scratch_config
 from tests.stages.memory import STAGES
 from tests.stages.tiny import LLAMA, save_base, save_tokenizer, sentence, write
 

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from fastalign.data import Tokenized
-from fastalign.stages import build, loop, names, pretrain, report, sft
+from fastalign.stages import hub_names, loading, loop, pretrain, reporters, sft
+from fastalign.stages.distributed import World
 from fastalign.stages.stage_configs import CONFIGS
-from fastalign.stages.world import World
 from tests.stages.tiny import LLAMA, write
 
 
@@ -80,9 +80,9 @@ def test_what_cannot_run_is_refused_before_the_model_loads(
     changes: dict[str, Any],
     message: str,
 ) -> None:
-    find = report.importlib.util.find_spec
+    find = reporters.importlib.util.find_spec
     monkeypatch.setattr(
-        report.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
+        reporters.importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name)
     )
     with pytest.raises(ValueError, match=message):
         pretrain.run(pretraining(**changes))
@@ -113,7 +113,7 @@ def test_liger_is_refused_for_a_model_that_it_has_no_layers_for(
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     config, world = tuning(liger=True), World(0, 1, torch.device("cpu"))
     with pytest.raises(ValueError, match="liger: true, but liger-kernel has no layers for gpt2"):
-        build.load_model(
+        loading.load_model(
             config, world, AutoConfig.from_pretrained(base), weights=base, attention="sdpa", packed=False
         )
 
@@ -140,12 +140,12 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(
 @pytest.fixture
 def longrope(files: dict[str, str], tmp_path: Path) -> str:
     """The folder of a tiny Phi-3 whose RoPE changes at 16 tokens."""
-    tokenizer = build.load_tokenizer(files["tokenizer"])
+    tokenizer = loading.load_tokenizer(files["tokenizer"])
     ropes = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     fields = {name: value for name, value in LLAMA.items() if name != "head_dim"}
     fields |= {"model_type": "phi3", "original_max_position_embeddings": 16, "rope_parameters": ropes}
     model = AutoModelForCausalLM.from_config(
-        build.scratch_config(fields, tokenizer, length=64), dtype=torch.float64
+        loading.scratch_config(fields, tokenizer, length=64), dtype=torch.float64
     )
     model.save_pretrained(tmp_path / "phi3")
     tokenizer.save_pretrained(tmp_path / "phi3")
@@ -180,12 +180,12 @@ def test_an_id_that_the_model_lacks_is_refused_only_where_a_row_uses_it(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    tokenizer = build.load_tokenizer(base)
+    tokenizer = loading.load_tokenizer(base)
     tokenizer.add_special_tokens({"pad_token": "<padding>", "additional_special_tokens": ["<tool>"]})
     tokenizer.save_pretrained(tmp_path / "larger")
     assert (
         len(tokenizer) == 302
-        and build.padding_id(tokenizer, AutoConfig.from_pretrained(base)) == tokenizer.eos_token_id
+        and loading.padding_id(tokenizer, AutoConfig.from_pretrained(base)) == tokenizer.eos_token_id
     )
     loaded: list[str] = []
     monkeypatch.setattr(sft, "load_model", lambda *arguments, **options: loaded.append("model"))
@@ -223,8 +223,8 @@ COMPOSITE: dict[str, dict[str, Any]] = {
 def test_models_of_several_parts_are_fitted_by_their_language_model(
     pretraining: Callable[..., pretrain.PretrainConfig], files: dict[str, str], kind: str
 ) -> None:
-    tokenizer = build.load_tokenizer(files["tokenizer"])
-    config = build.scratch_config({"model_type": kind} | COMPOSITE[kind], tokenizer, length=40)
+    tokenizer = loading.load_tokenizer(files["tokenizer"])
+    config = loading.scratch_config({"model_type": kind} | COMPOSITE[kind], tokenizer, length=40)
     text = config.get_text_config()
     assert (text.vocab_size, text.max_position_embeddings, text.eos_token_id, text.hidden_size) == (
         300,
@@ -233,11 +233,13 @@ def test_models_of_several_parts_are_fitted_by_their_language_model(
         32,
     )
     row = [Tokenized(list(range(41)), [True] * 41)]
-    assert build.check_fit(config, tokenizer, [[Tokenized(row[0].input_ids[:40], row[0].trained[:40])]]) == 40
+    assert (
+        loading.check_fit(config, tokenizer, [[Tokenized(row[0].input_ids[:40], row[0].trained[:40])]]) == 40
+    )
     with pytest.raises(ValueError, match=r"a sequence of 41 tokens does not fit the model's 40"):
-        build.check_fit(config, tokenizer, [row])
+        loading.check_fit(config, tokenizer, [row])
     with pytest.raises(ValueError, match=r"unknown key 'hiden_size'; did you mean hidden_size"):
-        build.scratch_config({"model_type": kind, "text_config": {"hiden_size": 3}}, tokenizer, length=40)
+        loading.scratch_config({"model_type": kind, "text_config": {"hiden_size": 3}}, tokenizer, length=40)
 
 
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -249,7 +251,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
-    names.check_name.cache_clear()
+    hub_names.check_name.cache_clear()
     return asked
 
 
@@ -272,7 +274,7 @@ def test_a_name_that_is_nowhere_is_told_at_once(
         field: "foo/bar"
     }
     with pytest.raises(ValueError) as refused:
-        names.check_names(CONFIGS[stage](**given))
+        hub_names.check_names(CONFIGS[stage](**given))
     expected = f"{field}: 'foo/bar' is no folder here, is not in the cache, and the hub cannot be reached (Name or service not known)"
     assert str(refused.value) == expected
     assert len(asked) == 1, "one question, no retries"
@@ -288,8 +290,8 @@ def test_a_name_in_the_cache_is_taken_from_there_where_the_hub_is_away(
         datasets.config, "HF_HUB_OFFLINE", False
     )  # so that it is put back for the tests behind this one
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    names.check_name("model", "foo/bar")
-    names.check_name("tokenizer", "foo/bar")
+    hub_names.check_name("model", "foo/bar")
+    hub_names.check_name("tokenizer", "foo/bar")
     assert huggingface_hub.constants.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
     assert capsys.readouterr().err == "the hub cannot be reached: models come from the cache\n"
 
@@ -311,13 +313,13 @@ def test_a_folder_that_is_no_models_is_told(
     no_hub(monkeypatch)
     (tmp_path / "run" / "model").mkdir(parents=True)
     with pytest.raises(ValueError) as refused:
-        names.check_name("model", name.format(tmp=tmp_path))
+        hub_names.check_name("model", name.format(tmp=tmp_path))
     assert str(refused.value) == message.format(tmp=tmp_path)
 
 
 def test_what_attention_lacks_is_said_where_there_is_a_gpu_alone(capsys: pytest.CaptureFixture[str]) -> None:
     config = sft.SFTConfig(model="m", train_data="rows.jsonl", output_dir="out")
-    build.choose_attention(config, World(0, 1, torch.device("cpu")))
+    loading.choose_attention(config, World(0, 1, torch.device("cpu")))
     assert capsys.readouterr().out == ""
-    build.choose_attention(config, World(0, 1, torch.device("cuda")))
+    loading.choose_attention(config, World(0, 1, torch.device("cuda")))
     assert "attention: sdpa (flash_attention_2 needs" in capsys.readouterr().out

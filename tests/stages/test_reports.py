@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.stages import pretrain, report
+from fastalign.stages import pretrain, reporters
 from fastalign.stages.config import read_config
 from tests.stages.tiny import lines
 
@@ -83,4 +83,4 @@ def test_a_folder_that_has_a_reporters_name_is_not_that_reporter(
     (tmp_path / "trackio").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ValueError, match="report_to: trackio not installed"):
-        report.check_reporters(["trackio"])
+        reporters.check_reporters(["trackio"])

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.stages import loop, pretrain
+from fastalign.stages import batches, loop, optimization, pretrain
 from fastalign.stages.config import TrainConfig
-from fastalign.stages.world import World
+from fastalign.stages.distributed import World
 from tests.stages.tiny import lines
 
 # Schedules
@@ -24,7 +24,7 @@ from tests.stages.tiny import lines
 )
 def test_schedules_at_their_corners(schedule: str, expected: dict[int, float]) -> None:
     found = {
-        s: loop.multiplier(s, schedule=schedule, steps=104, warmup_steps=4, final_fraction=0.1)
+        s: optimization.multiplier(s, schedule=schedule, steps=104, warmup_steps=4, final_fraction=0.1)
         for s in expected
     }
     assert found == pytest.approx(expected)
@@ -32,9 +32,9 @@ def test_schedules_at_their_corners(schedule: str, expected: dict[int, float]) -
 
 def test_a_schedule_without_warm_up_starts_at_the_peak_and_takes_no_step_at_zero() -> None:
     options: dict[str, Any] = {"steps": 3, "warmup_steps": 0, "final_fraction": 0.0}
-    rates = [loop.multiplier(step, schedule="linear", **options) for step in range(3)]
+    rates = [optimization.multiplier(step, schedule="linear", **options) for step in range(3)]
     assert rates == pytest.approx([1, 2 / 3, 1 / 3])
-    assert loop.multiplier(2, schedule="linear", steps=3, warmup_steps=3, final_fraction=0.0) == 1.0
+    assert optimization.multiplier(2, schedule="linear", steps=3, warmup_steps=3, final_fraction=0.0) == 1.0
 
 
 def test_the_learning_rate_of_each_step_is_the_schedules(
@@ -52,7 +52,7 @@ def test_the_learning_rate_of_each_step_is_the_schedules(
 )
 def test_epochs_are_rounded_up_to_steps(changes: dict[str, Any], steps: int) -> None:
     config = TrainConfig(train_data="x", output_dir="x", batch_size=4, **changes)
-    assert loop.total_steps(config, rows=11) == steps
+    assert batches.total_steps(config, rows=11) == steps
 
 
 def test_each_step_is_taken_with_the_learning_rate_that_its_line_says_and_the_runs_seed(

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from fastalign.chat import DataError
-from fastalign.data import load_rows, tokenize_sft, tokenize_text
+from fastalign.data import DataError, load_rows, tokenize_sft, tokenize_text
 from fastalign.stages import tokenizer
 from tests.stages.tiny import sentence, write
 

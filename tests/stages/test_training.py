@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from fastalign import data
-from fastalign.stages import build, checkpoint, loop, pretrain, sft
+from fastalign.stages import batches, checkpoint, loading, loop, optimization, pretrain, sft
 from fastalign.stages.config import TrainConfig, save_config
-from fastalign.stages.world import World
+from fastalign.stages.distributed import World
 from tests.stages.tiny import assert_close, lines, torchrun, weights
 
 
@@ -30,7 +30,7 @@ def recorded(stage: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[torch.n
     built: list[torch.nn.Module] = []
 
     def load_model(*arguments: Any, **options: Any) -> torch.nn.Module:
-        built.append(build.load_model(*arguments, **options))
+        built.append(loading.load_model(*arguments, **options))
         return built[-1]
 
     monkeypatch.setattr(stage, "load_model", load_model)
@@ -50,7 +50,7 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(tuning: Callable[..., sft
 
 def ragged_targets(config: sft.SFTConfig) -> bool:
     rows = data.tokenize_sft(
-        data.load_rows(config.train_data), build.load_tokenizer(config.model), max_length=config.max_length
+        data.load_rows(config.train_data), loading.load_tokenizer(config.model), max_length=config.max_length
     )
     return len({sum(row.trained) for row in rows}) > 5
 
@@ -95,16 +95,18 @@ def test_every_rank_gets_its_own_rows_and_all_get_each_once() -> None:
         ranks = []
         for rank in range(2):
             world = World(rank, 2, torch.device("cpu"))
-            batches_of = loop.epoch_batches(rows, lambda picked: {"rows": list(picked)}, config, world)
-            batches = batches_of(step)
-            assert len(batches) == 3
-            ranks.append([row for batch in batches for row in batch["rows"]])
+            batches_of = batches.epoch_batches(rows, lambda picked: {"rows": list(picked)}, config, world)
+            step_batches = batches_of(step)
+            assert len(step_batches) == 3
+            ranks.append([row for batch in step_batches for row in batch["rows"]])
         assert not set(ranks[0]) & set(ranks[1]) or step == 1  # step 1 takes from two epochs
         seen += ranks[0] + ranks[1]
     assert sorted(seen) == sorted(rows * 2)
-    first, second = ([loop.rows_of_step(s, rows=9, batch_size=9, seed=5) for s in range(2)] for _ in range(2))
+    first, second = (
+        [batches.rows_of_step(s, rows=9, batch_size=9, seed=5) for s in range(2)] for _ in range(2)
+    )
     assert first == second and first[0] != first[1]
-    assert first[0] != loop.rows_of_step(0, rows=9, batch_size=9, seed=6)
+    assert first[0] != batches.rows_of_step(0, rows=9, batch_size=9, seed=6)
 
 
 def test_held_out_rows_are_shared_without_loss_or_repetition() -> None:
@@ -112,12 +114,16 @@ def test_held_out_rows_are_shared_without_loss_or_repetition() -> None:
     shares = []
     for rank in range(2):
         world = World(rank, 2, torch.device("cpu"))
-        batches = loop.held_out_batches(list(range(7)), lambda picked: {"rows": list(picked)}, config, world)
-        assert all(len(batch["rows"]) <= 2 for batch in batches)
-        shares.append([row for batch in batches for row in batch["rows"]])
+        held_out = batches.held_out_batches(
+            list(range(7)), lambda picked: {"rows": list(picked)}, config, world
+        )
+        assert all(len(batch["rows"]) <= 2 for batch in held_out)
+        shares.append([row for batch in held_out for row in batch["rows"]])
     assert sorted(shares[0] + shares[1]) == list(range(7))
     with pytest.raises(ValueError, match="eval_data: 1 rows for 2 devices"):
-        loop.held_out_batches([0], lambda picked: {"rows": picked}, config, World(0, 2, torch.device("cpu")))
+        batches.held_out_batches(
+            [0], lambda picked: {"rows": picked}, config, World(0, 2, torch.device("cpu"))
+        )
 
 
 # What is trained, and what is left on disk
@@ -293,7 +299,7 @@ def test_only_matrices_decay() -> None:
     linear, norm = torch.nn.Linear(3, 2), torch.nn.LayerNorm(2)
     model = torch.nn.Sequential(linear, norm)
     config = TrainConfig(train_data="x", output_dir="x", weight_decay=0.5, learning_rate=0.1)
-    optimizer = loop.make_optimizer(config, model)
+    optimizer = optimization.make_optimizer(config, model)
     for weight in model.parameters():
         weight.data.fill_(1.0)
         weight.grad = torch.zeros_like(weight)
@@ -309,7 +315,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(
     whole = loop.language_model_loss
 
     def poisoned(
-        model: torch.nn.Module, batch: loop.Batch, items: torch.Tensor
+        model: torch.nn.Module, batch: batches.Batch, items: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, metrics = whole(model, batch, items)
         return loss * float("nan"), metrics
@@ -371,7 +377,7 @@ def test_the_loop_serves_a_loss_that_is_no_language_models(base: str, tmp_path: 
     counted: list[int] = []
 
     def pull_to_zero(
-        _: torch.nn.Module, batch: loop.Batch, items: torch.Tensor
+        _: torch.nn.Module, batch: batches.Batch, items: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         counted.append(int(items))
         share = batch["pairs"] / items

@@ -17,7 +17,7 @@ SCRIPT = """
 import os, signal, sys, time
 from fastalign.faults import told
 from fastalign.stages.signals import Signals
-from fastalign.stages.world import join_world
+from fastalign.stages.distributed import join_world
 
 def fail(rank, step):
     {fault}

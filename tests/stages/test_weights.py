@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fastalign.causal_lm import fuse_head
 from fastalign.classifier import score_packed
-from fastalign.stages import merge, ppo, pretrain, reward, rewards, sft
+from fastalign.stages import merge, ppo, pretrain, reward, scorers, sft
 from tests.stages.tiny import lines, sentence, write
 
 Tensors = dict[str, torch.Tensor]
@@ -284,8 +284,8 @@ class Prompt:
 
 @pytest.mark.parametrize(("returned", "message"), RETURNED)
 def test_what_a_reward_function_returned_is_named_where_it_is_no_number(returned: Any, message: str) -> None:
-    function = rewards.Function("my.py:score", lambda prompts, completions: returned)
-    score: Any = rewards.by_function(function, Words())
+    function = scorers.Function("my.py:score", lambda prompts, completions: returned)
+    score: Any = scorers.by_function(function, Words())
     with pytest.raises(ValueError, match=rf"^reward: my\.py:score {message}"):
         score([Prompt(), Prompt()], [[0], [1]])
 
@@ -294,5 +294,5 @@ def test_what_a_reward_function_returned_is_named_where_it_is_no_number(returned
     "returned", [[1, 2.0], (True, 2), torch.tensor([1, 2]), torch.tensor([[1.0], [2.0]]), iter([1.0, 2.0])]
 )
 def test_lists_tensors_and_iterators_of_numbers_are_scores(returned: Any) -> None:
-    score: Any = rewards.by_function(rewards.Function("f", lambda prompts, completions: returned), Words())
+    score: Any = scorers.by_function(scorers.Function("f", lambda prompts, completions: returned), Words())
     assert score([Prompt(), Prompt()], [[0], [1]]).tolist() == [1.0, 2.0]

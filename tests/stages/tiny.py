@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fastalign.stages import build
+from fastalign.stages import loading
 from fastalign.stages.config import TrainConfig
 
 WORDS = [
@@ -77,9 +77,9 @@ def save_tokenizer(folder: Path, special: tuple[str, ...] = ("<eos>", "<pad>"), 
 
 def save_base(folder: Path, tokenizer_folder: str, length: int, **architecture: Any) -> str:
     """An untrained tiny GPT-2 in fp64 (Llama's norms are fp32 whatever the dtype), with the tokenizer."""
-    tokenizer = build.load_tokenizer(tokenizer_folder)
+    tokenizer = loading.load_tokenizer(tokenizer_folder)
     torch.manual_seed(3)
-    config = build.scratch_config(GPT2 | architecture, tokenizer, length=length)
+    config = loading.scratch_config(GPT2 | architecture, tokenizer, length=length)
     AutoModelForCausalLM.from_config(config, dtype=torch.float64).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -19,9 +19,9 @@ from fastalign.actor_critic import VALUE_HEAD, ActorCritic
 from fastalign.causal_lm import fuse_head
 from fastalign.data import Prompt, load_rows, tokenize_prompts
 from fastalign.rollout import generate
-from fastalign.stages import build, ppo
+from fastalign.stages import loading, ppo
 from fastalign.stages.ppo import PPOOptions, ppo_step, rollout
-from fastalign.stages.rewards import by_function, find_function
+from fastalign.stages.scorers import by_function, find_function
 from tests.stages.ppo.policies import Make, plain
 from tests.stages.tiny import lines, sentence
 
@@ -116,7 +116,7 @@ def test_nothing_of_the_size_of_all_logits_is_held() -> None:
     """TRL holds [B, R, V] of the policy, of the reference and of the samples."""
     V, B, R = 4001, 8, 24
     torch.manual_seed(0)
-    config = build.CONFIG_MAPPING["gpt2"](vocab_size=V, n_embd=16, n_layer=1, n_head=1, n_positions=64)
+    config = loading.CONFIG_MAPPING["gpt2"](vocab_size=V, n_embd=16, n_layer=1, n_head=1, n_positions=64)
     model = ActorCritic(fuse_head(AutoModelForCausalLM.from_config(config))).eval()
     reference = fuse_head(AutoModelForCausalLM.from_config(config)).eval()
     options = PPOOptions(max_new_tokens=R, ppo_epochs=1, rescore=True, entropy_coef=0.01)
@@ -157,7 +157,7 @@ def test_a_mismatch_is_logged_and_weighs_tokens_at_most_by_the_cap(
     cap = 1.2 if rescore else None
     options = PPOOptions(max_new_tokens=8, ppo_epochs=1, kl_coef=0, rescore=rescore, importance_cap=cap)
     plainly = rollout(model, PROMPTS, lengths, options, **ENDS)
-    monkeypatch.setattr("fastalign.stages.experience.generate", off)
+    monkeypatch.setattr("fastalign.stages.ppo_rollouts.generate", off)
     experience = rollout(model, PROMPTS, lengths, options, **ENDS)
     even = torch.tensor([token % 2 == 0 for ids in experience.completions for token in ids])
     found = ppo_step(model, torch.optim.SGD(model.parameters(), lr=0), experience, options, pad_id=1)

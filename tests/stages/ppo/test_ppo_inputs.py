@@ -22,11 +22,11 @@ from transformers import (
 
 from fastalign import cli
 from fastalign.data import load_rows, tokenize_prompts
-from fastalign.stages import loop, ppo, reward
+from fastalign.stages import batches, ppo, reward
 from fastalign.stages.config import describe
+from fastalign.stages.distributed import World
 from fastalign.stages.ppo import PPOConfig
-from fastalign.stages.rewards import find_classifier, load_classifier
-from fastalign.stages.world import World
+from fastalign.stages.scorers import find_classifier, load_classifier
 from tests.stages.tiny import CHAT, lines, sentence, write
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -44,7 +44,7 @@ def test_a_function_is_found_by_module_and_file_and_gets_the_columns_that_it_nam
     ppo.run(config)
     prompts, completions = sys.modules["functions"].seen[-1]
     rows = [json.loads(line) for line in Path(files["prompts"]).read_text().splitlines()]
-    picked = [rows[n] for n in loop.rows_of_step(0, rows=24, batch_size=8, seed=0)]
+    picked = [rows[n] for n in batches.rows_of_step(0, rows=24, batch_size=8, seed=0)]
     assert prompts == [row["prompt"] for row in picked] and not any("<eos>" in text for text in completions)
     scores = [text.count("a") - 0.05 * len(text) for text in completions]
     assert lines(config)[0]["objective/scores"] == pytest.approx(sum(scores) / 8)

@@ -11,7 +11,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from fastalign.stages import build, ppo
+from fastalign.stages import loading, ppo
 from fastalign.stages.config import save_config
 from fastalign.stages.ppo import PPOConfig, rollout
 from tests.stages.ppo.policies import Make, plain
@@ -151,7 +151,7 @@ def test_steps_are_plain_pytorchs(
             old, _, hidden = plain(model, experience, config.temperature)
             reference, _, _ = plain(frozen, experience, config.temperature)
             old_values = values_of(experience, hidden) * mask
-        tokenizer = build.load_tokenizer(config.model)
+        tokenizer = loading.load_tokenizer(config.model)
         texts = tokenizer.batch_decode(experience.completions, skip_special_tokens=True)
         scores = torch.tensor([text.count("a") - 0.05 * len(text) for text in texts], dtype=torch.float64)
         if config.missing_eos_penalty:

@@ -9,7 +9,7 @@ from transformers import (
     GPT2Model,
 )
 
-from fastalign.stages import preference
+from fastalign.stages import packers
 from fastalign.stages.config import TrainConfig, save_config
 from tests.stages.preference.runs import STAGES, Make, run
 from tests.stages.ranks import run_two_ranks
@@ -76,7 +76,7 @@ def test_prompts_that_pairs_share_are_computed_once(
     run(once)
     assert "copy of the prompt" not in capsys.readouterr().out
     tokens_once, tokens[:] = sum(tokens), []
-    monkeypatch.setattr(preference, "explain_unshared", lambda *_, **__: "a test's wish")
+    monkeypatch.setattr(packers, "explain_unshared", lambda *_, **__: "a test's wish")
     run(apart)
     assert (
         capsys.readouterr().out.count(

@@ -14,8 +14,7 @@ from transformers import (
     GPT2ForSequenceClassification,
 )
 
-from fastalign.data import load_rows
-from fastalign.preferences import tokenize_pairs
+from fastalign.data import load_rows, tokenize_pairs
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from tests.stages.preference.runs import STAGES, Make, plain_logps, run
 from tests.stages.tiny import (

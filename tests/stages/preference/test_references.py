@@ -12,8 +12,8 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from fastalign import preferences
-from fastalign.stages import checkpoint, preference, report
+from fastalign.data import sequence_batches
+from fastalign.stages import checkpoint, packers, reference_model, reporters
 from tests.stages.preference.runs import STAGES, Make, run
 from tests.stages.tiny import (
     lines,
@@ -40,15 +40,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
     class Killed(BaseException):
         """The run's process ends."""
 
-    write = report.Report.write
+    write = reporters.Report.write
 
-    def write_until_three(self: report.Report, line: dict[str, Any]) -> None:
+    def write_until_three(self: reporters.Report, line: dict[str, Any]) -> None:
         write(self, line)
         if line["step"] == 3:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.Report, "write", write_until_three)
+        patch.setattr(reporters.Report, "write", write_until_three)
         with pytest.raises(Killed):
             run(stopped)
     assert checkpoint.latest(stopped.output_dir).name == "step-00000002"  # type: ignore[union-attr]
@@ -97,13 +97,13 @@ def test_a_table_is_used_again_until_the_model_or_a_row_changes(
 ) -> None:
     options = {"reference": "precomputed", "reference_dir": str(tmp_path / "cache"), "max_steps": 3}
     scored: list[int] = []
-    score = preference._score
+    score = reference_model._score
 
-    def counted(model: torch.nn.Module, packed: preferences.Batch) -> torch.Tensor:
+    def counted(model: torch.nn.Module, packed: sequence_batches.Batch) -> torch.Tensor:
         scored.append(len(packed["sequences"]))
         return score(model, packed)
 
-    monkeypatch.setattr(preference, "_score", counted)
+    monkeypatch.setattr(reference_model, "_score", counted)
     first, again = make("dpo", **options), make("dpo", **options, beta=0.5, learning_rate=1e-4)
     run(first)
     run(again)
@@ -132,6 +132,6 @@ def test_dropout_is_off_and_the_saved_configuration_keeps_it(make: Make, base: s
     saved = AutoModelForCausalLM.from_pretrained(Path(config.output_dir, "model"))
     assert saved.config.resid_pdrop == AutoModelForCausalLM.from_pretrained(base).config.resid_pdrop == 0.1
     model = AutoModelForCausalLM.from_pretrained(base).train()
-    preference.without_dropout(model)
+    packers.without_dropout(model)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     assert torch.equal(model(ids).logits, model(ids).logits)

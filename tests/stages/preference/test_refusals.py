@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastalign import cli
-from fastalign.stages import build, dpo, kto
+from fastalign.stages import dpo, kto, loading
 from fastalign.stages.config import describe
-from fastalign.stages.world import World
+from fastalign.stages.distributed import World
 from fastalign_kernels.preference.arguments import KTO_LOSS_TYPES
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from tests.stages.preference.runs import STAGES, Make, run
@@ -76,13 +76,13 @@ def test_the_loss_types_are_the_kernels() -> None:
 
 def test_a_model_that_packs_wrongly_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    check = build.check_packing
+    check = loading.check_packing
 
     def noted(model: Any, **options: Any) -> None:
         asked.append(type(model).__name__)
         check(model, **options)
 
-    monkeypatch.setattr(build, "check_packing", noted)
+    monkeypatch.setattr(loading, "check_packing", noted)
     for stage in STAGES:
         run(make(stage))
         run(make(stage, packing=False))

@@ -14,10 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from fastalign import preferences
-from fastalign.data import load_rows
-from fastalign.preferences import Unpaired, tokenize_pairs, tokenize_unpaired
-from fastalign.stages import build, loop
+from fastalign.data import Unpaired, load_rows, preference_pairs, tokenize_pairs, tokenize_unpaired
+from fastalign.stages import batches, loading, optimization
 from tests.stages.preference.runs import Make, plain_logps, run
 from tests.stages.tiny import (
     lines,
@@ -27,7 +25,7 @@ from tests.stages.tiny import (
 def step_rows(config: Any, rows: list[Any], step: int) -> list[Any]:
     return [
         rows[n]
-        for n in loop.rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
+        for n in batches.rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
     ]
 
 
@@ -67,8 +65,8 @@ def test_reward_steps_are_plain_pytorchs(make: Make, files: dict[str, str]) -> N
     model = AutoModelForSequenceClassification.from_pretrained(
         config.model, num_labels=1, dtype=torch.float64
     ).eval()
-    rows = tokenize_pairs(load_rows(config.train_data), build.load_tokenizer(config.model), max_length=64)
-    optimizer = loop.make_optimizer(config, model)
+    rows = tokenize_pairs(load_rows(config.train_data), loading.load_tokenizer(config.model), max_length=64)
+    optimizer = optimization.make_optimizer(config, model)
     for step, line in enumerate(lines(config)):
         pairs = step_rows(config, rows, step)
         chosen, rejected = (
@@ -115,8 +113,8 @@ def test_dpo_steps_are_plain_pytorchs(make: Make, options: dict[str, Any]) -> No
     model, reference = (
         GPT2LMHeadModel.from_pretrained(config.model, dtype=torch.float64).eval() for _ in range(2)
     )
-    rows = tokenize_pairs(load_rows(config.train_data), build.load_tokenizer(config.model), max_length=64)
-    optimizer = loop.make_optimizer(config, model)
+    rows = tokenize_pairs(load_rows(config.train_data), loading.load_tokenizer(config.model), max_length=64)
+    optimizer = optimization.make_optimizer(config, model)
     for step, line in enumerate(lines(config)):
         pairs = step_rows(config, rows, step)
         sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
@@ -183,10 +181,12 @@ def test_kto_steps_are_plain_pytorchs(make: Make) -> None:
     model, reference = (
         GPT2LMHeadModel.from_pretrained(config.model, dtype=torch.float64).eval() for _ in range(2)
     )
-    rows = tokenize_unpaired(load_rows(config.train_data), build.load_tokenizer(config.model), max_length=64)
-    optimizer = loop.make_optimizer(config, model)
+    rows = tokenize_unpaired(
+        load_rows(config.train_data), loading.load_tokenizer(config.model), max_length=64
+    )
+    optimizer = optimization.make_optimizer(config, model)
     for step, line in enumerate(lines(config)):
-        picked = preferences.mismatch(
+        picked = preference_pairs.mismatch(
             step_rows(config, rows, step), seed=config.seed, step=step, max_length=64
         )
         expected = kto_by_hand(config, model, reference, picked)
@@ -252,7 +252,7 @@ def test_the_first_steps_are_trls(
     )
     data = Dataset.from_list(list(load_rows(config.train_data)))
     trainer = trainer_class(
-        model=model, args=settings, train_dataset=data, processing_class=build.load_tokenizer(config.model)
+        model=model, args=settings, train_dataset=data, processing_class=loading.load_tokenizer(config.model)
     )
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]

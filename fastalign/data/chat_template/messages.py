@@ -1,0 +1,269 @@
+"""What a row's messages say: roles, contents, calls of tools, which turns are trained, and where the prompt
+ends.
+
+The DataErrors raised here give the reason alone; `rows.read_each` adds the file and the rows.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import DataError
+from ..rows import Row
+from ..strict_json import DECODER
+
+Message = dict[str, Any]
+
+SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+# Columns beside messages that would change what the model sees.
+UNSERVED = (
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+    "audios",
+    "chat_template_kwargs",
+    "documents",
+    "system",
+)
+# Keys that tell messages apart and say nothing to the model, so that a template may leave them out.
+LABELS = ("id", "message_id", "turn_id", "timestamp", "created_at", "tool_call_id")
+
+
+def read_messages(column: str, messages: Any) -> list[Message]:
+    """The messages, without keys of None, as transformers has them: templates ask whether a key is there.
+
+    A `tool_calls`, or the `arguments` of a call, that is JSON in a string is parsed. Raises DataError for
+    what is no list of messages, for parts of a content that are no text, and for calls that are none.
+    """
+    if not isinstance(messages, list):
+        raise DataError(f"column {column!r} must be a list of messages, got {type(messages).__name__}")
+    return [_read_message(column, message) for message in messages]
+
+
+def read_sharegpt(column: str, messages: Any) -> list[Message]:
+    """As `read_messages`, of ShareGPT's messages with `from` and `value` too."""
+    if not isinstance(messages, list) or not any(
+        isinstance(message, dict) and "from" in message for message in messages
+    ):
+        return read_messages(column, messages)
+    renamed = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("from"), str):
+            seen = f"the keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
+            raise DataError(f"column {column!r} must hold messages with a 'from' and a 'value', got {seen}")
+        if message["from"] not in SHAREGPT:
+            raise DataError(
+                f"column {column!r} must hold messages from {', '.join(SHAREGPT)}; got {message['from']!r}"
+            )
+        others = {key: value for key, value in message.items() if key not in ("from", "value")}
+        renamed.append({"role": SHAREGPT[message["from"]], "content": message.get("value")} | others)
+    return read_messages(column, renamed)
+
+
+def read_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """The schemas of a row's `tools`: a list, or JSON in a string, of the whole or of each. None where it has
+    none."""
+    tools = _parse("tools", tools) if isinstance(tools, str) else tools
+    if tools is None:
+        return None
+    if not isinstance(tools, list):
+        raise DataError(f"column 'tools' must be a list of schemas, got {type(tools).__name__}")
+    schemas = [_parse("tools", tool) if isinstance(tool, str) else tool for tool in tools]
+    for schema in schemas:
+        if not isinstance(schema, dict) or not schema:
+            raise DataError(f"column 'tools' must hold schemas, which are objects; got {_show(schema)}")
+    return schemas
+
+
+def refuse_unserved(row: Row) -> None:
+    """Raise DataError where a column beside the messages says what the chat template would not get."""
+    for column in UNSERVED:
+        if row.get(column):
+            raise DataError(
+                f"column {column!r} is not served: a chat template gets messages of text, and tools; write it into the messages "
+                "or remove the column"
+            )
+
+
+def refuse_beside_text(row: Row) -> None:
+    """As `refuse_unserved`, for a row of text, which goes through no chat template."""
+    refuse_unserved(row)
+    if row.get("tools"):
+        raise DataError(
+            "column 'tools' is for messages, and a text goes through no chat template: remove the column"
+        )
+
+
+def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list[Message]]]:
+    """The messages of the prompt, and those that each of the columns adds to it.
+
+    `prompt` are messages, which a column may repeat; or a text, the user's turn that the columns' whole
+    conversations have last in common; or absent, and then what two columns begin with.
+    """
+    prompt = read_messages("prompt", row["prompt"]) if isinstance(row.get("prompt"), list) else None
+    conversations = [read_messages(column, row[column]) for column in columns]
+    if prompt is not None:
+        return prompt, [_without(prompt, *pair) for pair in zip(columns, conversations, strict=True)]
+    named = " and ".join(map(repr, columns))
+    what = f"column{'s' * (len(columns) > 1)} {named}"
+    if "prompt" in row:
+        text = row["prompt"]
+        if not isinstance(text, str):
+            raise DataError(
+                f"column 'prompt' must be a list of messages, or a text, got {type(text).__name__}"
+            )
+        lengths = [_after_text(text, conversation) for conversation in conversations]
+        if None in lengths:
+            raise DataError(
+                f"{what} must hold whole conversations with the text of column 'prompt' as a user's turn, and an answer"
+            )
+        shared = lengths[0] or 0
+        if (
+            any(conversation[:shared] != conversations[0][:shared] for conversation in conversations)
+            or len(set(lengths)) > 1
+        ):
+            raise DataError(f"{what} must begin with the same messages up to the text of column 'prompt'")
+    else:
+        one, *others = conversations
+        shared = next(
+            (
+                place
+                for place, message in enumerate(one)
+                if any(other[place : place + 1] != [message] for other in others)
+            ),
+            len(one),
+        )
+        if not shared:
+            raise DataError(f"{what} must begin with the same messages where there is no column 'prompt'")
+    return conversations[0][:shared], [conversation[shared:] for conversation in conversations]
+
+
+def take_weights(column: str, messages: Sequence[Message]) -> tuple[list[Message], list[bool]]:
+    """The messages without `weight`, and whether each is an assistant's turn that is trained: one of weight
+    1, or without."""
+    trained = []
+    for message in messages:
+        assistant, weight = message["role"] == "assistant", message.get("weight")
+        if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+            raise DataError(f"column {column!r} must have a 'weight' of 0 or 1, got {_show(weight)}")
+        if weight and not assistant:
+            raise DataError(
+                f"column {column!r} has a 'weight' of 1 on a turn of role {message['role']!r}; only the assistant's are trained"
+            )
+        trained.append(assistant and weight != 0)
+    return [
+        {key: value for key, value in message.items() if key != "weight"} for message in messages
+    ], trained
+
+
+def join_parts(content: Any) -> Any:
+    """The text of a content of parts, one after another as templates write them."""
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def says_something(message: Message) -> bool:
+    """Whether a message has more than a role."""
+    said = (
+        join_parts(value) if key == "content" else value
+        for key, value in message.items()
+        if key not in ("role", "weight", *LABELS)
+    )
+    return any(value.strip() if isinstance(value, str) else value for value in said)
+
+
+def _read_message(column: str, message: Any) -> Message:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        seen = f"the keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
+        hint = (
+            "; rename ShareGPT's 'from' and 'value'"
+            if isinstance(message, dict) and "from" in message
+            else ""
+        )
+        raise DataError(
+            f"column {column!r} must hold messages with a 'role' and a 'content', got {seen}{hint}"
+        )
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content")
+    if not isinstance(content, str | list | None):
+        raise DataError(
+            f"column {column!r} must hold messages whose 'content' is text, got {type(content).__name__}"
+        )
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else None
+        others = (
+            [key for key in part if key not in ("type", "text") and part[key] is not None]
+            if kind == "text"
+            else []
+        )
+        if kind != "text" or not isinstance(part.get("text"), str) or others:
+            raise DataError(
+                f"column {column!r} must hold contents whose parts are {{'type': 'text', 'text': …}}, got {_show(part)}"
+            )
+    if isinstance(content, list):
+        message["content"] = [{"type": "text", "text": part["text"]} for part in content]
+    if "tool_calls" in message:
+        message["tool_calls"] = _read_calls(column, message["tool_calls"])
+    return message
+
+
+def _read_calls(column: str, calls: Any) -> list[dict[str, Any]]:
+    calls = _parse(column, calls) if isinstance(calls, str) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(
+            f"column {column!r} must hold 'tool_calls' that are a list of objects, got {_show(calls)}"
+        )
+    read = []
+    for call in calls:
+        inner = call["function"] if isinstance(call.get("function"), dict) else call
+        arguments = inner.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _parse(column, arguments) if arguments.strip() else {}
+            inner = inner | {"arguments": arguments}
+        if not isinstance(arguments, dict | None):
+            raise DataError(
+                f"column {column!r} must hold 'arguments' of calls that are an object, got {_show(arguments)}"
+            )
+        read.append(call | {"function": inner} if isinstance(call.get("function"), dict) else inner)
+    return read
+
+
+def _without(prompt: Sequence[Message], column: str, messages: list[Message]) -> list[Message]:
+    """The messages after a prompt that they may repeat."""
+    if prompt and messages[: len(prompt)] == prompt:
+        return messages[len(prompt) :]
+    first = messages[0]["role"] if messages else "assistant"
+    if prompt and first in ("system", "user") and (first == "system" or prompt[-1]["role"] == "user"):
+        raise DataError(
+            f"column {column!r} begins with a turn of role {first!r} where column 'prompt' ends in one of role {prompt[-1]['role']!r}: "
+            "it must hold the answer alone, or repeat the whole prompt"
+        )
+    return messages
+
+
+def _after_text(text: str, messages: Sequence[Message]) -> int | None:
+    """How many messages there are up to the last one of the user that says `text` and is answered."""
+    for place in range(len(messages) - 2, -1, -1):
+        message = messages[place]
+        if message["role"] == "user" and join_parts(message.get("content", "")).strip() == text.strip():
+            return place + 1
+    return None
+
+
+def _parse(column: str, text: str) -> Any:
+    try:
+        return DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"column {column!r} holds a text that is not JSON: {_show(text)}") from error
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,221 @@
+"""What of a row is trained: the assistant's turns under a chat template, or a completion; as characters, then
+as tokens.
+
+The DataErrors raised here give the reason alone; `rows.read_each` adds the file and the rows.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import DataError
+from ..rows import Row
+from ..texts import Spans, tokenizer_name
+from .messages import (
+    Message,
+    read_messages,
+    read_sharegpt,
+    read_tools,
+    refuse_unserved,
+    says_something,
+    separate,
+    take_weights,
+)
+from .rendering import Call
+from .template import MARK, Template
+
+WHOLE = ("messages", "conversations")  # columns that hold a whole conversation, without a prompt
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, which turns a conversation into a text and the spans of it that are
+    trained.
+
+    Of several templates, transformers' choice for the row is taken: `tool_use` for one with `tools`, else
+    `default`. Raises ValueError for a tokenizer without one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.name = tokenizer_name(tokenizer)
+        if not tokenizer.chat_template:
+            raise ValueError(f"tokenizer must have a chat template for messages; {self.name} has none")
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = (*tokenizer.all_special_tokens, *added)
+        self._tokenizer = tokenizer
+        self._templates: dict[str, Template] = {}
+
+    def render(self, row: Row, *columns: str) -> list[tuple[str, Spans]]:
+        """For each column, the text of the prompt with it, and what the assistant says in it after the
+        prompt.
+
+        The columns are `messages` or `conversations` alone, or those that answer `prompt`
+        (`messages.separate`). Raises DataError for messages that are none, that the template
+        refuses or would lose a part of, or whose turns cannot be told apart in its text.
+        """
+        template, tools = self._choose(row)
+        prompt: list[Message] = []
+        if columns[0] in WHOLE:
+            read = read_sharegpt if columns[0] == "conversations" else read_messages
+            answers = [read(columns[0], row[columns[0]])]
+        else:
+            prompt, answers = separate(row, columns)
+        return [
+            self._answer(template, tools, prompt, *answer) for answer in zip(columns, answers, strict=True)
+        ]
+
+    def prompt(self, row: Row) -> str:
+        """The text of `prompt` up to where the assistant's turn begins; `tools` are handed to the template.
+
+        Raises DataError for messages that are none, that the template refuses, or of which the assistant has
+        the last word.
+        """
+        messages = read_messages("prompt", row["prompt"])
+        if not messages:
+            raise DataError("column 'prompt' has no messages")
+        if messages[-1]["role"] == "assistant":
+            raise DataError("column 'prompt' ends in an assistant turn, and there is nothing to answer")
+        template, tools = self._choose(row)
+        messages, _ = take_weights("prompt", messages)
+        [rendered] = template.render(Call(template.fit("prompt", messages), tools, prompt=True))
+        return rendered.text
+
+    def answered(self, row: Row, answer: str) -> str:
+        """The text of the whole conversation, of `prompt` and an answer to it."""
+        template, tools = self._choose(row)
+        messages, _ = take_weights("prompt", read_messages("prompt", row["prompt"]))
+        [rendered] = template.render(
+            Call(template.fit("prompt", [*messages, {"role": "assistant", "content": answer}]), tools)
+        )
+        return rendered.text
+
+    def turn_ends(self) -> list[int]:
+        """The ids of special tokens that end an assistant's turn, where it is trained: an answer's, and a
+        call's of a tool."""
+        asked: Message = {"role": "user", "content": "x"}
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"q": MARK}}}
+        says: list[Message] = [
+            {"role": "assistant", "content": MARK},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        ends = set()
+        for tools in (None, [call]):
+            try:
+                template = self._of(tools)
+            except DataError:
+                continue
+            for answer in says if template.keys.reads("tool_calls") else says[:1]:
+                try:
+                    text, spans = self._answer(template, None, [asked], "completion", [answer])
+                except DataError:
+                    continue  # a template that wants more than a question and its answer
+                said = text[spans[-1][0] : spans[-1][1]].rstrip() if spans else ""
+                ends |= {token for token in self.special if token and MARK in said and said.endswith(token)}
+        return sorted(self._tokenizer.convert_tokens_to_ids(token) for token in ends)
+
+    def _choose(self, row: Row) -> tuple[Template, list[Any] | None]:
+        """The row's template, and its tools."""
+        refuse_unserved(row)
+        tools = read_tools(row.get("tools"))
+        template = self._of(tools)
+        template.check_tools(tools)
+        return template, tools
+
+    def _of(self, tools: list[Any] | None) -> Template:
+        try:
+            source = self._tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:  # several, and none of them for this row
+            raise DataError(f"the chat templates of {self.name} have none for it: {error}") from error
+        if source not in self._templates:
+            self._templates[source] = Template(
+                source, name=self.name, variables=self._tokenizer.special_tokens_map
+            )
+        return self._templates[source]
+
+    def _answer(
+        self,
+        template: Template,
+        tools: list[Any] | None,
+        prompt: list[Message],
+        column: str,
+        answer: list[Message],
+    ) -> tuple[str, Spans]:
+        """The text of a conversation, and the spans that are trained of its messages behind the prompt."""
+        turns = [message for message in answer if message["role"] == "assistant"]
+        if not turns:
+            raise DataError(f"column {column!r} has no assistant turn")
+        if not any(map(says_something, turns)):
+            raise DataError(f"column {column!r} has assistant turns without content only")
+        asked, _ = take_weights("prompt", prompt)
+        said, trained = take_weights(column, answer)
+        if not any(trained):
+            raise DataError(f"column {column!r} has assistant turns of weight 0 only")
+        messages = template.fit("prompt", asked) + template.fit(column, said)
+        wanted = [len(prompt) + turn for turn, train in enumerate(trained) if train]
+        if not template.has_marks:
+            return self._by_prefixes(template, tools, messages, wanted)
+        others = [
+            len(prompt) + turn
+            for turn, message in enumerate(said)
+            if message["role"] == "assistant" and not trained[turn]
+        ]
+        untrained = [range(turn, turn + 1) for turn in others]
+        if any(message["role"] == "assistant" for message in prompt):
+            untrained.append(range(len(prompt)))
+        return self._by_marks(template, tools, messages, untrained)
+
+    def _by_prefixes(
+        self, template: Template, tools: list[Any] | None, messages: list[Message], turns: list[int]
+    ) -> tuple[str, Spans]:
+        """A turn's span is what it adds to the conversation before it with the generation prompt."""
+        calls = [Call(messages, tools)]
+        for turn in turns:
+            calls += [Call(messages[:turn], tools, prompt=True), Call(messages[: turn + 1], tools)]
+        text, *parts = (rendered.text for rendered in template.render(*calls))
+        spans = []
+        for turn, before, after in zip(turns, parts[::2], parts[1::2], strict=True):
+            if not after.startswith(before):
+                self._explain(template, tools, messages[: turn + 1], before, after)
+            self._check_prefix(after, text)
+            # The line break that templates put after the end-of-turn token is not the assistant's: it has
+            # stopped.
+            said = after[len(before) :]
+            body = said.rstrip()
+            spans.append((len(before), len(before) + len(body if body.endswith(self.special) else said)))
+        return text, spans
+
+    def _by_marks(
+        self, template: Template, tools: list[Any] | None, messages: list[Message], untrained: list[range]
+    ) -> tuple[str, Spans]:
+        """The spans that the template marks, without those of untrained messages."""
+        ends = sorted({end for turns in untrained for end in (turns.start, turns.stop)} - {0})
+        (text, spans, _), *parts = template.render(
+            Call(messages, tools, marks=True), *(Call(messages[:end], tools) for end in ends)
+        )
+        lengths = {0: 0}
+        for end, part in zip(ends, parts, strict=True):
+            self._check_prefix(part.text, text)
+            lengths[end] = len(part.text)
+        for turns in untrained:
+            spans = [span for span in spans if not lengths[turns.start] <= span[0] < lengths[turns.stop]]
+        return text, spans
+
+    def _explain(
+        self, template: Template, tools: list[Any] | None, messages: list[Message], before: str, after: str
+    ) -> None:
+        """Raise DataError for an assistant's turn that does not go on from the generation prompt."""
+        [plain] = template.try_render(Call(messages[:-1], tools))
+        asked, begins = before.removeprefix(plain.text), after.removeprefix(plain.text)
+        if plain.error is None and before.startswith(plain.text) and after.startswith(plain.text):
+            raise DataError(
+                f"the answer does not begin with the generation prompt of the chat template of {self.name}: it begins with "
+                f"{begins[: len(asked) + 10]!r}, and a model is asked with {asked!r}; put what is missing into the answer, or mark "
+                "what to train on with {% generation %}"
+            )
+        self._check_prefix(before, after)
+
+    def _check_prefix(self, start: str, text: str) -> None:
+        if not text.startswith(start):
+            raise DataError(
+                f"the chat template of {self.name} renders earlier turns differently when later ones follow "
+                "(it may drop their reasoning), so what to train on cannot be told; mark it with {% generation %}"
+            )

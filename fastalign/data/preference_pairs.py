@@ -1,0 +1,212 @@
+"""Rows of preferences in, packed sequences out: pairs for reward models and DPO, judged completions for KTO.
+
+What is scored of a sequence is the completion alone, with its EOS or end-of-turn token: `Tokenized.trained`
+marks it. Sequences that a step compares run in one forward pass, packed without padding where the attention
+masks by sequence, the prompt that two of them share computed once where it can (shared_prefix.py);
+`sequence_logps` gives each one's log-probability.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError
+from .rows import Row, Rows, need_columns, read_each, refuse_rows
+from .sequence_batches import Batch
+from .tokenization import BESIDE, TooLong, answer_converter, holds_messages, tokenize_answers
+from .tokens import Tokenized
+
+
+class Pair(NamedTuple):
+    """Two completions of one prompt, each with the prompt before it."""
+
+    chosen: Tokenized
+    rejected: Tokenized
+    margin: float | None = None
+    """How much better the chosen one is, in units of the reward."""
+
+
+class Unpaired(NamedTuple):
+    """A completion that is desirable or not, with its prompt before it."""
+
+    answered: Tokenized
+    desirable: bool
+    mismatched: Tokenized | None = None
+    """The prompt before another row's completion, see `mismatch`."""
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens before the first that is scored."""
+        return self.answered.input_ids[: self.answered.trained.index(True)]
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        """The tokens from the first that is scored."""
+        return tuple(self.answered.input_ids[self.answered.trained.index(True) :])
+
+
+def tokenize_pairs(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
+) -> list[Pair]:
+    """Pairs, one a row: `prompt`, `chosen` and `rejected` (all text, or all messages), and a number `margin`
+    if there is one.
+
+    Messages may come without `prompt`: it is then what both conversations begin with. Both may repeat a
+    prompt of messages, and both may be whole conversations beside a prompt of text, which the user says last
+    in what they share. Text is ended by an EOS. A `tools` column is handed to the chat template.
+
+    Pairs with a sequence longer than `max_length` tokens are refused, left out or cut at the right
+    (`too_long`), the latter two with one warning that counts them. Raises DataError for missing columns,
+    wrong types, a completion that is empty or has no token within `max_length`, and completions that are the
+    same, or are within `max_length`; ValueError for a tokenizer that lacks what this needs.
+    """
+    implicit = (
+        "prompt" not in rows.column_names and "chosen" in rows.column_names and holds_messages(rows, "chosen")
+    )
+    need_columns(rows, *([] if implicit else ["prompt"]), "chosen", "rejected")
+    chat = implicit or holds_messages(rows, "prompt", "chosen")
+    convert = answer_converter(tokenizer, "chosen", "rejected", chat=chat)
+
+    def both(row: Row) -> list[Any]:
+        if implicit and not (isinstance(row["chosen"], list) and isinstance(row["rejected"], list)):
+            raise DataError(
+                "columns 'chosen' and 'rejected' must both be lists of messages where there is no column 'prompt'"
+            )
+        if row["chosen"] == row["rejected"]:
+            raise DataError("columns 'chosen' and 'rejected' are the same")
+        return convert(row)
+
+    margins: Sequence[float | None] = [None] * len(rows)
+    if "margin" in rows.column_names:
+        margins = read_each(rows, ["margin"], _read_margin)
+    answers = read_each(
+        rows, ["chosen", "rejected"] if implicit else ["prompt", "chosen", "rejected"], both, BESIDE
+    )
+    tokenized = tokenize_answers(
+        rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long
+    )
+    same = [index for index, pair in enumerate(tokenized) if pair and pair[0] == pair[1]]
+    refuse_rows(rows, {f"columns 'chosen' and 'rejected' are the same within max_length={max_length}": same})
+    return [Pair(pair[0], pair[1], margin) for pair, margin in zip(tokenized, margins, strict=True) if pair]
+
+
+def tokenize_unpaired(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
+) -> list[Unpaired]:
+    """Judged completions, one a row: `prompt` and `completion` (both text, or messages), and `label`, true
+    for a desirable one.
+
+    Texts, lengths and errors as in `tokenize_pairs`; a label that is not true or false is refused too.
+    """
+    need_columns(rows, "prompt", "completion", "label")
+    chat = holds_messages(rows, "prompt", "completion")
+    labels = read_each(rows, ["label"], _read_label)
+    answers = read_each(
+        rows, ["prompt", "completion"], answer_converter(tokenizer, "completion", chat=chat), BESIDE
+    )
+    tokenized = tokenize_answers(
+        rows, answers, tokenizer, chat=chat, max_length=max_length, too_long=too_long
+    )
+    return [
+        Unpaired(sequences[0], label) for sequences, label in zip(tokenized, labels, strict=True) if sequences
+    ]
+
+
+def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int) -> list[Unpaired]:
+    """The rows of a step, each with its prompt before the completion of another row of the step, cut at
+    `max_length` tokens.
+
+    No row meets a completion equal to its own. Each completion is met once, where no completion is that of
+    more than half of the rows. The result is a function of the arguments. Raises ValueError where all
+    completions are equal.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number in np.random.default_rng((seed, step)).permutation(len(rows)):
+        groups.setdefault(rows[number].completion, []).append(int(number))
+    if len(groups) < 2:
+        raise ValueError(
+            f"rows must have two different completions at least, as each prompt meets another row's; got {len(rows)} rows of one"
+        )
+    # Equal completions stand side by side in a ring, and each place meets the one that lies `shift` places
+    # on: past its own group's end, whatever the group, but short of its beginning, which the modulo sees to
+    # for a majority.
+    ring = [number for group in groups.values() for number in group]
+    shift = max(map(len, groups.values()))
+    met: dict[int, int] = {}
+    first = 0
+    for group in groups.values():
+        others = len(ring) - len(group)
+        for place, number in enumerate(group):
+            met[number] = ring[(first + len(group) + (place + shift - len(group)) % others) % len(ring)]
+        first += len(group)
+    return [
+        row._replace(mismatched=_join(row, rows[met[number]], max_length)) for number, row in enumerate(rows)
+    ]
+
+
+def mismatch_bounds(rows: Sequence[Unpaired], *, max_length: int) -> list[Tokenized]:
+    """The shortest and the longest sequence that `mismatch` can make of any of the rows."""
+    bounds = []
+    for end in (min, max):
+        prompt, completion = (
+            end(rows, key=lambda row: len(row.prompt)),
+            end(rows, key=lambda row: len(row.completion)),
+        )
+        bounds.append(_join(prompt, completion, max_length))
+    return bounds
+
+
+def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[..., Batch]) -> Batch:
+    """`both`: the chosen sequences, then the rejected ones, as `packer` packs them; `margins`: fp32 [pairs],
+    where there are any.
+
+    `packer` is `pack_sequences` with its options.
+    """
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    batch = {"both": packer(sequences, [*range(len(pairs))] * 2)}
+    margins = [pair.margin for pair in pairs if pair.margin is not None]
+    return batch | ({"margins": torch.tensor(margins, dtype=torch.float32)} if margins else {})
+
+
+def collate_unpaired(rows: Sequence[Unpaired], *, packer: Callable[..., Batch]) -> Batch:
+    """`answered`, `mismatched` and `both` (one after the other): the rows' sequences as `packer` packs them;
+    `desirable`: bool [S].
+
+    Without mismatched sequences `both` are the answered ones, and `mismatched` is left out. `packer` is
+    `pack_sequences` with its options.
+    """
+    answered = [row.answered for row in rows]
+    mismatched = {number: row.mismatched for number, row in enumerate(rows) if row.mismatched is not None}
+    batch: Batch = {
+        "answered": packer(answered),
+        "both": packer([*answered, *mismatched.values()], [*range(len(rows)), *mismatched]),
+    }
+    batch["desirable"] = torch.tensor([row.desirable for row in rows])
+    return batch | ({"mismatched": packer([*mismatched.values()])} if mismatched else {})
+
+
+def _join(row: Unpaired, other: Unpaired, max_length: int) -> Tokenized:
+    prompt, sequence = row.prompt, other.answered
+    first = sequence.trained.index(True)
+    return Tokenized(
+        (prompt + sequence.input_ids[first:])[:max_length],
+        ([False] * len(prompt) + sequence.trained[first:])[:max_length],
+    )
+
+
+def _read_margin(row: Row) -> float:
+    margin = row["margin"]
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise DataError(f"column 'margin' must be a finite number, got {margin!r}")
+    return float(margin)
+
+
+def _read_label(row: Row) -> bool:
+    label = row["label"]
+    if not isinstance(label, bool):
+        raise DataError(f"column 'label' must be true or false, got {label!r}")
+    return label

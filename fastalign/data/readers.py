@@ -1,0 +1,181 @@
+"""Readers of files, folders and data sets: what is written comes through as it is, or is refused with file
+and row.
+
+JSON is read by the standard library: numbers, texts and nulls stay what they are, and columns may mix types.
+What Python would change without a word is refused: a key twice in one object, NaN, numbers beyond a double,
+half a surrogate pair.
+"""
+
+import difflib
+import glob
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, one_line
+from .file_formats import READERS, _expected, _kind, read_file
+from .row_parts import DatasetPart, Part
+from .rows import NAMED, Rows
+
+NOT_DATA = re.compile(r"^[._]|^(readme|license|notice|dataset_infos?)\b", re.IGNORECASE)
+
+
+def load_rows(source: str, *, split: str = "train") -> Rows:
+    """Rows of files, of a folder, or of a data set that `datasets` knows. Each row is a dict of all columns.
+
+    `source` is one of
+    - a file, or a glob (`data/*.jsonl`) of files, ending in
+      - .jsonl or .json: an object a line, or one array of objects. Values stay as written.
+      - .parquet: files may differ in types and columns. Null fields of structs are left out, at any depth: Arrow gives all
+        structs of a column the same fields. A map becomes a dict.
+      - .csv: a header, then a record a row; every value is text, but for `label` (true or false) and `margin` (a number).
+      - .txt: one document a line, in the column `text`; blank lines are left out.
+
+      All but Parquet also compressed, as in .jsonl.gz, .bz2, .xz or .zst.
+    - a folder of such files, of which `datasets` finds those of `split` by their names; "folder:config" if its README has configs.
+    - "name" or "name:config" of a data set that `datasets` loads.
+
+    Raises DataError, with file and row (from 1; in .jsonl, .csv and .txt the line) for what is missing,
+    malformed, or has no rows, and ValueError for a split of plain files, which have none.
+    """
+    name, _, config = (source, "", "") if Path(source).is_dir() else source.partition(":")
+    if Path(name).is_dir():
+        rows = _read_folder(name, config or None, split)
+    elif paths := _find_files(source):
+        if split != "train":
+            raise ValueError(f"split must be 'train' for files, which have no splits; got {split!r}")
+        rows = Rows([read_file(path) for path in paths])
+    else:
+        rows = _load_named(source, name, config or None, split)
+    if len(rows) == 0:
+        raise DataError(f"{source}: no rows")
+    _fingerprints[source, split] = rows.fingerprint
+    return rows
+
+
+def fingerprint_of(source: str, *, split: str) -> str | None:
+    """The fingerprint of the rows that `load_rows` last read from there in this process; None if it read
+    none.
+
+    What `source` holds may have changed since: a checkpoint is to know the rows that its run was given.
+    """
+    return _fingerprints.get((source, split))
+
+
+_fingerprints: dict[tuple[str, str], str] = {}
+
+
+def _find_files(source: str) -> list[str]:
+    """The files that `source` names; none for what may be the name of a data set."""
+    if Path(source).is_file():
+        return [source]
+    if glob.has_magic(source):
+        if found := [path for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]:
+            return found
+        raise DataError(f"{source}: no such file; the pattern matches none")
+    if (
+        _kind(source) in READERS
+        or source.startswith(("/", "./", "../", "~"))
+        or (source.count("/") > 1 and "://" not in source)
+    ):
+        folder = Path(source).parent
+        there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        close = difflib.get_close_matches(Path(source).name, there, n=1)
+        raise DataError(f"{source}: no such file" + (f"; did you mean {folder / close[0]}?" if close else ""))
+    return []
+
+
+# Folders and names
+
+
+def _read_folder(folder: str, config: str | None, split: str) -> Rows:
+    """The split's files, as `datasets` finds them by their names, read by the readers above where there is
+    one."""
+    import datasets  # on demand: it takes half a second to import
+
+    try:
+        if (
+            Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file()
+        ):  # of save_to_disk
+            saved = datasets.load_from_disk(folder)
+            return Rows([DatasetPart(saved[split] if isinstance(saved, datasets.DatasetDict) else saved)])
+        builder = datasets.load_dataset_builder(folder, config)
+        files = {
+            str(name): [str(path) for path in paths]
+            for name, paths in (builder.config.data_files or {}).items()
+        }
+        named = [name for name in files if re.search(rf"\b{re.escape(name)}\b", split)]
+        if not named:
+            raise DataError(f"{folder}: no split {split!r}; there are: {', '.join(files)}")
+        _warn_left(folder, [path for paths in files.values() for path in paths])
+        if any(_kind(path) not in READERS for paths in files.values() for path in paths):
+            return Rows([DatasetPart(datasets.load_dataset(folder, config, split=split))])
+        parts = {name: [read_file(path) for path in files[name]] for name in named}
+        return (
+            Rows(parts[split])
+            if split in parts
+            else _slice_splits(parts, datasets.ReadInstruction.from_spec(split))
+        )
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, AssertionError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{folder}: {one_line(error.__cause__ or error)}; expected {_expected()}") from error
+
+
+def _slice_splits(parts: Mapping[str, Sequence[Part]], wanted: Any) -> Rows:
+    """The rows of a `datasets.ReadInstruction`, such as "train[:10%]+test"."""
+    splits = {name: Rows(own) for name, own in parts.items()}
+    firsts = dict(zip(splits, accumulate(map(len, splits.values()), initial=0)))
+    spans = wanted.to_absolute({name: len(rows) for name, rows in splits.items()})
+    numbers = {name: range(firsts[name], firsts[name] + len(rows)) for name, rows in splits.items()}
+    indices = [number for span in spans for number in numbers[span.splitname][span.from_ : span.to]]
+    return Rows([part for own in parts.values() for part in own], indices)
+
+
+def _warn_left(folder: str, read: list[str]) -> None:
+    used = {Path(path).resolve() for path in read}
+    names = [
+        path.relative_to(folder)
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.resolve() not in used
+    ]
+    left = [str(name) for name in names if not any(NOT_DATA.match(part) for part in name.parts)]
+    if left:
+        more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+        warnings.warn(f"{folder}: files that are not read: {', '.join(left[:NAMED])}{more}", stacklevel=4)
+
+
+def _load_named(source: str, name: str, config: str | None, split: str) -> Rows:
+    import datasets
+
+    unreachable = _hub_error(name)
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        if unreachable is not None:  # the cache alone; `datasets` would try for 20 s
+            datasets.config.HF_HUB_OFFLINE = True
+        return Rows([DatasetPart(datasets.load_dataset(name, config, split=split))])
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = f"`datasets` cannot load it: {one_line(error.__cause__ or error)}"
+        if isinstance(error, OSError):
+            absent = f"no data set of this name is in the cache of `datasets`, and its hub cannot be reached: {unreachable}"
+            reason = f"no such file or folder; {absent if unreachable else reason}"
+        raise DataError(f"{source}: {reason}") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _hub_error(name: str) -> str | None:
+    """Why the hub cannot be asked for a data set, None where it answers, if only slowly or by a refusal."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi().dataset_info(name, timeout=3)
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except Exception as error:  # of requests or of httpx, as the hub's version has it
+        return None if "Timeout" in type(error).__name__ else one_line(error)
+    return None

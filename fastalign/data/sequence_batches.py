@@ -1,0 +1,82 @@
+"""S sequences in one forward pass, and what is read of each: its log-probability or its last token."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign_kernels import sum_by_sequence
+
+from .packing import FLASH, collate
+from .shared_prefix import Family, count_operations, fill_rows, find_families, lay_out, model_arguments
+from .tokens import Tokenized, last_token
+
+
+def last_tokens(packed: dict[str, Any], *, pad_id: int) -> Tensor:
+    """The `ends` of sequences as `pack_sequences` packs them: what transformers pools,
+    the last but `pad_id`."""
+    behind = [
+        len(sequence.input_ids) - last_token(sequence, pad_id=pad_id) for sequence in packed["sequences"]
+    ]
+    return packed["starts"][packed["places"] + 1] - torch.tensor(behind)
+
+
+Batch = dict[str, Any]
+
+
+def pack_sequences(
+    sequences: Sequence[Tokenized],
+    prompts: Sequence[int] | None = None,
+    *,
+    pad_id: int,
+    attention: str = "sdpa",
+    packing: bool = True,
+    hidden_size: int | None = None,
+) -> Batch:
+    """S sequences for one forward pass, and where each of them lies in it.
+
+    `arguments` are collate's, for a model; rows are as long as the longest sequence and hold further ones
+    where they fit (one a row without `packing`), flash attention's one row holds all. `starts` and `places`
+    are int64: values [B, T] of the tokens, flattened, belong to segments that begin at `starts` [segments +
+    1], and the sequences are the segments `places` [S]; the others are padding. `lengths`: int64 [S], scored
+    tokens. `sequences`: as given.
+
+    Where `prompts` [S] has a number twice, these sequences begin alike. With the `hidden_size` of a model
+    that takes masks (`fastalign.shared_prompts.explain_unshared`; not for flash attention, nor without
+    `packing`) what they share is computed once, if that takes fewer operations. Rows are then as long as the
+    longest sequences that share; what is shared is a segment of its own, a sequence's is the rest of it, and
+    `prefixes`, int64 [segments], is the one before each, or itself.
+    `fastalign.shared_prompts.model_arguments` then adds the mask to the arguments, as numbers if `additive`,
+    for eager attention.
+    """
+    alone = [Family((number,), 0, len(sequence.input_ids)) for number, sequence in enumerate(sequences)]
+    if attention == FLASH:
+        rows = [alone]
+    else:
+        rows = fill_rows(alone) if packing else [[family] for family in alone]
+    if hidden_size is not None and prompts is not None:
+        shared = fill_rows(find_families(sequences, prompts, pad_id=pad_id))
+        rows = min(rows, shared, key=partial(count_operations, hidden_size=hidden_size))
+    layout = lay_out(sequences, rows)
+    arguments = collate(layout.rows, pad_id=pad_id, attention=attention)
+    batch: Batch = {
+        "arguments": arguments,
+        "starts": layout.starts,
+        "places": layout.places,
+        "lengths": torch.tensor([sum(sequence.trained) for sequence in sequences]),
+        "sequences": tuple(sequences),
+    }
+    if layout.skipped.any():
+        position_ids = arguments["position_ids"]
+        position_ids += layout.skipped.repeat_interleave(layout.starts.diff()).view_as(position_ids)
+        batch |= {"prefixes": layout.prefixes, "additive": attention == "eager"}
+    return batch
+
+
+def sequence_logps(model: nn.Module, packed: Batch) -> Tensor:
+    """log P(completion | prompt) of each sequence, [S] in nats (fp32, or fp64 for fp64), by a fused causal
+    LM."""
+    output = model(**model_arguments(packed), token_stats=True, use_cache=False)
+    return sum_by_sequence(output.logp.flatten(), packed["starts"])[packed["places"]]

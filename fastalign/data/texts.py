@@ -1,0 +1,59 @@
+"""Texts of rows, and the tokens that lie in a span of characters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from .errors import DataError
+from .rows import Row
+
+Spans = list[tuple[int, int]]  # characters [start, end) of a text that are trained, ascending
+
+
+def join_texts(row: Row, answer: str = "completion") -> tuple[str, Spans]:
+    """`prompt` and the column `answer` as one text, and the answer's span.
+
+    They are tokenized as a whole and told apart by offsets: on its own an answer would get the space that
+    SentencePiece tokenizers put in front of every text. A prompt may be white space, such as a line break; an
+    answer may not.
+    """
+    prompt = read_text("prompt", row["prompt"], blank=True)
+    text = prompt + read_text(answer, row[answer])
+    return text, [(len(prompt), len(text))]
+
+
+def overlapping(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
+    """Whether each token, by its characters [start, end) in the text, is trained: it overlaps a span, and is
+    not the first.
+
+    A tokenizer that trims white space from offsets leaves a token of nothing else empty, at its end: it
+    begins where the one before it ended. Special tokens that the tokenizer adds are at (0, 0), and not
+    trained.
+    """
+    trained = []
+    place = previous = 0
+    for start, end in offsets:
+        start = min(start, previous) if start == end else start
+        while place < len(spans) and spans[place][1] <= start:
+            place += 1
+        trained.append(place < len(spans) and spans[place][0] < end and start < end)
+        previous = end
+    return [False, *trained[1:]] if trained else []
+
+
+def read_text(column: str, text: Any, *, blank: bool = False) -> str:
+    """`text`, or DataError for what is no text, or empty: without a character, or unless `blank` with white
+    space only."""
+    if text is None:
+        raise DataError(f"column {column!r} is missing or null")
+    if not isinstance(text, str):
+        raise DataError(f"column {column!r} must be text, got {type(text).__name__}")
+    if not (text if blank else text.strip()):
+        raise DataError(f"column {column!r} is empty")
+    return text
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What messages call a tokenizer: where it was loaded from, or else its class."""
+    return tokenizer.name_or_path or type(tokenizer).__name__

@@ -1,0 +1,30 @@
+"""Tokens of one row: what the tokenizers make, and what every later step works on."""
+
+from typing import NamedTuple
+
+from .readers import load_rows as load_rows
+from .rows import Row
+
+IGNORE_INDEX = -100
+
+
+class Tokenized(NamedTuple):
+    """One sequence of tokens."""
+
+    input_ids: list[int]
+    trained: list[bool]
+    """Whether a token is a target that is trained on. Position 0 never is: nothing predicts it."""
+
+
+class Prompt(NamedTuple):
+    """What a completion is to follow."""
+
+    input_ids: list[int]
+    row: Row = {}
+    """The columns it was made of: `prompt`, as text or messages, and the others."""
+
+
+def last_token(sequence: Tokenized, *, pad_id: int) -> int:
+    """The place of a sequence's last token but `pad_id`, at which transformers scores it; 0 where there is
+    none."""
+    return max((place for place, token in enumerate(sequence.input_ids) if token != pad_id), default=0)

@@ -1,0 +1,73 @@
+"""Which rows a step trains on, and how they are divided among micro-batches and ranks."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import TrainConfig
+from .distributed import World
+
+Batch = Mapping[str, Any]
+Row = TypeVar("Row")
+
+
+def micro_batch_size(config: TrainConfig, world: World) -> int:
+    """Rows of one forward pass on one device."""
+    return config.micro_batch_size or max(config.batch_size // world.size, 1)
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of the run: max_steps, or what the epochs need, rounded up."""
+    return config.max_steps or math.ceil((config.epochs or 1) * rows / config.batch_size)
+
+
+@lru_cache(maxsize=2)
+def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
+
+
+def rows_of_step(step: int, *, rows: int, batch_size: int, seed: int) -> list[int]:
+    """The row numbers of a step: a window on the epochs' orders written one after another.
+
+    The order of an epoch is a function of (seed, epoch), so the step alone is the position in the data. Every
+    row comes once an epoch; a step at an epoch's end takes its remaining rows from the next one.
+    """
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_order(rows, seed, place // rows)[place % rows]) for place in places]
+
+
+def epoch_batches(
+    rows: Sequence[Row],
+    collate: Callable[[Sequence[Row]], Batch],
+    config: TrainConfig,
+    world: World,
+    arrange: Callable[[list[Row], int], list[Row]] = lambda rows, step: rows,
+) -> Callable[[int], list[Batch]]:
+    """A function from a step to this rank's micro-batches in it, for stages that pass over a list of rows.
+
+    `arrange` sees all rows of a step before they are shared out to micro-batches and ranks.
+    """
+    size = micro_batch_size(config, world)
+
+    def batches_of(step: int) -> list[Batch]:
+        numbers = rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
+        arranged = arrange([rows[number] for number in numbers], step)
+        starts = range(world.rank * size, len(arranged), world.size * size)
+        return [collate(arranged[first : first + size]) for first in starts]
+
+    return batches_of
+
+
+def held_out_batches(
+    rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World
+) -> list[Batch]:
+    """This rank's held-out rows in micro-batches. Raises ValueError where a rank would get none."""
+    if 0 < len(rows) < world.size:
+        raise ValueError(f"eval_data: {len(rows)} rows for {world.size} devices; each needs at least one")
+    own = rows[world.rank :: world.size]
+    size = micro_batch_size(config, world)
+    return [collate(own[first : first + size]) for first in range(0, len(own), size)]

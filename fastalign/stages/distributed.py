@@ -1,0 +1,109 @@
+"""The processes of one run: rank, device, sums over ranks. Without torchrun it is a world of one."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .rank_watch import Watch
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    watch: Watch | None = None
+    """Of the other ranks, where there are any."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def say(self, message: str) -> None:
+        """Print on the main process."""
+        if self.main:
+            print(message, flush=True)
+
+    def at_step(self, step: int) -> None:
+        """Note the step that this rank is in, counted from 1, for what others tell of it."""
+        if self.watch is not None:
+            self.watch.at_step(step)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def count(self, number: int) -> int:
+        """A number summed over the ranks."""
+        return number if self.size == 1 else int(self.sum([torch.tensor(number)])[0])
+
+    def max(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def sum(self, values: Sequence[Tensor]) -> list[float]:
+        """Each scalar summed over the ranks, in fp64; waits for the device."""
+        total = torch.stack([value.detach().to(self.device, torch.float64) for value in values])
+        if self.size > 1:
+            dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch with its tensors, and those of batches in it, on this device."""
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return self.place(value)
+            return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return {name: placed(value) for name, value in batch.items()}
+
+
+@contextmanager
+def join_world(device: str, timeout: float = 30.0) -> Iterator[World]:
+    """Join the process group that torchrun's environment describes: nccl on CUDA, gloo on CPUs.
+
+    `device` is auto, cpu or cuda. A rank that gives no sign of life for `timeout` minutes ends the others,
+    and what ends one rank ends all, told once, with rank and step where it is not rank 0's own (watch.py).
+    Raises ValueError where cuda is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, and torch sees no CUDA device; allowed here: auto, cpu")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(local)
+    joined = size > 1 and not dist.is_initialized()
+    if joined:
+        # Half a minute more, so that the watch, which knows the rank, is the one to tell.
+        limit = timedelta(minutes=timeout, seconds=30)
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=local if cuda else None, timeout=limit)
+    watch = Watch(rank, size, minutes=timeout) if joined else None
+    try:
+        yield World(rank, size, local, watch)
+    except BaseException as error:
+        # The process group is left as it is: to leave it may mean to wait for a rank that is gone.
+        cause = error if watch is None else watch.end(error)
+        if cause is error:
+            raise
+        raise cause from error
+    if watch is not None:
+        watch.close()
+        dist.destroy_process_group()

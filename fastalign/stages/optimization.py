@@ -1,0 +1,66 @@
+"""The optimizer, its learning rate, and how a model is wrapped for several ranks."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import TrainConfig
+from .distributed import World
+
+
+def multiplier(step: int, *, schedule: str, steps: int, warmup_steps: int, final_fraction: float) -> float:
+    """The learning rate of optimizer step `step` (from 0), as a fraction of the peak.
+
+    It rises as (step + 1) / warmup_steps, is 1 right after warm-up, and would reach final_fraction at step
+    `steps`, the first one that is not taken.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    fall = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return final_fraction + (1 - final_fraction) * fall
+
+
+def autocast(config: TrainConfig, world: World) -> torch.autocast:
+    """The precision of every forward pass."""
+    return torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16)
+
+
+def make_optimizer(
+    config: TrainConfig, model: nn.Module, own_rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """AdamW over what is trained; matrices decay, vectors (norms, biases) do not.
+
+    `own_rates`: from the start of a weight's name to a peak learning rate other than learning_rate.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            own = (rate for start, rate in (own_rates or {}).items() if name.startswith(start))
+            groups.setdefault((next(own, config.learning_rate), weight.ndim >= 2), []).append(weight)
+    return torch.optim.AdamW(
+        [
+            {"params": weights, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
+            for (rate, decays), weights in sorted(groups.items(), key=lambda group: not group[0][1])
+        ],
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+
+
+def distribute(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
+    """The model to call in training: compiled as configured, its gradients averaged over the ranks."""
+    if config.compile:
+        model.compile()
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
+
+
+def trained_weights(model: nn.Module) -> list[nn.Parameter]:
+    """What the optimizer changes."""
+    return [weight for weight in model.parameters() if weight.requires_grad]

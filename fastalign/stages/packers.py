@@ -1,0 +1,61 @@
+"""How the stages that compare sequences pack them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..causal_lm import backbone
+from ..data.sequence_batches import Batch, pack_sequences
+from ..data.shared_prefix import explain_unshared
+from ..data.tokens import Tokenized
+from .distributed import World
+from .stage_configs import PreferenceConfig
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Switch a model's own dropout off, not its adapters': a policy is compared with a reference token by
+    token."""
+    for name, module in model.named_modules():
+        if "lora_" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+
+
+def make_packer(
+    config: PreferenceConfig,
+    world: World,
+    model: PreTrainedModel | PeftModel,
+    *,
+    attention: str,
+    pad_id: int,
+    longest: int,
+) -> Callable[..., Batch]:
+    """`pack_sequences` as configured, with shared prompts where the model takes them; where it does not, that
+    is said.
+
+    `longest` is the number of tokens of the longest sequence.
+    """
+    packer = partial(pack_sequences, pad_id=pad_id, attention=attention, packing=config.packing)
+    if not config.packing:
+        return packer
+    if why := explain_unshared(backbone(model), packer, attention=attention, longest=longest):
+        world.say(f"packing: each sequence has its own copy of the prompt ({why})")
+        return packer
+    return partial(packer, hidden_size=model.config.get_text_config().hidden_size)
+
+
+def pack_rows(rows: Sequence[Sequence[Tokenized]], **options: Any) -> Mapping[str, Any]:
+    """A model's arguments for all sequences of the rows, without shared prompts; `options` are
+    `pack_sequences`'."""
+    arguments: Mapping[str, Any] = pack_sequences([sequence for row in rows for sequence in row], **options)[
+        "arguments"
+    ]
+    return arguments

@@ -1,0 +1,131 @@
+"""The models of a PPO run beside the policy: reward model, value model and reference."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from .adapters import find_source, is_classifier, load_architecture
+from .distributed import World
+from .estimate import Part
+from .reward import zero_head
+from .scorers import (
+    Classifier,
+    Function,
+    Reward,
+    by_function,
+    load_classifier,
+)
+from .stage_configs import PPOConfig
+
+
+class ValueSource(NamedTuple):
+    """What a value model of its own starts from."""
+
+    argument: str
+    """The field that gives it."""
+    folder: str
+    architecture: PretrainedConfig
+    scores: bool
+    """Whether it is a classifier, whose head is kept."""
+
+
+def parts_of(
+    config: PPOConfig,
+    architecture: PretrainedConfig,
+    scorer: Classifier | Function,
+    value: ValueSource | None,
+) -> list[Part]:
+    """The models that a step needs: the policy, a value model of its own, the reward model, and where the
+    reference is a copy, that."""
+    parts = [Part("model", architecture)]
+    if value is not None:
+        parts.append(Part("value model", value.architecture, "SEQ_CLS"))
+    if isinstance(scorer, Classifier):
+        parts.append(Part("reward model", scorer.architecture, "SEQ_CLS", trained=False))
+    if config.reference == "copy" or (config.reference == "auto" and not config.lora_rank):
+        parts.append(Part("reference", architecture, trained=False))
+    return parts
+
+
+def micro_batch(config: PPOConfig, world: World) -> int:
+    """Sequences of one forward pass on one device. Raises ValueError where minibatches do not divide into
+    those of all devices."""
+    size = config.batch_size // config.minibatches
+    micro = config.micro_batch_size or max(size // world.size, 1)
+    if size % (micro * world.size):
+        raise ValueError(
+            f"batch_size / minibatches ({config.batch_size} / {config.minibatches}) must be a multiple of micro_batch_size x devices "
+            f"({micro} x {world.size})"
+        )
+    return micro
+
+
+def make_reward(
+    config: PPOConfig,
+    world: World,
+    scorer: Classifier | Function,
+    tokenizer: PreTrainedTokenizerBase,
+    attention: str,
+) -> Reward:
+    """The scores of completions, as configured."""
+    if isinstance(scorer, Function):
+        return by_function(scorer, tokenizer)
+    options: dict[str, Any] = {
+        "rows": micro_batch(config, world),
+        "attention": attention,
+        "packing": config.packing,
+    }
+    return load_classifier(scorer, world, tokenizer, dtype=getattr(torch, config.dtype), **options)
+
+
+def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | None:
+    """The source of a value model of its own, None for a shared one. `reader`: the reward model, if it reads
+    the policy's tokens."""
+    if config.value == "shared":
+        return None
+    usable = reader is not None and reader.labels == 1
+    folder = config.value_model or (config.reward if usable else config.model)
+    argument = "value_model" if config.value_model else "reward" if usable else "model"
+    architecture = load_architecture(folder, task="SEQ_CLS", argument=argument)
+    return ValueSource(
+        argument, folder, architecture, is_classifier(find_source(folder, argument=argument), architecture)
+    )
+
+
+def make_value(source: ValueSource | None, load: Callable[..., Any]) -> Any:
+    """The value model of its own, None for a shared one."""
+    if source is None:
+        return None
+    value = load(source.architecture, weights=source.folder, task="SEQ_CLS", argument=source.argument)
+    if not source.scores:
+        zero_head(value)
+    return value
+
+
+def make_reference(config: PPOConfig, policy: Any) -> nn.Module | None:
+    """What the policy is held near: `rollout`'s argument."""
+    if config.reference == "none":
+        return None
+    if isinstance(policy, PeftModel) and config.reference != "copy":
+        return policy
+    frozen: nn.Module = copy.deepcopy(policy).requires_grad_(False).eval()
+    return frozen
+
+
+def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a completion: the tokenizer's EOS, and those that the model generates by (the end of a
+    turn, say)."""
+    own = policy.generation_config.eos_token_id
+    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    known = policy.config.get_text_config().vocab_size
+    found = sorted({id for id in ids if id is not None and id < known})  # a model cannot draw others
+    if not found:
+        raise ValueError(
+            "tokenizer: no EOS token, and the model's generation_config names none: completions could not end"
+        )
+    return found

@@ -1,0 +1,164 @@
+"""What the preference stages share: their fields, how they pack, and the reference that a policy is compared
+with.
+
+The reference is the model as it is before training. Its log-probabilities come from a frozen copy, from the
+model with its adapters switched off, or from a table made before the first step; the values are the same.
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..data.sequence_batches import Batch, sequence_logps
+from ..data.tokens import Tokenized
+from .distributed import World
+from .estimate import Part
+from .files import new_file
+from .optimization import autocast
+from .run_folder import held
+from .stage_configs import ReferenceConfig
+
+Reference = Callable[
+    [Batch], Tensor
+]  # packed sequences, on the device -> their log-probabilities [S], without gradient
+
+
+def parts_of(config: ReferenceConfig, architecture: PretrainedConfig) -> list[Part]:
+    """The models that a step needs: the one that is trained, and where the reference is a copy, that."""
+    copied = config.reference == "copy" or (config.reference == "auto" and not config.lora_rank)
+    reference = [Part("reference", architecture, trained=False)] if copied else []
+    return [Part("model", architecture), *reference]
+
+
+def make_reference(
+    config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]
+) -> Reference:
+    """The reference of `model`, which is not trained yet; `scored` are all packed sequences that this rank
+    will ask it for."""
+    if config.reference == "precomputed":
+        return _precompute(config, world, model, scored)
+    if isinstance(model, PeftModel) and config.reference != "copy":
+        return lambda packed: _adapters_off(model, packed)
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    return lambda packed: _score(frozen, packed)
+
+
+def _score(model: nn.Module, packed: Batch) -> Tensor:
+    with torch.no_grad():
+        return sequence_logps(model, packed)
+
+
+def _adapters_off(model: PeftModel, packed: Batch) -> Tensor:
+    with model.disable_adapter():
+        return _score(model, packed)
+
+
+def _precompute(
+    config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]
+) -> Reference:
+    """A table from sequences to log-probabilities, read from a file named after the model, and completed
+    there.
+
+    A sequence is scored in the batch that meets it first, so its value is bitwise the one that the other ways
+    compute there. In other company (a later epoch) theirs may differ from it by rounding.
+    """
+    folder = Path(config.reference_dir or config.output_dir)
+    path = folder / f"reference-{_digest_model(config, model).hex()}.safetensors"
+    table = _read_table(path)
+    known = len(table)
+    score = _adapters_off if isinstance(model, PeftModel) else _score
+    with autocast(config, world):
+        for packed in scored:
+            keys = [_digest(sequence) for sequence in packed["sequences"]]
+            if any(key not in table for key in keys):
+                for key, value in zip(keys, score(model, world.place(packed)).tolist(), strict=True):
+                    table.setdefault(key, value)
+    if world.size > 1:
+        tables: list[Any] = [None] * world.size
+        dist.all_gather_object(tables, table)
+        table = {
+            key: value for part in reversed(tables) for key, value in part.items()
+        }  # the first rank's value wins
+    if world.main and len(table) > known:
+        # Another run that shares the folder may have come first: its values stay, so that both go on, and
+        # resume, with the same ones.
+        with held("reference_dir", folder, name=path.stem + ".lock", wait=True):
+            table |= _read_table(path)
+            _write_table(path, table)
+    if world.size > 1:
+        shared = [table]
+        dist.broadcast_object_list(shared)
+        table = shared[0]
+    world.say(f"reference: {len(table)} sequences, {known} of them known, in {path}")
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+
+    def look_up(packed: Batch) -> Tensor:
+        values = [table[_digest(sequence)] for sequence in packed["sequences"]]
+        return torch.tensor(values, dtype=dtype, device=packed["starts"].device)
+
+    return look_up
+
+
+def _write_table(path: Path, table: dict[bytes, float]) -> None:
+    keys_of = torch.frombuffer(bytearray(b"".join(table)), dtype=torch.uint8).view(len(table), -1)
+    tensors = {"sequences": keys_of, "logps": torch.tensor(list(table.values()), dtype=torch.float64)}
+    with new_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"blake2b": _digest_tensors(tensors)})
+
+
+def _read_table(path: Path) -> dict[bytes, float]:
+    """The table in a file, none where there is no file. Raises ValueError where it is not as it was
+    written."""
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored, written = (
+                {name: file.get_tensor(name) for name in ("sequences", "logps")},
+                (file.metadata() or {}).get("blake2b"),
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"reference: {path} is damaged ({error}); delete it, and its values are computed again"
+        ) from error
+    if written != _digest_tensors(stored):
+        raise ValueError(
+            f"reference: {path} is damaged: its hash is not that of its values; delete it, and they are computed again"
+        )
+    return dict(
+        zip((bytes(key) for key in stored["sequences"].numpy()), stored["logps"].tolist(), strict=True)
+    )
+
+
+def _digest_tensors(tensors: dict[str, Tensor]) -> str:
+    return hashlib.blake2b(
+        b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values()), digest_size=16
+    ).hexdigest()
+
+
+def _digest(sequence: Tokenized) -> bytes:
+    return hashlib.blake2b(repr(tuple(sequence)).encode(), digest_size=16).digest()
+
+
+def _digest_model(config: ReferenceConfig, model: PreTrainedModel | PeftModel) -> bytes:
+    """Of the weights but the adapters, the architecture, and what else the values depend on beyond
+    rounding."""
+    fields = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    fields |= {"bf16": config.bf16, "attention": model.config._attn_implementation}
+    digest = hashlib.blake2b(json.dumps(fields, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name:
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()

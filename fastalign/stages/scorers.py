@@ -1,0 +1,311 @@
+"""Where scores of completions come from: a sequence classifier, ours or any that transformers loads, or a
+Python function.
+
+What the policy's tokenizer wrote is scored as it is by a decoder that reads the same tokens; another
+classifier, with its own tokenizer, reads the text.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..classifier import score_packed
+from ..data.chat_template.trained_spans import ChatTemplate
+from ..data.sequence_batches import last_tokens, pack_sequences
+from ..data.tokens import Prompt, Tokenized
+from ..rope import rope_switch
+from .adapters import find_source, is_classifier, load_architecture, load_plain
+from .distributed import World
+from .loading import load_tokenizer, padding_id
+
+Reward = Callable[
+    [Sequence[Prompt], Sequence[list[int]]], Tensor
+]  # prompts, completions in tokens -> scores [B] fp64, on the CPU
+_NO_LIMIT = 10**9  # transformers writes 10**30 where a tokenizer has no model_max_length
+
+
+class Function(NamedTuple):
+    """A Python function, and what the configuration calls it."""
+
+    name: str
+    call: Callable[..., Any]
+
+
+class Classifier(NamedTuple):
+    """A sequence classifier that is not loaded yet."""
+
+    folder: str
+    architecture: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    label: int
+    """Whose logit is the score."""
+    labels: int
+
+    def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """Whether it reads the tokens that `tokenizer` writes."""
+        return bool(self.tokenizer.get_vocab() == tokenizer.get_vocab())
+
+
+def find_function(reward: str) -> Function:
+    """The function of "module:function" (modules of the working directory too) or "file.py:function".
+
+    Raises ValueError where there is none.
+    """
+    source, _, name = reward.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            if str(Path.cwd()) not in sys.path:
+                sys.path.insert(0, str(Path.cwd()))  # the command `fastalign` starts without it
+            module = importlib.import_module(source)
+    except (ImportError, FileNotFoundError) as error:
+        raise ValueError(f"reward: {reward!r}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(
+            f"reward: {source} has no function {name!r}; it has: {', '.join(functions) or 'none'}"
+        )
+    return Function(reward, function)
+
+
+def find_classifier(reward: str, label: int | None) -> Classifier:
+    """The classifier in a folder or of a name. Raises ValueError for another kind of model, or a label that
+    it has not."""
+    tokenizer = load_tokenizer(reward)
+    architecture = load_architecture(reward, task="SEQ_CLS", argument="reward")
+    if not is_classifier(find_source(reward), architecture):
+        kinds = ", ".join(architecture.architectures or [])
+        raise ValueError(
+            f"reward: {reward!r} holds {kinds or 'no architecture'}; a sequence classifier is wanted"
+        )
+    labels = architecture.id2label
+    if label is None and len(labels) > 1 or label is not None and label not in labels:
+        known = ", ".join(f"{number} ({name})" for number, name in labels.items())
+        raise ValueError(
+            f"reward_label: {label} seen, and {reward!r} has the labels {known}: give the number of one"
+        )
+    return Classifier(reward, architecture, tokenizer, label or 0, len(labels))
+
+
+def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Reward:
+    """Scores by `function(prompts, completions)`: the rows' prompts, as text or messages, and the completions
+    as text.
+
+    Further columns of the rows are handed over by keyword where the function has a parameter of that name.
+    """
+    wanted = list(inspect.signature(function.call).parameters)[2:]
+
+    def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        columns = {
+            name: [prompt.row[name] for prompt in prompts] for name in wanted if name in prompts[0].row
+        }
+        scores = _numbers(
+            function.name,
+            function.call([prompt.row["prompt"] for prompt in prompts], texts, **columns),
+            texts,
+        )
+        wrong = [place for place, value in enumerate(scores) if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(
+                f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}; finite numbers are wanted"
+            )
+        return torch.tensor(scores, dtype=torch.float64)
+
+    return score
+
+
+def _numbers(name: str, returned: Any, texts: Sequence[str]) -> list[float]:
+    """What a reward function returned, as numbers. Raises ValueError that names what is none."""
+    wanted = f"expected a list of {len(texts)} numbers"
+    # The items of a mapping are its keys, and a set has no order.
+    if isinstance(returned, str | bytes | Mapping | AbstractSet):
+        raise ValueError(f"reward: {name} returned {_short(returned)}, {wanted}")
+    try:
+        values = list(returned)
+    except TypeError as error:
+        raise ValueError(f"reward: {name} returned {_short(returned)}, {wanted}") from error
+    if len(values) != len(texts):
+        raise ValueError(f"reward: {name} returned {len(values)} scores for {len(texts)} completions")
+    numbers = []
+    for place, (value, text) in enumerate(zip(values, texts, strict=True), 1):
+        try:
+            if isinstance(value, str | bytes | complex):  # float would read some
+                raise TypeError("no number")
+            numbers.append(float(value))
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            what = f"scored completion {place} of {len(texts)}, {text[:60]!r}, as {_short(value)}"
+            raise ValueError(f"reward: {name} {what}, expected a finite number") from error
+    return numbers
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
+
+
+def load_classifier(
+    classifier: Classifier,
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    rows: int,
+    attention: str,
+    packing: bool,
+) -> Reward:
+    """Scores by the classifier, `rows` sequences at a time: of the tokens where it reads those of
+    `tokenizer`, else of the text."""
+    model = load_plain(
+        classifier.folder, task="SEQ_CLS", argument="reward", dtype=dtype, num_labels=classifier.labels
+    )
+    model.to(device=world.device).eval().requires_grad_(False)
+    of_tokens = classifier.reads(tokenizer) and hasattr(model, "score")
+    if of_tokens:
+        score_packed(model)
+    template = ChatTemplate(classifier.tokenizer) if classifier.tokenizer.chat_template else None
+    padding = model.config.get_text_config().pad_token_id
+    pad_id = padding_id(tokenizer, model.config) if padding is None else padding
+    if padding is None and not of_tokens:
+        model.config.get_text_config().pad_token_id = (
+            classifier.tokenizer.pad_token_id
+        )  # by which transformers finds the last token
+    limit = text_limit(classifier)
+
+    def inputs_of(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Mapping[str, Any]:
+        if not of_tokens:
+            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+            return _encode(classifier.tokenizer, template, prompts, texts, limit)
+        ids = [prompt.input_ids + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        sequences = [Tokenized(sequence, [False] * len(sequence)) for sequence in ids]
+        packed = pack_sequences(sequences, pad_id=pad_id, attention=attention, packing=packing)
+        inputs = {name: value for name, value in packed["arguments"].items() if name != "labels"}
+        return inputs | {"ends": last_tokens(packed, pad_id=pad_id), "use_cache": False}
+
+    @torch.no_grad()
+    def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
+        parts = [slice(first, first + rows) for first in range(0, len(prompts), rows)]
+        logits = [model(**world.place(inputs_of(prompts[part], completions[part]))).logits for part in parts]
+        return torch.cat(logits)[:, classifier.label].double().cpu()
+
+    return score
+
+
+def check_classifier(
+    classifier: Classifier,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+) -> None:
+    """Raise ValueError, before it is loaded, where a classifier that reads text with a tokenizer of its own
+    cannot score the prompts.
+
+    It needs the pad token by which it pads and finds last tokens, a chat template for messages, and room for
+    each prompt with a completion of max_new_tokens, which is assumed to have as many tokens there as in the
+    policy's tokenizer.
+    """
+    if classifier.reads(tokenizer) and hasattr(_on_meta(classifier), "score"):
+        return
+    own, text, name = (
+        classifier.tokenizer,
+        classifier.architecture.get_text_config(),
+        f"reward: {classifier.folder!r}",
+    )
+    pad = own.pad_token_id
+    if pad is None or pad >= text.vocab_size:
+        raise ValueError(
+            f"{name}: its tokenizer has the pad token id {pad}, expected one in [0, {text.vocab_size}): set pad_token and save it"
+        )
+    if text.pad_token_id not in (None, pad):
+        raise ValueError(
+            f"{name}: its tokenizer pads with id {pad}, and its config's pad_token_id is {text.pad_token_id}; expected the same"
+        )
+    if isinstance(prompts[0].row["prompt"], list) and not own.chat_template:
+        raise ValueError(
+            f"{name}: its tokenizer has no chat template, expected one, because the prompts are messages"
+        )
+    limit = text_limit(classifier)
+    template = ChatTemplate(own) if own.chat_template else None
+    longest = max(_encode(own, template, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"{name}: a prompt of {longest} of its tokens and a completion of {max_new_tokens} do not fit its {limit}: "
+            "lower max_prompt_length or max_new_tokens"
+        )
+
+
+def text_limit(classifier: Classifier) -> int | None:
+    """The most tokens of a text that a classifier reads; None where nothing bounds them."""
+    text = classifier.architecture.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None:
+        tables = [
+            part
+            for name, part in _on_meta(classifier).named_modules()
+            if name.endswith("position_embeddings")
+        ]
+        padding = [part.padding_idx for part in tables if getattr(part, "padding_idx", None) is not None]
+        positions -= padding[0] + 1 if padding else 0  # RoBERTa's positions begin behind the padding's
+    switch = rope_switch(text)
+    limits = (positions, None if switch is None else switch.tokens, classifier.tokenizer.model_max_length)
+    limit = min(number for number in limits if number is not None)
+    return limit if limit < _NO_LIMIT else None
+
+
+def _on_meta(classifier: Classifier) -> PreTrainedModel:
+    """The classifier's modules without memory for weights."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
+            classifier.architecture, trust_remote_code=False
+        )
+    return model
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate | None,
+    prompts: Sequence[Prompt],
+    completions: Sequence[str],
+    limit: int | None,
+) -> Mapping[str, Any]:
+    """Whole conversations in a classifier's own tokens, at most `limit` of each; one with messages needs its
+    chat template."""
+    chat = isinstance(prompts[0].row["prompt"], list)
+    if chat:
+        template = template or ChatTemplate(tokenizer)  # which says that there is none
+        texts = [
+            template.answered(prompt.row, text) for prompt, text in zip(prompts, completions, strict=True)
+        ]
+    else:
+        texts = [prompt.row["prompt"] + text for prompt, text in zip(prompts, completions, strict=True)]
+    options: dict[str, Any] = {"return_tensors": "pt", "padding": True, "add_special_tokens": not chat}
+    encoded = tokenizer(texts, **options)
+    if limit is not None and encoded["input_ids"].shape[1] > limit:
+        warnings.warn(
+            f"reward: conversations of more than the {limit} tokens that the classifier reads are cut at the right",
+            stacklevel=2,
+        )
+        encoded = tokenizer(texts, truncation=True, max_length=limit, **options)
+    return dict(encoded)
