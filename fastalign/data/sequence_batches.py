@@ -44,11 +44,11 @@ def pack_sequences(
     tokens. `sequences`: as given.
 
     Where `prompts` [S] has a number twice, these sequences begin alike. With the `hidden_size` of a model
-    that takes masks (`fastalign.shared_prompts.explain_unshared`; not for flash attention, nor without
+    that takes masks (`shared_prefix.explain_unshared`; not for flash attention, nor without
     `packing`) what they share is computed once, if that takes fewer operations. Rows are then as long as the
     longest sequences that share; what is shared is a segment of its own, a sequence's is the rest of it, and
     `prefixes`, int64 [segments], is the one before each, or itself.
-    `fastalign.shared_prompts.model_arguments` then adds the mask to the arguments, as numbers if `additive`,
+    `shared_prefix.model_arguments` then adds the mask to the arguments, as numbers if `additive`,
     for eager attention.
     """
     alone = [Family((number,), 0, len(sequence.input_ids)) for number, sequence in enumerate(sequences)]
