@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from fastalign.stages import names
+from fastalign.stages import hub_names
 
 
 @pytest.mark.parametrize(
@@ -29,10 +29,10 @@ def test_what_the_hub_says_against_a_name_is_told(
         raise error
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
-    names.check_name.cache_clear()
+    hub_names.check_name.cache_clear()
     if told is None:
-        names.check_name("model", "someone/something")
+        hub_names.check_name("model", "someone/something")
     else:
         with pytest.raises(ValueError, match=f"model: .*someone/something.*{told}"):
-            names.check_name("model", "someone/something")
-    names.check_name.cache_clear()
+            hub_names.check_name("model", "someone/something")
+    hub_names.check_name.cache_clear()

@@ -8,8 +8,8 @@ import pytest
 from torch.distributed import DistError, TCPStore
 
 from fastalign.faults import FAULT, RankError
-from fastalign.stages import watch
-from fastalign.stages.watch import Watch
+from fastalign.stages import rank_watch
+from fastalign.stages.rank_watch import Watch
 
 
 class Ended(BaseException):
@@ -23,14 +23,14 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Watch, list[
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     for name, seconds in {"PERIOD": 0.02, "GRACE": 0.1, "SILENT": 1.0}.items():
-        monkeypatch.setattr(watch, name, seconds)
+        monkeypatch.setattr(rank_watch, name, seconds)
     ended: list[int] = []
 
     def end(status: int) -> None:
         ended.append(status)
         raise Ended
 
-    monkeypatch.setattr(watch.os, "_exit", end)
+    monkeypatch.setattr(rank_watch.os, "_exit", end)
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     both = Watch(0, 2, minutes=0.05), Watch(1, 2, minutes=0.05)
     for rank in both:
