@@ -40,7 +40,9 @@ WORKSPACE_MIB = 2560.0
 # Tokens of a block that keeps no e: its hidden states and sums take 0.5 GB at H = 4096, V = 151936.
 LEAN_TOKENS = 32768
 GRANULE = 256  # cuBLAS's GEMMs lose 5 to 8 % on other multiples of tokens (H200)
-SMALLEST_CAP = 40.0  # softcap / temperature up to which e of all logits of a row fits bf16's exponents
+# softcap / temperature up to which e of all logits of a row fits bf16's exponents. With a bias beside it the
+# forward kernel would spill.
+LARGEST_CAP = 40.0
 
 
 class Tiles(NamedTuple):
@@ -70,15 +72,15 @@ def tiles_for(architecture: int, hidden_size: int) -> Tiles:
 
 def serves(inputs: HeadInputs, architecture: int) -> bool:
     """Whether this engine can run a call on a GPU of this compute capability (90 for an H100)."""
-    hidden, weight, _, _, options = inputs
+    hidden, weight, _, bias, options = inputs
     H = hidden.shape[1]
     return (
         architecture in TILES
         and hidden.dtype in (torch.bfloat16, torch.float16)
         and options.tail_eps is None
         and H % 8 == 0  # TMA takes rows of whole 16 bytes
-        and (not options.softcap or options.softcap / options.temperature <= SMALLEST_CAP)
-        and max(weight.shape) < 2**31
+        and (not options.softcap or (options.softcap / options.temperature <= LARGEST_CAP and bias is None))
+        and weight.shape[0] >= GRANULE
     )
 
 
@@ -164,15 +166,21 @@ class Call:
         )  # fmt: skip
         return block
 
-    def gather(self, first: int, rows: int, kept: Tensor, saved: tuple[Tensor, Tensor] | None = None) -> Block:
+    def gather(
+        self, first: int, rows: int, kept: Tensor, saved: tuple[Tensor, Tensor] | None = None
+    ) -> Block:
         """A block's hidden states; `saved`: its tiles and state, when the forward kernel ran before."""
         hidden, _, ids, _, _ = self.inputs
         col_tiles = -(-self.V // self.tiles.bn)
         gathered = torch.empty(rows, self.H, dtype=hidden.dtype, device=hidden.device)
         block_ids = torch.empty(rows, dtype=torch.int64, device=ids.device)
-        tiles, state = saved if saved is not None else (
-            torch.empty(4, col_tiles, rows, dtype=torch.float32, device=ids.device),
-            torch.empty(4, rows, dtype=torch.float32, device=ids.device),
+        tiles, state = (
+            saved
+            if saved is not None
+            else (
+                torch.empty(4, col_tiles, rows, dtype=torch.float32, device=ids.device),
+                torch.empty(4, rows, dtype=torch.float32, device=ids.device),
+            )
         )
         _kernels().gather_kernel[(-(-rows // 32),)](
             hidden, self.weight, ids, self.bias, self.order, self.count, gathered, block_ids, state,
@@ -182,7 +190,9 @@ class Call:
         )  # fmt: skip
         return Block(first, rows, block_ids, gathered, kept, tiles, state)
 
-    def dlogits(self, block: Block, rows: int, logp: Tensor, coefficients: Tensor, needs: NeedsGrad) -> Tensor:
+    def dlogits(
+        self, block: Block, rows: int, logp: Tensor, coefficients: Tensor, needs: NeedsGrad
+    ) -> Tensor:
         """Turn e of a block's first tokens into dlogits; the factor [rows] of each row."""
         row_scale = torch.empty(rows, dtype=torch.float32, device=logp.device)
         bn = self.tiles.bn
@@ -334,10 +344,10 @@ class EpilogueStatistics(Engine):
             block = call.gather(0, K, _rows(kept, call.V), (tiles[None], state))
             self._add(call, sums, block, stats, lambda tokens: coefficients[:, tokens])
             first = K
-        kept = None
+        memory: Tensor | None = None
         for begin, rows in call.blocks(K, first):
-            kept = self._kept(call, rows) if kept is None else kept
-            block = call.forward(begin, rows, scratch, kept[:rows])
+            memory = self._kept(call, rows) if memory is None else memory
+            block = call.forward(begin, rows, scratch, memory[:rows])
             self._add(call, sums, block, stats, lambda tokens: coefficients[:, tokens])
         return sums.finish()
 
@@ -348,13 +358,11 @@ class EpilogueStatistics(Engine):
         call, stats = self._call(inputs), _zeros(empty_stats(inputs))
         K = tokens_kept(call.N, call.V, inputs.options.workspace_mib)
         sums = Sums(call, needs, blocks=-(-call.N // K) if K else 1)
-        kept = None
+        kept: Tensor | None = None
         for begin, rows in call.blocks(K):
             kept = self._kept(call, rows) if kept is None else kept
             block = call.forward(begin, rows, stats, kept[:rows])
-            self._add(
-                call, sums, block, stats, lambda tokens: token_coefficients(stats[:, tokens], tokens)
-            )
+            self._add(call, sums, block, stats, lambda tokens: token_coefficients(stats[:, tokens], tokens))
         return stats, sums.finish()
 
     @staticmethod
@@ -413,7 +421,9 @@ def _rows(kept: Tensor, vocab_size: int) -> Tensor:
 def _for_tma(weight: Tensor) -> Tensor:
     """The weight, or a copy if TMA cannot read it: whole rows, 16 bytes apart."""
     aligned = weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
-    return weight if weight.stride(1) == 1 and aligned else weight.clone(memory_format=torch.contiguous_format)
+    return (
+        weight if weight.stride(1) == 1 and aligned else weight.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int):

@@ -91,7 +91,7 @@ def gather_kernel(
     token_stride,
     hidden_stride,
     weight_stride,
-    sample,  # the first of the columns looked at
+    sample,
     scale_in: tl.float64,
     scale_out: tl.float64,
     HAS_BIAS: tl.constexpr,
@@ -102,7 +102,10 @@ def gather_kernel(
     SAMPLE: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Bring a block's tokens together and find a reference for each: nothing of an ignored token is read."""
+    """Bring a block's tokens together. Find each a reference from SAMPLE columns, from `sample` on.
+
+    Nothing of an ignored token is read.
+    """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     inside = row < rows
     token = tl.load(order + first + row, mask=inside, other=0).to(tl.int64)
@@ -198,7 +201,9 @@ def _two_parts(
     """`_part` of the halves, one after the other."""
     z0, z1 = _halves(z)
     width: tl.constexpr = z.shape[1] // 2
-    total0, weighted0, at_id0 = _part(z0, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, BRANCH)
+    total0, weighted0, at_id0 = _part(
+        z0, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, BRANCH
+    )
     total1, weighted1, at_id1 = _part(
         z1, kept, r, base, token_id, row0, col0 + width, KEPT_SCALE, KEEP, ENTROPY, BRANCH
     )
@@ -207,9 +212,9 @@ def _two_parts(
 
 @triton.jit
 def forward_kernel(
-    hidden,  # descriptor of [rows, H], blocks [BM, BK]
-    weight,  # descriptor of [V, H], blocks [BN, BK]
-    kept,  # descriptor of [rows, V], blocks [BM, BN / PARTS]; written with KEEP
+    hidden,  # [rows, H], a descriptor of blocks [BM, BK]
+    weight,  # [V, H], a descriptor of blocks [BN, BK]
+    kept,  # [rows, V], a descriptor of blocks [BM, BN / PARTS]; written with KEEP
     ids,  # [rows] int64
     bias,  # [V]; read if HAS_BIAS
     count,  # [1] int32
@@ -264,7 +269,9 @@ def forward_kernel(
         z = _base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
         if MEAN:
             mean = tl.sum(tl.where((cols < V)[None, :], z, 0.0), 1)
-        z = tl.where((cols < V)[None, :], z, LOWEST)  # also where V is a multiple of BN: without it ptxas spills
+        z = tl.where(
+            (cols < V)[None, :], z, LOWEST
+        )  # also where V is a multiple of BN: without it ptxas spills
         top = tl.max(z, 1)
         base = tl.maximum(top, LOWEST)
         r = tl.where(top > r + WINDOW, top, r)
@@ -443,9 +450,7 @@ def dlogits_kernel(
             at_id *= (1.0 - tanh_id) * (1.0 + tanh_id)
         for begin in range(0, tl.cdiv(V, BN), TILES):
             tile = begin + slot
-            tile_max = tl.load(
-                tiles + tile.to(tl.int64) * rows + n, mask=tile < tl.cdiv(V, BN), other=LOWEST
-            )
+            tile_max = tl.load(tiles + tile.to(tl.int64) * rows + n, mask=tile < tl.cdiv(V, BN), other=LOWEST)
             r = tl.where(tile_max > reference + WINDOW, tile_max, reference)
             cols = tile[:, None] * BN + col[None, :]
             inside = cols < V

@@ -1,0 +1,191 @@
+"""The engine with the statistics in the GEMM's epilogue, against the fp64 specification of the row kernels.
+
+Its kernels run in Triton's interpreter without a GPU. That reads bf16 tensor descriptors wrongly, so the tests
+run in fp32, which takes bf16's way through the engine, and in fp16, which takes the other."""
+
+import pytest
+import torch
+
+from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
+
+epilogue = pytest.importorskip("fastalign_kernels.linear.epilogue")
+pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, in the interpreter
+]
+
+TILES = epilogue.Tiles(bm=16, bn=32, bk=16, warps=4, stages=1, group=2)
+ALL = NeedsGrad(hidden=True, weight=True)
+OPTIONS = {
+    "plain": HeadOptions(),
+    "scale": HeadOptions(logit_scale=0.7, temperature=1.3),
+    "softcap": HeadOptions(softcap=5.0),
+}
+
+
+def make(device, dtype=torch.float32, N=37, H=40, V=123, scale=0.3, ignored=True):
+    """hidden, weight, ids; half of the tokens are sure of their id. Ignored tokens hold NaN."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64) * scale
+    ids = torch.randint(0, V, (N,), generator=generator)
+    hidden = torch.randn(N, H, generator=generator, dtype=torch.float64)
+    hidden[: N // 2] += weight[ids[: N // 2]] / scale
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if ignored:
+        ids[::3], hidden[::3] = -1, torch.nan
+    return hidden.to(device), weight.to(device), ids.to(device)
+
+
+def upstream(inputs, *statistics):
+    """Gradients [7, N] of these statistics, and the coefficients that follow from a chunk's statistics."""
+    hidden, weight, ids, *_ = inputs
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.zeros(len(Stat), hidden.shape[0])
+    grad[list(statistics)] = torch.randn(len(statistics), hidden.shape[0], generator=generator)
+    grad = grad.to(ids.device)
+    return lambda stats, tokens: coefficients(grad[:, tokens].to(stats.dtype), stats, weight.shape[0])
+
+
+def expected(inputs, token_coefficients, dtype):
+    """Statistics and gradients of the specification in this dtype, from logits in it."""
+    hidden, weight, ids, bias, options = inputs
+    hidden = torch.where((ids >= 0)[:, None], hidden, 0).to(dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    logits = (hidden @ weight.t())[None]
+    stats = row_stats_ref(logits, ids, bias, options.transform)
+    given = token_coefficients(stats, slice(None))
+    grad = row_grad_ref(logits, ids, bias, options.transform, stats, given)[0].to(dtype)
+    return stats, (grad @ weight, grad.t() @ hidden, grad.sum(0))
+
+
+def check(no_worse_than_eager, inputs, token_coefficients, stats, gradients):
+    truth, true_gradients = expected(inputs, token_coefficients, torch.float64)
+    eager, eager_gradients = expected(inputs, token_coefficients, inputs.hidden.dtype)
+    for stat in Stat:
+        no_worse_than_eager(stats[stat], eager[stat], truth[stat], stat.name, terms=16)
+    names = ("hidden", "weight", "bias")
+    for name, ours, plain, true in zip(names, gradients, eager_gradients, true_gradients):
+        if ours.numel():
+            no_worse_than_eager(ours, plain, true, name, terms=16)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_loss_whose_coefficients_follow_from_a_token(no_worse_than_eager, device, options, parts):
+    inputs = HeadInputs(*make(device), None, OPTIONS[options])
+    engine = epilogue.EpilogueStatistics(TILES._replace(parts=parts))
+    coefs = upstream(inputs, Stat.LOGP, Stat.LSE)
+    stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
+    check(no_worse_than_eager, inputs, coefs, stats, gradients)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_of_every_statistic(no_worse_than_eager, device, options):
+    """Rows whose coefficients have a plogp or uniform part take a pass over e."""
+    hidden, weight, ids = make(device)
+    bias = torch.linspace(-1, 1, weight.shape[0], device=device)
+    inputs = HeadInputs(hidden, weight, ids, bias, OPTIONS[options])
+    needs = NeedsGrad(hidden=True, weight=True, bias=True)
+    engine = epilogue.EpilogueStatistics(TILES)
+    coefs = upstream(inputs, Stat.LOGP, Stat.MEAN_LOGP, Stat.ENTROPY, Stat.LSE)
+    stats, saved = engine.statistics(inputs, needs)
+    gradients = engine.gradients(inputs, stats, saved, coefs(stats, slice(None)), needs)
+    check(no_worse_than_eager, inputs, coefs, stats, gradients)
+
+
+@pytest.mark.parametrize("scale", [0.001, 4.0, 60.0])
+def test_logits_far_from_the_reference(no_worse_than_eager, device, scale):
+    """With logits of +-1000 most rows have tiles beyond the window, which take references of their own."""
+    inputs = HeadInputs(*make(device, scale=scale), None, HeadOptions())
+    engine = epilogue.EpilogueStatistics(TILES)
+    coefs = upstream(inputs, Stat.LOGP)
+    stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
+    check(no_worse_than_eager, inputs, coefs, stats, gradients)
+
+
+def test_a_second_backward_recomputes_what_the_first_used_up(device):
+    inputs = HeadInputs(*make(device), None, HeadOptions())
+    engine = epilogue.EpilogueStatistics(TILES)
+    stats, saved = engine.statistics(inputs, ALL)
+    first, second = (
+        engine.gradients(inputs, stats, saved, upstream(inputs, Stat.ENTROPY)(stats, slice(None)), ALL)
+        for _ in range(2)
+    )
+    assert torch.equal(first.hidden, second.hidden) and torch.equal(first.weight, second.weight)
+
+
+def test_blocks(no_worse_than_eager, device):
+    """A workspace for 256 tokens of 600, of which 400 are not ignored: two blocks, and one not reached."""
+    hidden, weight, ids = make(device, N=600, H=16, V=40)
+    inputs = HeadInputs(hidden, weight, ids, None, HeadOptions(workspace_mib=0.01))
+    engine = epilogue.EpilogueStatistics(TILES)
+    coefs = upstream(inputs, Stat.LOGP)
+    stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
+    check(no_worse_than_eager, inputs, coefs, stats, gradients)
+    table, saved = engine.statistics(inputs, ALL)
+    assert torch.equal(table, stats) and saved[0].shape[0] == 256
+    later = engine.gradients(inputs, table, saved, coefs(table, slice(None)), ALL)
+    check(no_worse_than_eager, inputs, coefs, table, later)
+
+
+@pytest.mark.parametrize("needs", [NeedsGrad(hidden=True), NeedsGrad(weight=True)], ids=str)
+def test_one_gradient_alone(no_worse_than_eager, device, needs):
+    inputs = HeadInputs(*make(device), None, HeadOptions())
+    coefs = upstream(inputs, Stat.LOGP)
+    engine = epilogue.EpilogueStatistics(TILES)
+    stats, gradients = engine.statistics_and_gradients(inputs, coefs, needs)
+    check(no_worse_than_eager, inputs, coefs, stats, gradients)
+    assert bool(gradients.hidden.numel()) == needs.hidden and bool(gradients.weight.numel()) == needs.weight
+
+
+def test_without_gradients_nothing_is_kept(no_worse_than_eager, device):
+    inputs = HeadInputs(*make(device), None, HeadOptions())
+    stats, saved = epilogue.EpilogueStatistics(TILES).statistics(inputs, NeedsGrad())
+    assert saved == [] and inputs.hidden.isnan().any()
+    check(no_worse_than_eager, inputs, upstream(inputs), stats, ())
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_few_tokens(device, kept):
+    hidden, weight, ids = make(device, N=5, ignored=False)
+    ids[kept:] = -1
+    inputs = HeadInputs(hidden, weight, ids, None, HeadOptions())
+    coefs = upstream(inputs, Stat.LOGP)
+    stats, gradients = epilogue.EpilogueStatistics(TILES).statistics_and_gradients(inputs, coefs, ALL)
+    assert not stats[:, kept:].any() and not gradients.hidden[kept:].any()
+    assert bool(gradients.weight.any()) == bool(kept)
+
+
+def test_plan_of_blocks():
+    assert epilogue.tokens_kept(8192, 151936, None) == 8192
+    assert epilogue.tokens_kept(16384, 151936, None) == 8192
+    assert epilogue.tokens_kept(10000, 151936, None) == 5120
+    assert epilogue.tokens_kept(100, 151936, None) == 100
+    assert epilogue.tokens_kept(8192, 151936, 1.0) == 256
+
+
+def test_serves_what_it_can():
+    def served(dtype=torch.bfloat16, H=64, options=OPTIONS["plain"], architecture=90, V=512):
+        hidden, weight = torch.empty(4, H, dtype=dtype), torch.empty(V, H, dtype=dtype)
+        inputs = HeadInputs(hidden, weight, torch.zeros(4, dtype=torch.int64), None, options)
+        return epilogue.serves(inputs, architecture)
+
+    assert served() and served(torch.float16) and served(options=HeadOptions(softcap=30.0))
+    assert not served(torch.float32) and not served(torch.float64)
+    assert not served(H=60), "TMA takes rows of whole 16 bytes"
+    assert not served(architecture=80) and not served(architecture=100), "not measured"
+    assert not served(options=HeadOptions(tail_eps=1e-4))
+    assert not served(options=HeadOptions(softcap=30.0, temperature=0.5))
+
+
+@pytest.mark.parametrize("options", ["plain", "softcap"])
+def test_fp16_rows_take_a_pass_each(no_worse_than_eager, device, options, monkeypatch):
+    if device == "cpu":  # our GEMMs there have fp32 results only
+        monkeypatch.setattr(epilogue, "mm", lambda left, right, out: out.copy_(left.float() @ right.float()))
+    inputs = HeadInputs(*make(device, torch.float16), None, OPTIONS[options])
+    coefs = upstream(inputs, Stat.LOGP)
+    engine = epilogue.EpilogueStatistics(TILES)
+    stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
+    check(no_worse_than_eager, inputs, coefs, stats, gradients)
