@@ -19,8 +19,9 @@ $(SETUP): pyproject.toml setup.py requirements.lock $(wildcard csrc/*)
 demo: $(SETUP)
 	$(BIN)/fastalign demo
 
+# In WORKERS processes, each of one thread. A worker takes about 2 GB.
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist worksteal
 
 # The tests marked `hosts` beside the newest transformers, datasets, peft and tokenizers, which are laid over .venv for the run.
 test-newest: $(SETUP)

@@ -8,6 +8,10 @@ A checkpoint is written to a temporary folder, synced to the disk and renamed, s
 leaves no half of one under a name step-…. What a disk or a copy changes later, the hashes show: a run resumes
 from the newest checkpoint whose files are as they were written. The position in the data is not stored: it is
 a function of the step and the seed (batches.py, `rows_of_step`). Learning rates are a function of the step.
+
+Measured with a model of 135M parameters (1.6 GB a checkpoint), one thread, on a virtual disk of a busy machine:
+3.3 s a checkpoint, 2.5 s without hashes and syncs (medians of 5 interleaved rounds). The hashes that a resume
+checks take 1.3 s.
 """
 
 import dataclasses

@@ -5,8 +5,8 @@ killed.
     make soak SOAK_KILLS=2000      more of them
     python -m tests.hammer.soak --kills 50 --seed 7 --only ppo
 
-Half of the kills come at a random time. The others are aimed: at each moment of windows.py, which are found
-by running once and listing them. A run is killed up to three times before it may finish. The seed chooses
+About a quarter of the kills come at a random time. The others are aimed at a moment of windows.py, which are
+found by running once and listing them. A run is killed up to three times before it may finish. The seed chooses
 stages and moments; a kill at a random time depends on the machine too.
 
 Each run is a fork of this process, which has imported torch and transformers: a kill costs a second, not ten.
