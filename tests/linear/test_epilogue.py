@@ -72,7 +72,7 @@ def check(no_worse_than_eager, inputs, token_coefficients, stats, gradients):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [1, 2, 4])
 def test_loss_whose_coefficients_follow_from_a_token(no_worse_than_eager, device, options, parts):
     inputs = HeadInputs(*make(device), None, OPTIONS[options])
     engine = epilogue.EpilogueStatistics(TILES._replace(parts=parts))

@@ -52,11 +52,11 @@ class Tiles(NamedTuple):
     bn: int = 256
     bk: int = 64
     warps: int = 8
-    stages: int = 3
+    stages: int = 4
     group: int = 8
-    parts: int = 2
+    parts: int = 4
     flatten: bool = True
-    branch: bool = False
+    branch: bool = True
     per_sm: int = 1
 
 
