@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign_kernels.sampling import Sample, sample, sample_ref
-from tests.hammer.functions import log_uniform, maybe, size
+from tests.hammer.case import log_uniform, maybe, size
 from tests.kernels.sampling_checks import hostile, kept_mass, surprise
 
 NUMBERS = ("logp", "log_kept", "logp_raw", "entropy")
