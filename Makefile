@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 setup: $(SETUP)
 
 # torch first and by version, so that no dependency's range pulls another build of it.
-$(SETUP): pyproject.toml setup.py requirements.lock $(wildcard csrc/*)
+$(SETUP): pyproject.toml setup.py requirements.lock $(wildcard csrc/*.cpp csrc/*/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -c requirements.lock torch==2.13.0 $(if $(filter Linux,$(shell uname -s)),triton==3.7.1) setuptools wheel
 	$(BIN)/pip install --quiet -c requirements.lock --no-build-isolation -e '.[$(EXTRAS)]'

@@ -1,12 +1,12 @@
 """Builds csrc/ into fastalign_kernels/_native.so; everything else is in pyproject.toml.
 
-g++ (or $CXX) and, where it is found, nvcc are called directly: the library uses torch's stable ABI, so one
-file serves every torch >= 2.10 and every Python, and torch.utils.cpp_extension would tie it to one of each,
-and cannot link CUDA beside a CPU torch.
+The build calls g++ (or $CXX) and, where it is found, nvcc. The library uses torch's stable ABI, so one file
+serves every torch >= 2.10 and every Python. torch.utils.cpp_extension would tie it to one of each, and cannot
+link CUDA beside a CPU torch.
 
-The build needs torch's headers and a C++20 compiler. Where one is missing it stops and says what to do:
-`--no-build-isolation`, a compiler, or FASTALIGN_NATIVE=0, which installs without the library (PyTorch then
-serves in its place, which is said at import). Without nvcc the library has no CUDA sampler.
+The build needs torch's headers and a C++20 compiler. If one is missing it stops and says what to do: use
+`--no-build-isolation`, install a compiler, or set FASTALIGN_NATIVE=0, which installs without the library
+(PyTorch then replaces it, and importing fastalign says so). Without nvcc the library has no CUDA sampler.
 
 FASTALIGN_SANITIZE=1 compiles AddressSanitizer and UndefinedBehaviorSanitizer in, without CUDA, for `make
 sanitize` (tests/hammer/sanitize.py).
@@ -27,14 +27,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
 CSRC = Path(__file__).parent / "csrc"
-FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-fPIC",
-    "-Wall",
-    "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
-]  # the last: GCC 12 on its own intrinsics
+# -Wno-maybe-uninitialized: GCC 12 warns of its own intrinsics.
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 SANITIZED = [
     "-O1",
     "-g1",
@@ -42,21 +36,16 @@ SANITIZED = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
 ]
-# <kernel>_target.cpp with its rule for a * b + c: the sampler gives the same bits everywhere, so its fused
-# operations are written down.
-KERNELS = {"rows": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
-LAUNCHERS = ("ops", "gemm", "policy", "sampling")
-TARGETS = {
-    "generic": []
-}  # instruction sets that the kernels are compiled for; csrc/targets.h chooses among them at run time
+# csrc/<family>/target.cpp, with the compiler's rule for a * b + c. The sampler gives the same bits on every machine, so its fused
+# operations are written down and the compiler may add none.
+KERNELS = {"softmax": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
+LAUNCHERS = ("ops", "softmax/launch", "gemm/launch", "policy/launch", "sampling/launch")
+# Instruction sets that the kernels are compiled for; csrc/common/targets.h chooses among them at run time.
+TARGETS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
     TARGETS["avx2"] = ["-mavx2", "-mfma"]
     TARGETS["avx512"] = [
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mfma",
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
         "-mprefer-vector-width=512",
     ]
 # GPU architectures, as far as the nvcc at hand knows them; the last also as PTX, for newer ones. -fmad=false:
@@ -68,8 +57,8 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fPIC", "-DUSE_
 def find_nvcc() -> str | None:
     """nvcc of $CUDA_HOME, else the one on the PATH."""
     home = os.environ.get("CUDA_HOME")
-    own = Path(home, "bin", "nvcc") if home else None
-    return str(own) if own and own.is_file() else shutil.which("nvcc")
+    nvcc = Path(home, "bin", "nvcc") if home else None
+    return str(nvcc) if nvcc and nvcc.is_file() else shutil.which("nvcc")
 
 
 def gpu_codes(nvcc: str) -> list[str]:
@@ -91,9 +80,8 @@ WITHOUT_TORCH = (
 
 class BuildNative(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return (
-            os.path.join(*fullname.split(".")) + ".so"
-        )  # no Python ABI in the name: the library does not use Python
+        # No Python ABI in the name: the library does not use Python.
+        return os.path.join(*fullname.split(".")) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -106,88 +94,71 @@ class BuildNative(build_ext):
             )
         root, objects = Path(torch.origin).parent, Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
-        compiled = [*FLAGS, *(SANITIZED if sanitize else [])]
-        ops = [*compiled, "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{root / 'include'}"]
-        if len(TARGETS) > 1:
-            ops.append("-DFASTALIGN_X86_TARGETS")
-        commands = {objects / f"{name}.o": [*ops, "-c", str(CSRC / f"{name}.cpp")] for name in LAUNCHERS}
-        for kernel, contract in KERNELS.items():
-            for name, flags in TARGETS.items():
-                own = [
-                    *compiled,
-                    contract,
-                    *flags,
-                    f"-DFASTALIGN_TARGET={name}",
-                    "-c",
-                    str(CSRC / f"{kernel}_target.cpp"),
-                ]
-                commands[objects / f"{kernel}_{name}.o"] = own
-        if "avx512" in TARGETS:
-            own = [*compiled, *TARGETS["avx512"], "-mavx512bf16", "-c", str(CSRC / "gemm_target.cpp")]
-            commands[objects / "gemm_avx512.o"] = own
-        commands = {output: [compiler, *command] for output, command in commands.items()}
         nvcc = None if sanitize else find_nvcc()
-        cuda = objects / "cuda.o"
-        if nvcc is not None:
-            stable = [option for option in ops if option.startswith(("-DTORCH", "-I"))]
-            commands[cuda] = [
-                nvcc,
-                "-ccbin",
-                compiler,
-                *NVCC_FLAGS,
-                *gpu_codes(nvcc),
-                *stable,
-                "-c",
-                str(CSRC / "sampling.cu"),
-            ]
-        with ThreadPoolExecutor() as pool:
-            done = dict(
-                zip(
-                    commands,
-                    pool.map(lambda item: subprocess.run([*item[1], "-o", str(item[0])]), commands.items()),
-                )
-            )
-        for output, process in done.items():
-            if output != cuda:
-                process.check_returncode()
-            elif process.returncode:
-                print(
-                    "fastalign: nvcc failed (see above), so the library is built without CUDA",
-                    file=sys.stderr,
-                )
-                commands.pop(cuda)
+        built = compile_all(compile_commands(compiler, nvcc, root, objects), objects / "cuda.o")
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        linked = library.with_suffix(
-            ".new"
-        )  # then renamed: processes that have the old library mapped keep it
-        link = [
-            "-shared",
-            *(SANITIZED if sanitize else []),
-            *map(str, commands),
-            "-o",
-            str(linked),
-            f"-L{root / 'lib'}",
-            "-ltorch_cpu",
-            "-lc10",
+        link(compiler, nvcc if objects / "cuda.o" in built else None, root, built, library)
+
+
+def compile_commands(compiler: str, nvcc: str | None, torch: Path, objects: Path) -> dict[Path, list[str]]:
+    """The command of each object file: launchers against torch, kernels once for each target."""
+    compiled = [compiler, *FLAGS, *(SANITIZED if sanitize else [])]
+    stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch / 'include'}"]
+    x86 = ["-DFASTALIGN_X86_TARGETS"] if len(TARGETS) > 1 else []
+    commands = {
+        objects / f"{name.replace('/', '_')}.o": [
+            *compiled,
+            *stable_abi,
+            *x86,
+            "-c",
+            str(CSRC / f"{name}.cpp"),
         ]
-        if (
-            cuda in commands
-        ):  # by nvcc, which knows where its runtime lies; static, so that the library loads without CUDA too
-            hide = [
-                "-Xlinker",
-                "--exclude-libs=ALL",
-                "-Xlinker",
-                "--no-as-needed",
-                "-ltorch",
-            ]  # libtorch.so: see csrc/sampling.cu
-            subprocess.run([nvcc, "-ccbin", compiler, "-cudart", "static", *link, *hide], check=True)
-        else:
-            subprocess.run(
-                [compiler, *link, *(["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [])],
-                check=True,
-            )
-        linked.replace(library)
+        for name in LAUNCHERS
+    }
+    for family, contract in KERNELS.items():
+        for target, flags in TARGETS.items():
+            options = [contract, *flags, f"-DFASTALIGN_TARGET={target}"]
+            source = str(CSRC / family / "target.cpp")
+            commands[objects / f"{family}_{target}.o"] = [*compiled, *options, "-c", source]
+    if "avx512" in TARGETS:
+        options = [*TARGETS["avx512"], "-mavx512bf16"]
+        commands[objects / "gemm_avx512.o"] = [*compiled, *options, "-c", str(CSRC / "gemm" / "target.cpp")]
+    if nvcc is not None:
+        options = [*NVCC_FLAGS, *gpu_codes(nvcc), *stable_abi]
+        source = str(CSRC / "sampling" / "launch.cu")
+        commands[objects / "cuda.o"] = [nvcc, "-ccbin", compiler, *options, "-c", source]
+    return commands
+
+
+def compile_all(commands: dict[Path, list[str]], cuda: Path) -> list[Path]:
+    """Run the commands side by side; the objects that were built. Only the CUDA one may fail."""
+    with ThreadPoolExecutor() as pool:
+        done = pool.map(lambda item: subprocess.run([*item[1], "-o", str(item[0])]), commands.items())
+        processes = dict(zip(commands, done))
+    for output, process in processes.items():
+        if output != cuda:
+            process.check_returncode()
+        elif process.returncode:
+            print("fastalign: nvcc failed (see above), so the library is built without CUDA", file=sys.stderr)
+    return [output for output, process in processes.items() if not process.returncode]
+
+
+def link(compiler: str, nvcc: str | None, torch: Path, objects: list[Path], library: Path) -> None:
+    """Link beside the library and rename, so that processes that have the old one mapped keep it."""
+    linked = library.with_suffix(".new")
+    options = ["-shared", *(SANITIZED if sanitize else []), *map(str, objects), "-o", str(linked)]
+    options += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
+    if nvcc is not None:
+        # nvcc knows where its runtime lies. The runtime is static, so the library loads without CUDA too.
+        # libtorch.so: see csrc/sampling/launch.cu.
+        hidden = ["--exclude-libs=ALL", "--no-as-needed"]
+        hide = [*(word for option in hidden for word in ("-Xlinker", option)), "-ltorch"]
+        subprocess.run([nvcc, "-ccbin", compiler, "-cudart", "static", *options, *hide], check=True)
+    else:
+        hide = ["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else []
+        subprocess.run([compiler, *options, *hide], check=True)
+    linked.replace(library)
 
 
 class AnyPython(bdist_wheel):
@@ -204,6 +175,9 @@ def switch(name: str, default: str, meaning: str) -> bool:
 
 
 sanitize = switch("FASTALIGN_SANITIZE", "0", "0 (the default) or 1 (sanitizers, for make sanitize)")
-wanted = switch("FASTALIGN_NATIVE", "1", "1 (the default) or 0 (no native library)")
-native = Extension("fastalign_kernels._native", sources=[], depends=[str(p) for p in CSRC.iterdir()])
-setup(ext_modules=[native] if wanted else [], cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython})
+build_native = switch("FASTALIGN_NATIVE", "1", "1 (the default) or 0 (no native library)")
+native = Extension("fastalign_kernels._native", sources=[], depends=[str(p) for p in CSRC.rglob("*.*")])
+setup(
+    ext_modules=[native] if build_native else [],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": AnyPython},
+)

@@ -4,7 +4,7 @@ architecture.
     python -m bench.gpu.aot                 # table; exit status 1 on a spill or on more shared memory than the architecture has
     python -m bench.gpu.aot --json FILE     # the rows as JSON too
 
-Triton's by its own compiler, for AMD's gfx942 (MI300) as well; csrc/sampling.cu by nvcc where setup.py finds
+Triton's by its own compiler, for AMD's gfx942 (MI300) as well; csrc/sampling/launch.cu by nvcc where setup.py finds
 one, with setup.py's flags. Must run without TRITON_INTERPRET, which replaces the compiled kernels by
 interpreted ones.
 """
@@ -227,7 +227,7 @@ def build_rules() -> dict[str, Any]:
 
 
 def compile_sampling(nvcc: str) -> list[Row]:
-    """csrc/sampling.cu for every architecture that this nvcc knows, in one call: a row an architecture and
+    """csrc/sampling/launch.cu for every architecture that this nvcc knows, in one call: a row an architecture and
     dtype.
 
     Raises:
@@ -244,7 +244,8 @@ def compile_sampling(nvcc: str) -> list[Row]:
             f"-I{Path(torch.origin).parent / 'include'}",
         ]
         subprocess.run(
-            [nvcc, *options, "-fatbin", "-o", binary, str(rules["CSRC"] / "sampling.cu")], check=True
+            [nvcc, *options, "-fatbin", "-o", binary, str(rules["CSRC"] / "sampling" / "launch.cu")],
+            check=True,
         )
         subprocess.run([CUOBJDUMP, "-xelf", "all", binary], cwd=folder, capture_output=True, check=True)
         sizes = {
@@ -321,7 +322,7 @@ def main() -> int:
     for row in rows:
         print(" ".join(f"{getattr(row, name):>{width}}" for name, width in widths.items()))
     if not nvcc:
-        print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling.cu is not in the table")
+        print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling/launch.cu is not in the table")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     bad = [row for row in rows if not row.fits]

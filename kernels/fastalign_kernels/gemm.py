@@ -1,5 +1,5 @@
 """Matrix products whose sums stay in the output's dtype, whatever the factors'; on a CPU with AVX-512 they
-may be our own (csrc/gemm*).
+may be our own (csrc/gemm).
 
 torch's fp32 GEMM on an AMD CPU is MKL's AVX2 code, and none of its CPU GEMMs takes bf16 to fp32. Measured on
 two cores of an AMD EPYC (Zen 5), a head's three products at C 512, H 576, V 49152, GFLOP/s:
@@ -10,7 +10,7 @@ two cores of an AMD EPYC (Zen 5), a head's three products at C 512, H 576, V 491
     bf16 to bf16, torch.mm         684  822   651
     bf16 to fp32, ours             970  823   834
 
-Ours pack factors of any of the three dtypes block by block (csrc/gemm_api.h), so nothing is widened or
+Ours pack factors of any of the three dtypes block by block (csrc/gemm/api.h), so nothing is widened or
 gathered in memory beforehand.
 
 They serve on AMD CPUs only. On an Intel CPU with AVX-512 they were within 5 % of torch.mm, except for dW in
@@ -30,7 +30,7 @@ from . import native
 
 
 def own_gemm(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of factors of this dtype (or of it and fp32) run in csrc/gemm.cpp: it mixes dtypes and
+    """Whether products of factors of this dtype (or of it and fp32) run in csrc/gemm: it mixes dtypes and
     gathers rows at no cost."""
     return device.type == "cpu" and dtype != torch.float64 and native.own_gemm()
 
@@ -73,6 +73,6 @@ def mm(
 
 
 def _packable(factor: Tensor) -> Tensor:
-    """The factor, or a copy of it where neither dimension has a stride of 1: csrc/gemm.cpp reads along one of
+    """The factor, or a copy of it where neither dimension has a stride of 1: csrc/gemm reads along one of
     them."""
     return factor if 1 in factor.stride() or 1 in factor.shape else factor.contiguous()

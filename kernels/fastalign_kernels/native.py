@@ -39,7 +39,7 @@ triton_missing = "" if importlib.util.find_spec("triton") else "triton is not in
 
 
 def has_own_gemm() -> bool:
-    """Whether csrc/gemm.cpp can multiply matrices on this CPU: it needs AVX-512."""
+    """Whether csrc/gemm can multiply matrices on this CPU: it needs AVX-512."""
     return not missing and TARGETS[torch.ops.fastalign.cpu_target()] == "AVX-512"
 
 
@@ -60,7 +60,7 @@ _own_gemm = _choose_gemm()
 
 
 def own_gemm() -> bool:
-    """Whether csrc/gemm.cpp multiplies matrices, not torch: on AMD CPUs with AVX-512, or as FASTALIGN_GEMM
+    """Whether csrc/gemm multiplies matrices, not torch: on AMD CPUs with AVX-512, or as FASTALIGN_GEMM
     (own or torch) says."""
     return not missing and _own_gemm
 

@@ -16,7 +16,7 @@ u from the 64 bits that Philox4x32-10 makes of (seed, sequence id, position, id 
 0, where tail tokens win. So a token depends on its row's logits, sequence and position: not on the batch, the
 slot, the threads or the machine.
 
-csrc/sampling*.h is the native implementation, on a CPU and on CUDA bit for bit the same; `sample_ref` below
+csrc/sampling is the native implementation, on a CPU and on CUDA bit for bit the same; `sample_ref` below
 is its specification in fp64, and serves where the native library is missing and for fp64 logits. Bytes: B V e
 for the logits (and V/8 a row and bit mask).
 """
@@ -34,7 +34,7 @@ from . import checks, native
 from .dispatch import Kernels
 from .softmax.rows import accumulator_dtype
 
-CHUNK = 256  # ids of a chunk; part of the specification, as csrc/sampling_math.h has it
+CHUNK = 256  # ids of a chunk; part of the specification, as csrc/sampling/arithmetic.h has it
 MAX_VOCAB = 2**20
 LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,9 +1,9 @@
 // The sampler without torch, for test_sampling.py, which compiles this file with g++ and with nvcc: the CUDA block on the host, one thread
-// after another (csrc/lockstep.h), and, by g++ alone, the rows of a CPU and the noise.
+// after another (csrc/sampling/lockstep.h), and, by g++ alone, the rows of a CPU and the noise.
 #define FASTALIGN_TARGET emulated
-#include "../../csrc/sampling_block.h"
+#include "../../csrc/sampling/block.h"
 #ifndef __CUDACC__
-#include "../../csrc/sampling_rows.h"
+#include "../../csrc/sampling/rows.h"
 #endif
 
 #include <memory>

@@ -191,14 +191,18 @@ def test_strides_of_sizes_of_one_are_any_number(shape):
 def test_bad_arguments_are_refused_by_name():
     gemm, x = torch.ops.fastalign.gemm, torch.ones(4, 4)
     for arguments, message in (
-        ((x, x[:3], x, False, None, None), "right"),
-        ((x, x, x[:, :3], False, None, None), "out"),
-        ((x, x, x.double(), False, None, None), "out: fp32"),
-        ((x.double(), x, x, False, None, None), "left: fp32, bf16 or fp16"),
-        ((torch.ones(8, 8)[::2, ::2], x, x, False, None, None), "left: unit stride"),
-        ((x, x.t(), x.clone(), False, torch.arange(4), None), "right: unit stride"),
-        ((x, x, x, False, torch.tensor([0, 1, 2, 4]), None), r"right_rows\[3\] is 4"),
-        ((x, x, x, False, None, torch.tensor([0, 1, 2, -1])), r"out_rows\[3\] is -1"),
+        ((x, x[:3], x, False, None, None), r"right: got fp32 \[3, 4\], expected \[K, N\] with K = 4"),
+        ((x, x, x[:, :3], False, None, None), r"out: got fp32 \[4, 3\] with strides \[4, 1\], expected fp32"),
+        ((x, x, x.double(), False, None, None), r"out: got fp64 \[4, 4\], expected fp32"),
+        ((x.double(), x, x, False, None, None), r"left: got fp64 \[4, 4\], expected fp32, bf16 or fp16"),
+        ((torch.ones(8, 8)[::2, ::2], x, x, False, None, None), "left: got .*, expected unit stride"),
+        ((x, x.t(), x.clone(), False, torch.arange(4), None), "right: got .*, expected unit stride"),
+        ((x, x, x, False, torch.arange(3), None), r"right_rows: got int64 \[3\], expected \[K\] = \[4\]"),
+        (
+            (x, x, x, False, torch.tensor([0, 1, 2, 4]), None),
+            r"right_rows: got 4 at 3, expected rows in \[0, 4\)",
+        ),
+        ((x, x, x, False, None, torch.tensor([0, 1, 2, -1])), "out_rows: got -1 at 3, expected rows in"),
     ):
         with pytest.raises(RuntimeError, match=message):
             gemm(*arguments)

@@ -44,14 +44,23 @@ def test_the_environment_chooses_the_gemm(wanted, said):
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"logits": torch.zeros(3, 7)}, r"logits: \[B, T, V\]"),
+        ({"logits": torch.zeros(3, 7)}, r"logits: got fp32 \[3, 7\], expected \[B, T, V\]"),
         ({"logits": torch.zeros(1, 3, 14)[..., ::2]}, "unit stride"),
-        ({"logits": torch.zeros(1, 3, 7, dtype=torch.int32)}, "fp32, fp64, bf16 or fp16 wanted"),
-        ({"ids": torch.zeros(4, dtype=torch.int64)}, "ids: contiguous int64"),
-        ({"ids": torch.tensor([0, 7, 0])}, r"ids\[1\] is 7, outside \[0, 7\)"),
-        ({"bias": torch.zeros(6)}, "bias: contiguous"),
-        ({"stats": torch.zeros(7, 3, dtype=torch.float64)}, "stats: fp32 wanted"),
-        ({"stats": torch.zeros(6, 3)}, r"stats: contiguous \[7, 3\] wanted"),
+        (
+            {"logits": torch.zeros(1, 3, 7, dtype=torch.int32)},
+            r"logits: got int32 \[1, 3, 7\], expected fp32, fp64, bf16 or fp16",
+        ),
+        (
+            {"ids": torch.zeros(4, dtype=torch.int64)},
+            r"ids: got int64 \[4\], expected contiguous int64 \[3\]",
+        ),
+        ({"ids": torch.tensor([0, 7, 0])}, r"ids: got 7 at 1, expected ids below 7"),
+        ({"bias": torch.zeros(6)}, r"bias: got fp32 \[6\], expected contiguous fp32 \[7\]"),
+        (
+            {"stats": torch.zeros(7, 3, dtype=torch.float64)},
+            r"stats: got fp64 \[7, 3\], expected contiguous fp32 \[7, 3\]",
+        ),
+        ({"stats": torch.zeros(6, 3)}, r"stats: got fp32 \[6, 3\], expected contiguous fp32 \[7, 3\]"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

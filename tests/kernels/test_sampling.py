@@ -355,4 +355,4 @@ def test_a_gpu_gives_the_bits_of_a_cpu_also_from_a_graph() -> None:
 
 
 def test_the_specification_of_the_chunks() -> None:
-    assert f"constexpr int CHUNK = {CHUNK};" in (ROOT / "csrc" / "sampling_math.h").read_text()
+    assert f"constexpr int CHUNK = {CHUNK};" in (ROOT / "csrc" / "sampling" / "arithmetic.h").read_text()

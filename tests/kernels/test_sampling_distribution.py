@@ -74,7 +74,7 @@ def test_the_distribution(case: str, device: str, request: pytest.FixtureRequest
 
 
 class Job(ctypes.Structure):
-    """SampleJob of csrc/sampling_api.h."""
+    """SampleJob of csrc/sampling/api.h."""
 
     _fields_ = [
         ("logits", ctypes.c_void_p),
@@ -152,8 +152,8 @@ def compiled(compiler: str, folder: Path, *flags: str, root: Path = ROOT) -> cty
 @needs_native
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_the_cuda_block_gives_the_same_bits(compiler: str, tmp_path: Path) -> None:
-    """csrc/sampling_block.h on the host, whatever the split of a row over blocks, equals
-    csrc/sampling_rows.h."""
+    """csrc/sampling/block.h on the host, whatever the split of a row over blocks, equals
+    csrc/sampling/rows.h."""
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
     library = compiled(compiler, tmp_path)
@@ -243,20 +243,20 @@ def test_ids_24_nats_below_the_head_are_drawn(tmp_path: Path) -> None:
 
 MUTANTS = {  # file, what is broken in it, and the test that must see it: "noise" or a distribution
     "24-bit uniforms": (
-        "sampling_math.h",
+        "arithmetic.h",
         "const F u = fraction(c0, c1)",
         "const F u = fraction(c0 & 0xffffff00u, c1)",
         "noise",
     ),
-    "one more id under top_k": ("sampling_rows.h", "n, true, o.top_k,", "n, true, o.top_k + 1,", "top_k"),
+    "one more id under top_k": ("rows.h", "n, true, o.top_k,", "n, true, o.top_k + 1,", "top_k"),
     "one fewer id under top_p": (
-        "sampling_rows.h",
-        "if (double(above + own) >= target) break;",
-        "if (own) break;",
+        "rows.h",
+        "if (double(above + in_bucket) >= target) break;",
+        "if (in_bucket) break;",
         "top_p",
     ),
     "noise of the lane": (
-        "sampling_rows.h",
+        "rows.h",
         "exponentials(o.noise, first) / mass",
         "exponentials(o.noise, first % 32) / mass",
         "normal",
@@ -277,9 +277,9 @@ def test_a_broken_sampler_is_caught(mutant: str, tmp_path: Path) -> None:
         library = compiled("g++", tmp_path / name, "-march=native", root=root)
         return noise_is_right(library) if seen_by == "noise" else distribution_is_right(library, seen_by)
 
-    source = (tmp_path / "csrc" / file).read_text()
+    source = (tmp_path / "csrc" / "sampling" / file).read_text()
     assert source.count(old) == 1
-    (tmp_path / "csrc" / file).write_text(source.replace(old, new))
+    (tmp_path / "csrc" / "sampling" / file).write_text(source.replace(old, new))
     with ThreadPoolExecutor(2) as pool:
         whole, broken = pool.map(passes, (ROOT, tmp_path), ("whole", "broken"))
     assert whole and not broken

@@ -7,7 +7,7 @@ after the last one 0 or given,
     delta[t] = r[t] + gamma V[t+1] - V[t],     A[t] = delta[t] + gamma lam A[t+1],     R[t] = A[t] + V[t].
 
 A[t] is an affine function of A[t+1], and such functions compose: a GPU scans blocks of time in parallel
-(policy/advantages_triton.py), a CPU loops over time with a row a thread (csrc/advantage.h). Bytes: 2 B T e + B T
+(policy/advantages_triton.py), a CPU loops over time with a row a thread (csrc/policy/gae.h). Bytes: 2 B T e + B T
 read, 2 B T e written, once.
 
 Whitening reads x once for its moments, and once more to write (x - mean) / sqrt(variance + eps). Moments are
@@ -48,7 +48,7 @@ def _gae_rows(
     advantages: Tensor,
     returns: Tensor,
 ) -> None:
-    """PyTorch in place of csrc/advantage.h: same arguments, the last two are written."""
+    """PyTorch in place of csrc/policy/gae.h: same arguments, the last two are written."""
     following = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
     running = torch.zeros_like(following)
     for t in reversed(range(values.shape[1])):
@@ -62,7 +62,7 @@ def _gae_rows(
 
 
 def _token_moments(x: Tensor, mask: Tensor, moments: Tensor) -> None:
-    """PyTorch in place of csrc/whiten.h, as `_whiten_tokens`."""
+    """PyTorch in place of csrc/policy/whiten.h, as `_whiten_tokens`."""
     wide, count = torch.where(mask, x.double(), 0.0), mask.sum()
     mean = wide.sum() / count.clamp(min=1)
     torch.stack([count.double(), mean, torch.where(mask, (wide - mean) ** 2, 0.0).sum()], out=moments)

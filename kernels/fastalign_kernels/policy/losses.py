@@ -63,7 +63,7 @@ ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
 
 
 class PolicySum(IntEnum):
-    """Sums over the mask that policy_tokens writes, [8] fp64; csrc/policy.h and policy/losses_triton.py write the
+    """Sums over the mask that policy_tokens writes, [8] fp64; csrc/policy/losses.h and policy/losses_triton.py write the
     same order."""
 
     LOSS = 0  # times the scale
@@ -106,7 +106,7 @@ class PolicyOptions(NamedTuple):
         return cls(lower, upper, dual, entropy_coefficient, kl_coefficient, int(kl_estimator))
 
 
-# PyTorch in place of csrc/policy.h where the native library is missing, and for fp64 on a GPU: same
+# PyTorch in place of csrc/policy/losses.h where the native library is missing, and for fp64 on a GPU: same
 # arguments, the last two are written.
 
 

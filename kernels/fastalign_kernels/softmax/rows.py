@@ -13,7 +13,7 @@ so there is one statistics kernel and one gradient kernel; `coefficients` turns 
 four numbers. A negative id marks an ignored row: it is not read, its statistics and its gradient are zero.
 
 Bytes: statistics read N*V*e; the gradient reads N*V*e and writes as much. Three implementations with the same
-arguments: Triton on a GPU, csrc/rows.h on a CPU, and the PyTorch reference below, which is the specification
+arguments: Triton on a GPU, csrc/softmax/rows.h on a CPU, and the PyTorch reference below, which is the specification
 and serves where the native library is missing.
 """
 
@@ -30,7 +30,7 @@ from ..dispatch import Kernels
 
 
 class Stat(IntEnum):
-    """Rows of the statistics table [7, N]; csrc/rows.h and softmax/rows_triton.py write the same order."""
+    """Rows of the statistics table [7, N]; csrc/softmax/rows.h and softmax/rows_triton.py write the same order."""
 
     LOGP = 0  # log P[id]
     MEAN_LOGP = 1  # mean over v of log P[v], for label smoothing

@@ -1,6 +1,8 @@
 // The instruction sets that the CPU kernels are compiled for, and which of them this machine runs. Torch-free.
 #pragma once
 
+#include <array>
+
 namespace fastalign {
 
 // Index into fastalign_kernels.native.TARGETS.
@@ -19,11 +21,11 @@ inline int chosen_target() {
 #endif
 }
 
-// Whether matrix products run in gemm.cpp where FASTALIGN_GEMM does not say: AVX-512 on AMD, for which torch's library has AVX2 code only.
-inline bool own_gemm() {
+// Whether gemm/ multiplies matrices unless FASTALIGN_GEMM says otherwise: on AMD with AVX-512, because torch's library has only AVX2 code there.
+inline bool prefers_native_gemm() {
 #ifdef FASTALIGN_X86_TARGETS
-  static const bool own = __builtin_cpu_is("amd") && chosen_target() == 2;
-  return own;
+  static const bool preferred = __builtin_cpu_is("amd") && chosen_target() == 2;
+  return preferred;
 #else
   return false;
 #endif

@@ -1,10 +1,11 @@
-// A block of threads that runs on a GPU, and on a CPU one thread after another between barriers: so the CUDA sampler is tested without a GPU.
+// A block of threads. On a GPU it runs as one; on a CPU its threads run one after another between barriers, so the CUDA sampler is tested
+// without a GPU.
 //
-//   FA_THREADS(t) { ... }   each thread's turn; what it hands to others lies in shared memory, and a barrier comes before they read it
+//   FA_THREADS(t) { ... }   the code of each thread t. Threads exchange values in shared memory, with a barrier between write and read.
 //   PerThread<T> x;         a variable of each thread: x[t]
 #pragma once
 
-#include "sampling_math.h"
+#include "arithmetic.h"
 
 namespace fastalign {
 
@@ -16,14 +17,14 @@ namespace FASTALIGN_TARGET {
 #ifdef __CUDA_ARCH__
 #define FA_THREADS(t) if (const int t = threadIdx.x; true)
 template <class T> struct PerThread {
-  T own;
-  __device__ __forceinline__ T& operator[](int) { return own; }
+  T value;
+  __device__ __forceinline__ T& operator[](int) { return value; }
 };
 #else
 #define FA_THREADS(t) for (int t = 0; t < THREADS; ++t)
 template <class T> struct PerThread {
-  T all[THREADS];
-  T& operator[](int t) { return all[t]; }
+  T values[THREADS];
+  T& operator[](int t) { return values[t]; }
 };
 #endif
 
@@ -53,7 +54,7 @@ FA_HD uint32_t take_slot(uint32_t* count) {
   return (*count)++;
 #endif
 }
-// What other blocks wrote: not from this multiprocessor's L1 cache.
+// Reads what other blocks wrote, past this multiprocessor's L1 cache.
 template <class T> FA_HD T fresh(const T* p) {
 #ifdef __CUDA_ARCH__
   return __ldcg(p);
@@ -62,15 +63,15 @@ template <class T> FA_HD T fresh(const T* p) {
 #endif
 }
 
-// `f` over the 32 threads of each warp, halving 16, 8, 4, 2, 1; all of them get the result.
+// `f` over the 32 threads of each warp, halving 16, 8, 4, 2, 1. Every thread gets the result.
 template <class T, class F> FA_HD void over_warps(PerThread<T>& x, F f) {
 #ifdef __CUDA_ARCH__
-  for (int width = WARP / 2; width > 0; width /= 2) x.own = f(x.own, __shfl_xor_sync(0xffffffffu, x.own, width));
+  for (int width = WARP / 2; width > 0; width /= 2) x.value = f(x.value, __shfl_xor_sync(0xffffffffu, x.value, width));
 #else
   for (int first = 0; first < THREADS; first += WARP) {
     for (int width = WARP / 2; width > 0; width /= 2)
-      for (int i = first; i < first + width; ++i) x.all[i] = f(x.all[i], x.all[i + width]);
-    for (int i = 1; i < WARP; ++i) x.all[first + i] = x.all[first];
+      for (int i = first; i < first + width; ++i) x.values[i] = f(x.values[i], x.values[i + width]);
+    for (int i = 1; i < WARP; ++i) x.values[first + i] = x.values[first];
   }
 #endif
 }

@@ -1,7 +1,7 @@
-// What the schedule of a matrix product (gemm.cpp) hands to its arithmetic (gemm_target.cpp). Torch-free.
+// What the schedule of a matrix product (launch.cpp) hands to its arithmetic (target.cpp). Torch-free.
 #pragma once
 
-#include "dtypes.h"
+#include "../common/dtypes.h"
 
 namespace fastalign {
 

@@ -1,13 +1,13 @@
 // The sampler's arithmetic: exp2, log, Philox4x32-10 and its exponentials, the order and the fixed-point mass of logits.
 //
-// One source for g++, nvcc's host and nvcc's device, and for single values and vectors of them. Every rounding is written down: fused
-// multiply-adds are explicit, and whoever includes this compiles with -ffp-contract=off (nvcc: -fmad=false), so that all of them give the
-// same bits. What the functions are for is said in kernels/fastalign_kernels/sampling.py.
+// One source serves g++, nvcc's host and nvcc's device, for single values and for vectors. All of them give the same bits, because every
+// rounding is written down: fused multiply-adds are explicit, and files that include this compile with -ffp-contract=off (nvcc: -fmad=false).
+// kernels/fastalign_kernels/sampling.py says what the functions are for.
 #pragma once
 
 #include <cmath>
 
-#include "portable.h"
+#include "../common/portable.h"
 
 namespace fastalign {
 

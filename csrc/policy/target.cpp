@@ -1,6 +1,6 @@
 // The kernels of policy losses and of whitening for one instruction set: setup.py compiles this file once per target with
 // -DFASTALIGN_TARGET=<name> and the target's flags.
-#include "policy.h"
+#include "losses.h"
 #include "whiten.h"
 
 namespace fastalign {

@@ -1,9 +1,9 @@
-// What the launchers (ops.cpp, sampling.cu) hand to the sampler, and the sampler's table of kernels of each compiled CPU target. Torch-free.
+// What the launchers (launch.cpp, launch.cu) hand to the sampler, and the sampler's table of kernels of each compiled CPU target. Torch-free.
 #pragma once
 
 #include <cstdint>
 
-#include "sampling_math.h"
+#include "arithmetic.h"
 
 namespace fastalign {
 
@@ -90,7 +90,7 @@ FA_HD void write_drawn(const SampleJob& job, int64_t row, const Drawn& d, float 
 
 }  // namespace FASTALIGN_TARGET
 
-// Summaries of a row's chunks, arrays of `padded(V)`. Exponentials are relative to the chunk's own largest value.
+// Summaries of a row's chunks, arrays of `padded(V)`. Exponentials are relative to the chunk's largest value.
 struct Summaries {
   float *top, *sum;                        // of z: largest; sum of 2^((z - top) per_bit)
   float *raw_top, *raw_sum, *raw_weighted; // of x: largest; sums of 2^t and of t 2^t with t = (x - raw_top) log2 e

@@ -1,6 +1,6 @@
 // The sampler for one instruction set: setup.py compiles this file once per target with -DFASTALIGN_TARGET=<name>, the target's flags and
 // -ffp-contract=off.
-#include "sampling_rows.h"
+#include "rows.h"
 
 namespace fastalign {
 namespace FASTALIGN_TARGET {

@@ -1,5 +1,5 @@
-// Element types of logits and their conversion to and from the vectors that rows.h computes in. Torch-free, integer arithmetic only, so
-// that one source vectorises on every target (no F16C, AVX512-BF16 or NEON intrinsics to choose between).
+// Element types, and their conversion to and from the vectors that the kernels compute in. Torch-free. Conversions use integer arithmetic
+// only, so one source vectorises on every target without F16C, AVX512-BF16 or NEON intrinsics.
 #pragma once
 
 #include "portable.h"
@@ -7,10 +7,6 @@
 namespace fastalign {
 
 enum Dtype { F32, F64, BF16, F16, DTYPES };
-
-struct Transform {
-  double logit_scale, softcap, temperature;  // softcap 0: none
-};
 
 template <class T> struct AccumulatorOf { using type = float; };
 template <> struct AccumulatorOf<double> { using type = double; };

@@ -1,6 +1,6 @@
-// Matrix products with fp32 sums in AVX-512: setup.py compiles this file with its flags and AVX512-BF16's; gemm.cpp asks for pairs of bf16
+// Matrix products with fp32 sums in AVX-512: setup.py compiles this file with its flags and AVX512-BF16's; launch.cpp asks for pairs of bf16
 // only where the machine has the latter.
-#include "gemm_api.h"
+#include "api.h"
 
 #include <immintrin.h>
 
@@ -65,8 +65,8 @@ inline void transpose(__m512 (&r)[LANES]) {
   for (int i = 0; i < LANES; ++i) r[i] = s[i];
 }
 
-// Where lines of 16 o are read at a time, those of the next 16 are asked for: they start in other places, which the hardware does not guess.
-// With it and with tile's, logits and dW of 256 tokens in bf16 take 0.83 and 0.81 of the time on one core; in panels of 8 it gave nothing.
+// While lines of 16 o are read, those of the next 16 are prefetched: they start elsewhere, where the hardware does not prefetch. With this and
+// with tile's prefetch, logits and dW of 256 tokens in bf16 take 0.83 and 0.81 of the time on one core. In panels of 8 it gained nothing.
 template <int64_t P, bool PAIRS, class T> void pack(const Factor& x, int64_t o, int64_t o_end, int64_t k, int64_t k_end, float* panels) {
   constexpr int64_t step = PAIRS ? 2 : 1;
   constexpr __mmask16 lanes = P < LANES ? (1 << P) - 1 : 0xffff;
@@ -106,7 +106,7 @@ template <int64_t P> void pack_any(const Factor& x, bool pairs, int64_t o, int64
   else with(pack<P, false, fp16>, pack<P, true, fp16>);
 }
 
-// Sums in registers are added to memory after so many words: one after another in fp32, 640 of them were off by 4 times MKL's error.
+// Words that are summed in registers before the sums are added to memory. Summing 640 words in fp32 had 4 times MKL's error.
 constexpr int64_t SUMMED = 128;
 
 template <bool PAIRS> inline void tile(const float* left, const float* right, int64_t words, float* const* rows, int64_t M, int64_t N, bool add) {

@@ -1,7 +1,7 @@
-// `fastalign::sample` on CUDA: one kernel. A row's chunks are split over blocks, and the block that finishes last draws (sampling_block.h).
+// `fastalign::sample` on CUDA: one kernel. A row's chunks are split over blocks, and the block that finishes last draws (block.h).
 #define FASTALIGN_TARGET device
-#include "sampling_block.h"
-#include "sampling_launch.h"
+#include "block.h"
+#include "arguments.h"
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -21,7 +21,8 @@ using namespace device;
 constexpr int RESIDENT = 3;
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, RESIDENT) sample_kernel(SampleJob job, float* workspace, uint32_t* tickets, int64_t chunks_per_block, uint32_t blocks_per_row) {
+__global__ void __launch_bounds__(THREADS, RESIDENT)
+    sample_kernel(SampleJob job, float* workspace, uint32_t* tickets, int64_t chunks_per_block, uint32_t blocks_per_row) {
   __shared__ Shared shared;
   __shared__ bool last;
   const int64_t row = blockIdx.x / blocks_per_row, first = blockIdx.x % blocks_per_row * chunks_per_block;
@@ -30,8 +31,9 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) sample_kernel(SampleJob job
     if (first == 0 && threadIdx.x == 0) write_unread(job, row, true);
     return;
   }
-  float* const own = workspace + row * 6 * chunks;
-  const Summaries s = {own, own + chunks, own + 2 * chunks, own + 3 * chunks, own + 4 * chunks, reinterpret_cast<int32_t*>(own + 5 * chunks)};
+  float* const memory = workspace + row * 6 * chunks;
+  const Summaries s = {memory, memory + chunks, memory + 2 * chunks, memory + 3 * chunks, memory + 4 * chunks,
+                       reinterpret_cast<int32_t*>(memory + 5 * chunks)};
   summarise_chunks<T>(job, row, first, min(first + chunks_per_block, chunks), s);
   if (blocks_per_row > 1) {
     __threadfence();  // the summaries, before the ticket that tells of them
@@ -65,8 +67,8 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor& logits) {
   int processors = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
   // Twice the blocks that the GPU holds at once, and chunks for whole warps. How a row is split changes no result.
-  const int64_t chunks = (job.V + CHUNK - 1) / CHUNK, wanted = job.B * chunks / (processors * RESIDENT * 2) + 1;
-  const int64_t chunks_per_block = (wanted + WARPS - 1) / WARPS * WARPS;
+  const int64_t chunks = (job.V + CHUNK - 1) / CHUNK, least = job.B * chunks / (processors * RESIDENT * 2) + 1;
+  const int64_t chunks_per_block = (least + WARPS - 1) / WARPS * WARPS;
   const int64_t blocks_per_row = (chunks + chunks_per_block - 1) / chunks_per_block;
   Tensor workspace = torch::stable::new_empty(logits, {job.B * 6 * chunks}, ScalarType::Float);
   // Zeros that a row's blocks are counted with. From torch's allocator and set for each launch: memory kept between launches would have to

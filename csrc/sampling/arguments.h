@@ -1,20 +1,13 @@
-// From the tensors of `fastalign::sample` to a SampleJob, with checks: shared by the launchers for CPUs and for CUDA.
+// Turns the tensors of `fastalign::sample` into a checked SampleJob, for the launchers of CPUs and of CUDA.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <optional>
 #include <tuple>
 
-#include "sampling_api.h"
+#include "../common/tensors.h"
+#include "api.h"
 
 namespace fastalign {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using SampleResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // token [B], logs [4, B], kept [B], valid [B]
 
 inline SampleDtype sample_dtype(const Tensor& logits) {
@@ -22,16 +15,18 @@ inline SampleDtype sample_dtype(const Tensor& logits) {
     case ScalarType::Float: return SAMPLE_F32;
     case ScalarType::BFloat16: return SAMPLE_BF16;
     case ScalarType::Half: return SAMPLE_F16;
-    default: STD_TORCH_CHECK(false, "logits: fp32, bf16 or fp16 wanted"); return SAMPLE_DTYPES;
+    default: expect(false, "logits", logits, "fp32, bf16 or fp16"); return SAMPLE_DTYPES;
   }
 }
 
-// The memory of an optional argument of the given shape (size1 -1: one dimension), or null.
-template <class T> const T* memory_of(const std::optional<Tensor>& t, const char* name, const Tensor& logits, ScalarType dtype, int64_t size0, int64_t size1 = -1) {
+// The memory of an optional argument of shape [size0, size1] (size1 -1: [size0]), or null.
+template <class T>
+const T* memory_of(const std::optional<Tensor>& t, const char* name, const Tensor& logits, ScalarType dtype, int64_t size0, int64_t size1 = -1) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->dim() == (size1 < 0 ? 1 : 2) && t->size(0) == size0 && (size1 < 0 || t->size(1) == size1) && t->is_contiguous() &&
-                      t->scalar_type() == dtype && t->device() == logits.device(),
-                  name, ": contiguous [", size0, size1 < 0 ? "" : ", ...", "] of its dtype on the logits' device wanted");
+  STD_TORCH_CHECK(t->device() == logits.device(), name, ": got a tensor on another device, expected the logits' device");
+  const bool shaped = t->dim() == (size1 < 0 ? 1 : 2) && t->size(0) == size0 && (size1 < 0 || t->size(1) == size1);
+  if (!shaped || !t->is_contiguous() || t->scalar_type() != dtype)
+    expect(false, name, *t, "contiguous ", dtype_name(dtype), " [", size0, size1 < 0 ? "" : ", " + std::to_string(size1), "]");
   return static_cast<const T*>(t->const_data_ptr());
 }
 
@@ -41,8 +36,8 @@ SampleResult sample_with(const Launch& launch, const Tensor& logits, int64_t see
                          double top_p, double min_p, double repetition_penalty, const std::optional<Tensor>& sequence_ids,
                          const std::optional<Tensor>& positions, const std::optional<Tensor>& seen, const std::optional<Tensor>& allowed,
                          const std::optional<Tensor>& finished, int64_t pad_id) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= int64_t(MAX_CHUNKS) * CHUNK && (logits.size(1) == 1 || logits.stride(1) == 1),
-                  "logits: [B, V] with unit stride over V and V in 1 to 2^20 wanted");
+  expect(logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= int64_t(MAX_CHUNKS) * CHUNK && (logits.size(1) == 1 || logits.stride(1) == 1),
+         "logits", logits, "[B, V] with unit stride over V and V in 1 to 2^20");
   const int64_t B = logits.size(0), V = logits.size(1), words = (V + 31) / 32;
   Tensor token = torch::stable::new_empty(logits, {B}, ScalarType::Long), logs = torch::stable::new_empty(logits, {4, B}, ScalarType::Float);
   Tensor kept = torch::stable::new_empty(logits, {B}, ScalarType::Long), valid = torch::stable::new_empty(logits, {B}, ScalarType::Bool);

@@ -1,7 +1,7 @@
-// Vectors of 16 floats under the names that sampling_math.h uses for one. Included there; torch-free; for g++ and clang++ only.
+// Vectors of 16 floats, with the functions that arithmetic.h defines for one float. Included there; torch-free; for g++ and clang++ only.
 #pragma once
 
-#include "dtypes.h"
+#include "../common/dtypes.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -79,17 +79,17 @@ FA_HD float largest(f32x16 v) {
   return halved(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 
-// Puts the lanes of v that are asked for at `out`, which has room for all 16, and returns how many they are.
-FA_HD int64_t append(float* out, f32x16 v, i32x16 wanted) {
+// Writes the selected lanes of v to `out`, which has room for 16, and returns their number.
+FA_HD int64_t append(float* out, f32x16 v, i32x16 selected) {
 #ifdef __AVX512F__
-  const __mmask16 mask = _mm512_test_epi32_mask((__m512i)wanted, (__m512i)wanted);
+  const __mmask16 mask = _mm512_test_epi32_mask((__m512i)selected, (__m512i)selected);
   _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, v));  // not compress to memory: 100 cycles and more on Zen 4
   return __builtin_popcount(mask);
 #else
   int64_t n = 0;
   for (int i = 0; i < L; ++i) {
     out[n] = v[i];
-    n += wanted[i] & 1;
+    n += selected[i] & 1;
   }
   return n;
 #endif

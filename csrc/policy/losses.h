@@ -1,20 +1,25 @@
-// Losses of policy optimisation, a token a lane: value, slope and the sums of all metrics in one read and one write. Torch-free.
+// Policy losses, one token in each lane: value, gradient and the sums of all metrics in one read and one write. Torch-free.
 //
 //   d = logp - old_logp;   r = exp(d held within +-20);   policy = max(-A r, -A (r held within [lower, upper])), for A < 0 at most -A dual
 //   loss = w (policy - entropy_coefficient H + kl_coefficient KL);   value = w max((v - R)^2, ((v held within old +- clip) - R)^2) / 2
 //
-// with w the token's scale. policy/losses.py has the reasons. Outside the mask every term is selected away, not multiplied by 0: NaN may stand there.
+// with w the token's scale. policy/losses.py has the reasons. Outside the mask every term is selected away instead of multiplied by 0, because
+// memory there may hold NaN.
 #pragma once
 
-#include "policy_api.h"
-#include "rows.h"
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "../common/vectors.h"
+#include "api.h"
 
 namespace fastalign {
 namespace FASTALIGN_TARGET {
 
 constexpr double LARGEST_EXPONENT = 20;
 
-constexpr int64_t STRETCH = 16;  // vectors whose sums stay in A; between them they are widened, or fp32 would lose a digit by 1000 tokens
+constexpr int64_t PARTIAL = 16;  // vectors summed in A before the sums are widened: fp32 alone would lose a digit by 1000 tokens
 
 typedef float f32x8 __attribute__((vector_size(32)));
 struct Halves { f32x8 low, high; };
@@ -169,7 +174,7 @@ FA_INLINE void sum_tokens(const Tokens& job, int64_t begin, int64_t end, double*
   f64x8 totals[COUNT] = {};
   for (int64_t n = begin; n < end;) {
     Vec<A> part[COUNT] = {};
-    const int64_t stop = n + STRETCH * L < end ? n + STRETCH * L : end;
+    const int64_t stop = n + PARTIAL * L < end ? n + PARTIAL * L : end;
     for (; n + L <= stop; n += L) vector(Reader<A, true>(job.mask, n, L), part);
     if (n < stop) vector(Reader<A, false>(job.mask, n, stop - n), part);
     n = stop;

@@ -1,7 +1,7 @@
-// Whitening over a mask, of blocks of tokens: their moments, then their whitened values. policy/advantages.py has the formula. Torch-free.
+// Whitening over a mask, in blocks of tokens: first their moments, then the whitened values. policy/advantages.py has the formula. Torch-free.
 #pragma once
 
-#include "policy.h"
+#include "losses.h"
 
 namespace fastalign {
 namespace FASTALIGN_TARGET {
@@ -33,8 +33,8 @@ template <class A, class Vector> FA_INLINE void each_vector(const bool* mask, in
   if (n < end) vector(Reader<A, false>(mask, n, end - n));
 }
 
-// In one read, by deviations from c, the block's first token inside the mask. Their squares barely cancel: of the squares from the mean, which
-// are sought, (c - mean)^2 is one, and what is taken off is as many times that as there are tokens. So at most 2048 roundings of fp64 are lost.
+// One read, by deviations from c, the block's first token inside the mask. The correction for c != mean cancels little: (c - mean)^2 is itself
+// one of the squares that are summed, and the correction is that times the number of tokens. At most 2048 roundings of fp64 are lost.
 template <class A> static void block_moments(const WhitenJob& job, int64_t begin, int64_t end, double* moments) {
   int64_t first = begin;
   while (first < end && !job.mask[first]) ++first;

@@ -1,4 +1,4 @@
-// What the launcher (policy.cpp) hands to the kernels of policy losses and of whitening, and each compiled target's table of kernels. Torch-free.
+// What the launcher (launch.cpp) hands to the kernels of policy losses and of whitening, and each compiled target's table of kernels. Torch-free.
 #pragma once
 
 #include <cstdint>

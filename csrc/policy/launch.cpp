@@ -1,49 +1,39 @@
-// Registration and checked launchers of the losses of policy optimisation, of GAE and of whitening for CPUs, on torch's stable ABI.
+// Checked launchers of policy losses, GAE and whitening for CPUs, on torch's stable ABI.
 #define FASTALIGN_TARGET generic
-#include "advantage.h"
-#include "policy_api.h"
-#include "targets.h"
+#include "launch.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <array>
 #include <cmath>
-#include <optional>
 #include <vector>
+
+#include "api.h"
+#include "gae.h"
 
 namespace fastalign {
 FASTALIGN_DECLARE_KERNELS(PolicyKernels, policy_kernels)
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t BLOCK = 2048;  // tokens whose sums are taken together, whatever the threads
 
 bool is_double(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name, ": fp32 or fp64 wanted");
+  expect(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, name, t, "fp32 or fp64");
   return t.scalar_type() == ScalarType::Double;
 }
 
 void check_like(const Tensor& t, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(t.numel() == like.numel() && t.dim() == like.dim() && t.is_contiguous() && t.scalar_type() == like.scalar_type(), name,
-                  ": contiguous, of the first input's shape and dtype wanted");
+  expect(t.numel() == like.numel() && t.dim() == like.dim() && t.is_contiguous() && t.scalar_type() == like.scalar_type(), name, t, "contiguous ",
+         describe(like), " as the first input");
 }
 
 void check_mask(const Tensor& mask, const Tensor& like) {
-  STD_TORCH_CHECK(mask.dim() == like.dim() && mask.numel() == like.numel() && mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool,
-                  "mask: contiguous bool of the first input's shape wanted");
+  expect(mask.dim() == like.dim() && mask.numel() == like.numel() && mask.is_contiguous() && mask.scalar_type() == ScalarType::Bool, "mask", mask,
+         "contiguous bool of the shape of ", describe(like));
 }
 
 Tokens tokens_of(const Tensor& mask, const Tensor& scale, const Tensor& like) {
   check_mask(mask, like);
-  STD_TORCH_CHECK((scale.numel() == 1 || scale.numel() == like.numel()) && scale.is_contiguous() &&
-                      scale.scalar_type() == like.scalar_type(),
-                  "scale: contiguous, one number or one a token, of the first input's dtype wanted");
+  expect((scale.numel() == 1 || scale.numel() == like.numel()) && scale.is_contiguous() && scale.scalar_type() == like.scalar_type(), "scale", scale,
+         "contiguous ", dtype_name(like.scalar_type()), ", one number or one for each token");
   return {static_cast<const bool*>(mask.const_data_ptr()), scale.const_data_ptr(), scale.numel() > 1};
 }
 
@@ -61,7 +51,7 @@ template <class Kernel> void each_block(int64_t N, Kernel kernel) {
   });
 }
 
-// `count` numbers of each block, put there by kernel(begin, end, its numbers). Whoever adds them up in order gets the same bits from any threads.
+// `count` numbers of each block, written by kernel(begin, end, numbers). Added up in order, they give the same bits with any number of threads.
 template <class Kernel> std::vector<double> of_blocks(int64_t N, int64_t count, Kernel kernel) {
   std::vector<double> parts((N + BLOCK - 1) / BLOCK * count);
   each_block(N, [&](int64_t begin, int64_t end, int64_t block) { kernel(begin, end, parts.data() + block * count); });
@@ -69,8 +59,7 @@ template <class Kernel> std::vector<double> of_blocks(int64_t N, int64_t count, 
 }
 
 double* doubles_of(const Tensor& t, const char* name, int64_t count) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count && t.scalar_type() == ScalarType::Double && t.is_contiguous(), name, ": fp64 [", count,
-                  "] wanted");
+  expect(t.dim() == 1 && t.size(0) == count && t.scalar_type() == ScalarType::Double && t.is_contiguous(), name, t, "contiguous fp64 [", count, "]");
   return static_cast<double*>(t.mutable_data_ptr());
 }
 
@@ -81,18 +70,20 @@ template <class Kernel> void sum_blocks(int64_t N, int64_t count, const Tensor& 
   for (size_t p = 0; p < parts.size(); ++p) out[p % count] += parts[p];
 }
 
+}  // namespace
+
 void policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor scale, std::optional<Tensor> entropy,
                    std::optional<Tensor> reference_logp, double lower, double upper, double dual, double entropy_coefficient, double kl_coefficient,
                    int64_t kl_estimator, Tensor sums, Tensor slopes) {
   const bool wide = is_double(logp, "logp");
-  STD_TORCH_CHECK(logp.is_contiguous(), "logp: contiguous wanted");
+  expect(logp.is_contiguous(), "logp", logp, "contiguous");
   check_like(old_logp, "old_logp", logp);
   check_like(advantages, "advantages", logp);
-  STD_TORCH_CHECK(slopes.dim() == logp.dim() + 1 && slopes.size(0) >= 1 && slopes.size(0) <= 2 &&
-                      slopes.numel() == slopes.size(0) * logp.numel() && slopes.is_contiguous() && slopes.scalar_type() == logp.scalar_type(),
-                  "slopes: contiguous [1, ..] or [2, ..] of logp's shape and dtype wanted");
+  expect(slopes.dim() == logp.dim() + 1 && slopes.size(0) >= 1 && slopes.size(0) <= 2 && slopes.numel() == slopes.size(0) * logp.numel() &&
+             slopes.is_contiguous() && slopes.scalar_type() == logp.scalar_type(),
+         "slopes", slopes, "contiguous, one or two of ", describe(logp));
   char* first = static_cast<char*>(slopes.mutable_data_ptr());
-  STD_TORCH_CHECK(kl_estimator >= 0 && kl_estimator < KL_ESTIMATORS, "kl_estimator: an index below ", int64_t(KL_ESTIMATORS), " wanted");
+  STD_TORCH_CHECK(kl_estimator >= 0 && kl_estimator < KL_ESTIMATORS, "kl_estimator: got ", kl_estimator, ", expected an index below ", int64_t(KL_ESTIMATORS));
   const PolicyJob job{tokens_of(mask, scale, logp),
                       logp.const_data_ptr(),
                       old_logp.const_data_ptr(),
@@ -113,7 +104,7 @@ void policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask,
 
 void value_tokens(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor scale, double clip, Tensor sums, Tensor slopes) {
   const bool wide = is_double(values, "values");
-  STD_TORCH_CHECK(values.is_contiguous(), "values: contiguous wanted");
+  expect(values.is_contiguous(), "values", values, "contiguous");
   check_like(old_values, "old_values", values);
   check_like(returns, "returns", values);
   check_like(slopes, "slopes", values);
@@ -122,6 +113,8 @@ void value_tokens(Tensor values, Tensor old_values, Tensor returns, Tensor mask,
   const auto kernel = FASTALIGN_KERNELS(policy_kernels).value[wide];
   sum_blocks(values.numel(), VALUE_SUMS, sums, [&](int64_t begin, int64_t end, double* part) { kernel(job, begin, end, part); });
 }
+
+namespace {
 
 template <class A>
 void gae_of(const Tensor& rewards, const Tensor& values, const Tensor& mask, const std::optional<Tensor>& bootstrap, double gamma, double lam,
@@ -138,26 +131,32 @@ void gae_of(const Tensor& rewards, const Tensor& values, const Tensor& mask, con
   torch::stable::parallel_for(0, values.size(0), 8, [&](int64_t begin, int64_t end) { gae_range(job, begin, end); });
 }
 
+}  // namespace
+
 void gae_rows(Tensor rewards, Tensor values, Tensor mask, std::optional<Tensor> bootstrap, double gamma, double lam, Tensor advantages,
               Tensor returns) {
   const bool wide = is_double(values, "values");
-  STD_TORCH_CHECK(values.dim() == 2 && values.is_contiguous(), "values: contiguous [B, T] wanted");
+  expect(values.dim() == 2 && values.is_contiguous(), "values", values, "contiguous [B, T]");
   check_like(rewards, "rewards", values);
   check_like(advantages, "advantages", values);
   check_like(returns, "returns", values);
   check_mask(mask, values);
   if (bootstrap)
-    STD_TORCH_CHECK(bootstrap->dim() == 1 && bootstrap->size(0) == values.size(0) && bootstrap->is_contiguous() &&
-                        bootstrap->scalar_type() == values.scalar_type(),
-                    "bootstrap: contiguous [B] of values' dtype wanted");
+    expect(bootstrap->dim() == 1 && bootstrap->size(0) == values.size(0) && bootstrap->is_contiguous() &&
+               bootstrap->scalar_type() == values.scalar_type(),
+           "bootstrap", *bootstrap, "contiguous ", dtype_name(values.scalar_type()), " [", values.size(0), "]");
   (wide ? gae_of<double> : gae_of<float>)(rewards, values, mask, bootstrap, gamma, lam, advantages, returns);
 }
 
+namespace {
+
 WhitenJob whiten_job(const Tensor& x, const Tensor& mask) {
-  STD_TORCH_CHECK(x.is_contiguous(), "x: contiguous wanted");
+  expect(x.is_contiguous(), "x", x, "contiguous");
   check_mask(mask, x);
   return {static_cast<const bool*>(mask.const_data_ptr()), x.const_data_ptr(), 0, 1, 0, nullptr};
 }
+
+}  // namespace
 
 // Blocks are merged as Chan, Golub and LeVeque merge two: what separates their means is squared by itself.
 void token_moments(Tensor x, Tensor mask, Tensor moments) {
@@ -193,24 +192,4 @@ void whiten_tokens(Tensor x, Tensor mask, Tensor moments, bool shift_mean, doubl
   each_block(x.numel(), [&](int64_t begin, int64_t end, int64_t) { kernel(job, begin, end); });
 }
 
-}  // namespace
 }  // namespace fastalign
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
-  m.def("policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor scale, Tensor? entropy, Tensor? reference_logp, "
-        "float lower, float upper, float dual, float entropy_coefficient, float kl_coefficient, int kl_estimator, Tensor(a!) sums, Tensor(b!) slopes) -> ()");
-  m.def("value_tokens(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor scale, float clip, Tensor(a!) sums, Tensor(b!) slopes) -> "
-        "()");
-  m.def("gae_rows(Tensor rewards, Tensor values, Tensor mask, Tensor? bootstrap, float gamma, float lam, Tensor(a!) advantages, "
-        "Tensor(b!) returns) -> ()");
-  m.def("token_moments(Tensor x, Tensor mask, Tensor(a!) moments) -> ()");
-  m.def("whiten_tokens(Tensor x, Tensor mask, Tensor moments, bool shift_mean, float eps, Tensor(a!) out) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
-  m.impl("policy_tokens", TORCH_BOX(&fastalign::policy_tokens));
-  m.impl("value_tokens", TORCH_BOX(&fastalign::value_tokens));
-  m.impl("gae_rows", TORCH_BOX(&fastalign::gae_rows));
-  m.impl("token_moments", TORCH_BOX(&fastalign::token_moments));
-  m.impl("whiten_tokens", TORCH_BOX(&fastalign::whiten_tokens));
-}

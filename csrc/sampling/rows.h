@@ -1,12 +1,12 @@
-// The sampler on a CPU, a row at a time: summaries of chunks in one read, then filters and the race over what they leave.
+// The sampler on a CPU, one row at a time. One read writes the summaries of chunks; filters and the race then read what the summaries leave.
 //
-// The summaries bound which chunks can hold what a filter keeps, so on a peaked softmax the second part reads a few chunks; on a flat one
-// it reads all of them twice or three times from the L2 cache and narrows the threshold down by histograms of whole numbers, never a sort.
+// The summaries bound which chunks can hold a kept id. On a peaked softmax the second part reads a few chunks. On a flat softmax it reads the
+// row two or three times from the L2 cache. Thresholds come from histograms of whole numbers, never from a sort.
 #pragma once
 
 #include <algorithm>
 
-#include "sampling_api.h"
+#include "api.h"
 
 namespace fastalign {
 namespace FASTALIGN_TARGET {
@@ -154,8 +154,8 @@ FA_HD double combined(const float* tops, const float* sums, const float* weighte
   return lanes[0];
 }
 
-// Where a value lies between the lowest and the highest, as a bucket that does not decrease with it. In the first round the buckets are
-// equally wide, which spreads logits best; later ones split the order of floats itself, which ends after four rounds whatever the values.
+// Maps a value between the lowest and the highest to a bucket, in order. In the first round buckets are equally wide, which spreads logits
+// best. Later rounds split the order of floats itself, which ends after four rounds whatever the values.
 struct Buckets {
   static constexpr int COUNT = 1024;
   bool linear;
@@ -177,9 +177,9 @@ struct Buckets {
   }
 };
 
-// The threshold of a filter among values that hold it: the lowest v whose values above it have less mass than `target`; `unit`: every
-// value has mass 1 (top-k), else its fixed-point probability (top-p). Values are reordered, and memory for 16 more follows them. Each round
-// leaves one bucket of 1024.
+// The threshold of a filter: the lowest v for which the values above v have less mass than `target`. unit: every value has mass 1 (top-k);
+// otherwise its fixed-point probability (top-p). `values` must hold the threshold. They are reordered, and memory for 16 more follows them.
+// Each round leaves one bucket of 1024.
 static float threshold(float* values, int64_t n, bool unit, double target, float top, float per_bit) {
   uint64_t masses[2][Buckets::COUNT];  // two, because a value in the same bucket as the one before would wait for its sum
   uint64_t above = 0;
@@ -199,46 +199,46 @@ static float threshold(float* values, int64_t n, bool unit, double target, float
       const f32x16 z = load_lanes(values + i);
       const u32x16 bucket = buckets.of(z);
       uint64_t mass[L];
-      uint32_t own[L];
-      memcpy(own, &bucket, sizeof own);
+      uint32_t of_lane[L];
+      memcpy(of_lane, &bucket, sizeof of_lane);
       const f32x16 e = exp2_of((z - top) * per_bit);
       for (int j = 0; j < L; ++j) mass[j] = unit ? 1 : fixed_mass(e[j]);
       const int count = n - i < L ? int(n - i) : L;
       if (count == L)
-        for (int j = 0; j < L; ++j) masses[j % 2][own[j]] += mass[j];
+        for (int j = 0; j < L; ++j) masses[j % 2][of_lane[j]] += mass[j];
       else
-        for (int j = 0; j < count; ++j) masses[0][own[j]] += mass[j];
+        for (int j = 0; j < count; ++j) masses[0][of_lane[j]] += mass[j];
     }
     uint32_t chosen_bucket = buckets.of(splat(high, highs))[0];  // the lowest with less than target above it: holds a value, as the highest and 0 do
     while (chosen_bucket > 0) {
-      const uint64_t own = masses[0][chosen_bucket] + masses[1][chosen_bucket];
-      if (double(above + own) >= target) break;
-      above += own;
+      const uint64_t in_bucket = masses[0][chosen_bucket] + masses[1][chosen_bucket];
+      if (double(above + in_bucket) >= target) break;
+      above += in_bucket;
       --chosen_bucket;
     }
     int64_t kept = 0;
     for (int64_t i = 0; i < n; i += L) {
       const f32x16 z = load_lanes(values + i);
-      i32x16 wanted = bit_cast<i32x16>(buckets.of(z) == chosen_bucket);
+      i32x16 selected = bit_cast<i32x16>(buckets.of(z) == chosen_bucket);
       if (n - i < L)
-        for (int j = int(n - i); j < L; ++j) wanted[j] = 0;
-      kept += append(values + kept, z, wanted);
+        for (int j = int(n - i); j < L; ++j) selected[j] = 0;
+      kept += append(values + kept, z, selected);
     }
     n = kept;
   }
 }
 
-// A power of two of probability below which nothing can be kept by top_p alone: what lies below it has at most (1 - top_p) of the mass.
+// log2 of a relative probability below which top_p alone keeps nothing: all values below it have at most (1 - top_p) of the mass.
 //
-// Chunks are sorted into quarter bits by their largest value. Below an edge lie the chunks under it whole, and of each chunk above it all
-// but its largest value, at most 255 values of the edge's size.
+// Chunks are sorted into quarter bits by their largest value. Below an edge lie the whole chunks under it and, of each chunk above it, at
+// most all values but the largest: 255 values of the edge's size.
 FA_HD float top_p_floor(const Summaries& s, int64_t chunks, float top, float per_bit, double top_p, double sum) {
   constexpr int EDGES = 256;
   const double budget = sum * ((1.0 - top_p) * 0.999 - 4e-6);  // less, by more than all roundings of fixed_mass and the sums
   if (!(budget > 0)) return -INFINITY;
   double whole[EDGES] = {}, rest[EDGES] = {};
   int32_t count[EDGES] = {};
-  double below = 0, others = 0;
+  double below = 0, rest_above = 0;
   int64_t n = 0;
   for (int64_t c = 0; c < chunks; ++c) {
     const float t = (s.top[c] - top) * per_bit;
@@ -251,10 +251,10 @@ FA_HD float top_p_floor(const Summaries& s, int64_t chunks, float top, float per
   }
   for (int edge = 0; edge < EDGES - 1; ++edge) {
     below -= whole[edge];
-    others += rest[edge];
+    rest_above += rest[edge];
     n += count[edge];
     const float floor = -0.25f * float(edge + 1);
-    if (below + std::min(others, 255.0 * double(n) * exp2_of(floor)) <= budget) return floor - 0.01f;
+    if (below + std::min(rest_above, 255.0 * double(n) * exp2_of(floor)) <= budget) return floor - 0.01f;
   }
   return -INFINITY;
 }
@@ -338,10 +338,10 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
     const float k = per_bit(o.temperature);
     d.sum = combined(s.top, s.sum, nullptr, chunks, d.top, k);
     if (!(d.sum < INFINITY)) return write_unread(job, index, false);  // a penalty that leaves no finite logit
-    const bool all = !filters(o);
-    const Keep keep = all ? everything(d.top, k) : filtered(row, o, s, chunks, d.top, k, d.sum, scratch);
+    const bool keeps_all = !filters(o);
+    const Keep keep = keeps_all ? everything(d.top, k) : filtered(row, o, s, chunks, d.top, k, d.sum, scratch);
     for (int64_t c = 0; c < chunks; ++c) {
-      if (all) {
+      if (keeps_all) {
         d.kept += s.finite[c];
         continue;
       }
@@ -360,7 +360,7 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
       s.sum[c] = tree_sum(sum[0], sum[1]);
       for (int i = 0; i < L; ++i) d.kept += kept[i];
     }
-    d.kept_sum = all ? d.sum : combined(s.top, s.sum, nullptr, chunks, d.top, k);
+    d.kept_sum = keeps_all ? d.sum : combined(s.top, s.sum, nullptr, chunks, d.top, k);
     Lead lead = {INFINITY, NOBODY};
     for (int64_t first = 0; first < chunks; first += L) {
       const f32x16 mass = load_lanes(s.sum + first) * exp2_of((load_lanes(s.top + first) - d.top) * k);

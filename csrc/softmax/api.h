@@ -1,11 +1,15 @@
-// What the launcher (ops.cpp) hands to the row kernels, and the table of kernels of each compiled target. Torch-free.
+// What the launchers (launch.cpp) hand to the softmax kernels, and the table of kernels of each compiled target. Torch-free.
 #pragma once
 
 #include <cstdint>
 
-#include "dtypes.h"
+#include "../common/dtypes.h"
 
 namespace fastalign {
+
+struct Transform {
+  double logit_scale, softcap, temperature;  // softcap 0: none
+};
 
 // Inline members are forced inline: the linker must never keep a weak copy of one that was compiled for AVX-512.
 
@@ -15,14 +19,17 @@ struct Strides {
   __attribute__((always_inline)) int64_t at(int64_t n) const { return n / T * batch + n % T * time; }
 };
 
+// Every job reads logits [B, T, V] as N = B * T rows. The column stride is 1, so shifted logits[:, :-1] need no copy.
 struct Rows {
-  const void* logits;  // [B, T, V], unit column stride: shifted logits[:, :-1] are no copy
+  const void* logits;
   Strides strides;
   const void* bias;    // [V] of the logits' dtype, or null
-  const int64_t* ids;  // [N], N = B*T, negative: ignored
+  const int64_t* ids;  // [N]; a negative id means an ignored row
   int64_t N, V;
   Transform transform;
-  __attribute__((always_inline)) bool plain() const { return bias == nullptr && transform.logit_scale == 1 && transform.softcap == 0 && transform.temperature == 1; }
+  __attribute__((always_inline)) bool plain() const {
+    return bias == nullptr && transform.logit_scale == 1 && transform.softcap == 0 && transform.temperature == 1;
+  }
 };
 struct StatsRows : Rows {
   void* stats;  // [7, N], rows in the order of rows.h's Stat
@@ -34,28 +41,27 @@ struct GradRows : Rows {
   Strides out_strides;
 };
 struct ColumnSums : Rows {
-  const void* stats;  // [7, N] as written by a StatsRows job
-  void *largest, *sums;  // [V]
-  double* totals;     // [stretches, 2, N]
+  const void* stats;           // [7, N] as written by a StatsRows job
+  void *largest, *sums;        // [V]
+  double* totals;              // [tiles, 2, N]
 };
 struct ColumnGrad : Rows {
   const int64_t* columns;  // [K], ascending
   int64_t K;
-  bool gathered;             // whether logits are [N, K], of these columns
+  bool gathered;             // whether logits hold these K columns only
   const void* stats;         // [7, N] as written by a StatsRows job
   const void* coefficients;  // [4, N]
-  void* out;                 // [N, K] of the logits' dtype
+  void* out;                 // [B, T, K] of the logits' dtype
   Strides out_strides;
   double* totals;  // [2, N]
 };
-constexpr int64_t STRETCH = 1024;  // columns that are worked on at a time: 4 KiB of a row and their sums stay in L1
 
+constexpr int64_t COLUMN_TILE = 1024;  // 4 KiB of a row, so that it and its sums stay in L1
 
-
-struct RowKernels {
+struct RowKernels {  // rows begin to end; of `columns`, tiles begin to end
   void (*stats[DTYPES])(const StatsRows&, int64_t begin, int64_t end);
   void (*grad[DTYPES])(const GradRows&, int64_t begin, int64_t end);
-  void (*columns[DTYPES])(const ColumnSums&, int64_t begin, int64_t end);  // stretches begin to end
+  void (*columns[DTYPES])(const ColumnSums&, int64_t begin, int64_t end);
   void (*column_grad[DTYPES])(const ColumnGrad&, int64_t begin, int64_t end);
 };
 

@@ -14,7 +14,7 @@ template <class A> struct GaeJob {
   A *advantages, *returns;  // [B, T]
 };
 
-// ROWS rows side by side, for each is one chain of additions; sums run in fp64.
+// ROWS rows side by side, because each row is one chain of dependent additions. Sums run in fp64.
 template <int ROWS, class A> static void gae_rows_from(const GaeJob<A>& job, int64_t row) {
   double running[ROWS] = {}, following[ROWS] = {};
   for (int k = 0; k < ROWS && job.bootstrap != nullptr; ++k) following[k] = double(job.bootstrap[row + k]);

@@ -1,22 +1,17 @@
-// Matrix products with fp32 sums on CPUs: out (+)= left [M, K] right [K, N] of fp32, bf16 or fp16, rows of `right` gathered and rows of
-// `out` scattered on request. The arithmetic is in gemm_target.cpp; here is who multiplies what when. On torch's stable ABI.
+// Matrix products with fp32 sums on CPUs: out (+)= left [M, K] right [K, N] of fp32, bf16 or fp16. On request, rows of `right` are gathered and
+// rows of `out` scattered. This file shares the work out over threads; target.cpp has the arithmetic. On torch's stable ABI.
 //
 // Why not MKL's: on AMD it runs AVX2 code, and no GEMM of torch takes bf16 to fp32 on a CPU. gemm.py has the measured times.
 #define FASTALIGN_TARGET generic
-#include "gemm_api.h"
-#include "targets.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "launch.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <numeric>
-#include <optional>
+
+#include "api.h"
 
 #ifdef FASTALIGN_X86_TARGETS
 namespace fastalign {
@@ -24,14 +19,11 @@ namespace avx512 { extern const GemmKernels gemm_kernels; }
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t WORDS = 640;            // of k at a time, so that a panel of 48 (120 KiB) and a block stay in L2
-constexpr int64_t BLOCK = 384 * 1024;     // bytes of a block of the larger factor
-constexpr int64_t OWN_SUMS = 8 << 20;     // bytes of sums that the parts of k may hold
-constexpr int64_t MOST_PARTS = 8;         // of k
-constexpr int64_t LEAST_WORDS = 256;      // of a part of k
+constexpr int64_t WORDS = 640;         // words of k at a time, so that a panel of 48 (120 KiB) and a block stay in L2
+constexpr int64_t BLOCK = 384 * 1024;  // bytes of a block of the larger factor
+constexpr int64_t PART_SUMS = 8 << 20; // bytes that the sums of all parts of k may take
+constexpr int64_t MOST_PARTS = 8;      // parts of k
+constexpr int64_t LEAST_WORDS = 256;   // words in a part of k
 
 struct Buffer {
   std::unique_ptr<float, void (*)(void*)> memory;
@@ -54,11 +46,12 @@ struct Job {
   int64_t k(int64_t word) const { return std::min(K, word * step()); }
 };
 
-// Equal parts of at most `most`.
+// [0, total) in equal parts of at most `most`.
 struct Cut {
-  int64_t all, number, size;
-  Cut(int64_t all, int64_t most) : all(all), number(std::max<int64_t>(1, ceil_div(all, most))), size(std::max<int64_t>(1, ceil_div(all, number))) {}
-  int64_t begin(int64_t i) const { return std::min(all, i * size); }
+  int64_t total, number, size;
+  Cut(int64_t total, int64_t most)
+      : total(total), number(std::max<int64_t>(1, ceil_div(total, most))), size(std::max<int64_t>(1, ceil_div(total, number))) {}
+  int64_t begin(int64_t i) const { return std::min(total, i * size); }
 };
 
 Product part(const Product& out, int64_t m, int64_t m_end, int64_t n, int64_t n_end, bool add) {
@@ -80,13 +73,13 @@ Buffer pack_whole(const Job& job, const Factor& x, Pack pack, int64_t P, const C
   return packed;
 }
 
-// The smaller factor is packed as a whole, and threads share out the larger one's o: blocks that stay in L2.
+// The smaller factor is packed as a whole. Threads share out the larger one's o in blocks that stay in L2.
 void share_out_o(const Job& job, const GemmKernels& kernels, bool rows) {
   const Cut cut(job.words(), WORDS);
-  const int64_t P = rows ? LEFT : RIGHT, other = rows ? RIGHT : LEFT;
+  const int64_t P = rows ? LEFT : RIGHT, small_P = rows ? RIGHT : LEFT;
   const Factor &large = rows ? job.left : job.right, &small = rows ? job.right : job.left;
-  const Buffer whole = pack_whole(job, small, rows ? kernels.pack_right : kernels.pack_left, other, cut);
-  const int64_t padded = ceil_div(small.O, other) * other;
+  const Buffer whole = pack_whole(job, small, rows ? kernels.pack_right : kernels.pack_left, small_P, cut);
+  const int64_t padded = ceil_div(small.O, small_P) * small_P;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = std::min(BLOCK / (cut.size * 4), ceil_div(large.O, 2 * threads));
   const int64_t width = std::max<int64_t>(1, most / P) * P;
@@ -96,18 +89,18 @@ void share_out_o(const Job& job, const GemmKernels& kernels, bool rows) {
       for (int64_t b = 0; b < cut.number; ++b) {
         const int64_t w = cut.begin(b), words = cut.begin(b + 1) - w, o = i * width, end = std::min(large.O, o + width);
         (rows ? kernels.pack_left : kernels.pack_right)(large, job.pairs, o, end, job.k(w), job.k(w + words), block.at(0));
-        const float* all = whole.at(w * padded);
-        if (rows) kernels.multiply(block.at(0), all, job.pairs, words, part(job.out, o, end, 0, job.out.N, b > 0));
-        else kernels.multiply(all, block.at(0), job.pairs, words, part(job.out, 0, job.out.M, o, end, b > 0));
+        const float* packed = whole.at(w * padded);
+        if (rows) kernels.multiply(block.at(0), packed, job.pairs, words, part(job.out, o, end, 0, job.out.N, b > 0));
+        else kernels.multiply(packed, block.at(0), job.pairs, words, part(job.out, 0, job.out.M, o, end, b > 0));
       }
   });
 }
 
-// Threads share out k, and rows too where the parts of k do not divide among them evenly. The parts' sums are added up in the order of k.
-// How k is cut follows from the shape alone, never from the number of threads, so the sums have the same bits with any number of them.
+// Threads share out k, and rows as well if the parts of k do not divide evenly among them. The parts' sums are added up in the order of k.
+// The shape alone decides how k is cut, so the sums have the same bits with any number of threads.
 void share_out_k(const Job& job, const GemmKernels& kernels) {
   const int64_t M = job.out.M, N = job.out.N, threads = torch::stable::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>(std::min(OWN_SUMS / (M * N * 4), job.words() / LEAST_WORDS), 1, MOST_PARTS);
+  const int64_t parts = std::clamp<int64_t>(std::min(PART_SUMS / (M * N * 4), job.words() / LEAST_WORDS), 1, MOST_PARTS);
   const Cut ks(job.words(), ceil_div(job.words(), parts));
   const int64_t shares = threads > ks.number ? ceil_div(threads, ks.number) : threads / std::gcd(threads, ks.number);
   const Cut rows(M, ceil_div(ceil_div(M, shares), LEFT) * LEFT);
@@ -118,12 +111,12 @@ void share_out_k(const Job& job, const GemmKernels& kernels) {
     const Buffer left(padded_rows * most), right(padded * most);
     for (int64_t task = first; task < last; ++task) {
       const int64_t p = task / rows.number, m = rows.begin(task % rows.number), m_end = rows.begin(task % rows.number + 1);
-      const Product own = p ? Product{sums.at((p - 1) * M * N), N, M, N, nullptr, false} : job.out;
+      const Product sums_of_part = p ? Product{sums.at((p - 1) * M * N), N, M, N, nullptr, false} : job.out;
       for (int64_t w = ks.begin(p); w < ks.begin(p + 1); w += most) {
         const int64_t end = std::min(w + most, ks.begin(p + 1));
         kernels.pack_left(job.left, job.pairs, m, m_end, job.k(w), job.k(end), left.at(0));
         kernels.pack_right(job.right, job.pairs, 0, N, job.k(w), job.k(end), right.at(0));
-        kernels.multiply(left.at(0), right.at(0), job.pairs, end - w, part(own, m, m_end, 0, N, w > ks.begin(p)));
+        kernels.multiply(left.at(0), right.at(0), job.pairs, end - w, part(sums_of_part, m, m_end, 0, N, w > ks.begin(p)));
       }
     }
   });
@@ -141,30 +134,36 @@ Dtype factor_dtype(const Tensor& t, const char* name) {
     case ScalarType::Float: return F32;
     case ScalarType::BFloat16: return BF16;
     case ScalarType::Half: return F16;
-    default: STD_TORCH_CHECK(false, name, ": fp32, bf16 or fp16 wanted"); return DTYPES;
+    default: expect(false, name, t, "fp32, bf16 or fp16"); return DTYPES;
   }
 }
 
 const int64_t* rows_of(const std::optional<Tensor>& rows, const char* name, int64_t below) {
   if (!rows) return nullptr;
-  STD_TORCH_CHECK(rows->dim() == 1 && rows->is_contiguous() && rows->scalar_type() == ScalarType::Long, name, ": contiguous int64 wanted");
+  expect(rows->dim() == 1 && rows->is_contiguous() && rows->scalar_type() == ScalarType::Long, name, *rows, "contiguous int64 of one dimension");
   const int64_t* row = static_cast<const int64_t*>(rows->const_data_ptr());
-  for (int64_t i = 0; i < rows->numel(); ++i) STD_TORCH_CHECK(row[i] >= 0 && row[i] < below, name, "[", i, "] is ", row[i], ", outside [0, ", below, ")");
+  for (int64_t i = 0; i < rows->numel(); ++i)
+    STD_TORCH_CHECK(row[i] >= 0 && row[i] < below, name, ": got ", row[i], " at ", i, ", expected rows in [0, ", below, ")");
   return row;
 }
 
 }  // namespace
 
 void gemm(Tensor left, Tensor right, Tensor out, bool add, std::optional<Tensor> right_rows, std::optional<Tensor> out_rows) {
-  STD_TORCH_CHECK(left.dim() == 2 && right.dim() == 2 && out.dim() == 2, "left, right, out: matrices wanted");
+  expect(left.dim() == 2, "left", left, "a matrix [M, K]");
+  expect(right.dim() == 2, "right", right, "a matrix [K, N]");
+  expect(out.dim() == 2, "out", out, "a matrix [M, N]");
   const int64_t M = left.size(0), K = left.size(1), N = right.size(1);
-  STD_TORCH_CHECK((right_rows ? right_rows->numel() : right.size(0)) == K && out.size(1) == N, "left [M, K], right [K, N], out [M, N] wanted");
-  STD_TORCH_CHECK((out_rows ? out_rows->numel() : out.size(0)) == M, "left [M, K], right [K, N], out [M, N] wanted");
-  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float && (N <= 1 || out.stride(1) == 1), "out: fp32 with unit stride over N wanted");
+  if (right_rows) expect(right_rows->numel() == K, "right_rows", *right_rows, "[K] = [", K, "]");
+  else expect(right.size(0) == K, "right", right, "[K, N] with K = ", K, " as left has it");
+  if (out_rows) expect(out_rows->numel() == M, "out_rows", *out_rows, "[M] = [", M, "]");
+  else expect(out.size(0) == M, "out", out, "[M, N] = [", M, ", ", N, "]");
+  expect(out.size(1) == N && out.scalar_type() == ScalarType::Float && (N <= 1 || out.stride(1) == 1), "out", out, "fp32 [M, N] with N = ", N,
+         " and unit stride over N");
   // The stride of a dimension of size 1 may be any number, and is 1 here.
   const auto stride = [](const Tensor& t, int64_t dim) { return t.size(dim) <= 1 ? 1 : t.stride(dim); };
-  STD_TORCH_CHECK(stride(left, 0) == 1 || stride(left, 1) == 1, "left: unit stride over M or K wanted");
-  STD_TORCH_CHECK(stride(right, 1) == 1 || (stride(right, 0) == 1 && !right_rows), "right: unit stride over N wanted, or over K without rows");
+  expect(stride(left, 0) == 1 || stride(left, 1) == 1, "left", left, "unit stride over M or K");
+  expect(stride(right, 1) == 1 || (stride(right, 0) == 1 && !right_rows), "right", right, "unit stride over N, or over K without right_rows");
   if (M == 0 || N == 0) return;
   const int64_t* gathered = rows_of(right_rows, "right_rows", right.size(0));
   const int64_t* scattered = rows_of(out_rows, "out_rows", out.size(0));
@@ -178,10 +177,4 @@ void gemm(Tensor left, Tensor right, Tensor out, bool add, std::optional<Tensor>
   else share_out_o(job, kernels, M >= N);
 }
 }  // namespace fastalign
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
-  m.def("gemm(Tensor left, Tensor right, Tensor(a!) out, bool add, Tensor? right_rows, Tensor? out_rows) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) { m.impl("gemm", TORCH_BOX(&fastalign::gemm)); }
 #endif

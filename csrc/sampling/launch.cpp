@@ -1,11 +1,9 @@
-// Registration of `fastalign::sample` and its launcher for CPUs: threads over rows, and over the chunks of a row where there are few rows.
+// The launcher of `fastalign::sample` for CPUs. Threads share out rows, or the chunks of a row if there are fewer rows than threads.
 #define FASTALIGN_TARGET generic
-#include <array>
+#include "launch.h"
+
 #include <cstring>
 #include <memory>
-
-#include "sampling_launch.h"
-#include "targets.h"
 
 namespace fastalign {
 FASTALIGN_DECLARE_KERNELS(SampleKernels, sample_kernels)
@@ -37,10 +35,10 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor&) {
   if (job.B >= int64_t(torch::stable::get_num_threads())) {
     // A row's two parts on one thread, one after another: the second finds the row in the L2 cache.
     torch::stable::parallel_for(0, job.B, 1, [&](int64_t begin, int64_t end) {
-      Workspace own(job.V);
+      Workspace local(job.V);
       for (int64_t row = begin; row < end; ++row) {
-        kernels.summarise[dtype](job, row, 0, chunks, own.summaries);
-        kernels.draw[dtype](job, row, own.summaries, own.values);
+        kernels.summarise[dtype](job, row, 0, chunks, local.summaries);
+        kernels.draw[dtype](job, row, local.summaries, local.values);
       }
     });
     return;
@@ -52,6 +50,8 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor&) {
   }
 }
 
+}  // namespace
+
 SampleResult sample(Tensor logits, int64_t seed, std::optional<Tensor> table, double temperature, double top_k, double top_p, double min_p,
                     double repetition_penalty, std::optional<Tensor> sequence_ids, std::optional<Tensor> positions, std::optional<Tensor> seen,
                     std::optional<Tensor> allowed, std::optional<Tensor> finished, int64_t pad_id) {
@@ -59,12 +59,4 @@ SampleResult sample(Tensor logits, int64_t seed, std::optional<Tensor> table, do
                      pad_id);
 }
 
-}  // namespace
 }  // namespace fastalign
-
-STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
-  m.def("sample(Tensor logits, int seed, Tensor? table, float temperature, float top_k, float top_p, float min_p, float repetition_penalty, "
-        "Tensor? sequence_ids, Tensor? positions, Tensor? seen, Tensor? allowed, Tensor? finished, int pad_id) -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) { m.impl("sample", TORCH_BOX(&fastalign::sample)); }
