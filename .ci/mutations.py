@@ -142,8 +142,8 @@ MUTATIONS = [
     ),
     Mutation(
         KERNELS + "policy/losses_triton.py",
-        "slope += kl_coefficient * e",
-        "slope += 0.5 * kl_coefficient * e",
+        "grad += kl_coefficient * e",
+        "grad += 0.5 * kl_coefficient * e",
         "tests/policy",
     ),
     Mutation(

@@ -22,8 +22,7 @@ from fastalign_kernels import (
 )
 from fastalign_kernels.linear.inputs import check_tail_smoothing, head_options
 from fastalign_kernels.logits import loss_options, make_transform
-from fastalign_kernels.policy.arguments import AGGREGATIONS
-from fastalign_kernels.policy.losses import policy_options
+from fastalign_kernels.policy.arguments import AGGREGATIONS, policy_options
 from fastalign_kernels.preference.arguments import pair_options, unpaired_options
 
 

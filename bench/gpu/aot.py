@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 
 from fastalign_kernels.policy import advantages_triton as advantage_triton
 from fastalign_kernels.policy import losses_triton as policy_triton
-from fastalign_kernels.policy.losses import KL_ESTIMATORS
+from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.preference import losses_triton as preference_triton
 from fastalign_kernels.preference.formulas import PAIR_LOSSES
 from fastalign_kernels.softmax import columns_triton, rows_triton
@@ -167,9 +167,9 @@ def compile_policy(kernel: str, sm: int, variant: str) -> Row:
     constants: dict[str, object] = {
         name: True for name in function.arg_names if name.startswith(("HAS_", "SCALE_", "ENTROPY_", "SHIFT_"))
     }
-    constants["BLOCK"] = module.BLOCK
+    constants["BLOCK_SIZE"] = module.BLOCK_SIZE
     if kernel == "policy_kernel":
-        constants["KL"] = KL_ESTIMATORS.index(variant)
+        constants["KL_ESTIMATOR"] = KL_ESTIMATORS.index(variant)
     types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1", "N": "i32", "T": "i32", "P": "i32"}
     types |= dict.fromkeys(("sums", "parts", "moments"), "*fp64")
     types |= _annotated(function)  # all others are inputs and outputs

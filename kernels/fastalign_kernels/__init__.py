@@ -14,7 +14,7 @@ from .linear.preference import (
 from .linear.tail_columns import kept_share
 from .linear.tail_report import TailReport, tail_report
 from .linear.token_stats import linear_token_stats
-from .logits import TokenStats, cross_entropy, sum_by_sequence, token_logprobs, token_stats
+from .logits import TokenStats, cross_entropy, token_logprobs, token_stats
 from .policy.advantages import Advantages, gae, masked_whiten
 from .policy.losses import PolicyLoss, ValueLoss, ppo_loss, value_loss
 from .preference.losses import (
@@ -30,6 +30,7 @@ from .preference.losses import (
     simpo_loss,
 )
 from .sampling import Sample, sample
+from .sequences import sum_by_sequence
 
 __all__ = [
     "Advantages",

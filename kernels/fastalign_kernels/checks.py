@@ -214,20 +214,3 @@ def ids(name: str, values: Tensor, vocab_size: int, ignore_index: int, check: bo
 def ignore_index(value: int | None) -> int:
     """A whole number; None is -100, as torch's linear_cross_entropy has it."""
     return -100 if value is None else whole("ignore_index", value)
-
-
-def cu_seqlens(value: Tensor, like_name: str, like: Tensor, check: bool = False) -> None:
-    """Integers [S + 1] on the device of `like`, [N]; where `readable` also 0 <= ... <= N without a
-    decrease."""
-    tensors(cu_seqlens=value)
-    dtype("cu_seqlens", value, INTEGERS)
-    device("cu_seqlens", value, like_name, like)
-    if value.dim() != 1 or value.numel() < 1 or like.dim() != 1:
-        raise ValueError(
-            f"cu_seqlens: shape {list(value.shape)} seen with {like_name} {list(like.shape)}, [S + 1] and [N] wanted"
-        )
-    if readable(value, check):
-        ends, N = value.tolist(), like.shape[0]
-        if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in zip(ends, ends[1:])):
-            seen = f"{ends[:8]}{'...' if len(ends) > 8 else ''}"
-            raise ValueError(f"cu_seqlens: {seen} seen, 0 <= ... <= N = {N} without a decrease wanted")

@@ -43,7 +43,7 @@ class Kernels:
         self,
         reference: SimpleNamespace,
         *,
-        native_cpu: bool = True,
+        native: Any = torch.ops.fastalign,
         native_fp64: bool = True,
         triton: str | None = None,
         triton_fp64: bool = True,
@@ -51,13 +51,13 @@ class Kernels:
         """
         Args:
             reference: the functions in PyTorch, by name.
-            native_cpu: whether torch.ops.fastalign has CPU kernels under these names.
+            native: those of csrc/, by name: the ops themselves, or functions that call them. None: csrc/ has none.
             native_fp64, triton_fp64: whether these kernels compute in fp64.
             triton: the module of the Triton functions, such as ".softmax.rows_triton". It is imported at the first
                 call on a GPU, because macOS and Windows have no triton. None: the CUDA kernels are csrc's.
         """
         self.reference = reference
-        self.native_cpu = native_cpu
+        self.native = native
         self.native_fp64 = native_fp64
         self.triton = triton
         self.triton_fp64 = triton_fp64
@@ -67,8 +67,12 @@ class Kernels:
         """The implementation that serves the device and the dtype of a tensor."""
         if tensor.is_cuda:
             return self._select_cuda(tensor)
-        if self.native_cpu and not native.missing and (self.native_fp64 or tensor.dtype != torch.float64):
-            return torch.ops.fastalign
+        if (
+            self.native is not None
+            and not native.missing
+            and (self.native_fp64 or tensor.dtype != torch.float64)
+        ):
+            return self.native
         return self.reference
 
     def _select_cuda(self, tensor: Tensor) -> Any:
@@ -81,7 +85,7 @@ class Kernels:
                 _warn(missing)
             return self.reference
         if self.triton is None:
-            return torch.ops.fastalign
+            return self.native
         if self._triton_module is None:
             self._triton_module = import_module(self.triton, __package__)
         return self._triton_module

@@ -304,30 +304,6 @@ def token_logprobs(
     ).logp
 
 
-def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -> Tensor:
-    """Sum (or mean) of packed per-token values over each sequence: values [N], cu_seqlens [S+1] -> [S].
-
-    cu_seqlens starts at 0, does not decrease, and ends at N, as flash-attn's does. fp32 sums (fp64 for fp64),
-    in a fixed order, so they are deterministic; the gradient is the sequence's upstream gradient at each of
-    its tokens. An empty sequence sums to 0 and its mean is NaN.
-
-    Raises:
-        ValueError: wrong shape, dtype or device; on a CPU also cu_seqlens that do not describe values.
-    """
-    checks.tensors(values=values)
-    checks.flags(mean=mean)
-    if values.dim() != 1:
-        raise ValueError(f"values: shape {list(values.shape)} seen, [N] wanted")
-    checks.dtype("values", values, checks.FLOATS)
-    checks.cu_seqlens(cu_seqlens, "values", values)
-    accumulated = values if values.dtype == torch.float64 else values.float()
-    # fp64 inside: a sequence of 10^5 tokens summed one by one in fp32 would lose 3 digits.
-    sums = torch.segment_reduce(
-        accumulated.double(), "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0
-    ).to(accumulated.dtype)
-    return sums / cu_seqlens.diff() if mean else sums
-
-
 def token_stats_ref(
     logits: Tensor,
     ids: Tensor,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastalign_kernels as k
 from fastalign_kernels.policy.arguments import AGGREGATIONS
-from fastalign_kernels.policy.losses import KL_ESTIMATORS
+from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.policy.reference import gae_ref, masked_whiten_ref, ppo_loss_ref, value_loss_ref
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES, PAIR_LOSSES
 from fastalign_kernels.preference.reference import (

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastalign_kernels import dispatch, native, sampling
-from fastalign_kernels.policy import advantages, losses
+from fastalign_kernels.policy import advantages
+from fastalign_kernels.policy import ops as policy
 from fastalign_kernels.preference import ops as preference
 from fastalign_kernels.softmax import columns, rows
 
@@ -15,7 +16,7 @@ FP32, FP64 = torch.float32, torch.float64
 ALL = {
     "rows": rows.KERNELS,
     "columns": columns.KERNELS,
-    "policy": losses.KERNELS,
+    "policy": policy.KERNELS,
     "advantages": advantages.KERNELS,
     "preference": preference.KERNELS,
     "sampling": sampling.KERNELS,
@@ -28,7 +29,7 @@ def on(device, dtype):
 
 def served_by(kernels, tensor):
     chosen = kernels.select(tensor)
-    if chosen is torch.ops.fastalign:
+    if chosen is kernels.native:
         return "native"
     return "reference" if chosen is kernels.reference else "triton"
 

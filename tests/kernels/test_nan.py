@@ -31,7 +31,7 @@ from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
 from fastalign_kernels.linear.token_stats import linear_token_stats_ref
 from fastalign_kernels.logits import cross_entropy_ref
 from fastalign_kernels.policy import advantages as advantage
-from fastalign_kernels.policy import losses as policy
+from fastalign_kernels.policy import ops as policy
 from fastalign_kernels.policy.reference import gae_ref, masked_whiten_ref, ppo_loss_ref, value_loss_ref
 from fastalign_kernels.preference import ops as preference
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES, PAIR_LOSSES

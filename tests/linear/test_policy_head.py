@@ -13,7 +13,7 @@ from fastalign_kernels.linear import policy as policy_head
 from fastalign_kernels.linear.policy import linear_ppo_loss
 from fastalign_kernels.linear.token_stats import linear_token_stats_ref
 from fastalign_kernels.policy.arguments import AGGREGATIONS
-from fastalign_kernels.policy.losses import KL_ESTIMATORS
+from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.policy.reference import ppo_loss_ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -56,7 +56,7 @@ def implementation(request, monkeypatch):
             reason="triton is not installed",
             exc_type=ImportError,
         )
-        monkeypatch.setattr(other, "BLOCK", 16)
+        monkeypatch.setattr(other, "BLOCK_SIZE", 16)
     if request.param != "chosen":
         monkeypatch.setattr(advantage.KERNELS, "select", lambda values: other)
     return request.param

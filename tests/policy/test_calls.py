@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastalign_kernels import native
-from fastalign_kernels.policy import losses as policy
+from fastalign_kernels.policy import ops as policy
+from fastalign_kernels.policy.arguments import policy_options
 from fastalign_kernels.policy.losses import ppo_loss, value_loss
 from tests.policy.tokens import FULL, NAN, gradients, tokens, values
 
@@ -141,7 +142,7 @@ def test_opcheck():
     mask = tokens()["mask"].reshape(-1)
     logp, entropy = given["logp"].requires_grad_(), given["entropy"].requires_grad_()
     fixed = (given["old_logp"], given["advantages"], mask)
-    options = list(policy.policy_options(0.2, None, None, 0.1, 0.3, "k3"))
+    options = list(policy_options(0.2, None, None, 0.1, 0.3, "k3"))
     torch.library.opcheck(
         policy.policy_op, (logp, entropy, *fixed, torch.tensor([0.1]), given["reference_logp"], options)
     )

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
-from fastalign_kernels.policy import losses as policy
+from fastalign_kernels.policy import ops as policy
 from fastalign_kernels.policy.arguments import AGGREGATIONS
-from fastalign_kernels.policy.losses import KL_ESTIMATORS, ppo_loss, value_loss
+from fastalign_kernels.policy.losses import ppo_loss, value_loss
+from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.policy.reference import ppo_loss_ref, value_loss_ref
 from tests.policy.tokens import FULL, NAN, gradients, tokens, values
 

@@ -16,16 +16,9 @@ from torch import Tensor
 from .. import checks
 from ..autograd import register_loss_op
 from ..logits import stats_of
-from ..policy.arguments import as_bool, check_tokens, per_token, token_scale
-from ..policy.losses import (
-    PolicyLoss,
-    PolicyOptions,
-    PolicySum,
-    policy_metrics,
-    policy_options,
-    policy_sums,
-    ppo_loss,
-)
+from ..policy.arguments import as_bool, check_tokens, per_token, policy_options, token_scale
+from ..policy.losses import PolicyLoss, policy_metrics, ppo_loss
+from ..policy.ops import PolicyInputs, PolicyOptions, PolicyOutputs, PolicySum, policy_sums
 from ..softmax.rows import Stat, accumulator_dtype, coefficients
 from . import engines
 from .engine import empty_gradients
@@ -50,21 +43,21 @@ def _policy(
     inputs = HeadInputs.of(hidden, weight, ids, bias, options)
     mask, policy = ids >= 0, PolicyOptions.of(policy_numbers)
 
-    def sums_and_grads(stats: Tensor, tokens: Tensor | slice) -> tuple[Tensor, Tensor]:
+    def sums_and_grads(stats: Tensor, tokens: Tensor | slice) -> PolicyOutputs:
         """`policy_sums` of some tokens."""
-        return policy_sums(
-            stats[Stat.LOGP],
-            stats[Stat.LOGP] if old_logp is None else old_logp[tokens],
-            advantages[tokens],
-            mask[tokens],
-            scale if scale.numel() == 1 else scale[tokens],
-            stats[Stat.ENTROPY],
-            None if reference_logp is None else reference_logp[tokens],
-            policy,
+        token_inputs = PolicyInputs(
+            logp=stats[Stat.LOGP],
+            old_logp=stats[Stat.LOGP] if old_logp is None else old_logp[tokens],
+            advantages=advantages[tokens],
+            mask=mask[tokens],
+            scale=scale if scale.numel() == 1 else scale[tokens],
+            entropy=stats[Stat.ENTROPY],
+            reference_logp=None if reference_logp is None else reference_logp[tokens],
         )
+        return policy_sums(token_inputs, policy)
 
     def of_tokens(stats: Tensor, tokens: Tensor | slice) -> Tensor:
-        grads = sums_and_grads(stats, tokens)[1]
+        grads = sums_and_grads(stats, tokens).grads
         grad = torch.zeros_like(stats)
         grad[Stat.LOGP] = grads[0]
         if len(grads) > 1:
@@ -73,7 +66,7 @@ def _policy(
 
     stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
     # Once more over all tokens, so that the loss does not depend on the chunks.
-    sums, _ = sums_and_grads(stats, slice(None))
+    sums = sums_and_grads(stats, slice(None)).sums
     return sums[PolicySum.LOSS].to(scale.dtype, copy=True), sums, *grads
 
 

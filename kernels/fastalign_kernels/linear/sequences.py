@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..logits import sum_by_sequence
+from ..sequences import check_cu_seqlens, sum_by_sequence
 from ..softmax.rows import Stat, coefficients
 from . import engines
 from .engine import Sequences
@@ -58,7 +58,7 @@ class Rows(NamedTuple):
             R, T = ids.shape
             cu_seqlens = torch.arange(R + 1, device=ids.device) * T
         else:
-            checks.cu_seqlens(cu_seqlens, "ids", ids, check)
+            check_cu_seqlens(cu_seqlens, "ids", ids, check)
         R = cu_seqlens.numel() - 1
         if R % group:
             raise ValueError(f"ids: got {R} rows, expected the chosen ones and then as many rejected ones")

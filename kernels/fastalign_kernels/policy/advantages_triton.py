@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..triton_options import as_scalar
 
-BLOCK = 1024
+BLOCK_SIZE = 1024
 NUM_WARPS = 4
 
 
@@ -47,11 +47,11 @@ def gae_kernel(
     gamma: tl.float64,
     decay: tl.float64,  # gamma lam
     HAS_BOOTSTRAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     start = row * T
-    lane = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK_SIZE)
     dtype = values.dtype.element_ty
     gamma = as_scalar(gamma, dtype)
     decay = as_scalar(decay, dtype)
@@ -59,7 +59,7 @@ def gae_kernel(
         tl.load(bootstrap + row) if HAS_BOOTSTRAP else tl.full((), 0.0, dtype)
     )  # value of the nearest token behind the block
     running = tl.full((), 0.0, dtype)  # its advantage
-    for begin in range(0, T, BLOCK):
+    for begin in range(0, T, BLOCK_SIZE):
         t = T - 1 - begin - lane
         inside = tl.load(mask + start + t, mask=t >= 0, other=0) != 0
         r = tl.load(rewards + start + t, mask=inside, other=0.0)
@@ -76,10 +76,10 @@ def gae_kernel(
         advantage = a * running + b
         tl.store(advantages + start + t, tl.where(inside, advantage, 0.0), mask=t >= 0)
         tl.store(returns + start + t, tl.where(inside, advantage + v, 0.0), mask=t >= 0)
-        running = tl.sum(tl.where(lane == BLOCK - 1, advantage, 0.0), 0)
-        last_inside = tl.sum(tl.where((lane == BLOCK - 1) & inside, 1, 0), 0) != 0
-        last_value = tl.sum(tl.where(lane == BLOCK - 1, v, 0.0), 0)
-        last_next = tl.sum(tl.where(lane == BLOCK - 1, next_value, 0.0), 0)
+        running = tl.sum(tl.where(lane == BLOCK_SIZE - 1, advantage, 0.0), 0)
+        last_inside = tl.sum(tl.where((lane == BLOCK_SIZE - 1) & inside, 1, 0), 0) != 0
+        last_value = tl.sum(tl.where(lane == BLOCK_SIZE - 1, v, 0.0), 0)
+        last_next = tl.sum(tl.where(lane == BLOCK_SIZE - 1, next_value, 0.0), 0)
         following = tl.where(last_inside, last_value, last_next)
 
 
@@ -93,12 +93,12 @@ def gae_rows(
     advantages: Tensor,
     returns: Tensor,
 ) -> None:
-    """Fill advantages and returns [B, T]; see advantage.gae."""
+    """Fill advantages and returns [B, T]; see advantages.gae."""
     B, T = values.shape
     with torch.cuda.device_of(values):  # Triton launches on the current device
         gae_kernel[(B,)](
             rewards, values, mask, bootstrap, advantages, returns, T, gamma, gamma * lam, HAS_BOOTSTRAP=bootstrap is not None,
-            BLOCK=min(BLOCK, max(16, triton.next_power_of_2(T))), num_warps=NUM_WARPS,
+            BLOCK_SIZE=min(BLOCK_SIZE, max(16, triton.next_power_of_2(T))), num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
@@ -108,15 +108,15 @@ def moments_kernel(
     mask,  # [N] bool
     parts,  # [programs, 3] fp64: tokens, their mean, their squared deviations from it
     N,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    i = program * BLOCK + tl.arange(0, BLOCK)
+    i = program * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = tl.load(mask + i, mask=i < N, other=0) != 0
-    own = tl.load(x + i, mask=inside, other=0.0).to(tl.float64)
+    x_i = tl.load(x + i, mask=inside, other=0.0).to(tl.float64)
     count = tl.sum(inside.to(tl.float64), 0)
-    mean = tl.sum(own, 0) / tl.maximum(count, 1.0)
-    deviation = tl.where(inside, own - mean, 0.0)
+    mean = tl.sum(x_i, 0) / tl.maximum(count, 1.0)
+    deviation = tl.where(inside, x_i - mean, 0.0)
     tl.store(parts + program * 3, count)
     tl.store(parts + program * 3 + 1, mean)
     tl.store(parts + program * 3 + 2, tl.sum(deviation * deviation, 0))
@@ -127,20 +127,20 @@ def merge_kernel(
     parts,  # [P, 3] fp64
     moments,  # [3] fp64
     P,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    lane = tl.arange(0, BLOCK)
-    count = tl.zeros([BLOCK], tl.float64)
-    total = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, P, BLOCK):
+    lane = tl.arange(0, BLOCK_SIZE)
+    count = tl.zeros([BLOCK_SIZE], tl.float64)
+    total = tl.zeros([BLOCK_SIZE], tl.float64)
+    for begin in range(0, P, BLOCK_SIZE):
         p = begin + lane
         tokens = tl.load(parts + p * 3, mask=p < P, other=0.0)
         count += tokens
         total += tokens * tl.load(parts + p * 3 + 1, mask=p < P, other=0.0)
     tokens_of_all = tl.sum(count, 0)
     mean = tl.sum(total, 0) / tl.maximum(tokens_of_all, 1.0)
-    squares = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, P, BLOCK):
+    squares = tl.zeros([BLOCK_SIZE], tl.float64)
+    for begin in range(0, P, BLOCK_SIZE):
         p = begin + lane
         tokens = tl.load(parts + p * 3, mask=p < P, other=0.0)
         apart = tl.load(parts + p * 3 + 1, mask=p < P, other=0.0) - mean
@@ -159,35 +159,35 @@ def whiten_kernel(
     N,
     eps: tl.float64,
     SHIFT_MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = tl.load(mask + i, mask=i < N, other=0) != 0
-    own = tl.load(x + i, mask=inside, other=0.0).to(tl.float64)
+    x_i = tl.load(x + i, mask=inside, other=0.0).to(tl.float64)
     mean = tl.load(moments + 1)
     variance = tl.load(moments + 2) / tl.maximum(tl.load(moments) - 1.0, 1.0)
-    white = (own - mean) * (1.0 / tl.sqrt(variance + eps))
+    white = (x_i - mean) * (1.0 / tl.sqrt(variance + eps))
     if not SHIFT_MEAN:
         white += mean
     tl.store(out + i, tl.where(inside, white, 0.0), mask=i < N)
 
 
 def token_moments(x: Tensor, mask: Tensor, moments: Tensor) -> None:
-    """Fill moments [3] of x [N] or [B, T]; see advantage.masked_whiten."""
+    """Fill moments [3] of x [N] or [B, T]; see advantages.masked_whiten."""
     N = x.numel()
-    parts = moments.new_empty(triton.cdiv(N, BLOCK), 3)
+    parts = moments.new_empty(triton.cdiv(N, BLOCK_SIZE), 3)
     with torch.cuda.device_of(x):
         if N:
-            moments_kernel[(len(parts),)](x, mask, parts, N, BLOCK=BLOCK, num_warps=NUM_WARPS)
-        merge_kernel[(1,)](parts, moments, len(parts), BLOCK=BLOCK, num_warps=NUM_WARPS)
+            moments_kernel[(len(parts),)](x, mask, parts, N, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)
+        merge_kernel[(1,)](parts, moments, len(parts), BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)
 
 
 def whiten_tokens(
     x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: float, out: Tensor
 ) -> None:
-    """Fill out of x's shape; see advantage.masked_whiten."""
+    """Fill out of x's shape; see advantages.masked_whiten."""
     N = x.numel()
     with torch.cuda.device_of(x):
-        whiten_kernel[(triton.cdiv(N, BLOCK),)](
-            x, mask, moments, out, N, eps, SHIFT_MEAN=shift_mean, BLOCK=BLOCK, num_warps=NUM_WARPS
+        whiten_kernel[(triton.cdiv(N, BLOCK_SIZE),)](
+            x, mask, moments, out, N, eps, SHIFT_MEAN=shift_mean, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
         )  # fmt: skip

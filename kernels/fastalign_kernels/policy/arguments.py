@@ -10,10 +10,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from .. import checks
-from ..logits import sum_by_sequence
+from ..sequences import check_cu_seqlens, sum_by_sequence
 from ..torch_func import unwrapped
+from .ops import KL_ESTIMATORS, PolicyOptions
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sum")
+ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
 MASKS = (torch.bool, torch.uint8, *checks.INTEGERS, *checks.FLOATS)
 
 
@@ -36,7 +38,7 @@ def token_scale(
         checks.above_zero("normalizer", normalizer)
     inside = as_bool(mask)
     if cu_seqlens is not None:
-        checks.cu_seqlens(cu_seqlens, "a mask", inside)
+        check_cu_seqlens(cu_seqlens, "a mask", inside)
     if aggregation == "sequence_mean":
         if inside.dim() == 2:
             counts = inside.sum(1, keepdim=True)
@@ -112,3 +114,28 @@ def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
             checks.dtype(name, tensor, MASKS if name == "mask" else checks.FLOATS)
             checks.shape(name, tensor, wanted, letters)
             checks.device(name, tensor, first, like)
+
+
+def policy_options(
+    clip: float | None,
+    clip_high: float | None,
+    dual_clip: float | None,
+    entropy_coefficient: float,
+    kl_coefficient: float,
+    kl_estimator: str,
+) -> PolicyOptions:
+    checks.choice("kl_estimator", kl_estimator, KL_ESTIMATORS)
+    for name, value in (("clip", clip), ("clip_high", clip_high)):
+        if value is not None:
+            checks.number(name, value, 0, expected="None or a number >= 0")
+    if dual_clip is not None:
+        checks.number("dual_clip", dual_clip, ABOVE_ONE, expected="None or a number above 1")
+    high = clip if clip_high is None else clip_high
+    return PolicyOptions(
+        -torch.inf if clip is None else 1.0 - clip,
+        torch.inf if high is None else 1.0 + high,
+        torch.inf if dual_clip is None else float(dual_clip),
+        checks.number("entropy_coefficient", entropy_coefficient),
+        checks.number("kl_coefficient", kl_coefficient),
+        KL_ESTIMATORS.index(kl_estimator),
+    )

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .advantages import Advantages
 from .arguments import accumulator_of, per_token
-from .losses import LARGEST_EXPONENT, PolicyLoss, ValueLoss
+from .losses import PolicyLoss, ValueLoss
+from .ops import LARGEST_EXPONENT
 
 
 def _inside(mask: Tensor, *tensors: Tensor | None) -> list[Tensor]:

@@ -140,7 +140,7 @@ def _scores(
 
 KERNELS = Kernels(
     SimpleNamespace(pairs=_pairs, unpaired=_unpaired, scores=_scores),
-    native_cpu=False,
+    native=None,
     triton=".preference.losses_triton",
     triton_fp64=False,
 )
