@@ -1,5 +1,4 @@
-"""`python -m bench`: run the suite, write bench/results/<machine>-<date>.json, and from it the report (.md)
-and plots (.png).
+"""Run the suite: `python -m bench` writes bench/results/<machine>-<date>.json, a report (.md) and plots (.png).
 
 Arguments that are not listed go to pytest: `python -m bench -k token_stats`, `python -m bench --shape
 512,576,49152`.
@@ -27,8 +26,7 @@ HERE = Path(__file__).parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns pytest's exit status: not 0 when one of our own rows is wrong; a missed target is printed and
-    changes nothing."""
+    """Run the suite; the exit status is not 0 if one of our rows is wrong. A missed target is printed only."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time, peak memory and error of fastalign and its peers.",
@@ -38,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         "--threads",
         type=int,
         default=available_cores(),
-        help="threads of torch (default: the cores at hand; OMP_NUM_THREADS does not count)",
+        help="threads of torch (default: the available cores, whatever OMP_NUM_THREADS says)",
     )
     parser.add_argument(
         "--output",
@@ -49,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     output = given.output or HERE / "results" / f"{slug()}-{datetime.date.today().isoformat()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    # timeout=0: a case takes longer than the limit that pyproject.toml sets a test. The warnings are the
-    # peers' own.
+    # timeout=0: a case takes longer than the limit of a test in pyproject.toml. The warnings come from peers.
     options = [
         "-o",
         "python_files=bench_*.py",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ..methods.policy import COPIES
+from ..methods.ceilings import COPIES
 from .case import Case, Shape, Target, grid
 
 OPERATION = "gae"
@@ -13,7 +13,7 @@ CASES = {
         (),
         COPIES,
         (Target("time", 0.02, "PyTorch"), Target("error", 2, "PyTorch")),
-        Shape(64, 0, 1024),
+        shape=Shape(64, 0, 1024),
     ),
 }
 

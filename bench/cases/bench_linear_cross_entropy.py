@@ -4,20 +4,11 @@ import pytest
 
 from ..core.operation import Shape
 from ..core.shapes import DTYPE, HALF, HEAD, HEADS
-from ..methods.ceilings import bare_gemms
+from ..methods.ceilings import ONE_GEMM, THREE_GEMMS, TWO_GEMMS
 from ..methods.cross_entropy import LINEAR_CROSS_ENTROPY
 from .case import Case, Target, grid
 
 OPERATION = "linear_cross_entropy"
-THREE = {
-    "3 bare GEMMs": bare_gemms(1, hidden_grad=True, weight_grad=True),
-    "3 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, weight_grad=True, ours=True),
-}
-TWO = {
-    "2 bare GEMMs": bare_gemms(1, hidden_grad=True),
-    "2 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, ours=True),
-}
-ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, gemm.py": bare_gemms(1, ours=True)}
 # Without what on a CPU is a fallback, or F.linear_cross_entropy in 64 chunks: two to four times the time of
 # all others together.
 SLOW = (
@@ -33,7 +24,7 @@ CASES = {
         OPERATION,
         "fp32",
         ("hidden", "weight"),
-        THREE,
+        THREE_GEMMS,
         (Target("time", 1.1, "3 bare GEMMs"), Target("memory", 96), Target("error", 2, "PyTorch")),
         memory=True,
     ),
@@ -41,37 +32,37 @@ CASES = {
         OPERATION,
         "bf16",
         ("hidden", "weight"),
-        THREE,
+        THREE_GEMMS,
         (Target("time", 1, "PyTorch"), Target("error", 1, "PyTorch")),
-        None if DTYPE == "bf16" else HALF,
+        shape=None if DTYPE == "bf16" else HALF,
         memory=DTYPE == "bf16",
     ),
     f"linear_cross_entropy {DTYPE}, frozen head": Case(
         OPERATION,
         DTYPE,
         ("hidden",),
-        TWO,
+        TWO_GEMMS,
         (Target("time", 1.1, "2 bare GEMMs"), Target("error", 2, "PyTorch")),
-        HALF,
+        shape=HALF,
         only=MOST,
     ),
     f"linear_cross_entropy {DTYPE}, no gradients": Case(
-        OPERATION, DTYPE, (), ONE, (Target("time", 1.1, "1 bare GEMM"),), HALF, only=MOST
+        OPERATION, DTYPE, (), ONE_GEMM, (Target("time", 1.1, "1 bare GEMM"),), shape=HALF, only=MOST
     ),
     # A trained model's softmax is nearly empty, which methods that drop small probabilities live by.
     f"linear_cross_entropy {DTYPE}, SmolLM2-135M's softmax": Case(
         f"{OPERATION}, SmolLM2's softmax",
         DTYPE,
         ("hidden", "weight"),
-        THREE,
+        THREE_GEMMS,
         (),
-        Shape(512, *HEADS["SmolLM2-135M"]),
+        shape=Shape(512, *HEADS["SmolLM2-135M"]),
         only=QUICK,
     ),
     # Other models' heads, as far as they fit the machine.
     **{
         f"linear_cross_entropy {DTYPE}, {head}": Case(
-            OPERATION, DTYPE, ("hidden", "weight"), THREE, (), head=head, only=QUICK
+            OPERATION, DTYPE, ("hidden", "weight"), THREE_GEMMS, (), head=head, only=QUICK
         )
         for head in HEADS
         if head != HEAD

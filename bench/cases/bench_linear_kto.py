@@ -4,15 +4,11 @@ included."""
 import pytest
 
 from ..core.shapes import DTYPE, HALF
-from ..methods.ceilings import bare_gemms
+from ..methods.ceilings import FOUR_GEMMS
 from ..methods.preference import LIGER_KTO
 from .case import Case, Target, grid
 
 OPERATION = "linear_kto"
-FOUR = {  # one of the reference, three of the policy
-    "4 bare GEMMs": bare_gemms(2, hidden_grad=True, weight_grad=True),
-    "4 bare GEMMs, gemm.py": bare_gemms(2, hidden_grad=True, weight_grad=True, ours=True),
-}
 TARGETS = (
     Target("time", 1, "PyTorch"),
     Target("time", 0.55, LIGER_KTO),
@@ -22,7 +18,7 @@ TARGETS = (
 
 CASES = {
     f"linear_kto {DTYPE}": Case(
-        OPERATION, DTYPE, ("hidden", "weight"), FOUR, TARGETS, HALF, memory=True, longer=8
+        OPERATION, DTYPE, ("hidden", "weight"), FOUR_GEMMS, TARGETS, shape=HALF, memory=True, longer=8
     )
 }
 

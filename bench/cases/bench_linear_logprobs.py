@@ -4,34 +4,25 @@ them."""
 import pytest
 
 from ..core.shapes import DTYPE, HALF
-from ..methods.ceilings import bare_gemms
+from ..methods.ceilings import FOUR_GEMMS, ONE_GEMM, TWO_GEMMS
 from .case import Case, Target, grid
 
 OPERATION = "linear_logprobs"
-FOUR = {
-    "4 bare GEMMs": bare_gemms(2, hidden_grad=True, weight_grad=True),
-    "4 bare GEMMs, gemm.py": bare_gemms(2, hidden_grad=True, weight_grad=True, ours=True),
-}
-TWO = {
-    "2 bare GEMMs": bare_gemms(1, hidden_grad=True),
-    "2 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, ours=True),
-}
-ONE = {"1 bare GEMM": bare_gemms(1), "1 bare GEMM, gemm.py": bare_gemms(1, ours=True)}
 
 CASES = {
     f"linear_logprobs {DTYPE}": Case(
-        OPERATION, DTYPE, ("hidden", "weight"), FOUR, (Target("error", 2, "PyTorch"),), memory=True
+        OPERATION, DTYPE, ("hidden", "weight"), FOUR_GEMMS, (Target("error", 2, "PyTorch"),), memory=True
     ),
     f"linear_logprobs {DTYPE}, frozen head": Case(
         OPERATION,
         DTYPE,
         ("hidden",),
-        TWO,
+        TWO_GEMMS,
         (Target("time", 1.1, "2 bare GEMMs"), Target("error", 2, "PyTorch")),
-        HALF,
+        shape=HALF,
     ),
     f"linear_logprobs {DTYPE}, no gradients": Case(
-        OPERATION, DTYPE, (), ONE, (Target("time", 1.1, "1 bare GEMM"),), HALF
+        OPERATION, DTYPE, (), ONE_GEMM, (Target("time", 1.1, "1 bare GEMM"),), shape=HALF
     ),
 }
 

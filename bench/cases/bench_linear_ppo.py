@@ -3,19 +3,11 @@ hidden states and weight."""
 
 import pytest
 
-from ..methods.ceilings import bare_gemms
+from ..methods.ceilings import THREE_GEMMS, TWO_GEMMS
 from ..methods.policy import LIGER_GRPO
 from .case import Case, Target, grid
 
 OPERATION = "linear_ppo"
-THREE = {
-    "3 bare GEMMs": bare_gemms(1, hidden_grad=True, weight_grad=True),
-    "3 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, weight_grad=True, ours=True),
-}
-TWO = {
-    "2 bare GEMMs": bare_gemms(1, hidden_grad=True),
-    "2 bare GEMMs, gemm.py": bare_gemms(1, hidden_grad=True, ours=True),
-}
 TARGETS = (
     Target("time", 1.15, "3 bare GEMMs"),
     Target("time", 0.5, "PyTorch"),
@@ -24,9 +16,9 @@ TARGETS = (
 )
 
 CASES = {
-    "linear_ppo fp32": Case(OPERATION, "fp32", ("hidden", "weight"), THREE, TARGETS, memory=True),
+    "linear_ppo fp32": Case(OPERATION, "fp32", ("hidden", "weight"), THREE_GEMMS, TARGETS, memory=True),
     "linear_ppo fp32, frozen head": Case(
-        OPERATION, "fp32", ("hidden",), TWO, (Target("time", 1.15, "2 bare GEMMs"),)
+        OPERATION, "fp32", ("hidden",), TWO_GEMMS, (Target("time", 1.15, "2 bare GEMMs"),)
     ),
 }
 

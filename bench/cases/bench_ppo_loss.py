@@ -3,7 +3,7 @@ forward and backward."""
 
 import pytest
 
-from ..methods.policy import COPIES
+from ..methods.ceilings import COPIES
 from .case import Case, Shape, Target, grid
 
 OPERATION = "ppo"

@@ -19,19 +19,19 @@ PEAKED = (Target("time", 4, READ), Target("time", 1 / 30, TRANSFORMERS))
 
 CASES = {
     "sample fp32, no filter": Case(
-        "sample", "fp32", (), CEILING, (Target("time", 1 / 12, MULTINOMIAL),), QWEN
+        "sample", "fp32", (), CEILING, (Target("time", 1 / 12, MULTINOMIAL),), shape=QWEN
     ),
     "sample fp32, top_k 50": Case(
-        "sample, top_k 50", "fp32", (), CEILING, (Target("time", 1 / 20, TRANSFORMERS),), QWEN
+        "sample, top_k 50", "fp32", (), CEILING, (Target("time", 1 / 20, TRANSFORMERS),), shape=QWEN
     ),
     "sample fp32, top_p 0.9 at T 0.7": Case(
-        NUCLEUS, "fp32", (), CEILING, (Target("time", 1 / 30, TRANSFORMERS),), QWEN, memory=True
+        NUCLEUS, "fp32", (), CEILING, (Target("time", 1 / 30, TRANSFORMERS),), shape=QWEN, memory=True
     ),
     "sample fp32, top_p 0.9 at T 0.7, trained-like logits": Case(
-        f"{NUCLEUS}, trained-like logits", "fp32", (), CEILING, PEAKED, QWEN
+        f"{NUCLEUS}, trained-like logits", "fp32", (), CEILING, PEAKED, shape=QWEN
     ),
     "sample fp32, top_p 0.9 at T 0.7, SmolLM2-135M's logits": Case(
-        f"{NUCLEUS}, SmolLM2's logits", "fp32", (), CEILING, PEAKED, SMOLLM2
+        f"{NUCLEUS}, SmolLM2's logits", "fp32", (), CEILING, PEAKED, shape=SMOLLM2
     ),
 }
 

@@ -24,7 +24,7 @@ CASES = {
         ("hidden", "weight"),
         CEILING,
         (),
-        shape,
+        shape=shape,
         memory=shape.V == USUAL.V,
         only=(OURS, EAGER, CHUNKED),
     )

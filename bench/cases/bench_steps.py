@@ -18,7 +18,7 @@ CASES = {
         {BACKBONE: without_loss(stage)},
         # A reward model has no head over the vocabulary to make faster; its loss must add nothing.
         (Target("time", 1.05, BACKBONE) if stage == "reward" else Target("time", 1, "PyTorch"),),
-        SHAPE,
+        shape=SHAPE,
         memory=stage in ("pretrain", "dpo"),
     )
     for stage in STAGES

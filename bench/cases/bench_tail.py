@@ -5,10 +5,9 @@ import pytest
 
 from ..core.operation import EAGER, OURS, Shape
 from ..core.shapes import DTYPE, HEADS
+from ..methods.ceilings import FOUR_GEMMS, THREE_GEMMS
 from ..methods.preference import LIGER_DPO
 from ..methods.tail import LARGE, SHARPNESS, SMALL
-from .bench_linear_cross_entropy import THREE
-from .bench_linear_dpo import FOUR
 from .case import Case, Target, grid
 
 SMOLLM2 = HEADS["SmolLM2-135M"]
@@ -19,22 +18,22 @@ CASES = {
         "linear_cross_entropy, tail",
         "bf16",
         TRAINED,
-        THREE,
+        THREE_GEMMS,
         (Target("time", 0.8, OURS, SMALL), Target("time", 0.8, OURS, LARGE)),
-        Shape(2048, *SMOLLM2),
+        shape=Shape(2048, *SMOLLM2),
         only=(OURS, SMALL, LARGE),  # PyTorch's gradients in bf16 are off by 1.3 %, more than is allowed here
     ),
     f"linear_cross_entropy {DTYPE}, tail": Case(
         "linear_cross_entropy, tail",
         DTYPE,
         TRAINED,
-        THREE,
+        THREE_GEMMS,
         (
             Target("time", 0.62, "3 bare GEMMs", SMALL),
             Target("time", 0.52, "3 bare GEMMs", LARGE),
             Target("time", 1.05, "3 bare GEMMs"),
         ),
-        Shape(2048, *SMOLLM2),
+        shape=Shape(2048, *SMOLLM2),
         memory=True,
     ),
     **{
@@ -42,9 +41,9 @@ CASES = {
             f"linear_cross_entropy, tail, {name}",
             DTYPE,
             TRAINED,
-            THREE,
+            THREE_GEMMS,
             (Target("time", 1.05, OURS, SMALL), Target("time", 1.05, OURS, LARGE)),
-            Shape(1024, *SMOLLM2),
+            shape=Shape(1024, *SMOLLM2),
         )
         for name in SHARPNESS
     },
@@ -52,9 +51,9 @@ CASES = {
         "linear_dpo, tail",
         DTYPE,
         TRAINED,
-        FOUR,
+        FOUR_GEMMS,
         (Target("time", 0.5, EAGER, SMALL), Target("time", 0.3, LIGER_DPO, SMALL)),
-        Shape(2048, *SMOLLM2),
+        shape=Shape(2048, *SMOLLM2),
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What a case is: one operation at one shape and dtype, its ceilings and targets; and what is measured of it."""
+"""A case: one operation at one shape and dtype with its ceilings and targets, and what is measured of it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Target(NamedTuple):
-    """What our row (or `row`) has to reach: "time" or "error" as a multiple of another row's, or "memory"
-    beyond its results in MiB.
+    """What our row (or `row`) has to reach.
 
-    "growth" is that memory at `Case.longer` times the tokens as a multiple of what it is at the case's own.
-    "error" leaves the loss out, a single number that the other row may have right by luck.
+    quantity: "time" and "error" are multiples of the row `over`. "memory" is MiB beyond the results. "growth" is
+    that memory at `Case.longer` times the tokens, as a multiple of the memory at the case's tokens. "error" leaves
+    the loss out: a single number may be right by luck in the other row.
     """
 
     quantity: str
@@ -31,12 +31,12 @@ class Target(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One operation at one shape and dtype: which inputs are trained, the ceilings (ratios are to the first),
-    and the targets.
+    """One operation at one shape and dtype.
 
-    shape: None is that of `head`, a name in shapes.HEADS, with as many tokens as the machine can do.
-    longer: with memory, our row's is measured once more at so many times the tokens; 0: it is not.
-    only: the methods that are measured; empty: all that the operation has.
+    trained: the inputs that get gradients. ceilings: ratios are relative to the first. memory: measure peaks too.
+    shape: None takes the shape of `head`, a name in shapes.HEADS, with as many tokens as the machine allows.
+    longer: with memory, measure our row's peak once more at so many times the tokens; 0: do not.
+    only: the methods to measure; empty: all of the operation.
     """
 
     operation: str
@@ -52,12 +52,12 @@ class Case(NamedTuple):
 
     @property
     def methods(self) -> dict[str, Callable[[str], Forward]]:
-        """The operation's, or those of `only`."""
+        """The loaders of the measured methods by name."""
         methods = OPERATIONS[self.operation].methods
         return {name: methods[name] for name in self.only or methods}
 
     def sized(self, device: str) -> Case:
-        """With a shape. Raises Absent for a head that is too big for this machine."""
+        """This case with a shape. Raises Absent for a head that is too big or too slow for this machine."""
         if self.shape is not None:
             return self
         H, V = shapes.HEADS[self.head]
@@ -65,17 +65,17 @@ class Case(NamedTuple):
 
     @property
     def its_shape(self) -> Shape:
-        """The shape of a case that was sized."""
+        """The shape of a sized case."""
         assert self.shape is not None, "a case is sized before it is measured"
         return self.shape
 
 
 class Row(NamedTuple):
-    """What was found for a method or a ceiling. `refused` is the reason why it has no figures; empty: it has.
+    """What was measured of a method or a ceiling.
 
-    errors: largest (absolute, relative) error of each result against fp64. results_mib: bytes of the results.
-    peak_mib: peak memory beyond the inputs, None where it was not measured. longer_mib: that beyond inputs
-    and results at `Case.longer` times the tokens.
+    refused: why it has no figures; empty if it has. errors: the largest (absolute, relative) error of each result
+    against fp64. results_mib: size of the results. peak_mib: peak memory beyond the inputs, None if not measured.
+    longer_mib: memory beyond inputs and results at `Case.longer` times the tokens.
     """
 
     refused: str = ""
@@ -87,7 +87,7 @@ class Row(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A case with its rows; our own row is never silently refused (see conftest.py)."""
+    """A case with its rows. conftest.py fails the run if one of our rows is refused."""
 
     name: str
     case: Case
@@ -96,5 +96,5 @@ class Measured(NamedTuple):
 
 
 def grid(cases: Mapping[str, Case]) -> list[tuple[str, str]]:
-    """(case, row) of every test of a bench file: ceilings first, then methods."""
+    """(case, row) of each test of a file of cases: ceilings first, then methods."""
     return [(name, row) for name, case in cases.items() for row in (*case.ceilings, *case.methods)]

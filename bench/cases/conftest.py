@@ -1,9 +1,8 @@
-"""pytest-benchmark as the suite's visible form: a test is one method of one case, its rounds are the ones
-measured interleaved.
+"""Shows the suite through pytest-benchmark: one test for each method of each case.
 
-pytest-benchmark would time one method to its end and then the next, so that ratios carry whatever the machine
-did meanwhile. Here the first test of a case measures it, all methods interleaved, and each method's test
-hands its rounds to pytest-benchmark.
+pytest-benchmark times one method to its end and then the next, so a machine that is slow for a while changes
+the ratios. Here the first test of a case measures all its methods in turns, and the test of each method hands
+that method's rounds to pytest-benchmark.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from fastalign.measure import machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _begun = time.monotonic()
-_measured: dict[str, Measured | None] = {}  # by case; None from its beginning to its end
+_measured: dict[str, Measured | None] = {}  # by case; None while the case is being measured
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastalign")
     group.addoption(
         "--shape",
-        help="N,H,V in place of each case's own shape",
+        help="N,H,V, in place of the shape of each case",
         type=lambda text: Shape(*map(int, text.split(","))),
     )
     group.addoption(
@@ -42,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--minutes",
-        help="no case starts after so many; those are named in the results",
+        help="no case starts after so many minutes; cases that did not start are named in the results",
         type=float,
         default=float("inf"),
     )
@@ -50,11 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """record(case, row): measure the case, one of CASES of the test's module, once, and hand the row's rounds
-    to pytest-benchmark.
+    """record(case, row) measures a case of the test's module once and hands the row's rounds to pytest-benchmark.
 
-    Skips a row without figures; fails when that row is ours, or plain PyTorch's, by which ours is judged, and
-    its inputs could be had.
+    A row without figures is skipped. It fails instead if it is ours, or plain PyTorch's, which judges ours, and
+    its inputs are available.
     """
 
     def recorded(name: str, row_name: str) -> None:
@@ -89,7 +87,7 @@ def _result(name: str, case: Case, config: pytest.Config) -> Measured:
         terminal.write_line(f" {name}: measured in {time.monotonic() - begin:.0f} s")
     result = _measured[name]
     if result is None:
-        pytest.fail(f"{name} could not be measured: the first of its tests tells why")
+        pytest.fail(f"{name} could not be measured: see the failure of its first test")
     return result
 
 
@@ -98,7 +96,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, str | int]:
 
 
 def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
-    for key in ("project", "branch"):  # names of somebody's folder and branch say nothing about a figure
+    for key in ("project", "branch"):  # the names of a folder and a branch say nothing about a figure
         commit_info.pop(key, None)
 
 

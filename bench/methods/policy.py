@@ -6,8 +6,6 @@ GRPO takes. The others are on N sequences of V tokens, padded at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,11 +16,9 @@ from ..core.operation import (
     COMPILED,
     EAGER,
     OURS,
-    Ceiling,
     Forward,
     Operation,
     Shape,
-    Tensors,
     compiled,
     here,
     module,
@@ -207,13 +203,6 @@ def _eager_whiten(advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {"whitened": whitened.masked_fill(~mask, 0)}
 
 
-def copies(tensors: Tensors) -> Callable[[], object]:
-    """One read and one write of every input."""
-    own = [x.detach() for x in tensors.values()]
-    return lambda: [x.clone() for x in own]
-
-
-COPIES: dict[str, Ceiling] = {"a copy of the inputs": copies}
 POLICY = {
     "linear_ppo": Operation(
         linear_inputs,

@@ -117,7 +117,7 @@ def test_each_peer_is_found_or_named_as_absent(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = peers.found()
-    assert found["torch"] == torch.__version__ and found["flash-attn"] == "absent: runs on a GPU alone"
+    assert found["torch"] == torch.__version__ and found["flash-attn"] == "absent: needs a GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if importlib.util.find_spec("flashinfer") is None:
         assert peers.found()["flashinfer-python"] == "absent: not installed"
@@ -128,9 +128,13 @@ def test_a_head_is_sized_to_the_machine_or_left_out_with_its_reason(monkeypatch:
     assert shapes.sized(*heads["SmolLM2-135M"], "cpu", 24 * 2**30) == 1024
     assert shapes.sized(*heads["Llama-3.2-1B"], "cpu", 24 * 2**30) == 64
     assert shapes.sized(*heads["Llama-3-8B"], "cuda", 80 * 10**9) == 8192
-    with pytest.raises(Absent, match=r"\[128256, 4096\] is too big for this machine: 18 GiB needed, 16 had"):
+    with pytest.raises(
+        Absent, match=r"head \[128256, 4096\]: got a machine with 16 GiB, expected at least 18 GiB"
+    ):
         shapes.sized(*heads["Llama-3-8B"], "cpu", 16 * 2**30)
-    with pytest.raises(Absent, match=r"\[256000, 2304\] is too slow here: 32 tokens"):
+    with pytest.raises(
+        Absent, match=r"head \[256000, 2304\]: got 32 tokens in the time of a case, expected at least 64"
+    ):
         shapes.sized(*heads["Gemma-2-2B"], "cpu", 64 * 2**30)
     assert shapes.memory_bytes("cpu") > 2**30
     monkeypatch.setattr(shapes, "memory_bytes", lambda device: 2**30)
@@ -138,7 +142,7 @@ def test_a_head_is_sized_to_the_machine_or_left_out_with_its_reason(monkeypatch:
         "big", CASES["linear_cross_entropy fp32"]._replace(head="Qwen3-8B"), "cpu", seconds=0.01
     )
     text = markdown.render_case(measure.as_json(measured))
-    assert "absent: [151936, 4096] is too big for this machine: 21 GiB needed, 1 had" in text
+    assert "absent: head [151936, 4096]: got a machine with 1 GiB, expected at least 21 GiB" in text
 
 
 def test_a_whole_step_leaves_the_weights_as_they_were_and_takes_the_stages_own_loss() -> None:
