@@ -38,7 +38,7 @@ from fastalign_kernels.policy import losses_triton as policy_triton
 from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.preference import losses_triton as preference_triton
 from fastalign_kernels.preference.formulas import PAIR_LOSSES
-from fastalign_kernels.softmax import columns_triton, rows_triton
+from fastalign_kernels.softmax import columns_triton, rows_triton, tile_rows_triton
 
 ARCHITECTURES = {
     80: 163,
@@ -138,6 +138,44 @@ def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
         constants |= {"BLOCK": columns_triton.GRAD_COLUMNS, "GATHERED": full}
     source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants)
     return _triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
+
+
+# kernel and what it writes -> the entries of tile_rows_triton.LAUNCH it runs with, by lean
+TILE_KERNELS = {
+    "tile_rows_kernel, stats": ("stats", {"STATS": True, "WRITE": tile_rows_triton.NOTHING.value}),
+    "tile_rows_kernel, loss": ("write", {"STATS": True, "WRITE": tile_rows_triton.TOKEN_LOSS.value}),
+    "tile_rows_kernel, given": ("write", {"STATS": False, "WRITE": tile_rows_triton.GIVEN.value}),
+    "tile_rows_kernel, softmax": ("write", {"STATS": True, "WRITE": tile_rows_triton.SOFTMAX.value}),
+    "kept_rows_kernel": ("kept", {}),
+    "slice_stats_kernel": ("stats", {}),
+}
+
+
+def compile_tiles(name: str, sm: int, full: bool, lean: bool) -> Row:
+    """One of TILE_KERNELS on fp32 logits, with bf16 for what it writes; `full` has bias, softcap, scale and
+    temperature."""
+    kernel, _, variant = name.partition(", ")
+    function = getattr(tile_rows_triton, kernel)
+    entry, given = TILE_KERNELS[name]
+    table = tile_rows_triton.LAUNCH[entry if entry == "kept" else f"{entry}_{'lean' if lean else 'full'}"]
+    target = 90 if sm in AMD else sm
+    block, warps = table[max(known for known in table if known <= target)]
+    constants: dict[str, object] = {"LEAN": lean, "PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
+    constants = {k: v for k, v in constants.items() if k in function.arg_names} | given
+    constants |= {"HAS_TOKENS": True, "BLOCK": block}
+    floats = ("logits", "bias", "stats", "token_scale", "coefficients")
+    pointers = dict.fromkeys(floats, TYPES["fp32"]) | {"tokens": "*i64", "ids": "*i64", "running": "*fp64"}
+    pointers |= {"out": TYPES["bf16"], "softmax": TYPES["bf16"]}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, arg in enumerate(function.arg_names)
+        if arg in pointers or arg.endswith("stride")
+    }
+    source = ASTSource(
+        function, _signature(function, pointers, constants), constexprs=constants, attrs=attributes
+    )
+    label = f"{variant} {'full' if full else 'plain'} {'lean' if lean else ''}".strip()
+    return _triton_row(source, warps, kernel, sm, "fp32", label)
 
 
 def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
@@ -304,6 +342,10 @@ def main() -> int:
         rows += pool.map(
             lambda job: compile_columns(job[0], job[1], "fp32", job[2]),
             product(("column_sums_kernel", "column_grad_kernel"), (*ARCHITECTURES, *AMD), (False, True)),
+        )
+        rows += pool.map(
+            lambda job: compile_tiles(*job),
+            product(TILE_KERNELS, (*ARCHITECTURES, *AMD), (False, True), (False, True)),
         )
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)

@@ -68,6 +68,130 @@ def transformed(x, bias, logit_scale, softcap, temperature, PLAIN: tl.constexpr,
 
 
 @triton.jit
+def read_row(
+    row, bias, V,
+    logit_scale, softcap, temperature,
+    dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    LEAN: tl.constexpr, READ_AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """row_max, then in fp64 the sums over the row of e^(z - row_max) and of (z - row_max) times that, and the
+    sum of z in `dtype`. The last two are 0 if LEAN.
+
+    READ_AGAIN: the caller reads the row once more, so it should stay in the L2 cache.
+    """
+    columns = tl.arange(0, BLOCK)
+    evict: tl.constexpr = "evict_last" if READ_AGAIN else ""
+    # finite, so that a lane of masked logits stays free of inf - inf
+    lane_max = tl.full([BLOCK], -1e30, dtype)
+    lane_sum = tl.zeros([BLOCK], dtype)  # sum e^(z - lane_max)
+    weighted = tl.zeros([BLOCK], dtype)  # sum (z - lane_max) e^(z - lane_max)
+    total = tl.zeros([BLOCK], dtype)
+    for begin in range(0, V, BLOCK):
+        inside = begin + columns < V
+        x = tl.load(row + begin + columns, mask=inside, other=0.0, eviction_policy=evict).to(dtype)
+        b = 0.0
+        if HAS_BIAS:
+            b = tl.load(bias + begin + columns, mask=inside, other=0.0).to(dtype)
+        z, _ = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        if not LEAN:
+            total += tl.where(inside, z, 0.0)
+        z = tl.where(inside, z, float("-inf"))
+        d = z - lane_max
+        rises = d > 0
+        if LEAN:
+            e = tl.exp(tl.where(rises, -d, d))
+        else:
+            finite = tl.where(d < -1e30, -1e30, d)  # -inf * 0 is NaN, -1e30 * 0 is 0; NaN passes
+            e = tl.exp(tl.where(rises, -finite, finite))
+            weighted = tl.where(rises, e * (weighted - finite * lane_sum), weighted + finite * e)
+        lane_sum = tl.where(rises, lane_sum * e + 1.0, lane_sum + e)
+        lane_max = tl.where(rises, z, lane_max)
+    row_max = tl.max(lane_max, 0)
+    shift = lane_max - row_max
+    scale = tl.exp(shift)
+    # In fp64: fp32 would round a confident row's 1 + 8e-7 at every level, and log(sum), all that is left
+    # of its loss, to half.
+    sum_exp = tl.sum((scale * lane_sum).to(tl.float64), 0)
+    row_weighted = tl.full((), 0.0, tl.float64)
+    row_total = tl.full((), 0.0, dtype)
+    if not LEAN:
+        row_weighted = tl.sum((scale * (weighted + shift * lane_sum)).to(tl.float64), 0)
+        row_total = tl.sum(total, 0)
+    return row_max, sum_exp, row_weighted, row_total
+
+
+@triton.jit
+def transformed_logit(
+    row, bias, col, V,
+    logit_scale, softcap, temperature,
+    dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """z of one logit; NaN if `col` is not in [0, V)."""
+    inside = (col >= 0) & (col < V)
+    b = 0.0
+    if HAS_BIAS:
+        b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
+    x = tl.load(row + col, mask=inside, other=float("nan")).to(dtype)
+    z, _ = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+    return z
+
+
+@triton.jit
+def store_stats(
+    stats, N, n, V, z_id, row_max, sum_exp, weighted, total, dtype: tl.constexpr, LEAN: tl.constexpr
+):
+    """Column n of the table [7, N] from `read_row`'s sums and the id's z; LEAN leaves MEAN_LOGP and ENTROPY as
+    they are. Returns log(sum_exp)."""
+    logsum = tl.log(sum_exp).to(dtype)
+    tl.store(stats + n, z_id - row_max - logsum)
+    if not LEAN:
+        tl.store(stats + N + n, total / V - row_max - logsum)
+        tl.store(stats + 2 * N + n, tl.log(sum_exp) - weighted / sum_exp)
+    tl.store(stats + 3 * N + n, row_max + logsum)
+    tl.store(stats + 4 * N + n, row_max)
+    tl.store(stats + 5 * N + n, logsum)
+    tl.store(stats + 6 * N + n, (z_id == row_max).to(dtype))
+    return logsum
+
+
+@triton.jit
+def write_row(
+    row, out_row, bias, V, target, row_max, logsum,
+    onehot, prob, plogp, uniform,
+    logit_scale, softcap, temperature,
+    dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_PLOGP: tl.constexpr, HAS_SLOPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write P (prob + plogp log P) + uniform, and onehot more at the target, times dz/dx if HAS_SLOPE."""
+    columns = tl.arange(0, BLOCK)
+    for begin in range(0, V, BLOCK):
+        inside = begin + columns < V
+        x = tl.load(
+            row + begin + columns, mask=inside, other=0.0, eviction_policy="evict_first"
+        ).to(dtype)  # fmt: skip
+        b = 0.0
+        if HAS_BIAS:
+            b = tl.load(bias + begin + columns, mask=inside, other=0.0).to(dtype)
+        z, slope = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        logp = z - row_max - logsum
+        factor = prob
+        if HAS_PLOGP:
+            factor = prob + plogp * tl.where(logp < -1e30, -1e30, logp)
+        dz = tl.exp(logp) * factor + uniform
+        dz += tl.where(begin + columns == target, onehot, 0.0)
+        if HAS_SLOPE:
+            dz *= slope
+        tl.store(out_row + begin + columns, dz, mask=inside)
+
+
+@triton.jit
+def zero_row(out_row, V, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    for begin in range(0, V, BLOCK):
+        tl.store(out_row + begin + columns, tl.zeros([BLOCK], dtype), mask=begin + columns < V)
+
+
+@triton.jit
 def row_stats_kernel(
     logits,  # [B, T, V], unit stride over V
     ids,  # [B*T] int64, negative: ignored
@@ -87,56 +211,21 @@ def row_stats_kernel(
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    id = tl.load(ids + n)
-    dtype = stats.dtype.element_ty
+    target = tl.load(ids + n)
+    dtype: tl.constexpr = stats.dtype.element_ty
     logit_scale = as_scalar(logit_scale, dtype)
     softcap = as_scalar(softcap, dtype)
     temperature = as_scalar(temperature, dtype)
-    if id >= 0:
+    if target >= 0:
         row = logits + n // T * batch_stride + n % T * time_stride
-        columns = tl.arange(0, BLOCK)
-        top = tl.full(
-            [BLOCK], -1e30, dtype
-        )  # finite, so that a lane of masked logits stays free of inf - inf
-        total = tl.zeros([BLOCK], dtype)
-        sum = tl.zeros([BLOCK], dtype)  # sum e^(z - top)
-        weighted = tl.zeros([BLOCK], dtype)  # sum (z - top) e^(z - top)
-        for begin in range(0, V, BLOCK):
-            inside = begin + columns < V
-            x = tl.load(row + begin + columns, mask=inside, other=0.0).to(dtype)
-            b = 0.0
-            if HAS_BIAS:
-                b = tl.load(bias + begin + columns, mask=inside, other=0.0).to(dtype)
-            z, _ = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
-            total += tl.where(inside, z, 0.0)
-            z = tl.where(inside, z, float("-inf"))
-            d = z - top
-            rises = d > 0
-            finite = tl.where(d < -1e30, -1e30, d)  # -inf * 0 is NaN, -1e30 * 0 is 0; NaN passes
-            e = tl.exp(tl.where(rises, -finite, finite))
-            weighted = tl.where(rises, e * (weighted - finite * sum), weighted + finite * e)
-            sum = tl.where(rises, sum * e + 1.0, sum + e)
-            top = tl.where(rises, z, top)
-        row_top = tl.max(top, 0)
-        shift = top - row_top
-        scale = tl.exp(shift)
-        # In fp64: fp32 would round a confident row's 1 + 8e-7 at every level, and log(sum), all that is left
-        # of its loss, to half.
-        row_weighted = tl.sum((scale * (weighted + shift * sum)).to(tl.float64), 0)
-        row_sum = tl.sum((scale * sum).to(tl.float64), 0)
-        logsum = tl.log(row_sum).to(dtype)
-        b_id = 0.0
-        if HAS_BIAS:
-            b_id = tl.load(bias + id, mask=id < V, other=0.0).to(dtype)
-        x_id = tl.load(row + id, mask=id < V, other=float("nan")).to(dtype)
-        z_id, _ = transformed(x_id, b_id, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
-        tl.store(stats + n, z_id - row_top - logsum)
-        tl.store(stats + N + n, tl.sum(total, 0) / V - row_top - logsum)
-        tl.store(stats + 2 * N + n, tl.log(row_sum) - row_weighted / row_sum)
-        tl.store(stats + 3 * N + n, row_top + logsum)
-        tl.store(stats + 4 * N + n, row_top)
-        tl.store(stats + 5 * N + n, logsum)
-        tl.store(stats + 6 * N + n, (z_id == row_top).to(dtype))
+        row_max, sum_exp, weighted, total = read_row(
+            row, bias, V, logit_scale, softcap, temperature,
+            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK,
+        )  # fmt: skip
+        z_id = transformed_logit(
+            row, bias, target, V, logit_scale, softcap, temperature, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP
+        )
+        store_stats(stats, N, n, V, z_id, row_max, sum_exp, weighted, total, dtype, False)
     else:
         for k in tl.static_range(7):
             tl.store(stats + k * N + n, 0.0)
@@ -166,40 +255,23 @@ def row_grad_kernel(
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
-    id = tl.load(ids + n)
-    dtype = stats.dtype.element_ty
+    target = tl.load(ids + n)
+    dtype: tl.constexpr = stats.dtype.element_ty
     logit_scale = as_scalar(logit_scale, dtype)
     softcap = as_scalar(softcap, dtype)
     temperature = as_scalar(temperature, dtype)
     row = logits + n // T * batch_stride + n % T * time_stride
     out_row = out + n // T * out_batch_stride + n % T * out_time_stride
-    columns = tl.arange(0, BLOCK)
-    if id >= 0:
-        top = tl.load(stats + 4 * N + n)
-        logsum = tl.load(stats + 5 * N + n)
-        onehot = tl.load(coefficients + n)
-        prob = tl.load(coefficients + N + n)
-        plogp = tl.load(coefficients + 2 * N + n)
-        uniform = tl.load(coefficients + 3 * N + n)
-        for begin in range(0, V, BLOCK):
-            inside = begin + columns < V
-            x = tl.load(row + begin + columns, mask=inside, other=0.0).to(dtype)
-            b = 0.0
-            if HAS_BIAS:
-                b = tl.load(bias + begin + columns, mask=inside, other=0.0).to(dtype)
-            z, slope = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
-            logp = z - top - logsum
-            finite = tl.where(logp < -1e30, -1e30, logp)
-            dz = tl.exp(logp) * (prob + plogp * finite) + uniform
-            dz += tl.where(begin + columns == id, onehot, 0.0)
-            if not PLAIN:
-                dz *= slope
-            tl.store(out_row + begin + columns, dz, mask=inside)
+    if target >= 0:
+        write_row(
+            row, out_row, bias, V, target, tl.load(stats + 4 * N + n), tl.load(stats + 5 * N + n),
+            tl.load(coefficients + n), tl.load(coefficients + N + n),
+            tl.load(coefficients + 2 * N + n), tl.load(coefficients + 3 * N + n),
+            logit_scale, softcap, temperature,
+            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, True, not PLAIN, BLOCK,
+        )  # fmt: skip
     else:
-        for begin in range(0, V, BLOCK):
-            tl.store(
-                out_row + begin + columns, tl.zeros([BLOCK], stats.dtype.element_ty), mask=begin + columns < V
-            )
+        zero_row(out_row, V, dtype, BLOCK)
 
 
 def _flags(

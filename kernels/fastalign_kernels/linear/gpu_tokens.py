@@ -1,0 +1,64 @@
+"""Which tokens enter the GEMMs of a GPU engine, without a wait of the host in the hot path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..softmax.tile_rows_triton import Rows
+from .tail_columns import first_true
+from .token_tiles import capturing
+
+
+class Tokens:
+    """The tokens of a call that are not ignored, at positions 0 .. count - 1.
+
+    On a GPU the count is on its way to the host: until `settle`, position p is the p-th token of an order in
+    which the tokens that are not ignored come first, and `count` is N. Settle after the first tile is queued:
+    the host then waits for work that was queued before, and the device never idles. If no token is ignored
+    nothing is gathered. Under graph capture nothing can be asked, so all tokens enter, ignored ones as zeros.
+    """
+
+    def __init__(self, hidden: Tensor, ids: Tensor) -> None:
+        self.hidden, self.ids = hidden, ids
+        self.count = ids.shape[0]
+        self.indices: Tensor | None = None
+        self._how_many: Callable[[], int] | None = None
+        if capturing(ids):
+            self.hidden = hidden.masked_fill((ids < 0)[:, None], 0)
+        else:
+            self.indices, self._how_many = first_true(ids >= 0)
+            if not ids.is_cuda:
+                self.settle()
+
+    def settle(self) -> None:
+        """Ask for the count."""
+        if self._how_many is None:
+            return
+        N, self.count = self.count, self._how_many()
+        self._how_many = None
+        assert self.indices is not None
+        if self.count == N:
+            self.indices = None
+        else:
+            self.indices = self.indices[: self.count]
+            self.hidden = self.hidden.index_select(0, self.indices)
+
+    def rows(self, begin: int, end: int) -> Rows:
+        """For the row kernels."""
+        return Rows(None if self.indices is None else self.indices[begin:end], begin)
+
+    def index(self, begin: int, end: int) -> Tensor | slice:
+        """The tokens at these positions."""
+        return slice(begin, end) if self.indices is None else self.indices[begin:end]
+
+    def states(self, begin: int, end: int) -> Tensor:
+        """Their hidden states [end - begin, H]."""
+        if self._how_many is None:
+            return self.hidden[begin:end]
+        assert self.indices is not None
+        index = self.indices[begin:end]
+        # an ignored token's gradient is 0, but 0 times a NaN hidden state would reach dW
+        return self.hidden.index_select(0, index).masked_fill((self.ids[index] < 0)[:, None], 0)

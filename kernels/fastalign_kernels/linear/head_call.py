@@ -1,0 +1,55 @@
+"""What one call of a GPU engine shares: the table, the tokens, the weight in the GEMMs' dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..gemm import mm
+from ..softmax.rows import Stat, accumulator_dtype
+from ..softmax.tile_rows_triton import Softmaxes
+from .gpu_plan import GpuCall
+from .gpu_tokens import Tokens
+from .inputs import HeadInputs, NeedsGrad
+
+
+def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out (+)= left right, summed in fp32 and rounded once to out's dtype."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right) if add else torch.mm(left, right, out=out)
+    else:
+        mm(left, right, out, add=add)
+
+
+def gpu_call(inputs: HeadInputs, needs: NeedsGrad, workspace_mib: float) -> GpuCall:
+    """What the plan of a call depends on; workspace_mib: if the call does not say."""
+    mib, tail_eps = inputs.options.workspace_mib, inputs.options.tail_eps
+    return GpuCall(
+        n_tokens=inputs.hidden.shape[0],
+        vocab_size=inputs.vocab_size,
+        dtype=inputs.hidden.dtype,
+        workspace_mib=workspace_mib if mib is None else mib,
+        hidden_grad=needs.hidden,
+        head_grad=needs.head,
+        tail=tail_eps is not None,
+    )
+
+
+class HeadCall:
+    """One call of an engine."""
+
+    def __init__(self, inputs: HeadInputs, table: Tensor | None = None) -> None:
+        """table: the statistics [7, N], if they are there."""
+        hidden, weight, ids, bias, options = inputs
+        self.inputs = inputs
+        # whether dlogits replace the logits; in 16 bits they need memory of their own
+        self.in_place = hidden.dtype not in (torch.bfloat16, torch.float16)
+        self.w = weight.to(hidden.dtype)
+        if table is None:
+            table = torch.zeros(
+                len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype), device=hidden.device
+            )  # those of ignored tokens stay 0
+        self.table = table
+        bias = None if bias is None else bias.to(table.dtype)
+        self.softmaxes = Softmaxes(ids, bias, options.transform, table, options.lean)
+        self.tokens = Tokens(hidden, ids)

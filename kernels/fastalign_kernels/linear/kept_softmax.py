@@ -1,0 +1,313 @@
+"""The head's engine for GPUs: dlogits of many tokens are kept in 16 bits, so that dX and dW are one GEMM each.
+
+Tokens go through an fp32 tile of logits, C at a time. One launch computes a tile's statistics and writes its
+dlogits, rounded once to the GEMMs' dtype, into memory for K tokens. When K tokens are there, dX and dW are one
+GEMM each. If all N tokens fit, dW is written once, in its final dtype; else blocks of K tokens are summed in
+fp32.
+
+    call                                  GEMMs            memory beside the gradients
+    no gradient                           1                a tile, 4 C V bytes
+    a loss that a token's statistics fix  1 + dX + dW      a tile and 2 K V; with N > K also dW's sum, 4 V H
+    any upstream gradient                 1 + dX + dW      the same; P is kept for K tokens between the passes
+                                          2 + dX + dW      for the tokens beyond K, whose logits are recomputed
+    frozen weight                         1 + dX           a tile and its dlogits, 6 C V bytes
+
+Bytes moved beside the GEMMs' own: 14 a logit (the tile is written, read twice; dlogits are written), of which
+dlogits are read twice more by the GEMMs. Measured as a prototype on an H200 at 8192 x 4096 x 151936 in bf16:
+47.2 ms where three bare GEMMs take 44.1 and token tiles 65.6.
+
+What is kept of P: bf16 for bf16. fp16 for fp16, times 2^15: P itself would lose digits below 2^-14 and vanish
+below 2^-24, and P 2^15 keeps all digits of P from 2^-29 on. It is off by at most 2^-9 of itself in bf16 and 2^-11
+in fp16; `kept_grad` says what that does to gradients. fp32 hidden states keep their logits instead, and
+nothing is rounded: 4 bytes a logit, and the gradient overwrites them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..softmax.tile_rows_triton import (
+    Rows,
+    TokenLoss,
+    kept_grad,
+    tile_grad,
+    tile_loss,
+    tile_softmax,
+    tile_stats,
+)
+from . import gpu_plan
+from .engine import Engine, Gradients, TokenCoefficients
+from .gpu_plan import TileSizes, tile_sizes
+from .gpu_tokens import Tokens
+from .head_call import HeadCall, gpu_call, product
+from .inputs import HeadInputs, NeedsGrad
+from .token_losses import TokenCrossEntropy
+
+# e^-SMALLEST_LOGP is about the smallest P that is kept with some of its digits
+SMALLEST_LOGP = {torch.bfloat16: 85.0, torch.float16: 26.0}
+SOFTMAX_SCALE = {torch.bfloat16: 1.0, torch.float16: 2.0**15}
+
+ALL = NeedsGrad(hidden=True, weight=True, bias=True)
+
+# logits of a tile, its rows, where its dlogits go
+Write = Callable[[Tensor, Rows, "tuple[int, int]", Tensor], None]
+
+
+class _Block(NamedTuple):
+    """Positions of tokens whose dlogits are in memory together."""
+
+    begin: int
+    end: int
+
+
+class _Sums:
+    """dX, dW and the bias's gradient, a block of tokens at a time."""
+
+    def __init__(self, inputs: HeadInputs, needs: NeedsGrad, w: Tensor, tokens: Tokens, most: int) -> None:
+        """w: the weight in hidden's dtype. most: tokens of a block. The tokens are settled."""
+        hidden, weight, _, bias, _ = inputs
+        self.inputs, self.needs, self.w, self.tokens = inputs, needs, w, tokens
+        self.single = tokens.count <= most
+        self.empty = True
+        nothing = hidden.new_empty(0)
+        N, H = hidden.shape
+        self.d_hidden = nothing
+        if needs.hidden:
+            allocate = torch.empty if tokens.count == N and N else torch.zeros
+            self.d_hidden = allocate(N, H, dtype=hidden.dtype, device=hidden.device)
+        self.d_weight = weight.new_empty(0)
+        if needs.weight:
+            sum_dtype = weight.dtype if self.single else torch.float32
+            self.d_weight = torch.empty(weight.shape, dtype=sum_dtype, device=weight.device)
+        self.d_bias = nothing
+        if needs.bias and bias is not None:
+            self.d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+
+    def add(self, block: _Block, dlogits: Tensor) -> None:
+        begin, end = block
+        if begin == end:
+            return
+        if self.needs.hidden:
+            index = self.tokens.index(begin, end)
+            if isinstance(index, slice):
+                product(dlogits, self.w, self.d_hidden[index])
+            else:
+                rows = torch.empty(
+                    end - begin, self.w.shape[1], dtype=self.d_hidden.dtype, device=dlogits.device
+                )
+                product(dlogits, self.w, rows)
+                self.d_hidden.index_copy_(0, index, rows)
+        if self.needs.weight:
+            product(dlogits.t(), self.tokens.states(begin, end), self.d_weight, add=not self.empty)
+        if self.needs.bias:
+            self.d_bias += dlogits.sum(0, dtype=torch.float32)
+        self.empty = False
+
+    def finish(self) -> Gradients:
+        _, weight, _, bias, _ = self.inputs
+        if self.empty:
+            self.d_weight.zero_()
+        d_bias = self.d_bias if bias is None or not self.needs.bias else self.d_bias.to(bias.dtype)
+        return Gradients(self.d_hidden, self.d_weight.to(weight.dtype), d_bias)
+
+
+def keeps_softmax(dtype: torch.dtype, vocab_size: int, softcap: float, temperature: float) -> bool:
+    """Whether P in 16 bits holds what any gradient needs: under a softcap the slope of a logit is computed from
+    its P, which must not vanish for the smallest logit that the cap allows."""
+    if not softcap or dtype not in SMALLEST_LOGP:
+        return True
+    return 2 * softcap / temperature + math.log(vocab_size) < SMALLEST_LOGP[dtype]
+
+
+class KeptSoftmax(Engine):
+    """The engine `kept_softmax`; see engine.py."""
+
+    def __init__(self, workspace_mib: float) -> None:
+        """workspace_mib: MiB of the tile and of what is kept, where the call does not say."""
+        self.workspace_mib = workspace_mib
+
+    def sizes(self, inputs: HeadInputs, needs: NeedsGrad) -> TileSizes:
+        """The sizes of a call."""
+        return tile_sizes(gpu_call(inputs, needs, self.workspace_mib))
+
+    def saved_sizes(self, inputs: HeadInputs) -> TileSizes:
+        """The sizes where P is kept, as if all gradients were needed: without the head's a block would be a
+        tile, but here all tokens may be kept."""
+        return tile_sizes(gpu_call(inputs, ALL, self.workspace_mib), even=False)
+
+    def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
+        hidden, weight, _, _, options = inputs
+        V = weight.shape[0]
+        if not any(needs) or not keeps_softmax(hidden.dtype, V, options.softcap, options.temperature):
+            return []
+        return [hidden.new_empty(self.saved_sizes(inputs).block, V)]
+
+    def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
+        saved = self.empty_saved(inputs, needs)
+        call = _Call(inputs)
+        if not saved:
+            call.run_statistics(self.sizes(inputs, NeedsGrad()))
+            return call.table, saved
+        kept = saved[0]
+        sizes = self.saved_sizes(inputs)
+        scale = SOFTMAX_SCALE.get(kept.dtype, 0.0)
+
+        def write(logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
+            if scale:
+                tile_softmax(logits, rows, call.softmaxes, out, scale)
+            else:
+                tile_stats(logits, rows, call.softmaxes)
+
+        tile = call.new_tile(sizes)
+        call.fill(_Block(0, len(kept)), kept, tile, sizes.tile, write)
+        if len(kept) < call.tokens.count:
+            rest = call.new_rows(sizes.tile) if tile is None else tile
+            call.fill(_Block(len(kept), call.tokens.count), None, rest, sizes.tile, call.write_stats)
+        return call.table, saved
+
+    def gradients(
+        self, inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
+    ) -> Gradients:
+        """Overwrites `saved`. Without it, as in a second backward pass, all logits are recomputed."""
+        call = _Call(inputs, stats)
+        tokens = call.tokens
+        done = 0
+        sums: _Sums | None = None
+        sizes = self.saved_sizes(inputs) if saved else self.sizes(inputs, needs)
+        if saved:
+            kept = saved[0]
+            call.write_kept(kept, coefficients)
+            tokens.settle()
+            sums = _Sums(inputs, needs, call.w, tokens, len(kept))
+            done = min(len(kept), tokens.count)
+            sums.add(_Block(0, done), kept[:done])
+        else:
+            kept = call.new_kept(sizes)
+        if done < tokens.count:
+
+            def write(logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
+                index = tokens.index(*positions)
+                tile_grad(logits, rows, call.softmaxes, coefficients[:, index].contiguous(), out)
+
+            sums = call.run_blocks(needs, kept, sizes, write, sums, done)
+        if sums is None:  # all tokens are ignored
+            sums = _Sums(inputs, needs, call.w, tokens, 1)
+        return sums.finish()
+
+    def statistics_and_gradients(
+        self, inputs: HeadInputs, token_coefficients: TokenCoefficients, needs: NeedsGrad
+    ) -> tuple[Tensor, Gradients]:
+        call = _Call(inputs)
+        sizes = self.sizes(inputs, needs)
+        softmaxes = call.softmaxes
+
+        def write(logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
+            if isinstance(token_coefficients, TokenCrossEntropy):
+                scale, label_smoothing, z_loss, _ = token_coefficients
+                tile_loss(logits, rows, softmaxes, TokenLoss(scale, label_smoothing, z_loss), out)
+                return
+            tile_stats(logits, rows, softmaxes)
+            index = call.tokens.index(*positions)
+            given = token_coefficients(call.table[:, index].contiguous(), index)
+            tile_grad(logits, rows, softmaxes, given, out)
+
+        sums = call.run_blocks(needs, call.new_kept(sizes), sizes, write, None, 0)
+        return call.table, sums.finish()
+
+
+def _larger_tile(kept: Tensor, used: int, tile: Tensor) -> Tensor:
+    """Memory for a tile's logits, in fp32: the end of `kept` [K, V] if more tokens fit there than in `tile`.
+
+    A token takes three rows of what is free in `kept`: one for its dlogits and two for its fp32 logits.
+    """
+    K, V = kept.shape
+    n = min(gpu_plan.TILES[0], (K - used) // 3 // gpu_plan.GRANULE * gpu_plan.GRANULE)
+    # the row kernels and the GEMMs read faster from addresses that are multiples of 128 bytes
+    first = (K - 2 * n) * V // 64 * 64
+    if n <= len(tile) or first < (used + n) * V:
+        return tile
+    return kept.view(-1)[first : first + 2 * n * V].view(torch.float32).view(n, V)
+
+
+class _Call(HeadCall):
+    """The loops over tiles and blocks."""
+
+    def new_rows(self, count: int) -> Tensor:
+        V = self.w.shape[0]
+        return torch.empty(count, V, dtype=self.table.dtype, device=self.table.device)
+
+    def new_tile(self, sizes: TileSizes) -> Tensor | None:
+        """Memory of a tile's logits; None where they lie in the memory that is kept."""
+        return None if self.in_place else self.new_rows(sizes.tile)
+
+    def new_kept(self, sizes: TileSizes) -> Tensor:
+        return self.inputs.hidden.new_empty(sizes.block, self.w.shape[0])
+
+    def write_stats(self, logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
+        tile_stats(logits, rows, self.softmaxes)
+
+    def write_kept(self, kept: Tensor, coefficients: Tensor) -> None:
+        """Kept P, or logits, into dlogits for coefficients [4, N]."""
+        end = min(len(kept), self.tokens.count)
+        rows, index = self.tokens.rows(0, end), self.tokens.index(0, end)
+        given = coefficients[:, index].contiguous()
+        kept = kept[:end]
+        if self.in_place:
+            tile_grad(kept, rows, self.softmaxes, given, kept)
+        else:
+            kept_grad(kept, kept, rows, self.softmaxes, given, SOFTMAX_SCALE[kept.dtype])
+
+    def run_statistics(self, sizes: TileSizes) -> None:
+        self.fill(
+            _Block(0, self.tokens.count), None, self.new_rows(sizes.tile), sizes.tile, self.write_stats
+        )
+
+    def fill(self, block: _Block, kept: Tensor | None, tile: Tensor | None, size: int, write: Write) -> None:
+        """Logits of the block's tokens, a tile at a time, each handed to `write` with the rows of `kept` that
+        belong to it. Settles the tokens after the first tile, and stops where they end.
+
+        tile: memory for the logits of `size` tokens; None: they are computed in `kept`.
+        """
+        tokens = self.tokens
+        begin = block.begin
+        while begin < min(block.end, tokens.count):
+            used = begin - block.begin
+            memory = tile if tile is None or kept is None else _larger_tile(kept, used, tile)
+            rows = size if memory is None else len(memory)
+            end = min(begin + rows, block.end, tokens.count)
+            out = None if kept is None else kept[used : used + end - begin]
+            logits = out if memory is None else memory[: end - begin]
+            assert logits is not None
+            product(tokens.states(begin, end), self.w.t(), logits)
+            write(logits, tokens.rows(begin, end), (begin, end), logits if out is None else out)
+            tokens.settle()
+            begin = end
+
+    def run_blocks(
+        self,
+        needs: NeedsGrad,
+        kept: Tensor,
+        sizes: TileSizes,
+        write: Write,
+        sums: _Sums | None,
+        begin: int,
+    ) -> _Sums:
+        """Gradients of the tokens from position `begin` on, a block that fits `kept` at a time."""
+        tokens = self.tokens
+        tile = self.new_tile(sizes)
+        while sums is None or begin < tokens.count:
+            block = _Block(begin, begin + len(kept))
+            self.fill(block, kept, tile, sizes.tile, write)
+            block = _Block(begin, min(block.end, tokens.count))
+            if block.end == tokens.count:
+                tile = None  # its memory is free for the gradients
+            if sums is None:
+                sums = _Sums(self.inputs, needs, self.w, tokens, len(kept))
+            sums.add(block, kept[: block.end - block.begin])
+            begin = block.end
+        return sums

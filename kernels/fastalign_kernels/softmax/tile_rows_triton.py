@@ -1,0 +1,454 @@
+"""Row kernels of the head's GPU engines (linear/kept_softmax.py, linear/vocab_slices.py): one program a row of
+a tile of logits [C, V], 64-bit row offsets.
+
+    tile_rows        statistics of a row, its gradient, or both in one launch; or the softmax P itself
+    kept_rows        a kept P into the gradient, in place
+    slice_stats      statistics of rows that come as slices of the vocabulary, merged into running sums
+
+They read ids and write the table of statistics by token, so that no launch gathers or scatters them.
+
+Bytes a logit of an fp32 tile with a bf16 gradient: statistics 4; statistics and gradient in one launch
+4 + 4 + 2; gradient alone 4 + 2; kept_rows 2 + 2. Measured on an H200 over [2048, 151936]: lse and logp alone
+read 3.9 TB/s with (1024, 8), all statistics 2.5, the gradient moves 3.5 TB/s with (4096, 16); a copy 4.2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_options import as_scalar
+from .rows import Transform
+from .rows_triton import SHORTEST, read_row, store_stats, transformed_logit, write_row, zero_row
+
+# (BLOCK, warps) by kernel and compute capability; see rows_triton.LAUNCH. "lean" computes lse and logp alone,
+# "full" all statistics.
+LAUNCH = {
+    "stats_lean": {80: (1024, 8)},
+    "stats_full": {80: (1024, 4)},
+    "write_lean": {80: (4096, 16)},  # the gradient, or statistics and gradient in one launch
+    "write_full": {80: (4096, 16)},
+    "kept": {80: (4096, 8)},
+}
+
+# What tile_rows_kernel writes beside the statistics.
+NOTHING, TOKEN_LOSS, GIVEN, SOFTMAX = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def tile_rows_kernel(
+    logits,  # [C, V], unit stride over V
+    out,  # [C, V], unit stride over V; the logits themselves, or memory that does not overlap them
+    tokens,  # [C] int64, the row's token; read if HAS_TOKENS, else it is first_token + row
+    ids,  # [N] int64, negative: ignored
+    bias,  # [V]; read if HAS_BIAS
+    stats,  # [7, N], order of rows.Stat; written if STATS, else read
+    token_scale,  # [N]; read for TOKEN_LOSS
+    coefficients,  # [4, C], order of rows.Coefficient; read for GIVEN
+    first_token,
+    first_column,  # id of the tile's first column
+    N,
+    V,
+    row_stride,
+    out_stride,
+    scale_stride,
+    coefficient_stride,
+    logit_scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
+    label_smoothing: tl.float64,
+    z_loss: tl.float64,
+    softmax_scale: tl.float64,
+    STATS: tl.constexpr,
+    LEAN: tl.constexpr,
+    WRITE: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+    PLAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    token = first_token + n
+    if HAS_TOKENS:
+        token = tl.load(tokens + n)
+    target = tl.load(ids + token)
+    dtype: tl.constexpr = stats.dtype.element_ty
+    logit_scale = as_scalar(logit_scale, dtype)
+    softcap = as_scalar(softcap, dtype)
+    temperature = as_scalar(temperature, dtype)
+    row = logits + n * row_stride
+    out_row = out + n * out_stride
+    if target >= 0:
+        col = target - first_column
+        if STATS:
+            row_max, sum_exp, weighted, total = read_row(
+                row, bias, V, logit_scale, softcap, temperature,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, LEAN, WRITE != NOTHING, BLOCK,
+            )  # fmt: skip
+            z_id = transformed_logit(
+                row, bias, col, V, logit_scale, softcap, temperature, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP
+            )
+            logsum = store_stats(
+                stats, N, token, V, z_id, row_max, sum_exp, weighted, total, dtype, LEAN
+            )  # fmt: skip
+        else:
+            row_max = tl.load(stats + 4 * N + token)
+            logsum = tl.load(stats + 5 * N + token)
+        if WRITE == SOFTMAX:
+            zero = tl.full((), 0.0, dtype)
+            write_row(
+                row, out_row, bias, V, -1, row_max, logsum,
+                zero, as_scalar(softmax_scale, dtype), zero, zero, logit_scale, softcap, temperature,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK,
+            )  # fmt: skip
+        if WRITE == TOKEN_LOSS:
+            # d/dz of -(1 - e) logp - e mean_logp + z_loss lse^2, times the token's scale
+            scale = tl.load(token_scale + token * scale_stride).to(dtype)
+            e = as_scalar(label_smoothing, dtype)
+            lse_grad = 2.0 * as_scalar(z_loss, dtype) * (row_max + logsum)
+            write_row(
+                row, out_row, bias, V, col, row_max, logsum,
+                (e - 1.0) * scale, (1.0 + lse_grad) * scale, lse_grad, -e / V * scale,
+                logit_scale, softcap, temperature,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, not PLAIN, BLOCK,
+            )  # fmt: skip
+        if WRITE == GIVEN:
+            write_row(
+                row, out_row, bias, V, col, row_max, logsum,
+                tl.load(coefficients + n), tl.load(coefficients + coefficient_stride + n),
+                tl.load(coefficients + 2 * coefficient_stride + n),
+                tl.load(coefficients + 3 * coefficient_stride + n),
+                logit_scale, softcap, temperature,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not PLAIN, BLOCK,
+            )  # fmt: skip
+    elif WRITE != NOTHING:
+        zero_row(out_row, V, dtype, BLOCK)
+
+
+@triton.jit
+def kept_rows_kernel(
+    softmax,  # [C, V], unit stride over V: P times softmax_scale
+    out,  # [C, V], the same memory, of the same or another 16-bit dtype
+    tokens,  # [C] int64, the row's token; read if HAS_TOKENS, else it is first_token + row
+    ids,  # [N] int64, negative: ignored
+    stats,  # [7, N]
+    coefficients,  # [4, C], order of rows.Coefficient
+    first_token,
+    N,
+    V,
+    row_stride,
+    coefficient_stride,
+    logit_scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
+    softmax_scale: tl.float64,
+    LEAN: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    token = first_token + n
+    if HAS_TOKENS:
+        token = tl.load(tokens + n)
+    target = tl.load(ids + token)
+    dtype: tl.constexpr = stats.dtype.element_ty
+    out_row = out + n * row_stride
+    if target >= 0:
+        softmax_row = softmax + n * row_stride
+        target_logp = tl.load(stats + token)
+        lse = tl.load(stats + 3 * N + token)
+        onehot = tl.load(coefficients + n)
+        prob = tl.load(coefficients + coefficient_stride + n)
+        plogp = tl.load(coefficients + 2 * coefficient_stride + n)
+        uniform = tl.load(coefficients + 3 * coefficient_stride + n)
+        slope = as_scalar(logit_scale, dtype) / as_scalar(temperature, dtype)
+        inverse = 1.0 / as_scalar(softmax_scale, dtype)
+        to_h = as_scalar(temperature, dtype)
+        if HAS_SOFTCAP:
+            to_h = to_h / as_scalar(softcap, dtype)
+        target_p = tl.exp(target_logp)
+        columns = tl.arange(0, BLOCK)
+        for begin in range(0, V, BLOCK):
+            inside = begin + columns < V
+            is_target = begin + columns == target
+            p = tl.load(softmax_row + begin + columns, mask=inside, other=0.0).to(dtype) * inverse
+            p = tl.where(is_target, target_p, p)
+            factor = prob
+            dz = p
+            if HAS_SOFTCAP or not LEAN:
+                logp = tl.where(is_target, target_logp, tl.log(tl.maximum(p, 1e-37)))
+            if not LEAN:
+                factor = prob + plogp * logp
+            dz = p * factor + uniform
+            dz += tl.where(is_target, onehot, 0.0)
+            if HAS_SOFTCAP:
+                h = (logp + lse) * to_h
+                dz *= (1.0 - h) * (1.0 + h)
+            tl.store(out_row + begin + columns, dz * slope, mask=inside)
+    else:
+        zero_row(out_row, V, dtype, BLOCK)
+
+
+@triton.jit
+def slice_stats_kernel(
+    logits,  # [C, V_slice], unit stride
+    tokens,  # [C] int64, the row's token; read if HAS_TOKENS, else it is first_token + row
+    ids,  # [N] int64, negative: ignored
+    bias,  # [V_slice]; read if HAS_BIAS
+    running,  # [5, N] fp64: max, sum e^(z - max), sum (z - max) e^(z - max), sum z, z of the id
+    stats,  # [7, N], of the columns up to this slice's end
+    first_token,
+    first_column,
+    N,
+    V_slice,
+    V,
+    row_stride,
+    logit_scale: tl.float64,
+    softcap: tl.float64,
+    temperature: tl.float64,
+    LEAN: tl.constexpr,
+    HAS_TOKENS: tl.constexpr,
+    PLAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    token = first_token + n
+    if HAS_TOKENS:
+        token = tl.load(tokens + n)
+    target = tl.load(ids + token)
+    dtype: tl.constexpr = stats.dtype.element_ty
+    logit_scale = as_scalar(logit_scale, dtype)
+    softcap = as_scalar(softcap, dtype)
+    temperature = as_scalar(temperature, dtype)
+    if target >= 0:
+        row = logits + n * row_stride
+        row_max, sum_exp, weighted, total = read_row(
+            row, bias, V_slice, logit_scale, softcap, temperature,
+            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, LEAN, False, BLOCK,
+        )  # fmt: skip
+        col = target - first_column
+        z_id = tl.load(running + 4 * N + token).to(dtype)
+        if (col >= 0) & (col < V_slice):
+            z_id = transformed_logit(
+                row, bias, col, V_slice, logit_scale, softcap, temperature,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP,
+            )  # fmt: skip
+        old_max = tl.load(running + token)
+        old_sum = tl.load(running + N + token)
+        old_weighted = tl.load(running + 2 * N + token)
+        new_max = tl.maximum(old_max, row_max.to(tl.float64), propagate_nan=tl.PropagateNan.ALL)
+        old_shift = old_max - new_max
+        shift = row_max.to(tl.float64) - new_max
+        old_factor = tl.exp(old_shift)
+        factor = tl.exp(shift)
+        weighted = factor * (weighted + shift * sum_exp) + old_factor * (old_weighted + old_shift * old_sum)
+        sum_exp = factor * sum_exp + old_factor * old_sum
+        total_all = tl.load(running + 3 * N + token) + total
+        tl.store(running + token, new_max)
+        tl.store(running + N + token, sum_exp)
+        tl.store(running + 2 * N + token, weighted)
+        tl.store(running + 3 * N + token, total_all)
+        tl.store(running + 4 * N + token, z_id.to(tl.float64))
+        store_stats(
+            stats, N, token, V, z_id, new_max.to(dtype), sum_exp, weighted, total_all.to(dtype), dtype, LEAN
+        )
+
+
+@triton.jit
+def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
+    """x *= factor, a scalar on the device; nothing is read or written where it is 1."""
+    dtype: tl.constexpr = factor.dtype.element_ty
+    f = tl.load(factor)
+    if f != 1.0:
+        for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            values = tl.load(x + at, mask=at < count).to(dtype)
+            tl.store(x + at, values * f, mask=at < count)
+
+
+class Rows(NamedTuple):
+    """The tokens of a tile's rows: `indices` [C], or from `first` on."""
+
+    indices: Tensor | None
+    first: int
+
+
+class Softmaxes(NamedTuple):
+    """What a head's rows share."""
+
+    ids: Tensor  # [N]
+    bias: Tensor | None  # [V], of the accumulator's dtype
+    transform: Transform
+    stats: Tensor  # [7, N]
+    lean: bool  # only LOGP, LSE, MAX, LOGSUM and TOP1 are asked for
+
+
+class TokenLoss(NamedTuple):
+    """Cross-entropy's gradient, which follows from a row's own statistics."""
+
+    scale: Tensor  # [N] of any stride
+    label_smoothing: float
+    z_loss: float
+
+
+def launch(kernel: str, tensor: Tensor, columns: int) -> dict[str, int]:
+    """BLOCK and num_warps for rows of that many logits."""
+    major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
+    table = LAUNCH[kernel]
+    sm = 10 * major + minor
+    block, warps = table[max((known for known in table if known <= sm), default=min(table))]
+    short = max(SHORTEST, triton.next_power_of_2(columns))
+    if short < block:
+        block, warps = short, max(1, warps * short // block)
+    return {"BLOCK": block, "num_warps": warps}
+
+
+def _flags(softmaxes: Softmaxes) -> dict[str, bool]:
+    transform = softmaxes.transform
+    return {
+        "LEAN": softmaxes.lean,
+        "PLAIN": softmaxes.bias is None and transform == (1.0, 0.0, 1.0),
+        "HAS_BIAS": softmaxes.bias is not None,
+        "HAS_SOFTCAP": transform.softcap != 0,
+    }
+
+
+def _tile_rows(
+    tile: Tensor,
+    rows: Rows,
+    softmaxes: Softmaxes,
+    *,
+    stats: bool,
+    write: int,
+    out: Tensor | None = None,
+    loss: TokenLoss | None = None,
+    coefficients: Tensor | None = None,
+    first_column: int = 0,
+    softmax_scale: float = 1.0,
+) -> None:
+    C, V = tile.shape
+    if C == 0:
+        return
+    out = tile if out is None else out
+    ids, bias, transform, table, lean = softmaxes
+    bias = None if bias is None else bias[first_column : first_column + V]
+    given = ids if coefficients is None else coefficients
+    kernel = ("write_" if write else "stats_") + ("lean" if lean else "full")
+    scale = TokenLoss(ids, 0.0, 0.0) if loss is None else loss
+    with torch.cuda.device_of(tile):  # Triton launches on the current device
+        tile_rows_kernel[(C,)](
+            tile, out, rows.indices, ids, bias, table, scale.scale, given,
+            rows.first, first_column, ids.shape[0], V,
+            tile.stride(0), out.stride(0), scale.scale.stride(0), given.stride(0),
+            *transform, scale.label_smoothing, scale.z_loss, softmax_scale,
+            STATS=stats, WRITE=write, HAS_TOKENS=rows.indices is not None,
+            **_flags(softmaxes), **launch(kernel, tile, V),
+        )  # fmt: skip
+
+
+def tile_stats(tile: Tensor, rows: Rows, softmaxes: Softmaxes) -> None:
+    """Statistics of the rows of tile [C, V] into the table."""
+    _tile_rows(tile, rows, softmaxes, stats=True, write=NOTHING.value)
+
+
+def tile_loss(tile: Tensor, rows: Rows, softmaxes: Softmaxes, loss: TokenLoss, out: Tensor) -> None:
+    """Statistics and the gradient of the token's loss into out [C, V], in one launch."""
+    _tile_rows(tile, rows, softmaxes, stats=True, write=TOKEN_LOSS.value, out=out, loss=loss)
+
+
+def tile_softmax(tile: Tensor, rows: Rows, softmaxes: Softmaxes, out: Tensor, softmax_scale: float) -> None:
+    """Statistics, and P times softmax_scale into out [C, V], in one launch."""
+    _tile_rows(
+        tile, rows, softmaxes, stats=True, write=SOFTMAX.value, out=out, softmax_scale=softmax_scale
+    )
+
+
+def tile_grad(
+    tile: Tensor,
+    rows: Rows,
+    softmaxes: Softmaxes,
+    coefficients: Tensor,
+    out: Tensor,
+    *,
+    first_column: int = 0,
+) -> None:
+    """The gradient for coefficients [4, C] into out [C, V], from statistics in the table."""
+    _tile_rows(
+        tile, rows, softmaxes, stats=False, write=GIVEN.value, out=out,
+        coefficients=coefficients, first_column=first_column,
+    )  # fmt: skip
+
+
+def kept_grad(
+    kept: Tensor, out: Tensor, rows: Rows, softmaxes: Softmaxes, coefficients: Tensor, softmax_scale: float
+) -> None:
+    """Turn P times softmax_scale [C, V] into the gradient for coefficients [4, C], in the same memory `out`.
+
+    The target's P and log P come from the table, so that P - 1 of a sure token keeps its digits. The other
+    columns' P is off by the rounding of what was kept, at most 2^-9 of itself in bf16 and 2^-11 in fp16. The
+    entropy's term P plogp log P takes log P from the same number: besides P's relative error, log P is off by
+    at most 2^-9, so the term by at most 2^-9 |plogp| P. PyTorch's own logits in bf16 put log P off by up to
+    2^-9 |z|. A softcap's slope 1 - h^2 is off by 2^-8 temperature / softcap.
+    """
+    C, V = kept.shape
+    if C == 0:
+        return
+    ids, _, transform, table, lean = softmaxes
+    with torch.cuda.device_of(kept):
+        kept_rows_kernel[(C,)](
+            kept, out, rows.indices, ids, table, coefficients,
+            rows.first, ids.shape[0], V, kept.stride(0), coefficients.stride(0),
+            *transform, softmax_scale,
+            LEAN=lean, HAS_TOKENS=rows.indices is not None, HAS_SOFTCAP=transform.softcap != 0,
+            **launch("kept", kept, V),
+        )  # fmt: skip
+
+
+def slice_stats(
+    tile: Tensor, rows: Rows, softmaxes: Softmaxes, running: Tensor, first_column: int, vocab_size: int
+) -> None:
+    """Merge the statistics of the columns from first_column on, tile [C, V_slice], into running [5, N] and the
+    table, which are right once all slices are merged."""
+    C, width = tile.shape
+    if C == 0:
+        return
+    ids, bias, transform, table, lean = softmaxes
+    bias = None if bias is None else bias[first_column : first_column + width]
+    with torch.cuda.device_of(tile):
+        slice_stats_kernel[(C,)](
+            tile, rows.indices, ids, bias, running, table,
+            rows.first, first_column, ids.shape[0], width, vocab_size, tile.stride(0), *transform,
+            HAS_TOKENS=rows.indices is not None, **_flags(softmaxes),
+            **launch("stats_lean" if lean else "stats_full", tile, width),
+        )  # fmt: skip
+
+
+def new_running(ids: Tensor) -> Tensor:
+    """The running sums [5, N] before the first slice."""
+    running = torch.zeros(5, ids.shape[0], dtype=torch.float64, device=ids.device)
+    running[0] = -1e30
+    return running
+
+
+PROGRAMS, SCALE_BLOCK = 2048, 2048
+
+
+def scale_in_place(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a scalar on x's device. Where it is 1, as usual, x is neither read nor written.
+
+    x must be contiguous. The product is rounded once to x's dtype.
+    """
+    if x.numel() == 0:
+        return
+    factor = factor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    grid = (min(PROGRAMS, triton.cdiv(x.numel(), SCALE_BLOCK)),)
+    with torch.cuda.device_of(x):
+        scale_kernel[grid](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)

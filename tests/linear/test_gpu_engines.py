@@ -1,0 +1,290 @@
+"""The head's GPU engines against fp64 and against token tiles, in tiny tiles: on a GPU, or in Triton's
+interpreter."""
+
+import math
+
+import pytest
+import torch
+
+from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
+
+pytest.importorskip("fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError)
+
+from fastalign_kernels import (  # noqa: E402
+    linear_cross_entropy,
+    linear_cross_entropy_stats,
+    linear_dpo_loss,
+    linear_kto_loss,
+    linear_logprobs,
+    linear_ppo_loss,
+    linear_token_stats,
+)
+from fastalign_kernels.linear import engines, gpu_plan  # noqa: E402
+from fastalign_kernels.linear.engine import Gradients  # noqa: E402
+from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  # noqa: E402
+from fastalign_kernels.linear.kept_softmax import KeptSoftmax, keeps_softmax  # noqa: E402
+from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
+from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
+
+N, H, V = 23, 16, 300
+MIB = 2**20
+# bytes that hold all tokens; blocks of 12 tokens in 16 bits; slices of 112 columns
+ENGINES = {
+    "all kept": (KeptSoftmax, 1.0),
+    "in blocks": (KeptSoftmax, (4 * 4 + 12 * 2) * V / MIB),
+    "slices": (VocabSlices, N * 6 * 112 / MIB),
+}
+ALL = HeadOptions(logit_scale=0.7, softcap=5.0, temperature=1.3)
+CASES = [
+    (torch.float32, ALL),
+    (torch.bfloat16, ALL),
+    (torch.bfloat16, HeadOptions(lean=True)),
+    (torch.float16, HeadOptions()),
+]
+# Relative error of a sum of terms that are rounded once. Triton's interpreter truncates to bf16, which costs
+# twice the rounding and is biased.
+CLOSE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, in the interpreter
+]
+
+
+@pytest.fixture(autouse=True)
+def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_plan, "TILES", (8, 4))
+    monkeypatch.setattr(gpu_plan, "GRANULE", 4)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> KeptSoftmax | VocabSlices:
+    make, workspace_mib = ENGINES[request.param]
+    return make(workspace_mib)
+
+
+def make(device, dtype=torch.float32, options=HeadOptions(), ignored=(0, 5, 6, 22), n_tokens=N) -> HeadInputs:
+    """Inputs with a bias if there are options; one ignored token's hidden state is NaN, which nobody may
+    read."""
+    generator = torch.Generator().manual_seed(n_tokens)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    hidden, weight = normal(n_tokens, H), normal(V, H)
+    ids = torch.randint(0, V, (n_tokens,), generator=generator)
+    ids[list(ignored)] = -1
+    if ignored:
+        hidden[ignored[-1]] = float("nan")
+    bias = normal(V) if options != HeadOptions(lean=options.lean) else None
+    return HeadInputs(hidden, weight, ids.to(device), bias, options)
+
+
+def truth(inputs: HeadInputs, coefficients_of) -> tuple[torch.Tensor, Gradients]:
+    """Statistics and gradients in fp64."""
+    hidden, weight, ids, bias, options = inputs
+    x, w = hidden.nan_to_num().double(), weight.double()
+    b = None if bias is None else bias.double()
+    logits = (x @ w.t())[None]
+    stats = row_stats_ref(logits, ids, b, options.transform)
+    grad = row_grad_ref(logits, ids, b, options.transform, stats, coefficients_of(stats))[0]
+    return stats, Gradients(grad @ w, grad.t() @ x, grad.sum(0))
+
+
+def assert_close(found: Gradients, expected: Gradients, dtype: torch.dtype) -> None:
+    for name, ours, right in zip(Gradients._fields, found, expected):
+        if ours.numel():
+            error = (ours.double() - right).norm() / right.norm().clamp(min=1e-12)
+            assert error <= CLOSE[dtype], f"d {name} is off by {error:.3g}"
+
+
+def cross_entropy(inputs: HeadInputs) -> TokenCrossEntropy:
+    scale = torch.linspace(-1, 2, inputs.ids.numel(), device=inputs.ids.device)
+    smoothing = 0.0 if inputs.options.lean else 0.1
+    return TokenCrossEntropy(scale, smoothing, 0.01, V)
+
+
+def needs_of(inputs: HeadInputs) -> NeedsGrad:
+    return NeedsGrad(hidden=True, weight=True, bias=inputs.bias is not None)
+
+
+@pytest.mark.parametrize("dtype, options", CASES, ids=str)
+def test_a_token_loss(device, engine, dtype, options):
+    """In one launch, by a function of the statistics, and under a frozen head."""
+    inputs = make(device, dtype, options)
+    loss, needs = cross_entropy(inputs), needs_of(inputs)
+    stats, expected = truth(inputs, lambda table: loss(table, slice(None)))
+    table, found = engine.statistics_and_gradients(inputs, loss, needs)
+    rows = [Stat.LOGP, Stat.LSE] if options.lean else list(Stat)
+    torch.testing.assert_close(table[rows].double(), stats[rows], rtol=1e-5, atol=2e-5)
+    assert_close(found, expected, dtype)
+    again, given = engine.statistics_and_gradients(inputs, lambda s, t: loss(s, t), needs)
+    torch.testing.assert_close(again, table, rtol=1e-6, atol=1e-6)
+    assert_close(given, expected, dtype)
+    frozen = engine.statistics_and_gradients(inputs, loss, NeedsGrad(hidden=True))[1]
+    assert frozen.weight.numel() == 0 and frozen.bias.numel() == 0
+    assert_close(frozen, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype, options", CASES, ids=str)
+def test_any_upstream_gradient_and_a_second_backward(device, engine, dtype, options):
+    inputs = make(device, dtype, options)
+    needs = needs_of(inputs)
+    upstream = torch.randn(len(Stat), N, generator=torch.Generator().manual_seed(1)).to(device)
+    if options.lean:
+        upstream[[Stat.MEAN_LOGP, Stat.ENTROPY]] = 0
+    stats, expected = truth(inputs, lambda table: coefficients(upstream.double(), table, V))
+    table, saved = engine.statistics(inputs, needs)
+    assert [x.shape for x in saved] == [x.shape for x in engine.empty_saved(inputs, needs)]
+    given = coefficients(upstream, table, V)
+    assert_close(engine.gradients(inputs, table, saved, given, needs), expected, dtype)
+    assert_close(engine.gradients(inputs, table, [], given, needs), expected, dtype)
+    assert_close(engine.gradients(inputs, table, [], given, NeedsGrad(hidden=True)), expected, dtype)
+    without, nothing = engine.statistics(inputs, NeedsGrad())
+    assert not nothing
+    torch.testing.assert_close(without, table, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_tokens, ignored", [(0, ()), (1, ()), (9, range(9)), (9, range(8)), (9, ())])
+def test_few_tokens(device, engine, n_tokens, ignored):
+    inputs = make(device, ignored=tuple(ignored), n_tokens=n_tokens)
+    loss, needs = cross_entropy(inputs), needs_of(inputs)
+    stats, expected = truth(inputs, lambda table: loss(table, slice(None)))
+    table, found = engine.statistics_and_gradients(inputs, loss, needs)
+    torch.testing.assert_close(table.double(), stats, rtol=1e-5, atol=2e-5)
+    assert_close(found, expected, torch.float32)
+    table, saved = engine.statistics(inputs, needs)
+    found = engine.gradients(inputs, table, saved, loss(table, slice(None)), needs)
+    assert_close(found, expected, torch.float32)
+
+
+def test_fp32_master_weights_get_an_fp32_gradient(device, engine):
+    inputs = make(device, torch.bfloat16)
+    inputs = inputs._replace(weight=inputs.weight.float())
+    loss = cross_entropy(inputs)
+    expected = truth(inputs, lambda table: loss(table, slice(None)))[1]
+    found = engine.statistics_and_gradients(inputs, loss, needs_of(inputs))[1]
+    assert found.weight.dtype == torch.float32 and found.hidden.dtype == torch.bfloat16
+    assert_close(found, expected, torch.bfloat16)
+
+
+def test_a_sure_token_keeps_its_gradient_when_the_softmax_is_kept(device):
+    """P of the target rounds to 1 in 16 bits; P - 1 comes from the statistics."""
+    inputs = make(device, torch.bfloat16, ignored=())
+    scale = 6 / (inputs.hidden.float() ** 2).sum(1).sqrt()
+    weight = inputs.weight.clone()
+    ids = torch.arange(N, device=device)
+    weight[:N] = (inputs.hidden.float() * scale[:, None]).to(torch.bfloat16)
+    inputs = inputs._replace(weight=weight, ids=ids)
+    loss = TokenCrossEntropy(torch.ones(N, device=device), 0.0, 0.0, V)
+    expected = truth(inputs, lambda table: loss(table, slice(None)))[1]
+    engine = KeptSoftmax(1.0)
+    table, saved = engine.statistics(inputs, needs_of(inputs))
+    assert (table[Stat.LOGP] > -1e-2).sum() > 5
+    found = engine.gradients(inputs, table, saved, loss(table, slice(None)), needs_of(inputs))
+    assert_close(found, expected, torch.bfloat16)
+
+
+def test_a_softcap_keeps_the_softmax_only_if_no_slope_is_lost():
+    assert keeps_softmax(torch.bfloat16, 256000, 30.0, 1.0)
+    assert not keeps_softmax(torch.bfloat16, 256000, 50.0, 1.0)
+    assert not keeps_softmax(torch.float16, 256000, 30.0, 1.0)
+    assert keeps_softmax(torch.float16, 256000, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", ["all kept", "in blocks", "slices"])
+def test_every_public_loss_runs_on_it(device, monkeypatch, name):
+    """Values and gradients are those of token tiles."""
+    inputs = make(device, ignored=(3,), n_tokens=24)
+    leaves = [x.detach().nan_to_num().requires_grad_() for x in (inputs.hidden, inputs.weight)]
+    hidden, weight = leaves
+    ids = torch.where(inputs.ids < 0, -100, inputs.ids)
+    mixed = torch.linspace(-1, 1, 24, device=device)
+    rows = {"cu_seqlens": torch.tensor([0, 7, 12, 20, 24], device=device)}
+    reference = rows | {"reference_hidden": hidden.detach(), "reference_weight": weight.detach() * 0.9}
+    desirable = torch.tensor([True, False, True, False], device=device)
+    kl = torch.tensor(0.1, device=device)
+
+    def values() -> dict[str, torch.Tensor]:
+        stats = linear_token_stats(hidden, weight, ids)
+        shared = linear_cross_entropy_stats(hidden, weight, ids, label_smoothing=0.1, z_loss=1e-2)
+        return {
+            "cross-entropy": linear_cross_entropy(hidden, weight, ids) * 3,
+            "cross-entropy of tokens": (linear_cross_entropy(hidden, weight, ids, reduction="none") * mixed).sum(),
+            "cross-entropy, statistics": shared.loss + shared.entropy.sum() * 0,
+            "log-probs": (linear_logprobs(hidden, weight, ids) * mixed).sum(),
+            "statistics": (stats.logp * mixed + stats.entropy * mixed**2 - stats.lse).sum(),
+            "PPO": linear_ppo_loss(
+                hidden, weight, ids, None, mixed, ids >= 0, entropy_coefficient=0.1
+            ).loss,
+            "DPO": linear_dpo_loss(hidden, weight, ids, **reference).loss,
+            "KTO": linear_kto_loss(hidden, weight, ids, desirable, kl, **reference).loss,
+        }
+
+    def results() -> dict[str, list[torch.Tensor]]:
+        return {
+            name: [value.detach(), *torch.autograd.grad(value, leaves)] for name, value in values().items()
+        }
+
+    expected = results()
+    make_engine, workspace_mib = ENGINES[name]
+    calls = []
+
+    def forced(inputs, needs):
+        calls.append(name)
+        return make_engine(workspace_mib)
+
+    monkeypatch.setattr(engines, "engine_for", forced)
+    for loss, found in results().items():
+        for ours, right in zip(found, expected[loss]):
+            torch.testing.assert_close(ours, right, rtol=2e-4, atol=2e-5, msg=lambda m, loss=loss: f"{loss}: {m}")
+    assert calls
+
+
+def call(n_tokens=8192, vocab_size=151936, dtype=torch.bfloat16, workspace_mib=2560.0, **changed):
+    gradients = {"hidden_grad": True, "head_grad": True} | changed
+    return gpu_plan.GpuCall(n_tokens, vocab_size, dtype, workspace_mib, **gradients)
+
+
+@pytest.mark.parametrize(
+    "given, engine",
+    [
+        (call(), "kept_softmax"),
+        (call(workspace_mib=512), "kept_softmax"),
+        (call(workspace_mib=300), "vocab_slices"),  # blocks of 512 tokens: dW's sum costs more than a GEMM
+        (call(workspace_mib=300, head_grad=False), "kept_softmax"),
+        (call(workspace_mib=100, head_grad=False, hidden_grad=False), "vocab_slices"),
+        (call(workspace_mib=10), "token_tiles"),  # no slice of 256 columns fits
+        (call(n_tokens=100, workspace_mib=100), "kept_softmax"),
+        (call(dtype=torch.float64), "token_tiles"),
+        (call(tail=True), "token_tiles"),
+        (call(tail=True, head_grad=False, hidden_grad=False), "kept_softmax"),
+        (call(n_tokens=0), "kept_softmax"),
+    ],
+)
+def test_the_engine_of_a_call(monkeypatch, given, engine):
+    monkeypatch.undo()  # tiles of their real sizes
+    assert gpu_plan.select_engine(given) == engine
+
+
+@pytest.mark.parametrize(
+    "given, tile, block",
+    [
+        (call(n_tokens=2048), 1024, 2048),
+        (call(), 256, 8192),  # a larger tile would make two blocks of it
+        (call(n_tokens=16384), 256, 8192),
+        (call(n_tokens=10000), 1024, 5120),  # two blocks in any case, so that the tile is large
+        (call(n_tokens=1100, head_grad=False), 768, 768),
+        (call(dtype=torch.float32, n_tokens=4000), 1024, 4000),
+    ],
+)
+def test_sizes_of_tiles_and_blocks(monkeypatch, given, tile, block):
+    monkeypatch.undo()
+    sizes = gpu_plan.tile_sizes(given)
+    assert (sizes.tile, sizes.block) == (tile, block)
+    assert sizes.bytes <= given.workspace_mib * MIB
+
+
+def test_the_default_workspace_is_a_sixteenth_of_the_card():
+    assert gpu_plan.gpu_workspace_mib(24 * 2**30) == 1536
+    assert gpu_plan.gpu_workspace_mib(141 * 2**30) == gpu_plan.gpu_workspace_mib(None) == 2560
+    assert math.isclose(gpu_plan.gpu_workspace_mib(8 * 2**30), 512)
