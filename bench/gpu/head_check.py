@@ -13,13 +13,15 @@ import json
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastalign_kernels.linear.inputs import Engine, Gradients, HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.engine import Engine, Gradients
+from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.linear.vocab_slices import VocabSlices
@@ -29,8 +31,8 @@ from tests.tolerance import assert_no_worse_than_eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-PLAIN: dict[str, float] = {}
-ALL = {"logit_scale": 0.7, "softcap": 30.0, "temperature": 1.3}
+PLAIN = HeadOptions()
+ALL = HeadOptions(logit_scale=0.7, softcap=30.0, temperature=1.3)
 ENGINES: dict[str, tuple[Engine, float]] = {
     "kept_softmax": (KeptSoftmax(2560), 2560.0),
     "kept_softmax in blocks": (KeptSoftmax(2560), 7.0),
@@ -42,7 +44,7 @@ TRAINED = NeedsGrad(hidden=True, weight=True, bias=True)
 class Case(NamedTuple):
     shape: tuple[int, int, int]
     dtype: torch.dtype
-    options: dict[str, float]
+    options: HeadOptions
     bias: bool = False
     ignored: str = "some"  # none, some (their hidden states are NaN), all
     spread: float = 2.0  # of the logits
@@ -83,9 +85,9 @@ def make(case: Case) -> tuple[HeadInputs, Tensor]:
     if case.ignored == "all":
         ids[:] = -1
     bias = normal(V).to(case.dtype) if case.bias else None
-    options = HeadOptions(**case.options)
-    move = [x if x is None else x.to(DEVICE) for x in (hidden, weight, ids, bias)]
-    return HeadInputs(*move, options), clean.to(DEVICE)  # type: ignore[arg-type]
+    bias = None if bias is None else bias.to(DEVICE)
+    inputs = HeadInputs(hidden.to(DEVICE), weight.to(DEVICE), ids.to(DEVICE), bias, case.options)
+    return inputs, clean.to(DEVICE)
 
 
 def reference(
@@ -127,12 +129,12 @@ def check(case: Case, engine_name: str) -> None:
     needs = TRAINED._replace(bias=inputs.bias is not None)
     generator = torch.Generator(DEVICE).manual_seed(1)
     scale = torch.randn(N, device=DEVICE, generator=generator)
-    smoothing = 0.0 if "softcap" in case.options and case.dtype == FP16 else 0.1
+    smoothing = 0.0 if case.options.softcap and case.dtype == FP16 else 0.1
     loss = TokenCrossEntropy(scale, smoothing, 0.01, V)
     upstream = torch.randn(len(Stat), N, device=DEVICE, generator=generator)
 
     def in_loss(stats: Tensor) -> Tensor:
-        return loss._replace(scale=scale.to(stats.dtype))(stats, slice(None))
+        return replace(loss, scale=scale.to(stats.dtype))(stats, slice(None))
 
     def in_upstream(stats: Tensor) -> Tensor:
         return coefficients(upstream.to(stats.dtype), stats, V)
@@ -228,9 +230,7 @@ def main() -> int:
     begin = time.perf_counter()
     jobs: list[tuple[str, Any, tuple[Any, ...]]] = [("scale", check_scale, ())]
     jobs += [(f"capture, {name}", check_capture, (name,)) for name in ENGINES]
-    jobs += [
-        (f"{name}, {case}", check, (case, name)) for case, name in itertools.product(CASES, ENGINES)
-    ]
+    jobs += [(f"{name}, {case}", check, (case, name)) for case, name in itertools.product(CASES, ENGINES)]
     jobs += [(f"N V > 2^31, {name}", check_large, (name,)) for name in ("kept_softmax", "vocab_slices")]
     results: dict[str, str] = {}
     for name, function, given in jobs:

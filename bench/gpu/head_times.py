@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastalign_kernels as fk
-from fastalign_kernels.linear.inputs import Engine, HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.engine import Engine
+from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.linear.vocab_slices import VocabSlices
@@ -177,6 +178,32 @@ def bare(x: Tensor, w: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
+def groups_of(
+    x: Tensor, w: Tensor, ids: Tensor, prototypes: ModuleType | None
+) -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
+    """Cases by group; a group is made when its turn comes."""
+    kept, slices = KeptSoftmax(2560), VocabSlices(300)
+
+    def all_kept() -> dict[str, Callable[[], object]]:
+        cases = engine_cases(x, w, ids, kept, 16384)
+        return {name: cases[name] for name in ("cross-entropy", "any upstream")}
+
+    groups: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {
+        "bare": lambda: bare(x, w),
+        "kept": lambda: engine_cases(x, w, ids, kept, None),
+        "slices": lambda: engine_cases(x, w, ids, slices, None),
+        "kept, all in memory": all_kept,
+        "public": lambda: public_cases(x, w, ids),
+    }
+    if prototypes is not None:
+        functions = {"keep": prototypes.keep, "sliced": prototypes.sliced}
+        groups["prototype"] = lambda: {
+            name: functools.partial(function, x, w, ids) for name, function in functions.items()
+        }
+    groups["torch"] = lambda: torch_cases(x, w, ids, compiled=False)
+    return groups
+
+
 def run(arguments: argparse.Namespace) -> None:
     begin = time.perf_counter()
     prototypes = load(arguments.prototypes)
@@ -195,23 +222,7 @@ def run(arguments: argparse.Namespace) -> None:
         x = torch.randn(N, H, device="cuda", dtype=torch.bfloat16)
         w = torch.randn(V, H, device="cuda", dtype=torch.bfloat16) * (2 / H**0.5)
         ids = torch.randint(0, V, (N,), device="cuda")
-        kept, slices = KeptSoftmax(2560), VocabSlices(300)
-        groups: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {
-            "bare": lambda x=x, w=w: bare(x, w),
-            "kept": lambda x=x, w=w, ids=ids, kept=kept: engine_cases(x, w, ids, kept, None),
-            "slices": lambda x=x, w=w, ids=ids, slices=slices: engine_cases(x, w, ids, slices, None),
-            "kept, all in memory": lambda x=x, w=w, ids=ids, kept=kept: {
-                name: case
-                for name, case in engine_cases(x, w, ids, kept, 16384).items()
-                if name in ("cross-entropy", "any upstream")
-            },
-            "public": lambda x=x, w=w, ids=ids: public_cases(x, w, ids),
-        }
-        if prototypes is not None:
-            groups["prototype"] = lambda x=x, w=w, ids=ids: {
-                f.__name__: functools.partial(f, x, w, ids) for f in (prototypes.keep, prototypes.sliced)
-            }
-        groups["torch"] = lambda x=x, w=w, ids=ids: torch_cases(x, w, ids, compiled=False)
+        groups = groups_of(x, w, ids, prototypes)
         floor = {"3": float("nan"), "2": float("nan"), "1": float("nan")}
         for group, make in groups.items():
             try:

@@ -12,6 +12,7 @@ from fastalign_kernels import (
     plan_head,
 )
 from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
+from fastalign_kernels.linear.inputs import HeadOptions
 from fastalign_kernels.softmax import rows
 from tests.linear.inputs import grads_of, make
 
@@ -45,20 +46,27 @@ def test_the_plan():
     def plan(N=2048, H=576, V=49152, dtype=torch.float32, device="cpu", **options):
         return plan_head(N, H, V, dtype=dtype, device=device, **options)
 
-    assert plan(hidden_grad=False, weight_grad=False)[::3] == ("no_grad", 1)
-    assert plan()[::3] == ("gradient_in_forward", 3)
-    assert plan(weight_grad=False)[::3] == ("gradient_in_forward", 2)
-    assert plan(upstream="logp")[::3] == ("general", 4)
-    assert plan(upstream="logp", weight_grad=False)[::3] == ("frozen_head", 2)
-    assert plan(upstream="table", weight_grad=False)[::3] == ("general", 3)
-    assert plan(dtype=torch.float16)[::3] == ("general", 4)
+    assert plan(hidden_grad=False, weight_grad=False)[:4:3] == ("no_grad", 1)
+    assert plan()[:4:3] == ("gradient_in_forward", 3)
+    assert plan(weight_grad=False)[:4:3] == ("gradient_in_forward", 2)
+    assert plan(upstream="logp")[:4:3] == ("general", 4)
+    assert plan(upstream="logp", weight_grad=False)[:4:3] == ("frozen_head", 2)
+    assert plan(upstream="table", weight_grad=False)[:4:3] == ("general", 3)
+    assert plan(dtype=torch.float16)[:4:3] == ("general", 4)
     assert plan(100).chunk == 100
     default = plan()
     assert default.workspace_bytes == default.chunk * 49152 * 4 <= 72 * 2**20 and default.chunk == 342
     assert plan(weight_grad=False).workspace_bytes == 512 * 49152 * 4 == 96 * 2**20
     assert -(-2048 // default.chunk) * default.chunk - 2048 < -(-2048 // default.chunk), "uneven chunks"
     gpu = plan(8192, 4096, 151936, torch.bfloat16, "cuda")
-    assert gpu.workspace_bytes == gpu.chunk * 151936 * 6 <= 512 * 2**20 and gpu.chunk > 546
+    assert gpu.engine == "kept_softmax" and gpu.kept_tokens == 8192 and gpu.gemms == 3
+    assert gpu.workspace_bytes == 151936 * (4 * gpu.chunk + 2 * 8192) <= 2560 * 2**20
+    assert plan(8192, 4096, 151936, torch.bfloat16, "cuda", upstream="logp").gemms == 3
+    assert plan(16384, 4096, 151936, torch.bfloat16, "cuda", upstream="logp").gemms == 4
+    tail = plan(8192, 4096, 151936, torch.bfloat16, "cuda", tail_eps=1e-4)
+    assert tail.engine == "token_tiles" and tail.workspace_bytes <= 512 * 2**20
+    slices = plan(8192, 4096, 151936, torch.bfloat16, "cuda", workspace_mib=300)
+    assert slices[3:5] == (4, "vocab_slices") and slices.slice_columns == 6400
     assert plan(8192, 4096, 151936, torch.float32, "cuda", workspace_mib=100).workspace_bytes <= 100 * 2**20
     assert plan(0).chunk == 1
     for bad in ({"N": -1}, {"V": 0}, {"H": 0}, {"upstream": "x"}, {"workspace_mib": 0.1}):
@@ -97,7 +105,7 @@ def test_compiles_with_a_dynamic_number_of_tokens(device):
 def test_opcheck(tail_eps):
     hidden, weight, ids, bias = make("cpu", N=6, H=4, V=11)
     ids = ids.clamp(min=-1)
-    options, needs = [0.7, 5.0, 1.3, 0.0, tail_eps or 0.0], [True, True, True]
+    options, needs = HeadOptions(0.7, 5.0, 1.3, None, tail_eps).numbers(), [True, True, True]
     head, ops = (hidden, weight, ids, bias), torch.ops.fastalign
     torch.library.opcheck(ops.head_stats.default, (*head, options, needs))
     scale = torch.rand(6, dtype=torch.float64)

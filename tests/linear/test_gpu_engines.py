@@ -8,7 +8,9 @@ import torch
 
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
 
-pytest.importorskip("fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError)
+pytest.importorskip(
+    "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
+)
 
 from fastalign_kernels import (  # noqa: E402
     linear_cross_entropy,
@@ -20,9 +22,9 @@ from fastalign_kernels import (  # noqa: E402
     linear_token_stats,
 )
 from fastalign_kernels.linear import engines, gpu_plan  # noqa: E402
-from fastalign_kernels.linear.engine import Gradients  # noqa: E402
+from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  # noqa: E402
-from fastalign_kernels.linear.kept_softmax import KeptSoftmax, keeps_softmax  # noqa: E402
+from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 
@@ -34,12 +36,13 @@ ENGINES = {
     "in blocks": (KeptSoftmax, (4 * 4 + 12 * 2) * V / MIB),
     "slices": (VocabSlices, N * 6 * 112 / MIB),
 }
+PLAIN = HeadOptions()
 ALL = HeadOptions(logit_scale=0.7, softcap=5.0, temperature=1.3)
 CASES = [
     (torch.float32, ALL),
     (torch.bfloat16, ALL),
     (torch.bfloat16, HeadOptions(lean=True)),
-    (torch.float16, HeadOptions()),
+    (torch.float16, PLAIN),
 ]
 # Relative error of a sum of terms that are rounded once. Triton's interpreter truncates to bf16, which costs
 # twice the rounding and is biased.
@@ -57,12 +60,12 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> KeptSoftmax | VocabSlices:
+def engine(request: pytest.FixtureRequest) -> Engine:
     make, workspace_mib = ENGINES[request.param]
     return make(workspace_mib)
 
 
-def make(device, dtype=torch.float32, options=HeadOptions(), ignored=(0, 5, 6, 22), n_tokens=N) -> HeadInputs:
+def make(device, dtype=torch.float32, options=PLAIN, ignored=(0, 5, 6, 22), n_tokens=N) -> HeadInputs:
     """Inputs with a bias if there are options; one ignored token's hidden state is NaN, which nobody may
     read."""
     generator = torch.Generator().manual_seed(n_tokens)
@@ -185,10 +188,10 @@ def test_a_sure_token_keeps_its_gradient_when_the_softmax_is_kept(device):
 
 
 def test_a_softcap_keeps_the_softmax_only_if_no_slope_is_lost():
-    assert keeps_softmax(torch.bfloat16, 256000, 30.0, 1.0)
-    assert not keeps_softmax(torch.bfloat16, 256000, 50.0, 1.0)
-    assert not keeps_softmax(torch.float16, 256000, 30.0, 1.0)
-    assert keeps_softmax(torch.float16, 256000, 0.0, 1.0)
+    assert gpu_plan.keeps_softmax(torch.bfloat16, 256000, 30.0, 1.0)
+    assert not gpu_plan.keeps_softmax(torch.bfloat16, 256000, 50.0, 1.0)
+    assert not gpu_plan.keeps_softmax(torch.float16, 256000, 30.0, 1.0)
+    assert gpu_plan.keeps_softmax(torch.float16, 256000, 0.0, 1.0)
 
 
 @pytest.mark.parametrize("name", ["all kept", "in blocks", "slices"])
@@ -209,13 +212,13 @@ def test_every_public_loss_runs_on_it(device, monkeypatch, name):
         shared = linear_cross_entropy_stats(hidden, weight, ids, label_smoothing=0.1, z_loss=1e-2)
         return {
             "cross-entropy": linear_cross_entropy(hidden, weight, ids) * 3,
-            "cross-entropy of tokens": (linear_cross_entropy(hidden, weight, ids, reduction="none") * mixed).sum(),
+            "cross-entropy of tokens": (
+                linear_cross_entropy(hidden, weight, ids, reduction="none") * mixed
+            ).sum(),
             "cross-entropy, statistics": shared.loss + shared.entropy.sum() * 0,
             "log-probs": (linear_logprobs(hidden, weight, ids) * mixed).sum(),
             "statistics": (stats.logp * mixed + stats.entropy * mixed**2 - stats.lse).sum(),
-            "PPO": linear_ppo_loss(
-                hidden, weight, ids, None, mixed, ids >= 0, entropy_coefficient=0.1
-            ).loss,
+            "PPO": linear_ppo_loss(hidden, weight, ids, None, mixed, ids >= 0, entropy_coefficient=0.1).loss,
             "DPO": linear_dpo_loss(hidden, weight, ids, **reference).loss,
             "KTO": linear_kto_loss(hidden, weight, ids, desirable, kl, **reference).loss,
         }
@@ -225,18 +228,26 @@ def test_every_public_loss_runs_on_it(device, monkeypatch, name):
             name: [value.detach(), *torch.autograd.grad(value, leaves)] for name, value in values().items()
         }
 
+    def twice() -> dict[str, list[torch.Tensor]]:
+        """A second backward: what was saved for the first is overwritten."""
+        value = values()["log-probs"]
+        torch.autograd.grad(value, leaves, retain_graph=True)
+        return {"log-probs": [value.detach(), *torch.autograd.grad(value, leaves)]}
+
     expected = results()
-    make_engine, workspace_mib = ENGINES[name]
+    selected = engines.Selection("vocab_slices" if name == "slices" else "kept_softmax", ENGINES[name][1])
     calls = []
 
     def forced(inputs, needs):
-        calls.append(name)
-        return make_engine(workspace_mib)
+        calls.append(selected)
+        return selected
 
-    monkeypatch.setattr(engines, "engine_for", forced)
-    for loss, found in results().items():
+    monkeypatch.setattr(engines, "select", forced)
+    for loss, found in (results() | twice()).items():
         for ours, right in zip(found, expected[loss]):
-            torch.testing.assert_close(ours, right, rtol=2e-4, atol=2e-5, msg=lambda m, loss=loss: f"{loss}: {m}")
+            torch.testing.assert_close(
+                ours, right, rtol=2e-4, atol=2e-5, msg=lambda m, loss=loss: f"{loss}: {m}"
+            )
     assert calls
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastalign.measure import peak_memories
 from fastalign_kernels.linear import chunks
 from fastalign_kernels.linear import preference as sequence_head
+from fastalign_kernels.linear.inputs import HeadOptions
 from fastalign_kernels.linear.preference import linear_dpo_loss, linear_kto_loss
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref
@@ -308,7 +309,7 @@ def test_opcheck_and_compile(tail_eps: float | None) -> None:
         ends,
         reference,
     )
-    options, needs = [0.1, 0.0, 1.0, 0.0, 1.0, 0.0, tail_eps or 0.0], [True, True, True]
+    options, needs = [0.1, 0.0, *HeadOptions(tail_eps=tail_eps).numbers()], [True, True, True]
     ops = torch.ops.fastalign
     torch.library.opcheck(ops.head_pairs.default, (*head, None, "sigmoid", options, needs))
     desirable, kl = torch.arange(2 * S) % 2 == 0, torch.tensor(0.2)

@@ -18,6 +18,7 @@ from fastalign_kernels import (
     native,
     tail_report,
 )
+from fastalign_kernels.linear.inputs import HeadOptions
 from fastalign_kernels.softmax import rows
 from tests.linear.tail_inputs import EPS, N, gradients, make
 
@@ -38,7 +39,7 @@ def test_compile(function: Callable[..., Tensor]) -> None:
 def test_opcheck() -> None:
     given = make(torch.float32)
     ids = given["ids"].clamp(min=-1)
-    options, needs = [1.0, 0.0, 1.0, 0.0, EPS], [True, True, True]
+    options, needs = HeadOptions(tail_eps=EPS).numbers(), [True, True, True]
     head = (given["hidden"], given["weight"], ids, given["bias"], options, needs)
     # Beyond what was kept the saved tensors hold whatever memory held, so that two runs differ there; test_compile
     # covers the rest.

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..gemm import mm, own_gemm
 from ..softmax.rows import Stat, accumulator_dtype, row_stats
 from .inputs import HeadInputs, NeedsGrad
-from .plan import HeadPlan, plan_head
+from .plan import token_chunk
 
 
 class Operands(NamedTuple):
@@ -117,7 +117,11 @@ def planned_chunks(inputs: HeadInputs, needs: NeedsGrad) -> Iterator[Tensor | sl
     ids = inputs.ids
     order, how_many = _kept_tokens(ids)
     N = ids.numel() if ids.is_cuda else how_many()
-    chunk = _plan(inputs, needs, N).chunk
+    options = inputs.options
+    chunk, _ = token_chunk(
+        N, inputs.vocab_size, inputs.hidden.dtype, inputs.hidden.device.type,
+        needs.hidden, needs.head, options.tail_eps, options.workspace_mib,
+    )  # fmt: skip
     for begin in range(0, N, chunk):
         if begin and ids.is_cuda:
             N = how_many()
@@ -125,21 +129,6 @@ def planned_chunks(inputs: HeadInputs, needs: NeedsGrad) -> Iterator[Tensor | sl
                 return
         end = min(begin + chunk, N)
         yield slice(begin, end) if order is None else order[begin:end]
-
-
-def _plan(inputs: HeadInputs, needs: NeedsGrad, n_tokens: int) -> HeadPlan:
-    V, H = inputs.weight.shape
-    return plan_head(
-        n_tokens,
-        H,
-        V,
-        dtype=inputs.hidden.dtype,
-        device=inputs.hidden.device,
-        hidden_grad=needs.hidden,
-        weight_grad=needs.head,
-        tail_eps=inputs.options.tail_eps,
-        workspace_mib=inputs.options.workspace_mib,
-    )
 
 
 class ChunkRunner:

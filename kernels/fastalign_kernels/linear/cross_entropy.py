@@ -18,10 +18,11 @@ from torch import Tensor
 from ..autograd import register_loss_op
 from ..logits import check_loss_tensors, kept_ids, loss_options, loss_scale, reduced, token_loss
 from ..ordered_sum import ordered_sum
-from ..softmax.rows import Stat, Transform, accumulator_dtype, coefficients, row_stats_ref
+from ..softmax.rows import Stat, Transform, accumulator_dtype, row_stats_ref
 from . import engines
 from .engine import empty_gradients, empty_stats
 from .inputs import HeadInputs, NeedsGrad, check_tail_smoothing, head_inputs, head_options
+from .token_losses import TokenCrossEntropy
 from .token_stats import head_stats, logits_ref
 
 
@@ -51,15 +52,7 @@ def _loss(
     label_smoothing, z_loss, *numbers = options
     inputs = HeadInputs.of(hidden, weight, ids, bias, numbers)
 
-    def of_tokens(stats: Tensor, tokens: Tensor | slice) -> Tensor:
-        """d/dz of -(1 - e) logp - e mean_logp + z_loss lse^2, times the token's scale."""
-        scales = scale[tokens]
-        grad = torch.zeros_like(stats)
-        grad[Stat.LOGP] = (label_smoothing - 1) * scales
-        grad[Stat.MEAN_LOGP] = -label_smoothing * scales
-        grad[Stat.LSE] = 2 * z_loss * stats[Stat.LSE] * scales
-        return coefficients(grad, stats, inputs.vocab_size)
-
+    of_tokens = TokenCrossEntropy(scale, label_smoothing, z_loss, inputs.vocab_size)
     stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
     d_scale = token_loss(stats, label_smoothing, z_loss)
     return ordered_sum(d_scale * scale), stats, *grads, d_scale
@@ -79,6 +72,64 @@ _head_loss = register_loss_op(
     differentiable=("hidden", "weight", "bias", "scale"),
     losses="linear_cross_entropy",
 )
+
+
+def _cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    ignore_index: int | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+    reduction: str,
+    token_weights: Tensor | None,
+    num_items: float | Tensor | None,
+    tail_eps: float | None,
+    workspace_mib: float | None,
+    check: bool,
+    needs_entropy: bool,
+) -> CrossEntropyStats:
+    """`linear_cross_entropy_stats`; without needs_entropy an engine may leave the entropy 0."""
+    label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
+    check_tail_smoothing(tail_eps, label_smoothing, softcap)
+    check_loss_tensors(targets, reduction, token_weights, num_items)
+    options = head_options(
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
+    )
+    inputs = head_inputs(
+        hidden,
+        weight,
+        targets,
+        bias,
+        options,
+        ignore_index=ignore_index,
+        check=check,
+        ids_name="targets",
+    )
+    if not needs_entropy and not label_smoothing:
+        inputs = inputs.lean()
+    dtype = accumulator_dtype(inputs.hidden.dtype)
+    scale = loss_scale(inputs.ids >= 0, reduction, token_weights, num_items, dtype)
+    if reduction == "none" or inputs.mode("scalar") == "general":
+        stats = head_stats(inputs)
+        loss = reduced(token_loss(stats, label_smoothing, z_loss), scale, reduction, targets.shape)
+    else:
+        numbers = [label_smoothing, z_loss, *inputs.options.numbers()]
+        total, stats, *_ = _head_loss(*inputs.tensors, scale, numbers, list(inputs.needs_grad()))
+        loss = total / 0.0 if reduction == "mean" and targets.numel() == 0 else total
+    stats = stats.detach().view(len(Stat), *targets.shape)
+    return CrossEntropyStats(
+        loss, stats[Stat.LOGP], stats[Stat.ENTROPY], stats[Stat.LSE], stats[Stat.TOP1] > 0
+    )
 
 
 def linear_cross_entropy_stats(
@@ -105,39 +156,12 @@ def linear_cross_entropy_stats(
     Returns:
         The loss, and [...] each without gradient: logp, entropy, lse, top1; 0 / False where ignored.
     """
-    label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
-    check_tail_smoothing(tail_eps, label_smoothing, softcap)
-    check_loss_tensors(targets, reduction, token_weights, num_items)
-    options = head_options(
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        tail_eps=tail_eps,
-        workspace_mib=workspace_mib,
-    )
-    inputs = head_inputs(
-        hidden,
-        weight,
-        targets,
-        bias,
-        options,
-        ignore_index=ignore_index,
-        check=check,
-        ids_name="targets",
-    )
-    dtype = accumulator_dtype(inputs.hidden.dtype)
-    scale = loss_scale(inputs.ids >= 0, reduction, token_weights, num_items, dtype)
-    if reduction == "none" or inputs.mode("scalar") == "general":
-        stats = head_stats(inputs)
-        loss = reduced(token_loss(stats, label_smoothing, z_loss), scale, reduction, targets.shape)
-    else:
-        numbers = [label_smoothing, z_loss, *options.numbers()]
-        total, stats, *_ = _head_loss(*inputs.tensors, scale, numbers, list(inputs.needs_grad()))
-        loss = total / 0.0 if reduction == "mean" and targets.numel() == 0 else total
-    stats = stats.detach().view(len(Stat), *targets.shape)
-    return CrossEntropyStats(
-        loss, stats[Stat.LOGP], stats[Stat.ENTROPY], stats[Stat.LSE], stats[Stat.TOP1] > 0
-    )
+    return _cross_entropy(
+        hidden, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        softcap=softcap, logit_scale=logit_scale, temperature=temperature, reduction=reduction,
+        token_weights=token_weights, num_items=num_items, tail_eps=tail_eps, workspace_mib=workspace_mib,
+        check=check, needs_entropy=True,
+    )  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -194,24 +218,12 @@ def linear_cross_entropy(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range, or is no option's name.
     """
-    return linear_cross_entropy_stats(
-        hidden,
-        weight,
-        targets,
-        bias,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items=num_items,
-        tail_eps=tail_eps,
-        workspace_mib=workspace_mib,
-        check=check,
-    ).loss
+    return _cross_entropy(
+        hidden, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+        softcap=softcap, logit_scale=logit_scale, temperature=temperature, reduction=reduction,
+        token_weights=token_weights, num_items=num_items, tail_eps=tail_eps, workspace_mib=workspace_mib,
+        check=check, needs_entropy=False,
+    ).loss  # fmt: skip
 
 
 def linear_cross_entropy_ref(

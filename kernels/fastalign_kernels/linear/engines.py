@@ -2,17 +2,57 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from .. import native
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
+from .gpu_plan import gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
 from .token_tiles import TOKEN_TILES
+
+# Engines whose `gradients` overwrites what `statistics` saved.
+OVERWRITING = ("kept_softmax",)
+
+
+class Selection(NamedTuple):
+    """The engine of a call, and the workspace that it has if the call does not say."""
+
+    name: str
+    workspace_mib: float
+
+
+@torch.compiler.assume_constant_result
+def _card_bytes(index: int | None) -> int:
+    """The memory of a CUDA device."""
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+def select(inputs: HeadInputs, needs: NeedsGrad) -> Selection:
+    """The engine of a call, by name."""
+    if not inputs.hidden.is_cuda or native.triton_missing:
+        return Selection("token_tiles", 0.0)
+    workspace_mib = gpu_workspace_mib(_card_bytes(inputs.hidden.device.index))
+    return Selection(select_engine(inputs.gpu_call(needs, workspace_mib)), workspace_mib)
 
 
 def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
     """The engine of a call."""
-    return TOKEN_TILES
+    name, workspace_mib = select(inputs, needs)
+    if name == "token_tiles":
+        return TOKEN_TILES
+    # here, because triton is absent on macOS and Windows
+    from .kept_softmax import KeptSoftmax
+    from .vocab_slices import VocabSlices
+
+    return KeptSoftmax(workspace_mib) if name == "kept_softmax" else VocabSlices(workspace_mib)
+
+
+def overwrites_saved(inputs: HeadInputs, needs: NeedsGrad) -> bool:
+    """Whether the gradients can be computed only once from what is saved."""
+    return select(inputs, needs).name in OVERWRITING
 
 
 def _no_autocast(inputs: HeadInputs) -> torch.autocast:

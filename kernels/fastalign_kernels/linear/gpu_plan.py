@@ -3,6 +3,7 @@ of shapes, dtypes, gradients and the workspace."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ GRANULE = 256  # blocks of tokens and slices of the vocabulary are multiples of 
 # A block of B tokens reads and writes dW's fp32 sum, 8 V H bytes. A fourth GEMM is 2 N H V flops. At 170 flops
 # a byte (an H200's 680 TFLOP/s and 4 TB/s) N / B blocks cost more than the GEMM if B is below 680.
 FEWEST_KEPT = 768
+# e^-SMALLEST_LOGP is about the smallest P that is kept with some of its digits.
+SMALLEST_LOGP = {torch.bfloat16: 85.0, torch.float16: 26.0}
 MOST_MIB = 2560.0
 CARD_SHARE = 16
 
@@ -128,8 +131,20 @@ def _even(n_tokens: int, most: int) -> int:
     blocks = -(-n_tokens // most) or 1
     if blocks == 1:
         return n_tokens
-    return min(most, -(-(-(-n_tokens // blocks)) // GRANULE) * GRANULE)
+    even = -(-n_tokens // blocks)
+    return min(most, -(-even // GRANULE) * GRANULE)
 
 
 def _largest_tile(room: int) -> int:
     return next((tile for tile in TILES if tile <= room), max(1, min(room, TILES[-1])))
+
+
+def keeps_softmax(dtype: torch.dtype, vocab_size: int, softcap: float, temperature: float) -> bool:
+    """Whether P in 16 bits holds what any gradient needs.
+
+    Under a softcap the slope of a logit is computed from its P, which must not vanish for the smallest logit
+    that the cap allows.
+    """
+    if not softcap or dtype not in SMALLEST_LOGP:
+        return True
+    return 2 * softcap / temperature + math.log(vocab_size) < SMALLEST_LOGP[dtype]

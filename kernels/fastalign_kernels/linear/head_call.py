@@ -8,9 +8,8 @@ from torch import Tensor
 from ..gemm import mm
 from ..softmax.rows import Stat, accumulator_dtype
 from ..softmax.tile_rows_triton import Softmaxes
-from .gpu_plan import GpuCall
 from .gpu_tokens import Tokens
-from .inputs import HeadInputs, NeedsGrad
+from .inputs import HeadInputs
 
 
 def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
@@ -19,20 +18,6 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> N
         out.addmm_(left, right) if add else torch.mm(left, right, out=out)
     else:
         mm(left, right, out, add=add)
-
-
-def gpu_call(inputs: HeadInputs, needs: NeedsGrad, workspace_mib: float) -> GpuCall:
-    """What the plan of a call depends on; workspace_mib: if the call does not say."""
-    mib, tail_eps = inputs.options.workspace_mib, inputs.options.tail_eps
-    return GpuCall(
-        n_tokens=inputs.hidden.shape[0],
-        vocab_size=inputs.vocab_size,
-        dtype=inputs.hidden.dtype,
-        workspace_mib=workspace_mib if mib is None else mib,
-        hidden_grad=needs.hidden,
-        head_grad=needs.head,
-        tail=tail_eps is not None,
-    )
 
 
 class HeadCall:

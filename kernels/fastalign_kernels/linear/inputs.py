@@ -11,6 +11,7 @@ from .. import checks
 from ..logits import kept_ids, make_transform
 from ..softmax.rows import Transform
 from ..torch_func import requires_grad
+from .gpu_plan import GpuCall
 from .plan import select_mode
 
 
@@ -22,6 +23,7 @@ class HeadOptions(NamedTuple):
     temperature: float = 1.0
     workspace_mib: float | None = None  # None: the planner's default
     tail_eps: float | None = None  # None: exact gradients
+    lean: bool = False  # MEAN_LOGP and ENTROPY are not used: an engine may leave them 0
 
     @property
     def transform(self) -> Transform:
@@ -30,13 +32,13 @@ class HeadOptions(NamedTuple):
 
     def numbers(self) -> list[float]:
         """As one `float[]` for an op: each argument of an op costs microseconds a call. 0 stands for None."""
-        return [*self[:3], self.workspace_mib or 0.0, self.tail_eps or 0.0]
+        return [*self[:3], self.workspace_mib or 0.0, self.tail_eps or 0.0, float(self.lean)]
 
     @classmethod
     def of(cls, numbers: list[float]) -> HeadOptions:
         """From `numbers`."""
-        logit_scale, softcap, temperature, workspace_mib, tail_eps = numbers
-        return cls(logit_scale, softcap, temperature, workspace_mib or None, tail_eps or None)
+        logit_scale, softcap, temperature, workspace_mib, tail_eps, lean = numbers
+        return cls(logit_scale, softcap, temperature, workspace_mib or None, tail_eps or None, lean > 0)
 
 
 class HeadInputs(NamedTuple):
@@ -64,6 +66,10 @@ class HeadInputs(NamedTuple):
     def vocab_size(self) -> int:
         return self.weight.shape[0]
 
+    def lean(self) -> HeadInputs:
+        """The same for a loss that uses neither MEAN_LOGP nor ENTROPY."""
+        return self._replace(options=self.options._replace(lean=True))
+
     def needs_grad(self) -> NeedsGrad:
         """Which gradients autograd will ask for."""
         if not torch.is_grad_enabled():
@@ -71,6 +77,19 @@ class HeadInputs(NamedTuple):
         hidden, weight, _, bias, _ = self
         return NeedsGrad(
             requires_grad(hidden), requires_grad(weight), bias is not None and requires_grad(bias)
+        )
+
+    def gpu_call(self, needs: NeedsGrad, workspace_mib: float) -> GpuCall:
+        """What the plan on a GPU depends on; workspace_mib: if the call does not say."""
+        mib = self.options.workspace_mib
+        return GpuCall(
+            n_tokens=self.hidden.shape[0],
+            vocab_size=self.vocab_size,
+            dtype=self.hidden.dtype,
+            workspace_mib=workspace_mib if mib is None else mib,
+            hidden_grad=needs.hidden,
+            head_grad=needs.head,
+            tail=self.options.tail_eps is not None,
         )
 
     def mode(self, upstream: str) -> str:

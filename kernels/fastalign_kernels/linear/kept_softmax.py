@@ -24,7 +24,6 @@ nothing is rounded: 4 bytes a logit, and the gradient overwrites them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,14 +41,12 @@ from ..softmax.tile_rows_triton import (
 )
 from . import gpu_plan
 from .engine import Engine, Gradients, TokenCoefficients
-from .gpu_plan import TileSizes, tile_sizes
+from .gpu_plan import TileSizes, keeps_softmax, tile_sizes
 from .gpu_tokens import Tokens
-from .head_call import HeadCall, gpu_call, product
+from .head_call import HeadCall, product
 from .inputs import HeadInputs, NeedsGrad
 from .token_losses import TokenCrossEntropy
 
-# e^-SMALLEST_LOGP is about the smallest P that is kept with some of its digits
-SMALLEST_LOGP = {torch.bfloat16: 85.0, torch.float16: 26.0}
 SOFTMAX_SCALE = {torch.bfloat16: 1.0, torch.float16: 2.0**15}
 
 ALL = NeedsGrad(hidden=True, weight=True, bias=True)
@@ -116,14 +113,6 @@ class _Sums:
         return Gradients(self.d_hidden, self.d_weight.to(weight.dtype), d_bias)
 
 
-def keeps_softmax(dtype: torch.dtype, vocab_size: int, softcap: float, temperature: float) -> bool:
-    """Whether P in 16 bits holds what any gradient needs: under a softcap the slope of a logit is computed from
-    its P, which must not vanish for the smallest logit that the cap allows."""
-    if not softcap or dtype not in SMALLEST_LOGP:
-        return True
-    return 2 * softcap / temperature + math.log(vocab_size) < SMALLEST_LOGP[dtype]
-
-
 class KeptSoftmax(Engine):
     """The engine `kept_softmax`; see engine.py."""
 
@@ -133,19 +122,23 @@ class KeptSoftmax(Engine):
 
     def sizes(self, inputs: HeadInputs, needs: NeedsGrad) -> TileSizes:
         """The sizes of a call."""
-        return tile_sizes(gpu_call(inputs, needs, self.workspace_mib))
+        return tile_sizes(inputs.gpu_call(needs, self.workspace_mib))
 
     def saved_sizes(self, inputs: HeadInputs) -> TileSizes:
         """The sizes where P is kept, as if all gradients were needed: without the head's a block would be a
         tile, but here all tokens may be kept."""
-        return tile_sizes(gpu_call(inputs, ALL, self.workspace_mib), even=False)
+        return tile_sizes(inputs.gpu_call(ALL, self.workspace_mib), even=False)
+
+    def saves(self, inputs: HeadInputs, needs: NeedsGrad) -> bool:
+        options = inputs.options
+        return any(needs) and keeps_softmax(
+            inputs.hidden.dtype, inputs.vocab_size, options.softcap, options.temperature
+        )
 
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
-        hidden, weight, _, _, options = inputs
-        V = weight.shape[0]
-        if not any(needs) or not keeps_softmax(hidden.dtype, V, options.softcap, options.temperature):
+        if not self.saves(inputs, needs):
             return []
-        return [hidden.new_empty(self.saved_sizes(inputs).block, V)]
+        return [inputs.hidden.new_empty(self.saved_sizes(inputs).block, inputs.vocab_size)]
 
     def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
         saved = self.empty_saved(inputs, needs)
@@ -208,8 +201,9 @@ class KeptSoftmax(Engine):
 
         def write(logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
             if isinstance(token_coefficients, TokenCrossEntropy):
-                scale, label_smoothing, z_loss, _ = token_coefficients
-                tile_loss(logits, rows, softmaxes, TokenLoss(scale, label_smoothing, z_loss), out)
+                ce = token_coefficients
+                loss = TokenLoss(ce.scale, ce.label_smoothing, ce.z_loss)
+                tile_loss(logits, rows, softmaxes, loss, out)
                 return
             tile_stats(logits, rows, softmaxes)
             index = call.tokens.index(*positions)
@@ -263,9 +257,7 @@ class _Call(HeadCall):
             kept_grad(kept, kept, rows, self.softmaxes, given, SOFTMAX_SCALE[kept.dtype])
 
     def run_statistics(self, sizes: TileSizes) -> None:
-        self.fill(
-            _Block(0, self.tokens.count), None, self.new_rows(sizes.tile), sizes.tile, self.write_stats
-        )
+        self.fill(_Block(0, self.tokens.count), None, self.new_rows(sizes.tile), sizes.tile, self.write_stats)
 
     def fill(self, block: _Block, kept: Tensor | None, tile: Tensor | None, size: int, write: Write) -> None:
         """Logits of the block's tokens, a tile at a time, each handed to `write` with the rows of `kept` that

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..autograd import NamedGrads, register_op
-from ..softmax.rows import Stat, coefficients
+from ..softmax.rows import Stat, accumulator_dtype
 from . import engines
 from .engine import empty_stats
 from .inputs import HeadInputs, NeedsGrad, head_inputs, head_options
+from .token_losses import TokenCrossEntropy
 from .token_stats import head_stats
 
 _HIDDEN_ALONE = NeedsGrad(hidden=True)
@@ -37,11 +38,9 @@ def _frozen(
     """
     inputs = HeadInputs.of(hidden, weight, ids, bias, options)
 
-    def of_logp(stats: Tensor, tokens: Tensor | slice) -> Tensor:
-        grad = torch.zeros_like(stats)
-        grad[Stat.LOGP] = 1
-        return coefficients(grad, stats, inputs.vocab_size)
-
+    # d logp = -d cross-entropy
+    minus = hidden.new_full((1,), -1.0, dtype=accumulator_dtype(hidden.dtype)).expand(hidden.shape[0])
+    of_logp = TokenCrossEntropy(minus, 0.0, 0.0, inputs.vocab_size)
     stats, grads = engines.statistics_and_gradients(inputs, of_logp, _HIDDEN_ALONE)
     return stats, grads.hidden
 
@@ -72,6 +71,7 @@ _head_frozen = register_op(
 
 def logprobs(inputs: HeadInputs) -> Tensor:
     """`linear_logprobs` [N] of checked inputs."""
+    inputs = inputs.lean()
     if inputs.mode("logp") == "frozen_head":
         # A clone: a view would keep all of hidden.
         origin = inputs.hidden[:0].clone()

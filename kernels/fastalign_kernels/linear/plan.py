@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import checks
+from .gpu_plan import GpuCall, gpu_workspace_mib, select_engine, slice_width, tile_sizes
 
 # Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V
 # = 49152) run their GEMMs 9 % faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak
@@ -35,6 +36,9 @@ class HeadPlan(NamedTuple):
     chunk: int
     workspace_bytes: int
     gemms: int
+    engine: str = "token_tiles"  # or on a GPU kept_softmax or vocab_slices
+    kept_tokens: int = 0  # kept_softmax: tokens whose dlogits or softmax are in memory together
+    slice_columns: int = 0  # vocab_slices: of which `chunk` are all tokens
 
 
 def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
@@ -72,7 +76,8 @@ def plan_head(
         upstream: what the backward pass brings: "scalar" (a loss that this package reduces), "logp" (any gradient of logp alone), or
             "table" (any gradient of logp, entropy and lse).
         tail_eps: whether the backward GEMMs leave columns out (see `linear_cross_entropy`); `gemms` is what they are at most.
-        workspace_mib: MiB for the logits of a chunk; default 512 on a GPU, on a CPU 96, or 72 with weight_grad.
+        workspace_mib: MiB for logits and what is made of them; default on a CPU 96, or 72 with weight_grad, on a GPU a sixteenth of
+            the card's memory and at most 2560, which is assumed here.
 
     Raises: ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small
         for one token's logits.
@@ -92,12 +97,62 @@ def plan_head(
     way = select_mode(dtype, hidden_grad, weight_grad, upstream)
     gradients = int(hidden_grad) + int(weight_grad)
     gemms = 2 + gradients if way == "general" else 1 + gradients
+    if kind == "cuda":
+        mib = gpu_workspace_mib(None) if workspace_mib is None else workspace_mib
+        tail = tail_eps is not None
+        call = GpuCall(n_tokens, vocab_size, dtype, mib, hidden_grad, weight_grad, tail)
+        plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
+        if plan is not None:
+            return plan
+    tokens, per_token = token_chunk(
+        n_tokens, vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib
+    )
+    return HeadPlan(way, tokens, tokens * per_token, gemms)
+
+
+def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
+    """The plan with what a GPU's engines add; None: token tiles."""
+    engine = select_engine(call)
+    if engine == "kept_softmax":
+        general = plan.way == "general"
+        # any upstream gradient: P is kept for as many tokens as possible, whatever gradients are needed
+        sizes = tile_sizes(call._replace(head_grad=True) if general else call, even=not general)
+        gemms = plan.gemms - int(general and sizes.block >= call.n_tokens)
+        kept = sizes.block if call.grad else 0
+        return plan._replace(
+            chunk=sizes.tile, workspace_bytes=sizes.bytes, gemms=gemms, engine=engine, kept_tokens=kept
+        )
+    if engine == "vocab_slices":
+        columns = slice_width(call)
+        bytes_ = max(1, call.n_tokens) * columns * (call.tile_bytes + (call.kept_bytes if call.grad else 0))
+        gemms = 2 + call.hidden_grad + call.head_grad if call.grad else 1
+        return plan._replace(
+            chunk=max(1, call.n_tokens),
+            workspace_bytes=bytes_,
+            gemms=gemms,
+            engine=engine,
+            slice_columns=columns,
+        )
+    return None
+
+
+def token_chunk(
+    n_tokens: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    kind: str,
+    hidden_grad: bool,
+    weight_grad: bool,
+    tail_eps: float | None,
+    workspace_mib: float | None,
+) -> tuple[int, int]:
+    """Tokens of a chunk of token tiles, and the bytes of each; arguments as in `capacity`.
+
+    Chunks are even: a last sliver of a few tokens would run its GEMMs at a fraction of the speed.
+    """
     largest, per_token = capacity(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib)
     chunks = -(-n_tokens // largest) or 1
-    chunk = max(
-        1, -(-n_tokens // chunks)
-    )  # even chunks: a last sliver of a few tokens would run its GEMMs at a fraction of the speed
-    return HeadPlan(way, chunk, chunk * per_token, gemms)
+    return max(1, -(-n_tokens // chunks)), per_token
 
 
 def default_workspace_mib(kind: str, *, weight_grad: bool) -> float:

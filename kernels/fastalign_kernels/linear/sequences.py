@@ -134,6 +134,7 @@ def loss_and_gradients(
     inputs: HeadInputs, rows: Rows, loss: SequenceLoss, needs: NeedsGrad
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Mean loss, log-probabilities [R], and the gradients of hidden, weight and bias."""
+    inputs = inputs.lean()
     counts = rows.cu_seqlens.diff()
     numbers = torch.arange(rows.number, device=counts.device)
     row_of = torch.repeat_interleave(numbers, counts, output_size=inputs.ids.shape[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from ..softmax.rows import Stat, coefficients
 
 
-class TokenCrossEntropy(NamedTuple):
+@dataclass(frozen=True)
+class TokenCrossEntropy:
     """scale times -(1 - e) logp - e mean_logp + z_loss lse^2 with e = label_smoothing; called, it gives the
     gradient's coefficients.
 

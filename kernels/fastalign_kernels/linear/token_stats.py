@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import checks
 from ..autograd import NamedGrads, register_op
 from ..logits import TokenStats, kept_ids, stats_of
-from ..softmax.rows import Transform, coefficients, row_stats_ref
+from ..softmax.rows import Transform, coefficients, row_stats_ref, traced
 from ..torch_func import transforming
 from . import engines
 from .engine import empty_gradients, empty_stats
@@ -59,7 +59,6 @@ def _fake_stats_and_saved(hidden, weight, ids, bias, options, needs):
     return empty_stats(inputs), engines.engine_for(inputs, needs_grad).empty_saved(inputs, needs_grad)
 
 
-@torch.library.custom_op("fastalign::head_stats_grad", mutates_args=())
 def _stats_grad(
     grad: Tensor,
     stats: Tensor,
@@ -77,9 +76,17 @@ def _stats_grad(
     return engines.gradients(inputs, stats, list(saved), of_tokens, NeedsGrad(*needs))
 
 
-@_stats_grad.register_fake
 def _fake_stats_grad(grad, stats, saved, hidden, weight, ids, bias, options, needs):
     return empty_gradients(HeadInputs.of(hidden, weight, ids, bias, options), NeedsGrad(*needs))
+
+
+_head_stats_grad = torch.library.custom_op("fastalign::head_stats_grad", _stats_grad, mutates_args=())
+_head_stats_grad.register_fake(_fake_stats_grad)
+# The same of an engine that overwrites what it saved.
+_head_stats_grad_once = torch.library.custom_op(
+    "fastalign::head_stats_grad_once", _stats_grad, mutates_args=("saved",)
+)
+_head_stats_grad_once.register_fake(_fake_stats_grad)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -87,14 +94,23 @@ def _save(ctx, inputs, output) -> None:
     stats, saved = output if isinstance(output, tuple) else (output, [])
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, ids, bias, stats, *saved)
+    # Autograd refuses saved tensors that were overwritten, so such an engine's are held here.
+    call = HeadInputs.of(hidden, weight, ids, bias, ctx.options)
+    ctx.once = engines.overwrites_saved(call, NeedsGrad(*ctx.needs))
+    ctx.overwritten = saved if ctx.once else []
+    ctx.save_for_backward(hidden, weight, ids, bias, stats, *([] if ctx.once else saved))
 
 
 def _backward(ctx, tensors: Sequence[Tensor], grad: Tensor | None, *_: object) -> NamedGrads:
     if grad is None:
         return {}
     hidden, weight, ids, bias, stats, *saved = tensors
-    grads = _stats_grad(grad, stats, saved, hidden, weight, ids, bias, ctx.options, ctx.needs)
+    op = _head_stats_grad
+    if ctx.once:
+        op, saved = _head_stats_grad_once, ctx.overwritten
+        if not traced(grad):  # a second backward recomputes the logits; traced code copies what it overwrites
+            ctx.overwritten = []
+    grads = op(grad, stats, saved, hidden, weight, ids, bias, ctx.options, ctx.needs)
     return {name: value for name, value, need in zip(("hidden", "weight", "bias"), grads, ctx.needs) if need}
 
 
@@ -155,7 +171,7 @@ def linear_token_stats(
         workspace_mib=workspace_mib,
     )
     inputs = head_inputs(hidden, weight, ids, bias, options, ignore_index=ignore_index, check=check)
-    return stats_of(head_stats(inputs), ids.shape, entropy)
+    return stats_of(head_stats(inputs if entropy else inputs.lean()), ids.shape, entropy)
 
 
 def logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

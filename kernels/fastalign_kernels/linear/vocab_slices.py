@@ -25,7 +25,7 @@ from ..softmax.rows import accumulator_dtype
 from ..softmax.tile_rows_triton import new_running, slice_stats, tile_grad
 from .engine import Engine, Gradients, TokenCoefficients, empty_gradients
 from .gpu_plan import GRANULE, slice_width
-from .head_call import HeadCall, gpu_call, product
+from .head_call import HeadCall, product
 from .inputs import HeadInputs, NeedsGrad
 
 
@@ -39,7 +39,10 @@ class VocabSlices(Engine):
     def width(self, inputs: HeadInputs, needs: NeedsGrad) -> int:
         """Columns of a slice."""
         # fewer than GRANULE would be no GEMM
-        return slice_width(gpu_call(inputs, needs, self.workspace_mib)) or min(GRANULE, inputs.vocab_size)
+        return slice_width(inputs.gpu_call(needs, self.workspace_mib)) or min(GRANULE, inputs.vocab_size)
+
+    def saves(self, inputs: HeadInputs, needs: NeedsGrad) -> bool:
+        return False
 
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
         return []

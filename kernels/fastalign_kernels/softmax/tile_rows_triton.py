@@ -366,9 +366,7 @@ def tile_loss(tile: Tensor, rows: Rows, softmaxes: Softmaxes, loss: TokenLoss, o
 
 def tile_softmax(tile: Tensor, rows: Rows, softmaxes: Softmaxes, out: Tensor, softmax_scale: float) -> None:
     """Statistics, and P times softmax_scale into out [C, V], in one launch."""
-    _tile_rows(
-        tile, rows, softmaxes, stats=True, write=SOFTMAX.value, out=out, softmax_scale=softmax_scale
-    )
+    _tile_rows(tile, rows, softmaxes, stats=True, write=SOFTMAX.value, out=out, softmax_scale=softmax_scale)
 
 
 def tile_grad(
