@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastalign_kernels import native
-from fastalign_kernels.linear.plan import capacity, default_workspace_mib, plan_head
+from fastalign_kernels.linear.plan import HeadPlan, capacity, default_workspace_mib, plan_head
 
 from ..core.operation import OURS, Shape
 from ..core.shapes import GPU_TOKENS, HEADS
@@ -162,6 +162,9 @@ def _head(
     size = SIZES[dtype]
     dX, dW = int(hidden_grad), int(weight_grad)
     gemms = [(float(plan.gemms - dX - dW), N, V, H)] + [(1.0, N, H, V)] * dX + [(1.0, V, H, N)] * dW
+    if plan.engine != "token_tiles":
+        passes, held = _gpu_head(plan, shape, size, dX, dW)
+        return Work(tuple(gemms), passes, held + 28 * N)
     # fp32 logits are read once for the statistics; for the gradient read again and overwritten, on a GPU in
     # the inputs' dtype.
     passes = 4 + (4 + (size if kind == "cuda" else 4)) * (dX or dW)
@@ -171,6 +174,34 @@ def _head(
     if kind == "cpu" and size < 4 and not native.own_gemm():
         held += 4 * V * H  # the weight in fp32
     return Work(tuple(gemms), float(passes * N * V), float(held))
+
+
+def _gpu_head(plan: HeadPlan, shape: Shape, size: int, dX: int, dW: int) -> tuple[float, float]:
+    """Bytes of the passes beside the GEMMs, and bytes held, of kept softmax and of vocabulary slices."""
+    N, H, V = shape
+    # An fp32 tile is written where the bare GEMM would write `size` bytes, and read once for the statistics.
+    statistics = 4 - size + 4
+    gradients = size * N * H * dX + size * V * H * dW
+    if not (dX or dW):
+        return float(statistics * N * V), float(plan.workspace_bytes)
+    if plan.engine == "vocab_slices":
+        slices = -(-V // plan.slice_columns)
+        # the tile is made again, read, and dlogits are written; dX's fp32 sum is read and written once a slice
+        per_logit = statistics + 4 - size + 4 + size
+        return (
+            float(per_logit * N * V + 8 * N * H * dX * slices),
+            float(plan.workspace_bytes + gradients + 4 * N * H * dX),
+        )
+    per_logit = statistics + 4 + size + (2 * size if plan.way == "general" else 0)
+    blocks = -(-N // plan.kept_tokens)
+    if not dW or blocks == 1:  # the tile's memory is free when the gradients are made
+        tile = 4 * plan.chunk * V
+        return float(per_logit * N * V), plan.workspace_bytes - tile + float(max(tile, gradients))
+    # dW's fp32 sum is written by the first block, read and written by the others, and converted
+    return (
+        float(per_logit * N * V + (8 * blocks - 4 + 4 + size) * V * H),
+        float(plan.workspace_bytes + gradients + 4 * V * H),
+    )
 
 
 def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
