@@ -1,8 +1,8 @@
-"""The tables of README.md from the results files that they name: `python -m bench.reports.readme`, or `--check`,
-which changes nothing.
+"""Fills the tables of README.md and docs/benchmarks.md: `python -m bench.reports.readme`; `--check` only
+compares.
 
-A table stands in README.md between `<!-- bench/results/FILE.json: KIND -->` and `<!-- end -->`; KIND is a
-function of `KINDS`. To take the tables from another run, change the file's name there and run this.
+A table stands between `<!-- bench/results/FILE.json: KIND -->` and `<!-- end -->`. KIND is a function of
+`KINDS`. To show another run, change the file's name in the page and run this.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..methods.steps import BACKBONE, STAGES
 from ..methods.tail import SMALL
 
 ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/benchmarks.md")
 BLOCK = re.compile(r"(<!-- (bench/results/\S+\.json): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 LCE, LOGP = "linear_cross_entropy", "linear_logprobs"
@@ -43,6 +44,61 @@ METHODS = {  # columns of the head's table, and what each is called in an operat
     "Liger Scaled CE": ("Liger fused linear Scaled CE",),
     "TRL": ("TRL ChunkedLogProbFunction", "TRL selective_log_softmax_and_entropy"),
 }
+
+TOP_P = "sample fp32, top_p 0.9 at T 0.7"
+PEERS = {  # columns of the summary, and how the names of their rows begin
+    "fastalign": (OURS,),
+    "PyTorch": (EAGER, TRANSFORMERS),
+    "torch.compile": (COMPILED,),
+    "`F.linear_cross_entropy`, 512 a chunk": (CHUNKED,),
+    "TRL": ("TRL ",),
+    "Liger": ("Liger",),
+}
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """Milliseconds and peak MiB of the losses from hidden states and of the sampler; the best of a row in
+    bold."""
+    cases = {case["name"]: case for case in results["cases"]}
+    dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
+    labels = {
+        f"{LCE} {dtype}": f"`{LCE}`",
+        f"{LOGP} {dtype}": f"`{LOGP}`",
+        f"linear_dpo {dtype}": "`linear_dpo_loss` and its reference pass",
+        f"linear_kto {dtype}": "`linear_kto_loss` and its reference pass",
+        f"linear_ppo {dtype}": "`linear_ppo_loss`",
+        TOP_P: "`sample`, top-p 0.9, against transformers",
+    }
+    first = f"ms (peak MiB beyond inputs); {dtype}; {_where(results, f'{LCE} {dtype}', '').rstrip('; ')}"
+    lines = [_row([first, *PEERS]), _row(["---"] * (1 + len(PEERS)))]
+    for name, label in labels.items():
+        shape = ", ".join(f"{letter} {size}" for letter, size in cases[name]["shape"].items() if size)
+        times = [_first(cases[name], rows, _milliseconds) for rows in PEERS.values()]
+        peaks = [_first(cases[name], rows, _peak) for rows in PEERS.values()]
+        cells = [
+            "–" if time is None else f"{_best(time, times)} ({_best(peak, peaks)})"
+            for time, peak in zip(times, peaks, strict=True)
+        ]
+        lines.append(_row([f"{label}; {shape}", *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _first(
+    case: Mapping[str, Any],
+    beginnings: tuple[str, ...],
+    value: Callable[[Mapping[str, Any], str], float | None],
+) -> float | None:
+    """The value of the first row that was measured and whose name begins so."""
+    names = [name for name in case["rows"] if name.startswith(beginnings)]
+    return next((found for name in names if (found := _value(case, name, value)) is not None), None)
+
+
+def _best(value: float | None, row: list[float | None]) -> str:
+    """The value in digits that one can read, in bold if no other of its row is smaller."""
+    if value is None:
+        return "–"
+    digits = f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+    return f"**{digits}**" if value == min(other for other in row if other is not None) else digits
 
 
 def head(results: Mapping[str, Any]) -> str:
@@ -194,7 +250,7 @@ def losses(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-KINDS = {function.__name__: function for function in (head, losses, sampling, steps)}
+KINDS = {function.__name__: function for function in (summary, head, losses, sampling, steps)}
 
 
 def _where(results: Mapping[str, Any], name: str, letters: str = "NHV") -> str:
@@ -219,6 +275,10 @@ def _value(
 
 def _over(case: Mapping[str, Any], name: str, other: str) -> float:
     return Timing.of(case["rows"][name]["seconds"]).over(Timing.of(case["rows"][other]["seconds"]))
+
+
+def _milliseconds(case: Mapping[str, Any], name: str) -> float:
+    return 1e3 * Timing.of(case["rows"][name]["seconds"]).median
 
 
 def _times_ceiling(case: Mapping[str, Any], name: str) -> float:
@@ -246,7 +306,7 @@ def _loss_error(case: Mapping[str, Any], name: str) -> float:
 def filled(
     text: str, folder: Path = ROOT, kinds: Mapping[str, Callable[[Mapping[str, Any]], str]] = KINDS
 ) -> str:
-    """README's text, or with its own `kinds` another page's, with every table made anew.
+    """A page's text with every table made again; docs/tail.md brings `kinds` of its own.
 
     Raises:
         ValueError: a block of an unknown kind.
@@ -255,7 +315,7 @@ def filled(
     def table(found: re.Match[str]) -> str:
         begin, file, kind, end = found.groups()
         if kind not in kinds:
-            raise ValueError(f"a table {kind!r} seen, one of {', '.join(kinds)} wanted")
+            raise ValueError(f"table: got {kind!r}, expected one of {', '.join(kinds)}")
         return begin + kinds[kind](json.loads((folder / file).read_text())) + end
 
     return BLOCK.sub(table, text)
@@ -270,24 +330,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="change nothing; exit status 1 where a table differs from its file's",
+        help="change nothing; exit status 1 if a table differs from its results file",
     )
     given = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    made = filled(text)
-    if given.check:
-        print(
-            "README.md: "
-            + (
-                "in sync"
-                if made == text
-                else "its tables differ from their results files; run python -m bench.reports.readme"
-            )
-        )
-        return int(made != text)
-    readme.write_text(made)
-    return 0
+    status = 0
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text()
+        made = filled(text)
+        if not given.check:
+            page.write_text(made)
+        elif made == text:
+            print(f"{name}: in sync")
+        else:
+            print(f"{name}: its tables differ from their results files; run python -m bench.reports.readme")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

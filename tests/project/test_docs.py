@@ -1,4 +1,4 @@
-"""The pages of docs/ are true: their Python runs, and prints what stands below it."""
+"""The pages of docs/ are true: their Python runs and prints what they say, and their links lead somewhere."""
 
 import contextlib
 import io
@@ -7,18 +7,32 @@ from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINKING = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *PAGES]
 EXAMPLE = re.compile(r"```python\n(.*?)```\n+```\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_print_what_the_page_says(page: Path) -> None:
-    for code, printed in EXAMPLE.findall(page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    examples = EXAMPLE.findall(text)
+    assert len(examples) == text.count("```python\n"), "an example is followed by what it prints"
+    for code, printed in examples:
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             exec(compile(code, page.name, "exec"), {})
         assert output.getvalue() == printed
 
 
-def test_there_is_an_example() -> None:
-    assert any(EXAMPLE.search(page.read_text(encoding="utf-8")) for page in PAGES)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_says_first_whom_it_is_for(page: Path) -> None:
+    title, _, opening, *_ = page.read_text(encoding="utf-8").splitlines()
+    assert title.startswith("# ") and opening.startswith("You are here because ")
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+def test_links_lead_to_files_of_the_repository(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""README.md's tables are those of the results files that it names."""
+"""README.md is short, its tables are complete, and the measured ones are those of their results files."""
 
 import json
 import re
@@ -6,38 +6,54 @@ from pathlib import Path
 
 import pytest
 
+import fastalign_kernels
 from bench.core.operation import EAGER, OURS
 from bench.methods.steps import BACKBONE, STAGES
 from bench.reports import readme
+from fastalign.stages.stage_configs import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_is_in_sync_with_its_results_files(capsys: pytest.CaptureFixture[str]) -> None:
+README = ROOT / "README.md"
+
+
+def test_a_stranger_reads_it_in_one_sitting() -> None:
+    assert len(README.read_text().splitlines()) <= 120, "move details to docs/"
+
+
+def test_it_names_every_public_function_and_every_command() -> None:
+    named = set(re.findall(r"`(?:fastalign )?(\w+)`", README.read_text()))
+    functions = {name for name in fastalign_kernels.__all__ if name.islower()}
+    assert not functions - named and not {*CONFIGS} - named
+
+
+def test_the_tables_are_in_sync_with_their_results_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert readme.main(["--check"]) == 0, "run python -m bench.reports.readme"
-    assert {kind for _, _, kind, _ in readme.BLOCK.findall((ROOT / "README.md").read_text())} >= {
-        "head",
-        "sampling",
+    shown = {
+        kind for page in readme.PAGES for _, _, kind, _ in readme.BLOCK.findall((ROOT / page).read_text())
     }
+    assert shown == {*readme.KINDS}
 
 
-def test_a_table_that_was_changed_by_hand_is_found_and_made_anew(
+def test_a_table_that_was_changed_by_hand_is_found_and_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = (ROOT / "README.md").read_text()
-    copy = tmp_path / "README.md"
-    tables = text.index("<!-- bench/results/")
-    copy.write_text(text[:tables] + re.sub(r"\| \d+\.\d+ \|", "| 99.99 |", text[tables:], count=1))
+    (tmp_path / "docs").mkdir()
+    for page in readme.PAGES:
+        text = (ROOT / page).read_text()
+        tables = text.index("<!-- bench/results/")
+        changed = text[:tables] + re.sub(r"\| \d+\.\d+ \|", "| 99.99 |", text[tables:], count=1)
+        (tmp_path / page).write_text(changed.replace(" (805) |", " (1) |", 1))
     (tmp_path / "bench").symlink_to(ROOT / "bench")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    assert readme.filled(copy.read_text(), tmp_path) == text != copy.read_text()
-    monkeypatch.setattr(readme, "filled", lambda text: readme.BLOCK.sub("", text))
-    assert readme.main(["--check"]) == 1 and readme.main([]) == 0
-    assert "<!-- end -->" not in copy.read_text()
+    assert readme.main(["--check"]) == 1 and readme.main([]) == 0 and readme.main(["--check"]) == 0
+    for page in readme.PAGES:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
 
 
 def test_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a table 'tail' seen, one of head, losses, sampling, steps wanted"):
+    with pytest.raises(ValueError, match="table: got 'tail', expected one of summary, head, losses, sampling, steps"):
         readme.filled("<!-- bench/results/x.json: tail -->\n<!-- end -->")
 
 
@@ -68,6 +84,18 @@ def test_a_row_is_bold_where_its_least_is() -> None:
     )
     assert lines[2] == "| `linear_cross_entropy`, times 3 GEMMs | 2.00 | – | – | **1.50** | – | – |"
     assert lines[3] == "| its peak MiB beyond inputs | **50** | – | – | 1,400 | – | – |"
+
+
+def test_the_summary_has_the_best_time_and_the_best_peak_of_a_row_in_bold() -> None:
+    names = [f"{name} fp32" for name in ("linear_cross_entropy", "linear_logprobs")]
+    names += [f"{name} fp32" for name in ("linear_dpo", "linear_kto", "linear_ppo")] + [readme.TOP_P]
+    rows = {OURS: row(0.5, 300.0), EAGER: row(1.25, 1400.0), "Liger x": row(None), "Liger y": row(1.0, 200.0)}
+    cases = [{"name": name, "shape": SHAPE, "rows": rows | {"3 bare GEMMs": row(0.1)}} for name in names]
+    lines = readme.summary({"machine_info": INFO, "cases": cases}).splitlines()
+    assert lines[2] == (
+        "| `linear_cross_entropy`; N 256, H 576, V 49152 "
+        "| **500** (300) | 1,250 (1,400) | – | – | – | 1,000 (**200**) |"
+    )
 
 
 def test_the_table_of_losses_names_what_was_measured() -> None:
