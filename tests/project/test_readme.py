@@ -53,7 +53,9 @@ def test_a_table_that_was_changed_by_hand_is_found_and_made_again(
 
 
 def test_an_unknown_kind_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="table: got 'tail', expected one of summary, head, losses, sampling, steps"):
+    with pytest.raises(
+        ValueError, match="table: got 'tail', expected one of summary, head, losses, sampling, steps"
+    ):
         readme.filled("<!-- bench/results/x.json: tail -->\n<!-- end -->")
 
 
