@@ -1,7 +1,7 @@
-"""Fine-tuning the last layer, the norm and the head of SmolLM2-135M, for bench/experiments/tail_training.py.
+"""Fine-tune the last layer, the norm and the head of SmolLM2-135M, for tail_training.py.
 
-The 29 layers below are frozen, so their output is computed once and a step costs little more than its head: a
-real model's softmax over 49152 tokens, trained on one core in a second a step.
+The 29 layers below are frozen. Their output is computed once, so a step costs little more than its head: a real
+model's softmax over 49152 tokens trains on one core in a second a step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastalign_kernels import kept_share
 from ..core import smollm2
 from ..core.operation import Shape
 
-WINDOW, ROWS = 128, 2  # tokens that see each other; windows in a step
+WINDOW, ROWS = 128, 2  # tokens in one context; windows in a step
 HELD_OUT = 16  # windows
 LEARNING_RATE = 2e-4  # falls linearly to a tenth
 
@@ -38,15 +38,16 @@ class Frozen(NamedTuple):
 
 
 def prepare(train: str, held_out: str, steps: int) -> Frozen:
-    """Twice the windows that a run takes, so that seeds differ in which they see. Raises Absent where the
-    model is not installed."""
+    """Windows for training and evaluation. Raises Absent if the model is not installed.
+
+    There are twice as many as a run takes, so that seeds differ in the windows they train on.
+    """
     model, _ = smollm2.load()
     tokenizer = AutoTokenizer.from_pretrained(**smollm2.files())
 
     def windows(text: str, most: int) -> Tensor:
-        ids = torch.tensor(
-            tokenizer(text[: 8 * WINDOW * most])["input_ids"]
-        )  # a token of English holds fewer than 8 characters
+        # A token of English has fewer than 8 characters.
+        ids = torch.tensor(tokenizer(text[: 8 * WINDOW * most])["input_ids"])
         return ids[: min(most, ids.numel() // WINDOW) * WINDOW].view(-1, WINDOW)
 
     def states(ids: Tensor) -> Tensor:
@@ -62,15 +63,14 @@ def text_head(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, the head's weight and the next tokens of the untouched model on this suite's English
     text."""
     model, _ = smollm2.load()
-    own = smollm2.head_inputs(
+    inputs = smollm2.head_inputs(
         Shape(tokens, model.config.hidden_size, model.config.vocab_size), torch.float32, "cpu"
     )
-    return own["hidden"], own["weight"], own["ids"]
+    return inputs["hidden"], inputs["weight"], inputs["ids"]
 
 
 def _top(model: Any) -> Any:
-    """The last layer, the norm and the head as a causal LM of its own, on hidden states in place of
-    embeddings."""
+    """The last layer, the norm and the head as a causal LM that takes hidden states as embeddings."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.tie_word_embeddings = 1, False
     top = AutoModelForCausalLM.from_config(config)
@@ -82,7 +82,7 @@ def _top(model: Any) -> Any:
 
 
 def tune(frozen: Frozen, tail_eps: float | None, seed: int, steps: int) -> dict[str, Any]:
-    """One run: its curves, as of a stage's metrics.jsonl."""
+    """Train once; the curves, with the names of a stage's metrics.jsonl."""
     top = fuse_head(_top(frozen.model), tail_eps=tail_eps)
     optimizer = torch.optim.AdamW(
         [w for w in top.parameters() if w.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True

@@ -1,8 +1,7 @@
-"""docs/tail.md's tables and its plot from the results file that the page names: `python -m
-bench.experiments.tail_tables`.
+"""Write docs/tail.md's tables and plot: `python -m bench.experiments.tail_tables`.
 
-The file is bench/experiments/tail_training.py's. To take them from another run, change the file's name in the page and
-run this.
+They come from the results file of tail_training.py that the page names. To show another run, change the file's
+name in the page and run this again.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ..reports import readme
 
 PAGE = readme.ROOT / "docs" / "tail.md"
 PLOT = PAGE.with_name("tail_training.png")
-LINES = {  # a way's line: exact lies below, because 2^-14 hides it
+LINES = {  # the line of each mode; exact lies below, because 2^-14 hides it
     "exact": {"color": "0.7", "linewidth": 5},
     "2^-14": {"color": "C0", "linewidth": 1.5},
     "2^-12": {"color": "C2", "linewidth": 1.5},
@@ -26,55 +25,56 @@ LINES = {  # a way's line: exact lies below, because 2^-14 hides it
 
 
 def _settings(results: Mapping[str, Any]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Setting -> way -> its runs, by seed."""
+    """Setting -> mode -> its runs, by seed. The results file names the mode "way"."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for own in results["runs"]:
-        found.setdefault(own["setting"], {}).setdefault(own["way"], []).append(own)
+    for one_run in results["runs"]:
+        found.setdefault(one_run["setting"], {}).setdefault(one_run["way"], []).append(one_run)
     return found
 
 
-def _final(own: Mapping[str, Any]) -> float:
-    return own["held_out"][-1][1]
+def _final(one_run: Mapping[str, Any]) -> float:
+    return one_run["held_out"][-1][1]
 
 
 def training(results: Mapping[str, Any]) -> str:
-    """Final held-out NLLs of each seed, their differences from exact's of the same seed, and what was
-    kept."""
+    """Final held-out NLLs of each seed, the differences of their means from exact's, and the columns kept."""
     names = list(LINES)
     lines = [_row(["held-out NLL, nats a token, of each seed", *names]), _row(["---"] * (1 + len(names)))]
-    for setting, ways in _settings(results).items():
-        exact = [_final(own) for own in ways["exact"]]
+    for setting, modes in _settings(results).items():
+        exact = [_final(one_run) for one_run in modes["exact"]]
         lines.append(
             _row(
                 [
-                    f"{setting}, {ways['exact'][0]['held_out'][-1][0]} steps",
-                    *(_each(ways[name]) for name in names),
+                    f"{setting}, {modes['exact'][0]['held_out'][-1][0]} steps",
+                    *(_each(modes[name]) for name in names),
                 ]
             )
         )
         differences = [
-            statistics.fmean(map(_final, ways[name])) - statistics.fmean(exact) for name in names[1:]
+            statistics.fmean(map(_final, modes[name])) - statistics.fmean(exact) for name in names[1:]
         ]
         spread = f"spread {max(exact) - min(exact):.4f}"
         lines.append(
             _row(["… mean less exact's", spread, *(f"{difference:+z.4f}" for difference in differences)])
         )
         lines.append(
-            _row(["… columns kept, first and last steps", "–", *(_shares(ways[name]) for name in names[1:])])
+            _row(["… columns kept, first and last steps", "–", *(_shares(modes[name]) for name in names[1:])])
         )
     return "\n".join(lines) + "\n"
 
 
 def _each(runs: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{_final(own):.4f}" for own in runs)
+    return ", ".join(f"{_final(one_run):.4f}" for one_run in runs)
 
 
 def _shares(runs: list[dict[str, Any]]) -> str:
-    return ", ".join(f"{statistics.fmean(own['kept_share'][end][1] for own in runs):.1%}" for end in (0, -1))
+    return ", ".join(
+        f"{statistics.fmean(one_run['kept_share'][end][1] for one_run in runs):.1%}" for end in (0, -1)
+    )
 
 
 def meter(results: Mapping[str, Any]) -> str:
-    """`tail_report` of three models by tail_eps."""
+    """`tail_report` of three models for each tail_eps."""
     head = [
         "model",
         "V",
@@ -86,15 +86,15 @@ def meter(results: Mapping[str, Any]) -> str:
         "error of dW",
     ]
     lines = [_row(head), _row(["---"] * len(head))]
-    for own in results["reports"]:
-        share = own["kept_share"]
-        errors = (f"{own[name]:.2%}" for name in ("dropped_mass", "hidden_error", "weight_error"))
+    for report in results["reports"]:
+        share = report["kept_share"]
+        errors = (f"{report[name]:.2%}" for name in ("dropped_mass", "hidden_error", "weight_error"))
         lines.append(
             _row(
                 [
-                    own["model"],
-                    f"{own['vocabulary']}",
-                    f"2^{own['power']}",
+                    report["model"],
+                    f"{report['vocabulary']}",
+                    f"2^{report['power']}",
                     f"{share:.1%}",
                     f"{1 + 2 * share:.2f}",
                     *errors,
@@ -112,32 +112,34 @@ def _row(cells: list[str]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """A column a setting: held-out NLL above, the share of columns kept below; a line a seed. Needs
-    matplotlib."""
+    """One column for each setting: held-out NLL above, share of columns kept below, a line for each seed.
+
+    Needs matplotlib.
+    """
     from matplotlib.figure import Figure
 
     settings = _settings(results)
     figure = Figure(figsize=(3.8 * len(settings), 6.4), layout="constrained")
     axes = figure.subplots(2, len(settings), squeeze=False, sharex="col")
-    for column, (setting, ways) in enumerate(settings.items()):
+    for column, (setting, modes) in enumerate(settings.items()):
         above, below = axes[0][column], axes[1][column]
         for name, style in LINES.items():
-            for number, own in enumerate(ways[name]):
+            for number, one_run in enumerate(modes[name]):
                 label = None if number else name
-                above.plot(*_points(own, "held_out"), **style, label=label)
-                if own["kept_share"]:
-                    below.plot(*_points(own, "kept_share"), **style, label=label)
+                above.plot(*_points(one_run, "held_out"), **style, label=label)
+                if one_run["kept_share"]:
+                    below.plot(*_points(one_run, "kept_share"), **style, label=label)
         above.set(title=setting, ylabel="held-out NLL, nats a token")
         below.set(xlabel="optimizer step", ylabel="share of columns kept", ylim=(0, 1.05))
         for axis in (above, below):
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
-    figure.savefig(path, dpi=58)  # four columns at 64 make 158 kB
+    figure.savefig(path, dpi=58)  # at 64, four columns make 158 kB
 
 
-def _points(own: Mapping[str, Any], curve: str) -> Iterator[tuple[float, ...]]:
-    """Steps, and values."""
-    return zip(*own[curve], strict=True)
+def _points(one_run: Mapping[str, Any], curve: str) -> Iterator[tuple[float, ...]]:
+    """The steps and the values of a curve."""
+    return zip(*one_run[curve], strict=True)
 
 
 def main() -> None:

@@ -1,19 +1,18 @@
-"""Does tail_eps train as well as the exact gradient? `python -m bench.experiments.tail_training`: half an hour on one
-busy core, a results file.
+"""Does tail_eps train as well as the exact gradient? Half an hour on one busy core writes a results file.
 
     python -m bench.experiments.tail_training --data vaderSentiment-0.5.zip --seeds 2
-    python -m bench.experiments.tail_tables     # tables and plot of docs/tail.md, from the file that the page names
+    python -m bench.experiments.tail_tables     # tables and plot of docs/tail.md, from the file that it names
 
-Four settings, every one exact, with tail_eps and with the small columns dropped without compensation, for
-several seeds:
+Four settings, for several seeds. Each trains with exact gradients, with tail_eps, and with the small columns
+dropped without compensation:
 
-    pre-training   the demo's Llama from scratch on its movie-review sentences, but with 8192 tokens of vocabulary, so that a tail exists
-                   and again with SmolLM2's 49152 tokens, where 2^-14 lies above 1 / V
+    pre-training   the demo's Llama from scratch on its movie-review sentences, with a vocabulary of 8192, so
+                   that a tail exists; and again with SmolLM2's 49152, where 2^-14 lies above 1 / V
     fine-tuning    the exact model of the same seed on continuations of positive sentences
-    SmolLM2-135M   the last layer and the head of a real model on positive sentences (bench/experiments/tail_smollm2.py)
+    SmolLM2-135M   the last layer and the head of a real model on positive sentences (tail_smollm2.py)
 
-Final held-out NLLs, curves and kept shares go to bench/results/tail-training-<date>.json, which is written
-anew after every run.
+Final held-out NLLs, curves and kept shares go to bench/results/tail-training-<date>.json. The file is written
+after every run.
 """
 
 from __future__ import annotations
@@ -60,33 +59,36 @@ from ..core.operation import Absent
 from . import tail_smollm2
 
 RESULTS = Path(__file__).parents[1] / "results"
-POWERS = (-8, -10, -12, -14, -16)  # tail_eps = 2 ** power, of the error meter
+POWERS = (-8, -10, -12, -14, -16)  # tail_eps = 2 ** power for `tail_report`
 REPORT_TOKENS = 1024
-EVALUATIONS = 4  # of a run, besides the one before the first step
+EVALUATIONS = 4  # in a run, and one more before the first step
 POINTS = 24  # of a curve
-
-
-PARTS = {  # what can be run apart, and the settings and reports that it makes
+PARTS = {  # parts that run separately, and the settings and reports of each
     "toy": ("pre-training", "fine-tuning", "untrained", "pre-trained"),
     "wide": ("pre-training, V 49152",),
     "smollm2": ("SmolLM2-135M",),
 }
-WIDE_HELD_OUT = 200  # sentences: a head of 49152 tokens makes evaluations dear
+WIDE_HELD_OUT = 200  # sentences, because evaluations are slow with a head of 49152 tokens
 
 
-class Way(NamedTuple):
-    """How the head's gradient is made."""
+class GradMode(NamedTuple):
+    """How the head computes its gradient."""
 
     tail_eps: float | None
     compensated: bool = True
 
 
-WAYS = {"exact": Way(None), "2^-14": Way(2**-14), "2^-12": Way(2**-12), "2^-12 dropped": Way(2**-12, False)}
+MODES = {
+    "exact": GradMode(None),
+    "2^-14": GradMode(2**-14),
+    "2^-12": GradMode(2**-12),
+    "2^-12 dropped": GradMode(2**-12, compensated=False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run depends on besides the code; tests make it smaller."""
+    """What a run depends on; tests make it smaller."""
 
     data: Path | None = None
     seeds: int = 3
@@ -102,10 +104,9 @@ class Settings:
 
 
 @contextlib.contextmanager
-def gradient(way: Way) -> Any:
-    """A way that does not compensate leaves the dropped columns' gradient zero, as filters that only skip do;
-    no option does that."""
-    if way.compensated:
+def gradient(mode: GradMode) -> Any:
+    """Train in this mode. Without compensation the dropped columns' gradient is zero, which no option offers."""
+    if mode.compensated:
         yield
         return
     with mock.patch.object(
@@ -114,18 +115,20 @@ def gradient(way: Way) -> Any:
         yield
 
 
-Note = Callable[[str, str, int, dict[str, Any]], None]  # setting, way, seed, curves
+Note = Callable[[str, str, int, dict[str, Any]], None]  # takes setting, mode, seed and curves
 
 
-def run(settings: Settings, folder: Path, output: Path, ways: dict[str, Way] = WAYS) -> dict[str, Any]:
-    """The parts asked for, in `folder`; returns what the results file `output` holds, where other parts of an
-    earlier call stay."""
+def run(settings: Settings, folder: Path, output: Path, modes: dict[str, GradMode] = MODES) -> dict[str, Any]:
+    """Run the settings' parts in `folder` and return the content of the results file `output`.
+
+    Parts of an earlier call that do not run again stay in the file.
+    """
     results: dict[str, Any] = {"runs": [], "reports": [], "seconds": {}}
     if output.exists():
         results |= json.loads(output.read_text())
-        own = {setting for part in settings.parts for setting in PARTS[part]}
-        results["runs"] = [done for done in results["runs"] if done["setting"] not in own]
-        results["reports"] = [done for done in results["reports"] if done["model"] not in own]
+        replaced = {setting for part in settings.parts for setting in PARTS[part]}
+        results["runs"] = [done for done in results["runs"] if done["setting"] not in replaced]
+        results["reports"] = [done for done in results["reports"] if done["model"] not in replaced]
     results |= {
         "machine_info": machine(),
         "versions": {package: version(package) for package in ("transformers", "tokenizers")},
@@ -150,11 +153,11 @@ def run(settings: Settings, folder: Path, output: Path, ways: dict[str, Way] = W
         began = time.perf_counter()
         try:
             if part == "toy":
-                note("reports", *toy(settings, folder, ways, train, held_out, note_run))
+                note("reports", *toy(settings, folder, modes, train, held_out, note_run))
             elif part == "wide":
-                wide(settings, folder, ways, held_out, note_run)
+                wide(settings, folder, modes, held_out, note_run)
             else:
-                note("reports", *smollm2_part(settings, ways, train, held_out, note_run))
+                note("reports", *smollm2_part(settings, modes, train, held_out, note_run))
         except Absent as reason:
             print(f"{part} is left out: {reason}", flush=True)
         results["seconds"][part] = time.perf_counter() - began
@@ -165,13 +168,12 @@ def run(settings: Settings, folder: Path, output: Path, ways: dict[str, Way] = W
 def toy(
     settings: Settings,
     folder: Path,
-    ways: dict[str, Way],
+    modes: dict[str, GradMode],
     train: list[Sentence],
     held_out: list[Sentence],
     note: Note,
 ) -> list[dict[str, Any]]:
-    """Pre-training and fine-tuning with a tokenizer of the sentences; the error meter before and after the
-    first exact run."""
+    """Pre-train and fine-tune with a tokenizer of the sentences; reports before and after the first exact run."""
     tokenizer = train_tokenizer(
         [sentence.text for sentence in train], settings.vocabulary, chat_template=CHAT_TEMPLATE
     )
@@ -180,13 +182,13 @@ def toy(
     for name, part in (("train", train), ("held_out", held_out)):
         write_rows(folder / f"sft_{name}.jsonl", chats_of(part, tokenizer))
     for seed in range(settings.seeds):
-        for name, way in ways.items():
-            with gradient(way):
-                pretrain.run(pretrain_config(settings, folder, name, way, seed))
+        for name, mode in modes.items():
+            with gradient(mode):
+                pretrain.run(pretrain_config(settings, folder, name, mode, seed))
             note("pre-training", name, seed, read_curves(folder / f"pretrain-{name}-{seed}"))
-        for name, way in ways.items():
-            with gradient(way):
-                sft.run(sft_config(settings, folder, name, way, seed))
+        for name, mode in modes.items():
+            with gradient(mode):
+                sft.run(sft_config(settings, folder, name, mode, seed))
             note("fine-tuning", name, seed, read_curves(folder / f"sft-{name}-{seed}"))
     trained = folder / "pretrain-exact-0" / "model"
     text = " ".join(sentence.text for sentence in held_out)
@@ -194,31 +196,34 @@ def toy(
         reports(model, trained, weights, tokenizer, text)
         for model, weights in (("untrained", None), ("pre-trained", trained))
     )
-    return [report for own in found for report in own]
+    return [report for model_reports in found for report in model_reports]
 
 
 def wide(
-    settings: Settings, folder: Path, ways: dict[str, Way], held_out: list[Sentence], note: Note
+    settings: Settings, folder: Path, modes: dict[str, GradMode], held_out: list[Sentence], note: Note
 ) -> None:
-    """Pre-training with SmolLM2's tokenizer: 1 / V is 2^-15.6 there, so that 2^-14 drops columns from the
-    first step on."""
-    own = folder / "wide"
-    own.mkdir()
-    AutoTokenizer.from_pretrained(**smollm2.files()).save_pretrained(own / "tokenizer")
-    write_rows(own / "held_out.jsonl", texts_of(held_out[:WIDE_HELD_OUT]))
-    shutil.copy(folder / "train.jsonl", own)
+    """Pre-train with SmolLM2's tokenizer. 1 / V is 2^-15.6, so 2^-14 drops columns from the first step on."""
+    local = folder / "wide"
+    local.mkdir()
+    AutoTokenizer.from_pretrained(**smollm2.files()).save_pretrained(local / "tokenizer")
+    write_rows(local / "held_out.jsonl", texts_of(held_out[:WIDE_HELD_OUT]))
+    shutil.copy(folder / "train.jsonl", local)
     fewer = dataclasses.replace(settings, steps=settings.wide_steps)
     for seed in range(settings.seeds):
-        for name, way in ways.items():
-            with gradient(way):
-                pretrain.run(pretrain_config(fewer, own, name, way, seed))
-            note("pre-training, V 49152", name, seed, read_curves(own / f"pretrain-{name}-{seed}"))
+        for name, mode in modes.items():
+            with gradient(mode):
+                pretrain.run(pretrain_config(fewer, local, name, mode, seed))
+            note("pre-training, V 49152", name, seed, read_curves(local / f"pretrain-{name}-{seed}"))
 
 
 def smollm2_part(
-    settings: Settings, ways: dict[str, Way], train: list[Sentence], held_out: list[Sentence], note: Note
+    settings: Settings,
+    modes: dict[str, GradMode],
+    train: list[Sentence],
+    held_out: list[Sentence],
+    note: Note,
 ) -> list[dict[str, Any]]:
-    """Fine-tuning of the real model's last layer and head; the error meter before."""
+    """Fine-tune the real model's last layer and head; reports before."""
     positive = [
         "\n".join(sentence.text for sentence in part if sentence.rating >= POSITIVE)
         for part in (train, held_out)
@@ -226,21 +231,23 @@ def smollm2_part(
     real = tail_smollm2.prepare(positive[0], positive[1], settings.smollm2_steps)
     found = of_head("SmolLM2-135M", *tail_smollm2.text_head(REPORT_TOKENS))
     for seed in range(settings.seeds):
-        for name, way in ways.items():
-            with gradient(way):
-                curves = tail_smollm2.tune(real, way.tail_eps, seed, settings.smollm2_steps)
+        for name, mode in modes.items():
+            with gradient(mode):
+                curves = tail_smollm2.tune(real, mode.tail_eps, seed, settings.smollm2_steps)
             note("SmolLM2-135M", name, seed, curves)
     return found
 
 
-def shared(settings: Settings, folder: Path, steps: int, way: Way, seed: int) -> dict[str, Any]:
-    """What the configurations of both stages have in common: the demo's recipe."""
+def shared(settings: Settings, folder: Path, steps: int, mode: GradMode, seed: int) -> dict[str, Any]:
+    """The fields that both stages share: the demo's recipe."""
     options = {"max_steps": steps, "warmup_steps": min(20, steps), "eval_every": max(1, steps // EVALUATIONS)}
-    return RECIPE | options | {"seed": seed, "tail_eps": way.tail_eps, "tokenizer": str(folder / "tokenizer")}
+    return (
+        RECIPE | options | {"seed": seed, "tail_eps": mode.tail_eps, "tokenizer": str(folder / "tokenizer")}
+    )
 
 
 def pretrain_config(
-    settings: Settings, folder: Path, name: str, way: Way, seed: int
+    settings: Settings, folder: Path, name: str, mode: GradMode, seed: int
 ) -> pretrain.PretrainConfig:
     return pretrain.PretrainConfig(
         train_data=str(folder / "train.jsonl"),
@@ -249,11 +256,11 @@ def pretrain_config(
         model_config=recipes.MODEL,
         sequence_length=ROW_TOKENS,
         learning_rate=settings.learning_rate,
-        **shared(settings, folder, settings.steps, way, seed),
+        **shared(settings, folder, settings.steps, mode, seed),
     )
 
 
-def sft_config(settings: Settings, folder: Path, name: str, way: Way, seed: int) -> sft.SFTConfig:
+def sft_config(settings: Settings, folder: Path, name: str, mode: GradMode, seed: int) -> sft.SFTConfig:
     return sft.SFTConfig(
         train_data=str(folder / "sft_train.jsonl"),
         eval_data=str(folder / "sft_held_out.jsonl"),
@@ -262,12 +269,12 @@ def sft_config(settings: Settings, folder: Path, name: str, way: Way, seed: int)
         max_length=ROW_TOKENS,
         packing=True,
         learning_rate=settings.sft_learning_rate,
-        **shared(settings, folder, settings.sft_steps, way, seed),
+        **shared(settings, folder, settings.sft_steps, mode, seed),
     )
 
 
 def read_curves(folder: Path) -> dict[str, Any]:
-    """(step, value) of a stage's run, and its median seconds a step."""
+    """The curves of a stage's run as (step, value), and its median seconds a step."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = {"loss": "nll", "held_out": "eval/nll", "kept_share": "kept_share"}
     curves: dict[str, Any] = {
@@ -279,8 +286,7 @@ def read_curves(folder: Path) -> dict[str, Any]:
 
 
 def smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Means over spans of equal length, at the last step of each: a batch's loss is noisy, and the file stays
-    small."""
+    """Means over spans of equal length, each at its last step: less noise, and a small file."""
     length = max(1, len(points) // POINTS)
     spans = (points[first : first + length] for first in range(0, len(points), length))
     return [(span[-1][0], statistics.fmean(value for _, value in span)) for span in spans]
@@ -289,7 +295,7 @@ def smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 def reports(
     model: str, architecture: Path, weights: Path | None, tokenizer: PreTrainedTokenizerFast, text: str
 ) -> list[dict[str, Any]]:
-    """The error meter on held-out text, of a model as it is initialised (weights None) or trained."""
+    """`tail_report` on held-out text of a model as it is initialised (weights None) or trained."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(architecture)
     lm = (
@@ -325,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", type=Path, help="a copy of the sentences in place of fetching them")
+    parser.add_argument("--data", type=Path, help="a copy of the sentences (default: fetch them)")
     parser.add_argument("--seeds", type=int, default=defaults.seeds, help=f"default: {defaults.seeds}")
     parser.add_argument(
         "--steps", type=int, default=defaults.steps, help=f"of pre-training; default: {defaults.steps}"
@@ -335,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         choices=PARTS,
         default=list(PARTS),
-        help="others of the results file stay as they are",
+        help="parts to run; the rest of the results file stays as it is",
     )
     parser.add_argument("--output", type=Path, help="default: bench/results/tail-training-<date>.json")
     given = parser.parse_args(argv)

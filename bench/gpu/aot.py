@@ -1,7 +1,7 @@
 """Compile every GPU kernel ahead of time, without a GPU: registers, spills, shared memory and size for each
 architecture.
 
-    python -m bench.gpu.aot                 # table; exit status 1 on a spill or on more shared memory than the architecture has
+    python -m bench.gpu.aot                 # a table; exit status 1 if a kernel spills or needs too much shared memory
     python -m bench.gpu.aot --json FILE     # the rows as JSON too
 
 Triton's by its own compiler, for AMD's gfx942 (MI300) as well; csrc/sampling/launch.cu by nvcc where setup.py finds
@@ -309,7 +309,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("bench.gpu.aot: TRITON_INTERPRET=1 is set; unset it, interpreted kernels cannot be compiled")
+        sys.exit("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")
     jobs = [
         (kernel, sm, dtype, full)
         for kernel in ("row_stats_kernel", "row_grad_kernel")

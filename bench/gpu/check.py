@@ -1,12 +1,13 @@
-"""`make gpu-check`: what a bare GPU machine without network can tell in 9 minutes, in one results file.
+"""`make gpu-check`: builds, tests and measures in 9 minutes on a bare GPU machine without network.
 
-    python3 -m bench.gpu.check --wheels wheels        # from the repository's root, with the python that has torch
-    python3 -m bench.gpu.check --plan                 # the parts and their limits
+    python3 -m bench.gpu.check --wheels wheels   # from the repository's root, by the python that has torch
+    python3 -m bench.gpu.check --plan            # the parts and their limits
 
-Parts, each a process under its own limit: the machine, peers from a folder of wheels, the build, the tests
-that use the device, compute-sanitizer on the native sampler, the benchmark with the time that is left. One
-that fails, is not found or runs over is recorded, and the next begins. The file is the benchmark's, with an
-entry `checks`; without one it holds the checks alone. bench/README.md says how to fill the folder of wheels.
+Each part is a process with a time limit: the machine, peers from a folder of wheels, the build, the tests that
+use the device, compute-sanitizer on the native sampler, and the benchmark with the remaining time. A part that
+fails, is not found or runs over is recorded, and the next one begins. The results file is the benchmark's with
+an entry `checks`; without benchmark results it holds the checks alone. bench/README.md says how to fill the
+folder of wheels.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 530  # of the 540 that a lent machine's call may take
-MOST_OUTPUT = 4000  # characters of a part's output that are kept: its end
-TO_FINISH = 15  # seconds that an interrupted part has to write its files
+SECONDS = 530  # a call on a lent machine may take 540
+MOST_OUTPUT = 4000  # characters kept of the end of a part's output
+TO_FINISH = 15  # seconds for an interrupted part to write its files
 DEVICE_TESTS = (
     "softmax/rows",
     "softmax/columns",
@@ -65,7 +66,7 @@ DRAW = "from bench.gpu.check import draw; draw('cuda')"
 
 
 def test_file(name: str) -> Path:
-    """From the root: of one of DEVICE_TESTS."""
+    """The path of one of DEVICE_TESTS from the root."""
     folder, _, stem = name.rpartition("/")
     return Path("tests", folder, f"test_{stem}.py")
 
@@ -79,7 +80,7 @@ class Part(NamedTuple):
 
 
 def plan(wheels: Sequence[Path], site: Path) -> list[Part]:
-    """All parts but the benchmark, whose limit is what they leave."""
+    """The parts before the benchmark, which gets the remaining time."""
     python = sys.executable
     pip = (
         python,
@@ -113,7 +114,7 @@ def plan(wheels: Sequence[Path], site: Path) -> list[Part]:
 
 
 def benchmark(output: Path, seconds: float) -> Part:
-    """The suite's bf16 cases and the samplers, with no case begun in the last quarter of its time."""
+    """The suite's bf16 cases and the samplers. No case begins in the last quarter of the time."""
     options = (
         "--output",
         str(output),
@@ -128,8 +129,10 @@ def benchmark(output: Path, seconds: float) -> Part:
 
 
 def draw(device: str) -> None:
-    """Every path of the native sampler on small rows: dtypes, filters, masks, a row without a finite logit;
-    tokens as on the CPU."""
+    """Draw on small rows by every path of the native sampler, and compare the tokens with the CPU's.
+
+    The paths: dtypes, filters, masks, and a row without a finite logit.
+    """
     import torch
 
     import fastalign
@@ -140,13 +143,12 @@ def draw(device: str) -> None:
     masks = torch.randint(-(2**31), 2**31, (5, -(-5003 // 32)), generator=generator, dtype=torch.int64).to(
         torch.int32
     )
-    filters: list[dict[str, Any]] = [
-        {}, {"temperature": 0.0}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 400, "top_p": 0.8, "temperature": 0.7},
-    ]  # fmt: skip
+    filters: list[dict[str, Any]] = [{}, {"temperature": 0.0}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.05}]
+    filters.append({"top_k": 400, "top_p": 0.8, "temperature": 0.7})
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for options in filters:
             for seen in (None, masks):
-                own, there = (
+                on_cpu, on_device = (
                     fastalign.sample(
                         logits.to(where, dtype),
                         seed=1,
@@ -156,12 +158,14 @@ def draw(device: str) -> None:
                     )
                     for where in ("cpu", device)
                 )
-                assert torch.equal(own.token, there.token.cpu()) and not there.valid[4], (dtype, options)
+                assert torch.equal(on_cpu.token, on_device.token.cpu()) and not on_device.valid[4], (
+                    dtype,
+                    options,
+                )
 
 
 def run(part: Part, environment: dict[str, str]) -> dict[str, Any]:
-    """The part's record: status "ok", "failed", "over its limit" or "not found"; seconds; the end of its
-    output."""
+    """Run a part; its record has status ("ok", "failed", "over its limit", "not found"), seconds and output."""
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
@@ -194,13 +198,12 @@ def run(part: Part, environment: dict[str, str]) -> dict[str, Any]:
 
 
 def _heed_interrupts() -> None:
-    """A shell starts what it runs in the background with SIGINT ignored, and so would the part be that `_end`
-    interrupts."""
+    """Restore SIGINT, which a shell ignores in background jobs, so that `_end` can interrupt the part."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Interrupt, so that pytest writes what it has; then kill the whole session, workers included."""
+    """Interrupt the part, so that pytest writes its results, then kill its session with all workers."""
     child.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(TO_FINISH)
@@ -210,8 +213,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def check(parts: Sequence[Part], output: Path, site: Path, seconds: float = SECONDS) -> int:
-    """Run the parts and then the benchmark; write `output` after each, whatever happens. Returns how many
-    were not ok."""
+    """Run the parts and then the benchmark; the number of parts that were not ok. `output` is written after each."""
     begin = time.monotonic()
     path = os.pathsep.join(
         filter(None, [str(ROOT), str(ROOT / "kernels"), str(site), os.environ.get("PYTHONPATH")])

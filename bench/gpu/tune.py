@@ -1,8 +1,8 @@
-"""Block sizes and warps of the row kernels, timed on a GPU: `python -m bench.gpu.tune` prints the lines to paste
-into rows_triton.LAUNCH.
+"""Time block sizes and warps of the row kernels on a GPU: `python -m bench.gpu.tune`.
 
-Nothing is tuned at run time. The grid is every block of 1024 to 8192 logits whose threads hold 4 to 64 of
-them; the choice is the pair whose time, as a multiple of the fastest at each vocabulary, is least on average.
+It prints the lines to paste into rows_triton.LAUNCH, because nothing is tuned at run time. The grid holds the
+blocks of 1024 to 8192 logits with 4 to 64 logits a thread. The best pair has the least time on average over
+the vocabularies, as a multiple of the fastest at each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def best(seconds: Mapping[int, Mapping[Launch, float]]) -> Launch:
     """The launch with the least time on average over the vocabularies, each as a multiple of the fastest
     there."""
     launches = next(iter(seconds.values()))
-    multiples = {launch: [own[launch] / min(own.values()) for own in seconds.values()] for launch in launches}
+    multiples = {
+        launch: [times[launch] / min(times.values()) for times in seconds.values()] for launch in launches
+    }
     return min(multiples, key=lambda launch: statistics.mean(multiples[launch]))
 
 
@@ -83,7 +85,7 @@ def tune(kernel: str, sm: int) -> Launch:
 
 def main() -> None:
     if not torch.cuda.is_available():
-        sys.exit("bench.gpu.tune: no GPU, and without one there is nothing to time")
+        sys.exit("bench.gpu.tune: got no GPU, expected one to time the kernels on")
     major, minor = torch.cuda.get_device_capability()
     print(f"{torch.cuda.get_device_name()}, fp32 logits [{ROWS}, V], medians of {ROUNDS} interleaved rounds")
     for kernel in ("row_stats", "row_grad"):

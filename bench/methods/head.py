@@ -1,8 +1,6 @@
-"""What operations on hidden states share: inputs hidden [N, H], weight [V, H], ids [N], and the methods that
-give log P[id] of each token.
+"""What operations on hidden states share: inputs hidden [N, H], weight [V, H], ids [N], and log P[id] of each token.
 
-The other losses are made of these log-probabilities: methods.py (cross-entropy), preference_methods.py (DPO,
-KTO), policy_methods.py (PPO).
+cross_entropy.py, preference.py (DPO, KTO) and policy.py (PPO) build their losses on these log-probabilities.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ HEAD_ROWS = ("hidden", "ids")
 
 
 def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Logits of standard deviation 2: neither a flat softmax nor one that a single id owns."""
+    """Random inputs whose logits have a standard deviation of 2: the softmax is neither flat nor on one id."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(shape.N, shape.H, generator=generator)
     weight = torch.randn(shape.V, shape.H, generator=generator) * (2 / math.sqrt(shape.H))
@@ -33,7 +31,7 @@ def eager_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Ten
 
 
 def liger_scaled(device: str) -> Forward:
-    """On a CPU and on other GPUs than Hopper's this is Liger's loop over 512 tokens in PyTorch."""
+    """Liger's fused linear Scaled CE. Except on Hopper GPUs it is a loop over 512 tokens in PyTorch."""
     function = module(
         "liger_kernel.ops.fused_linear_scaled_cross_entropy", "liger-kernel"
     ).LigerFusedLinearScaledCrossEntropyFunction
@@ -41,7 +39,7 @@ def liger_scaled(device: str) -> Forward:
 
 
 def trl_chunked(device: str) -> Forward:
-    """With the vocabulary chunk that TRL's trainers use; on a CPU PyTorch stands in for its Triton kernel."""
+    """TRL with the vocabulary chunk of its trainers. On a CPU PyTorch replaces its Triton kernel."""
     function = module("trl.kernels.chunked_logprob", "trl").ChunkedLogProbFunction
     return lambda hidden, weight, ids: {
         "logp": function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]
@@ -49,7 +47,7 @@ def trl_chunked(device: str) -> Forward:
 
 
 def apple_cce(filter_eps: str | None) -> Callable[[str], Forward]:
-    """filter_eps "high" is its default, which drops small gradients; None drops none."""
+    """Apple's CCE. filter_eps "high" is its default and drops small gradients; None drops none."""
 
     def load(device: str) -> Forward:
         needs_gpu(device)

@@ -1,7 +1,7 @@
-"""PPO's policy loss from hidden states, from log-probabilities, GAE, and whitening: inputs and methods.
+"""PPO's policy loss from hidden states and from log-probabilities, GAE, and whitening: inputs and methods.
 
-From hidden states, N tokens are ROWS sequences of one length and one advantage each, for that is what Liger's
-GRPO takes. The others are on N sequences of V tokens, padded at the end.
+From hidden states, N tokens are ROWS sequences of one length with one advantage each, because Liger's GRPO
+takes nothing else. The other operations are on N sequences of V tokens, padded at the end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TRL = "TRL ChunkedLogProbFunction, plain loss"
 
 
 def linear_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Ratios of e^0.1 or so, as in the middle of an update: some of them are clipped."""
+    """Inputs with ratios of about e^0.1, as in the middle of an update: some are clipped."""
     tensors = head_inputs(shape._replace(N=shape.N // ROWS * ROWS), dtype, device)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -66,8 +66,8 @@ def _eager_linear(
     logp = F.log_softmax(F.linear(hidden, weight), -1)
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(-1)
-    own = logp.gather(-1, ids[:, None])[:, 0]
-    return {"loss": _clipped(own, old_logp, advantages).mean(), "entropy": entropy.mean()}
+    at_ids = logp.gather(-1, ids[:, None])[:, 0]
+    return {"loss": _clipped(at_ids, old_logp, advantages).mean(), "entropy": entropy.mean()}
 
 
 def _trl(device: str) -> Forward:
@@ -83,8 +83,8 @@ def _trl(device: str) -> Forward:
 
 
 def _liger(device: str) -> Forward:
-    """Without the entropy, which it does not have. It compiles its pieces; on a CPU it runs uncompiled, where
-    its own tests run it so."""
+    """Liger's GRPO, which returns no entropy. It compiles its pieces; on a CPU it runs uncompiled, as in Liger's
+    tests."""
     grpo = module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearGRPOLoss
     loss = grpo(
         beta=0.0,
@@ -113,8 +113,10 @@ def _liger(device: str) -> Forward:
 
 
 def token_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Advantages are around 1, so that their mean is no small difference of large sums, which would judge
-    methods by luck."""
+    """Inputs of the policy loss, with advantages around 1.
+
+    Around 0 the mean would be a small difference of large sums, and its error a matter of luck.
+    """
     generator = torch.Generator().manual_seed(0)
     logp, noise, advantages, entropy = torch.randn(4, shape.N, shape.V, generator=generator)
     lengths = torch.randint(shape.V // 2, shape.V + 1, (shape.N, 1), generator=generator)
@@ -143,7 +145,7 @@ def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def _eager_ppo(
     logp: Tensor, entropy: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor
 ) -> dict[str, Tensor]:
-    """As TRL's PPO trainer has it, with its metrics over the mask."""
+    """The loss of TRL's PPO trainer, with its metrics over the mask."""
     difference = logp - old_logp
     ratio = difference.exp()
     free, held = -advantages * ratio, -advantages * ratio.clamp(1 - CLIP, 1 + CLIP)
@@ -176,7 +178,7 @@ def _ours_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> dict[str, Tensor
 
 
 def _eager_gae(rewards: Tensor, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The loop of TRL's PPO trainer: rewards and values are 0 in the padding, so the advantages are too."""
+    """The loop of TRL's PPO trainer. Rewards and values are 0 in the padding, and so are the advantages."""
     running, backwards = torch.zeros_like(values[:, 0]), []
     for t in reversed(range(values.shape[1])):
         following = values[:, t + 1] if t + 1 < values.shape[1] else 0.0
@@ -196,7 +198,7 @@ def _ours_whiten(advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def _eager_whiten(advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """TRL's masked_whiten, and the line of its trainer that sets the padding to 0."""
+    """TRL's masked_whiten with the line of its trainer that sets the padding to 0."""
     mean, tokens = _masked_mean(advantages, mask), mask.sum()
     variance = _masked_mean((advantages - mean) ** 2, mask) * (tokens / (tokens - 1))
     whitened = (advantages - mean) * torch.rsqrt(variance + 1e-8)

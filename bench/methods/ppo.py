@@ -1,10 +1,9 @@
-"""One step of PPO, rollout and update, by a Llama of the demo's architecture: ours, and the same written with
-transformers' generate.
+"""One step of PPO, rollout and update, of a Llama of the demo's architecture: ours, and plain PyTorch's.
 
-Both complete the same prompts with top-p 0.9, have a frozen reference and a value head on the shared
+Both complete the same prompts with top-p 0.9. Both have a frozen reference and a value head on the shared
 backbone, take one pass over the completions, clip the gradient and step AdamW. Scores are given. Plain
-PyTorch holds the logits, of one pass at a time. A step moves the weights, so what is checked is a method's
-first.
+PyTorch draws with transformers' generate and holds the logits of one pass at a time. A step moves the
+weights, so only a method's first step is checked.
 """
 
 from __future__ import annotations
@@ -23,17 +22,15 @@ from fastalign.measure import Error, largest_error
 from ..core.operation import EAGER, OURS, Check, Forward, Operation, Shape, Tensors, Verdict, module
 from .sampling import EDGE
 
-ROWS, PROMPT = 64, 8  # prompts, and their tokens
+ROWS, PROMPT = 64, 8  # prompts, and tokens of each
 TOP_P, CLIP, VF_COEF, LEARNING_RATE = 0.9, 0.2, 0.1, 1e-5
 LAYERS, WIDER, HEAD_SIZE = 4, 3, 32  # the demo's: 4 layers of H 128, inner 384, 4 heads
-NATS, GRADIENT = (
-    1e-4,
-    1e-4,
-)  # that a log-probability and the mean entropy may be off, and a gradient as a part of its largest element
+NATS = 1e-4  # allowed error of a log-probability and of the mean entropy
+GRADIENT = 1e-4  # allowed error of the gradient, as a share of its largest element
 
 
 def ppo_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """N tokens to draw, 64 rows at most; a head whose logits have a standard deviation of 2."""
+    """Inputs for N tokens to draw in at most 64 rows, and a head whose logits have a standard deviation of 2."""
     generator = torch.Generator().manual_seed(0)
     rows = min(ROWS, shape.N)
     tensors = {
@@ -42,7 +39,7 @@ def ppo_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tenso
         "scores": torch.randn(rows, generator=generator),
     }
     ids = torch.randint(0, shape.V, (rows, PROMPT), generator=generator)
-    new = torch.zeros(shape.N // rows, dtype=torch.int64)  # its length says how many tokens a row gets
+    new = torch.zeros(shape.N // rows, dtype=torch.int64)  # its length is the number of tokens of a row
     return {name: tensor.to(device, dtype) for name, tensor in tensors.items()} | {
         "ids": ids.to(device),
         "new": new.to(device),
@@ -50,7 +47,7 @@ def ppo_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tenso
 
 
 def policy(embedding: Tensor, weight: Tensor, new: Tensor, **_: Tensor) -> Any:
-    """The model of the inputs: the layers between them are those of seed 0."""
+    """The model of the inputs; the layers between embedding and head come from seed 0."""
     transformers = module("transformers", "transformers")
     V, H = weight.shape
     config = transformers.LlamaConfig(
@@ -189,8 +186,10 @@ def _noted(optimizer: torch.optim.Optimizer, model: Any) -> Callable[[], Tensor]
 
 
 def a_step_from_the_start(tensors: Tensors) -> Check:
-    """The judge of a method's first step, in fp64: tokens within top-p, with the log-probabilities, the
-    entropy and the head's gradient that are theirs."""
+    """The judge of a method's first step, in fp64.
+
+    Tokens must lie within top-p. Their log-probabilities, the entropy and the head's gradient must be right.
+    """
     model = policy(**{name: t.double() if t.is_floating_point() else t for name, t in tensors.items()})
     scores, ids, weight = tensors["scores"].double(), tensors["ids"], tensors["weight"].double()
 
@@ -206,7 +205,7 @@ def a_step_from_the_start(tensors: Tensors) -> Check:
             0,
         )
         with torch.no_grad():
-            for row in range(B):  # a row's logits at a time
+            for row in range(B):  # the logits of one row at a time
                 hidden = model.model(
                     torch.cat((ids[row], tokens[row]))[None], use_cache=False
                 ).last_hidden_state[0, ids.shape[1] - 1 : -1]
@@ -214,13 +213,13 @@ def a_step_from_the_start(tensors: Tensors) -> Check:
                 probs = table.exp()
                 entropy[row] = -(probs * table).sum(-1)
                 at = tokens[row][:, None]
-                own = probs.gather(1, at)
-                outside += int(((probs * (probs > own)).sum(1) > TOP_P + EDGE).sum())
-                logp[row] = own[:, 0].log()
-                slopes = -advantages[row] / (B * R)
-                gradient -= (probs * slopes[:, None]).t() @ hidden
-                gradient.index_add_(0, tokens[row], slopes[:, None] * hidden)
-        # Both steps clip the gradient, so its direction is what is compared.
+                drawn = probs.gather(1, at)
+                outside += int(((probs * (probs > drawn)).sum(1) > TOP_P + EDGE).sum())
+                logp[row] = drawn[:, 0].log()
+                grads = -advantages[row] / (B * R)
+                gradient -= (probs * grads[:, None]).t() @ hidden
+                gradient.index_add_(0, tokens[row], grads[:, None] * hidden)
+        # Both methods clip the gradient, so only its direction is compared.
         true = {"logp": logp, "entropy": entropy.mean(), "d weight": gradient / gradient.norm()}
         found = results["d weight"].double()
         errors = largest_error(
@@ -241,8 +240,7 @@ def a_step_from_the_start(tensors: Tensors) -> Check:
 
 
 def head_gemms(tensors: Tensors) -> Callable[[], object]:
-    """What of a step nobody can leave out: a product for each token of the rollout, one for the reference,
-    three for the update."""
+    """The head's GEMMs of a step: one for each token of the rollout, one for the reference, three for the update."""
     weight = tensors["weight"].detach()
     B, R = len(tensors["ids"]), len(tensors["new"])
     row, whole = weight.new_ones(B, weight.shape[1]), weight.new_ones(B * R, weight.shape[1])

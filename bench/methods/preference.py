@@ -1,8 +1,7 @@
-"""DPO and KTO from hidden states, the reference's pass included: inputs, methods, and plain PyTorch some
-tokens at a time for the truth.
+"""DPO and KTO from hidden states, with the reference's pass, and the reward model's loss from scores.
 
-N tokens are PAIRS chosen rows and then as many rejected ones, all of one length, for that is the only layout
-that Liger takes.
+N tokens are PAIRS chosen rows and then as many rejected rows, all of one length: the only layout that Liger
+takes.
 """
 
 from __future__ import annotations
@@ -40,30 +39,27 @@ LIGER_DPO = "LigerFusedLinearDPOLoss"
 LIGER_KTO = "LigerFusedLinearKTOLoss"
 TRL = "TRL ChunkedLogProbFunction, plain loss"
 
-Losses = Callable[
-    [Tensor, Tensor, Tensors], Tensor
-]  # log-probabilities [ROWS] of policy and reference, the other inputs -> losses
+# Log-probabilities [ROWS] of policy and reference, and all inputs -> losses.
+Losses = Callable[[Tensor, Tensor, Tensors], Tensor]
 
 
 def pair_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """The reference's logits differ by a tenth from the policy's, as after some training: a margin of 0.6 or
-    so at 512 tokens a row.
+    """Inputs whose reference logits differ by a tenth from the policy's, as after some training.
 
-    Of two models without relation it would be 9, where the sigmoid is flat and the gradients of a pair are
-    nothing.
+    The margin is then about 0.6 at 512 tokens a row. For two unrelated models it would be 9, where the sigmoid
+    is flat and a pair's gradients vanish.
     """
     return with_reference(head_inputs(shape._replace(N=shape.N // ROWS * ROWS), dtype, device), dtype, device)
 
 
 def with_reference(tensors: dict[str, Tensor], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """`tensors` and the reference's hidden states and weight."""
+    """The tensors with the reference's hidden states and weight added."""
     generator = torch.Generator().manual_seed(1)
     for name in ("hidden", "weight"):
-        own = tensors[name]
-        noise = (
-            torch.randn(own.shape, generator=generator).to(device) * own.float().std() * 0.07
-        )  # twice, so a tenth
-        tensors[f"reference_{name}"] = (own.float() + noise).to(dtype)
+        policy = tensors[name]
+        # 0.07 of both factors moves the logits by a tenth.
+        noise = torch.randn(policy.shape, generator=generator).to(device) * policy.float().std() * 0.07
+        tensors[f"reference_{name}"] = (policy.float() + noise).to(dtype)
     return tensors
 
 
@@ -118,8 +114,8 @@ def _kto(policy: Tensor, reference: Tensor, tensors: Tensors) -> Tensor:
     return 1 - torch.sigmoid(torch.where(tensors["desirable"], above, -above))
 
 
-def _plain(losses: Losses, logprobs: Forward, exponents: bool = False) -> Forward:
-    """The loss on any method's log-probabilities."""
+def _plain(losses: Losses, logprobs: Forward, *, exponents: bool = False) -> Forward:
+    """The loss on log-probabilities of any method; `exponents` adds EXPONENTS to its results."""
 
     def forward(**tensors: Tensor) -> dict[str, Tensor]:
         def rows(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -139,6 +135,8 @@ def _plain(losses: Losses, logprobs: Forward, exponents: bool = False) -> Forwar
 
 
 def _some_at_a_time(rows: int) -> Forward:
+    """Plain log-probabilities of so many tokens at a time, recomputed for the gradients."""
+
     def one(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         return eager_logprobs(hidden, weight, ids)["logp"]
 
@@ -154,7 +152,7 @@ def _trl(losses: Losses) -> Callable[[str], Forward]:
 
 
 def _liger_dpo(device: str) -> Forward:
-    """Liger compiles its pieces; on a CPU it runs uncompiled, where its own tests run it so."""
+    """Liger's DPO. It compiles its pieces; on a CPU it runs uncompiled, as in Liger's tests."""
     loss = module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearDPOLoss(
         beta=BETA, compiled=device != "cpu"
     )
@@ -171,13 +169,13 @@ def _liger_dpo(device: str) -> Forward:
 
 
 def _liger_kto(device: str) -> Forward:
-    """Hidden states before the weight, other than its DPO."""
+    """Liger's KTO, which takes hidden states before the weight, unlike its DPO."""
     kto = module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearKTOLoss
     loss = kto(beta=BETA, compiled=device != "cpu", use_ref_model=True)
 
     def forward(**tensors: Tensor) -> dict[str, Tensor]:
         hidden, reference, ids = by_row(tensors)
-        own = {"preference_labels": tensors["desirable"], "kl": tensors["kl"]}
+        labels = {"preference_labels": tensors["desirable"], "kl": tensors["kl"]}
         return {
             "loss": loss(
                 hidden,
@@ -185,15 +183,15 @@ def _liger_kto(device: str) -> Forward:
                 ids,
                 ref_input=reference,
                 ref_weight=tensors["reference_weight"],
-                **own,
+                **labels,
             )[0]
         }
 
     return forward
 
 
-# The reward model's loss, from scores: shape.N pairs. Liger has none, and TRL's RewardTrainer computes
-# PyTorch's row.
+# The reward model's loss from scores of shape.N pairs. Liger has none, and TRL's RewardTrainer computes the same
+# as PyTorch's row.
 
 
 def score_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

@@ -1,5 +1,4 @@
-"""Drawing a token from each row of logits [N, V]: the filters, the logits, the methods, and what makes a
-drawn token wrong."""
+"""Drawing a token from each row of logits [N, V]: inputs, filters, methods, and the judge of drawn tokens."""
 
 from __future__ import annotations
 
@@ -16,15 +15,15 @@ from fastalign_kernels.sampling import sample
 from ..core import smollm2
 from ..core.operation import OURS, Check, Forward, Operation, Shape, Tensors, Verdict, here, module, needs_gpu
 
-NATS = 1e-5  # that a log-probability, the log of the kept mass or the entropy may be off
-# of a row's mass by which top-p may miss its threshold: what prefix sums of V probabilities in fp32 cost
+NATS = 1e-5  # allowed error of a log-probability, of the log of the kept mass and of the entropy
+# The share of a row's mass by which top-p may miss its threshold: prefix sums of V probabilities in fp32 cost it.
 EDGE = 1e-5
 MULTINOMIAL = "softmax, torch.multinomial"
 TRANSFORMERS = "transformers' warpers, softmax, torch.multinomial"
 
 
 class Filter(NamedTuple):
-    """In the order of transformers: temperature, then top_k (0: all), then top_p of what is left."""
+    """Filters, applied as in transformers: temperature, then top_k (0: all), then top_p of the rest."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -32,17 +31,16 @@ class Filter(NamedTuple):
 
 
 def random_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Normal with standard deviation 2: flat, the hard case of a filter, for top-p 0.9 keeps tens of
+    """Normal logits with standard deviation 2: a flat softmax, the hard case, where top-p 0.9 keeps tens of
     thousands of ids."""
     generator = torch.Generator().manual_seed(0)
     return {"logits": torch.randn(shape.N, shape.V, generator=generator).mul_(2).to(device, dtype)}
 
 
 def trained_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Zipf-Mandelbrot's law in each row: the logit of rank r is -s log(r + 2), s from 1.2 to 2.2 over the
-    rows, ids in random order.
+    """Logits after Zipf-Mandelbrot's law: that of rank r is -s log(r + 2), with s from 1.2 to 2.2 over the rows.
 
-    Fitted to SmolLM2-135M on bench/README.md. Entropy: 4.0 nats a row on average (the model: 3.9). Average
+    Ids are in random order. The law is fitted to SmolLM2-135M on bench/README.md. Entropy: 4.0 nats a row on average (the model: 3.9). Average
     log-probability at the ranks 1, 10, 100, 1000, 10000: -1.7, -4.0, -7.7, -11.5, -15.5 (the model: -1.5,
     -4.6, -7.7, -10.8, -15.1).
     """
@@ -57,9 +55,8 @@ def _ours(rule: Filter) -> Callable[[str], Forward]:
 
 
 def _multinomial(device: str) -> Forward:
-    generator = torch.Generator(device).manual_seed(
-        0
-    )  # so that a draw at the edge of the kept set happens in every run, or in none
+    # Seeded, so that a draw at the edge of the kept set happens in every run or in none.
+    generator = torch.Generator(device).manual_seed(0)
     return lambda logits: {"token": torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]}
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 from ..core.operation import EAGER, OURS, Forward, Operation, Shape, Tensors, here, module
 
 STAGES = ("pretrain", "sft", "reward", "dpo", "kto")
-WEIGHTS = (4, 4, 3, 3, 2, 2, 1, 1)  # of the 8 sequences' lengths
+WEIGHTS = (4, 4, 3, 3, 2, 2, 1, 1)  # relative lengths of the 8 sequences
 BETA = 0.1
 LARGEST_NORM = 1.0
-BACKBONE = "the step without head and loss"  # hidden states summed in their place
+BACKBONE = "the step without head and loss"  # the hidden states are summed instead
 
 
 def step_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """ids [N]; sizes: H and V, for the ids do not tell them; like: no numbers, of the model's dtype."""
+    """ids [N]; sizes: H and V; like: an empty tensor of the model's dtype."""
     for package in ("transformers", "datasets", "peft", "pydantic"):  # the extra `train`
         module(package, package)
     ids = torch.randint(2, shape.V, (shape.N,), generator=torch.Generator().manual_seed(0))
@@ -37,7 +37,7 @@ def step_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tens
 
 
 class Layers(NamedTuple):
-    """SmolLM2-135M at H 576; smaller with H."""
+    """Layers of a Llama: SmolLM2-135M's at H 576, fewer and smaller for a smaller H."""
 
     number: int
     heads: int
@@ -50,7 +50,7 @@ class Layers(NamedTuple):
 
 
 class Trainee(NamedTuple):
-    """A model that is trained, its optimizer, and its loss on the batch."""
+    """A model, its optimizer, and its loss on the batch."""
 
     model: Any
     optimizer: torch.optim.Optimizer
@@ -80,11 +80,8 @@ def _sequences(ids: Tensor) -> list[Any]:
     """Ragged sequences of the tokens; the first quarter of each is its prompt."""
     from fastalign.data import Tokenized
 
-    tokens, begin, sequences = (
-        ids.tolist() * 2,
-        0,
-        [],
-    )  # twice, for a tiny N, whose shortest sequences are rounded up to 3 tokens
+    tokens = ids.tolist() * 2  # enough for a tiny N, whose shortest sequences are rounded up to 3 tokens
+    begin, sequences = 0, []
     for weight in WEIGHTS:
         length = max(3, ids.numel() * weight // sum(WEIGHTS))
         prompt = max(1, length // 4)
@@ -96,8 +93,7 @@ def _sequences(ids: Tensor) -> list[Any]:
 
 
 def _batch(stage: str, ids: Tensor) -> dict[str, Any]:
-    """A micro-batch as the stage makes it, but with a prompt for each sequence (plain code shares none), on
-    the ids' device."""
+    """The stage's micro-batch on the ids' device. Each sequence has its prompt, because plain code shares none."""
     from fastalign.data import (
         Pair,
         Tokenized,
@@ -134,14 +130,14 @@ def _batch(stage: str, ids: Tensor) -> dict[str, Any]:
 
 
 def _fused_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, Any]) -> Callable[[], Tensor]:
-    """As the stage computes it."""
+    """The loss as the stage computes it."""
     from fastalign.causal_lm import fuse_head
     from fastalign.classifier import score_packed
     from fastalign.data import sequence_logps
     from fastalign.step_losses import fused_loss
 
-    for own in [model] if reference is None else [model, reference]:
-        (score_packed if stage == "reward" else fuse_head)(own)
+    for network in [model] if reference is None else [model, reference]:
+        (score_packed if stage == "reward" else fuse_head)(network)
     return fused_loss(stage, _config(stage), model, batch, functools.partial(sequence_logps, reference))
 
 
@@ -165,15 +161,14 @@ def _config(stage: str) -> Any:
 
 
 def _backbone_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, Any]) -> Callable[[], Tensor]:
-    """The sum of the hidden states: of what the stage trains on, after the passes that it makes without
-    gradient."""
+    """The sum of the hidden states that the stage trains on, after its passes without gradient."""
     packed = {"dpo": ["both"], "reward": ["both"], "kto": ["answered"]}.get(stage)
     arguments = dict(batch[packed[0]]["arguments"] if packed else batch)
     arguments.pop("labels")
 
-    def hidden(other: Any, own: Mapping[str, Any]) -> Tensor:
-        return other.model(
-            input_ids=own["input_ids"], position_ids=own["position_ids"], use_cache=False
+    def hidden(network: Any, inputs: Mapping[str, Any]) -> Tensor:
+        return network.model(
+            input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], use_cache=False
         ).last_hidden_state.sum()
 
     def loss() -> Tensor:
@@ -190,9 +185,8 @@ def _backbone_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, A
 LOSSES = {OURS: _fused_loss, EAGER: _plain_loss, BACKBONE: _backbone_loss}
 
 
-@functools.lru_cache(
-    maxsize=3
-)  # the methods and the ceiling of one case, with some 2 GB of weights, gradients and moments each
+# The methods and the ceiling of one case; each has some 2 GB of weights, gradients and moments.
+@functools.lru_cache(maxsize=3)
 def _trainee(
     stage: str, method: str, H: int, V: int, dtype: torch.dtype, ids: tuple[int, ...], device: str
 ) -> Trainee:
@@ -206,7 +200,7 @@ def _trainee(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    optimizer.step()  # makes the moments, which are no part of a later step's memory
+    optimizer.step()  # allocates the moments, which do not belong to the memory of a step
     optimizer.zero_grad()
     return Trainee(model, optimizer, LOSSES[method](stage, model, reference, batch))
 
@@ -221,9 +215,7 @@ def _step(stage: str, method: str, tensors: Tensors) -> dict[str, Tensor]:
         loss = loss_fn()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), LARGEST_NORM)
-    head = (
-        model.score if stage == "reward" else model.model.embed_tokens
-    )  # a causal LM's head is its embedding
+    head = model.score if stage == "reward" else model.model.embed_tokens  # the tied head of a causal LM
     results = {
         "loss": loss.detach(),
         "d head": head.weight.grad,
@@ -239,7 +231,7 @@ def _method(stage: str, method: str) -> Forward:
 
 
 def without_loss(stage: str) -> Callable[[Tensors], Callable[[], object]]:
-    """The ceiling of a step: all of it but head and loss."""
+    """The ceiling of a step: the step without head and loss."""
     return lambda tensors: functools.partial(_step, stage, BACKBONE, tensors)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bench.core.operation import Absent
 from bench.experiments import tail_tables, tail_training
-from bench.experiments.tail_training import Settings, Way, smoothed
+from bench.experiments.tail_training import GradMode, Settings, smoothed
 from bench.reports import readme
 from fastalign_kernels import linear_cross_entropy
 from fastalign_kernels.linear import accumulate as gradients
@@ -50,18 +50,23 @@ def test_every_way_trains_and_the_results_file_makes_tables_and_plot(
         sentences(tmp_path / "data.txt"), 1, vocabulary=300, held_out=10, steps=2, sft_steps=2, parts=("toy",)
     )
     eps = 0.02  # above 1 / V: an untrained softmax keeps little
-    ways = {"exact": Way(None), "2^-14": Way(1e-5), "2^-12": Way(eps), "2^-12 dropped": Way(eps, False)}
-    tail_training.run(settings, tmp_path, tmp_path / "results.json", ways)
+    modes = {
+        "exact": GradMode(None),
+        "2^-14": GradMode(1e-5),
+        "2^-12": GradMode(eps),
+        "2^-12 dropped": GradMode(eps, False),
+    }
+    tail_training.run(settings, tmp_path, tmp_path / "results.json", modes)
     text = (tmp_path / "results.json").read_text()
     results = json.loads(text)
     assert str(tmp_path) not in text and results["machine_info"]["threads"] == 1
 
     runs = {(own["setting"], own["way"]): own for own in results["runs"]}
-    assert list(runs) == [(setting, way) for setting in ("pre-training", "fine-tuning") for way in ways]
+    assert list(runs) == [(setting, mode) for setting in ("pre-training", "fine-tuning") for mode in modes]
     for setting in ("pre-training", "fine-tuning"):
-        exact, dense, tail, dropped = (runs[setting, way]["held_out"] for way in ways)
+        exact, dense, tail, dropped = (runs[setting, mode]["held_out"] for mode in modes)
         assert [step for step, _ in exact] == [0, 1, 2]
-        assert exact[0] == dense[0] == tail[0] == dropped[0]  # no way moves the loss itself
+        assert exact[0] == dense[0] == tail[0] == dropped[0]  # no mode moves the loss itself
         assert exact[-1][1] == pytest.approx(dense[-1][1], abs=1e-4)  # all columns are kept at 1e-5
         assert len({own[-1][1] for own in (exact, tail, dropped)}) == 3
         assert runs[setting, "exact"]["kept_share"] == [] and runs[setting, "2^-14"]["kept_share"] == [
@@ -84,7 +89,7 @@ def test_every_way_trains_and_the_results_file_makes_tables_and_plot(
 
     monkeypatch.setattr(tail_training.smollm2, "files", absent)
     again = tail_training.run(
-        dataclasses.replace(settings, parts=("wide",)), tmp_path, tmp_path / "results.json", ways
+        dataclasses.replace(settings, parts=("wide",)), tmp_path, tmp_path / "results.json", modes
     )
     assert "wide is left out: no model here" in capsys.readouterr().out
     assert again["runs"] == results["runs"] and again["reports"] == results["reports"], "other parts stay"
@@ -103,7 +108,7 @@ def test_dropping_leaves_rows_of_the_weight_without_gradient_only_while_it_lasts
         return int((grad == 0).all(1).sum())
 
     ours = gradients.dropped_grad
-    with tail_training.gradient(Way(0.5, compensated=False)):
+    with tail_training.gradient(GradMode(0.5, compensated=False)):
         assert untouched() > 10
     assert gradients.dropped_grad is ours and untouched() == 0
 
