@@ -38,6 +38,7 @@ DEVICE_TESTS = (
     "kernels/logits",
     "linear/head",
     "linear/engine",
+    "linear/epilogue",
     "preference/preference",
     "preference/numbers",
     "preference/calls",
