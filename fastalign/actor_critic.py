@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fastalign_kernels import PolicyLoss
 
-from .causal_lm import backbone
+from .servable_heads import backbone
 
 VALUE_HEAD = "value_head.safetensors"  # of a shared backbone, beside the policy's own files
 

@@ -44,6 +44,15 @@ from .probe import (
     probing,
     unsupported,
 )
+from .servable_heads import backbone as backbone
+from .servable_heads import (
+    backbone_of,
+    causal_lm_of,
+    explain_unservable,
+    plain_heads,
+    refuse_router_loss,
+    refuse_unservable,
+)
 from .transformers_names import CACHE
 from .versions import noting_newer_packages
 
@@ -106,8 +115,8 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
             replaced, or a mismatch found by `verify`.
         ValueError: `verify` and weights on the meta device; a tail_eps outside (0, 1).
     """
-    base = _causal_lm(model)
-    heads = _plain_heads(base)
+    base = causal_lm_of(model)
+    heads = plain_heads(base)
     if tail_eps is not None:
         checks.tail_eps(tail_eps)
     if (
@@ -117,7 +126,7 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
         base.__dict__["_fastalign_tail_eps"] = tail_eps
         return model
     unfuse_head(base)  # the lm_head or the loss_function was replaced after fusing, so fuse again
-    _refuse_unservable(base, heads)
+    refuse_unservable(base, heads)
     if not verify:
         _patch(base, heads, declared_transforms(base)[0])
     elif any(parameter.is_meta for parameter in base.parameters()):
@@ -142,7 +151,7 @@ def unfuse_head(model: Model) -> Model:
     Raises:
         ValueError: something (accelerate's mixed precision, say) wrapped the fused forward afterwards.
     """
-    base = _causal_lm(model)
+    base = causal_lm_of(model)
     if "_fastalign_transform" in base.__dict__ and not _is_ours(base):
         raise ValueError(
             f"model: the forward of {type(base).__name__} was replaced after fuse_head; undo that first "
@@ -187,10 +196,11 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if unlabelled and options_given:
             asked = f"token_stats={token_stats}, ppo={ppo and sorted(ppo)}, keep_hidden={keep_hidden}"
             raise ValueError(
-                f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or shift_labels"
+                f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or "
+                "shift_labels"
             )
         if not options_given and takes_own_forward(
-            self, labelled=not unlabelled, unservable_head=_unservable_head(self)
+            self, labelled=not unlabelled, unservable_head=explain_unservable(self)
         ):
             return original(self, *args, **kwargs)
         if token_stats and ppo is not None:
@@ -242,8 +252,8 @@ def _run(
         raise ValueError(
             f"logits_to_keep={logits_to_keep} with labels: allowed is 0; ignore targets with -100"
         )
-    _refuse_router_loss(model, arguments.get("output_router_logits"))
-    if not all(_is_ours(head) for head in _plain_heads(model)):
+    refuse_router_loss(model, arguments.get("output_router_logits"))
+    if not all(_is_ours(head) for head in plain_heads(model)):
         raise unsupported(model, "had its lm_head replaced after fuse_head; call fuse_head again")
     if targets is None:
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -254,7 +264,7 @@ def _run(
             f"labels: shape {list(targets.shape)} seen, that of the tokens, {list(shape)}, wanted"
         )
 
-    inner = _backbone(model)(**arguments, return_dict=True)
+    inner = backbone_of(model)(**arguments, return_dict=True)
     hidden = inner.last_hidden_state
     targets = targets.to(hidden.device)
     if isinstance(num_items, Tensor):
@@ -329,89 +339,3 @@ def _is_ours(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     # torch.compile traces this. The compiler of torch 2.11 does not read a bound method's own __name__.
     return isinstance(forward, MethodType) and forward.__func__.__name__.startswith("_fastalign_")
-
-
-def backbone(model: nn.Module) -> PreTrainedModel:
-    """The module of a causal LM or classifier (or of the one in a PeftModel) whose `last_hidden_state` enters
-    its head."""
-    found: PreTrainedModel = _backbone(_causal_lm(model))
-    return found
-
-
-def _backbone(model: PreTrainedModel) -> Any:
-    if model.base_model is model:  # its prefix names no module of it, as Llama 4's
-        return getattr(model, "model", model)
-    return model.base_model
-
-
-def _causal_lm(model: nn.Module) -> PreTrainedModel:
-    unwrap = getattr(model, "get_base_model", None)  # PEFT's wrappers have it
-    base = model if unwrap is None else unwrap()
-    if isinstance(base, nn.DataParallel):
-        raise unsupported(base, "copies a module without its fused forward; use DistributedDataParallel")
-    if not isinstance(base, PreTrainedModel):
-        raise unsupported(
-            base,
-            "is no transformers PreTrainedModel; fuse the head before DDP or torch.compile wraps the model",
-        )
-    if base.config.is_encoder_decoder:
-        raise unsupported(base, "is an encoder-decoder, not a causal LM")
-    return base
-
-
-def _plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
-    """The nn.Linear modules that calling the output embeddings may run: one, or PEFT's copies of it."""
-    head = model.get_output_embeddings()
-    if head is None or _backbone(model) is model:
-        raise unsupported(model, "has no output embeddings on a backbone, so it is no causal LM")
-    copies = getattr(head, "modules_to_save", None)  # PEFT's ModulesToSaveWrapper hands all arguments on
-    modules = [head] if copies is None else [head.original_module, *copies.values()]
-    for module in modules:
-        kind, weight = type(module), getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
-            raise unsupported(
-                model,
-                f"has a {kind.__module__}.{kind.__qualname__} as its lm_head; served is a plain nn.Linear: "
-                "not quantised, and not among PEFT's target_modules (modules_to_save is served)",
-            )
-        if type(weight) is not nn.Parameter and not isinstance(weight, DTensor):
-            raise unsupported(model, f"has a {type(weight).__name__} as its lm_head.weight (quantised?)")
-    return modules
-
-
-def _unservable_head(model: PreTrainedModel) -> str | None:
-    """What an adapter that came after fuse_head made of lm_head, where the fused head cannot read it."""
-    try:
-        _plain_heads(model)
-    except UnsupportedModelError as error:
-        return str(error)
-    return None
-
-
-def _refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
-    _refuse_router_loss(model, None)
-    if (model.tp_size or 1) > 1:
-        raise unsupported(model, f"is tensor-parallel over {model.tp_size} ranks, and its lm_head with it")
-    for module in (model, *heads):
-        if "forward" in module.__dict__:
-            raise unsupported(
-                model,
-                f"has the forward of its {type(module).__name__} replaced by {_name_of(module.forward)} already "
-                "(accelerate's device_map? another fused loss?); undo that first",
-            )
-
-
-def _name_of(function: Any) -> str:
-    """Module and name; a bound method's repr would print the whole module tree."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
-def _refuse_router_loss(model: PreTrainedModel, asked: bool | None) -> None:
-    configured = getattr(model.config.get_text_config(), "output_router_logits", False)
-    if configured if asked is None else asked:
-        raise unsupported(
-            model,
-            "with output_router_logits=True adds an auxiliary router loss, which the fused head would lose; "
-            "set config.output_router_logits=False",
-        )

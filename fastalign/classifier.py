@@ -43,7 +43,8 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
             raise ValueError(f"model: {type(model).__name__}'s {wrong}; expected finite numbers")
         raise unsupported(
             model,
-            f"scores a sequence as {own.tolist()}, not by its layer `score` at the last token, {ours.tolist()}",
+            f"scores a sequence as {own.tolist()}, not by its layer `score` at the last token, "
+            f"{ours.tolist()}",
         )
     return model
 

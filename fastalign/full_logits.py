@@ -28,7 +28,8 @@ def takes_own_forward(model: PreTrainedModel, *, labelled: bool, unservable_head
         if learns:
             _warn(
                 model,
-                "was called in training without labels (Trainer takes them away for label_smoothing_factor and for a compute_loss_func; "
+                "was called in training without labels (Trainer takes them away for label_smoothing_factor "
+                "and for a compute_loss_func; "
                 "unset these, or call unfuse_head(model))",
             )
         return True

@@ -215,7 +215,8 @@ def peak_memories(
         return [_peak_cuda(target, arguments, warmup) for arguments in every]
     if not _CLEAR_REFS.exists():
         raise PeakMemoryUnavailable(
-            f"peak memory on {platform.system()}: {_CLEAR_REFS} is missing, which Linux has; measure on Linux or on a GPU"
+            f"peak memory on {platform.system()}: {_CLEAR_REFS} is missing, which Linux has; measure on "
+            "Linux or on a GPU"
         )
     request = {
         "target": target,

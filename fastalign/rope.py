@@ -62,6 +62,7 @@ def check_lengths(config: Any, lengths: Iterable[int], *, remedy: str) -> None:
     found = sorted(set(lengths))
     if found and switch.crossed_by(found[0], found[-1]):
         raise ValueError(
-            f"got sequences of {found[0]} to {found[-1]} tokens for one forward pass, expected all on one side of {switch}, because "
+            f"got sequences of {found[0]} to {found[-1]} tokens for one forward pass, expected all on one "
+            f"side of {switch}, because "
             f"{config.model_type} computes all of them with the frequencies of the longest: {remedy}"
         )

@@ -36,7 +36,8 @@ def read_file(path: str) -> Part:
     reader = READERS.get(_kind(path))
     if reader is None:
         raise DataError(
-            f"{path}: got a {''.join(Path(path).suffixes[-2:]) or 'file without ending'}, expected {_expected()}"
+            f"{path}: got a {''.join(Path(path).suffixes[-2:]) or 'file without ending'}, expected "
+            f"{_expected()}"
         )
     return reader(path)
 

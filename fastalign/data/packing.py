@@ -122,7 +122,8 @@ def check_packing(
     """
     if lengths is None and (switch := rope_switch(model.config)):
         raise ValueError(
-            f"lengths: got None, expected those of the sequences to pack, because {type(model).__name__} changes at {switch}"
+            f"lengths: got None, expected those of the sequences to pack, because {type(model).__name__} "
+            f"changes at {switch}"
         )
     check_lengths(model.config, lengths or (), remedy="turn packing off")
     vocab = model.config.get_text_config().vocab_size

@@ -74,7 +74,8 @@ def tokenize_pairs(
     def both(row: Row) -> list[Any]:
         if implicit and not (isinstance(row["chosen"], list) and isinstance(row["rejected"], list)):
             raise DataError(
-                "columns 'chosen' and 'rejected' must both be lists of messages where there is no column 'prompt'"
+                "columns 'chosen' and 'rejected' must both be lists of messages where there is no column "
+                "'prompt'"
             )
         if row["chosen"] == row["rejected"]:
             raise DataError("columns 'chosen' and 'rejected' are the same")
@@ -129,7 +130,8 @@ def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int)
         groups.setdefault(rows[number].completion, []).append(int(number))
     if len(groups) < 2:
         raise ValueError(
-            f"rows must have two different completions at least, as each prompt meets another row's; got {len(rows)} rows of one"
+            "rows must have two different completions at least, as each prompt meets another row's; got "
+            f"{len(rows)} rows of one"
         )
     # Equal completions stand side by side in a ring, and each place meets the one that lies `shift` places
     # on: past its own group's end, whatever the group, but short of its beginning, which the modulo sees to

@@ -87,7 +87,8 @@ def tokenize_sft(
     for column in ("prompt", *whole[1:]) if whole else ():
         if column in rows.column_names:
             warnings.warn(
-                f"{name_rows(rows)}column {column!r} is not used beside {whole[0]!r}, which hold the whole conversation",
+                f"{name_rows(rows)}column {column!r} is not used beside {whole[0]!r}, which hold the whole "
+                "conversation",
                 stacklevel=2,
             )
     if not whole:

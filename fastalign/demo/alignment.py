@@ -76,7 +76,8 @@ class Alignment:
         """All of it in a few lines."""
         pairs = self.counts["reward_held_out"]
         lines = [
-            f"Reward model: {self.accuracy:.3f} of {pairs} held-out pairs in the right order; VADER's lexicon {self.lexicon:.3f}"
+            f"Reward model: {self.accuracy:.3f} of {pairs} held-out pairs in the right order; VADER's "
+            f"lexicon {self.lexicon:.3f}"
         ]
         for policy in self.policies:
             gain = (
@@ -201,7 +202,8 @@ def align(
         desirable = sum(row["label"] for row in labels)
         if not pairs or not 0 < desirable < len(labels):
             raise DataError(
-                f"{len(samples)} completions by the tuned model: {len(pairs)} pairs to learn from, {desirable} good ones and "
+                f"{len(samples)} completions by the tuned model: {len(pairs)} pairs to learn from, "
+                f"{desirable} good ones and "
                 f"{len(labels) - desirable} others; at least 1, 1 and 1 are needed: take more --steps"
             )
         write_rows(folder / "rows" / "pairs.jsonl", pairs)

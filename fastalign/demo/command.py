@@ -160,8 +160,10 @@ def prepare(settings: Settings) -> Prepared:
     prompts = list(dict.fromkeys(parts[0] for parts in cuts if parts is not None))[: settings.prompts]
     if not rows["sft_train"] or not rows["sft_held_out"] or len(prompts) < 2:
         raise DataError(
-            f"{source}: {len(rows['sft_train'])} sentences to tune on, {len(rows['sft_held_out'])} held out and {len(prompts)} prompts; "
-            "at least 1, 1 and 2 are needed: positively rated ones and prompts of at least 5 tokens with a continuation"
+            f"{source}: {len(rows['sft_train'])} sentences to tune on, {len(rows['sft_held_out'])} held out "
+            f"and {len(prompts)} prompts; "
+            "at least 1, 1 and 2 are needed: positively rated ones and prompts of at least 5 tokens with a "
+            "continuation"
         )
     rows |= {
         "reward_train": rated_pairs(train, rounds=2, seed=settings.seed),
@@ -176,8 +178,10 @@ def prepare(settings: Settings) -> Prepared:
     )
     if not rows["reward_train"] or not rows["reward_held_out"] or not sampled:
         raise DataError(
-            f"{source}: {len(rows['reward_train'])} pairs of positively and negatively rated sentences to train on, "
-            f"{len(rows['reward_held_out'])} held out and {len(sampled)} prompts beside the held-out ones; at least 1 of each is needed"
+            f"{source}: {len(rows['reward_train'])} pairs of positively and negatively rated sentences to "
+            "train on, "
+            f"{len(rows['reward_held_out'])} held out and {len(sampled)} prompts beside the held-out ones; "
+            "at least 1 of each is needed"
         )
     return Prepared(tokenizer, rows, prompts, sampled, time.perf_counter() - began)
 

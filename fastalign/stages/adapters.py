@@ -54,7 +54,8 @@ def find_source(name: str, *, argument: str = "model") -> Source:
     while has_adapters(name):
         if str(Path(name).resolve()) in [str(Path(folder).resolve()) for folder in adapters]:
             raise ValueError(
-                f"{argument}: the adapters in {name!r} are their own base, expected the folder of a model below them"
+                f"{argument}: the adapters in {name!r} are their own base, expected the folder of a model "
+                "below them"
             )
         adapters.append(name)
         name = _base_of(name, argument)
@@ -67,7 +68,8 @@ def _base_of(folder: str, argument: str) -> str:
     named = _read(Path(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
     if not named:
         raise ValueError(
-            f"{argument}: {ADAPTER_CONFIG} in {folder!r} has no base_model_name_or_path, expected the folder of the base model"
+            f"{argument}: {ADAPTER_CONFIG} in {folder!r} has no base_model_name_or_path, expected the "
+            "folder of the base model"
         )
     candidates = [named, str(Path(folder, named))]  # as PEFT reads it, and seen from the folder
     if Path(folder, RELATIVE_BASE).is_file():
@@ -78,7 +80,8 @@ def _base_of(folder: str, argument: str) -> str:
     if Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1:
         looked = " and ".join(repr(candidate) for candidate in dict.fromkeys(candidates))
         raise ValueError(
-            f"{argument}: got the adapters in {folder!r}, whose base model is neither of {looked}; expected its folder there: "
+            f"{argument}: got the adapters in {folder!r}, whose base model is neither of {looked}; expected "
+            "its folder there: "
             f"move it back, or write its path into {ADAPTER_CONFIG} as base_model_name_or_path"
         )
     return str(named)  # of a hub
@@ -109,7 +112,8 @@ def load_architecture(name: str, *, task: Task = "CAUSAL_LM", argument: str = "m
     classifiers = [folder for folder in source.adapters if _task(folder) == "SEQ_CLS"]
     if task == "CAUSAL_LM" and classifiers:
         raise ValueError(
-            f"{argument}: got {name!r}, the adapters of a sequence classifier ({classifiers[0]!r}), expected a causal LM"
+            f"{argument}: got {name!r}, the adapters of a sequence classifier ({classifiers[0]!r}), "
+            "expected a causal LM"
         )
     labels = {} if not classifiers else {"num_labels": _labels(classifiers[-1], argument)}
     architecture: PretrainedConfig = AutoConfig.from_pretrained(
@@ -128,7 +132,8 @@ def _labels(folder: str, argument: str) -> int:
         heads = [name for name in weights.keys() if name.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
         if not heads:
             raise ValueError(
-                f"{argument}: the classifier's adapters in {folder!r} bring no weight of its head, expected score.weight"
+                f"{argument}: the classifier's adapters in {folder!r} bring no weight of its head, expected "
+                "score.weight"
             )
         return int(weights.get_slice(heads[0]).get_shape()[0])
 
@@ -153,7 +158,8 @@ def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedMode
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         raise ValueError(
-            f"{argument}: the adapters in {folder!r} are of type {config.peft_type.value}, expected ones that can be merged"
+            f"{argument}: the adapters in {folder!r} are of type {config.peft_type.value}, expected ones "
+            "that can be merged"
         )
     # A causal LM's adapters are put on a classifier too, whose class PEFT's task types would not take.
     config.task_type, config.inference_mode = None, True

@@ -124,13 +124,15 @@ def latest_whole(output_dir: str, world: World) -> Path | None:
     if damaged and whole is None:
         listed = "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
         raise ValueError(
-            f"resume: no checkpoint in {output_dir!r} is whole ({listed}); bring one back from a copy, or name another output_dir"
+            f"resume: no checkpoint in {output_dir!r} is whole ({listed}); bring one back from a copy, or "
+            "name another output_dir"
         )
     for path, damage in damaged.items() if world.main else ():
         aside = path.with_name(path.name + ".damaged")
         replace_folder(path, aside)
         world.say(
-            f"resume: {path} is damaged ({damage}), and now {aside.name}; what was trained after {whole.name} is trained again"
+            f"resume: {path} is damaged ({damage}), and now {aside.name}; what was trained after "
+            f"{whole.name} is trained again"
         )
     return whole
 
@@ -174,7 +176,8 @@ def load(
     data = fingerprint_of(config.train_data, split=config.train_split)
     if state.get("data") not in (None, data):
         raise ValueError(
-            f"resume: {config.train_data!r} has other rows than when the run in {path} was started: bring those back"
+            f"resume: {config.train_data!r} has other rows than when the run in {path} was started: bring "
+            "those back"
         )
     tensors = _tensors(model)
     if tensors.keys() != state["tensors"].keys():
@@ -202,7 +205,8 @@ def _compare_threads(before: int | None, world: World) -> None:
     now = torch.get_num_threads()
     if world.device.type == "cpu" and before not in (None, now):
         world.say(
-            f"resuming with {now} CPU threads (before: {before}): the weights will differ in their last digits from "
+            f"resuming with {now} CPU threads (before: {before}): the weights will differ in their last "
+            "digits from "
             f"those of an uninterrupted run; OMP_NUM_THREADS={before} keeps them the same"
         )
 

@@ -168,7 +168,8 @@ class TrainConfig(Options):
             )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
+                f"({self.micro_batch_size})"
             )
         if self.bf16 and self.dtype == "float64":
             raise ValueError("bf16 autocast needs dtype float32 or bfloat16, not float64")

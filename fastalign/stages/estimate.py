@@ -135,11 +135,13 @@ def announce(
         world.say(f"{name}: {found.parameters:,} parameters, {found.trained:,} of them trained")
     tokens = round(sum(map(_tokens, rows)) * config.batch_size / len(rows))
     world.say(
-        f"data: {len(rows):,} rows; {total_steps(config, len(rows)):,} steps of {config.batch_size}, about {tokens:,} tokens each"
+        f"data: {len(rows):,} rows; {total_steps(config, len(rows)):,} steps of {config.batch_size}, about "
+        f"{tokens:,} tokens each"
     )
     if len(rows) < config.batch_size:
         world.say(
-            f"warning: batch_size: got {config.batch_size}, expected at most the {len(rows)} rows: a step takes some of them more than once"
+            f"warning: batch_size: got {config.batch_size}, expected at most the {len(rows)} rows: a step "
+            "takes some of them more than once"
         )
     total = Estimate()
     for found in estimates.values():
@@ -148,7 +150,8 @@ def announce(
     world.say(_memory_line(total, free, world))
     if free is not None and total.total > free:
         world.say(
-            f"warning: memory: a step is estimated to take {total.total / GIB:.2f} GiB and {free / GIB:.2f} GiB are free: "
+            f"warning: memory: a step is estimated to take {total.total / GIB:.2f} GiB and {free / GIB:.2f} "
+            "GiB are free: "
             "lower micro_batch_size or the length of rows, or set gradient_checkpointing=true or lora_rank"
         )
 

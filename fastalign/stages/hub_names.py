@@ -56,7 +56,8 @@ def check_name(field: str, name: str) -> None:
     except GatedRepoError:
         if not cached:
             raise ValueError(
-                f"{missing} the hub gives it to those who were granted access only: log in with `hf auth login`"
+                f"{missing} the hub gives it to those who were granted access only: log in with `hf auth "
+                "login`"
             ) from None
     except RepositoryNotFoundError:
         if not cached:

@@ -134,8 +134,10 @@ def check_steps(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int
         picked = rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
         if len({completions[number] for number in picked}) < 2:
             raise ValueError(
-                f"batch_size ({config.batch_size}): all rows of step {step + 1} have the same completion, and KTO pairs a prompt "
-                f"with another one; {len(numbers)} of the {len(rows)} rows' completions differ: a larger batch_size or another seed may do"
+                f"batch_size ({config.batch_size}): all rows of step {step + 1} have the same completion, "
+                "and KTO pairs a prompt "
+                f"with another one; {len(numbers)} of the {len(rows)} rows' completions differ: a larger "
+                "batch_size or another seed may do"
             )
 
 

@@ -176,7 +176,8 @@ def check_fit(
     length = max(lengths)
     if positions is not None and length > positions:
         raise ValueError(
-            f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): lower {lower}"
+            f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): "
+            f"lower {lower}"
         )
     if not alone:
         choice = "" if alone is None else ", or set packing=false and micro_batch_size=1"
@@ -189,8 +190,10 @@ def _check_ids(vocab_size: int, tokenizer: PreTrainedTokenizerBase, sequences: S
     if foreign:
         wrong = next(token for token in foreign[0] if token >= vocab_size)
         raise ValueError(
-            f"tokenizer: {len(tokenizer)} tokens do not fit the model's vocab_size {vocab_size}, and {len(foreign)} sequences use such: "
-            f"{tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong}) is in the row that begins {tokenizer.decode(foreign[0])[:80]!r}"
+            f"tokenizer: {len(tokenizer)} tokens do not fit the model's vocab_size {vocab_size}, and "
+            f"{len(foreign)} sequences use such: "
+            f"{tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong}) is in the row that begins "
+            f"{tokenizer.decode(foreign[0])[:80]!r}"
         )
 
 

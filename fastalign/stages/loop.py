@@ -68,7 +68,8 @@ def start(config: TrainConfig) -> Iterator[World]:
             )
         if not config.resume and Path(config.output_dir, "metrics.jsonl").exists():
             raise ValueError(
-                f"output_dir: {config.output_dir!r} already holds a run; continue it with resume=true or name another folder"
+                f"output_dir: {config.output_dir!r} already holds a run; continue it with resume=true or "
+                "name another folder"
             )
         _check_free(config)
         yield world
@@ -81,7 +82,8 @@ def _check_free(config: TrainConfig) -> None:
     for folder in (Path(config.output_dir, part) for part in ("model", "value")):
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(
-                f"output_dir: {str(folder)!r} is no run's and holds files, which the run would replace; name another folder"
+                f"output_dir: {str(folder)!r} is no run's and holds files, which the run would replace; "
+                "name another folder"
             )
 
 
@@ -258,7 +260,8 @@ def _check_weights(model: nn.Module, step: int) -> None:
     trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
     if wrong := find_not_finite(itertools.chain(trained, model.named_buffers())):
         raise FloatingPointError(
-            f"step {step}: {wrong}; neither a checkpoint nor a model of this step is saved, and those before it stay"
+            f"step {step}: {wrong}; neither a checkpoint nor a model of this step is saved, and those "
+            "before it stay"
         )
 
 

@@ -8,10 +8,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..causal_lm import backbone
 from ..data.sequence_batches import Batch, pack_sequences
 from ..data.shared_prefix import explain_unshared
 from ..data.tokens import Tokenized
+from ..servable_heads import backbone
 from .distributed import World
 from .stage_configs import PreferenceConfig
 

@@ -45,13 +45,7 @@ from .optimization import autocast, distribute, make_optimizer
 from .packers import pack_rows, without_dropout
 from .ppo_models import end_ids, find_value, make_reference, make_reward, make_value, micro_batch, parts_of
 from .ppo_rollouts import Experience, experience_batch, rollout
-from .scorers import (
-    Classifier,
-    Reward,
-    check_classifier,
-    find_classifier,
-    find_function,
-)
+from .scorers import Classifier, Reward, check_classifier, find_classifier, find_function
 from .stage_configs import PPOConfig, PPOOptions, is_function
 
 

@@ -13,13 +13,7 @@ from .adapters import find_source, is_classifier, load_architecture
 from .distributed import World
 from .estimate import Part
 from .reward import zero_head
-from .scorers import (
-    Classifier,
-    Function,
-    Reward,
-    by_function,
-    load_classifier,
-)
+from .scorers import Classifier, Function, Reward, by_function, load_classifier
 from .stage_configs import PPOConfig
 
 
@@ -59,7 +53,8 @@ def micro_batch(config: PPOConfig, world: World) -> int:
     micro = config.micro_batch_size or max(size // world.size, 1)
     if size % (micro * world.size):
         raise ValueError(
-            f"batch_size / minibatches ({config.batch_size} / {config.minibatches}) must be a multiple of micro_batch_size x devices "
+            f"batch_size / minibatches ({config.batch_size} / {config.minibatches}) must be a multiple of "
+            "micro_batch_size x devices "
             f"({micro} x {world.size})"
         )
     return micro

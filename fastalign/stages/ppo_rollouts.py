@@ -20,7 +20,7 @@ from fastalign_kernels import gae, masked_whiten
 from ..actor_critic import ActorCritic
 from ..data.sequence_batches import pack_sequences
 from ..data.tokens import Prompt, Tokenized
-from ..rollout import generate
+from ..rollout.generation import generate
 from .batches import Batch
 from .distributed import World
 from .stage_configs import PPOOptions

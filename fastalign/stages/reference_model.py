@@ -134,7 +134,8 @@ def _read_table(path: Path) -> dict[bytes, float]:
         ) from error
     if written != _digest_tensors(stored):
         raise ValueError(
-            f"reference: {path} is damaged: its hash is not that of its values; delete it, and they are computed again"
+            f"reference: {path} is damaged: its hash is not that of its values; delete it, and they are "
+            "computed again"
         )
     return dict(
         zip((bytes(key) for key in stored["sequences"].numpy()), stored["logps"].tolist(), strict=True)

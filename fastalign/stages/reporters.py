@@ -160,7 +160,8 @@ def _whole_lines(path: Path, world: World) -> list[str]:
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number < len(lines):
                 raise ValueError(
-                    f"resume: {path}: line {number} is not one of metrics.jsonl ({error}); mend it or delete it"
+                    f"resume: {path}: line {number} is not one of metrics.jsonl ({error}); mend it or "
+                    "delete it"
                 ) from error
             world.say(f"resume: {path}: line {number}, the last, is not whole and is cut off: {line[:40]!r}")
             break

@@ -31,7 +31,8 @@ def held(field: str, folder: Path, *, name: str = LOCK, wait: bool = False) -> I
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"{field}: {str(folder)!r} is in use by {file.read().strip() or 'another run'}; name another folder"
+                f"{field}: {str(folder)!r} is in use by {file.read().strip() or 'another run'}; name "
+                "another folder"
             ) from None
         except OSError as error:
             print(

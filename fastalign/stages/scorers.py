@@ -129,7 +129,8 @@ def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Rewar
         wrong = [place for place, value in enumerate(scores) if not math.isfinite(value)]
         if wrong:
             raise ValueError(
-                f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}; finite numbers are wanted"
+                f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}; finite numbers "
+                "are wanted"
             )
         return torch.tensor(scores, dtype=torch.float64)
 
@@ -236,11 +237,13 @@ def check_classifier(
     pad = own.pad_token_id
     if pad is None or pad >= text.vocab_size:
         raise ValueError(
-            f"{name}: its tokenizer has the pad token id {pad}, expected one in [0, {text.vocab_size}): set pad_token and save it"
+            f"{name}: its tokenizer has the pad token id {pad}, expected one in [0, {text.vocab_size}): set "
+            "pad_token and save it"
         )
     if text.pad_token_id not in (None, pad):
         raise ValueError(
-            f"{name}: its tokenizer pads with id {pad}, and its config's pad_token_id is {text.pad_token_id}; expected the same"
+            f"{name}: its tokenizer pads with id {pad}, and its config's pad_token_id is "
+            f"{text.pad_token_id}; expected the same"
         )
     if isinstance(prompts[0].row["prompt"], list) and not own.chat_template:
         raise ValueError(
@@ -251,7 +254,8 @@ def check_classifier(
     longest = max(_encode(own, template, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
-            f"{name}: a prompt of {longest} of its tokens and a completion of {max_new_tokens} do not fit its {limit}: "
+            f"{name}: a prompt of {longest} of its tokens and a completion of {max_new_tokens} do not fit "
+            f"its {limit}: "
             "lower max_prompt_length or max_new_tokens"
         )
 
@@ -304,7 +308,8 @@ def _encode(
     encoded = tokenizer(texts, **options)
     if limit is not None and encoded["input_ids"].shape[1] > limit:
         warnings.warn(
-            f"reward: conversations of more than the {limit} tokens that the classifier reads are cut at the right",
+            f"reward: conversations of more than the {limit} tokens that the classifier reads are cut at "
+            "the right",
             stacklevel=2,
         )
         encoded = tokenizer(texts, truncation=True, max_length=limit, **options)

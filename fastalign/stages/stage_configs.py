@@ -41,7 +41,8 @@ class PretrainConfig(TrainConfig):
             raise ValueError("tokenizer is needed with model_config: a model from scratch has none")
         if self.model is None and self.lora_rank:
             raise ValueError(
-                f"lora_rank: got {self.lora_rank} with model_config, expected 0: the initial weights below would not be saved"
+                f"lora_rank: got {self.lora_rank} with model_config, expected 0: the initial weights below "
+                "would not be saved"
             )
         return self
 
@@ -89,7 +90,8 @@ class RewardConfig(PreferenceConfig):
     def _check_tail(self) -> Self:
         if self.tail_eps is not None:
             raise ValueError(
-                f"tail_eps ({self.tail_eps}) is for a softmax over a vocabulary, and a reward model has none; allowed: null"
+                f"tail_eps ({self.tail_eps}) is for a softmax over a vocabulary, and a reward model has "
+                "none; allowed: null"
             )
         return self
 
@@ -112,7 +114,8 @@ class ReferenceConfig(PreferenceConfig):
     def _check_reference(self) -> Self:
         if self.reference == "adapters_off" and not self.lora_rank:
             raise ValueError(
-                "reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, precomputed"
+                "reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, "
+                "precomputed"
             )
         if self.reference_dir is not None and self.reference != "precomputed":
             raise ValueError(
@@ -157,7 +160,8 @@ class KTOConfig(ReferenceConfig):
     def _check_batch(self) -> Self:
         if self.loss_type == "kto" and self.batch_size < 2:
             raise ValueError(
-                "batch_size must be at least 2: a prompt is paired with the completion of another row of its step; got 1"
+                "batch_size must be at least 2: a prompt is paired with the completion of another row of "
+                "its step; got 1"
             )
         return self
 
@@ -223,7 +227,8 @@ class PPOOptions:
     def _check_options(self) -> Self:
         if self.importance_cap is not None and not self.rescore:
             raise ValueError(
-                f"importance_cap ({self.importance_cap}) needs rescore=true, which gives the trainer's log-probabilities"
+                f"importance_cap ({self.importance_cap}) needs rescore=true, which gives the trainer's "
+                "log-probabilities"
             )
         if self.target_kl is not None and not self.kl_coef:
             raise ValueError(f"target_kl ({self.target_kl}) needs a kl_coef above 0 to begin with")
@@ -292,15 +297,18 @@ class PPOConfig(PPOOptions, TrainConfig):
             raise ValueError(f"value_model ({self.value_model!r}) needs value=own, not shared")
         if self.reward_label is not None and is_function(self.reward):
             raise ValueError(
-                f"reward_label ({self.reward_label}) needs a classifier, and reward is the function {self.reward!r}"
+                f"reward_label ({self.reward_label}) needs a classifier, and reward is the function "
+                f"{self.reward!r}"
             )
         if self.lora_dropout:
             raise ValueError(
-                f"lora_dropout: {self.lora_dropout} seen, and PPO compares the policy with its rollout; allowed: 0"
+                f"lora_dropout: {self.lora_dropout} seen, and PPO compares the policy with its rollout; "
+                "allowed: 0"
             )
         if self.attention == "flash_attention_2":
             raise ValueError(
-                "attention: flash_attention_2 reads no static cache, which rollouts have; allowed: auto, sdpa, eager"
+                "attention: flash_attention_2 reads no static cache, which rollouts have; allowed: auto, "
+                "sdpa, eager"
             )
         return self
 

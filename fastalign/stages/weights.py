@@ -52,7 +52,8 @@ def load_whole(name: str, *, task: Task, argument: str, **options: Any) -> PreTr
         if keys:
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
             raise ValueError(
-                f"{argument}: {name!r} {what}: {', '.join(keys[:SHOWN])}{more}; expected those of its config.json's {kind}"
+                f"{argument}: {name!r} {what}: {', '.join(keys[:SHOWN])}{more}; expected those of its "
+                f"config.json's {kind}"
             )
     if wrong := find_not_finite([*model.named_parameters(), *model.named_buffers()]):
         raise ValueError(f"{argument}: in {name!r}, {wrong}; expected finite numbers")

@@ -13,7 +13,8 @@ import transformers as tf
 from torch import nn
 from torch.nn import functional as F
 
-from fastalign.causal_lm import FusedCausalLMOutput, UnsupportedModelError, backbone, fuse_head, unfuse_head
+from fastalign.causal_lm import FusedCausalLMOutput, UnsupportedModelError, fuse_head, unfuse_head
+from fastalign.servable_heads import backbone
 from fastalign.transformers_names import CACHE, enable_checkpointing
 from fastalign_kernels import kept_share, linear_cross_entropy, ppo_loss
 from tests.models.tiny_models import (

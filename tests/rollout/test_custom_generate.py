@@ -9,8 +9,7 @@ import pytest
 import torch
 import transformers as tf
 
-from fastalign import rollout as module
-from fastalign.rollout import RolloutOutput, custom_generate
+from fastalign.rollout import RolloutOutput, custom_generate, decoding
 from fastalign.transformers_names import CACHE
 from tests.rollout.tiny_rollouts import CONFIGS, NEW, PAD, VOCAB, build, calls_of, draw, llama, prompts
 
@@ -88,7 +87,7 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         output = own_call(model, do_sample=True, return_dict_in_generate=True, **asked)
         assert torch.equal(output.sequences, first) and not torch.equal(second, first)
         torch.manual_seed(3)
-        seen = module._bits(ids, mask == 0, VOCAB) if PADDING_COUNTS else None
+        seen = decoding.id_bits(ids, mask == 0, VOCAB) if PADDING_COUNTS else None
         expected = draw(model, seed=int(torch.randint(2**63 - 1, ())), seen=seen, **options)
         assert isinstance(output, RolloutOutput) and output.rollout is not None
         assert torch.equal(first, torch.cat((ids, expected.tokens), 1))
@@ -101,7 +100,7 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
     ("options", "message"),
     [
         ({"num_beams": 2}, "mode 'beam_search'"),
-        ({"min_new_tokens": 3, "eos_token_id": 2}, "MinLengthLogitsProcessor seen"),
+        ({"min_new_tokens": 3, "eos_token_id": 2}, "got MinLengthLogitsProcessor"),
         ({"no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
         ({"typical_p": 0.9, "do_sample": True}, "TypicalLogitsWarper"),
         (
@@ -110,13 +109,13 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         ),
         (
             {"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.2, prompt_ignore_length=9)]},
-            "prompt_ignore_length 9 seen",
+            "got prompt_ignore_length 9",
         ),
         ({"logits_processor": [tf.MinPLogitsWarper(0.5, min_tokens_to_keep=2)]}, "min_tokens_to_keep 2"),
-        ({"max_time": 1.0}, "stopping_criteria: MaxTimeCriteria"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: True seen"),
-        ({"position_ids": torch.arange(9).expand(4, -1)}, "position_ids: others than"),
-        ({CACHE: None, "output_attentions": True}, "output_attentions: True seen"),
+        ({"max_time": 1.0}, "stopping_criteria: got MaxTimeCriteria"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: got True"),
+        ({"position_ids": torch.arange(9).expand(4, -1)}, "position_ids: got other numbers"),
+        ({CACHE: None, "output_attentions": True}, "output_attentions: got True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -132,7 +131,7 @@ def test_custom_generate_refuses_a_cache_that_holds_tokens_and_other_inputs() ->
     ids, mask = prompts()
     cache = tf.DynamicCache(config=model.config)
     model(input_ids=ids[:, :4], attention_mask=mask[:, :4], **{CACHE: cache})
-    with pytest.raises(ValueError, match=f"{CACHE}: a DynamicCache of 4 tokens seen"):
+    with pytest.raises(ValueError, match=f"{CACHE}: got a DynamicCache of 4 tokens"):
         own_call(model, **{CACHE: cache})
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2, custom_generate=custom_generate)

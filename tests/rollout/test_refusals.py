@@ -12,9 +12,9 @@ import transformers as tf
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor
 
-from fastalign import rollout as module
 from fastalign.probe import UnsupportedModelError
-from fastalign.rollout import POLL, generate
+from fastalign.rollout import generate, generation
+from fastalign.rollout.generation import POLL
 from fastalign.transformers_names import CACHE
 from tests.rollout.tiny_rollouts import GQA, NEW, VOCAB, build, calls_of, draw, llama, prompts
 
@@ -33,26 +33,26 @@ HOLE[0, 4], EMPTY[3] = 0, 0
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input_ids": IDS[0]}, r"input_ids: shape \[9\] seen, \[B, T\]"),
-        ({"input_ids": IDS[:0]}, r"input_ids: shape \[0, 9\] seen"),
+        ({"input_ids": IDS[0]}, r"input_ids: got shape \[9\], expected \[B, T\]"),
+        ({"input_ids": IDS[:0]}, r"input_ids: got shape \[0, 9\]"),
         ({"input_ids": IDS.float()}, r"input_ids: torch.float32 seen, torch.int64 or torch.int32 wanted"),
-        ({"input_ids": IDS + 50}, r"input_ids: \[50, \d+\] seen, ids in \[0, 97\) wanted"),
-        ({"input_ids": IDS - 1}, r"input_ids: \[-1, \d+\] seen"),
+        ({"input_ids": IDS + 50}, r"input_ids: got \[50, \d+\], expected ids in \[0, 97\)"),
+        ({"input_ids": IDS - 1}, r"input_ids: got \[-1, \d+\]"),
         ({"attention_mask": MASK[:, 1:]}, r"attention_mask: shape \[4, 8\] seen, \[B, T\] = \[4, 9\] wanted"),
         ({"attention_mask": MASK.float()}, r"attention_mask: torch.float32 seen"),
-        ({"attention_mask": RIGHT}, r"attention_mask: 3 rows, \[1, 2, 3\] first, .* padded on the left"),
-        ({"attention_mask": HOLE}, r"attention_mask: 1 rows, \[0\] first"),
-        ({"attention_mask": EMPTY}, r"attention_mask: 1 rows, \[3\] first, .* at least one token"),
-        ({"attention_mask": MASK * 2}, r"attention_mask: 4 rows"),
-        ({"attention_mask": MASK - 1}, r"attention_mask: 4 rows"),
-        ({"max_new_tokens": 0}, r"max_new_tokens: 0 seen, a whole number >= 1 wanted"),
-        ({"max_new_tokens": 2.0}, r"max_new_tokens: 2.0 seen"),
+        ({"attention_mask": RIGHT}, r"attention_mask: got 3 rows, \[1, 2, 3\] first, .* padded on the left"),
+        ({"attention_mask": HOLE}, r"attention_mask: got 1 rows, \[0\] first"),
+        ({"attention_mask": EMPTY}, r"attention_mask: got 1 rows, \[3\] first, .* at least one token"),
+        ({"attention_mask": MASK * 2}, r"attention_mask: got 4 rows"),
+        ({"attention_mask": MASK - 1}, r"attention_mask: got 4 rows"),
+        ({"max_new_tokens": 0}, r"max_new_tokens: got 0, expected a whole number from 1 on"),
+        ({"max_new_tokens": 2.0}, r"max_new_tokens: got 2.0"),
         (
             {"max_new_tokens": 56},
-            r"max_new_tokens: 56 seen behind a prompt of 9 tokens, at most 64 positions",
+            r"max_new_tokens: got 56 after a prompt of 9 tokens, expected at most 64 positions",
         ),
-        ({"eos_id": [2, 97]}, r"eos_id: \[2, 97\] seen, ids in \[0, 97\) wanted"),
-        ({"pad_id": -1}, r"pad_id: \[-1\] seen"),
+        ({"eos_id": [2, 97]}, r"eos_id: got \[2, 97\], expected ids in \[0, 97\)"),
+        ({"pad_id": -1}, r"pad_id: got \[-1\]"),
         ({"seed": -1}, r"seed: -1 seen"),
         ({"temperature": -0.5}, r"temperature: -0.5 seen"),
         ({"top_p": torch.tensor([1.0, 2.0, 1.0, 1.0])}, r"top_p: .* seen, numbers in \[0, 1\] wanted"),
@@ -195,11 +195,11 @@ def test_progress_counts_the_steps_at_each_look(
     assert f"{POLL}/40" in capsys.readouterr().err
     updates: list[int] = []
 
-    class Bar(module.tqdm):
+    class Bar(generation.tqdm):
         def update(self, n: int = 1) -> None:
             updates.append(n)
             super().update(n)
 
-    monkeypatch.setattr(module, "tqdm", Bar)
+    monkeypatch.setattr(generation, "tqdm", Bar)
     draw(model, progress=True, max_new_tokens=2 * POLL + 3)
     assert updates == [POLL, POLL, 3]

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastalign import sample, token_stats
 from fastalign.causal_lm import fuse_head
-from fastalign.rollout import POLL, Rollout
+from fastalign.rollout import Rollout
+from fastalign.rollout.generation import POLL
 from tests.rollout.tiny_rollouts import CONFIGS, GPT, NEW, PAD, build, calls_of, draw, llama, prompts
 
 pytestmark = pytest.mark.hosts
@@ -348,6 +349,6 @@ def test_every_position_of_the_model_can_be_used() -> None:
     ids, mask = prompts((4, 2), 9)  # 9 columns, but 4 positions
     assert draw(model, (ids, mask), max_new_tokens=8).lengths.tolist() == [8, 8]
     with pytest.raises(
-        ValueError, match=r"max_new_tokens: 9 seen behind a prompt of 4 tokens, at most 12 positions"
+        ValueError, match=r"max_new_tokens: got 9 after a prompt of 4 tokens, expected at most 12 positions"
     ):
         draw(model, (ids, mask), max_new_tokens=9)

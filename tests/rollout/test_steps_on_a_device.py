@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from fastalign import rollout as module
-from fastalign.rollout import WARM_UP
+from fastalign.rollout import decoding
+from fastalign.rollout.decoding import WARM_UP
 from tests.rollout.tiny_rollouts import CONFIGS, PAD, VOCAB, build, draw, prompts
 
 pytestmark = pytest.mark.hosts
@@ -35,7 +35,7 @@ def host_state(layers: list[Any]) -> list[dict[str, Any]]:
 def test_a_step_reads_nothing_back_from_the_device(
     name: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = module.sample
+    own = decoding.sample
 
     def sample_as_on_a_gpu(
         *args: Any, **kwargs: Any
@@ -43,16 +43,22 @@ def test_a_step_reads_nothing_back_from_the_device(
         with mock.patch("torch.compiler.is_compiling", lambda: True):
             return own(*args, **kwargs)
 
-    monkeypatch.setattr(module, "sample", sample_as_on_a_gpu)
-    monkeypatch.setattr(module, "_check_written", lambda *_: None)  # after the prefill, and it reads
+    monkeypatch.setattr(decoding, "sample", sample_as_on_a_gpu)
+    monkeypatch.setattr(decoding, "check_written", lambda *_: None)  # after the prefill, and it reads
     options: dict[str, Any] = {"seed": 0, "temperature": torch.ones(2), "repetition_penalty": 1.2}
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
     ):  # its tensors have no values: reading one raises
         model = tf.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention).eval()
-        state = module._Decoding(
-            model, model, torch.ones(2, 5).long(), torch.ones(2, 5).long(), 20, [2], PAD, options
+        state = decoding.Decoding(
+            model,
+            model,
+            input_ids=torch.ones(2, 5).long(),
+            attention_mask=torch.ones(2, 5).long(),
+            max_new_tokens=20,
+            eos=[2],
+            options=options | {"pad_id": PAD},
         )
         tensors = {key: value for key, value in vars(state).items() if isinstance(value, Tensor)}
         host = host_state(state.cache.layers)
@@ -96,7 +102,7 @@ def test_a_captured_step_runs_for_real_in_the_warm_up_and_by_replay(monkeypatch:
         "current_stream": lambda: Stream("main"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    steps = module._run(lambda: log.append("step"), capture=True)
+    steps = decoding.run_steps(lambda: log.append("step"), capture=True)
     for _ in range(WARM_UP + 3):
         next(steps)
     warm_up = ["side waits for main", "in side", "step", "main waits for side"]
@@ -117,7 +123,7 @@ def test_on_a_gpu_a_captured_rollout_equals_an_eager_one(name: str) -> None:
 def test_prompt_bits() -> None:
     ids = torch.tensor([[0, 0, 31, 31, 95, 64, 64], [5, 96, 0, 1, 63, 32, 0], [7, 7, 7, 7, 7, 7, 9]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0, 0, 0, 0, 0, 0, 1]])
-    words = module._bits(ids, mask, VOCAB)
+    words = decoding.id_bits(ids, mask, VOCAB)
     assert words.dtype == torch.int32 and words.shape == (3, 4)
     marked = [{v for v in range(128) if int(row[v // 32]) >> v % 32 & 1} for row in words]
     assert marked == [{31, 95, 64}, {5, 96, 0, 1, 63, 32}, {9}]

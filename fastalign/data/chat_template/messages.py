@@ -88,7 +88,8 @@ def refuse_unserved(row: Row) -> None:
     for column in UNSERVED:
         if row.get(column):
             raise DataError(
-                f"column {column!r} is not served: a chat template gets messages of text, and tools; write it into the messages "
+                f"column {column!r} is not served: a chat template gets messages of text, and tools; write "
+                "it into the messages "
                 "or remove the column"
             )
 
@@ -123,7 +124,8 @@ def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list
         lengths = [_after_text(text, conversation) for conversation in conversations]
         if None in lengths:
             raise DataError(
-                f"{what} must hold whole conversations with the text of column 'prompt' as a user's turn, and an answer"
+                f"{what} must hold whole conversations with the text of column 'prompt' as a user's turn, "
+                "and an answer"
             )
         shared = lengths[0] or 0
         if (
@@ -156,7 +158,8 @@ def take_weights(column: str, messages: Sequence[Message]) -> tuple[list[Message
             raise DataError(f"column {column!r} must have a 'weight' of 0 or 1, got {_show(weight)}")
         if weight and not assistant:
             raise DataError(
-                f"column {column!r} has a 'weight' of 1 on a turn of role {message['role']!r}; only the assistant's are trained"
+                f"column {column!r} has a 'weight' of 1 on a turn of role {message['role']!r}; only the "
+                "assistant's are trained"
             )
         trained.append(assistant and weight != 0)
     return [
@@ -205,7 +208,8 @@ def _read_message(column: str, message: Any) -> Message:
         )
         if kind != "text" or not isinstance(part.get("text"), str) or others:
             raise DataError(
-                f"column {column!r} must hold contents whose parts are {{'type': 'text', 'text': …}}, got {_show(part)}"
+                f"column {column!r} must hold contents whose parts are {{'type': 'text', 'text': …}}, got "
+                f"{_show(part)}"
             )
     if isinstance(content, list):
         message["content"] = [{"type": "text", "text": part["text"]} for part in content]
@@ -242,7 +246,8 @@ def _without(prompt: Sequence[Message], column: str, messages: list[Message]) ->
     first = messages[0]["role"] if messages else "assistant"
     if prompt and first in ("system", "user") and (first == "system" or prompt[-1]["role"] == "user"):
         raise DataError(
-            f"column {column!r} begins with a turn of role {first!r} where column 'prompt' ends in one of role {prompt[-1]['role']!r}: "
+            f"column {column!r} begins with a turn of role {first!r} where column 'prompt' ends in one of "
+            f"role {prompt[-1]['role']!r}: "
             "it must hold the answer alone, or repeat the whole prompt"
         )
     return messages

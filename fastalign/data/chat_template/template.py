@@ -62,7 +62,8 @@ class Template:
         """Raise DataError for tools that the template does not show to the model."""
         if tools and not self.keys.uses("tools"):
             raise DataError(
-                f"column 'tools' has schemas, and the chat template of {self.name} does not read tools: remove the column"
+                f"column 'tools' has schemas, and the chat template of {self.name} does not read tools: "
+                "remove the column"
             )
 
     def _fit(self, column: str, message: Message) -> Message:
@@ -80,7 +81,8 @@ class Template:
                 and value not in ("", [], {})
             ):
                 raise DataError(
-                    f"column {column!r} has messages with the key {key!r}, which the chat template of {self.name} does not read: "
+                    f"column {column!r} has messages with the key {key!r}, which the chat template of "
+                    f"{self.name} does not read: "
                     "remove it, or use a template that reads it"
                 )
             fitted[key] = value

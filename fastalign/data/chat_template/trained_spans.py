@@ -207,8 +207,10 @@ class ChatTemplate:
         asked, begins = before.removeprefix(plain.text), after.removeprefix(plain.text)
         if plain.error is None and before.startswith(plain.text) and after.startswith(plain.text):
             raise DataError(
-                f"the answer does not begin with the generation prompt of the chat template of {self.name}: it begins with "
-                f"{begins[: len(asked) + 10]!r}, and a model is asked with {asked!r}; put what is missing into the answer, or mark "
+                f"the answer does not begin with the generation prompt of the chat template of {self.name}: "
+                "it begins with "
+                f"{begins[: len(asked) + 10]!r}, and a model is asked with {asked!r}; put what is missing "
+                "into the answer, or mark "
                 "what to train on with {% generation %}"
             )
         self._check_prefix(before, after)
@@ -217,5 +219,6 @@ class ChatTemplate:
         if not text.startswith(start):
             raise DataError(
                 f"the chat template of {self.name} renders earlier turns differently when later ones follow "
-                "(it may drop their reasoning), so what to train on cannot be told; mark it with {% generation %}"
+                "(it may drop their reasoning), so what to train on cannot be told; mark it with "
+                "{% generation %}"
             )

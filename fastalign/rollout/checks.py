@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 
 from fastalign_kernels import checks as check
 
-from .probe import unsupported
-from .rope import rope_switch
-from .transformers_names import CACHE
+from ..probe import unsupported
+from ..rope import rope_switch
+from ..transformers_names import CACHE
 
 
 def servable_model(model: Any) -> Any:
-    """The transformers model in `model`, if one can generate from it here."""
+    """The transformers model in `model`. Raises UnsupportedModelError if it cannot generate here."""
     base = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrappers have it
     if not isinstance(base, PreTrainedModel):
         raise unsupported(
-            base, "is no transformers PreTrainedModel; hand over the one that DDP or torch.compile wraps"
+            base, "is no transformers PreTrainedModel; pass the model inside of DDP or torch.compile"
         )
     if base.config.is_encoder_decoder:
         raise unsupported(base, "is an encoder-decoder, not a causal LM")
@@ -37,12 +37,14 @@ def servable_model(model: Any) -> Any:
     if attention not in ("eager", "sdpa"):
         raise unsupported(
             base,
-            f'has attention {attention!r}; "eager" or "sdpa" (model.set_attn_implementation) read a static cache',
+            f'has attention {attention!r}; "eager" or "sdpa" (model.set_attn_implementation) read a static '
+            "cache",
         )
     if any(isinstance(weight, DTensor) for weight in base.parameters()):
         raise unsupported(
             base,
-            "is sharded over ranks (DTensor), which would wait for each other where their rows end at different steps",
+            "is sharded over ranks (DTensor), whose rows end at different steps, so that they would wait "
+            "for each other",
         )
     return base
 
@@ -50,11 +52,11 @@ def servable_model(model: Any) -> Any:
 def check_prompts(
     base: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, special: dict[str, list[int]]
 ) -> None:
-    """Raise ValueError for prompts, a number of tokens or `special` ids (by the argument's name) that do not
-    fit the model."""
+    """Raise ValueError for prompts, max_new_tokens or `special` ids (by the argument's name) that do not fit
+    the model."""
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
-            f"input_ids: shape {list(input_ids.shape)} seen, [B, T] of at least one row and token wanted"
+            f"input_ids: got shape {list(input_ids.shape)}, expected [B, T] with at least one row and token"
         )
     check.dtype("input_ids", input_ids, check.INTEGERS)
     check.shape("attention_mask", attention_mask, tuple(input_ids.shape), "[B, T]")
@@ -62,32 +64,33 @@ def check_prompts(
     check.device("attention_mask", attention_mask, "input_ids", input_ids)
     for device in {weight.device for weight in base.parameters()} - {input_ids.device}:
         raise ValueError(
-            f"input_ids: on {input_ids.device}, but model has weights on {device}; one device wanted"
+            f"input_ids: got a tensor on {input_ids.device}, expected {device}, where the model has weights"
         )
     V = base.get_input_embeddings().weight.shape[0]
     for name, ids in (special | {"input_ids": [int(end) for end in input_ids.aminmax()]}).items():
         if not all(isinstance(number, int) and 0 <= number < V for number in ids):
-            raise ValueError(f"{name}: {ids} seen, ids in [0, {V}) wanted")
+            raise ValueError(f"{name}: got {ids}, expected ids in [0, {V})")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} seen, a whole number >= 1 wanted")
+        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected a whole number from 1 on")
     mask = attention_mask.long()
     ragged = (mask[:, :1] < 0) | (mask[:, -1:] != 1) | (mask.diff(dim=1) < 0)
     rows = ragged.any(1).nonzero()[:, 0].tolist()
     if rows:
         raise ValueError(
-            f"attention_mask: {len(rows)} rows, {rows[:8]} first, do not go from 0 (padding) to 1 (tokens) and end in 1; "
-            "prompts of at least one token, padded on the left, wanted"
+            f"attention_mask: got {len(rows)} rows, {rows[:8]} first, that do not go from 0 (padding) to 1 "
+            "(tokens) and end in 1, "
+            "expected prompts of at least one token, padded on the left"
         )
     shortest, longest = (int(end) for end in mask.sum(1).aminmax())
     switch = rope_switch(base.config)
     if switch is not None and switch.crossed_by(shortest, longest + max_new_tokens):
         raise ValueError(
-            f"max_new_tokens: got {max_new_tokens} behind prompts of {shortest} to {longest} tokens, expected a rollout that stays on one "
-            f"side of {switch}, because a cache would keep keys of both"
+            f"max_new_tokens: got {max_new_tokens} after prompts of {shortest} to {longest} tokens, "
+            f"expected a rollout on one side of {switch}, because a cache would keep keys of both"
         )
     most = getattr(base.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if most is not None and longest + max_new_tokens > most:
         raise ValueError(
-            f"max_new_tokens: {max_new_tokens} seen behind a prompt of {longest} tokens, "
-            f"at most {most} positions (config.max_position_embeddings) allowed"
+            f"max_new_tokens: got {max_new_tokens} after a prompt of {longest} tokens, "
+            f"expected at most {most} positions together (config.max_position_embeddings)"
         )

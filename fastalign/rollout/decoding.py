@@ -1,0 +1,183 @@
+"""A rollout under way: the prefill, then one token of every row a step.
+
+A step keeps the host out: shapes and addresses are fixed, and nothing is read back from the device. So a
+CUDA graph can replay it.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign_kernels import checks as check
+from fastalign_kernels import native, sample
+
+from ..transformers_names import CACHE
+from .static_cache import check_written, static_cache
+
+# Steps on the stream of the capture before it. The first compiles and loads kernels and allocates cuBLAS
+# workspace. The second recompiles what torch.compile had specialised.
+WARM_UP = 2
+
+
+class Decoding:
+    """The state of a rollout on the device: what is drawn so far, and what the next step needs.
+
+    `options` are `sample`'s, pad_id included. `seen`, `finished` and `positions` are `generate`'s.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        base: Any,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        max_new_tokens: int,
+        eos: list[int],
+        options: dict[str, Any],
+        seen: Tensor | None = None,
+        finished: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        (B, T), device = input_ids.shape, input_ids.device
+        self.model, self.options = model, options
+        self.accepted = inspect.signature(base.forward).parameters
+        self.cache = static_cache(base, T + max_new_tokens - 1)  # the model never reads the last token
+        self.attention = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens - 1)), 1)
+        self.position = attention_mask.sum(1) - 1  # of the latest token in its own sequence
+        # What to add to a token's position to get the position that keys its noise.
+        self.noise_shift = None if positions is None else positions.long() - 1 - self.position
+        self.eos = torch.tensor(eos, dtype=torch.int64, device=device)
+        self.tokens = torch.empty(B, max_new_tokens, dtype=torch.int64, device=device)
+        self.mask = torch.zeros(B, max_new_tokens, dtype=torch.bool, device=device)
+        self.token = torch.empty(B, 1, dtype=torch.int64, device=device)
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.finished = (
+            torch.zeros(B, dtype=torch.bool, device=device) if finished is None else finished.clone()
+        )
+        self.failed = torch.full((B,), -1, device=device)  # the column of a row's first failure
+
+        logits = self.forward(input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
+        check_written(base, self.cache, T)
+        self.logs = torch.empty(
+            4, B, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device
+        )
+        penalty = options["repetition_penalty"]
+        self.seen = (
+            id_bits(input_ids, attention_mask, logits.shape[1])
+            if isinstance(penalty, Tensor) or penalty != 1
+            else None
+        )
+        if seen is not None:
+            check.shape("seen", seen, (B, -(-logits.shape[1] // 32)), "[B, ceil(V / 32)]")
+            check.dtype("seen", seen, (torch.int32,))
+            check.device("seen", seen, "input_ids", input_ids)
+            self.seen = None if self.seen is None else self.seen | seen
+        self.draw(logits)
+
+    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, V] after the last of the ids [B, t] at positions [B, t]."""
+        optional = {"position_ids": positions, "logits_to_keep": 1}
+        given = {name: value for name, value in optional.items() if name in self.accepted}
+        given |= {"attention_mask": self.attention, CACHE: self.cache, "use_cache": True}
+        return self.model(input_ids=ids, return_dict=True, **given).logits[:, -1]
+
+    def step(self) -> None:
+        self.draw(self.forward(self.token, self.position[:, None]))
+
+    def draw(self, logits: Tensor) -> None:
+        self.position.add_(1)
+        positions = self.position if self.noise_shift is None else self.position + self.noise_shift
+        drawn = sample(logits, positions=positions, seen=self.seen, finished=self.finished, **self.options)
+        self.token.copy_(drawn.token[:, None])
+        self.tokens.index_copy_(1, self.column, self.token)
+        self.mask.index_copy_(1, self.column, ~self.finished[:, None])
+        logs = torch.stack((drawn.logp, drawn.log_kept, drawn.logp_raw, drawn.entropy))
+        self.logs.index_copy_(2, self.column, logs[..., None])
+        self.failed.copy_(torch.where(drawn.valid | (self.failed >= 0), self.failed, self.column))
+        self.finished.logical_or_((self.token == self.eos).any(1))
+        if self.seen is not None:
+            word = self.token >> 5
+            bit = (1 << (self.token & 31)).int()
+            self.seen.scatter_(1, word, self.seen.gather(1, word) | bit)
+        self.column.add_(1)
+
+    def all_ended(self) -> bool:
+        """Whether every row has ended. Synchronises with the device.
+
+        Raises FloatingPointError for rows that failed.
+        """
+        ended, failed = torch.stack((self.finished.all(), (self.failed >= 0).any())).tolist()
+        if failed:
+            columns = self.failed.tolist()
+            first = min(column for column in columns if column >= 0)
+            rows = [row for row, column in enumerate(columns) if column == first]
+            raise FloatingPointError(
+                f"model: NaN, +inf or no finite allowed logit at step {first} (from 0) in {len(rows)} rows, "
+                f"{rows[:8]} first"
+            )
+        return ended
+
+
+def run_steps(step: Callable[[], None], *, capture: bool) -> Iterator[None]:
+    """Take one step per item. With `capture`, the first ones run eagerly on a side stream, and the later ones
+    replay a CUDA graph of the same function."""
+    if capture:
+        stream = torch.cuda.Stream()
+        for _ in range(WARM_UP):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            yield
+        graph = torch.cuda.CUDAGraph()
+        # Autocast's cache is off: it would keep cast weights in the graph's memory. Errors are thread-
+        # local, so that other threads (which pin batches, for example) may go on calling CUDA.
+        cast = torch.autocast(
+            "cuda",
+            torch.get_autocast_dtype("cuda"),
+            enabled=torch.is_autocast_enabled("cuda"),
+            cache_enabled=False,
+        )
+        try:
+            with cast, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step()
+        except RuntimeError as error:
+            error.add_note(
+                "fastalign: the decode step cannot be captured in a CUDA graph; cuda_graph=False runs it "
+                "eagerly"
+            )
+            raise
+        step = graph.replay
+    while True:
+        step()
+        yield
+
+
+def can_capture(base: Any, logs: Tensor) -> bool:
+    """Whether a step needs no host: the native sampler without FASTALIGN_CHECK, and a model that transformers
+    declares fit for one graph."""
+    native_sampler = (
+        logs.is_cuda
+        and logs.dtype == torch.float32
+        and "cuda" in native.samples_on
+        and not check.everywhere()
+    )
+    ropes = " ".join(str(getattr(module, "rope_type", "")) for module in base.modules())
+    return (
+        native_sampler and base._can_compile_fullgraph and "dynamic" not in ropes and "longrope" not in ropes
+    )
+
+
+def id_bits(ids: Tensor, mask: Tensor, V: int) -> Tensor:
+    """The ids of each row where mask is set, as int32 words [B, ceil(V / 32)].
+
+    The ids are sorted, so that an id that occurs twice adds its bit once.
+    """
+    ids = ids.long().masked_fill(mask == 0, -1).sort(1).values
+    new = (ids >= 0) & (ids != torch.nn.functional.pad(ids, (1, 0), value=-1)[:, :-1])
+    words = torch.zeros(len(ids), -(-V // 32), dtype=torch.int64, device=ids.device)
+    return words.scatter_add_(1, ids.clamp(min=0) >> 5, torch.where(new, 1 << (ids & 31), 0)).int()

@@ -1,0 +1,96 @@
+"""The backbone and the lm_head of a causal LM, and why the fused head cannot serve one."""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from .probe import UnsupportedModelError, unsupported
+
+
+def backbone(model: nn.Module) -> PreTrainedModel:
+    """The module of a causal LM or classifier (or of the one in a PeftModel) whose `last_hidden_state` enters
+    its head."""
+    found: PreTrainedModel = backbone_of(causal_lm_of(model))
+    return found
+
+
+def backbone_of(model: PreTrainedModel) -> Any:
+    if model.base_model is model:  # its prefix names no module of it, as Llama 4's
+        return getattr(model, "model", model)
+    return model.base_model
+
+
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's wrappers have it
+    base = model if unwrap is None else unwrap()
+    if isinstance(base, nn.DataParallel):
+        raise unsupported(base, "copies a module without its fused forward; use DistributedDataParallel")
+    if not isinstance(base, PreTrainedModel):
+        raise unsupported(
+            base,
+            "is no transformers PreTrainedModel; fuse the head before DDP or torch.compile wraps the model",
+        )
+    if base.config.is_encoder_decoder:
+        raise unsupported(base, "is an encoder-decoder, not a causal LM")
+    return base
+
+
+def plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
+    """The nn.Linear modules that calling the output embeddings may run: one, or PEFT's copies of it."""
+    head = model.get_output_embeddings()
+    if head is None or backbone_of(model) is model:
+        raise unsupported(model, "has no output embeddings on a backbone, so it is no causal LM")
+    copies = getattr(head, "modules_to_save", None)  # PEFT's ModulesToSaveWrapper hands all arguments on
+    modules = [head] if copies is None else [head.original_module, *copies.values()]
+    for module in modules:
+        kind, weight = type(module), getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
+            raise unsupported(
+                model,
+                f"has a {kind.__module__}.{kind.__qualname__} as its lm_head; served is a plain nn.Linear: "
+                "not quantised, and not among PEFT's target_modules (modules_to_save is served)",
+            )
+        if type(weight) is not nn.Parameter and not isinstance(weight, DTensor):
+            raise unsupported(model, f"has a {type(weight).__name__} as its lm_head.weight (quantised?)")
+    return modules
+
+
+def explain_unservable(model: PreTrainedModel) -> str | None:
+    """What an adapter that came after fuse_head made of lm_head, where the fused head cannot read it."""
+    try:
+        plain_heads(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
+    refuse_router_loss(model, None)
+    if (model.tp_size or 1) > 1:
+        raise unsupported(model, f"is tensor-parallel over {model.tp_size} ranks, and its lm_head with it")
+    for module in (model, *heads):
+        if "forward" in module.__dict__:
+            raise unsupported(
+                model,
+                f"has the forward of its {type(module).__name__} replaced by {_name_of(module.forward)} "
+                "already "
+                "(accelerate's device_map? another fused loss?); undo that first",
+            )
+
+
+def _name_of(function: Any) -> str:
+    """Module and name; a bound method's repr would print the whole module tree."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def refuse_router_loss(model: PreTrainedModel, asked: bool | None) -> None:
+    configured = getattr(model.config.get_text_config(), "output_router_logits", False)
+    if configured if asked is None else asked:
+        raise unsupported(
+            model,
+            "with output_router_logits=True adds an auxiliary router loss, which the fused head would lose; "
+            "set config.output_router_logits=False",
+        )
