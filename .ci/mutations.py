@@ -214,18 +214,18 @@ MUTATIONS = [
         "tests/data/test_tokenization.py tests/data/test_packing.py",
     ),
     Mutation(
-        "fastalign/rollout.py",
+        "fastalign/rollout/decoding.py",
         "self.mask.index_copy_(1, self.column, ~self.finished[:, None])",
         "self.mask.index_copy_(1, self.column, torch.ones_like(self.finished[:, None]))",
         "tests/rollout",
     ),
     Mutation(
-        "fastalign/rollout.py",
-        "self.position = mask.sum(1) - 1  # of",
-        "self.position = mask.sum(1)  # of",
+        "fastalign/rollout/decoding.py",
+        "self.position = attention_mask.sum(1) - 1  # of",
+        "self.position = attention_mask.sum(1)  # of",
         "tests/rollout",
     ),
-    Mutation("fastalign/rollout.py", "self.seen.gather(1, word) | bit)", "bit)", "tests/rollout"),
+    Mutation("fastalign/rollout/decoding.py", "self.seen.gather(1, word) | bit)", "bit)", "tests/rollout"),
     # stages
     Mutation(
         "fastalign/stages/loop.py",

@@ -97,7 +97,7 @@ def test_a_rollout_on_one_side_of_the_switch_is_that_of_full_forwards(
 def test_a_rollout_across_the_longrope_switch_is_refused_before_it_begins(lengths: tuple[int, ...]) -> None:
     model = phi3()
     model.register_forward_hook(lambda *_: pytest.fail("the model ran"))
-    message = r"max_new_tokens: got 14 behind prompts of \d+ to \d+ tokens, .* 16 tokens \(original_max_position_embeddings of its longrope"
+    message = r"max_new_tokens: got 14 after prompts of \d+ to \d+ tokens, .* 16 tokens \(original_max_position_embeddings of its longrope"
     with pytest.raises(ValueError, match=message):
         roll_out(model, *prompts(*lengths), 14)
 
