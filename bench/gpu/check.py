@@ -39,6 +39,7 @@ DEVICE_TESTS = (
     "linear/head",
     "linear/engine",
     "linear/epilogue",
+    "linear/gpu_engines",
     "preference/preference",
     "preference/numbers",
     "preference/calls",
