@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +166,11 @@ def test_the_file_name_of_a_machine_is_plain() -> None:
     assert slug().replace("-", "").isalnum() and slug() == slug().lower()
 
 
+def environment() -> dict[str, str]:
+    """Without the mark of a worker of `pytest -n`, under which pytest-benchmark writes no results."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 @pytest.mark.skipif(
     not INSTALLED["pytest_benchmark"], reason="python -m bench needs pytest-benchmark, of the extra `bench`"
 )
@@ -174,6 +180,7 @@ def test_the_suite_runs_and_its_results_file_is_complete(tmp_path: Path) -> None
     run = subprocess.run(
         [sys.executable, "-m", "bench", *size, "-k", "cross_entropy and bf16 and not linear"],
         cwd=ROOT,
+        env=environment(),
         capture_output=True,
         text=True,
     )
@@ -199,7 +206,8 @@ def test_the_suite_runs_and_its_results_file_is_complete(tmp_path: Path) -> None
 )
 def test_a_case_that_the_time_does_not_allow_is_named_and_fails_nothing(tmp_path: Path) -> None:
     options = ["--minutes", "0", "--output", str(tmp_path / "results.json"), "-k", "reward and not step"]
-    run = subprocess.run([sys.executable, "-m", "bench", *options], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench", *options]
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert (
         "left out: the 0 minutes of this run were over" in run.stdout
