@@ -36,8 +36,8 @@ SANITIZED = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all",
 ]
-# csrc/<family>/target.cpp, with the compiler's rule for a * b + c. The sampler gives the same bits on every machine, so its fused
-# operations are written down and the compiler may add none.
+# csrc/<family>/target.cpp, with the compiler's rule for a * b + c. The sampler gives the same bits on every
+# machine, so its fused operations are written down and the compiler may add none.
 KERNELS = {"softmax": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
 LAUNCHERS = ("ops", "softmax/launch", "gemm/launch", "policy/launch", "sampling/launch")
 # Instruction sets that the kernels are compiled for; csrc/common/targets.h chooses among them at run time.

@@ -1,4 +1,4 @@
-"""Run the suite: `python -m bench` writes bench/results/<machine>-<date>.json, a report (.md) and plots (.png).
+"""`python -m bench`: run the suite and write bench/results/<machine>-<date>.json, a report and plots.
 
 Arguments that are not listed go to pytest: `python -m bench -k token_stats`, `python -m bench --shape
 512,576,49152`.
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the suite; the exit status is not 0 if one of our rows is wrong. A missed target is printed only."""
+    """Run the suite; the exit status is not 0 if a row of ours is wrong. A missed target is only printed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time, peak memory and error of fastalign and its peers.",

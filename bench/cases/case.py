@@ -19,9 +19,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Target(NamedTuple):
     """What our row (or `row`) has to reach.
 
-    quantity: "time" and "error" are multiples of the row `over`. "memory" is MiB beyond the results. "growth" is
-    that memory at `Case.longer` times the tokens, as a multiple of the memory at the case's tokens. "error" leaves
-    the loss out: a single number may be right by luck in the other row.
+    quantity: "time" and "error" are multiples of the row `over`. "memory" is MiB beyond the results. "growth"
+    is that memory at `Case.longer` times the tokens, as a multiple of the memory at the case's tokens.
+    "error" leaves the loss out: a single number may be right by luck in the other row.
     """
 
     quantity: str
@@ -33,9 +33,9 @@ class Target(NamedTuple):
 class Case(NamedTuple):
     """One operation at one shape and dtype.
 
-    trained: the inputs that get gradients. ceilings: ratios are relative to the first. memory: measure peaks too.
-    shape: None takes the shape of `head`, a name in shapes.HEADS, with as many tokens as the machine allows.
-    longer: with memory, measure our row's peak once more at so many times the tokens; 0: do not.
+    trained: the inputs that get gradients. ceilings: ratios are relative to the first. memory: measure peaks
+    too. shape: None takes the shape of `head`, a name in shapes.HEADS, with as many tokens as the machine
+    allows. longer: with memory, measure our row's peak once more at so many times the tokens; 0: do not.
     only: the methods to measure; empty: all of the operation.
     """
 
@@ -73,9 +73,9 @@ class Case(NamedTuple):
 class Row(NamedTuple):
     """What was measured of a method or a ceiling.
 
-    refused: why it has no figures; empty if it has. errors: the largest (absolute, relative) error of each result
-    against fp64. results_mib: size of the results. peak_mib: peak memory beyond the inputs, None if not measured.
-    longer_mib: memory beyond inputs and results at `Case.longer` times the tokens.
+    refused: why it has no figures; empty if it has. errors: the largest (absolute, relative) error of each
+    result against fp64. results_mib: size of the results. peak_mib: peak memory beyond the inputs, None if
+    not measured. longer_mib: memory beyond inputs and results at `Case.longer` times the tokens.
     """
 
     refused: str = ""

@@ -49,10 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """record(case, row) measures a case of the test's module once and hands the row's rounds to pytest-benchmark.
+    """record(case, row) measures a case of the test's module once and reports the row's rounds.
 
-    A row without figures is skipped. It fails instead if it is ours, or plain PyTorch's, which judges ours, and
-    its inputs are available.
+    A row without figures is skipped. It fails instead if it is ours, or plain PyTorch's, which judges ours,
+    and its inputs are available.
     """
 
     def recorded(name: str, row_name: str) -> None:

@@ -35,7 +35,7 @@ def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | No
 
 
 def run(forward: Forward, tensors: Mapping[str, Tensor], upstream: Tensor | None) -> dict[str, Tensor]:
-    """Outputs by name and, given an upstream gradient of the first, each trained tensor's gradient as "d name"."""
+    """Outputs by name and, given an upstream gradient, each trained tensor's gradient as "d name"."""
     if upstream is None:
         with torch.no_grad():
             return forward(**tensors)
@@ -97,8 +97,8 @@ def judge(
 ) -> str:
     """Why the results are wrong, or "" if each error is at most twice PyTorch's error plus a floor.
 
-    The floor is 4 eps(fp32) times the largest |truth|, which fp32 sums may cost any method. For a single number,
-    which PyTorch may have right by luck, it is at least one rounding to the result's dtype.
+    The floor is 4 eps(fp32) times the largest |truth|, which fp32 sums may cost any method. For a single
+    number, which PyTorch may have right by luck, it is at least one rounding to the result's dtype.
     """
     for name, error in errors.items():
         eps = 4 * torch.finfo(torch.float32).eps
@@ -114,7 +114,7 @@ def judge(
 
 
 def checker(case: Case, tensors: dict[str, Tensor], upstream: Tensor | None) -> Check:
-    """The judge of a method's results: the operation's, or one that compares with plain PyTorch's truth and error."""
+    """The judge of results: the operation's, or one that compares them with plain PyTorch's."""
     operation = OPERATIONS[case.operation]
     if operation.check:
         return operation.check(tensors)

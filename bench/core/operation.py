@@ -58,16 +58,16 @@ Check = Callable[[Tensors], Verdict]
 class Operation(NamedTuple):
     """One operation of the suite.
 
-    inputs: the tensors for a shape and dtype on a device. methods: loaders by name; a loader takes the device.
-    rows: the inputs that have a row for each token.
+    inputs: the tensors for a shape and dtype on a device. methods: loaders by name; a loader takes the
+    device. rows: the inputs that have a row for each token.
 
     check: makes the judge of a method's results from the inputs. Needed where plain PyTorch in fp64 does not
     determine the results. Without it, results are compared with EAGER's.
 
-    whole: makes EAGER with the logits of so many rows at a time, for an operation that mixes all rows. In fp64
-    it is the truth. It may also return EXPONENTS: intermediate numbers whose exponentials make the results.
-    Rounding an exponent of size B to fp32 puts an error of B eps into every result of every method, and plain
-    PyTorch's error may be smaller by luck.
+    whole: makes EAGER with the logits of so many rows at a time, for an operation that mixes all rows. In
+    fp64 it is the truth. It may also return EXPONENTS: intermediate numbers whose exponentials make the
+    results. Rounding an exponent of size B to fp32 puts an error of B eps into every result of every method,
+    and plain PyTorch's error may be smaller by luck.
     """
 
     inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]]

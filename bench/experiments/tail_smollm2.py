@@ -1,7 +1,7 @@
 """Fine-tune the last layer, the norm and the head of SmolLM2-135M, for tail_training.py.
 
-The 29 layers below are frozen. Their output is computed once, so a step costs little more than its head: a real
-model's softmax over 49152 tokens trains on one core in a second a step.
+The 29 layers below are frozen. Their output is computed once, so a step costs little more than its head: a
+real model's softmax over 49152 tokens trains on one core in a second a step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write docs/tail.md's tables and plot: `python -m bench.experiments.tail_tables`.
 
-They come from the results file of tail_training.py that the page names. To show another run, change the file's
-name in the page and run this again.
+They come from the results file of tail_training.py that the page names. To show another run, change the
+file's name in the page and run this again.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Settings:
 
 @contextlib.contextmanager
 def gradient(mode: GradMode) -> Any:
-    """Train in this mode. Without compensation the dropped columns' gradient is zero, which no option offers."""
+    """Train in this mode. Without compensation, which no option offers, dropped columns get no gradient."""
     if mode.compensated:
         yield
         return
@@ -173,7 +173,7 @@ def toy(
     held_out: list[Sentence],
     note: Note,
 ) -> list[dict[str, Any]]:
-    """Pre-train and fine-tune with a tokenizer of the sentences; reports before and after the first exact run."""
+    """Pre-train and fine-tune on the sentences; reports before and after the first exact run."""
     tokenizer = train_tokenizer(
         [sentence.text for sentence in train], settings.vocabulary, chat_template=CHAT_TEMPLATE
     )

@@ -1,11 +1,11 @@
 """Compile every GPU kernel ahead of time, without a GPU: registers, spills, shared memory and size for each
 architecture.
 
-    python -m bench.gpu.aot                 # a table; exit status 1 if a kernel spills or needs too much shared memory
-    python -m bench.gpu.aot --json FILE     # the rows as JSON too
+    python -m bench.gpu.aot                 # a table; exit status 1 if a kernel spills or needs too much
+    shared memory python -m bench.gpu.aot --json FILE     # the rows as JSON too
 
-Triton's by its own compiler, for AMD's gfx942 (MI300) as well; csrc/sampling/launch.cu by nvcc where setup.py finds
-one, with setup.py's flags. Must run without TRITON_INTERPRET, which replaces the compiled kernels by
+Triton's by its own compiler, for AMD's gfx942 (MI300) as well; csrc/sampling/launch.cu by nvcc where setup.py
+finds one, with setup.py's flags. Must run without TRITON_INTERPRET, which replaces the compiled kernels by
 interpreted ones.
 """
 
@@ -265,8 +265,8 @@ def build_rules() -> dict[str, Any]:
 
 
 def compile_sampling(nvcc: str) -> list[Row]:
-    """csrc/sampling/launch.cu for every architecture that this nvcc knows, in one call: a row an architecture and
-    dtype.
+    """csrc/sampling/launch.cu for every architecture that this nvcc knows, in one call: a row an architecture
+    and dtype.
 
     Raises:
         CalledProcessError: nvcc failed; its messages are on standard error.

@@ -3,11 +3,11 @@
     python3 -m bench.gpu.check --wheels wheels   # from the repository's root, by the python that has torch
     python3 -m bench.gpu.check --plan            # the parts and their limits
 
-Each part is a process with a time limit: the machine, peers from a folder of wheels, the build, the tests that
-use the device, compute-sanitizer on the native sampler, and the benchmark with the remaining time. A part that
-fails, is not found or runs over is recorded, and the next one begins. The results file is the benchmark's with
-an entry `checks`; without benchmark results it holds the checks alone. bench/README.md says how to fill the
-folder of wheels.
+Each part is a process with a time limit: the machine, peers from a folder of wheels, the build, the tests
+that use the device, compute-sanitizer on the native sampler, and the benchmark with the remaining time. A
+part that fails, is not found or runs over is recorded, and the next one begins. The results file is the
+benchmark's with an entry `checks`; without benchmark results it holds the checks alone. bench/README.md says
+how to fill the folder of wheels.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def draw(device: str) -> None:
 
 
 def run(part: Part, environment: dict[str, str]) -> dict[str, Any]:
-    """Run a part; its record has status ("ok", "failed", "over its limit", "not found"), seconds and output."""
+    """Run a part; its record. status: "ok", "failed", "over its limit" or "not found"."""
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
@@ -215,7 +215,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def check(parts: Sequence[Part], output: Path, site: Path, seconds: float = SECONDS) -> int:
-    """Run the parts and then the benchmark; the number of parts that were not ok. `output` is written after each."""
+    """Run the parts and then the benchmark, and write `output` after each; how many were not ok."""
     begin = time.monotonic()
     path = os.pathsep.join(
         filter(None, [str(ROOT), str(ROOT / "kernels"), str(site), os.environ.get("PYTHONPATH")])

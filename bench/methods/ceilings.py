@@ -80,7 +80,8 @@ def _gemms(forward: int, *, hidden_grad: bool = False, weight_grad: bool = False
     }
 
 
-# Logits alone; and hidden's gradient; and weight's gradient; and the logits once more, of a reference or recomputed.
+# Logits alone; and hidden's gradient; and weight's gradient; and the logits once more, of a reference or
+# recomputed.
 ONE_GEMM = _gemms(1)
 TWO_GEMMS = _gemms(1, hidden_grad=True)
 THREE_GEMMS = _gemms(1, hidden_grad=True, weight_grad=True)

@@ -1,4 +1,4 @@
-"""Cross-entropy, log-probabilities and token statistics: inputs and methods, from hidden states and from logits."""
+"""Cross-entropy, log-probabilities and token statistics from hidden states and from logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operations on hidden states share: inputs hidden [N, H], weight [V, H], ids [N], and log P[id] of each token.
+"""Shared by operations on hidden states: hidden [N, H], weight [V, H], ids [N] -> each token's log P[id].
 
 cross_entropy.py, preference.py (DPO, KTO) and policy.py (PPO) build their losses on these log-probabilities.
 """
@@ -18,7 +18,7 @@ HEAD_ROWS = ("hidden", "ids")
 
 
 def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Random inputs whose logits have a standard deviation of 2: the softmax is neither flat nor on one id."""
+    """Random inputs. Logits have a standard deviation of 2: the softmax is neither flat nor on one id."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(shape.N, shape.H, generator=generator)
     weight = torch.randn(shape.V, shape.H, generator=generator) * (2 / math.sqrt(shape.H))

@@ -83,8 +83,8 @@ def _trl(device: str) -> Forward:
 
 
 def _liger(device: str) -> Forward:
-    """Liger's GRPO, which returns no entropy. It compiles its pieces; on a CPU it runs uncompiled, as in Liger's
-    tests."""
+    """Liger's GRPO, which returns no entropy. It compiles its pieces; on a CPU it runs uncompiled, as in
+    Liger's tests."""
     grpo = module("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearGRPOLoss
     loss = grpo(
         beta=0.0,

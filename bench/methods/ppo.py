@@ -30,7 +30,7 @@ GRADIENT = 1e-4  # allowed error of the gradient, as a share of its largest elem
 
 
 def ppo_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Inputs for N tokens to draw in at most 64 rows, and a head whose logits have a standard deviation of 2."""
+    """Inputs for N tokens to draw in at most 64 rows. Logits have a standard deviation of 2."""
     generator = torch.Generator().manual_seed(0)
     rows = min(ROWS, shape.N)
     tensors = {
@@ -240,7 +240,7 @@ def a_step_from_the_start(tensors: Tensors) -> Check:
 
 
 def head_gemms(tensors: Tensors) -> Callable[[], object]:
-    """The head's GEMMs of a step: one for each token of the rollout, one for the reference, three for the update."""
+    """The head's GEMMs: one for each token of the rollout, one for the reference, three for the update."""
     weight = tensors["weight"].detach()
     B, R = len(tensors["ids"]), len(tensors["new"])
     row, whole = weight.new_ones(B, weight.shape[1]), weight.new_ones(B * R, weight.shape[1])

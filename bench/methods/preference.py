@@ -46,8 +46,8 @@ Losses = Callable[[Tensor, Tensor, Tensors], Tensor]
 def pair_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Inputs whose reference logits differ by a tenth from the policy's, as after some training.
 
-    The margin is then about 0.6 at 512 tokens a row. For two unrelated models it would be 9, where the sigmoid
-    is flat and a pair's gradients vanish.
+    The margin is then about 0.6 at 512 tokens a row. For two unrelated models it would be 9, where the
+    sigmoid is flat and a pair's gradients vanish.
     """
     return with_reference(head_inputs(shape._replace(N=shape.N // ROWS * ROWS), dtype, device), dtype, device)
 
@@ -190,8 +190,8 @@ def _liger_kto(device: str) -> Forward:
     return forward
 
 
-# The reward model's loss from scores of shape.N pairs. Liger has none, and TRL's RewardTrainer computes the same
-# as PyTorch's row.
+# The reward model's loss from scores of shape.N pairs. Liger has none, and TRL's RewardTrainer computes the
+# same as PyTorch's row.
 
 
 def score_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:

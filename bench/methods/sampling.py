@@ -16,7 +16,8 @@ from ..core import smollm2
 from ..core.operation import OURS, Check, Forward, Operation, Shape, Tensors, Verdict, here, module, needs_gpu
 
 NATS = 1e-5  # allowed error of a log-probability, of the log of the kept mass and of the entropy
-# The share of a row's mass by which top-p may miss its threshold: prefix sums of V probabilities in fp32 cost it.
+# The share of a row's mass by which top-p may miss its threshold: prefix sums of V probabilities in fp32 cost
+# it.
 EDGE = 1e-5
 MULTINOMIAL = "softmax, torch.multinomial"
 TRANSFORMERS = "transformers' warpers, softmax, torch.multinomial"
@@ -38,11 +39,11 @@ def random_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Te
 
 
 def trained_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Logits after Zipf-Mandelbrot's law: that of rank r is -s log(r + 2), with s from 1.2 to 2.2 over the rows.
+    """Logits after Zipf-Mandelbrot's law: rank r has -s log(r + 2), with s from 1.2 to 2.2 over the rows.
 
-    Ids are in random order. The law is fitted to SmolLM2-135M on bench/README.md. Entropy: 4.0 nats a row on average (the model: 3.9). Average
-    log-probability at the ranks 1, 10, 100, 1000, 10000: -1.7, -4.0, -7.7, -11.5, -15.5 (the model: -1.5,
-    -4.6, -7.7, -10.8, -15.1).
+    Ids are in random order. The law is fitted to SmolLM2-135M on bench/README.md. Entropy: 4.0 nats a row on
+    average (the model: 3.9). Average log-probability at the ranks 1, 10, 100, 1000, 10000: -1.7, -4.0, -7.7,
+    -11.5, -15.5 (the model: -1.5, -4.6, -7.7, -10.8, -15.1).
     """
     generator = torch.Generator().manual_seed(0)
     by_rank = -torch.linspace(1.2, 2.2, shape.N)[:, None] * torch.arange(3, shape.V + 3).log()

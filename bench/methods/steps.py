@@ -93,7 +93,7 @@ def _sequences(ids: Tensor) -> list[Any]:
 
 
 def _batch(stage: str, ids: Tensor) -> dict[str, Any]:
-    """The stage's micro-batch on the ids' device. Each sequence has its prompt, because plain code shares none."""
+    """The stage's micro-batch. Each sequence has its prompt, because plain code shares none."""
     from fastalign.data import (
         Pair,
         Tokenized,

@@ -1,8 +1,8 @@
 """tail_eps on a trained model's softmax: cross-entropy and DPO, next to exact gradients and plain PyTorch.
 
 The gradient of tail_eps is an approximation, so these results have a measure of their own. An Error here is
-(largest absolute error, L2 norm of the error over that of the truth). A result is wrong if the second is above
-ALLOWED.
+(largest absolute error, L2 norm of the error over that of the truth). A result is wrong if the second is
+above ALLOWED.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .head import HEAD_ROWS
 from .preference import BETA, LIGER_DPO, PREFERENCE, by_row, with_reference
 
 ALLOWED = 0.01
-# Factors of the hidden states. "flat": 2**-14 drops all mass. "unsure": most columns are kept. "sure": few are.
+# Factors of the hidden states. "flat": 2**-14 drops all mass. "unsure": most columns are kept. "sure": few
+# are.
 SHARPNESS = {"flat": 0.01, "unsure": 0.5, "sure": 2.0}
 ALLOWED_OF_ANY = 0.05  # for these softmaxes, whose cases are about time
 EPS = {f"{OURS}, tail_eps 2**-14": 2**-14, f"{OURS}, tail_eps 2**-12": 2**-12}

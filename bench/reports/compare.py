@@ -1,11 +1,10 @@
-"""Regressions between two results files: `python -m bench.reports.compare BEFORE.json AFTER.json`; exit status 1 on
-one.
+"""Find regressions between two results files: `python -m bench.reports.compare BEFORE.json AFTER.json`.
 
-Times are compared twice: as multiples of the case's first ceiling, round by round, so that a machine that was
-slow for one of the runs does not count, and as they are, so that a ceiling that moved by itself does not. A
-row is slower when both grew by more than their noise: the interquartile ranges of the two runs' rounds, added
-up, and at least `LEAST_NOISE`, for a run's median moves more than its rounds tell. Where only the multiple
-moved, the row is named. Only our rows decide the exit status.
+Times are compared twice. As multiples of the case's first ceiling, round by round: this removes a machine
+that was slow for one run. As they are: this removes a ceiling that moved by itself. A row is slower if both
+grew by more than the noise, which is the sum of the interquartile ranges of both runs' rounds and at least
+LEAST_NOISE, because a run's median moves more than its rounds show. A row whose multiple alone moved is
+named. The exit status is 1 if one of our rows regressed; peers do not count.
 """
 
 from __future__ import annotations
@@ -21,20 +20,17 @@ from typing import Any, NamedTuple
 from ..core.operation import is_ours
 
 LEAST_NOISE = 0.10
-MORE_MIB = 4.0  # that a peak may grow beside a tenth of it: what a process's resident set moves by
-WORSE_ERROR = 2.0  # times; below EXACT, in parts of the largest true value, nobody minds
+MORE_MIB = 4.0  # a peak may grow by this and a tenth: a process's resident set moves as much
+WORSE_ERROR = (
+    2.0  # factor of a regression; errors below EXACT, relative to the largest true value, do not count
+)
 EXACT = 4 * 2**-23
-SAME = (
-    "cpu",
-    "gpu",
-    "threads",
-    "torch",
-    "triton",
-)  # entries of machine_info without which figures say nothing of the code
+# Entries of machine_info that must agree for figures to say something about the code.
+SAME = ("cpu", "gpu", "threads", "torch", "triton")
 
 
 class Spread(NamedTuple):
-    """Median over the rounds, and their interquartile range as a share of it."""
+    """The median of the rounds, and their interquartile range as a share of it."""
 
     median: float
     noise: float
@@ -45,7 +41,7 @@ class Spread(NamedTuple):
         return Spread(median, (high - low) / median)
 
     def moved(self, later: Spread) -> int:
-        """1: `later` is larger beyond the noise of both; -1: smaller; 0: neither."""
+        """1 if `later` is larger beyond the noise of both, -1 if it is smaller, else 0."""
         beyond, growth = 1 + self.with_noise_of(later), later.median / self.median
         return (growth > beyond) - (growth < 1 / beyond)
 
@@ -54,7 +50,7 @@ class Spread(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What differs between the two files for one row; regression: it is ours and worse beyond the noise."""
+    """A difference in one row; a regression if the row is ours and worse beyond the noise."""
 
     case: str
     row: str
@@ -63,17 +59,21 @@ class Change(NamedTuple):
 
 
 def multiple(case: Mapping[str, Any], row: str) -> Spread | None:
-    """A row's time as a multiple of the ceiling's; None for a row, or a ceiling, without figures."""
-    own, ceiling = case["rows"][row]["seconds"], case["rows"][case["ceilings"][0]]["seconds"]
-    return Spread.of([a / b for a, b in zip(own, ceiling, strict=True)]) if own and ceiling else None
+    """A row's time as a multiple of the ceiling's; None if one of them has no figures."""
+    seconds, ceiling = case["rows"][row]["seconds"], case["rows"][case["ceilings"][0]]["seconds"]
+    return Spread.of([a / b for a, b in zip(seconds, ceiling, strict=True)]) if seconds and ceiling else None
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
-    """The rows that changed beyond the noise, and what could not be compared or only by a wide margin."""
+    """The rows that changed beyond the noise, and notes about what does not compare or is too noisy."""
     older, newer = ({case["name"]: case for case in results["cases"]} for results in (before, after))
     found: list[Change] = []
-    notes = [f"{key}: {before['machine_info'].get(key)} before, {after['machine_info'].get(key)} after; times do not compare"
-             for key in SAME if before["machine_info"].get(key) != after["machine_info"].get(key)]  # fmt: skip
+    was, now = before["machine_info"], after["machine_info"]
+    notes = [
+        f"{key}: {was.get(key)} before, {now.get(key)} after; times do not compare"
+        for key in SAME
+        if was.get(key) != now.get(key)
+    ]
     notes += [
         f"{name}: only in the {where} file"
         for where, a, b in (("first", older, newer), ("second", newer, older))
@@ -84,9 +84,9 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[C
             notes.append(f"{name}: {older[name]['shape']} before, {newer[name]['shape']} after; not compared")
             continue
         for row in older[name]["rows"].keys() & newer[name]["rows"].keys():
-            own, noise = _row(older[name], newer[name], row)
-            found += own
-            notes += noise
+            row_changes, row_notes = _row(older[name], newer[name], row)
+            found += row_changes
+            notes += row_notes
     return sorted(found), sorted(notes)
 
 
@@ -108,9 +108,8 @@ def _row(older: Mapping[str, Any], newer: Mapping[str, Any], row: str) -> tuple[
                 Change(case, row, f"{'slower' if moved > 0 else 'faster'}: {text}", ours and moved > 0)
             )
         elif moved:
-            notes.append(
-                f"{case}, {row}: {text}, but {seconds.median * 1e3:.3g} -> {later.median * 1e3:.3g} ms: the ceiling moved"
-            )
+            times = f"{seconds.median * 1e3:.3g} -> {later.median * 1e3:.3g} ms"
+            notes.append(f"{case}, {row}: {text}, but {times}: the ceiling moved")
         elif noise > LEAST_NOISE:
             notes.append(f"{case}, {row}: too noisy to tell 10 %: {text}")
     if a["peak_mib"] is not None and b["peak_mib"] is not None:

@@ -1,4 +1,4 @@
-"""From a results file to Markdown: `python -m bench.reports.markdown FILE.json`. README's tables are made so."""
+"""Write a results file as Markdown: `python -m bench.reports.markdown FILE.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..core.operation import OURS, is_ours
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The whole report of a results file: the machine, a table a case, and its targets."""
+    """The report of a results file: the machine, a table for each case, and the targets."""
     info = results["machine_info"]
     known = ", ".join(f"{key} {value}" for key, value in info.items() if key not in ("cpu", "gpu"))
     head = (
@@ -42,11 +42,12 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def targets(results: Mapping[str, Any]) -> str:
-    """One line a target: what was reached, what is wanted, and whether it is met."""
+    """One line for each target: the figure, the limit, and whether it is met."""
     return "\n".join(f"- {line}" for case in results["cases"] for line in target_lines(case))
 
 
 def render_case(case: Mapping[str, Any]) -> str:
+    """The table of a case, the fastest row first, with the reasons of the rows that have no figures."""
     rows: Mapping[str, Any] = case["rows"]
     timings = {name: Timing.of(row["seconds"]) for name, row in rows.items() if row["seconds"]}
     ceiling = case["ceilings"][0]
@@ -96,7 +97,7 @@ def render_case(case: Mapping[str, Any]) -> str:
 
 
 def _has_hidden(operation: str) -> bool:
-    """Whether H matters: an operation on logits is measured at a head's shape too."""
+    """Whether H matters; an operation on logits takes its N and V from a head's shape."""
     return operation.startswith("linear") or operation.endswith("step")
 
 
@@ -106,54 +107,42 @@ def _ms(seconds: float) -> str:
 
 def target_lines(case: Mapping[str, Any]) -> list[str]:
     """The targets of a case in words; a target whose figures are missing says so."""
-    lines = []
-    for target in case["targets"]:
-        quantity, limit, over, row = (
-            target["quantity"],
-            target["limit"],
-            target["over"],
-            target.get("row", OURS),
+    return [f"{case['name']}: {_target_line(case, target)}" for target in case["targets"]]
+
+
+def _target_line(case: Mapping[str, Any], target: Mapping[str, Any]) -> str:
+    quantity, limit, over = target["quantity"], target["limit"], target["over"]
+    row = target.get("row", OURS)
+    ours, other = case["rows"][row], case["rows"].get(over)
+    if ours["refused"]:
+        return f"{ours['refused']}: {'not measured' if ours['refused'].startswith('absent') else 'missed'}"
+    if quantity == "memory":
+        if ours["peak_mib"] is None:
+            return "peak memory was not measured"
+        results, value = ours["results_mib"], ours["peak_mib"] - ours["results_mib"]
+        text = f"peak memory {results:,.0f} MiB of results + {value:,.0f} MiB (target + {limit:g})"
+    elif quantity == "growth":
+        if ours["longer_mib"] is None:
+            return f"peak memory at {case['longer']} times the tokens was not measured"
+        value = _over(ours["longer_mib"], ours["peak_mib"] - ours["results_mib"])
+        text = (
+            f"{ours['longer_mib']:,.0f} MiB beyond results at {case['longer']} x N, "
+            f"{value:.2f} times N's (target <= {limit:g})"
         )
-        ours, what = case["rows"][row], "" if row == OURS else f"{row}: "
-        other = case["rows"].get(over)
-        if ours["refused"]:
-            verdict = "not measured" if ours["refused"].startswith("absent") else "missed"
-            lines.append(f"{case['name']}: {ours['refused']}: {verdict}")
-            continue
-        if quantity == "memory":
-            if ours["peak_mib"] is None:
-                lines.append(f"{case['name']}: peak memory was not measured")
-                continue
-            beyond = ours["peak_mib"] - ours["results_mib"]
-            text, value = (
-                f"peak memory {ours['results_mib']:,.0f} MiB of results + {beyond:,.0f} MiB (target + {limit:g})",
-                beyond,
-            )
-        elif quantity == "growth":
-            if ours["longer_mib"] is None:
-                lines.append(
-                    f"{case['name']}: peak memory at {case['longer']} times the tokens was not measured"
-                )
-                continue
-            value = _over(ours["longer_mib"], ours["peak_mib"] - ours["results_mib"])
-            text = f"{ours['longer_mib']:,.0f} MiB beyond results at {case['longer']} x N, {value:.2f} times N's (target <= {limit:g})"
-        elif other is None or other["refused"]:
-            lines.append(
-                f"{case['name']}: {quantity} against {over} was not measured: {other['refused'] if other else 'no such row'}"
-            )
-            continue
-        elif quantity == "time":
-            value = Timing.of(ours["seconds"]).over(Timing.of(other["seconds"]))
-            text = f"{value:.3g} times {over} (target <= {limit:.3g})"
-        else:
-            value = max(
-                _over(error["absolute"], other["errors"][kind]["absolute"])
-                for kind, error in ours["errors"].items()
-                if kind != "loss"
-            )
-            text = f"largest error {value:.2f} times that of {over} (target <= {limit:g})"
-        lines.append(f"{case['name']}: {what}{text}: {'met' if value <= limit else 'missed'}")
-    return lines
+    elif other is None or other["refused"]:
+        reason = other["refused"] if other else "no such row"
+        return f"{quantity} against {over} was not measured: {reason}"
+    elif quantity == "time":
+        value = Timing.of(ours["seconds"]).over(Timing.of(other["seconds"]))
+        text = f"{value:.3g} times {over} (target <= {limit:.3g})"
+    else:
+        errors = {kind: error for kind, error in ours["errors"].items() if kind != "loss"}
+        value = max(
+            _over(error["absolute"], other["errors"][kind]["absolute"]) for kind, error in errors.items()
+        )
+        text = f"largest error {value:.2f} times that of {over} (target <= {limit:g})"
+    what = "" if row == OURS else f"{row}: "
+    return f"{what}{text}: {'met' if value <= limit else 'missed'}"
 
 
 def _over(error: float, other: float) -> float:

@@ -1,5 +1,7 @@
-"""Plots of a results file, beside it: `python -m bench.reports.plots FILE.json`. Time against memory; time against N
-and V; memory against N."""
+"""Plot a results file: `python -m bench.reports.plots FILE.json`.
+
+The plots lie next to the file: time against memory, time against N and V, memory against N.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from typing import Any
 
 from ..core.operation import OURS
 
-SCALED = "linear_cross_entropy"  # the operation of bench_scaling.py
+SCALED = "linear_cross_entropy"  # the operation of cases/bench_scaling.py
 
 
 def draw(results: Mapping[str, Any], file: Path) -> list[Path]:
-    """The plots that the file has figures for, as PNG; needs matplotlib."""
+    """Write the plots that the file has figures for, as PNG; needs matplotlib."""
     plots = {"time-memory": _time_memory, "scaling": _scaling}
     drawn = []
     for name, plot in plots.items():
@@ -28,7 +30,7 @@ def draw(results: Mapping[str, Any], file: Path) -> list[Path]:
 
 
 def _time_memory(results: Mapping[str, Any]) -> Any:
-    """A panel a case, a point a method: to the lower left is better."""
+    """One panel for each case, one point for each method; the lower left is best."""
     panels = {}
     for case in results["cases"]:
         points = {
@@ -36,7 +38,7 @@ def _time_memory(results: Mapping[str, Any]) -> Any:
             for name, row in case["rows"].items()
             if row["peak_mib"] is not None and row["seconds"]
         }
-        if len(points) > 3:  # of a few methods a table tells as much
+        if len(points) > 3:  # for fewer methods a table says as much
             panels[case["name"]] = points
     if not panels:
         return None
@@ -52,7 +54,7 @@ def _time_memory(results: Mapping[str, Any]) -> Any:
 
 
 def _scaling(results: Mapping[str, Any]) -> Any:
-    """Time against N, time against V, and peak memory against N, all else as in the plain case."""
+    """Time against N, time against V, and peak memory against N; the rest as in the plain case."""
     dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
     trained = ["hidden", "weight"]
     cases = [
@@ -67,8 +69,8 @@ def _scaling(results: Mapping[str, Any]) -> Any:
     def lines(
         letter: str, value: Callable[[Mapping[str, Any]], float | None]
     ) -> dict[str, list[tuple[int, float]]]:
-        others = {key: size for key, size in plain.items() if key != letter}
-        alike = [case for case in cases if {**case["shape"], **others} == case["shape"]]
+        fixed = {key: size for key, size in plain.items() if key != letter}
+        alike = [case for case in cases if {**case["shape"], **fixed} == case["shape"]]
         names = [name for name in alike[0]["rows"] if all(name in case["rows"] for case in alike)]
         found = {
             name: sorted((c["shape"][letter], v) for c in alike if (v := value(c["rows"][name])) is not None)
@@ -92,10 +94,8 @@ def _scaling(results: Mapping[str, Any]) -> Any:
             axis.plot(*zip(*points), marker="o", label=name, linewidth=2 if name == OURS else 1)
         axis.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
         axis.legend(fontsize=6)
-    figure.suptitle(
-        f"{SCALED} {dtype}, forward and backward; else {', '.join(f'{key} {size}' for key, size in plain.items())}",
-        fontsize=9,
-    )
+    sizes = ", ".join(f"{key} {size}" for key, size in plain.items())
+    figure.suptitle(f"{SCALED} {dtype}, forward and backward; else {sizes}", fontsize=9)
     return figure
 
 

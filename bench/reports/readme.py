@@ -36,7 +36,7 @@ LOSSES = (
     (LCE, ", tail"),
     ("linear_dpo", ", tail"),
 )
-METHODS = {  # columns of the head's table, and what each is called in an operation's rows
+METHODS = {  # columns of the head's table, and the names of each in the rows of operations
     "fastalign": (OURS,),
     "torch.compile": (COMPILED,),
     "`F.linear_cross_entropy`, 512 a chunk": (CHUNKED,),
@@ -102,8 +102,7 @@ def _best(value: float | None, row: list[float | None]) -> str:
 
 
 def head(results: Mapping[str, Any]) -> str:
-    """Times over the ceiling, peaks and errors of the head's operations, a column a method; the least of a
-    row in bold."""
+    """Times, peaks and errors of the head's operations, a column for each method; the best are bold."""
     cases = {case["name"]: case for case in results["cases"]}
     dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
     plain, logp = f"{LCE} {dtype}", f"{LOGP} {dtype}"
@@ -134,7 +133,7 @@ def head(results: Mapping[str, Any]) -> str:
         if cases[name]["shape"]["N"] != cases[plain]["shape"]["N"] and label.startswith("…"):
             label += f"; N {cases[name]['shape']['N']}"
         values = [
-            next((v for own in names if (v := _value(cases[name], own, value)) is not None), None)
+            next((v for method in names if (v := _value(cases[name], method, value)) is not None), None)
             for names in METHODS.values()
         ]
         best = min(v for v in values if v is not None)
@@ -153,7 +152,7 @@ def head(results: Mapping[str, Any]) -> str:
 
 
 def sampling(results: Mapping[str, Any]) -> str:
-    """Ours against transformers' warpers, or softmax and multinomial where there is no filter."""
+    """Ours against transformers' warpers, or against softmax and multinomial if there is no filter."""
     cases = [case for case in results["cases"] if case["operation"].startswith("sample")]
     head = [
         _where(results, cases[0]["name"], "N"),
@@ -186,7 +185,7 @@ def sampling(results: Mapping[str, Any]) -> str:
 
 
 def steps(results: Mapping[str, Any]) -> str:
-    """Whole training steps: seconds, and peaks where they were measured."""
+    """Whole training steps: seconds, and peaks if they were measured."""
     cases = {case["name"]: case for case in results["cases"]}
     dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
     head = [
@@ -210,8 +209,7 @@ def steps(results: Mapping[str, Any]) -> str:
 
 
 def losses(results: Mapping[str, Any]) -> str:
-    """Losses of sequences and policies, and the tail, as multiples of plain PyTorch's time; the least of a
-    row in bold."""
+    """Times of sequence and policy losses and of tail_eps, times PyTorch's; the best are bold."""
     dtype = "fp32" if results["machine_info"]["gpu"] == "none" else "bf16"
     columns: dict[str, Callable[[str], bool]] = {
         "fastalign": lambda name: name == OURS,
@@ -219,10 +217,8 @@ def losses(results: Mapping[str, Any]) -> str:
         "torch.compile": lambda name: name == COMPILED,
         "Liger": lambda name: name.startswith("Liger"),
     }
-    head = [
-        f"forward and backward, times PyTorch; {dtype}; {_where(results, f'linear_dpo {dtype}', '').rstrip('; ')}",
-        *columns,
-    ]
+    where = _where(results, f"linear_dpo {dtype}", "").rstrip("; ")
+    head = [f"forward and backward, times PyTorch; {dtype}; {where}", *columns]
     lines = [_row(head), _row(["---"] * len(head))]
     for case in results["cases"]:
         if (
@@ -232,9 +228,10 @@ def losses(results: Mapping[str, Any]) -> str:
             continue
         values = [
             next(
-                (v for n in case["rows"] if own(n) and (v := _value(case, n, _times_eager)) is not None), None
+                (v for n in case["rows"] if shows(n) and (v := _value(case, n, _times_eager)) is not None),
+                None,
             )
-            for own in columns.values()
+            for shows in columns.values()
         ]
         best = min(v for v in values if v is not None)
         shape = case["shape"]
@@ -309,7 +306,7 @@ def filled(
     """A page's text with every table made again; docs/tail.md brings `kinds` of its own.
 
     Raises:
-        ValueError: a block of an unknown kind.
+        ValueError: a table of an unknown kind.
     """
 
     def table(found: re.Match[str]) -> str:

@@ -1,13 +1,12 @@
-"""Predicted time and memory of every operation, from bytes and flops counted here: `python -m bench.reports.roofline
-[RESULTS.json]`.
+"""`python -m bench.reports.roofline [RESULTS.json]`: predicted time and memory of each operation.
 
-Without a file: H100, A100 and B200 at the shapes of real heads. With one: its cases on those GPUs and on the
-machine that it was measured on, beside what was measured there. That machine's rates are what its own bare
-GEMMs and bare read reached.
+Without a file it predicts H100, A100 and B200 at the shapes of real heads. With a file it predicts the file's
+cases on those GPUs and on the file's machine, next to what was measured there. The rates of that machine are
+what its bare GEMMs and bare read reached.
 
-Counted: 2 N H V flops a GEMM; of memory the passes between the GEMMs, each input read once and each output
-written once. GEMMs and passes run one after another, so their times add up; a GEMM whose operands take longer
-to move than to multiply takes that time.
+The count: 2 N H V flops for each GEMM, and the bytes of the passes between GEMMs, each input read once and
+each output written once. GEMMs and passes run one after another, so their times add up. A GEMM takes the
+longer of multiplying and of moving its operands.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Machine(NamedTuple):
-    """Dense flops a second in bf16 and in fp32, bytes a second, and the shares of them that are assumed to be
-    reached."""
+    """Flops a second in bf16 and fp32 (dense), bytes a second, and the shares assumed reachable."""
 
     name: str
     low_flops: float
@@ -60,8 +58,7 @@ GPUS = (
 
 
 class Work(NamedTuple):
-    """What an operation has to do: GEMMs (M, N, K), how often each; bytes of the passes beside them; bytes
-    held beyond its inputs."""
+    """An operation's GEMMs as (times, M, N, K), bytes of the passes, and bytes held beyond the inputs."""
 
     gemms: tuple[tuple[float, int, int, int], ...]
     pass_bytes: float
@@ -69,7 +66,7 @@ class Work(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Seconds of the GEMMs and of the passes, and MiB beyond the inputs."""
+    """Predicted seconds of GEMMs and passes, and MiB beyond the inputs."""
 
     gemms: float
     passes: float
@@ -90,8 +87,7 @@ def predict(work: Work, machine: Machine, dtype: str) -> Prediction:
 
 
 def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind: str) -> Work | None:
-    """The work of our row of an operation on a device of that kind; None: a draw among few ids, whose bytes
-    depend on the logits."""
+    """The work of our row on that kind of device; None for a filtered draw: its bytes depend on logits."""
     base = operation.partition(",")[0]
     if base.endswith(" step"):
         return _step(base.removesuffix(" step"), dtype, shape, kind)
@@ -104,7 +100,7 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
             "weight" in trained,
             "scalar" if base == "linear_cross_entropy" else "logp",
         )
-    if base in ("linear_dpo", "linear_kto"):  # the reference's pass, which keeps nothing, and the policy's
+    if base in ("linear_dpo", "linear_kto"):  # the reference's pass, which saves nothing, and the policy's
         units = PAIRS if base == "linear_dpo" else ROWS
         reference, policy = (
             _head(dtype, shape, kind, False, False, "scalar"),
@@ -120,8 +116,8 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
         return Work((), 3 * size * logits, size * logits)
     if base == "reward":
         return Work((), 4 * size * shape.N, 2 * size * shape.N)
-    # N sequences of V tokens, with a mask of a byte: PPO's four inputs, two slopes, and these times the
-    # upstream gradient; GAE; whitening.
+    # N sequences of V tokens with a mask of one byte. PPO: four inputs, two gradients, and these times the
+    # upstream gradient. GAE and whitening: inputs and outputs.
     if base == "ppo":
         return Work((), (10 * size + 1) * logits, 4 * size * logits)
     if base == "gae":
@@ -134,7 +130,7 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
 
 
 def _sequences_head(dtype: str, shape: Shape, kind: str, units: int) -> Work:
-    """A head whose loss is of whole sequences, in units of one length; see linear/preference.py for its GEMMs."""
+    """The work of a head whose loss takes whole sequences; linear/preference.py explains its GEMMs."""
     if kind != "cpu":
         return _head(dtype, shape, kind, True, True, "logp")
     mib = default_workspace_mib("cpu", weight_grad=False)
@@ -156,7 +152,8 @@ def _head(
 ) -> Work:
     N, H, V = shape
     plan = plan_head(
-        N, H, V, dtype=DTYPES[dtype], device=kind, hidden_grad=hidden_grad, weight_grad=weight_grad, upstream=upstream,
+        N, H, V, dtype=DTYPES[dtype], device=kind,
+        hidden_grad=hidden_grad, weight_grad=weight_grad, upstream=upstream,
         workspace_mib=workspace_mib,
     )  # fmt: skip
     size = SIZES[dtype]
@@ -186,7 +183,8 @@ def _gpu_head(plan: HeadPlan, shape: Shape, size: int, dX: int, dW: int) -> tupl
         return float(statistics * N * V), float(plan.workspace_bytes)
     if plan.engine == "vocab_slices":
         slices = -(-V // plan.slice_columns)
-        # the tile is made again, read, and dlogits are written; dX's fp32 sum is read and written once a slice
+        # the tile is made again, read, and dlogits are written; dX's fp32 sum is read and written once a
+        # slice
         per_logit = statistics + 4 - size + 4 + size
         return (
             float(per_logit * N * V + 8 * N * H * dX * slices),
@@ -205,12 +203,14 @@ def _gpu_head(plan: HeadPlan, shape: Shape, size: int, dX: int, dW: int) -> tupl
 
 
 def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
-    """The backbone's GEMMs, attention's left out; the head; AdamW, which reads four tensors of the weights'
-    size and writes three."""
+    """The work of a training step: the backbone's GEMMs without attention's, the head, and AdamW.
+
+    AdamW reads four tensors of the weights' size and writes three.
+    """
     N, H, V = shape
     number, heads, key_heads, inner = Layers.of(H)
     body = number * (2 * H * H + 2 * H * (H // heads) * key_heads + 3 * H * inner)
-    body_passes = 3.0  # forward, and two GEMMs backward for each
+    body_passes = 3.0  # forward, and backward two GEMMs for each of forward's
     heads_run: list[Work] = []
     if stage != "reward":
         heads_run = [
@@ -230,8 +230,7 @@ def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
 
 
 def measured_machine(results: Mapping[str, Any]) -> Machine | None:
-    """The machine of a results file, with what its bare GEMMs and its bare read of the logits reached; None
-    without those rows."""
+    """The machine of a results file with the rates of its bare GEMMs and bare read; None without them."""
     flops: dict[str, list[float]] = {"fp32": [], "bf16": []}
     reads = []
     for case in results["cases"]:
@@ -245,14 +244,14 @@ def measured_machine(results: Mapping[str, Any]) -> Machine | None:
             if " bare GEMM" in name
         ]
         if gemms and case["dtype"] in flops:
-            flops[case["dtype"]].append(max(gemms))  # torch's or gemm.py's
+            flops[case["dtype"]].append(max(gemms))  # torch's or gemm.py's, whichever is faster
         if case["dtype"] == "fp32" and "one read (amax)" in rows:
             reads.append(4 * N * V / rows["one read (amax)"])
     if not flops["fp32"] or not reads:
         return None
     info = results["machine_info"]
     gpu = info["gpu"] != "none"
-    rate = statistics.median(flops["fp32"])  # that of bf16 too where none was measured
+    rate = statistics.median(flops["fp32"])  # also bf16's, if none was measured
     low = statistics.median(flops["bf16"] or [rate])
     return Machine(
         info["gpu"] if gpu else info["cpu"],
@@ -266,8 +265,9 @@ def measured_machine(results: Mapping[str, Any]) -> Machine | None:
 
 
 def table(results: Mapping[str, Any] | None) -> str:
-    own = measured_machine(results) if results else None
-    machines = [*GPUS, *([own] if own else [])]
+    """The predictions as Markdown, a row for each case."""
+    local = measured_machine(results) if results else None
+    machines = [*GPUS, *([local] if local else [])]
     rates = [
         (m.name, m.rate("bf16") / 1e12, m.rate("fp32") / 1e12, m.bytes * m.byte_share / 1e12)
         for m in machines
@@ -311,13 +311,20 @@ def _cell(seconds: float | None, mib: float | None) -> str:
 
 
 def _usual_cases() -> list[dict[str, Any]]:
-    """Every operation in bf16 at the heads of HEADS, as many tokens as a GPU is given."""
+    """The operations in bf16 at the heads of HEADS, with the tokens of a GPU's cases."""
     both = ["hidden", "weight"]
     operations = [
-        ("linear_cross_entropy", both), ("linear_logprobs", both), ("linear_logprobs", ["hidden"]), ("linear_logprobs", []),
-        ("linear_dpo", both), ("linear_kto", both), ("token_stats", []), ("cross_entropy", ["logits"]), ("sample", []),
+        ("linear_cross_entropy", both),
+        ("linear_logprobs", both),
+        ("linear_logprobs", ["hidden"]),
+        ("linear_logprobs", []),
+        ("linear_dpo", both),
+        ("linear_kto", both),
+        ("token_stats", []),
+        ("cross_entropy", ["logits"]),
+        ("sample", []),
         ("pretrain step", []),
-    ]  # fmt: skip
+    ]
     return [
         {
             "name": f"{operation} bf16{', ' + ' and '.join(trained) + ' trained' if trained else ''}, {head}",
