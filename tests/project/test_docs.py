@@ -1,6 +1,7 @@
 """The pages of docs/ are true: their Python runs and prints what they say, and their links lead somewhere."""
 
 import contextlib
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -11,6 +12,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LINKING = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *PAGES]
 EXAMPLE = re.compile(r"```python\n(.*?)```\n+```\n(.*?)```", re.DOTALL)
+PATH = re.compile(r"\b(?:tests|bench|docs|fastalign|kernels|csrc|examples)/[\w./]+\.(?:py|md|json|h|cpp)\b")
+MODULE = re.compile(r"python3? -m ((?:tests|bench|fastalign)\b[\w.]*\w)")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
@@ -32,7 +35,16 @@ def test_a_page_says_first_whom_it_is_for(page: Path) -> None:
     assert title.startswith("# ") and opening.startswith("You are here because ")
 
 
-@pytest.mark.parametrize("page", LINKING, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_of_the_repository(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_files_and_modules_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in PATH.findall(text):
+        assert (ROOT / name).exists(), name
+    for module in MODULE.findall(text):
+        assert importlib.util.find_spec(module), module
