@@ -166,8 +166,8 @@ MUTATIONS = [
     ),
     Mutation(
         KERNELS + "softmax/rows_triton.py",
-        "tl.store(stats + 3 * N + n, row_top + logsum)",
-        "tl.store(stats + 3 * N + n, logsum)",
+        "tl.store(stats + LSE * N + row, row_max + logsum)",
+        "tl.store(stats + LSE * N + row, logsum)",
         "tests/softmax/test_rows.py",
     ),
     Mutation(

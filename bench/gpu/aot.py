@@ -99,7 +99,7 @@ def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     """One of rows_triton's kernels; `full` has bias, softcap, scale and temperature, else none of them."""
     function = getattr(rows_triton, kernel)
     block, warps = rows_triton.launch(kernel.removesuffix("_kernel"), 90 if sm in AMD else sm, LARGEST_V)
-    constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK": block}
+    constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK_SIZE": block}
     pointers = {
         "logits": TYPES[dtype],
         "bias": TYPES[dtype],
@@ -133,9 +133,9 @@ def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
         "totals": "*fp64",
     }
     if kernel == "column_sums_kernel":
-        constants |= {"BLOCK": columns_triton.COLUMNS, "ROWS": columns_triton.ROWS}
+        constants |= {"BLOCK_SIZE": columns_triton.COLUMNS, "ROWS": columns_triton.ROWS}
     else:
-        constants |= {"BLOCK": columns_triton.GRAD_COLUMNS, "GATHERED": full}
+        constants |= {"BLOCK_SIZE": columns_triton.GRAD_COLUMNS, "GATHERED": full}
     source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants)
     return _triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
 

@@ -269,9 +269,9 @@ def test_kept_columns_alone_enter_the_backward_gemms(monkeypatch: pytest.MonkeyP
     given = make(peak=3.0)
     widths: list[int] = []
 
-    def counted(logits: Tensor, columns: Tensor, *rest: Any) -> Tensor:
+    def counted(logits: Tensor, columns: Tensor, *rest: Any, **options: Any) -> Tensor:
         widths.append(columns.numel())
-        return column_grad(logits, columns, *rest)
+        return column_grad(logits, columns, *rest, **options)
 
     from fastalign_kernels.linear import accumulate as module
 

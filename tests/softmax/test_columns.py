@@ -12,6 +12,7 @@ from fastalign_kernels.softmax import columns
 from fastalign_kernels.softmax.columns import ColumnSums, column_sums_ref
 from fastalign_kernels.softmax.rows import (
     Coefficient,
+    RowInputs,
     Transform,
     accumulator_dtype,
     row_grad_ref,
@@ -35,9 +36,11 @@ pytestmark = [
 def implementation(request: pytest.FixtureRequest) -> Any:
     if request.param == "native" and native.missing:
         pytest.skip(f"the native library is not there: {native.missing}")
-    return {"native": torch.ops.fastalign, "triton": columns_triton, "reference": columns.KERNELS.reference}[
-        request.param
-    ]
+    return {
+        "native": columns.KERNELS.native,
+        "triton": columns_triton,
+        "reference": columns.KERNELS.reference,
+    }[request.param]
 
 
 def run(
@@ -51,12 +54,11 @@ def run(
     )
     if implementation is columns_triton and torch.cuda.is_available():
         moved = ColumnSums(*(x.cuda() for x in out))
-        own_bias = None if bias is None else bias.cuda()
-        implementation.column_sums(
-            logits[None].cuda(), ids.cuda(), own_bias, *transform, stats.cuda(), *moved
-        )
+        gpu_bias = None if bias is None else bias.cuda()
+        inputs = RowInputs(logits[None].cuda(), ids.cuda(), gpu_bias, transform)
+        implementation.column_sums(inputs, stats.cuda(), moved)
         return ColumnSums(*(x.cpu() for x in moved))
-    implementation.column_sums(logits[None], ids, bias, *transform, stats, *out)
+    implementation.column_sums(RowInputs(logits[None], ids, bias, transform), stats, out)
     return out
 
 
@@ -92,7 +94,8 @@ def run_grad(implementation: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     """arguments: logits, columns, ids, bias, transform, stats, coefficients, V."""
     logits, columns, ids, bias, transform, stats, coefficients, V = arguments
     device = "cuda" if implementation is columns_triton and torch.cuda.is_available() else "cpu"
-    tensors = [None if x is None else x.to(device) for x in (logits[None], columns, ids, bias)]
+    gpu_bias = None if bias is None else bias.to(device)
+    inputs = RowInputs(logits[None].to(device), ids.to(device), gpu_bias, transform)
     # Triton's interpreter truncates fp32 to bf16 where hardware rounds to nearest, so there the kernel stores
     # fp32 and torch rounds.
     truncates = implementation is columns_triton and device == "cpu" and logits.dtype == torch.bfloat16
@@ -100,7 +103,7 @@ def run_grad(implementation: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     out = torch.empty(1, logits.shape[0], columns.numel(), dtype=dtype, device=device)
     totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=device)
     implementation.column_grad(
-        *tensors, *transform, stats.to(device), coefficients.to(device), V, out, totals
+        inputs, columns.to(device), stats.to(device), coefficients.to(device), V, out, totals
     )
     return out[0].cpu().to(logits.dtype), totals.cpu()
 
@@ -172,7 +175,7 @@ def test_columns_that_do_not_ascend_are_refused() -> None:
     for wrong in ([3, 3], [4, 2], [2, 9], [-1, 2]):
         with pytest.raises(RuntimeError, match="columns: got .*, expected ascending columns below 9"):
             run_grad(
-                torch.ops.fastalign,
+                columns.KERNELS.native,
                 logits,
                 torch.tensor(wrong),
                 ids,
@@ -189,10 +192,10 @@ def test_threads_change_no_bit() -> None:
         pytest.skip(f"the native library is not there: {native.missing}")
     logits, ids = torch.randn(33, 5000, generator=torch.Generator().manual_seed(0)), torch.arange(33)
     stats = row_stats_ref(logits, ids, None, Transform())
-    one = run(torch.ops.fastalign, logits, ids, None, Transform(), stats)
+    one = run(columns.KERNELS.native, logits, ids, None, Transform(), stats)
     torch.set_num_threads(3)
     try:
-        three = run(torch.ops.fastalign, logits, ids, None, Transform(), stats)
+        three = run(columns.KERNELS.native, logits, ids, None, Transform(), stats)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(one, three))

@@ -7,6 +7,7 @@ import torch
 from fastalign_kernels import native
 from fastalign_kernels.softmax import rows
 from fastalign_kernels.softmax.rows import (
+    RowInputs,
     Stat,
     Transform,
     accumulator_dtype,
@@ -31,18 +32,18 @@ pytestmark = [
 
 def run_stats(implementation, logits, ids, bias, transform):
     stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
-    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows.KERNELS.reference}[
+    kernels = {"native": rows.KERNELS.native, "triton": rows_triton, "reference": rows.KERNELS.reference}[
         implementation
     ]
-    namespace.row_stats(logits, ids, bias, *transform, stats)
+    kernels.row_stats(RowInputs(logits, ids, bias, transform), stats)
     return stats
 
 
 def run_grad(implementation, logits, ids, bias, transform, stats, coefficients, out):
-    namespace = {"native": torch.ops.fastalign, "triton": rows_triton, "reference": rows.KERNELS.reference}[
+    kernels = {"native": rows.KERNELS.native, "triton": rows_triton, "reference": rows.KERNELS.reference}[
         implementation
     ]
-    namespace.row_grad(logits, ids, bias, *transform, stats, coefficients, out)
+    kernels.row_grad(RowInputs(logits, ids, bias, transform), stats, coefficients, out)
 
 
 @pytest.fixture(params=["native", "triton", "reference"])

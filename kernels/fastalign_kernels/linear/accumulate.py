@@ -138,8 +138,8 @@ class GradAccumulator:
                 inputs.options.transform,
                 chunk.stats,
                 coefficients,
-                V,
-                grad,
+                vocab_size=V,
+                out=grad,
             )
             if needs.hidden:
                 mm(grad, operands.weight, d_hidden, add=True, right_rows=columns)

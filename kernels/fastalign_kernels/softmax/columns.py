@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Kernels
-from .rows import Stat, Transform, accumulator_dtype, slope_ref, transform_ref
+from .rows import RowInputs, Stat, Transform, accumulator_dtype, slope_ref, transform_ref
 
 
 class ColumnSums(NamedTuple):
@@ -42,7 +42,7 @@ def column_sums(
         torch.empty(V, dtype=dtype, device=logits.device),
         torch.empty(2, N, dtype=torch.float64, device=logits.device),
     )
-    KERNELS.select(logits).column_sums(logits[None], ids, bias, *transform, stats, *out)
+    KERNELS.select(logits).column_sums(RowInputs(logits[None], ids, bias, transform), stats, out)
     return out
 
 
@@ -54,6 +54,7 @@ def column_grad(
     transform: Transform,
     stats: Tensor,
     coefficients: Tensor,
+    *,
     vocab_size: int,
     out: Tensor,
 ) -> Tensor:
@@ -64,9 +65,8 @@ def column_grad(
     [4, N] as in `row_grad`.
     """
     totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=logits.device)
-    KERNELS.select(logits).column_grad(
-        logits[None], columns, ids, bias, *transform, stats, coefficients, vocab_size, out[None], totals
-    )
+    inputs = RowInputs(logits[None], ids, bias, transform)
+    KERNELS.select(logits).column_grad(inputs, columns, stats, coefficients, vocab_size, out[None], totals)
     return totals
 
 
@@ -94,31 +94,15 @@ def _totals(share: Tensor, logp: Tensor) -> Tensor:
     return torch.stack([share.sum(1, dtype=torch.float64), (share * logp).sum(1, dtype=torch.float64)])
 
 
-def _column_sums_reference(
-    logits: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    stats: Tensor,
-    largest: Tensor,
-    sums: Tensor,
-    totals: Tensor,
-) -> None:
-    result = column_sums_ref(logits[0], ids, bias, Transform(logit_scale, softcap, temperature), stats)
-    for out, value in zip((largest, sums, totals), result):
-        out.copy_(value)
+def _column_sums(inputs: RowInputs, stats: Tensor, out: ColumnSums) -> None:
+    logits, ids, bias, transform = inputs
+    for written, value in zip(out, column_sums_ref(logits[0], ids, bias, transform, stats)):
+        written.copy_(value)
 
 
-def _column_grad_reference(
-    logits: Tensor,
+def _column_grad(
+    inputs: RowInputs,
     columns: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
     stats: Tensor,
     coefficients: Tensor,
     vocab_size: int,
@@ -126,16 +110,37 @@ def _column_grad_reference(
     totals: Tensor,
 ) -> None:
     """The specification of `column_grad`."""
-    own = logits[0] if logits.shape[2] == columns.numel() else logits[0].index_select(1, columns)
-    own_bias = None if bias is None else bias[columns]
-    _, share, logp, slope = _shares(own, ids, own_bias, Transform(logit_scale, softcap, temperature), stats)
+    logits, ids, bias, transform = inputs
+    x = logits[0] if logits.shape[2] == columns.numel() else logits[0].index_select(1, columns)
+    _, share, logp, slope = _shares(x, ids, None if bias is None else bias[columns], transform, stats)
     onehot, prob, plogp, _ = coefficients[..., None]
     here = columns == ids[:, None]
     out[0] = (share * (prob + plogp * logp) + torch.where(here, onehot * slope, 0)).to(out.dtype)
     totals.copy_(_totals(share, logp))
 
 
+def _native_column_sums(inputs: RowInputs, stats: Tensor, out: ColumnSums) -> None:
+    logits, ids, bias, transform = inputs
+    torch.ops.fastalign.column_sums(logits, ids, bias, *transform, stats, *out)
+
+
+def _native_column_grad(
+    inputs: RowInputs,
+    columns: Tensor,
+    stats: Tensor,
+    coefficients: Tensor,
+    vocab_size: int,
+    out: Tensor,
+    totals: Tensor,
+) -> None:
+    logits, ids, bias, transform = inputs
+    torch.ops.fastalign.column_grad(
+        logits, columns, ids, bias, *transform, stats, coefficients, vocab_size, out, totals
+    )
+
+
 KERNELS = Kernels(
-    SimpleNamespace(column_sums=_column_sums_reference, column_grad=_column_grad_reference),
+    SimpleNamespace(column_sums=_column_sums, column_grad=_column_grad),
+    native=SimpleNamespace(column_sums=_native_column_sums, column_grad=_native_column_grad),
     triton=".softmax.columns_triton",
 )

@@ -58,6 +58,15 @@ class Transform(NamedTuple):
     temperature: float = 1.0
 
 
+class RowInputs(NamedTuple):
+    """A block of logits as the kernels take it."""
+
+    logits: Tensor  # [B, T, V], unit stride over V
+    ids: Tensor  # [B*T] int64; negative: ignored
+    bias: Tensor | None  # [V], of the logits' dtype
+    transform: Transform
+
+
 def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
     """The gradient kernel's [4, N] (onehot, prob, plogp, uniform) for upstream gradients [7, N] of the
     statistics.
@@ -78,7 +87,7 @@ def row_stats(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Trans
     """Statistics [7, B*T] of logits [B, T, V] (unit stride over V) for ids [B*T] int64; bias [V] of the
     logits' dtype."""
     stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
-    KERNELS.select(logits).row_stats(logits, ids, bias, *transform, stats)
+    KERNELS.select(logits).row_stats(RowInputs(logits, ids, bias, transform), stats)
     return stats
 
 
@@ -93,7 +102,7 @@ def row_grad(
 ) -> None:
     """Write d loss / d logits into out [B, T, V]: `logits` itself, or on a GPU also another tensor of a lower
     dtype."""
-    KERNELS.select(logits).row_grad(logits, ids, bias, *transform, stats, coefficients, out)
+    KERNELS.select(logits).row_grad(RowInputs(logits, ids, bias, transform), stats, coefficients, out)
 
 
 def traced(tensor: Tensor) -> bool:
@@ -128,20 +137,20 @@ def slope_ref(logits: Tensor, bias: Tensor | None, transform: Transform) -> Tens
 def row_stats_ref(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
     """The specification of `row_stats`, differentiable by autograd."""
     z = transform_ref(logits, bias, transform).flatten(0, -2)
-    top = z.detach().amax(-1)
-    logsum = (z - top[:, None]).exp().sum(-1).log()
-    logp = z - top[:, None] - logsum[:, None]
+    row_max = z.detach().amax(-1)
+    logsum = (z - row_max[:, None]).exp().sum(-1).log()
+    logp = z - row_max[:, None] - logsum[:, None]
     at_id = z.gather(-1, ids.clamp(min=0)[:, None])[:, 0]
     entropy = -(logp.exp() * logp.clamp(min=-1e30)).sum(-1)  # a masked logit counts 0 * -1e30, not 0 * -inf
     stats = torch.stack(
         [
-            at_id - top - logsum,
+            at_id - row_max - logsum,
             logp.mean(-1),
             entropy,
-            top + logsum,
-            top,
+            row_max + logsum,
+            row_max,
             logsum.detach(),
-            (at_id == top).to(z.dtype),
+            (at_id == row_max).to(z.dtype),
         ]
     )
     return torch.where(ids >= 0, stats, torch.zeros_like(stats))
@@ -167,35 +176,26 @@ def row_grad_ref(
     )
 
 
-def _row_stats_reference(
-    logits: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    stats: Tensor,
-) -> None:
-    stats.copy_(row_stats_ref(logits, ids, bias, Transform(logit_scale, softcap, temperature)))
+def _row_stats(inputs: RowInputs, stats: Tensor) -> None:
+    stats.copy_(row_stats_ref(*inputs))
 
 
-def _row_grad_reference(
-    logits: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    stats: Tensor,
-    coefficients: Tensor,
-    out: Tensor,
-) -> None:
-    out.copy_(
-        row_grad_ref(logits, ids, bias, Transform(logit_scale, softcap, temperature), stats, coefficients)
-    )
+def _row_grad(inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    out.copy_(row_grad_ref(*inputs, stats, coefficients))
+
+
+def _native_row_stats(inputs: RowInputs, stats: Tensor) -> None:
+    logits, ids, bias, transform = inputs
+    torch.ops.fastalign.row_stats(logits, ids, bias, *transform, stats)
+
+
+def _native_row_grad(inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor) -> None:
+    logits, ids, bias, transform = inputs
+    torch.ops.fastalign.row_grad(logits, ids, bias, *transform, stats, coefficients, out)
 
 
 KERNELS = Kernels(
-    SimpleNamespace(row_stats=_row_stats_reference, row_grad=_row_grad_reference),
+    SimpleNamespace(row_stats=_row_stats, row_grad=_row_grad),
+    native=SimpleNamespace(row_stats=_native_row_stats, row_grad=_native_row_grad),
     triton=".softmax.rows_triton",
 )

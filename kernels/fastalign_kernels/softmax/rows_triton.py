@@ -1,9 +1,9 @@
 """The row kernels of softmax/rows.py in Triton: one program a row, V in blocks, 64-bit row offsets.
 
-Bound by memory: at [8192, 151936] fp32 the statistics read 4.98 GB (1.5 ms at an H100's 3.35 TB/s,
-predicted), the gradient reads that and writes half of it in bf16. Each lane keeps a running maximum and sums
-relative to it (one exponential a logit) and the lanes meet once, after the loop: a reduction per block would
-stall the row at every block.
+Memory is the limit: at [8192, 151936] fp32 the statistics read 4.98 GB (1.5 ms at an H100's 3.35 TB/s,
+predicted). The gradient reads as much and writes half of it in bf16. Each lane keeps a running maximum and sums
+relative to it, with one exponential a logit. The lanes are combined once, after the loop, because a reduction for
+each block would stall the row.
 """
 
 from __future__ import annotations
@@ -14,8 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_options import as_scalar
+from .rows import Coefficient, RowInputs, Stat, Transform
 
-# (BLOCK, warps) by kernel and compute capability. Measured on an H200 over fp32 [2048, 151936]: statistics
+# The rows of both tables by name, as constants of Triton.
+STATS = tl.constexpr(len(Stat))
+LOGP, MEAN_LOGP, ENTROPY, LSE, MAX, LOGSUM, TOP1 = (tl.constexpr(int(stat)) for stat in Stat)
+ONEHOT, PROB, PLOGP, UNIFORM = (tl.constexpr(int(coefficient)) for coefficient in Coefficient)
+
+# (BLOCK_SIZE, warps) by kernel and compute capability. Measured on an H200 over fp32 [2048, 151936]: statistics
 # read 2481 GB/s with (1024, 4), where (2048, 4) reads 1668; the gradient moves 3160 GB/s with (2048, 4). The
 # other architectures are taken to be alike. With 16 logits a thread the statistics would spill on sm_100
 # under Triton 3.8. (4096, 16) moves the gradient at 3486 GB/s, but its bf16 variant with all options spills
@@ -28,8 +34,8 @@ SHORTEST = 256  # of a block, in logits: two warps of 4 logits a thread
 
 
 def launch(kernel: str, sm: int, vocab: int) -> tuple[int, int]:
-    """(BLOCK, warps) for rows of `vocab` logits: the newest architecture's in LAUNCH up to `sm`, less for a
-    row shorter than a block."""
+    """(BLOCK_SIZE, warps) for rows of `vocab` logits: LAUNCH's for the newest architecture up to `sm`, or fewer
+    for a row shorter than a block."""
     table = LAUNCH[kernel]
     block, warps = table[max((known for known in table if known <= sm), default=min(table))]
     short = max(SHORTEST, triton.next_power_of_2(vocab))
@@ -57,44 +63,45 @@ def _tanh(x):
 @triton.jit
 def transformed(x, bias, logit_scale, softcap, temperature, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z and dz/dx of raw logits x, see softmax/rows.py. The compiler drops what is not used."""
-    slope = tl.full(x.shape, 1.0, x.dtype)
+    dz_dx = tl.full(x.shape, 1.0, x.dtype)
     if PLAIN:
-        return x, slope
+        return x, dz_dx
     z = (x + bias) * logit_scale
     if HAS_SOFTCAP:
-        h, slope = _tanh(z / softcap)
+        h, dz_dx = _tanh(z / softcap)
         z = softcap * h
-    return z / temperature, slope * (logit_scale / temperature)
+    return z / temperature, dz_dx * (logit_scale / temperature)
 
 
 @triton.jit
 def read_row(
-    row, bias, V,
+    row_logits, bias, V,
     logit_scale, softcap, temperature,
     dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    LEAN: tl.constexpr, READ_AGAIN: tl.constexpr, BLOCK: tl.constexpr,
+    LEAN: tl.constexpr, READ_AGAIN: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """row_max, then in fp64 the sums over the row of e^(z - row_max) and of (z - row_max) times that, and the
     sum of z in `dtype`. The last two are 0 if LEAN.
 
     READ_AGAIN: the caller reads the row once more, so it should stay in the L2 cache.
     """
-    columns = tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK_SIZE)
     evict: tl.constexpr = "evict_last" if READ_AGAIN else ""
     # finite, so that a lane of masked logits stays free of inf - inf
-    lane_max = tl.full([BLOCK], -1e30, dtype)
-    lane_sum = tl.zeros([BLOCK], dtype)  # sum e^(z - lane_max)
-    weighted = tl.zeros([BLOCK], dtype)  # sum (z - lane_max) e^(z - lane_max)
-    total = tl.zeros([BLOCK], dtype)
-    for begin in range(0, V, BLOCK):
-        inside = begin + columns < V
-        x = tl.load(row + begin + columns, mask=inside, other=0.0, eviction_policy=evict).to(dtype)
+    lane_max = tl.full([BLOCK_SIZE], -1e30, dtype)
+    lane_sum = tl.zeros([BLOCK_SIZE], dtype)  # sum e^(z - lane_max)
+    lane_weighted = tl.zeros([BLOCK_SIZE], dtype)  # sum (z - lane_max) e^(z - lane_max)
+    lane_total = tl.zeros([BLOCK_SIZE], dtype)
+    for begin in range(0, V, BLOCK_SIZE):
+        col = begin + lane
+        inside = col < V
+        x = tl.load(row_logits + col, mask=inside, other=0.0, eviction_policy=evict).to(dtype)
         b = 0.0
         if HAS_BIAS:
-            b = tl.load(bias + begin + columns, mask=inside, other=0.0).to(dtype)
+            b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
         z, _ = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         if not LEAN:
-            total += tl.where(inside, z, 0.0)
+            lane_total += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, float("-inf"))
         d = z - lane_max
         rises = d > 0
@@ -103,7 +110,9 @@ def read_row(
         else:
             finite = tl.where(d < -1e30, -1e30, d)  # -inf * 0 is NaN, -1e30 * 0 is 0; NaN passes
             e = tl.exp(tl.where(rises, -finite, finite))
-            weighted = tl.where(rises, e * (weighted - finite * lane_sum), weighted + finite * e)
+            lane_weighted = tl.where(
+                rises, e * (lane_weighted - finite * lane_sum), lane_weighted + finite * e
+            )
         lane_sum = tl.where(rises, lane_sum * e + 1.0, lane_sum + e)
         lane_max = tl.where(rises, z, lane_max)
     row_max = tl.max(lane_max, 0)
@@ -115,14 +124,14 @@ def read_row(
     row_weighted = tl.full((), 0.0, tl.float64)
     row_total = tl.full((), 0.0, dtype)
     if not LEAN:
-        row_weighted = tl.sum((scale * (weighted + shift * lane_sum)).to(tl.float64), 0)
-        row_total = tl.sum(total, 0)
+        row_weighted = tl.sum((scale * (lane_weighted + shift * lane_sum)).to(tl.float64), 0)
+        row_total = tl.sum(lane_total, 0)
     return row_max, sum_exp, row_weighted, row_total
 
 
 @triton.jit
 def transformed_logit(
-    row, bias, col, V,
+    row_logits, bias, col, V,
     logit_scale, softcap, temperature,
     dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -131,202 +140,208 @@ def transformed_logit(
     b = 0.0
     if HAS_BIAS:
         b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
-    x = tl.load(row + col, mask=inside, other=float("nan")).to(dtype)
+    x = tl.load(row_logits + col, mask=inside, other=float("nan")).to(dtype)
     z, _ = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
     return z
 
 
 @triton.jit
 def store_stats(
-    stats, N, n, V, z_id, row_max, sum_exp, weighted, total, dtype: tl.constexpr, LEAN: tl.constexpr
+    stats, N, row, V, z_id, row_max, sum_exp, weighted, total, dtype: tl.constexpr, LEAN: tl.constexpr
 ):
-    """Column n of the table [7, N] from `read_row`'s sums and the id's z; LEAN leaves MEAN_LOGP and ENTROPY as
+    """Column `row` of the table [7, N] from `read_row`'s sums and the id's z; LEAN leaves MEAN_LOGP and ENTROPY as
     they are. Returns log(sum_exp)."""
     logsum = tl.log(sum_exp).to(dtype)
-    tl.store(stats + n, z_id - row_max - logsum)
+    tl.store(stats + LOGP * N + row, z_id - row_max - logsum)
     if not LEAN:
-        tl.store(stats + N + n, total / V - row_max - logsum)
-        tl.store(stats + 2 * N + n, tl.log(sum_exp) - weighted / sum_exp)
-    tl.store(stats + 3 * N + n, row_max + logsum)
-    tl.store(stats + 4 * N + n, row_max)
-    tl.store(stats + 5 * N + n, logsum)
-    tl.store(stats + 6 * N + n, (z_id == row_max).to(dtype))
+        tl.store(stats + MEAN_LOGP * N + row, total / V - row_max - logsum)
+        tl.store(stats + ENTROPY * N + row, tl.log(sum_exp) - weighted / sum_exp)
+    tl.store(stats + LSE * N + row, row_max + logsum)
+    tl.store(stats + MAX * N + row, row_max)
+    tl.store(stats + LOGSUM * N + row, logsum)
+    tl.store(stats + TOP1 * N + row, (z_id == row_max).to(dtype))
     return logsum
 
 
 @triton.jit
 def write_row(
-    row, out_row, bias, V, target, row_max, logsum,
+    row_logits, out_row, bias, V, target, row_max, logsum,
     onehot, prob, plogp, uniform,
     logit_scale, softcap, temperature,
     dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_PLOGP: tl.constexpr, HAS_SLOPE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_PLOGP: tl.constexpr, HAS_SLOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Write P (prob + plogp log P) + uniform, and onehot more at the target, times dz/dx if HAS_SLOPE."""
-    columns = tl.arange(0, BLOCK)
-    for begin in range(0, V, BLOCK):
-        inside = begin + columns < V
+    lane = tl.arange(0, BLOCK_SIZE)
+    for begin in range(0, V, BLOCK_SIZE):
+        col = begin + lane
+        inside = col < V
         x = tl.load(
-            row + begin + columns, mask=inside, other=0.0, eviction_policy="evict_first"
+            row_logits + col, mask=inside, other=0.0, eviction_policy="evict_first"
         ).to(dtype)  # fmt: skip
         b = 0.0
         if HAS_BIAS:
-            b = tl.load(bias + begin + columns, mask=inside, other=0.0).to(dtype)
-        z, slope = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+            b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
+        z, dz_dx = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         logp = z - row_max - logsum
         factor = prob
         if HAS_PLOGP:
             factor = prob + plogp * tl.where(logp < -1e30, -1e30, logp)
         dz = tl.exp(logp) * factor + uniform
-        dz += tl.where(begin + columns == target, onehot, 0.0)
+        dz += tl.where(col == target, onehot, 0.0)
         if HAS_SLOPE:
-            dz *= slope
-        tl.store(out_row + begin + columns, dz, mask=inside)
+            dz *= dz_dx
+        tl.store(out_row + col, dz, mask=inside)
 
 
 @triton.jit
-def zero_row(out_row, V, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    columns = tl.arange(0, BLOCK)
-    for begin in range(0, V, BLOCK):
-        tl.store(out_row + begin + columns, tl.zeros([BLOCK], dtype), mask=begin + columns < V)
+def zero_row(out_row, V, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    lane = tl.arange(0, BLOCK_SIZE)
+    for begin in range(0, V, BLOCK_SIZE):
+        col = begin + lane
+        tl.store(out_row + col, tl.zeros([BLOCK_SIZE], dtype), mask=col < V)
 
 
 @triton.jit
 def row_stats_kernel(
+    # pointers
     logits,  # [B, T, V], unit stride over V
     ids,  # [B*T] int64, negative: ignored
     bias,  # [V]; read if HAS_BIAS
     stats,  # [7, B*T], order of rows.Stat
+    # sizes
     N,
     T,
     V,
+    # strides
     batch_stride,
     time_stride,
+    # options
     logit_scale: tl.float64,
     softcap: tl.float64,
     temperature: tl.float64,
+    # constants
     PLAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    target = tl.load(ids + n)
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(ids + row)
     dtype: tl.constexpr = stats.dtype.element_ty
     logit_scale = as_scalar(logit_scale, dtype)
     softcap = as_scalar(softcap, dtype)
     temperature = as_scalar(temperature, dtype)
     if target >= 0:
-        row = logits + n // T * batch_stride + n % T * time_stride
+        row_logits = logits + row // T * batch_stride + row % T * time_stride
         row_max, sum_exp, weighted, total = read_row(
-            row, bias, V, logit_scale, softcap, temperature,
-            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK,
+            row_logits, bias, V, logit_scale, softcap, temperature,
+            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK_SIZE,
         )  # fmt: skip
         z_id = transformed_logit(
-            row, bias, target, V, logit_scale, softcap, temperature, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP
+            row_logits,
+            bias,
+            target,
+            V,
+            logit_scale,
+            softcap,
+            temperature,
+            dtype,
+            PLAIN,
+            HAS_BIAS,
+            HAS_SOFTCAP,
         )
-        store_stats(stats, N, n, V, z_id, row_max, sum_exp, weighted, total, dtype, False)
+        store_stats(stats, N, row, V, z_id, row_max, sum_exp, weighted, total, dtype, False)
     else:
-        for k in tl.static_range(7):
-            tl.store(stats + k * N + n, 0.0)
+        for stat in tl.static_range(STATS):
+            tl.store(stats + stat * N + row, 0.0)
 
 
 @triton.jit
 def row_grad_kernel(
+    # pointers
     logits,  # [B, T, V], unit stride over V
     ids,  # [B*T] int64, negative: ignored
     bias,  # [V]; read if HAS_BIAS
     stats,  # [7, B*T] of row_stats_kernel
-    coefficients,  # [4, B*T], order of rows.coefficients
+    coefficients,  # [4, B*T], order of rows.Coefficient
     out,  # [B, T, V]; the logits themselves, or memory that does not overlap them
+    # sizes
     N,
     T,
     V,
+    # strides
     batch_stride,
     time_stride,
     out_batch_stride,
     out_time_stride,
+    # options
     logit_scale: tl.float64,
     softcap: tl.float64,
     temperature: tl.float64,
+    # constants
     PLAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    target = tl.load(ids + n)
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(ids + row)
     dtype: tl.constexpr = stats.dtype.element_ty
     logit_scale = as_scalar(logit_scale, dtype)
     softcap = as_scalar(softcap, dtype)
     temperature = as_scalar(temperature, dtype)
-    row = logits + n // T * batch_stride + n % T * time_stride
-    out_row = out + n // T * out_batch_stride + n % T * out_time_stride
+    row_logits = logits + row // T * batch_stride + row % T * time_stride
+    out_row = out + row // T * out_batch_stride + row % T * out_time_stride
     if target >= 0:
         write_row(
-            row, out_row, bias, V, target, tl.load(stats + 4 * N + n), tl.load(stats + 5 * N + n),
-            tl.load(coefficients + n), tl.load(coefficients + N + n),
-            tl.load(coefficients + 2 * N + n), tl.load(coefficients + 3 * N + n),
+            row_logits, out_row, bias, V, target, tl.load(stats + MAX * N + row), tl.load(stats + LOGSUM * N + row),
+            tl.load(coefficients + ONEHOT * N + row), tl.load(coefficients + PROB * N + row),
+            tl.load(coefficients + PLOGP * N + row), tl.load(coefficients + UNIFORM * N + row),
             logit_scale, softcap, temperature,
-            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, True, not PLAIN, BLOCK,
+            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, True, not PLAIN, BLOCK_SIZE,
         )  # fmt: skip
     else:
-        zero_row(out_row, V, dtype, BLOCK)
+        zero_row(out_row, V, dtype, BLOCK_SIZE)
 
 
-def _flags(
-    kernel: str, logits: Tensor, bias: Tensor | None, logit_scale: float, softcap: float, temperature: float
-) -> dict[str, bool | int]:
-    major, minor = (
-        torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)
-    )  # the interpreter runs on a CPU
-    block, warps = launch(kernel, 10 * major + minor, logits.shape[-1])
+def transform_flags(bias: Tensor | None, transform: Transform) -> dict[str, bool]:
+    """The constants that say which parts of `transformed` a kernel needs."""
     return {
-        "PLAIN": bias is None and logit_scale == 1 and softcap == 0 and temperature == 1,
+        "PLAIN": bias is None and transform == Transform(),
         "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": softcap != 0,
-        "BLOCK": block,
-        "num_warps": warps,
+        "HAS_SOFTCAP": transform.softcap != 0,
     }
 
 
-def row_stats(
-    logits: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    stats: Tensor,
-) -> None:
-    """Fill stats [7, B*T]; see rows.row_stats."""
+def _launch_options(kernel: str, logits: Tensor) -> dict[str, int]:
+    # The interpreter runs on a CPU, which has no capability.
+    major, minor = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)
+    block_size, warps = launch(kernel, 10 * major + minor, logits.shape[-1])
+    return {"BLOCK_SIZE": block_size, "num_warps": warps}
+
+
+def row_stats(inputs: RowInputs, stats: Tensor) -> None:
+    """Write stats [7, B*T]; see rows.row_stats."""
+    logits, ids, bias, transform = inputs
     B, T, V = logits.shape
     if ids.numel() == 0:
         return
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         row_stats_kernel[(B * T,)](
-            logits, ids, bias, stats, B * T, T, V, logits.stride(0), logits.stride(1), logit_scale, softcap, temperature,
-            **_flags("row_stats", logits, bias, logit_scale, softcap, temperature),
+            logits, ids, bias, stats, B * T, T, V, *logits.stride()[:2], *transform,
+            **transform_flags(bias, transform), **_launch_options("row_stats", logits),
         )  # fmt: skip
 
 
-def row_grad(
-    logits: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    stats: Tensor,
-    coefficients: Tensor,
-    out: Tensor,
-) -> None:
+def row_grad(inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor) -> None:
     """Write d loss / d logits into out [B, T, V]; see rows.row_grad."""
+    logits, ids, bias, transform = inputs
     B, T, V = logits.shape
     if ids.numel() == 0:
         return
     with torch.cuda.device_of(logits):
         row_grad_kernel[(B * T,)](
-            logits, ids, bias, stats, coefficients, out, B * T, T, V, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
-            logit_scale, softcap, temperature, **_flags("row_grad", logits, bias, logit_scale, softcap, temperature),
+            logits, ids, bias, stats, coefficients, out, B * T, T, V, *logits.stride()[:2], *out.stride()[:2],
+            *transform, **transform_flags(bias, transform), **_launch_options("row_grad", logits),
         )  # fmt: skip

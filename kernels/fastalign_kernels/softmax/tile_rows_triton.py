@@ -23,7 +23,18 @@ from torch import Tensor
 
 from ..triton_options import as_scalar
 from .rows import Transform
-from .rows_triton import SHORTEST, read_row, store_stats, transformed_logit, write_row, zero_row
+from .rows_triton import (
+    LOGSUM,
+    LSE,
+    MAX,
+    SHORTEST,
+    read_row,
+    store_stats,
+    transform_flags,
+    transformed_logit,
+    write_row,
+    zero_row,
+)  # fmt: skip
 
 # (BLOCK, warps) by kernel and compute capability; see rows_triton.LAUNCH. "lean" computes lse and logp alone,
 # "full" all statistics.
@@ -97,8 +108,8 @@ def tile_rows_kernel(
                 stats, N, token, V, z_id, row_max, sum_exp, weighted, total, dtype, LEAN
             )  # fmt: skip
         else:
-            row_max = tl.load(stats + 4 * N + token)
-            logsum = tl.load(stats + 5 * N + token)
+            row_max = tl.load(stats + MAX * N + token)
+            logsum = tl.load(stats + LOGSUM * N + token)
         if WRITE == SOFTMAX:
             zero = tl.full((), 0.0, dtype)
             write_row(
@@ -162,7 +173,7 @@ def kept_rows_kernel(
     if target >= 0:
         softmax_row = softmax + n * row_stride
         target_logp = tl.load(stats + token)
-        lse = tl.load(stats + 3 * N + token)
+        lse = tl.load(stats + LSE * N + token)
         onehot = tl.load(coefficients + n)
         prob = tl.load(coefficients + coefficient_stride + n)
         plogp = tl.load(coefficients + 2 * coefficient_stride + n)
@@ -312,13 +323,7 @@ def launch(kernel: str, tensor: Tensor, columns: int) -> dict[str, int]:
 
 
 def _flags(softmaxes: Softmaxes) -> dict[str, bool]:
-    transform = softmaxes.transform
-    return {
-        "LEAN": softmaxes.lean,
-        "PLAIN": softmaxes.bias is None and transform == (1.0, 0.0, 1.0),
-        "HAS_BIAS": softmaxes.bias is not None,
-        "HAS_SOFTCAP": transform.softcap != 0,
-    }
+    return {"LEAN": softmaxes.lean, **transform_flags(softmaxes.bias, softmaxes.transform)}
 
 
 def _tile_rows(
