@@ -18,7 +18,10 @@ from fastalign_kernels.triton_options import as_scalar  # noqa: E402
 FOLDER = Path(__file__).parents[2] / "kernels" / "fastalign_kernels"
 # What a kernel takes besides pointers and constexprs: sizes and strides are integers, all else is a float
 # option.
-INTEGERS = {"N", "T", "V", "K", "S", "P", "H", "first", "rows", "col_tiles", "sample"}
+INTEGERS = {
+    *("N", "T", "V", "K", "S", "P", "H", "first", "rows", "col_tiles", "sample"),
+    *("V_slice", "first_token", "first_column", "count"),
+}
 
 
 @triton.jit

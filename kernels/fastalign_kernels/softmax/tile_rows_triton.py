@@ -274,7 +274,12 @@ def slice_stats_kernel(
 
 
 @triton.jit
-def scale_kernel(x, factor, count, BLOCK: tl.constexpr):
+def scale_kernel(
+    x,  # [count]
+    factor,  # scalar
+    count,
+    BLOCK: tl.constexpr,
+):
     """x *= factor, a scalar on the device; nothing is read or written where it is 1."""
     dtype: tl.constexpr = factor.dtype.element_ty
     f = tl.load(factor)
