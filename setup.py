@@ -90,7 +90,8 @@ class BuildNative(build_ext):
             raise PlatformError(f"fastalign: torch is not importable by {sys.executable}, {WITHOUT_TORCH}")
         if compiler is None:
             raise PlatformError(
-                f"fastalign: no C++ compiler found as $CXX, g++ or clang++; install g++ 12 or newer, {OR_NONE}"
+                "fastalign: no C++ compiler found as $CXX, g++ or clang++; install g++ 12 or newer, "
+                f"{OR_NONE}"
             )
         root, objects = Path(torch.origin).parent, Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
