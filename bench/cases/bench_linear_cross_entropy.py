@@ -9,8 +9,8 @@ from ..methods.cross_entropy import LINEAR_CROSS_ENTROPY
 from .case import Case, Target, grid
 
 OPERATION = "linear_cross_entropy"
-# Without what on a CPU is a fallback, or F.linear_cross_entropy in 64 chunks: two to four times the time of
-# all others together.
+# Slow fallbacks on a CPU, and F.linear_cross_entropy in 64 chunks: they take two to four times as long as all
+# other methods together.
 SLOW = (
     "F.linear_cross_entropy, options as torch picks them",
     "TRL ChunkedLogProbFunction",
@@ -49,7 +49,7 @@ CASES = {
     f"linear_cross_entropy {DTYPE}, no gradients": Case(
         OPERATION, DTYPE, (), ONE_GEMM, (Target("time", 1.1, "1 bare GEMM"),), shape=HALF, only=MOST
     ),
-    # A trained model's softmax is nearly empty, which methods that drop small probabilities live by.
+    # A trained model's softmax is nearly empty, which helps methods that drop small probabilities.
     f"linear_cross_entropy {DTYPE}, SmolLM2-135M's softmax": Case(
         f"{OPERATION}, SmolLM2's softmax",
         DTYPE,

@@ -96,8 +96,7 @@ def _flashinfer(rule: Filter) -> Callable[[str], Forward]:
 
 
 def drawn_from(rule: Filter) -> Callable[[Tensors], Check]:
-    """The judge of a draw, in fp64: each token is one that the filter keeps, and the numbers that come with
-    it, if any, are its own.
+    """The judge of a draw, in fp64: the filter keeps each token, and the numbers reported with it are right.
 
     The error of "token" is how many tokens lie outside the kept set, and their share of the rows.
     """

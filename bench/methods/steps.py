@@ -1,9 +1,9 @@
-"""A whole training step of each stage: forward, loss, backward, clipping and AdamW, with fastalign's loss and
-with plain PyTorch's.
+"""A whole training step of each stage, with fastalign's loss and with plain PyTorch's.
 
-Both get the same packed batch of 8 ragged sequences and the same model, Llama's architecture at
-SmolLM2-135M's widths, random weights, so that a ratio tells what the loss does to a step and not what packing
-does. The learning rate is 0: AdamW does all its work, and every round starts from the same weights.
+A step is forward, loss, backward, clipping and AdamW. Both methods get the same packed batch of 8 ragged
+sequences and the same randomly initialised Llama of SmolLM2-135M's widths, so a ratio shows the effect of the
+loss and not of packing. The learning rate is 0: AdamW does all its work, and each round starts from the same
+weights.
 """
 
 from __future__ import annotations

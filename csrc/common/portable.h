@@ -1,10 +1,10 @@
-// What g++, clang++ and nvcc (host and device) need to share code: how functions are marked, and a cast of bits. Torch-free.
+// Lets g++, clang++ and nvcc (host and device) share code: a mark of functions, and a cast of bits. Torch-free.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// Everything so marked is static and forced inline: a linker must never keep a weak copy that was compiled for other instructions.
+// Marked functions are static and forced inline: a linker must never keep a weak copy that was compiled for other instructions.
 #ifdef __CUDACC__
 #define FA_HD static __host__ __device__ __forceinline__
 #else

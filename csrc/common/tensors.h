@@ -30,7 +30,7 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-// "fp32 [2, 3, 7]", with the strides where the tensor is not contiguous.
+// "fp32 [2, 3, 7]", and the strides if the tensor is not contiguous.
 inline std::string describe(const Tensor& t) {
   const auto list = [&](auto value) {
     std::string text = "[";

@@ -31,7 +31,7 @@ template <class A> using Vec = typename Lanes<A>::vec;
 template <class A> FA_INLINE Vec<A> broadcast(A x) { return x - Vec<A>{}; }
 
 // exp for finite or -inf arguments <= ~88, 1.1 ulp: x = n ln2 + r with |r| <= ln2/2, Taylor to r^7 (next term 5e-9), 2^n by exponent bits.
-// Arguments below -87 flush to 0 (2^-126 has nothing to add to a sum that holds a 1). NaN passes through every step.
+// Arguments below -87 give 0: 2^-126 adds nothing to a sum that holds a 1. NaN passes through every step.
 FA_INLINE Vec<float> exp_lanes(Vec<float> x) {
   using V = Vec<float>;
   const V low = broadcast(-87.0f);
@@ -48,7 +48,7 @@ FA_INLINE Vec<float> exp_lanes(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  Lanes<float>::uvec bits;  // unsigned: for arguments outside of the domain the sum wraps, and its value is not used
+  Lanes<float>::uvec bits;  // unsigned, because the sum wraps for arguments outside the domain, whose value is not used
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits << 23) + 0x3f800000u;  // the integer n sits in the low mantissa bits
   V scale;
@@ -56,14 +56,14 @@ FA_INLINE Vec<float> exp_lanes(Vec<float> x) {
   return tiny ? V{} : p * scale;
 }
 
-// fp64 serves gradient checks, not speed: libm lane by lane.
+// libm lane by lane: fp64 serves gradient checks, not speed.
 FA_INLINE Vec<double> exp_lanes(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::count; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
-// tanh and its derivative. With t = e^-2|x|: tanh |x| = 1 - 2 t / (1 + t), below 0.25, where that cancels, its odd Taylor series; 2 ulp.
-// The derivative is 4 t / (1 + t)^2: (1 - h)(1 + h) of a rounded h near 1 would have no digits left (off by 0.5 % at |x| = 6).
+// tanh and its derivative, 2 ulp. With t = e^-2|x|: tanh |x| = 1 - 2 t / (1 + t). Below 0.25, where that cancels, the odd Taylor series.
+// The derivative is 4 t / (1 + t)^2. (1 - h)(1 + h) of a rounded h near 1 would lose its digits: it is off by 0.5 % at |x| = 6.
 template <class A> struct Tanh {
   Vec<A> value, slope;
 };

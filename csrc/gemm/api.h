@@ -10,10 +10,10 @@ struct Factor {
   const void* data;
   Dtype dtype;
   int64_t outer, inner, O, K;
-  const int64_t* rows;  // with outer 1, null or [K]: k stands at rows[k]
+  const int64_t* rows;  // null, or [K] if outer is 1: row k lies at rows[k]
 };
 
-// A matrix [*, N] of fp32 that a product is written or added to; row m of the product is its row rows[m], or m where rows is null.
+// An fp32 matrix [*, N] that a product is written or added to. Row m of the product is its row rows[m], or row m if rows is null.
 struct Product {
   float* data;
   int64_t stride, M, N;
@@ -21,8 +21,8 @@ struct Product {
   bool add;
 };
 
-// Factors are copied into panels of so many o, [panels][words][o], the last filled up with zeros. A word is an fp32, or a pair of bf16
-// that follow each other along k. 8 x 48: 24 of 32 registers hold sums, and 11 loads serve 24 multiply-adds.
+// Factors are copied into panels of LEFT or RIGHT o, [panels][words][o], the last padded with zeros. A word is one fp32, or a pair of bf16
+// that follow each other along k. With 8 x 48, 24 of 32 registers hold sums, and 11 loads serve 24 multiply-adds.
 constexpr int64_t LEFT = 8, RIGHT = 48;
 
 struct GemmKernels {

@@ -1,5 +1,5 @@
-// Matrix products with fp32 sums in AVX-512: setup.py compiles this file with its flags and AVX512-BF16's; launch.cpp asks for pairs of bf16
-// only where the machine has the latter.
+// Matrix products with fp32 sums in AVX-512. setup.py compiles this file with the flags of AVX-512 and AVX512-BF16; launch.cpp asks for pairs of
+// bf16 only on machines that have the latter.
 #include "api.h"
 
 #include <immintrin.h>
@@ -37,7 +37,7 @@ template <> inline __m512 along<true, bf16>(const bf16* p, int64_t count) {
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
 }
 
-// The words of 16 neighbouring o at one k, and with PAIRS at the next, null beyond the end.
+// The words of 16 neighbouring o at one k. With PAIRS also at the next k; `next` is null beyond the end.
 template <bool PAIRS, class T> inline __m512 across(const T* p, const T* next, int64_t count) {
   if constexpr (!PAIRS) return widened(p, count);
   const __m512i above = next ? _mm512_slli_epi32(narrowed(next, count), 16) : _mm512_setzero_si512();
@@ -89,7 +89,7 @@ template <int64_t P, bool PAIRS, class T> void pack(const Factor& x, int64_t o, 
     return;
   }
   const auto at = [&](int64_t j) { return data + (x.rows ? x.rows[j] : j) * x.inner; };
-  for (int64_t w = 0; w < words; ++w) {  // a row at a time: its panels follow each other in memory
+  for (int64_t w = 0; w < words; ++w) {  // row by row, because a row's panels follow each other in memory
     const int64_t j = k + w * step;
     const T *row = at(j), *next = PAIRS && j + 1 < k_end ? at(j + 1) : nullptr;
     float* panel = panels + w * P;
@@ -111,7 +111,7 @@ constexpr int64_t SUMMED = 128;
 
 template <bool PAIRS> inline void tile(const float* left, const float* right, int64_t words, float* const* rows, int64_t M, int64_t N, bool add) {
   constexpr int64_t COLUMNS = RIGHT / LANES;
-  for (int64_t i = 0; i < M; ++i)  // to be there when the sums are
+  for (int64_t i = 0; i < M; ++i)  // prefetched, so that they are in the cache when the sums are ready
     for (int64_t j = 0; j < COLUMNS; ++j) __builtin_prefetch(rows[i] + j * LANES, 1);
   do {
     __m512 sum[LEFT][COLUMNS];

@@ -34,7 +34,7 @@ FA_INLINE f64x8 widened(f32x16 v) {
   return __builtin_convertvector(half.low, f64x8) + __builtin_convertvector(half.high, f64x8);
 }
 
-// Doubled step by step, a few instructions: GCC 12 takes bytes to i32 or i64 at once lane by lane, with 60.
+// Widened in steps of two, which is a few instructions. GCC 12 converts bytes to i32 or i64 in one step lane by lane, with 60.
 typedef int8_t i8x8 __attribute__((vector_size(8)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef int16_t i16x8 __attribute__((vector_size(16)));
@@ -45,7 +45,7 @@ FA_INLINE Lanes<double>::ivec widened(i8x8 v) {
   return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, i16x8), i32x8), Lanes<double>::ivec);
 }
 
-// yes ? a : b. Without AVX-512 by bits: GCC 12 takes a choice among 64 bytes there lane by lane, with a branch each.
+// yes ? a : b. Without AVX-512 by bits, because GCC 12 selects among 64 bytes lane by lane there, with a branch each.
 template <class M, class V> FA_INLINE V blend(M yes, V a, V b) {
 #ifdef __AVX512F__
   return yes ? a : b;
@@ -54,7 +54,7 @@ template <class M, class V> FA_INLINE V blend(M yes, V a, V b) {
 #endif
 }
 
-// A vector of tokens, WHOLE or the `count` that are left. Those outside the mask, and beyond `count`, are 0.
+// A vector of tokens: WHOLE, or the last `count` ones. Tokens outside the mask or beyond `count` read as 0.
 template <class A, bool WHOLE> struct Reader {
   using Mask = typename Lanes<A>::ivec;
   static constexpr int L = Lanes<A>::count;
@@ -81,7 +81,7 @@ template <class A, bool WHOLE> struct Reader {
   }
 };
 
-// e^x - 1 - x, by its series below 0.5, where the difference cancels (next term 2e-9 of it).
+// e^x - 1 - x. For |x| < 0.5, where the difference cancels, by its series (the next term is 2e-9 of it).
 FA_INLINE Vec<float> exp_minus_1_minus_x(Vec<float> x) {
   using V = Vec<float>;
   V p = broadcast(1.0f / 362880);
@@ -136,14 +136,14 @@ template <class A, bool WHOLE> FA_INLINE void policy_vector(const PolicyJob& job
   totals[LOSS] += w * loss;
   totals[POLICY] += policy;
   totals[RATIO] += one * r;
-  totals[CLIPPED] += policy != policy ? policy : clipped ? one : V{};  // of a NaN nobody knows
+  totals[CLIPPED] += policy != policy ? policy : clipped ? one : V{};  // a NaN counts as NaN
   totals[SQUARES] += A(0.5) * d * d;
   totals[TOKENS] += one;
   read.store(job.slopes, w * slope);
   if (job.entropy_slopes != nullptr) read.store(job.entropy_slopes, A(-job.entropy_coefficient) * w);
 }
 
-// In fp64 throughout: a variance is the difference of two of them.
+// In fp64, because a variance is the difference of two of them.
 struct Moments { f64x8 target, target_square, error, error_square; };
 
 template <class A, bool WHOLE> FA_INLINE void value_vector(const ValueJob& job, const Reader<A, WHOLE>& read, Vec<A>* totals, Moments& moments) {
@@ -154,7 +154,7 @@ template <class A, bool WHOLE> FA_INLINE void value_vector(const ValueJob& job, 
   const V lowest = old - clip, highest = old + clip;
   const V held = (v < lowest ? lowest : v > highest ? highest : v) - target, plain = v - target;
   const auto clipped = held * held > plain * plain;
-  // No comparison with a NaN is true, so one in old would be passed over.
+  // Comparisons with NaN are false, so a NaN in old would get lost.
   const auto broken = old != old;
   const V worse = broken ? old : clipped ? held : plain;
   totals[V_LOSS] += A(0.5) * w * worse * worse;

@@ -1,4 +1,4 @@
-// What the launchers (launch.cpp, launch.cu) hand to the sampler, and the sampler's table of kernels of each compiled CPU target. Torch-free.
+// The job that launch.cpp and launch.cu hand to the sampler, and the table of kernels of each compiled CPU target. Torch-free.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastalign {
 
-// A call of `sample`; pointers to the device's memory, null where an option was not given.
+// A call of `sample`: pointers to the device's memory, null for options that were not given.
 struct SampleJob {
   const void* logits;  // [B, V], unit column stride
   int64_t B, V, row_stride;
@@ -26,7 +26,7 @@ struct SampleJob {
 
 namespace FASTALIGN_TARGET {
 
-// A row's options, each a function of the row alone: nothing of a batch enters.
+// A row's options. They depend on the row alone and on nothing of the batch.
 struct RowOptions {
   float temperature, penalty;
   double top_p, min_p;
@@ -48,11 +48,11 @@ FA_HD RowOptions options_of(const SampleJob& job, int64_t row) {
   options.noise.position = uint32_t(job.positions ? job.positions[row] : 0);
   return options;
 }
-// At least the least mass there is, so that top_p = 0 keeps the largest logit.
+// At least the smallest mass, so that top_p = 0 keeps the largest logit.
 FA_HD double top_p_target(const RowOptions& o, double total) { return o.top_p * total > 1 ? o.top_p * total : 1; }
 FA_HD bool filters(const RowOptions& o) { return o.top_k > 0 || o.top_p < 1 || o.min_p > 0; }
 
-// What the filters keep: a condition that holds from some logit on, so a chunk is left out whole where its largest logit fails.
+// What the filters keep: all logits from some value on. A chunk is skipped if its largest logit fails the condition.
 struct Keep {
   float top, per_bit;  // of the row
   float cut, least;    // z >= cut, and (z - top) per_bit >= least

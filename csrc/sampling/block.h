@@ -67,7 +67,7 @@ template <class T> FA_HD void summarise_chunks(const SampleJob& job, int64_t ind
   }
 }
 
-// See `combined` in rows.h.
+// As `combined` in rows.h.
 FA_HD double combine(Shared& shared, const float* tops, const float* sums, const float* weighted, int64_t chunks, float top, float k) {
   FA_THREADS(t) {
     double sum = 0;
@@ -102,7 +102,7 @@ FA_HD void write_invalid(const SampleJob& job, int64_t index) {
   }
 }
 
-// Sums and counts what `keep` keeps of each chunk into s.sum; returns the count.
+// Writes the sum of each chunk's kept values to s.sum and returns how many values are kept.
 template <class T> FA_HD int64_t keep_chunks(Shared& shared, const BlockRow<T>& row, const Summaries& s, int64_t chunks, const Keep& keep) {
   list_survivors(shared, s, chunks, keep, s.sum);
   PerThread<uint32_t> count;
@@ -146,7 +146,7 @@ template <class T> FA_HD void draw_row(Shared& shared, const SampleJob& job, int
   if (!(d.raw_sum < INFINITY) || d.top == -INFINITY) return write_invalid(job, index);
   d.raw_weighted = combine(shared, s.raw_top, s.raw_sum, s.raw_weighted, chunks, d.raw_top, LOG2E);
   uint32_t token;
-  if (o.temperature == 0) {  // a race of ids with the largest logit, in which the lowest wins
+  if (o.temperature == 0) {  // a race of the ids with the largest logit; the lowest id wins
     FA_THREADS(t) {
       shared.leads[t] = {INFINITY, NOBODY};
       for (int64_t c = t; c < chunks; c += THREADS)
@@ -184,7 +184,7 @@ template <class T> FA_HD void draw_row(Shared& shared, const SampleJob& job, int
       }
     }
     const uint32_t chunk = won(shared);
-    if (chunk == NOBODY) return write_invalid(job, index);  // options beyond their range, which a GPU does not check unasked
+    if (chunk == NOBODY) return write_invalid(job, index);  // options out of range, which a GPU does not check by default
     FA_THREADS(t) {
       const uint32_t id = chunk * CHUNK + t;
       const float z = logit(row, id), mass = exp2_of((z - fresh(s.top + chunk)) * k);

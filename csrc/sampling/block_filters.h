@@ -6,7 +6,7 @@
 namespace fastalign {
 namespace FASTALIGN_TARGET {
 
-// Lists the chunks that hold a kept value; `zeroed`, where given, gets a 0 for each chunk.
+// Lists the chunks that hold a kept value. If `zeroed` is given, it gets a 0 for each chunk.
 FA_HD void list_survivors(Shared& shared, const Summaries& s, int64_t chunks, const Keep& keep, float* zeroed) {
   FA_THREADS(t) {
     if (t == 0) shared.chunks = 0;
@@ -24,7 +24,7 @@ FA_HD void list_survivors(Shared& shared, const Summaries& s, int64_t chunks, co
 // Where the values of a threshold lie.
 enum Source { CHUNK_TOPS, SHARED_VALUES, SURVIVORS };
 
-// f(t, z) for every value of the source, t being the thread that has it, that `keep` keeps, in no order that matters.
+// Calls f(t, z) for each kept value z of the source, t being the thread that holds it. The order does not matter.
 template <class T, class F>
 FA_HD void for_values(Shared& shared, Source source, const BlockRow<T>& row, const Summaries& s, int64_t chunks, const Keep& keep, F f) {
   FA_THREADS(t) {
@@ -54,7 +54,7 @@ FA_HD float block_threshold(Shared& shared, Source source, const BlockRow<T>& ro
                             double target) {
   FA_THREADS(t) {
     if (t == 0) {
-      // No kept value lies below: `least` is met from top + least / per_bit on, but for roundings.
+      // No kept value lies below: `least` is met from top + least / per_bit on, up to rounding.
       shared.low = key_of(larger_of(keep.cut, keep.top + 1.01f * keep.least / keep.per_bit));
       shared.high = key_of(keep.top);
       shared.above = 0;
@@ -112,7 +112,7 @@ FA_HD float block_threshold(Shared& shared, Source source, const BlockRow<T>& ro
   return cut;
 }
 
-// Lists the kept values in shared memory where they fit.
+// Lists the kept values in shared memory if they fit.
 template <class T> FA_HD Source collect(Shared& shared, const BlockRow<T>& row, const Summaries& s, int64_t chunks, const Keep& keep) {
   list_survivors(shared, s, chunks, keep, nullptr);
   FA_THREADS(t) {

@@ -1,4 +1,4 @@
-// What a block of threads shares, and how its threads read a row of logits.
+// The shared memory of a block of threads, and how its threads read a row of logits.
 #pragma once
 
 #include "api.h"
@@ -9,7 +9,7 @@ namespace FASTALIGN_TARGET {
 
 constexpr int BUCKETS = 1024, CANDIDATES = 2048;
 
-// What a block's threads share: 27 KiB, so that three blocks fit a multiprocessor with 100.
+// 27 KiB, so that three blocks fit a multiprocessor with 100 KiB.
 struct Shared {
   union {  // lanes of `over_block`, one kind at a time
     double sums[THREADS];
@@ -21,7 +21,7 @@ struct Shared {
   SplitSum masses[BUCKETS];
   uint64_t part_masses[THREADS], group_masses[WARP];
   float values[CANDIDATES];      // candidates of a filter
-  uint16_t survivors[MAX_CHUNKS]; // chunks that hold some, in no order that matters
+  uint16_t survivors[MAX_CHUNKS]; // chunks that hold some, in any order
   uint32_t candidates, chunks, low, high;
   uint64_t above;
 };
@@ -54,7 +54,7 @@ template <class T> FA_HD float masked_logit(const BlockRow<T>& row, int64_t id, 
 }
 template <class T> FA_HD float logit(const BlockRow<T>& row, int64_t id) { return masked_logit(row, id, raw_logit(row, id)); }
 
-FA_HD float larger_of(float a, float b) { return b > a ? b : a; }  // NaN in b is passed over
+FA_HD float larger_of(float a, float b) { return b > a ? b : a; }  // ignores NaN in b
 FA_HD float finite_reference(float top) { return top == -INFINITY ? 0.0f : top; }
 
 }  // namespace FASTALIGN_TARGET

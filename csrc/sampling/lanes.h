@@ -61,9 +61,9 @@ FA_HD f32x16 fraction(u32x16 high, u32x16 low) {
   return bit_cast<f32x16>(Floats{__builtin_convertvector(a, f32x8), __builtin_convertvector(b, f32x8)}) * 0x1p-64f;
 }
 
-FA_HD f32x16 larger(f32x16 a, f32x16 b) { return b > a ? b : a; }  // NaN in b is passed over
+FA_HD f32x16 larger(f32x16 a, f32x16 b) { return b > a ? b : a; }  // ignores NaN in b
 
-// The lanes halved, 16 to 8 to 4 to 2 to 1, by f(low half, high half): lane by lane it takes longer than the arithmetic of a chunk.
+// Reduces the lanes 16, 8, 4, 2, 1 by f(low half, high half). Lane by lane it would take longer than the arithmetic of a chunk.
 template <class F> FA_HD float halved(f32x16 v, F f) {
   typedef float f32x8 __attribute__((vector_size(32)));
   typedef float f32x4 __attribute__((vector_size(16)));

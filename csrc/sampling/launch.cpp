@@ -10,7 +10,7 @@ FASTALIGN_DECLARE_KERNELS(SampleKernels, sample_kernels)
 
 namespace {
 
-// Memory for the summaries of one row and for the values that a filter looks at.
+// Memory for the summaries of one row and for the values that a filter reads.
 class Workspace {
  public:
   explicit Workspace(int64_t V) : chunks_((V + CHUNK - 1) / CHUNK), padded_((chunks_ + COMBINE_LANES - 1) / COMBINE_LANES * COMBINE_LANES) {
@@ -33,7 +33,7 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor&) {
   const SampleKernels& kernels = FASTALIGN_KERNELS(sample_kernels);
   const int64_t chunks = (job.V + CHUNK - 1) / CHUNK;
   if (job.B >= int64_t(torch::stable::get_num_threads())) {
-    // A row's two parts on one thread, one after another: the second finds the row in the L2 cache.
+    // One thread runs both parts of a row, so the second finds the row in the L2 cache.
     torch::stable::parallel_for(0, job.B, 1, [&](int64_t begin, int64_t end) {
       Workspace local(job.V);
       for (int64_t row = begin; row < end; ++row) {

@@ -7,8 +7,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-// Weak, so that the library loads beside a torch without CUDA too, which lacks it. It is found through libtorch.so (setup.py), which needs
-// libtorch_cuda.so where that exists: `import torch` alone loads that into no scope that this library sees.
+// Weak, so that the library also loads with a torch without CUDA, which lacks this function. It is found through libtorch.so (setup.py), which
+// needs libtorch_cuda.so if that exists: `import torch` alone loads it into no scope that this library sees.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace fastalign {
@@ -16,8 +16,8 @@ namespace {
 
 using namespace device;
 
-// Three blocks a multiprocessor: 80 registers a thread; left to itself nvcc takes 64 and spills. Their loads in flight are 24 KiB of fp32 a
-// multiprocessor (8 logits a thread), 12 of bf16, and by Little's law an H100 wants 15 to reach its memory's speed.
+// Three blocks on a multiprocessor leave 80 registers a thread; by itself nvcc takes 64 and spills. Their loads in flight (8 logits a thread) are
+// 24 KiB of fp32 or 12 of bf16 on a multiprocessor. By Little's law an H100 needs 15 to reach its memory's speed (predicted).
 constexpr int RESIDENT = 3;
 
 template <class T>
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT)
                        reinterpret_cast<int32_t*>(memory + 5 * chunks)};
   summarise_chunks<T>(job, row, first, min(first + chunks_per_block, chunks), s);
   if (blocks_per_row > 1) {
-    __threadfence();  // the summaries, before the ticket that tells of them
+    __threadfence();  // publish the summaries before the ticket
     __syncthreads();
     if (threadIdx.x == 0) {
       last = atomicAdd(tickets + row, 1u) == blocks_per_row - 1;
@@ -71,8 +71,8 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor& logits) {
   const int64_t chunks_per_block = (least + WARPS - 1) / WARPS * WARPS;
   const int64_t blocks_per_row = (chunks + chunks_per_block - 1) / chunks_per_block;
   Tensor workspace = torch::stable::new_empty(logits, {job.B * 6 * chunks}, ScalarType::Float);
-  // Zeros that a row's blocks are counted with. From torch's allocator and set for each launch: memory kept between launches would have to
-  // be apart for every stream and graph, and the memset takes about 2 us (predicted) of the stream's time, not of the host's.
+  // Counters of a row's finished blocks, from torch's allocator and zeroed for each launch. Memory kept between launches would have to be
+  // separate for each stream and graph. The memset takes about 2 us (predicted) of the stream's time and none of the host's.
   Tensor tickets = torch::stable::new_empty(logits, {job.B}, ScalarType::Int);
   if (blocks_per_row > 1) CUDA_CHECK(cudaMemsetAsync(tickets.mutable_data_ptr(), 0, job.B * sizeof(uint32_t), stream));
   const auto kernel = dtype == SAMPLE_F32 ? sample_kernel<float> : dtype == SAMPLE_BF16 ? sample_kernel<bf16> : sample_kernel<fp16>;

@@ -33,7 +33,7 @@ FA_HD void barrier() {
   __syncthreads();
 #endif
 }
-// A sum of 64 bits in two words: shared memory adds 32 bits natively and 64 by compare and swap. Exact, whatever the order.
+// A sum of 64 bits in two words, because shared memory adds 32 bits natively and 64 by compare and swap. It is exact in any order.
 struct SplitSum {
   uint32_t low, high;
 };
