@@ -69,7 +69,7 @@ def flags(**given: object) -> None:
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}: {value!r} seen, one of {', '.join(allowed)} wanted")
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
 
 
 def process_group(value: object) -> None:
@@ -92,14 +92,14 @@ def number(
     ):
         return value  # what nearly every call brings, in half the time
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
-        raise ValueError(f"{name}: {shown(value)} seen, {expected} wanted")
+        raise ValueError(f"{name}: got {shown(value)}, expected {expected}")
     if not low <= value <= high or -SMALLEST < value < 0 or 0 < value < SMALLEST:
         limits = (
             f", in size 0 or {SMALLEST:.2g} to {LARGEST:.2g} (fp32)"
             if 0 < abs(value) < SMALLEST or abs(value) > LARGEST
             else ""
         )
-        raise ValueError(f"{name}: {value!r} seen, {expected} wanted{limits}")
+        raise ValueError(f"{name}: got {value!r}, expected {expected}{limits}")
     return float(value)
 
 
@@ -126,7 +126,7 @@ def whole(
 ) -> int:
     """A whole number in [low, high]; a float is none, even 1.0."""
     if isinstance(value, bool) or not isinstance(value, (*_WHOLE, Integral)) or not low <= value <= high:
-        raise ValueError(f"{name}: {shown(value)} seen, {expected} wanted")
+        raise ValueError(f"{name}: got {shown(value)}, expected {expected}")
     return value if isinstance(value, _WHOLE) else int(value)
 
 
@@ -134,7 +134,7 @@ def divisor(name: str, value: float | Tensor | None, like_name: str, like: Tenso
     """A number above 0, a tensor of one number above 0, or None."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
-            raise ValueError(f"{name}: {shown(value)} seen, a number above 0 or a scalar tensor wanted")
+            raise ValueError(f"{name}: got {shown(value)}, expected a number above 0 or a scalar tensor")
         dtype(name, value, (*FLOATS, *INTEGERS))
         if value.dim() or value.device.type != "cpu":  # torch takes a CPU scalar beside CUDA tensors
             device(name, value, like_name, like)
@@ -149,33 +149,33 @@ def divisor_value(name: str, value: Tensor, *, low: float) -> None:
     if readable(value):
         for number in unwrapped(value).reshape(-1).tolist():
             if not low <= number <= LARGEST:
-                raise ValueError(f"{name}: {number} seen, a number above 0 wanted")
+                raise ValueError(f"{name}: got {number}, expected a number above 0")
 
 
 # Tensors.
 
 
-def shape(name: str, tensor: Tensor, wanted: tuple[int, ...], letters: str) -> None:
-    """`letters` names the wanted dimensions, as "[V, H]"."""
-    if tuple(tensor.shape) != wanted:
-        raise ValueError(f"{name}: shape {list(tensor.shape)} seen, {letters} = {list(wanted)} wanted")
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
+    """The tensor has the expected shape; `letters` names its dimensions, as "[V, H]"."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {letters} = {list(expected)}")
 
 
 def dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
-        raise ValueError(f"{name}: {tensor.dtype} seen, {' or '.join(str(d) for d in allowed)} wanted")
+        raise ValueError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(d) for d in allowed)}")
     reject_derivatives(name, tensor)
 
 
 def supported_device(name: str, tensor: Tensor) -> None:
     if tensor.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{name}: on {tensor.device}; a CPU or CUDA tensor wanted")
+        raise ValueError(f"{name}: got a tensor on {tensor.device}, expected one on the CPU or a CUDA device")
 
 
 def device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(
-            f"{name}: on {tensor.device}, but {like_name} is on {like.device}; one device wanted"
+            f"{name}: got a tensor on {tensor.device}, expected {like.device}, where {like_name} is"
         )
 
 
@@ -207,8 +207,8 @@ def ids(name: str, values: Tensor, vocab_size: int, ignore_index: int, check: bo
         return
     bad = (values != ignore_index) & ((values < 0) | (values >= vocab_size))
     where = bad.nonzero()[0].tolist()
-    seen = f"{int(values[tuple(where)])} at {where} seen ({int(bad.sum())} such)"
-    raise ValueError(f"{name}: {seen}, ids in [0, {vocab_size}) or ignore_index {ignore_index} wanted")
+    got = f"{int(values[tuple(where)])} at {where} ({int(bad.sum())} such)"
+    raise ValueError(f"{name}: got {got}, expected ids in [0, {vocab_size}) or ignore_index {ignore_index}")
 
 
 def ignore_index(value: int | None) -> int:

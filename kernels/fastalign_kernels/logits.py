@@ -151,7 +151,7 @@ def check_loss_tensors(
     checks.tensor("targets", targets)
     if num_items is not None and reduction != "mean":
         raise ValueError(
-            f"num_items: {num_items} seen with reduction={reduction!r}; it is the divisor of reduction='mean'"
+            f"num_items: got {num_items} with reduction={reduction!r}, expected None: it is the divisor of reduction='mean'"
         )
     checks.divisor("num_items", num_items, "targets", targets)
     if token_weights is not None:
@@ -186,7 +186,7 @@ def _table(
     checks.tensor("logits", logits)
     checks.tensor(name, ids)
     if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: shape {list(logits.shape)} seen, [..., V] with V >= 1 wanted")
+        raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1")
     checks.dtype("logits", logits, checks.FLOATS)
     checks.supported_device("logits", logits)
     checks.dtype(name, ids, checks.INTEGERS)
@@ -197,7 +197,7 @@ def _table(
         stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride())
     ):
         raise ValueError(
-            "inplace_backward: True seen with expanded logits, whose rows share memory; logits with memory of their own wanted"
+            "inplace_backward: got True with expanded logits, expected logits whose rows do not share memory"
         )
     blocks = logits if logits.dim() == 3 else logits.reshape(1, -1, logits.shape[-1])
     if blocks.stride(-1) != 1 and blocks.shape[-1] > 1:

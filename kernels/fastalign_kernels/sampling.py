@@ -137,7 +137,7 @@ def sample(
             checks.dtype(name, ids, checks.INTEGERS)
             checks.device(name, ids, "logits", logits)
     if positions is not None and look and B and bool(((positions < 0) | (positions.long() >= 2**32)).any()):
-        raise ValueError(f"positions: {positions.tolist()[:8]} seen, whole numbers in [0, 2^32) wanted")
+        raise ValueError(f"positions: got {positions.tolist()[:8]}, expected whole numbers in [0, 2^32)")
     for name, mask in (("seen", seen), ("allowed", allowed)):
         if mask is not None:
             checks.tensor(name, mask)
@@ -171,7 +171,7 @@ def sample(
     if check and not bool(valid.all()):
         rows = (~valid).nonzero()[:, 0].tolist()
         raise ValueError(
-            f"logits: NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first; finite logits wanted"
+            f"logits: got NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first, expected finite logits"
         )
     return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid)
 
@@ -179,7 +179,7 @@ def sample(
 def _check_logits(logits: Tensor) -> torch.Size:
     checks.tensor("logits", logits)
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_VOCAB:
-        raise ValueError(f"logits: shape {list(logits.shape)} seen, [B, V] with V in 1 to 2^20 wanted")
+        raise ValueError(f"logits: got shape {list(logits.shape)}, expected [B, V] with V in 1 to 2^20")
     checks.dtype("logits", logits, LOGITS)
     checks.supported_device("logits", logits)
     return logits.shape
@@ -200,12 +200,12 @@ def _check_rows(name: str, value: Tensor, logits: Tensor, look: bool) -> None:
     if name == "top_k":
         checks.dtype(name, value, checks.INTEGERS)
     elif not value.is_floating_point():
-        raise ValueError(f"{name}: {value.dtype} seen, a floating-point tensor wanted")
+        raise ValueError(f"{name}: got {value.dtype}, expected a floating-point tensor")
     if look and value.numel():
         wide = value.double()  # fp16 holds neither bound
         allowed = (wide >= option.least) & (wide <= option.most)
         if not bool((allowed | (wide == 0) if option.zero else allowed).all()):
-            raise ValueError(f"{name}: {value.tolist()[:8]} seen, {option.expected} wanted")
+            raise ValueError(f"{name}: got {value.tolist()[:8]}, expected {option.expected}")
 
 
 def _row_values(value: float | Tensor, logits: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def sum_by_sequence(values: Tensor, cu_seqlens: Tensor, *, mean: bool = False) -
     checks.tensors(values=values)
     checks.flags(mean=mean)
     if values.dim() != 1:
-        raise ValueError(f"values: shape {list(values.shape)} seen, [N] wanted")
+        raise ValueError(f"values: got shape {list(values.shape)}, expected [N]")
     checks.dtype("values", values, checks.FLOATS)
     check_cu_seqlens(cu_seqlens, "values", values)
     accumulated = values if values.dtype == torch.float64 else values.float()
@@ -40,10 +40,10 @@ def check_cu_seqlens(value: Tensor, like_name: str, like: Tensor, check: bool = 
     checks.device("cu_seqlens", value, like_name, like)
     if value.dim() != 1 or value.numel() < 1 or like.dim() != 1:
         raise ValueError(
-            f"cu_seqlens: shape {list(value.shape)} seen with {like_name} {list(like.shape)}, [S + 1] and [N] wanted"
+            f"cu_seqlens: got shape {list(value.shape)} with {like_name} {list(like.shape)}, expected [S + 1] and [N]"
         )
     if checks.readable(value, check):
         ends, N = value.tolist(), like.shape[0]
         if ends[0] != 0 or ends[-1] != N or any(b < a for a, b in zip(ends, ends[1:])):
-            seen = f"{ends[:8]}{'...' if len(ends) > 8 else ''}"
-            raise ValueError(f"cu_seqlens: {seen} seen, 0 <= ... <= N = {N} without a decrease wanted")
+            got = f"{ends[:8]}{'...' if len(ends) > 8 else ''}"
+            raise ValueError(f"cu_seqlens: got {got}, expected 0 <= ... <= N = {N} without a decrease")

@@ -92,21 +92,21 @@ def test_a_module_names_a_bad_option_when_it_is_made(name):
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
 @pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "linear_cross_entropy_stats"])
 def test_a_divisor_in_a_tensor_is_above_zero(name, value):
-    with pytest.raises(ValueError, match=f"num_items: {value} seen, a number above 0 wanted"):
+    with pytest.raises(ValueError, match=f"num_items: got {value}, expected a number above 0"):
         FUNCTIONS[name](**{**call_of(name), "num_items": torch.tensor(value)})
 
 
 @pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
 @pytest.mark.parametrize("name", ["ppo_loss", "value_loss", "linear_ppo_loss"])
 def test_a_normalizer_in_a_tensor_is_a_number(name, value):
-    with pytest.raises(ValueError, match=f"normalizer: {value} seen, a number above 0 wanted"):
+    with pytest.raises(ValueError, match=f"normalizer: got {value}, expected a number above 0"):
         FUNCTIONS[name](**{**call_of(name), "normalizer": torch.tensor(value)})
 
 
 def test_a_divisor_is_one_number():
     with pytest.raises(
         ValueError,
-        match=r"num_items: a tensor of shape \[2\] seen, a number above 0 or a scalar tensor wanted",
+        match=r"num_items: got a tensor of shape \[2\], expected a number above 0 or a scalar tensor",
     ):
         FUNCTIONS["cross_entropy"](**{**call_of("cross_entropy"), "num_items": torch.ones(2)})
 

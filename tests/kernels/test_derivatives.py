@@ -230,7 +230,7 @@ def test_vmap_over_ids_checks_them():
     torch.testing.assert_close(
         found, torch.stack([F.cross_entropy(LOGITS, ids[0]), F.cross_entropy(-LOGITS, ids[1])])
     )
-    with pytest.raises(ValueError, match=r"targets: 5 at \[1, 2\] seen"):
+    with pytest.raises(ValueError, match=r"targets: got 5 at \[1, 2\]"):
         torch.func.vmap(lambda x, y: cross_entropy(x, y))(
             torch.stack([LOGITS, -LOGITS]), ids.where(ids >= 0, 5)
         )

@@ -36,7 +36,7 @@ def test_workspace_holds(monkeypatch):
         linear_cross_entropy(hidden, weight, ids, workspace_mib=workspace_mib).backward()
         tiles = [t for t in allocated if t.dim() == 2 and t.shape[-1] == 500 and t.shape[0] != 7]
         assert tiles and sum(t.nbytes for t in tiles) <= workspace_mib * 2**20
-    with pytest.raises(ValueError, match=r"workspace_mib: 0.001 seen, at least 0.00191 wanted"):
+    with pytest.raises(ValueError, match=r"workspace_mib: got 0.001, expected at least 0.00191"):
         linear_cross_entropy(hidden, weight, ids, workspace_mib=0.001)
 
 
@@ -152,23 +152,23 @@ def test_the_reference_serves_where_the_native_library_is_missing(monkeypatch):
             {"hidden": torch.zeros(5, 3)},
             r"hidden: got shape \[5, 3\], expected \[\.\.\., H\] = \[\.\.\., 4\]",
         ),
-        ({"hidden": torch.zeros(5, 4, dtype=torch.int64)}, "hidden: torch.int64 seen"),
+        ({"hidden": torch.zeros(5, 4, dtype=torch.int64)}, "hidden: got torch.int64"),
         ({"weight": torch.zeros(4)}, r"weight: got shape \[4\], expected \[V, H\]"),
         (
             {"weight": torch.zeros(7, 4, dtype=torch.bfloat16)},
-            "weight: torch.bfloat16 seen, torch.float32 wanted",
+            "weight: got torch.bfloat16, expected torch.float32",
         ),
-        ({"targets": torch.zeros(4, dtype=torch.int64)}, r"targets: shape \[4\] seen"),
+        ({"targets": torch.zeros(4, dtype=torch.int64)}, r"targets: got shape \[4\]"),
         (
             {"targets": torch.full((5,), 7)},
-            r"targets: 7 at \[0\] seen \(5 such\), ids in \[0, 7\) or ignore_index -100 wanted",
+            r"targets: got 7 at \[0\] \(5 such\), expected ids in \[0, 7\) or ignore_index -100",
         ),
-        ({"bias": torch.zeros(6)}, r"bias: shape \[6\] seen, \[V\] = \[7\] wanted"),
-        ({"bias": torch.zeros(7, dtype=torch.float64)}, "bias: torch.float64 seen"),
-        ({"temperature": -1.0}, "temperature: -1.0 seen"),
-        ({"softcap": 0.0}, "softcap: 0.0 seen"),
-        ({"workspace_mib": 0}, "workspace_mib: 0 seen"),
-        ({"reduction": "token"}, "reduction: 'token' seen"),
+        ({"bias": torch.zeros(6)}, r"bias: got shape \[6\], expected \[V\] = \[7\]"),
+        ({"bias": torch.zeros(7, dtype=torch.float64)}, "bias: got torch.float64"),
+        ({"temperature": -1.0}, "temperature: got -1.0"),
+        ({"softcap": 0.0}, "softcap: got 0.0"),
+        ({"workspace_mib": 0}, "workspace_mib: got 0"),
+        ({"reduction": "token"}, "reduction: got 'token'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -183,7 +183,7 @@ def test_refusals_name_the_argument(change, named):
 
 
 def test_devices_are_not_mixed():
-    with pytest.raises(ValueError, match="weight: on meta, but hidden is on cpu"):
+    with pytest.raises(ValueError, match="weight: got a tensor on meta, expected cpu, where hidden is"):
         linear_logprobs(
             torch.zeros(2, 3), torch.zeros(5, 3, device="meta"), torch.zeros(2, dtype=torch.int64)
         )

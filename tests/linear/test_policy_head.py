@@ -261,19 +261,19 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     "change, said",
     [
-        ({"old_logp": torch.zeros(T)}, r"old_logp: shape \[9\] seen, the shape of ids = \[4, 9\] wanted"),
-        ({"advantages": torch.zeros(1, T)}, r"advantages: shape \[1, 9\] seen"),
+        ({"old_logp": torch.zeros(T)}, r"old_logp: got shape \[9\], expected the shape of ids = \[4, 9\]"),
+        ({"advantages": torch.zeros(1, T)}, r"advantages: got shape \[1, 9\]"),
         ({"mask": torch.full((B, T), 0.5)}, "mask: got 0.5, expected 0 or 1"),
-        ({"ids": torch.full((B, T), V)}, rf"ids: {V} at .* seen"),
-        ({"ids": torch.full((B, T), -1)}, r"ids: -1 at"),
-        ({"ids": torch.full((B, T), -100), "ignore_index": -1}, r"ids: -100 at"),
+        ({"ids": torch.full((B, T), V)}, rf"ids: got {V} at .*"),
+        ({"ids": torch.full((B, T), -1)}, r"ids: got -1 at"),
+        ({"ids": torch.full((B, T), -100), "ignore_index": -1}, r"ids: got -100 at"),
         (
             {"reference_logp": None, "kl_coefficient": 0.1},
             "reference_logp: got None with kl_coefficient=0.1",
         ),
-        ({"clip": -1.0}, "clip: -1.0 seen"),
+        ({"clip": -1.0}, "clip: got -1.0"),
         ({"weight": torch.zeros(V, H + 1)}, "hidden: got shape"),
-        ({"temperature": 0.0}, "temperature: 0.0 seen"),
+        ({"temperature": 0.0}, "temperature: got 0.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -285,5 +285,5 @@ def test_refused_by_name(change: dict[str, Any], said: str) -> None:
 def test_packed_sequence_means_need_their_ends() -> None:
     given = inputs(torch.float32)
     flat = {name: x if name in ("weight", "bias") else x.flatten(0, 1) for name, x in given.items()}
-    with pytest.raises(ValueError, match="aggregation: 'sequence_mean' seen"):
+    with pytest.raises(ValueError, match="aggregation: got 'sequence_mean'"):
         linear_ppo_loss(**flat, aggregation="sequence_mean")

@@ -132,7 +132,7 @@ def test_a_tail_is_the_heads_own_and_fusing_again_changes_it() -> None:
         and not torch.equal(torch.autograd.grad(exact.loss, weight)[0], found)
         and kept_share() is None
     )
-    with pytest.raises(ValueError, match=r"tail_eps: 2.0 seen, a probability in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"tail_eps: got 2.0, expected a probability in \(0, 1\)"):
         fuse_head(model, tail_eps=2.0)
 
 

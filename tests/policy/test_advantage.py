@@ -213,18 +213,21 @@ def test_opcheck_and_compile():
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"rewards": torch.zeros(3)}, r"rewards: shape \[3\] seen, \[B, T\] wanted"),
+        ({"rewards": torch.zeros(3)}, r"rewards: got shape \[3\], expected \[B, T\]"),
         (
             {"values": torch.zeros(2, 4)},
-            r"values: shape \[2, 4\] seen, the shape of rewards = \[2, 3\] wanted",
+            r"values: got shape \[2, 4\], expected the shape of rewards = \[2, 3\]",
         ),
-        ({"values": torch.zeros(2, 3, dtype=torch.int64)}, r"values: torch.int64 seen"),
+        ({"values": torch.zeros(2, 3, dtype=torch.int64)}, r"values: got torch.int64"),
         ({"mask": torch.full((2, 3), 0.5)}, "mask: got 0.5, expected 0 or 1 for each token"),
-        ({"bootstrap": torch.zeros(3)}, r"bootstrap: shape \[3\] seen, \[B\] = \[2\] wanted"),
-        ({"bootstrap": torch.zeros(2, dtype=torch.bool)}, r"bootstrap: torch.bool seen"),
-        ({"bootstrap": torch.zeros(2, device="meta")}, r"bootstrap: on meta, but rewards is on cpu"),
-        ({"gamma": 1.1}, r"gamma: 1.1 seen, a number in \[0, 1\] wanted"),
-        ({"lam": -0.1}, r"lam: -0.1 seen"),
+        ({"bootstrap": torch.zeros(3)}, r"bootstrap: got shape \[3\], expected \[B\] = \[2\]"),
+        ({"bootstrap": torch.zeros(2, dtype=torch.bool)}, r"bootstrap: got torch.bool"),
+        (
+            {"bootstrap": torch.zeros(2, device="meta")},
+            r"bootstrap: got a tensor on meta, expected cpu, where rewards is",
+        ),
+        ({"gamma": 1.1}, r"gamma: got 1.1, expected a number in \[0, 1\]"),
+        ({"lam": -0.1}, r"lam: got -0.1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -299,9 +302,9 @@ def test_whitening_of_little(implementation, device):
 
 def test_whitening_refusals_name_the_argument():
     x = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"mask: shape \[3\] seen, the shape of x"):
+    with pytest.raises(ValueError, match=r"mask: got shape \[3\], expected the shape of x"):
         masked_whiten(x, torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"eps: -1 seen, a number >= 0 wanted"):
+    with pytest.raises(ValueError, match=r"eps: got -1, expected a number >= 0"):
         masked_whiten(x, x == 0, eps=-1)
 
 

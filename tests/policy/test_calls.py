@@ -180,27 +180,30 @@ ZEROS = torch.zeros(2, 3)
 
 
 REFUSALS = [
-    ({"logp": torch.zeros(2, 3, 1)}, r"logp: shape \[2, 3, 1\] seen, \[B, T\] or \[N\] wanted"),
-    ({"logp": torch.zeros(2, 3, dtype=torch.int64)}, r"logp: torch.int64 seen, torch.float32 or"),
-    ({"old_logp": torch.zeros(3)}, r"old_logp: shape \[3\] seen, the shape of logp = \[2, 3\] wanted"),
-    ({"advantages": torch.zeros(1, 3)}, r"advantages: shape \[1, 3\] seen"),
-    ({"advantages": torch.zeros(2, 3, device="meta")}, r"advantages: on meta, but logp is on cpu"),
+    ({"logp": torch.zeros(2, 3, 1)}, r"logp: got shape \[2, 3, 1\], expected \[B, T\] or \[N\]"),
+    ({"logp": torch.zeros(2, 3, dtype=torch.int64)}, r"logp: got torch.int64, expected torch.float32 or"),
+    ({"old_logp": torch.zeros(3)}, r"old_logp: got shape \[3\], expected the shape of logp = \[2, 3\]"),
+    ({"advantages": torch.zeros(1, 3)}, r"advantages: got shape \[1, 3\]"),
+    (
+        {"advantages": torch.zeros(2, 3, device="meta")},
+        r"advantages: got a tensor on meta, expected cpu, where logp is",
+    ),
     ({"mask": torch.full((2, 3), 0.5)}, "mask: got 0.5, expected 0 or 1 for each token"),
-    ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask: shape \[2\] seen"),
-    ({"entropy": torch.zeros(2)}, r"entropy: shape \[2\] seen"),
-    ({"reference_logp": torch.zeros(2)}, r"reference_logp: shape \[2\] seen"),
-    ({"entropy_coefficient": 0.1}, r"entropy: None seen with entropy_coefficient=0.1"),
-    ({"kl_coefficient": 0.1}, r"reference_logp: None seen with kl_coefficient=0.1"),
-    ({"clip": -0.1}, r"clip: -0.1 seen, None or a number >= 0 wanted"),
-    ({"clip_high": NAN}, r"clip_high: nan seen"),
-    ({"dual_clip": 1.0}, r"dual_clip: 1.0 seen, None or a number above 1 wanted"),
-    ({"kl_estimator": "k4"}, r"kl_estimator: 'k4' seen, one of k1, k2, k3 wanted"),
-    ({"aggregation": "mean"}, r"aggregation: 'mean' seen, one of token_mean, sequence_mean, sum wanted"),
-    ({"normalizer": 0}, r"normalizer: 0 seen, a number above 0 wanted"),
-    ({"normalizer": torch.ones(2)}, r"normalizer: shape \[2\] seen, a scalar = \[\] wanted"),
+    ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask: got shape \[2\]"),
+    ({"entropy": torch.zeros(2)}, r"entropy: got shape \[2\]"),
+    ({"reference_logp": torch.zeros(2)}, r"reference_logp: got shape \[2\]"),
+    ({"entropy_coefficient": 0.1}, r"entropy: got None with entropy_coefficient=0.1"),
+    ({"kl_coefficient": 0.1}, r"reference_logp: got None with kl_coefficient=0.1"),
+    ({"clip": -0.1}, r"clip: got -0.1, expected None or a number >= 0"),
+    ({"clip_high": NAN}, r"clip_high: got nan"),
+    ({"dual_clip": 1.0}, r"dual_clip: got 1.0, expected None or a number above 1"),
+    ({"kl_estimator": "k4"}, r"kl_estimator: got 'k4', expected one of k1, k2, k3"),
+    ({"aggregation": "mean"}, r"aggregation: got 'mean', expected one of token_mean, sequence_mean, sum"),
+    ({"normalizer": 0}, r"normalizer: got 0, expected a number above 0"),
+    ({"normalizer": torch.ones(2)}, r"normalizer: got shape \[2\], expected a scalar = \[\]"),
     (
         {"cu_seqlens": torch.tensor([0, 6])},
-        r"cu_seqlens: shape \[2\] seen with a mask \[2, 3\], \[S \+ 1\] and \[N\] wanted",
+        r"cu_seqlens: got shape \[2\] with a mask \[2, 3\], expected \[S \+ 1\] and \[N\]",
     ),
 ]
 
@@ -217,12 +220,12 @@ def test_refusals_name_the_argument(change, named):
 def test_further_refusals():
     flat = torch.zeros(6)
     with pytest.raises(
-        ValueError, match=r"aggregation: 'sequence_mean' seen with a mask \[6\] and without cu_seqlens"
+        ValueError, match=r"aggregation: got 'sequence_mean' with a mask \[6\] and without cu_seqlens"
     ):
         ppo_loss(flat, flat, flat, flat == 0, aggregation="sequence_mean")
-    with pytest.raises(ValueError, match=r"cu_seqlens: \[0, 5\] seen"):
+    with pytest.raises(ValueError, match=r"cu_seqlens: got \[0, 5\]"):
         ppo_loss(flat, flat, flat, flat == 0, aggregation="sequence_mean", cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match=r"clip: 0 seen, a number above 0 wanted"):
+    with pytest.raises(ValueError, match=r"clip: got 0, expected a number above 0"):
         value_loss(flat, flat, flat, flat == 0, clip=0)
-    with pytest.raises(ValueError, match=r"returns: shape \[1\] seen, the shape of values = \[6\] wanted"):
+    with pytest.raises(ValueError, match=r"returns: got shape \[1\], expected the shape of values = \[6\]"):
         value_loss(flat, flat, flat[:1], flat == 0)

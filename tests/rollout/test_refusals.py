@@ -35,11 +35,14 @@ HOLE[0, 4], EMPTY[3] = 0, 0
     [
         ({"input_ids": IDS[0]}, r"input_ids: got shape \[9\], expected \[B, T\]"),
         ({"input_ids": IDS[:0]}, r"input_ids: got shape \[0, 9\]"),
-        ({"input_ids": IDS.float()}, r"input_ids: torch.float32 seen, torch.int64 or torch.int32 wanted"),
+        ({"input_ids": IDS.float()}, r"input_ids: got torch.float32, expected torch.int64 or torch.int32"),
         ({"input_ids": IDS + 50}, r"input_ids: got \[50, \d+\], expected ids in \[0, 97\)"),
         ({"input_ids": IDS - 1}, r"input_ids: got \[-1, \d+\]"),
-        ({"attention_mask": MASK[:, 1:]}, r"attention_mask: shape \[4, 8\] seen, \[B, T\] = \[4, 9\] wanted"),
-        ({"attention_mask": MASK.float()}, r"attention_mask: torch.float32 seen"),
+        (
+            {"attention_mask": MASK[:, 1:]},
+            r"attention_mask: got shape \[4, 8\], expected \[B, T\] = \[4, 9\]",
+        ),
+        ({"attention_mask": MASK.float()}, r"attention_mask: got torch.float32"),
         ({"attention_mask": RIGHT}, r"attention_mask: got 3 rows, \[1, 2, 3\] first, .* padded on the left"),
         ({"attention_mask": HOLE}, r"attention_mask: got 1 rows, \[0\] first"),
         ({"attention_mask": EMPTY}, r"attention_mask: got 1 rows, \[3\] first, .* at least one token"),
@@ -53,24 +56,24 @@ HOLE[0, 4], EMPTY[3] = 0, 0
         ),
         ({"eos_id": [2, 97]}, r"eos_id: got \[2, 97\], expected ids in \[0, 97\)"),
         ({"pad_id": -1}, r"pad_id: got \[-1\]"),
-        ({"seed": -1}, r"seed: -1 seen"),
-        ({"temperature": -0.5}, r"temperature: -0.5 seen"),
-        ({"top_p": torch.tensor([1.0, 2.0, 1.0, 1.0])}, r"top_p: .* seen, numbers in \[0, 1\] wanted"),
+        ({"seed": -1}, r"seed: got -1"),
+        ({"temperature": -0.5}, r"temperature: got -0.5"),
+        ({"top_p": torch.tensor([1.0, 2.0, 1.0, 1.0])}, r"top_p: got .*, expected numbers in \[0, 1\]"),
         (
             {"repetition_penalty": torch.ones(3)},
-            r"repetition_penalty: shape \[3\] seen, \[B\] = \[4\] wanted",
+            r"repetition_penalty: got shape \[3\], expected \[B\] = \[4\]",
         ),
-        ({"sequence_ids": torch.arange(3)}, r"sequence_ids: shape \[3\] seen"),
-        ({"positions": torch.arange(3)}, r"positions: shape \[3\] seen"),
+        ({"sequence_ids": torch.arange(3)}, r"sequence_ids: got shape \[3\]"),
+        ({"positions": torch.arange(3)}, r"positions: got shape \[3\]"),
         (
             {"positions": torch.arange(4) - 1},
-            r"positions: \[-1, 0, 1, 2\] seen, whole numbers in \[0, 2\^32\) wanted",
+            r"positions: got \[-1, 0, 1, 2\], expected whole numbers in \[0, 2\^32\)",
         ),
         (
             {"positions": torch.arange(4) + 2**32 - 6},
             r"positions: got .*, expected numbers below 2\^32 - max_new_tokens",
         ),
-        ({"finished": torch.zeros(4)}, r"finished: torch.float32 seen, torch.bool wanted"),
+        ({"finished": torch.zeros(4)}, r"finished: got torch.float32, expected torch.bool"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -154,7 +157,7 @@ def test_training_flags_and_rng_are_restored_and_checkpointing_does_not_break_th
     with pytest.raises(ValueError, match="allowed"):
         draw(model, allowed=torch.zeros(4, 9, dtype=torch.int32))  # seen at the first draw only
     with pytest.raises(
-        ValueError, match=r"seen: shape \[4, 9\] seen, \[B, ceil\(V / 32\)\] = \[4, 4\] wanted"
+        ValueError, match=r"seen: got shape \[4, 9\], expected \[B, ceil\(V / 32\)\] = \[4, 4\]"
     ):
         draw(model, seen=torch.zeros(4, 9, dtype=torch.int32))
     assert [m.training for m in model.modules()] == training

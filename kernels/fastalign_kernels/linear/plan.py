@@ -198,7 +198,7 @@ def capacity(
     largest = int(workspace_mib * 2**20) // per_token
     if largest < 1:
         raise ValueError(
-            f"workspace_mib: {workspace_mib} seen, at least {per_token / 2**20:.3g} wanted: one token's logits at V = {vocab_size}"
+            f"workspace_mib: got {workspace_mib}, expected at least {per_token / 2**20:.3g}: one token's logits at V = {vocab_size}"
         )
     return min(largest, TOKENS["cpu"]) if tail and kind == "cpu" else largest, per_token
 

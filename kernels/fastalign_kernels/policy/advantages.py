@@ -131,7 +131,7 @@ def gae(
     gamma, lam = checks.unit_interval("gamma", gamma), checks.unit_interval("lam", lam)
     checks.tensors(rewards=rewards, values=values)
     if rewards.dim() != 2:
-        raise ValueError(f"rewards: shape {list(rewards.shape)} seen, [B, T] wanted")
+        raise ValueError(f"rewards: got shape {list(rewards.shape)}, expected [B, T]")
     check_tokens({"rewards": rewards, "values": values}, mask)
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap)

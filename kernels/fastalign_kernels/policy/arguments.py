@@ -47,8 +47,8 @@ def token_scale(
             counts = sum_by_sequence(inside.double(), cu_seqlens)
             tokens = counts.repeat_interleave(cu_seqlens.diff(), output_size=inside.numel())
         else:
-            seen = f"'sequence_mean' seen with a mask {list(inside.shape)} and without cu_seqlens"
-            raise ValueError(f"aggregation: {seen}, a mask [B, T] or cu_seqlens [S + 1] wanted")
+            got = f"'sequence_mean' with a mask {list(inside.shape)} and without cu_seqlens"
+            raise ValueError(f"aggregation: got {got}, expected a mask [B, T] or cu_seqlens [S + 1]")
         divisor = tokens.to(dtype) * (
             (counts > 0).sum() if normalizer is None else normalizer
         )  # a number times integers is fp32
@@ -107,12 +107,12 @@ def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
     checks.tensor("mask", mask)
     checks.supported_device(first, like)
     if like.dim() not in (1, 2):
-        raise ValueError(f"{first}: shape {list(like.shape)} seen, [B, T] or [N] wanted")
-    wanted, letters = tuple(like.shape), f"the shape of {first}"
+        raise ValueError(f"{first}: got shape {list(like.shape)}, expected [B, T] or [N]")
+    shape, letters = tuple(like.shape), f"the shape of {first}"
     for name, tensor in (*tensors.items(), ("mask", mask)):
         if tensor is not None:
             checks.dtype(name, tensor, MASKS if name == "mask" else checks.FLOATS)
-            checks.shape(name, tensor, wanted, letters)
+            checks.shape(name, tensor, shape, letters)
             checks.device(name, tensor, first, like)
 
 

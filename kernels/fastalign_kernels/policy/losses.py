@@ -104,11 +104,11 @@ def ppo_loss(
     checks.optional_tensors(old_logp=old_logp, entropy=entropy, reference_logp=reference_logp)
     if entropy is None and entropy_coefficient:
         raise ValueError(
-            f"entropy: None seen with entropy_coefficient={entropy_coefficient}, logp's shape wanted"
+            f"entropy: got None with entropy_coefficient={entropy_coefficient}, expected logp's shape"
         )
     if reference_logp is None and kl_coefficient:
         raise ValueError(
-            f"reference_logp: None seen with kl_coefficient={kl_coefficient}, logp's shape wanted"
+            f"reference_logp: got None with kl_coefficient={kl_coefficient}, expected logp's shape"
         )
     old = logp if old_logp is None else old_logp
     advantages = per_token(advantages, logp.shape)

@@ -81,7 +81,7 @@ def dpo_loss_ref(
         modulation = torch.sigmoid(x / 0.05)
         loss = -F.logsigmoid(x) * (1 - modulation) + torch.exp(-x + F.logsigmoid(x / 0.05))
     else:
-        raise ValueError(f"loss_type: {loss_type!r} seen, one of {', '.join(DPO_LOSS_TYPES)} wanted")
+        raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(DPO_LOSS_TYPES)}")
     return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), *rewards)
 
 
