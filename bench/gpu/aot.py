@@ -33,12 +33,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastalign_kernels import scale_triton
 from fastalign_kernels.policy import advantages_triton as advantage_triton
 from fastalign_kernels.policy import losses_triton as policy_triton
 from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.preference import losses_triton as preference_triton
 from fastalign_kernels.preference.formulas import PAIR_LOSSES
-from fastalign_kernels.softmax import columns_triton, rows_triton, tile_rows_triton
+from fastalign_kernels.softmax import columns_triton, rows_triton, slice_rows_triton, tile_rows_triton
 
 ARCHITECTURES = {
     80: 163,
@@ -140,14 +141,14 @@ def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     return _triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
 
 
-# kernel and what it writes -> the entries of tile_rows_triton.LAUNCH it runs with, by lean
+# kernel and its entry in tile_rows_triton.LAUNCH -> constants
 TILE_KERNELS = {
-    "tile_rows_kernel, stats": ("stats", {"STATS": True, "WRITE": tile_rows_triton.NOTHING.value}),
-    "tile_rows_kernel, loss": ("write", {"STATS": True, "WRITE": tile_rows_triton.TOKEN_LOSS.value}),
-    "tile_rows_kernel, given": ("write", {"STATS": False, "WRITE": tile_rows_triton.GIVEN.value}),
-    "tile_rows_kernel, softmax": ("write", {"STATS": True, "WRITE": tile_rows_triton.SOFTMAX.value}),
-    "kept_rows_kernel": ("kept", {}),
-    "slice_stats_kernel": ("stats", {}),
+    "tile_rows_kernel, stats": {"STATS": True, "WRITE": tile_rows_triton.NOTHING.value},
+    "tile_rows_kernel, loss": {"STATS": True, "WRITE": tile_rows_triton.TOKEN_LOSS.value},
+    "tile_rows_kernel, given": {"STATS": False, "WRITE": tile_rows_triton.GIVEN.value},
+    "tile_rows_kernel, softmax": {"STATS": True, "WRITE": tile_rows_triton.SOFTMAX.value},
+    "kept_rows_kernel, kept": {},
+    "slice_stats_kernel, slice": {},
 }
 
 
@@ -155,17 +156,19 @@ def compile_tiles(name: str, sm: int, full: bool, lean: bool) -> Row:
     """One of TILE_KERNELS on fp32 logits, with bf16 for what it writes; `full` has bias, softcap, scale and
     temperature."""
     kernel, _, variant = name.partition(", ")
-    function = getattr(tile_rows_triton, kernel)
-    entry, given = TILE_KERNELS[name]
-    table = tile_rows_triton.LAUNCH[entry if entry == "kept" else f"{entry}_{'lean' if lean else 'full'}"]
+    module = slice_rows_triton if hasattr(slice_rows_triton, kernel) else tile_rows_triton
+    function = getattr(module, kernel)
+    given = TILE_KERNELS[name]
+    entry = variant if variant in tile_rows_triton.LAUNCH else f"{variant}_{'lean' if lean else 'full'}"
+    table = tile_rows_triton.LAUNCH[entry]
     target = 90 if sm in AMD else sm
     block, warps = table[max(known for known in table if known <= target)]
     constants: dict[str, object] = {"LEAN": lean, "PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
-    constants = {k: v for k, v in constants.items() if k in function.arg_names} | given
     constants |= {"HAS_TOKENS": True, "BLOCK": block}
+    constants = {k: v for k, v in constants.items() if k in function.arg_names} | given
     floats = ("logits", "bias", "stats", "token_scale", "coefficients")
     pointers = dict.fromkeys(floats, TYPES["fp32"]) | {"tokens": "*i64", "ids": "*i64", "running": "*fp64"}
-    pointers |= {"out": TYPES["bf16"], "softmax": TYPES["bf16"]}
+    pointers |= dict.fromkeys(("out", "softmax"), TYPES["bf16"])
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(function.arg_names)
@@ -176,6 +179,14 @@ def compile_tiles(name: str, sm: int, full: bool, lean: bool) -> Row:
     )
     label = f"{variant} {'full' if full else 'plain'} {'lean' if lean else ''}".strip()
     return _triton_row(source, warps, kernel, sm, "fp32", label)
+
+
+def compile_scale(sm: int) -> Row:
+    """scale_triton's kernel on a bf16 tensor."""
+    constants: dict[str, object] = {"BLOCK": scale_triton.BLOCK}
+    signature = {"x": TYPES["bf16"], "factor": TYPES["fp32"], "count": "i64", "BLOCK": "constexpr"}
+    source = ASTSource(scale_triton.scale_kernel, signature, constexprs=constants)
+    return _triton_row(source, scale_triton.NUM_WARPS, "scale_kernel", sm, "bf16", "")
 
 
 def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
@@ -347,6 +358,7 @@ def main() -> int:
             lambda job: compile_tiles(*job),
             product(TILE_KERNELS, (*ARCHITECTURES, *AMD), (False, True), (False, True)),
         )
+        rows += pool.map(compile_scale, (*ARCHITECTURES, *AMD))
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
     rows += sampling.result() if sampling else []

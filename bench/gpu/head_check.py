@@ -21,15 +21,18 @@ import torch
 from torch import Tensor
 
 from fastalign_kernels.linear.engine import Engine, Gradients
+from fastalign_kernels.linear.epilogue import EPILOGUE, serves
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.linear.vocab_slices import VocabSlices
+from fastalign_kernels.scale_triton import scale_in_place
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
-from fastalign_kernels.softmax.tile_rows_triton import scale_in_place
 from tests.tolerance import assert_no_worse_than_eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MAJOR, MINOR = torch.cuda.get_device_capability() if DEVICE == "cuda" else (0, 0)
+ARCHITECTURE = 10 * MAJOR + MINOR
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PLAIN = HeadOptions()
 ALL = HeadOptions(logit_scale=0.7, softcap=30.0, temperature=1.3)
@@ -37,6 +40,7 @@ ENGINES: dict[str, tuple[Engine, float]] = {
     "kept_softmax": (KeptSoftmax(2560), 2560.0),
     "kept_softmax in blocks": (KeptSoftmax(2560), 7.0),
     "vocab_slices": (VocabSlices(300), 8.0),
+    "epilogue": (EPILOGUE, 2560.0),
 }
 TRAINED = NeedsGrad(hidden=True, weight=True, bias=True)
 
@@ -102,7 +106,7 @@ def reference(
     stats = row_stats_ref(z, ids, b, options.transform)
     grad = row_grad_ref(z, ids, b, options.transform, stats, coefficients_of(stats))[0]
     low = grad.to(dtype)
-    return stats, Gradients(low @ w, low.t() @ x, grad.sum(0))
+    return stats, Gradients(low @ w, low.t() @ x, low.to(accumulator).sum(0))
 
 
 def compare(name: str, ours: tuple[Tensor, Gradients], eager: Any, truth: Any, dtype: torch.dtype) -> None:
@@ -126,6 +130,8 @@ def check(case: Case, engine_name: str) -> None:
         workspace = 2560.0
     inputs = inputs._replace(options=inputs.options._replace(workspace_mib=workspace))
     V, N = inputs.weight.shape[0], inputs.hidden.shape[0]
+    if engine is EPILOGUE and not serves(inputs, ARCHITECTURE):
+        return
     needs = TRAINED._replace(bias=inputs.bias is not None)
     generator = torch.Generator(DEVICE).manual_seed(1)
     scale = torch.randn(N, device=DEVICE, generator=generator)
@@ -197,7 +203,7 @@ def check_large(engine_name: str) -> None:
 
 def check_capture(engine_name: str) -> None:
     """Captured in a graph and replayed, it gives what it gave."""
-    if DEVICE == "cpu":
+    if DEVICE == "cpu" or (engine_name == "epilogue" and ARCHITECTURE != 90):
         return
     engine, _ = ENGINES[engine_name]
     inputs, _ = make(Case((700, 64, 5003), BF16, PLAIN))

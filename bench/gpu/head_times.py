@@ -27,10 +27,12 @@ from torch import Tensor
 
 import fastalign_kernels as fk
 from fastalign_kernels.linear.engine import Engine
+from fastalign_kernels.linear.epilogue import EPILOGUE
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.linear.vocab_slices import VocabSlices
+from fastalign_kernels.softmax import slice_rows_triton as slices
 from fastalign_kernels.softmax import tile_rows_triton as rows
 from fastalign_kernels.softmax.rows import Stat, Transform, coefficients
 
@@ -182,7 +184,7 @@ def groups_of(
     x: Tensor, w: Tensor, ids: Tensor, prototypes: ModuleType | None
 ) -> dict[str, Callable[[], dict[str, Callable[[], object]]]]:
     """Cases by group; a group is made when its turn comes."""
-    kept, slices = KeptSoftmax(2560), VocabSlices(300)
+    kept, in_slices = KeptSoftmax(2560), VocabSlices(300)
 
     def all_kept() -> dict[str, Callable[[], object]]:
         cases = engine_cases(x, w, ids, kept, 16384)
@@ -190,10 +192,11 @@ def groups_of(
 
     groups: dict[str, Callable[[], dict[str, Callable[[], object]]]] = {
         "bare": lambda: bare(x, w),
-        "kept": lambda: engine_cases(x, w, ids, kept, None),
-        "slices": lambda: engine_cases(x, w, ids, slices, None),
-        "kept, all in memory": all_kept,
         "public": lambda: public_cases(x, w, ids),
+        "kept": lambda: engine_cases(x, w, ids, kept, None),
+        "epilogue": lambda: engine_cases(x, w, ids, EPILOGUE, None),
+        "slices": lambda: engine_cases(x, w, ids, in_slices, None),
+        "kept, all in memory": all_kept,
     }
     if prototypes is not None:
         functions = {"keep": prototypes.keep, "sliced": prototypes.sliced}
@@ -281,18 +284,18 @@ def tune(arguments: argparse.Namespace) -> None:
         softmaxes = rows.Softmaxes(ids, None, Transform(), stats, lean)
         loss = rows.TokenLoss(scale, 0.0, 0.0)
         suffix = "lean" if lean else "full"
-        running = rows.new_running(ids)
+        running = slices.new_running(ids)
         calls: dict[str, tuple[str, Callable[[], None]]] = {
             "stats": (f"stats_{suffix}", functools.partial(rows.tile_stats, tile, lines, softmaxes)),
-            "loss": (f"write_{suffix}", functools.partial(rows.tile_loss, tile, lines, softmaxes, loss, out)),
-            "given": (f"write_{suffix}", functools.partial(rows.tile_grad, tile, lines, softmaxes, given, out)),
+            "loss": (f"loss_{suffix}", functools.partial(rows.tile_loss, tile, lines, softmaxes, loss, out)),
+            "given": (f"given_{suffix}", functools.partial(rows.tile_grad, tile, lines, softmaxes, given, out)),
             "softmax": (
-                f"write_{suffix}", functools.partial(rows.tile_softmax, tile, lines, softmaxes, out, 1.0)
+                f"softmax_{suffix}", functools.partial(rows.tile_softmax, tile, lines, softmaxes, out, 1.0)
             ),
             "kept": ("kept", functools.partial(rows.kept_grad, out, out, lines, softmaxes, given, 1.0)),
             "slice": (
-                f"stats_{suffix}",
-                functools.partial(rows.slice_stats, tile[:, :8192], lines, softmaxes, running, 0, V),
+                f"slice_{suffix}",
+                functools.partial(slices.slice_stats, tile[:, :8192], lines, softmaxes, running, 0, V),
             ),
         }  # fmt: skip
         for name, (entry, call) in calls.items():

@@ -188,7 +188,7 @@ def _gpu_head(plan: HeadPlan, shape: Shape, size: int, dX: int, dW: int) -> tupl
         per_logit = statistics + 4 - size + 4 + size
         return (
             float(per_logit * N * V + 8 * N * H * dX * slices),
-            float(plan.workspace_bytes + gradients + 4 * N * H * dX),
+            float(plan.workspace_bytes + gradients + (4 - size) * N * H * dX),
         )
     per_logit = statistics + 4 + size + (2 * size if plan.way == "general" else 0)
     blocks = -(-N // plan.kept_tokens)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
 from .softmax.rows import traced
 
 InputGrads = tuple[Tensor | None, ...]
@@ -158,8 +159,17 @@ def scale_saved_grads(ctx, grad: Tensor, recompute: Callable[[], Sequence[Tensor
     ctx.grads = None
     if grads is None:
         grads = list(recompute())
-    # On a CPU reading the scalar is free, and the usual 1 saves a pass over all gradients.
-    if grad.is_cuda or grad.item() != 1:
-        for g in grads:
-            g.mul_(grad)
+    for g in grads:
+        _scale(g, grad)
     return grads
+
+
+def _scale(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a scalar. The usual 1 saves a pass over x; on a GPU the device looks, not the host."""
+    if x.is_cuda and not native.triton_missing:
+        # here, because triton is absent on macOS and Windows
+        from .scale_triton import scale_in_place
+
+        scale_in_place(x, factor)
+    elif x.is_cuda or factor.item() != 1:
+        x.mul_(factor)

@@ -205,8 +205,9 @@ def linear_cross_entropy(
             statistics stay exact. On a trained model gradients are off by 0.1 to 0.2 % at 2**-14 and by 0.4
             to 0.6 % at 2**-12 (`tail_report` measures it). 3 GEMMs become 1 + 2 f, f the share of columns
             kept. Where f > 0.6, as in an untrained model, a block runs exact.
-        workspace_mib: MiB for the logits of a chunk of tokens; default 512 on a GPU, and 96 on a CPU, or 72
-            there beside a gradient of the weight. On a CPU whose products are torch's, low-precision weights
+        workspace_mib: MiB for logits and what is made of them beside the gradients. Default on a GPU: a
+            sixteenth of its memory, at most 2560; less makes the call slower (docs/head.md). On a CPU 96, or
+            72 beside a gradient of the weight. On a CPU whose products are torch's, low-precision weights
             are widened once besides (4 V H bytes).
         check: on CUDA, also check the range of targets, which waits for the device. FASTALIGN_CHECK=1 does so
             everywhere.

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .. import native
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
+from .epilogue import EPILOGUE, serves
 from .gpu_plan import gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
 from .token_tiles import TOKEN_TILES
 
 # Engines whose `gradients` overwrites what `statistics` saved.
-OVERWRITING = ("kept_softmax",)
+OVERWRITING = ("kept_softmax", "epilogue")
 
 
 class Selection(NamedTuple):
@@ -30,12 +31,23 @@ def _card_bytes(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).total_memory
 
 
+@torch.compiler.assume_constant_result
+def _architecture(index: int | None) -> int:
+    """The compute capability of a CUDA device, 90 for an H100."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
 def select(inputs: HeadInputs, needs: NeedsGrad) -> Selection:
     """The engine of a call, by name."""
     if not inputs.hidden.is_cuda or native.triton_missing:
         return Selection("token_tiles", 0.0)
-    workspace_mib = gpu_workspace_mib(_card_bytes(inputs.hidden.device.index))
-    return Selection(select_engine(inputs.gpu_call(needs, workspace_mib)), workspace_mib)
+    index = inputs.hidden.device.index
+    workspace_mib = gpu_workspace_mib(_card_bytes(index))
+    name = select_engine(inputs.gpu_call(needs, workspace_mib))
+    if name == "kept_softmax" and serves(inputs, _architecture(index)):
+        name = "epilogue"  # an H200 was 5 to 14 % faster with it (2026-11-27)
+    return Selection(name, workspace_mib)
 
 
 def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
@@ -43,6 +55,8 @@ def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
     name, workspace_mib = select(inputs, needs)
     if name == "token_tiles":
         return TOKEN_TILES
+    if name == "epilogue":
+        return EPILOGUE
     # here, because triton is absent on macOS and Windows
     from .kept_softmax import KeptSoftmax
     from .vocab_slices import VocabSlices

@@ -33,6 +33,7 @@ class GpuCall(NamedTuple):
     """What the plan depends on."""
 
     n_tokens: int  # N, ignored ones counted
+    hidden_size: int  # H
     vocab_size: int  # V
     dtype: torch.dtype  # of the hidden states
     workspace_mib: float
@@ -111,10 +112,15 @@ def tile_sizes(call: GpuCall, *, even: bool = True) -> TileSizes:
 
 
 def slice_width(call: GpuCall) -> int:
-    """Columns of a vocabulary slice; 0 if the workspace does not hold GRANULE columns of all tokens."""
+    """Columns of a vocabulary slice; 0 if the workspace does not hold GRANULE columns of all tokens.
+
+    dX in 16 bits is made of an fp32 sum when the slices are gone. What the sum takes more than dX comes out of
+    the workspace.
+    """
     per_column = max(1, call.n_tokens) * (call.tile_bytes + (call.kept_bytes if call.grad else 0))
-    room = int(call.workspace_mib * 2**20) // per_column // GRANULE * GRANULE
-    return min(room, call.vocab_size)
+    sums = 2 * call.n_tokens * call.hidden_size if call.hidden_grad and call.kept_bytes else 0
+    room = (int(call.workspace_mib * 2**20) - sums) // per_column // GRANULE * GRANULE
+    return max(0, min(room, call.vocab_size))
 
 
 def _sizes(call: GpuCall, tile: int, block: int | None) -> TileSizes:

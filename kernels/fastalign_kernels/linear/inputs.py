@@ -84,6 +84,7 @@ class HeadInputs(NamedTuple):
         mib = self.options.workspace_mib
         return GpuCall(
             n_tokens=self.hidden.shape[0],
+            hidden_size=self.hidden.shape[1],
             vocab_size=self.vocab_size,
             dtype=self.hidden.dtype,
             workspace_mib=workspace_mib if mib is None else mib,

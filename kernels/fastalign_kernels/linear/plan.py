@@ -100,7 +100,7 @@ def plan_head(
     if kind == "cuda":
         mib = gpu_workspace_mib(None) if workspace_mib is None else workspace_mib
         tail = tail_eps is not None
-        call = GpuCall(n_tokens, vocab_size, dtype, mib, hidden_grad, weight_grad, tail)
+        call = GpuCall(n_tokens, hidden_size, vocab_size, dtype, mib, hidden_grad, weight_grad, tail)
         plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
         if plan is not None:
             return plan

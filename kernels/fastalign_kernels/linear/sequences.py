@@ -5,8 +5,9 @@ log-probabilities of its pair (DPO) or its row (KTO) are summed:
 
     mode         GEMMs                when
     groups       (2 n - 1) / n + 2    on a CPU, for a pair or row of n chunks: 3 where it fits the workspace
-    general      2 + 2                on a GPU, where the host does not know the lengths without waiting:
-                                      statistics of all tokens first, then gradients
+    general      1 + 2                on a GPU, where the host does not know the lengths without waiting:
+                 or 2 + 2             statistics of all tokens first, then gradients; 1 + 2 for tokens whose
+                                      softmax the workspace holds
     tail         1 + 2 f              statistics first; the share f of the columns is saved (tail_saved.py)
     frozen_head  2                    the head's weight is not trained (`linear_logprobs`)
 

@@ -3,7 +3,8 @@
     hidden [N, H], weight [V, H], ids [N]  ->  the table of softmax/rows.py, [7, N]
 
 The gradient is computed in backward, when the upstream gradients of logp, entropy and lse are known. It uses
-what the engine saved, or recomputes the logits: 2 + dX + dW GEMMs of 2 N H V flops on a CPU.
+what the engine saved, or recomputes the logits: 2 + dX + dW GEMMs of 2 N H V flops on a CPU. On a GPU the
+softmax of as many tokens as the workspace holds is kept, for which it is 1 + dX + dW.
 """
 
 from __future__ import annotations
@@ -153,7 +154,8 @@ def linear_token_stats(
 ) -> TokenStats:
     """Log-probability, entropy and logsumexp of each position, differentiable, and top-1.
 
-    Costs 1 GEMM without gradients, 3 with a frozen weight, 4 when training. Arguments and errors as in
+    Costs 1 GEMM without gradients, 3 with a frozen weight, 4 when training; on a GPU 2 and 3 for tokens whose
+    softmax the workspace holds. Arguments and errors as in
     `linear_cross_entropy`.
 
     Args:

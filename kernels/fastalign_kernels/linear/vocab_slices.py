@@ -6,8 +6,8 @@ final dtype; dX is summed in fp32.
 
     call          GEMMs          memory beside the gradients, S columns a slice
     no gradient   1              4 N S bytes
-    frozen        2 + dX         6 N S + 4 N H
-    training      2 + dX + dW    6 N S + 4 N H
+    frozen        2 + dX         6 N S + 4 N H (dX is made when the slices are gone)
+    training      2 + dX + dW    the same
 
 Any loss and any upstream gradient runs so: between the passes the table [7, N] is all that exists. Measured as
 a prototype on an H200 at 8192 x 4096 x 151936 in bf16: 66 ms at 1476 MiB, of which dX and dW are 1251; three
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..softmax.rows import accumulator_dtype
-from ..softmax.tile_rows_triton import new_running, slice_stats, tile_grad
+from ..softmax.slice_rows_triton import new_running, slice_stats
+from ..softmax.tile_rows_triton import tile_grad
 from .engine import Engine, Gradients, TokenCoefficients, empty_gradients
 from .gpu_plan import GRANULE, slice_width
 from .head_call import HeadCall, product
@@ -93,7 +94,7 @@ def _run_statistics(call: HeadCall, width: int) -> None:
 def _run_gradients(call: HeadCall, width: int, coefficients: Tensor, needs: NeedsGrad) -> Gradients:
     """Gradients for coefficients [4, N], from the table."""
     hidden, tokens, device = call.inputs.hidden, call.tokens, call.table.device
-    grads = empty_gradients(call.inputs, needs)
+    grads = empty_gradients(call.inputs, needs._replace(hidden=False))
     low = torch.empty(0 if call.in_place else tokens.count * width, dtype=hidden.dtype, device=device)
     sums: Tensor | None = None
     for first, part, logits in _slices(call, width):
@@ -112,10 +113,11 @@ def _run_gradients(call: HeadCall, width: int, coefficients: Tensor, needs: Need
             product(dlogits.t(), tokens.states(0, count), grads.weight[first : first + columns])
         if needs.bias:
             grads.bias[first : first + columns] = dlogits.sum(0, dtype=call.table.dtype)
-    if needs.hidden:
-        assert sums is not None
-        if tokens.indices is None:
-            grads.hidden.copy_(sums)
-        else:
-            grads.hidden.zero_().index_copy_(0, tokens.indices, sums.to(hidden.dtype))
-    return grads
+    if not needs.hidden:
+        return grads
+    assert sums is not None
+    del logits, dlogits, low  # dX takes their memory
+    if tokens.indices is None:
+        return grads._replace(hidden=sums.to(hidden.dtype))
+    d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device)
+    return grads._replace(hidden=d_hidden.index_copy_(0, tokens.indices, sums.to(hidden.dtype)))

@@ -3,13 +3,12 @@ a tile of logits [C, V], 64-bit row offsets.
 
     tile_rows        statistics of a row, its gradient, or both in one launch; or the softmax P itself
     kept_rows        a kept P into the gradient, in place
-    slice_stats      statistics of rows that come as slices of the vocabulary, merged into running sums
+    slice_stats      in slice_rows_triton.py: statistics of rows that come as slices of the vocabulary
 
 They read ids and write the table of statistics by token, so that no launch gathers or scatters them.
 
 Bytes a logit of an fp32 tile with a bf16 gradient: statistics 4; statistics and gradient in one launch
-4 + 4 + 2; gradient alone 4 + 2; kept_rows 2 + 2. Measured on an H200 over [2048, 151936]: lse and logp alone
-read 3.9 TB/s with (1024, 8), all statistics 2.5, the gradient moves 3.5 TB/s with (4096, 16); a copy 4.2.
+4 + 4 + 2; gradient alone 4 + 2; kept_rows 2 + 2. LAUNCH has the times that an H200 took.
 """
 
 from __future__ import annotations
@@ -36,18 +35,25 @@ from .rows_triton import (
     zero_row,
 )  # fmt: skip
 
-# (BLOCK, warps) by kernel and compute capability; see rows_triton.LAUNCH. "lean" computes lse and logp alone,
-# "full" all statistics.
+# (BLOCK, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]: `bench.gpu.head_times
+# --tune`. "lean" computes lse and logp alone, "full" all statistics. Other architectures are taken to be alike.
 LAUNCH = {
-    "stats_lean": {80: (1024, 8)},
-    "stats_full": {80: (1024, 4)},
-    "write_lean": {80: (4096, 16)},  # the gradient, or statistics and gradient in one launch
-    "write_full": {80: (4096, 16)},
-    "kept": {80: (4096, 8)},
+    "stats_lean": {80: (2048, 8)},  # 0.205 ms: 3.0 TB/s
+    "stats_full": {80: (2048, 16)},  # 0.237; (4096, 8) takes 0.228 and spills on sm_80
+    "loss_lean": {80: (4096, 32)},  # 0.429: 3.6 TB/s
+    "loss_full": {80: (1024, 4)},  # 0.473
+    "softmax_lean": {80: (2048, 16)},  # 0.496; (4096, 32) takes 0.482 and spills with all options
+    "softmax_full": {80: (1024, 4)},
+    "given_lean": {80: (2048, 8)},  # 0.295: 3.2 TB/s
+    "given_full": {80: (4096, 16)},  # 0.320
+    "slice_lean": {80: (1024, 4)},  # 0.047 for 8192 columns
+    "slice_full": {80: (1024, 4)},
+    "kept": {80: (1024, 8)},  # 0.203: 3.1 TB/s
 }
 
 # What tile_rows_kernel writes beside the statistics.
 NOTHING, TOKEN_LOSS, GIVEN, SOFTMAX = (tl.constexpr(i) for i in range(4))
+WRITES = ("stats", "loss", "given", "softmax")  # their names in LAUNCH
 
 
 @triton.jit
@@ -206,90 +212,6 @@ def kept_rows_kernel(
         zero_row(out_row, V, dtype, BLOCK)
 
 
-@triton.jit
-def slice_stats_kernel(
-    logits,  # [C, V_slice], unit stride
-    tokens,  # [C] int64, the row's token; read if HAS_TOKENS, else it is first_token + row
-    ids,  # [N] int64, negative: ignored
-    bias,  # [V_slice]; read if HAS_BIAS
-    running,  # [5, N] fp64: max, sum e^(z - max), sum (z - max) e^(z - max), sum z, z of the id
-    stats,  # [7, N], of the columns up to this slice's end
-    first_token,
-    first_column,
-    N,
-    V_slice,
-    V,
-    row_stride,
-    logit_scale: tl.float64,
-    softcap: tl.float64,
-    temperature: tl.float64,
-    LEAN: tl.constexpr,
-    HAS_TOKENS: tl.constexpr,
-    PLAIN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64)
-    token = first_token + n
-    if HAS_TOKENS:
-        token = tl.load(tokens + n)
-    target = tl.load(ids + token)
-    dtype: tl.constexpr = stats.dtype.element_ty
-    logit_scale = as_scalar(logit_scale, dtype)
-    softcap = as_scalar(softcap, dtype)
-    temperature = as_scalar(temperature, dtype)
-    if target >= 0:
-        row = logits + n * row_stride
-        row_max, sum_exp, weighted, total = read_row(
-            row, bias, V_slice, logit_scale, softcap, temperature,
-            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, LEAN, False, BLOCK,
-        )  # fmt: skip
-        col = target - first_column
-        z_id = tl.load(running + 4 * N + token).to(dtype)
-        if (col >= 0) & (col < V_slice):
-            z_id = transformed_logit(
-                row, bias, col, V_slice, logit_scale, softcap, temperature,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP,
-            )  # fmt: skip
-        old_max = tl.load(running + token)
-        old_sum = tl.load(running + N + token)
-        old_weighted = tl.load(running + 2 * N + token)
-        new_max = tl.maximum(old_max, row_max.to(tl.float64), propagate_nan=tl.PropagateNan.ALL)
-        old_shift = old_max - new_max
-        shift = row_max.to(tl.float64) - new_max
-        old_factor = tl.exp(old_shift)
-        factor = tl.exp(shift)
-        weighted = factor * (weighted + shift * sum_exp) + old_factor * (old_weighted + old_shift * old_sum)
-        sum_exp = factor * sum_exp + old_factor * old_sum
-        total_all = tl.load(running + 3 * N + token) + total
-        tl.store(running + token, new_max)
-        tl.store(running + N + token, sum_exp)
-        tl.store(running + 2 * N + token, weighted)
-        tl.store(running + 3 * N + token, total_all)
-        tl.store(running + 4 * N + token, z_id.to(tl.float64))
-        store_stats(
-            stats, N, token, V, z_id, new_max.to(dtype), sum_exp, weighted, total_all.to(dtype), dtype, LEAN
-        )
-
-
-@triton.jit
-def scale_kernel(
-    x,  # [count]
-    factor,  # scalar
-    count,
-    BLOCK: tl.constexpr,
-):
-    """x *= factor, a scalar on the device; nothing is read or written where it is 1."""
-    dtype: tl.constexpr = factor.dtype.element_ty
-    f = tl.load(factor)
-    if f != 1.0:
-        for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(count, BLOCK), tl.num_programs(0)):
-            at = block * BLOCK + tl.arange(0, BLOCK)
-            values = tl.load(x + at, mask=at < count).to(dtype)
-            tl.store(x + at, values * f, mask=at < count)
-
-
 class Rows(NamedTuple):
     """The tokens of a tile's rows: `indices` [C], or from `first` on."""
 
@@ -327,7 +249,8 @@ def launch(kernel: str, tensor: Tensor, columns: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": warps}
 
 
-def _flags(softmaxes: Softmaxes) -> dict[str, bool]:
+def flags(softmaxes: Softmaxes) -> dict[str, bool]:
+    """The constexprs that follow from a head's options."""
     return {"LEAN": softmaxes.lean, **transform_flags(softmaxes.bias, softmaxes.transform)}
 
 
@@ -351,7 +274,7 @@ def _tile_rows(
     ids, bias, transform, table, lean = softmaxes
     bias = None if bias is None else bias[first_column : first_column + V]
     given = ids if coefficients is None else coefficients
-    kernel = ("write_" if write else "stats_") + ("lean" if lean else "full")
+    kernel = WRITES[write] + ("_lean" if lean else "_full")
     scale = TokenLoss(ids, 0.0, 0.0) if loss is None else loss
     with torch.cuda.device_of(tile):  # Triton launches on the current device
         tile_rows_kernel[(C,)](
@@ -360,7 +283,7 @@ def _tile_rows(
             tile.stride(0), out.stride(0), scale.scale.stride(0), given.stride(0),
             *transform, scale.label_smoothing, scale.z_loss, softmax_scale,
             STATS=stats, WRITE=write, HAS_TOKENS=rows.indices is not None,
-            **_flags(softmaxes), **launch(kernel, tile, V),
+            **flags(softmaxes), **launch(kernel, tile, V),
         )  # fmt: skip
 
 
@@ -418,45 +341,3 @@ def kept_grad(
             LEAN=lean, HAS_TOKENS=rows.indices is not None, HAS_SOFTCAP=transform.softcap != 0,
             **launch("kept", kept, V),
         )  # fmt: skip
-
-
-def slice_stats(
-    tile: Tensor, rows: Rows, softmaxes: Softmaxes, running: Tensor, first_column: int, vocab_size: int
-) -> None:
-    """Merge the statistics of the columns from first_column on, tile [C, V_slice], into running [5, N] and the
-    table, which are right once all slices are merged."""
-    C, width = tile.shape
-    if C == 0:
-        return
-    ids, bias, transform, table, lean = softmaxes
-    bias = None if bias is None else bias[first_column : first_column + width]
-    with torch.cuda.device_of(tile):
-        slice_stats_kernel[(C,)](
-            tile, rows.indices, ids, bias, running, table,
-            rows.first, first_column, ids.shape[0], width, vocab_size, tile.stride(0), *transform,
-            HAS_TOKENS=rows.indices is not None, **_flags(softmaxes),
-            **launch("stats_lean" if lean else "stats_full", tile, width),
-        )  # fmt: skip
-
-
-def new_running(ids: Tensor) -> Tensor:
-    """The running sums [5, N] before the first slice."""
-    running = torch.zeros(5, ids.shape[0], dtype=torch.float64, device=ids.device)
-    running[0] = -1e30
-    return running
-
-
-PROGRAMS, SCALE_BLOCK = 2048, 2048
-
-
-def scale_in_place(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a scalar on x's device. Where it is 1, as usual, x is neither read nor written.
-
-    x must be contiguous. The product is rounded once to x's dtype.
-    """
-    if x.numel() == 0:
-        return
-    factor = factor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    grid = (min(PROGRAMS, triton.cdiv(x.numel(), SCALE_BLOCK)),)
-    with torch.cuda.device_of(x):
-        scale_kernel[grid](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)

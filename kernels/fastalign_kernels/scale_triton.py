@@ -1,0 +1,41 @@
+"""A tensor times a scalar on its device, in place; nothing is done where the scalar is 1."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK, NUM_WARPS = 2048, 8
+PROGRAMS = 2048  # where there is nothing to do, they are all that is launched
+
+
+@triton.jit
+def scale_kernel(
+    x,  # [count]
+    factor,  # scalar
+    count,
+    BLOCK: tl.constexpr,
+):
+    """x *= factor, a scalar on the device; nothing is read or written where it is 1."""
+    dtype: tl.constexpr = factor.dtype.element_ty
+    f = tl.load(factor)
+    if f != 1.0:
+        for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            values = tl.load(x + at, mask=at < count).to(dtype)
+            tl.store(x + at, values * f, mask=at < count)
+
+
+def scale_in_place(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a scalar on x's device. Where it is 1, as usual, x is neither read nor written.
+
+    x must be contiguous. The product is rounded once to x's dtype.
+    """
+    if x.numel() == 0:
+        return
+    factor = factor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    grid = (min(PROGRAMS, triton.cdiv(x.numel(), BLOCK)),)
+    with torch.cuda.device_of(x):
+        scale_kernel[grid](x, factor, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
