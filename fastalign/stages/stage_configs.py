@@ -5,12 +5,30 @@ They are apart from the stages so that `fastalign COMMAND --help` needs no torch
 of a second.
 """
 
-from typing import Any, Literal, Self
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
 from .config import CONFIG, Options, TrainConfig
+
+
+def _pair_loss_types() -> tuple[str, ...]:
+    """The names of `dpo_loss`'s losses, read from the table's source: importing the table would import torch."""
+    package = find_spec("fastalign_kernels")
+    assert package is not None and package.origin is not None
+    source = Path(package.origin).parent.joinpath("preference", "formulas.py").read_text(encoding="utf-8")
+    names = re.findall(r'^    "(\w+)": PairLoss\(', source, flags=re.MULTILINE)
+    return tuple(name for name in names if name != "odds_ratio")  # which is orpo_loss's
+
+
+if TYPE_CHECKING:
+    PairLossType = str
+else:
+    PairLossType = Literal[_pair_loss_types()]
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -128,10 +146,7 @@ class ReferenceConfig(PreferenceConfig):
 class DPOConfig(ReferenceConfig):
     """Align a causal LM with rows of `prompt`, `chosen` and `rejected`."""
 
-    loss_type: Literal[
-        "sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
-        "sigmoid_norm",
-    ] = "sigmoid"  # fmt: skip
+    loss_type: PairLossType = "sigmoid"
     """The loss of a pair: sigmoid is DPO's. ipo and sigmoid_norm take log-probabilities per token."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of pairs in the wrong order, for sigmoid (cDPO), sigmoid_norm, robust and exo_pair, which needs one."""

@@ -5,8 +5,9 @@ nats, each is a formula
 
     (c, r, beta, label_smoothing) -> (loss, d loss / dc, d loss / dr)
 
-that a CPU evaluates on vectors and Triton compiles into its kernel (preference/losses_triton.py). To add one, write
-it here, add its line to `PAIR_LOSSES` and its derivation to `dpo_loss_ref`.
+that a CPU evaluates on vectors and Triton compiles into its kernel (preference/losses_triton.py). To add a loss,
+write its formula here, and add a line to `PAIR_LOSSES` and one to `PAIR_REFERENCES` of reference.py. CONTRIBUTING.md
+has the steps.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def dpo_loss(
         policy_chosen_logps, policy_rejected_logps: [S] fp32, bf16, fp16 or fp64, summed over the completion's tokens, nats. Differentiable.
         reference_chosen_logps, reference_rejected_logps: [S], of any of these dtypes; never given a gradient.
         beta: strength of the tie to the reference, > 0.
-        loss_type: sigmoid, hinge, ipo, robust, exo_pair, nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, discopop, sigmoid_norm.
+        loss_type: one of {loss_types}.
         label_smoothing: probability that a label is flipped. [0, 0.5) for sigmoid and sigmoid_norm (cDPO) and robust, (0, 0.5) for exo_pair
             (the paper takes 1e-3), 0 for all others.
         chosen_lengths, rejected_lengths: [S] int64 or int32, tokens of each completion (0 counts as 1). sigmoid_norm (Tulu 3, 2411.15124)
@@ -108,6 +108,10 @@ def dpo_loss(
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     check_lengths_of_type(lengths, loss_type)
     return _pair_loss(logps, lengths, loss_type, PairOptions(beta, label_smoothing), reduction)
+
+
+if dpo_loss.__doc__:  # python -OO has none
+    dpo_loss.__doc__ = dpo_loss.__doc__.replace("{loss_types}", ", ".join(DPO_LOSS_TYPES))
 
 
 def simpo_loss(

@@ -3,6 +3,8 @@ differentiates, valid in fp64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,48 @@ def _mean_over_tokens(logps: Tensor, lengths: Tensor | None) -> Tensor:
 
 def _smoothed(x: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
+
+
+# The losses of a pair as their papers have them: functions of the log-ratios c and r of the chosen and the rejected
+# completion, of beta, and of the label smoothing e.
+
+
+def _exo_pair(c: Tensor, r: Tensor, beta: float, e: float) -> Tensor:
+    x = beta * (c - r)
+    log_q, log_p = F.logsigmoid(x), F.logsigmoid(-x)
+    right, flipped = torch.tensor([1 - e, e], dtype=x.dtype, device=x.device).log()
+    return log_q.exp() * (log_q - right) + log_p.exp() * (log_p - flipped)
+
+
+def _robust(c: Tensor, r: Tensor, beta: float, e: float) -> Tensor:
+    x = beta * (c - r)
+    return (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
+
+
+def _nca_pair(c: Tensor, r: Tensor, beta: float, e: float) -> Tensor:
+    return -F.logsigmoid(beta * c) - 0.5 * F.logsigmoid(-beta * c) - 0.5 * F.logsigmoid(-beta * r)
+
+
+def _discopop(c: Tensor, r: Tensor, beta: float, e: float) -> Tensor:
+    x = beta * (c - r)
+    modulation = torch.sigmoid(x / 0.05)
+    return -F.logsigmoid(x) * (1 - modulation) + torch.exp(-x + F.logsigmoid(x / 0.05))
+
+
+PAIR_REFERENCES: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
+    "sigmoid": lambda c, r, beta, e: _smoothed(beta * (c - r), e),
+    "hinge": lambda c, r, beta, e: torch.relu(1 - beta * (c - r)),
+    "ipo": lambda c, r, beta, e: (c - r - 1 / (2 * beta)) ** 2,
+    "robust": _robust,
+    "exo_pair": _exo_pair,
+    "nca_pair": _nca_pair,
+    "bco_pair": lambda c, r, beta, e: -F.logsigmoid(beta * c) - F.logsigmoid(-beta * r),
+    "sppo_hard": lambda c, r, beta, e: (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2,
+    "apo_zero": lambda c, r, beta, e: 1 - torch.sigmoid(beta * c) + torch.sigmoid(beta * r),
+    "apo_down": lambda c, r, beta, e: torch.sigmoid(beta * c) + 1 - torch.sigmoid(beta * (c - r)),
+    "discopop": _discopop,
+    "sigmoid_norm": lambda c, r, beta, e: _smoothed(beta * (c - r), e),
+}
 
 
 def dpo_loss_ref(
@@ -50,38 +94,9 @@ def dpo_loss_ref(
         _mean_over_tokens(chosen, chosen_lengths),
         _mean_over_tokens(rejected, rejected_lengths),
     )
-    x, e = beta * (chosen - rejected), label_smoothing
-    if loss_type in ("sigmoid", "sigmoid_norm"):
-        loss = _smoothed(x, e)
-    elif loss_type == "hinge":
-        loss = torch.relu(1 - x)
-    elif loss_type == "ipo":
-        loss = (chosen - rejected - 1 / (2 * beta)) ** 2
-    elif loss_type == "robust":
-        loss = (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
-    elif loss_type == "exo_pair":
-        log_q, log_p = F.logsigmoid(x), F.logsigmoid(-x)
-        right, flipped = torch.tensor([1 - e, e], dtype=x.dtype, device=x.device).log()
-        loss = log_q.exp() * (log_q - right) + log_p.exp() * (log_p - flipped)
-    elif loss_type == "nca_pair":
-        loss = (
-            -F.logsigmoid(beta * chosen)
-            - 0.5 * F.logsigmoid(-beta * chosen)
-            - 0.5 * F.logsigmoid(-beta * rejected)
-        )
-    elif loss_type == "bco_pair":
-        loss = -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
-    elif loss_type == "sppo_hard":
-        loss = (chosen - 0.5 / beta) ** 2 + (rejected + 0.5 / beta) ** 2
-    elif loss_type == "apo_zero":
-        loss = 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
-    elif loss_type == "apo_down":
-        loss = torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(x)
-    elif loss_type == "discopop":
-        modulation = torch.sigmoid(x / 0.05)
-        loss = -F.logsigmoid(x) * (1 - modulation) + torch.exp(-x + F.logsigmoid(x / 0.05))
-    else:
+    if loss_type not in DPO_LOSS_TYPES:
         raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(DPO_LOSS_TYPES)}")
+    loss = PAIR_REFERENCES[loss_type](chosen, rejected, beta, label_smoothing)
     return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), *rewards)
 
 
