@@ -36,28 +36,7 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that a masked tile stays free of inf 
 
 
 @triton.jit
-def compact_kernel(
-    ids,  # [N] int64, negative: ignored
-    order,  # [N] int32: the tokens that are not ignored first, in order; then the rest
-    count,  # [1] int32: how many are not ignored
-    N,
-    BLOCK: tl.constexpr,
-):
-    """One program: N is a few thousand, and a sort would take four launches."""
-    kept = tl.full((), 0, tl.int32)
-    for begin in range(0, N, BLOCK):
-        token = begin + tl.arange(0, BLOCK)
-        inside = token < N
-        keep = (tl.load(ids + token, mask=inside, other=-1) >= 0).to(tl.int32)
-        rank = kept + tl.cumsum(keep, 0) - keep  # kept tokens before this one
-        position = tl.where(keep > 0, rank, N - 1 - (token - rank))
-        tl.store(order + position, token, mask=inside)
-        kept += tl.sum(keep, 0)
-    tl.store(count, kept)
-
-
-@triton.jit
-def _base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z2 of the GEMM's result: (acc + bias) scale_out, or tanh((acc + bias) scale_in ln 2 / 2) scale_out.
 
     tanh y = (1 - t) / (1 + t) with t = 2^(-2 y / ln 2) is off by 2^-23 of the cap, 4e-6 nats at 30, also where
@@ -74,92 +53,31 @@ def _base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS: tl.constexpr, HAS_
 
 
 @triton.jit
-def gather_kernel(
-    hidden,  # [N, H], any strides
-    weight,  # [V, H], unit stride over H
-    ids,  # [N] int64
-    bias,  # [V]; read if HAS_BIAS
-    order,  # [N] int32
-    count,  # [1] int32
-    gathered,  # [rows, H]: hidden states of tokens order[first : first + rows]
-    gathered_ids,  # [rows] int64
-    state,  # [4, rows] fp32: the reference, and NaN in row 3 for the z2 of the id
-    first,
-    rows,
-    V,
-    H,
-    token_stride,
-    hidden_stride,
-    weight_stride,
-    sample,
-    scale_in: tl.float64,
-    scale_out: tl.float64,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ONE_REFERENCE: tl.constexpr,
-    NEW: tl.constexpr,  # false: the state is there already
-    BM: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Bring a block's tokens together. Find each a reference from SAMPLE columns, from `sample` on.
-
-    Nothing of an ignored token is read.
-    """
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    inside = row < rows
-    token = tl.load(order + first + row, mask=inside, other=0).to(tl.int64)
-    live = inside & (first + row < tl.load(count))
-    token_id = tl.load(ids + token, mask=live, other=-1)
-    read = live & (token_id >= 0)  # under graph capture no token is left out, but an ignored one is not read
-    cols = sample + tl.arange(0, SAMPLE)
-    acc = tl.zeros((BM, SAMPLE), tl.float32)
-    source = hidden + token[:, None] * token_stride
-    goal = gathered + row[:, None].to(tl.int64) * H
-    for begin in range(0, H, BK):
-        k = begin + tl.arange(0, BK)
-        x = tl.load(source + k[None, :] * hidden_stride, mask=read[:, None] & (k < H)[None, :], other=0.0)
-        tl.store(goal + k[None, :], x, mask=inside[:, None] & (k < H)[None, :])
-        if ONE_REFERENCE and NEW:
-            w = tl.load(
-                weight + cols[:, None].to(tl.int64) * weight_stride + k[None, :],
-                mask=(cols < V)[:, None] & (k < H)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(x, tl.trans(w), acc)
-    reference = tl.full((BM,), LOWEST, tl.float32)
-    if ONE_REFERENCE and NEW:
-        scale_in = as_scalar(scale_in, tl.float32)
-        scale_out = as_scalar(scale_out, tl.float32)
-        z = _base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
-        reference = tl.maximum(tl.max(tl.where((cols < V)[None, :], z, LOWEST), 1), LOWEST) + LIFT
-    tl.store(gathered_ids + row, token_id, mask=inside)
-    if NEW:
-        tl.store(state + row, reference, mask=inside)
-        tl.store(state + 3 * rows + row, float("nan"), mask=inside)
-
-
-@triton.jit
 def _halves(z):
     """The left and the right half of a tile."""
     return tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _sums(z, e, base, ENTROPY: tl.constexpr):
+def _sums(z, e, base, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr):
     """sum e and sum (z - base) e of each row."""
     total = tl.sum(e, 1)
     weighted = tl.zeros_like(total)
     if ENTROPY:
-        weighted = tl.sum(tl.maximum(z - base[:, None], LOWEST) * e, 1)  # -inf * 0 is NaN, -1e30 * 0 is 0
+        below = z - base[:, None]
+        if HAS_BIAS:
+            below = tl.maximum(
+                below, LOWEST
+            )  # a bias of -inf masks a column: -inf * 0 is NaN, -1e30 * 0 is 0
+        weighted = tl.sum(below * e, 1)
     return total, weighted
 
 
 @triton.jit
-def _sums_without(z, e, base, at, ENTROPY: tl.constexpr):
+def _sums_without(z, e, base, at, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr):
     """`_sums` without column `at` of each row, and its z or 0."""
     hit = tl.arange(0, z.shape[1])[None, :] == at[:, None]
-    total, weighted = _sums(z, tl.where(hit, 0.0, e), base, ENTROPY)
+    total, weighted = _sums(z, tl.where(hit, 0.0, e), base, ENTROPY, HAS_BIAS)
     return total, weighted, tl.sum(tl.where(hit, z, 0.0), 1)
 
 
@@ -175,46 +93,47 @@ def _part(
     KEPT_SCALE: tl.constexpr,
     KEEP: tl.constexpr,
     ENTROPY: tl.constexpr,
-    BRANCH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
-    """Keep e of a part of a tile. Returns sum e and sum (z - base) e without the target's, and its z or 0."""
+    """Keep e of a part of a tile. Returns sum e and sum (z - base) e without the target's, and its z or 0.
+
+    Few parts hold a target (128 tokens among 600 tiles of 4 parts), so most skip the search. The branch also
+    keeps ptxas from mixing the parts, which would spill.
+    """
     e = tl.exp2(z - r[:, None])
     if KEEP:
         kept.store([row0, col0], (e * KEPT_SCALE).to(kept.dtype))
     at = token_id - col0
-    if BRANCH:
-        if tl.max(((at >= 0) & (at < z.shape[1])).to(tl.int32), 0) > 0:
-            total, weighted, at_id = _sums_without(z, e, base, at, ENTROPY)
-        else:
-            total, weighted = _sums(z, e, base, ENTROPY)
-            at_id = tl.zeros_like(total)
+    if tl.max(((at >= 0) & (at < z.shape[1])).to(tl.int32), 0) > 0:
+        total, weighted, z_id = _sums_without(z, e, base, at, ENTROPY, HAS_BIAS)
     else:
-        total, weighted, at_id = _sums_without(z, e, base, at, ENTROPY)
-    return total, weighted, at_id
+        total, weighted = _sums(z, e, base, ENTROPY, HAS_BIAS)
+        z_id = tl.zeros_like(total)
+    return total, weighted, z_id
 
 
 @triton.jit
 def _two_parts(
     z, kept, r, base, token_id, row0, col0,
-    KEPT_SCALE: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, BRANCH: tl.constexpr,
+    KEPT_SCALE: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """`_part` of the halves, one after the other."""
-    z0, z1 = _halves(z)
+    """`_part` of both halves of z."""
+    left, right = _halves(z)
     width: tl.constexpr = z.shape[1] // 2
-    total0, weighted0, at_id0 = _part(
-        z0, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, BRANCH
+    total, weighted, z_id = _part(
+        left, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS
     )
-    total1, weighted1, at_id1 = _part(
-        z1, kept, r, base, token_id, row0, col0 + width, KEPT_SCALE, KEEP, ENTROPY, BRANCH
+    total1, weighted1, z_id1 = _part(
+        right, kept, r, base, token_id, row0, col0 + width, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS
     )
-    return total0 + total1, weighted0 + weighted1, at_id0 + at_id1
+    return total + total1, weighted + weighted1, z_id + z_id1
 
 
 @triton.jit
 def forward_kernel(
     hidden,  # [rows, H], a descriptor of blocks [BM, BK]
     weight,  # [V, H], a descriptor of blocks [BN, BK]
-    kept,  # [rows, V], a descriptor of blocks [BM, BN / PARTS]; written with KEEP
+    kept,  # [rows, V], a descriptor of blocks [BM, BN / 4]; written with KEEP
     ids,  # [rows] int64
     bias,  # [V]; read if HAS_BIAS
     count,  # [1] int32
@@ -236,10 +155,8 @@ def forward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,  # row tiles that share their columns of the weight in L2
-    PARTS: tl.constexpr,  # 2: the epilogue takes half a tile at a time, and the kept half needs half the memory
     PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
-    BRANCH: tl.constexpr,
 ):
     """z2 = hidden weight^T, persistent; tiles of one GROUP of rows go over all columns before the next."""
     scale_in = as_scalar(scale_in, tl.float32)
@@ -266,9 +183,9 @@ def forward_kernel(
         found = (token_id >= col0) & (token_id < col0 + BN)
         at = tiles + col_tile.to(tl.int64) * rows + row
         cols = col0 + tl.arange(0, BN)
-        z = _base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
+        z = base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
         if MEAN:
-            mean = tl.sum(tl.where((cols < V)[None, :], z, 0.0), 1)
+            mean = tl.sum(z, 1)  # columns beyond V hold 0: a descriptor pads with zeros
         z = tl.where(
             (cols < V)[None, :], z, LOWEST
         )  # also where V is a multiple of BN: without it ptxas spills
@@ -276,30 +193,18 @@ def forward_kernel(
         base = tl.maximum(top, LOWEST)
         r = tl.where(top > r + WINDOW, top, r)
         at_col = token_id.to(tl.int32)
-        if PARTS == 1:
-            total, weighted, at_id = _part(
-                z, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, BRANCH
-            )
-        elif PARTS == 2:
-            total, weighted, at_id = _two_parts(
-                z, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, BRANCH
-            )
-        else:
-            left, right = _halves(z)
-            total, weighted, at_id = _two_parts(
-                left, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, BRANCH
-            )
-            total1, weighted1, at_id1 = _two_parts(
-                right, kept, r, base, at_col, row0, col0 + BN // 2, KEPT_SCALE, KEEP, ENTROPY, BRANCH
-            )
-            total += total1
-            weighted += weighted1
-            at_id += at_id1
-        tl.store(state + 3 * rows + row, at_id, mask=inside & found)
+        left, right = _halves(z)
+        total, weighted, z_id = _two_parts(
+            left, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS
+        )
+        total1, weighted1, z_id1 = _two_parts(
+            right, kept, r, base, at_col, row0, col0 + BN // 2, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS
+        )
+        tl.store(state + 3 * rows + row, z_id + z_id1, mask=inside & found)
         tl.store(at, top, mask=inside)
-        tl.store(at + plane, total, mask=inside)
+        tl.store(at + plane, total + total1, mask=inside)
         if ENTROPY:
-            tl.store(at + 2 * plane, weighted, mask=inside)
+            tl.store(at + 2 * plane, weighted + weighted1, mask=inside)
         if MEAN:
             tl.store(at + (2 + ENTROPY) * plane, mean, mask=inside)
 
@@ -373,124 +278,3 @@ def merge_kernel(
     tl.store(out + 6 * N, (z_id == row_max).to(tl.float32), mask=counted)
     tl.store(state + rows + row, row_max, mask=inside)
     tl.store(state + 2 * rows + row, (logsum / LN2).to(tl.float32), mask=inside)
-
-
-@triton.jit
-def dlogits_kernel(
-    kept,  # [rows, V] e of forward_kernel, kept_stride apart; becomes dlogits / row_scale
-    tiles,  # [.., col_tiles, rows] fp32 of forward_kernel
-    state,  # [4, rows] fp32 of merge_kernel
-    ids,  # [rows] int64
-    logp,  # [N] fp32 of the ids
-    order,  # [N] int32
-    coefficients,  # [4, ..], order of rows.Coefficient, of the tokens in the order of the rows
-    gathered,  # [rows, H] hidden states; become row_scale times them with SCALE_HIDDEN
-    row_scale,  # [rows] fp32
-    first,
-    rows,
-    V,
-    H,
-    kept_stride,
-    coefficient_stride,
-    slope: tl.float64,  # dz/dx without a softcap, nats
-    softcap: tl.float64,  # of z in base 2, after the temperature
-    HAS_SOFTCAP: tl.constexpr,
-    ONE_REFERENCE: tl.constexpr,
-    SCALE_HIDDEN: tl.constexpr,
-    KEPT_SCALE: tl.constexpr,
-    BN: tl.constexpr,
-    TILES: tl.constexpr,  # tiles of a row that one step of a pass takes
-    BLOCK: tl.constexpr,  # of hidden states
-):
-    """From e to dlogits for any coefficients, so that dX = row_scale (dlogits W), dW = dlogits^T (row_scale X).
-
-    In most rows P = e 2^(reference - lse) for all columns. Then dlogits = prob P everywhere but at the target:
-    prob and the power go into row_scale, and the target's element is written from fp32. A row needs a pass
-    over all its columns if a tile has a reference of its own, if its coefficients have a plogp or uniform part,
-    with a softcap (whose slope differs by column), and in fp16. There log2 e and z come from the rounded e:
-    they are off by 2^-9 / ln 2, or 0.003 in base 2.
-    """
-    n = tl.program_id(0)
-    slope = as_scalar(slope, tl.float32)
-    softcap = as_scalar(softcap, tl.float32)
-    token_id = tl.load(ids + n)
-    token = tl.load(order + first + n)
-    reference = tl.load(state + n)
-    row_max = tl.load(state + rows + n)
-    logsum = tl.load(state + 2 * rows + n)
-    onehot = tl.load(coefficients + n)
-    prob = tl.load(coefficients + coefficient_stride + n)
-    plogp = tl.load(coefficients + 2 * coefficient_stride + n)
-    uniform = tl.load(coefficients + 3 * coefficient_stride + n)
-    if token_id < 0:  # only under graph capture; its e is finite, since its hidden state counted as zeros
-        onehot = 0.0
-        prob = 0.0
-        plogp = 0.0
-        uniform = 0.0
-    log_p = tl.load(logp + token, mask=token_id >= 0, other=0.0)
-    p_less_1 = tl.where(log_p > -0.02, log_p * (1 + log_p * (0.5 + log_p * (1.0 / 6))), tl.exp(log_p) - 1.0)
-    finite = tl.maximum(log_p, LOWEST)
-    at_id = prob * p_less_1 + (prob + onehot) + (1.0 + p_less_1) * plogp * finite + uniform
-    at_id = tl.where(log_p == log_p, at_id, log_p)
-    row = kept + n.to(tl.int64) * kept_stride
-    valid = (token_id >= 0) & (token_id < V)
-
-    scale = prob * slope * tl.exp2((reference - row_max) - logsum)
-    # The target's element is onehot / prob / P at most: it and the scale stay far inside of bf16's range.
-    in_range = (tl.abs(prob) * 1048576.0 >= tl.abs(onehot)) & ((tl.abs(scale) > 1e-30) | (prob == 0))
-    simple = (plogp == 0) & (uniform == 0) & in_range & (row_max <= reference + WINDOW)
-    if ONE_REFERENCE and simple:
-        tl.store(row + token_id, at_id * slope / scale, mask=valid & (scale != 0))
-    else:
-        scale = tl.full((), 1.0, tl.float32)
-        col = tl.arange(0, BN)
-        slot = tl.arange(0, TILES)
-        if HAS_SOFTCAP:
-            tanh_id = ((log_p / LN2 + logsum) + row_max) / softcap
-            at_id *= (1.0 - tanh_id) * (1.0 + tanh_id)
-        for begin in range(0, tl.cdiv(V, BN), TILES):
-            tile = begin + slot
-            tile_max = tl.load(tiles + tile.to(tl.int64) * rows + n, mask=tile < tl.cdiv(V, BN), other=LOWEST)
-            r = tl.where(tile_max > reference + WINDOW, tile_max, reference)
-            cols = tile[:, None] * BN + col[None, :]
-            inside = cols < V
-            e = tl.load(row + cols, mask=inside, other=0.0).to(tl.float32) * (1.0 / KEPT_SCALE)
-            log2_p = tl.maximum(tl.log2(e), LOWEST) + ((r - row_max) - logsum)[:, None]
-            p = e * tl.exp2((r - row_max) - logsum)[:, None]
-            dz = p * (prob + plogp * (log2_p * LN2)) + uniform
-            if HAS_SOFTCAP:
-                tanh = tl.minimum(tl.maximum(((log2_p + logsum) + row_max) / softcap, -1.0), 1.0)
-                dz *= (1.0 - tanh) * (1.0 + tanh)
-            dz = tl.where(cols == token_id, at_id, dz)
-            tl.store(row + cols, dz * slope, mask=inside)
-    if ONE_REFERENCE:
-        tl.store(row_scale + n, scale)
-        if SCALE_HIDDEN:
-            for begin in range(0, H, BLOCK):
-                k = begin + tl.arange(0, BLOCK)
-                at = gathered + n.to(tl.int64) * H + k
-                x = tl.load(at, mask=k < H, other=0.0).to(tl.float32)
-                tl.store(at, x * scale, mask=k < H)
-
-
-@triton.jit
-def scatter_kernel(
-    source,  # [rows, H] fp32, or hidden's dtype
-    row_scale,  # [rows] fp32; read if SCALED
-    order,  # [N] int32
-    out,  # [N, H]
-    first,
-    H,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """out[order[first + n]] = row_scale[n] source[n], rounded once."""
-    n = tl.program_id(0)
-    token = tl.load(order + first + n).to(tl.int64)
-    scale = 1.0
-    if SCALED:
-        scale = tl.load(row_scale + n)
-    for begin in range(0, H, BLOCK):
-        k = begin + tl.arange(0, BLOCK)
-        x = tl.load(source + n.to(tl.int64) * H + k, mask=k < H, other=0.0).to(tl.float32)
-        tl.store(out + token * H + k, x * scale, mask=k < H)

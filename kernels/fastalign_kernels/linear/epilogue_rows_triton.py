@@ -1,0 +1,222 @@
+"""Kernels of linear/epilogue.py over rows: what comes before and after the logits GEMM.
+
+Bytes: `gather_kernel` reads and writes N H elements and reads the sampled columns of the weight;
+`dlogits_kernel` reads and writes N H elements, and 2 V bytes twice for each row that needs a pass;
+`scatter_kernel` reads 4 N H bytes and writes the gradient.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..triton_options import as_scalar
+from .epilogue_triton import LIFT, LN2, LOWEST, WINDOW, base2
+
+
+@triton.jit
+def compact_kernel(
+    ids,  # [N] int64, negative: ignored
+    order,  # [N] int32: the tokens that are not ignored first, in order; then the rest
+    count,  # [1] int32: how many are not ignored
+    N,
+    BLOCK: tl.constexpr,
+):
+    """One program: N is a few thousand, and a sort would take four launches."""
+    kept = tl.full((), 0, tl.int32)
+    for begin in range(0, N, BLOCK):
+        token = begin + tl.arange(0, BLOCK)
+        inside = token < N
+        keep = (tl.load(ids + token, mask=inside, other=-1) >= 0).to(tl.int32)
+        rank = kept + tl.cumsum(keep, 0) - keep  # kept tokens before this one
+        position = tl.where(keep > 0, rank, N - 1 - (token - rank))
+        tl.store(order + position, token, mask=inside)
+        kept += tl.sum(keep, 0)
+    tl.store(count, kept)
+
+
+@triton.jit
+def gather_kernel(
+    hidden,  # [N, H], any strides
+    weight,  # [V, H], unit stride over H
+    ids,  # [N] int64
+    bias,  # [V]; read if HAS_BIAS
+    order,  # [N] int32
+    count,  # [1] int32
+    gathered,  # [rows, H]: hidden states of tokens order[first : first + rows]
+    gathered_ids,  # [rows] int64
+    state,  # [4, rows] fp32: the reference, and NaN in row 3 for the z2 of the id
+    first,
+    rows,
+    V,
+    H,
+    token_stride,
+    hidden_stride,
+    weight_stride,
+    sample,
+    scale_in: tl.float64,
+    scale_out: tl.float64,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ONE_REFERENCE: tl.constexpr,
+    NEW: tl.constexpr,  # false: the state is there already
+    BM: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Bring a block's tokens together. Find each a reference from SAMPLE columns, from `sample` on.
+
+    Nothing of an ignored token is read.
+    """
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    inside = row < rows
+    token = tl.load(order + first + row, mask=inside, other=0).to(tl.int64)
+    live = inside & (first + row < tl.load(count))
+    token_id = tl.load(ids + token, mask=live, other=-1)
+    read = live & (token_id >= 0)  # under graph capture no token is left out, but an ignored one is not read
+    cols = sample + tl.arange(0, SAMPLE)
+    acc = tl.zeros((BM, SAMPLE), tl.float32)
+    source = hidden + token[:, None] * token_stride
+    goal = gathered + row[:, None].to(tl.int64) * H
+    for begin in range(0, H, BK):
+        k = begin + tl.arange(0, BK)
+        x = tl.load(source + k[None, :] * hidden_stride, mask=read[:, None] & (k < H)[None, :], other=0.0)
+        tl.store(goal + k[None, :], x, mask=inside[:, None] & (k < H)[None, :])
+        if ONE_REFERENCE and NEW:
+            w = tl.load(
+                weight + cols[:, None].to(tl.int64) * weight_stride + k[None, :],
+                mask=(cols < V)[:, None] & (k < H)[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(x, tl.trans(w), acc)
+    reference = tl.full((BM,), LOWEST, tl.float32)
+    if ONE_REFERENCE and NEW:
+        scale_in = as_scalar(scale_in, tl.float32)
+        scale_out = as_scalar(scale_out, tl.float32)
+        z = base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
+        reference = tl.maximum(tl.max(tl.where((cols < V)[None, :], z, LOWEST), 1), LOWEST) + LIFT
+    tl.store(gathered_ids + row, token_id, mask=inside)
+    if NEW:
+        tl.store(state + row, reference, mask=inside)
+        tl.store(state + 3 * rows + row, float("nan"), mask=inside)
+
+
+@triton.jit
+def dlogits_kernel(
+    kept,  # [rows, V] e of forward_kernel, kept_stride apart; becomes dlogits / row_scale
+    tiles,  # [.., col_tiles, rows] fp32 of forward_kernel
+    state,  # [4, rows] fp32 of merge_kernel
+    ids,  # [rows] int64
+    logp,  # [N] fp32 of the ids
+    order,  # [N] int32
+    coefficients,  # [4, ..], order of rows.Coefficient, of the tokens in the order of the rows
+    gathered,  # [rows, H] hidden states; become row_scale times them with SCALE_HIDDEN
+    row_scale,  # [rows] fp32
+    first,
+    rows,
+    V,
+    H,
+    kept_stride,
+    coefficient_stride,
+    slope: tl.float64,  # dz/dx without a softcap, nats
+    softcap: tl.float64,  # of z in base 2, after the temperature
+    HAS_SOFTCAP: tl.constexpr,
+    ONE_REFERENCE: tl.constexpr,
+    SCALE_HIDDEN: tl.constexpr,
+    KEPT_SCALE: tl.constexpr,
+    BN: tl.constexpr,
+    TILES: tl.constexpr,  # tiles of a row that one step of a pass takes
+    BLOCK: tl.constexpr,  # of hidden states
+):
+    """From e to dlogits for any coefficients, so that dX = row_scale (dlogits W), dW = dlogits^T (row_scale X).
+
+    In most rows P = e 2^(reference - lse) for all columns. Then dlogits = prob P everywhere but at the target:
+    prob and the power go into row_scale, and the target's element is written from fp32. A row needs a pass
+    over all its columns if a tile has a reference of its own, if its coefficients have a plogp or uniform part,
+    with a softcap (whose slope differs by column), and in fp16. There log2 e and z come from the rounded e:
+    they are off by 2^-9 / ln 2, or 0.003 in base 2.
+    """
+    n = tl.program_id(0)
+    slope = as_scalar(slope, tl.float32)
+    softcap = as_scalar(softcap, tl.float32)
+    token_id = tl.load(ids + n)
+    token = tl.load(order + first + n)
+    reference = tl.load(state + n)
+    row_max = tl.load(state + rows + n)
+    logsum = tl.load(state + 2 * rows + n)
+    onehot = tl.load(coefficients + n)
+    prob = tl.load(coefficients + coefficient_stride + n)
+    plogp = tl.load(coefficients + 2 * coefficient_stride + n)
+    uniform = tl.load(coefficients + 3 * coefficient_stride + n)
+    if token_id < 0:  # only under graph capture; its e is finite, since its hidden state counted as zeros
+        onehot = 0.0
+        prob = 0.0
+        plogp = 0.0
+        uniform = 0.0
+    log_p = tl.load(logp + token, mask=token_id >= 0, other=0.0)
+    p_less_1 = tl.where(log_p > -0.02, log_p * (1 + log_p * (0.5 + log_p * (1.0 / 6))), tl.exp(log_p) - 1.0)
+    finite = tl.maximum(log_p, LOWEST)
+    at_id = prob * p_less_1 + (prob + onehot) + (1.0 + p_less_1) * plogp * finite + uniform
+    at_id = tl.where(log_p == log_p, at_id, log_p)
+    row = kept + n.to(tl.int64) * kept_stride
+    valid = (token_id >= 0) & (token_id < V)
+
+    scale = prob * slope * tl.exp2((reference - row_max) - logsum)
+    # The target's element is onehot / prob / P at most: it and the scale stay far inside of bf16's range.
+    in_range = (tl.abs(prob) * 1048576.0 >= tl.abs(onehot)) & ((tl.abs(scale) > 1e-30) | (prob == 0))
+    simple = (plogp == 0) & (uniform == 0) & in_range & (row_max <= reference + WINDOW)
+    if ONE_REFERENCE and simple:
+        tl.store(row + token_id, at_id * slope / scale, mask=valid & (scale != 0))
+    else:
+        scale = tl.full((), 1.0, tl.float32)
+        col = tl.arange(0, BN)
+        slot = tl.arange(0, TILES)
+        if HAS_SOFTCAP:
+            tanh_id = ((log_p / LN2 + logsum) + row_max) / softcap
+            at_id *= (1.0 - tanh_id) * (1.0 + tanh_id)
+        for begin in range(0, tl.cdiv(V, BN), TILES):
+            tile = begin + slot
+            tile_max = tl.load(tiles + tile.to(tl.int64) * rows + n, mask=tile < tl.cdiv(V, BN), other=LOWEST)
+            r = tl.where(tile_max > reference + WINDOW, tile_max, reference)
+            cols = tile[:, None] * BN + col[None, :]
+            inside = cols < V
+            e = tl.load(row + cols, mask=inside, other=0.0).to(tl.float32) * (1.0 / KEPT_SCALE)
+            log2_p = tl.maximum(tl.log2(e), LOWEST) + ((r - row_max) - logsum)[:, None]
+            p = e * tl.exp2((r - row_max) - logsum)[:, None]
+            dz = p * (prob + plogp * (log2_p * LN2)) + uniform
+            if HAS_SOFTCAP:
+                tanh = tl.minimum(tl.maximum(((log2_p + logsum) + row_max) / softcap, -1.0), 1.0)
+                dz *= (1.0 - tanh) * (1.0 + tanh)
+            dz = tl.where(cols == token_id, at_id, dz)
+            tl.store(row + cols, dz * slope, mask=inside)
+    if ONE_REFERENCE:
+        tl.store(row_scale + n, scale)
+        if SCALE_HIDDEN:
+            for begin in range(0, H, BLOCK):
+                k = begin + tl.arange(0, BLOCK)
+                at = gathered + n.to(tl.int64) * H + k
+                x = tl.load(at, mask=k < H, other=0.0).to(tl.float32)
+                tl.store(at, x * scale, mask=k < H)
+
+
+@triton.jit
+def scatter_kernel(
+    source,  # [rows, H] fp32, or hidden's dtype
+    row_scale,  # [rows] fp32; read if SCALED
+    order,  # [N] int32
+    out,  # [N, H]
+    first,
+    H,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out[order[first + n]] = row_scale[n] source[n], rounded once."""
+    n = tl.program_id(0)
+    token = tl.load(order + first + n).to(tl.int64)
+    scale = 1.0
+    if SCALED:
+        scale = tl.load(row_scale + n)
+    for begin in range(0, H, BLOCK):
+        k = begin + tl.arange(0, BLOCK)
+        x = tl.load(source + n.to(tl.int64) * H + k, mask=k < H, other=0.0).to(tl.float32)
+        tl.store(out + token * H + k, x * scale, mask=k < H)
