@@ -8,6 +8,7 @@ import torch
 
 from fastalign_kernels.linear import epilogue, epilogue_call
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
 
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
@@ -74,7 +75,7 @@ def check(no_worse_than_eager, inputs, token_coefficients, stats, gradients):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_loss_whose_coefficients_follow_from_a_token(no_worse_than_eager, device, options):
     inputs = HeadInputs(*make(device), None, OPTIONS[options])
-    engine = epilogue.EpilogueStatistics(TILES)
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
     coefs = upstream(inputs, Stat.LOGP, Stat.LSE)
     stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
     check(no_worse_than_eager, inputs, coefs, stats, gradients)
@@ -87,7 +88,7 @@ def test_gradients_of_every_statistic(no_worse_than_eager, device, options):
     bias = torch.linspace(-1, 1, weight.shape[0], device=device)
     inputs = HeadInputs(hidden, weight, ids, bias, OPTIONS[options])
     needs = NeedsGrad(hidden=True, weight=True, bias=True)
-    engine = epilogue.EpilogueStatistics(TILES)
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
     coefs = upstream(inputs, Stat.LOGP, Stat.MEAN_LOGP, Stat.ENTROPY, Stat.LSE)
     stats, saved = engine.statistics(inputs, needs)
     gradients = engine.gradients(inputs, stats, saved, coefs(stats, slice(None)), needs)
@@ -98,28 +99,55 @@ def test_gradients_of_every_statistic(no_worse_than_eager, device, options):
 def test_logits_far_from_the_reference(no_worse_than_eager, device, scale):
     """With logits of +-1000 most rows have tiles beyond the window, which take references of their own."""
     inputs = HeadInputs(*make(device, scale=scale), None, HeadOptions())
-    engine = epilogue.EpilogueStatistics(TILES)
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
     coefs = upstream(inputs, Stat.LOGP)
     stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
     check(no_worse_than_eager, inputs, coefs, stats, gradients)
 
 
-def test_a_second_backward_recomputes_what_the_first_used_up(device):
+def test_gradients_recompute_what_is_not_saved(no_worse_than_eager, device):
+    """As in a second backward: the first has used up what was saved."""
     inputs = HeadInputs(*make(device), None, HeadOptions())
-    engine = epilogue.EpilogueStatistics(TILES)
-    stats, saved = engine.statistics(inputs, ALL)
-    first, second = (
-        engine.gradients(inputs, stats, saved, upstream(inputs, Stat.ENTROPY)(stats, slice(None)), ALL)
-        for _ in range(2)
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
+    stats, _ = engine.statistics(inputs, ALL)
+    coefs = upstream(inputs, Stat.ENTROPY)
+    gradients = engine.gradients(inputs, stats, [], coefs(stats, slice(None)), ALL)
+    check(no_worse_than_eager, inputs, coefs, stats, gradients)
+
+
+@pytest.mark.parametrize("label_smoothing, z_loss", [(0.0, 0.0), (0.2, 0.01)])
+def test_cross_entropy_computes_its_coefficients_in_the_kernel(device, label_smoothing, z_loss):
+    """The same gradients as by the table of coefficients; lean leaves two statistics 0."""
+    hidden, weight, ids = make(device)
+    scale = torch.rand(ids.numel(), generator=torch.Generator().manual_seed(2)).to(device)
+    loss = TokenCrossEntropy(scale, label_smoothing, z_loss, weight.shape[0])
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
+    inputs = HeadInputs(hidden, weight, ids, None, HeadOptions())
+    lean = inputs._replace(options=HeadOptions(lean=True))
+    stats, expected_gradients = engine.statistics_and_gradients(inputs, lambda s, t: loss(s, t), ALL)
+    lean_stats, gradients = engine.statistics_and_gradients(lean, loss, ALL)
+    for ours, other in zip(gradients, expected_gradients):
+        torch.testing.assert_close(ours, other, rtol=1e-6, atol=1e-7)
+    unused = [Stat.MEAN_LOGP, Stat.ENTROPY]
+    assert not lean_stats[unused].any()
+    stats[unused] = 0
+    assert torch.equal(lean_stats, stats)
+
+
+@pytest.mark.parametrize("tiles", [TILES._replace(parts=2, branch=False), TILES._replace(flatten=False)])
+def test_tilings_agree(device, tiles):
+    inputs = HeadInputs(*make(device), None, HeadOptions())
+    one, other = (
+        epilogue.EpilogueStatistics(tiles=t).statistics(inputs, NeedsGrad())[0] for t in (TILES, tiles)
     )
-    assert torch.equal(first.hidden, second.hidden) and torch.equal(first.weight, second.weight)
+    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 def test_blocks(no_worse_than_eager, device):
     """A workspace for 256 tokens of 600, of which 400 are not ignored: two blocks, and one not reached."""
     hidden, weight, ids = make(device, N=600, H=16, V=40)
     inputs = HeadInputs(hidden, weight, ids, None, HeadOptions(workspace_mib=0.01))
-    engine = epilogue.EpilogueStatistics(TILES)
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
     coefs = upstream(inputs, Stat.LOGP)
     stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
     check(no_worse_than_eager, inputs, coefs, stats, gradients)
@@ -133,7 +161,7 @@ def test_blocks(no_worse_than_eager, device):
 def test_one_gradient_alone(no_worse_than_eager, device, needs):
     inputs = HeadInputs(*make(device), None, HeadOptions())
     coefs = upstream(inputs, Stat.LOGP)
-    engine = epilogue.EpilogueStatistics(TILES)
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
     stats, gradients = engine.statistics_and_gradients(inputs, coefs, needs)
     check(no_worse_than_eager, inputs, coefs, stats, gradients)
     assert bool(gradients.hidden.numel()) == needs.hidden and bool(gradients.weight.numel()) == needs.weight
@@ -141,7 +169,7 @@ def test_one_gradient_alone(no_worse_than_eager, device, needs):
 
 def test_without_gradients_nothing_is_kept(no_worse_than_eager, device):
     inputs = HeadInputs(*make(device), None, HeadOptions())
-    stats, saved = epilogue.EpilogueStatistics(TILES).statistics(inputs, NeedsGrad())
+    stats, saved = epilogue.EpilogueStatistics(tiles=TILES).statistics(inputs, NeedsGrad())
     assert saved == [] and inputs.hidden.isnan().any()
     check(no_worse_than_eager, inputs, upstream(inputs), stats, ())
 
@@ -152,16 +180,16 @@ def test_few_tokens(device, kept):
     ids[kept:] = -1
     inputs = HeadInputs(hidden, weight, ids, None, HeadOptions())
     coefs = upstream(inputs, Stat.LOGP)
-    stats, gradients = epilogue.EpilogueStatistics(TILES).statistics_and_gradients(inputs, coefs, ALL)
+    stats, gradients = epilogue.EpilogueStatistics(tiles=TILES).statistics_and_gradients(inputs, coefs, ALL)
     assert not stats[:, kept:].any() and not gradients.hidden[kept:].any()
     assert bool(gradients.weight.any()) == bool(kept)
 
 
 def test_plan_of_blocks():
-    assert epilogue.tokens_kept(8192, 151936, None) == 8192
-    assert epilogue.tokens_kept(16384, 151936, None) == 8192
-    assert epilogue.tokens_kept(10000, 151936, None) == 5120
-    assert epilogue.tokens_kept(100, 151936, None) == 100
+    assert epilogue.tokens_kept(8192, 151936, 2560.0) == 8192
+    assert epilogue.tokens_kept(16384, 151936, 2560.0) == 8192
+    assert epilogue.tokens_kept(10000, 151936, 2560.0) == 5120
+    assert epilogue.tokens_kept(100, 151936, 2560.0) == 100
     assert epilogue.tokens_kept(8192, 151936, 1.0) == 256
 
 
@@ -187,6 +215,6 @@ def test_fp16_rows_take_a_pass_each(no_worse_than_eager, device, options, monkey
         )
     inputs = HeadInputs(*make(device, torch.float16), None, OPTIONS[options])
     coefs = upstream(inputs, Stat.LOGP)
-    engine = epilogue.EpilogueStatistics(TILES)
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
     stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
     check(no_worse_than_eager, inputs, coefs, stats, gradients)

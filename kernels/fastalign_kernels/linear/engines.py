@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import native
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
-from .epilogue import EPILOGUE, serves
+from .epilogue import EpilogueStatistics, architecture, serves
 from .gpu_plan import gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
 from .token_tiles import TOKEN_TILES
@@ -31,13 +31,6 @@ def _card_bytes(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).total_memory
 
 
-@torch.compiler.assume_constant_result
-def _architecture(index: int | None) -> int:
-    """The compute capability of a CUDA device, 90 for an H100."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def select(inputs: HeadInputs, needs: NeedsGrad) -> Selection:
     """The engine of a call, by name."""
     if not inputs.hidden.is_cuda or native.triton_missing:
@@ -45,7 +38,7 @@ def select(inputs: HeadInputs, needs: NeedsGrad) -> Selection:
     index = inputs.hidden.device.index
     workspace_mib = gpu_workspace_mib(_card_bytes(index))
     name = select_engine(inputs.gpu_call(needs, workspace_mib))
-    if name == "kept_softmax" and serves(inputs, _architecture(index)):
+    if name == "kept_softmax" and serves(inputs, architecture(index)):
         name = "epilogue"  # an H200 was 5 to 14 % faster with it (2026-11-27)
     return Selection(name, workspace_mib)
 
@@ -56,7 +49,7 @@ def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
     if name == "token_tiles":
         return TOKEN_TILES
     if name == "epilogue":
-        return EPILOGUE
+        return EpilogueStatistics(workspace_mib)
     # here, because triton is absent on macOS and Windows
     from .kept_softmax import KeptSoftmax
     from .vocab_slices import VocabSlices

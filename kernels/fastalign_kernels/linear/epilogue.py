@@ -24,19 +24,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..softmax.rows import Stat
 from .engine import Engine, Gradients, TokenCoefficients, empty_stats
-from .epilogue_call import Block, BlockGradients, EpilogueCall, Tiles
+from .epilogue_call import BlockGradients, EpilogueCall, Tiles
+from .gpu_plan import GRANULE, MOST_MIB
 from .inputs import HeadInputs, NeedsGrad
 
-# MiB that e of K tokens may take: 8,834 tokens at V = 151936.
-WORKSPACE_MIB = 2560.0
-GRANULE = 256  # cuBLAS's GEMMs lose 5 to 8 % at other multiples of tokens (H200)
 # Tokens of a block where the head needs no gradient. dX is finished block by block, so a larger one gains
 # nothing; without any gradient a token takes only 2 H + V / 16 bytes.
 FROZEN_TOKENS = 2048
@@ -47,7 +43,7 @@ LARGEST_CAP = 40.0
 
 # By compute capability: (largest H, tiles). Those that no GPU has measured are compiled, and not used.
 TILES: dict[int, list[tuple[float, Tiles]]] = {
-    90: [(math.inf, Tiles())],
+    90: [(3071, Tiles(group=32)), (math.inf, Tiles(stages=3, parts=2, branch=False))],
     100: [(math.inf, Tiles(bn=128, warps=4, stages=3))],
 }
 MEASURED = {90}
@@ -72,10 +68,12 @@ def serves(inputs: HeadInputs, architecture: int) -> bool:
     )
 
 
-def tokens_kept(n_tokens: int, vocab_size: int, workspace_mib: float | None) -> int:
-    """Tokens of a block whose e is kept: what the workspace holds, in even multiples of 256."""
-    mib = WORKSPACE_MIB if workspace_mib is None else workspace_mib
-    most = int(mib * 2**20) // (2 * _row_elements(vocab_size)) // GRANULE * GRANULE or GRANULE
+def tokens_kept(n_tokens: int, vocab_size: int, workspace_mib: float) -> int:
+    """Tokens of a block whose e is kept: what the workspace holds, in even multiples of 256.
+
+    2560 MiB hold 8,834 tokens at V = 151936.
+    """
+    most = int(workspace_mib * 2**20) // (2 * _row_elements(vocab_size)) // GRANULE * GRANULE or GRANULE
     blocks = -(-n_tokens // most) or 1
     return min(n_tokens, -(-n_tokens // blocks // GRANULE) * GRANULE)
 
@@ -86,10 +84,10 @@ def _row_elements(vocab_size: int) -> int:
 
 
 class EpilogueStatistics(Engine):
-    """See the top of this file. `tiles` replaces those of the table, for tests."""
+    """See the top of this file. workspace_mib: for calls that do not say. `tiles` replaces the table's."""
 
-    def __init__(self, tiles: Tiles | None = None) -> None:
-        self.tiles = tiles
+    def __init__(self, workspace_mib: float = MOST_MIB, *, tiles: Tiles | None = None) -> None:
+        self.workspace_mib, self.tiles = workspace_mib, tiles
 
     def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
         """The table, and what `gradients` uses once; see `empty_saved`."""
@@ -97,8 +95,7 @@ class EpilogueStatistics(Engine):
         saved = self.empty_saved(inputs, needs)
         first = 0
         if saved:
-            kept, tiles, state, used = saved
-            used.fill_(False)
+            kept, tiles, state = saved
             first = kept.shape[0]
         if first:
             block = call.forward(0, first, stats, kept[:, : call.V])
@@ -109,17 +106,16 @@ class EpilogueStatistics(Engine):
         return stats, saved
 
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
-        """e [K, V] of the first K tokens, their tiles' maxima [tiles of V, K], their state [4, K], and in host
-        memory whether `gradients` has used e up."""
+        """e [K, V] of the first K tokens, which `gradients` overwrites, their tiles' maxima [tiles of V, K]
+        and their state [4, K]."""
         if not self.saves(inputs, needs):
             return []
         hidden, V = inputs.hidden, inputs.vocab_size
-        K = tokens_kept(hidden.shape[0], V, inputs.options.workspace_mib)
+        K = self._kept(inputs)
         return [
             hidden.new_empty(K, _row_elements(V)),
             hidden.new_empty(-(-V // self._tiles(inputs).bn), K, dtype=torch.float32),
             hidden.new_empty(4, K, dtype=torch.float32),
-            torch.empty(1, dtype=torch.bool),
         ]
 
     def gradients(
@@ -130,20 +126,19 @@ class EpilogueStatistics(Engine):
         coefficients: Tensor,
         needs: NeedsGrad,
     ) -> Gradients:
-        """3 GEMMs for the tokens whose e is there, 4 for the rest; a second call takes 4 for all."""
+        """3 GEMMs for the tokens whose e was saved, 4 for the rest."""
 
         def of_tokens(_: Tensor, tokens: Tensor | slice) -> Tensor:
             return coefficients[:, tokens]
 
         call = self._call(inputs)
-        K = tokens_kept(call.N, call.V, inputs.options.workspace_mib)
+        K = self._kept(inputs)
         gradients = BlockGradients(call, needs, single=K == call.N)
         first = 0
-        if K and saved and not saved[3].item():
-            kept, tiles, state, used = saved
-            used.fill_(True)
+        if K and saved:
+            kept, tiles, state = saved
             block = call.gather(0, K, kept[:, : call.V], (tiles[None], state))
-            _add(gradients, block, stats, of_tokens)
+            gradients.add(block, stats, of_tokens)
             first = K
         _add_blocks(gradients, (K, first), torch.empty_like(stats), stats, of_tokens)
         return gradients.finish()
@@ -153,23 +148,24 @@ class EpilogueStatistics(Engine):
     ) -> tuple[Tensor, Gradients]:
         """3 GEMMs, 2 where the head is frozen."""
         call, stats = self._call(inputs), empty_stats(inputs).zero_()
-        K = tokens_kept(call.N, call.V, inputs.options.workspace_mib)
+        K = self._kept(inputs)
         K = K if needs.head else min(K, FROZEN_TOKENS)
         gradients = BlockGradients(call, needs, single=K == call.N)
         _add_blocks(gradients, (K, 0), stats, stats, token_coefficients)
         return stats, gradients.finish()
 
+    def _kept(self, inputs: HeadInputs) -> int:
+        workspace_mib = inputs.options.workspace_mib or self.workspace_mib
+        return tokens_kept(inputs.hidden.shape[0], inputs.vocab_size, workspace_mib)
+
     def _tiles(self, inputs: HeadInputs) -> Tiles:
         if self.tiles is not None:
             return self.tiles
-        return tiles_for(architecture(inputs.hidden.device), inputs.hidden.shape[1])
+        return tiles_for(architecture(inputs.hidden.device.index), inputs.hidden.shape[1])
 
     def _call(self, inputs: HeadInputs) -> EpilogueCall:
         tiles = self._tiles(inputs)
         return EpilogueCall(inputs, tiles, tiles.per_sm * _multiprocessors(inputs.hidden.device))
-
-
-EPILOGUE = EpilogueStatistics()
 
 
 def _add_blocks(
@@ -177,7 +173,7 @@ def _add_blocks(
     size_and_first: tuple[int, int],
     forward_stats: Tensor,
     stats: Tensor,
-    coefficients: Callable[[Tensor, Tensor | slice], Tensor],
+    coefficients: TokenCoefficients,
 ) -> None:
     """Add the gradients of all blocks from `first` on, through one memory for e.
 
@@ -189,25 +185,13 @@ def _add_blocks(
         if kept is None:
             kept = call.inputs.hidden.new_empty(rows, _row_elements(call.V))[:, : call.V]
         block = call.forward(begin, rows, forward_stats, kept[:rows])
-        _add(gradients, block, stats, coefficients)
+        gradients.add(block, stats, coefficients)
 
 
-def _add(
-    gradients: BlockGradients,
-    block: Block,
-    stats: Tensor,
-    coefficients: Callable[[Tensor, Tensor | slice], Tensor],
-) -> None:
-    call = gradients.call
-    rows = max(0, min(block.rows, call.how_many() - block.first))
-    tokens = call.tokens(block, rows)
-    gradients.add(block, rows, stats[Stat.LOGP], coefficients(stats[:, tokens], tokens))
-
-
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """The compute capability of a GPU, 90 for an H100."""
-    major, minor = torch.cuda.get_device_capability(device)
+@torch.compiler.assume_constant_result
+def architecture(index: int | None) -> int:
+    """The compute capability of a CUDA device, 90 for an H100."""
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..gemm import mm
-from .engine import Gradients, empty_gradients
+from .engine import Gradients, TokenCoefficients, empty_gradients
 from .inputs import HeadInputs, NeedsGrad
+from .token_losses import TokenCrossEntropy
 
 
 class Tiles(NamedTuple):
@@ -24,6 +25,8 @@ class Tiles(NamedTuple):
     warps: int = 8
     stages: int = 4
     group: int = 8  # row tiles that share columns of the weight in L2
+    parts: int = 4  # 2 or 4 of a tile, which the epilogue takes one after the other
+    branch: bool = True  # look for targets only in parts that hold one
     flatten: bool = True  # load the next tile's first blocks during the epilogue
     per_sm: int = 1  # programs
 
@@ -76,7 +79,7 @@ class EpilogueCall:
         # One reference a row needs bf16's exponents, and a softcap's slope differs by column.
         self.one_reference = hidden.dtype != torch.float16 and not options.softcap
         self.kept_scale = 2.0**15 if hidden.dtype == torch.float16 else 1.0
-        self.statistics = {"ENTROPY": True, "MEAN": True}
+        self.statistics = {"ENTROPY": not options.lean, "MEAN": not options.lean}
         self.order, self.count, self.how_many = _compacted(ids)
 
     def tokens(self, block: Block, rows: int) -> Tensor | slice:
@@ -104,11 +107,12 @@ class EpilogueCall:
             _descriptor(block.hidden, tiles.bm, tiles.bk),
             _descriptor(self.weight, tiles.bn, tiles.bk),
             # a descriptor needs memory, even if nobody writes
-            _descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // 4),
+            _descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
             block.ids, bias, self.count, block.state, block.tiles,
             first, rows, self.V, self.H, self.scales.inner, self.scales.outer, **self.flags, **self.statistics,
             KEEP=kept is not None, KEPT_SCALE=self.kept_scale, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
-            GROUP=tiles.group, PROGRAMS=self.programs, FLATTEN=tiles.flatten,
+            GROUP=tiles.group, PARTS=tiles.parts, PROGRAMS=self.programs, FLATTEN=tiles.flatten,
+            BRANCH=tiles.branch,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         kernels.merge_kernel[(-(-rows // 32),)](
@@ -125,7 +129,10 @@ class EpilogueCall:
         block_ids = torch.empty(rows, dtype=torch.int64, device=ids.device)
         gathered = torch.empty(rows, self.H, dtype=hidden.dtype, device=hidden.device)
         if saved is None:
-            tiles = torch.empty(4, -(-self.V // self.tiles.bn), rows, dtype=torch.float32, device=ids.device)
+            planes = 2 + sum(self.statistics.values())
+            tiles = torch.empty(
+                planes, -(-self.V // self.tiles.bn), rows, dtype=torch.float32, device=ids.device
+            )
             state = torch.empty(4, rows, dtype=torch.float32, device=ids.device)
         else:
             tiles, state = saved
@@ -138,19 +145,25 @@ class EpilogueCall:
         return Block(first, rows, block_ids, gathered, kept, tiles, state)
 
     def dlogits(
-        self, block: Block, rows: int, logp: Tensor, coefficients: Tensor, needs: NeedsGrad
+        self, block: Block, rows: int, stats: Tensor, coefficients: TokenCoefficients, needs: NeedsGrad
     ) -> Tensor:
         """Turn e of a block's first tokens into dlogits / row_scale, and x into row_scale x if dW needs it.
 
-        logp: [N]. coefficients: [4, rows]. Returns row_scale [rows].
+        stats: [7, N]. Returns row_scale [rows].
         """
-        row_scale = torch.empty(rows, dtype=torch.float32, device=logp.device)
-        coefficients = coefficients.contiguous()
+        row_scale = torch.empty(rows, dtype=torch.float32, device=stats.device)
+        loss = coefficients if isinstance(coefficients, TokenCrossEntropy) else None
+        if loss is not None:
+            table, label_smoothing, z_loss = loss.scale.contiguous(), loss.label_smoothing, loss.z_loss
+        else:
+            tokens = self.tokens(block, rows)
+            table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
         _row_kernels().dlogits_kernel[(rows,)](
-            block.kept, block.tiles, block.state, block.ids, logp, self.order, coefficients, block.hidden,
-            row_scale, block.first, block.rows, self.V, self.H, block.kept.stride(0), rows,
-            self.scales.slope, self.scales.outer, HAS_SOFTCAP=self.flags["HAS_SOFTCAP"],
-            ONE_REFERENCE=self.one_reference, SCALE_HIDDEN=needs.head, KEPT_SCALE=self.kept_scale,
+            block.kept, block.tiles, block.state, block.ids, stats, self.order, table, block.hidden,
+            row_scale, block.first, block.rows, self.N, self.V, self.H, block.kept.stride(0), rows,
+            label_smoothing, z_loss, self.scales.slope, self.scales.outer, CROSS_ENTROPY=loss is not None,
+            HAS_SOFTCAP=self.flags["HAS_SOFTCAP"], ONE_REFERENCE=self.one_reference,
+            SCALE_HIDDEN=needs.head, KEPT_SCALE=self.kept_scale,
             BN=self.tiles.bn, TILES=max(1, 4096 // self.tiles.bn), BLOCK=1024, num_warps=8,
         )  # fmt: skip
         return row_scale
@@ -166,15 +179,16 @@ class BlockGradients:
         self.bias: Tensor | None = None
         self.empty = True
 
-    def add(self, block: Block, rows: int, logp: Tensor, coefficients: Tensor) -> None:
-        """Add a block's first `rows` tokens; see `EpilogueCall.dlogits`."""
+    def add(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> None:
+        """Add a block's tokens, whose statistics are in the table [7, N]."""
         call, needs = self.call, self.needs
+        rows = max(0, min(block.rows, call.how_many() - block.first))
         if self.empty and needs.hidden and call.how_many() < call.N:
             self.out.hidden.zero_()  # rows of ignored tokens are not written
         self.empty = False
         if rows == 0:
             return
-        row_scale = call.dlogits(block, rows, logp, coefficients, needs)
+        row_scale = call.dlogits(block, rows, stats, coefficients, needs)
         grad, x = block.kept[:rows], block.hidden[:rows]
         if needs.hidden:
             self._write_hidden(grad, row_scale, block.first)

@@ -107,19 +107,23 @@ def dlogits_kernel(
     tiles,  # [.., col_tiles, rows] fp32 of forward_kernel
     state,  # [4, rows] fp32 of merge_kernel
     ids,  # [rows] int64
-    logp,  # [N] fp32 of the ids
+    stats,  # [7, N] fp32, order of rows.Stat
     order,  # [N] int32
-    coefficients,  # [4, ..], order of rows.Coefficient, of the tokens in the order of the rows
+    coefficients,  # [4, rows], order of rows.Coefficient; with CROSS_ENTROPY [N], a factor of each token's loss
     gathered,  # [rows, H] hidden states; become row_scale times them with SCALE_HIDDEN
     row_scale,  # [rows] fp32
     first,
     rows,
+    N,
     V,
     H,
     kept_stride,
     coefficient_stride,
+    label_smoothing: tl.float64,
+    z_loss: tl.float64,
     slope: tl.float64,  # dz/dx without a softcap, nats
     softcap: tl.float64,  # of z in base 2, after the temperature
+    CROSS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ONE_REFERENCE: tl.constexpr,
     SCALE_HIDDEN: tl.constexpr,
@@ -144,16 +148,27 @@ def dlogits_kernel(
     reference = tl.load(state + n)
     row_max = tl.load(state + rows + n)
     logsum = tl.load(state + 2 * rows + n)
-    onehot = tl.load(coefficients + n)
-    prob = tl.load(coefficients + coefficient_stride + n)
-    plogp = tl.load(coefficients + 2 * coefficient_stride + n)
-    uniform = tl.load(coefficients + 3 * coefficient_stride + n)
+    if CROSS_ENTROPY:  # as TokenCrossEntropy has it
+        label_smoothing = as_scalar(label_smoothing, tl.float32)
+        z_loss = as_scalar(z_loss, tl.float32)
+        factor = tl.load(coefficients + token)
+        onehot = (label_smoothing - 1.0) * factor
+        prob = factor
+        if z_loss != 0:
+            prob += 2.0 * z_loss * tl.load(stats + 3 * N + token) * factor
+        plogp = factor * 0.0
+        uniform = -label_smoothing * factor / V
+    else:
+        onehot = tl.load(coefficients + n)
+        prob = tl.load(coefficients + coefficient_stride + n)
+        plogp = tl.load(coefficients + 2 * coefficient_stride + n)
+        uniform = tl.load(coefficients + 3 * coefficient_stride + n)
     if token_id < 0:  # only under graph capture; its e is finite, since its hidden state counted as zeros
         onehot = 0.0
         prob = 0.0
         plogp = 0.0
         uniform = 0.0
-    log_p = tl.load(logp + token, mask=token_id >= 0, other=0.0)
+    log_p = tl.load(stats + token, mask=token_id >= 0, other=0.0)
     p_less_1 = tl.where(log_p > -0.02, log_p * (1 + log_p * (0.5 + log_p * (1.0 / 6))), tl.exp(log_p) - 1.0)
     finite = tl.maximum(log_p, LOWEST)
     at_id = prob * p_less_1 + (prob + onehot) + (1.0 + p_less_1) * plogp * finite + uniform

@@ -94,37 +94,41 @@ def _part(
     KEEP: tl.constexpr,
     ENTROPY: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     """Keep e of a part of a tile. Returns sum e and sum (z - base) e without the target's, and its z or 0.
 
-    Few parts hold a target (128 tokens among 600 tiles of 4 parts), so most skip the search. The branch also
-    keeps ptxas from mixing the parts, which would spill.
+    Few parts hold a target (128 tokens among 600 tiles of 4 parts): with BRANCH the rest skip the search. The
+    branch also keeps ptxas from mixing the parts, which would spill.
     """
     e = tl.exp2(z - r[:, None])
     if KEEP:
         kept.store([row0, col0], (e * KEPT_SCALE).to(kept.dtype))
     at = token_id - col0
-    if tl.max(((at >= 0) & (at < z.shape[1])).to(tl.int32), 0) > 0:
-        total, weighted, z_id = _sums_without(z, e, base, at, ENTROPY, HAS_BIAS)
+    if BRANCH:
+        if tl.max(((at >= 0) & (at < z.shape[1])).to(tl.int32), 0) > 0:
+            total, weighted, z_id = _sums_without(z, e, base, at, ENTROPY, HAS_BIAS)
+        else:
+            total, weighted = _sums(z, e, base, ENTROPY, HAS_BIAS)
+            z_id = tl.zeros_like(total)
     else:
-        total, weighted = _sums(z, e, base, ENTROPY, HAS_BIAS)
-        z_id = tl.zeros_like(total)
+        total, weighted, z_id = _sums_without(z, e, base, at, ENTROPY, HAS_BIAS)
     return total, weighted, z_id
 
 
 @triton.jit
 def _two_parts(
     z, kept, r, base, token_id, row0, col0,
-    KEPT_SCALE: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    KEPT_SCALE: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """`_part` of both halves of z."""
     left, right = _halves(z)
     width: tl.constexpr = z.shape[1] // 2
     total, weighted, z_id = _part(
-        left, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS
+        left, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
     )
     total1, weighted1, z_id1 = _part(
-        right, kept, r, base, token_id, row0, col0 + width, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS
+        right, kept, r, base, token_id, row0, col0 + width, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
     )
     return total + total1, weighted + weighted1, z_id + z_id1
 
@@ -133,7 +137,7 @@ def _two_parts(
 def forward_kernel(
     hidden,  # [rows, H], a descriptor of blocks [BM, BK]
     weight,  # [V, H], a descriptor of blocks [BN, BK]
-    kept,  # [rows, V], a descriptor of blocks [BM, BN / 4]; written with KEEP
+    kept,  # [rows, V], a descriptor of blocks [BM, BN / PARTS]; written with KEEP
     ids,  # [rows] int64
     bias,  # [V]; read if HAS_BIAS
     count,  # [1] int32
@@ -155,8 +159,10 @@ def forward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     GROUP: tl.constexpr,  # row tiles that share their columns of the weight in L2
+    PARTS: tl.constexpr,  # 2 or 4: the epilogue takes that part of a tile at a time
     PROGRAMS: tl.constexpr,
     FLATTEN: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):
     """z2 = hidden weight^T, persistent; tiles of one GROUP of rows go over all columns before the next."""
     scale_in = as_scalar(scale_in, tl.float32)
@@ -193,18 +199,37 @@ def forward_kernel(
         base = tl.maximum(top, LOWEST)
         r = tl.where(top > r + WINDOW, top, r)
         at_col = token_id.to(tl.int32)
-        left, right = _halves(z)
-        total, weighted, z_id = _two_parts(
-            left, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS
-        )
-        total1, weighted1, z_id1 = _two_parts(
-            right, kept, r, base, at_col, row0, col0 + BN // 2, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS
-        )
-        tl.store(state + 3 * rows + row, z_id + z_id1, mask=inside & found)
+        if PARTS == 2:
+            total, weighted, z_id = _two_parts(
+                z, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
+            )
+        else:
+            left, right = _halves(z)
+            total, weighted, z_id = _two_parts(
+                left, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
+            )
+            total1, weighted1, z_id1 = _two_parts(
+                right,
+                kept,
+                r,
+                base,
+                at_col,
+                row0,
+                col0 + BN // 2,
+                KEPT_SCALE,
+                KEEP,
+                ENTROPY,
+                HAS_BIAS,
+                BRANCH,
+            )
+            total += total1
+            weighted += weighted1
+            z_id += z_id1
+        tl.store(state + 3 * rows + row, z_id, mask=inside & found)
         tl.store(at, top, mask=inside)
-        tl.store(at + plane, total + total1, mask=inside)
+        tl.store(at + plane, total, mask=inside)
         if ENTROPY:
-            tl.store(at + 2 * plane, weighted + weighted1, mask=inside)
+            tl.store(at + 2 * plane, weighted, mask=inside)
         if MEAN:
             tl.store(at + (2 + ENTROPY) * plane, mean, mask=inside)
 
