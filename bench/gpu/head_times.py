@@ -27,7 +27,7 @@ from torch import Tensor
 
 import fastalign_kernels as fk
 from fastalign_kernels.linear.engine import Engine
-from fastalign_kernels.linear.epilogue import EPILOGUE
+from fastalign_kernels.linear.epilogue import EpilogueStatistics
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
@@ -194,7 +194,7 @@ def groups_of(
         "bare": lambda: bare(x, w),
         "public": lambda: public_cases(x, w, ids),
         "kept": lambda: engine_cases(x, w, ids, kept, None),
-        "epilogue": lambda: engine_cases(x, w, ids, EPILOGUE, None),
+        "epilogue": lambda: engine_cases(x, w, ids, EpilogueStatistics(), None),
         "slices": lambda: engine_cases(x, w, ids, in_slices, None),
         "kept, all in memory": all_kept,
     }
