@@ -1,5 +1,5 @@
-"""How a head call runs: its way, and chunks of tokens whose logits fit the workspace. Functions of shapes,
-dtypes and gradients wanted.
+"""How a head call runs: its mode, engine and chunks of tokens whose logits fit the workspace. Pure functions of
+shapes, dtypes and the gradients that are needed.
 
 One GEMM here means one N x H x V matrix product, 2 N H V flops; the naive loss takes three.
 """
@@ -25,24 +25,25 @@ TOKENS = {
 
 
 class HeadPlan(NamedTuple):
-    """How a head call runs: the way (linear/cross_entropy.py's table), tokens per chunk, bytes of the chunk's workspace, and
-    GEMMs in all.
+    """How a head call runs.
 
-    Chunk and workspace are those of the pass that makes the gradients; the forward pass of "general" makes
-    none and runs as "no_grad".
+    For mode "general" the numbers are those of the pass that computes the gradients. On a CPU its forward pass
+    runs as "no_grad".
     """
 
-    way: str
-    chunk: int
-    workspace_bytes: int
-    gemms: int
-    engine: str = "token_tiles"  # or on a GPU kept_softmax or vocab_slices
+    way: str  # the mode: no_grad, gradient_in_forward, frozen_head or general
+    chunk: int  # tokens whose logits are in memory together
+    workspace_bytes: int  # of these logits and what is kept of them
+    gemms: int  # of N x H x V, in forward and backward together
+    # token_tiles, or on a GPU kept_softmax or vocab_slices. The card itself is not known here: an H100 or H200
+    # runs many calls of kept_softmax in the engine `epilogue` (linear/engines.py).
+    engine: str = "token_tiles"
     kept_tokens: int = 0  # kept_softmax: tokens whose dlogits or softmax are in memory together
-    slice_columns: int = 0  # vocab_slices: of which `chunk` are all tokens
+    slice_columns: int = 0  # vocab_slices: ids of a slice; `chunk` is then all tokens
 
 
 def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
-    """The way of linear/cross_entropy.py's table for these gradients; see `plan_head` for the arguments."""
+    """The mode for these gradients; arguments as in `plan_head`."""
     if not (hidden_grad or weight_grad):
         return "no_grad"
     # fp16 training scales the loss so that small gradients survive; the scale arrives with the upstream
@@ -65,22 +66,23 @@ def plan_head(
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
 ) -> HeadPlan:
-    """The way and the chunk that a head call takes: a pure function of shapes, dtype, gradients wanted and
-    the workspace.
+    """How a head call runs: a pure function of shapes, dtype, needed gradients and the workspace.
 
     Args:
         n_tokens, hidden_size, vocab_size: N (ignored tokens not counted), H, V.
         dtype: of the hidden states.
         device: only its type matters.
-        hidden_grad, weight_grad: which gradients are wanted (weight_grad also stands for the bias).
-        upstream: what the backward pass brings: "scalar" (a loss that this package reduces), "logp" (any gradient of logp alone), or
-            "table" (any gradient of logp, entropy and lse).
-        tail_eps: whether the backward GEMMs leave columns out (see `linear_cross_entropy`); `gemms` is what they are at most.
-        workspace_mib: MiB for logits and what is made of them; default on a CPU 96, or 72 with weight_grad, on a GPU a sixteenth of
-            the card's memory and at most 2560, which is assumed here.
+        hidden_grad, weight_grad: which gradients are needed. weight_grad also stands for the bias.
+        upstream: what the backward pass brings: "scalar" (a loss that this package reduces), "logp" (any
+            gradient of logp alone), or "table" (any gradient of logp, entropy and lse).
+        tail_eps: if given, backward GEMMs leave columns out (see `linear_cross_entropy`), and `gemms` is an
+            upper bound.
+        workspace_mib: MiB for logits and what is made of them. Default on a CPU 96, or 72 with weight_grad; on
+            a GPU a sixteenth of the card's memory and at most 2560, which is assumed here.
 
-    Raises: ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small
-        for one token's logits.
+    Raises:
+        ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small for
+            one token's logits.
     """
     checks.whole("n_tokens", n_tokens, 0, expected="a whole number >= 0")
     checks.whole("hidden_size", hidden_size, 1, expected="a whole number >= 1")
