@@ -1,7 +1,7 @@
 """Whether the head's GPU engines are right on this device: `python -m bench.gpu.head_check [--json FILE]`.
 
 Each engine's statistics and gradients are compared with fp64, and must be no further from it than twice
-PyTorch's own error in the same dtype, elementwise (tests/tolerance.py). Takes about a minute, most of which is
+PyTorch's own error in the same dtype, elementwise (tests/tolerance.py). Takes about a minute, most of it in
 Triton's compiler. Exit status 1 if a case fails.
 """
 
@@ -123,7 +123,7 @@ def compare(name: str, ours: tuple[Tensor, Gradients], eager: Any, truth: Any, d
 
 
 def check(case: Case, engine_name: str) -> None:
-    """Cross-entropy, a loss given by a function, any upstream gradient twice, a frozen weight, no gradient."""
+    """Cross-entropy, a loss given by a function, any upstream gradient twice, frozen, without gradient."""
     engine, workspace = ENGINES[engine_name]
     inputs, clean = make(case)
     if inputs.hidden.shape[0] * inputs.weight.shape[0] < 400_000:

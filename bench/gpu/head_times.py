@@ -1,7 +1,7 @@
 """Times and peaks of the head on this GPU: `python -m bench.gpu.head_times [--json FILE] [--seconds S]`.
 
-For each shape: bare GEMMs, the public functions forward and backward, each engine by itself, PyTorch eager and
-compiled, and the prototypes if `--prototypes FILE` names head_prototypes.py. Medians of CUDA events; peaks of
+For each shape: bare GEMMs, the public functions forward and backward, each engine by itself, PyTorch eager
+and compiled, and the prototypes if `--prototypes FILE` names head_prototypes.py. Medians of CUDA events; peaks of
 torch's allocator beyond the inputs. Each case stands alone: what fails is written down, and the next begins.
 `--tune` times the row kernels over BLOCK and warps instead.
 """

@@ -157,11 +157,24 @@ def linear_cross_entropy_stats(
         The loss, and [...] each without gradient: logp, entropy, lse, top1; 0 / False where ignored.
     """
     return _cross_entropy(
-        hidden, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-        softcap=softcap, logit_scale=logit_scale, temperature=temperature, reduction=reduction,
-        token_weights=token_weights, num_items=num_items, tail_eps=tail_eps, workspace_mib=workspace_mib,
-        check=check, needs_entropy=True,
-    )  # fmt: skip
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items=num_items,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
+        check=check,
+        needs_entropy=True,
+    )
 
 
 def linear_cross_entropy(
@@ -186,7 +199,8 @@ def linear_cross_entropy(
     """Cross-entropy of targets under softmax(hidden @ weight.T + bias), in nats, without the logits.
 
     z = hidden @ weight.T + bias, then z * logit_scale, then softcap * tanh(z / softcap), then
-    z / temperature. A token's loss is -(1 - e) log P[target] - e mean_v log P[v] + z_loss * lse^2, with e = label_smoothing.
+    z / temperature. A token's loss is -(1 - e) log P[target] - e mean_v log P[v] + z_loss * lse^2, with e =
+    label_smoothing.
 
     Args:
         hidden: [..., H], fp32, bf16 or fp16 (fp64 on a CPU). Under autocast it is cast to the autocast dtype.
@@ -220,11 +234,24 @@ def linear_cross_entropy(
         ValueError: an argument has the wrong shape, dtype, device or range, or is no option's name.
     """
     return _cross_entropy(
-        hidden, weight, targets, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-        softcap=softcap, logit_scale=logit_scale, temperature=temperature, reduction=reduction,
-        token_weights=token_weights, num_items=num_items, tail_eps=tail_eps, workspace_mib=workspace_mib,
-        check=check, needs_entropy=False,
-    ).loss  # fmt: skip
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items=num_items,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
+        check=check,
+        needs_entropy=False,
+    ).loss
 
 
 def linear_cross_entropy_ref(

@@ -1,5 +1,7 @@
-"""How a head call runs on a GPU: the engine, tokens of a tile and of a block, columns of a slice. Pure functions
-of shapes, dtypes, gradients and the workspace."""
+"""How a head call runs on a GPU: the engine, tokens of a tile and of a block, columns of a slice.
+
+Pure functions of shapes, dtypes, gradients and the workspace.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 # Tokens of a tile of logits. On an H200 cuBLAS is 5 to 8 % slower at numbers that are no multiple of 256.
 TILES = (1024, 768, 512, 256)
 GRANULE = 256  # blocks of tokens and slices of the vocabulary are multiples of it
-# A block of B tokens reads and writes dW's fp32 sum, 8 V H bytes. A fourth GEMM is 2 N H V flops. At 170 flops
-# a byte (an H200's 680 TFLOP/s and 4 TB/s) N / B blocks cost more than the GEMM if B is below 680.
+# A block of B tokens reads and writes dW's fp32 sum, 8 V H bytes. A fourth GEMM is 2 N H V flops. At 170
+# flops a byte (an H200's 680 TFLOP/s and 4 TB/s) N / B blocks cost more than the GEMM if B is below 680.
 FEWEST_KEPT = 768
 # e^-SMALLEST_LOGP is about the smallest P that is kept with some of its digits.
 SMALLEST_LOGP = {torch.bfloat16: 85.0, torch.float16: 26.0}
@@ -71,7 +73,7 @@ def select_engine(call: GpuCall) -> str:
 
     Token tiles serve fp64 and the tail. Kept softmax serves all else if the workspace holds a tile of 256
     tokens and, with a gradient of the head, blocks of FEWEST_KEPT tokens or all tokens. With less memory the
-    vocabulary goes through in slices, or through token tiles if not even a slice of 256 columns fits.
+    vocabulary is processed in slices, or by token tiles if not even a slice of 256 columns fits.
     """
     if call.dtype == torch.float64 or (call.tail and call.grad):
         return "token_tiles"
@@ -86,9 +88,9 @@ def select_engine(call: GpuCall) -> str:
 def tile_sizes(call: GpuCall, *, even: bool = True) -> TileSizes:
     """Sizes for kept softmax.
 
-    Without a gradient of the head a block is one tile. With it a block holds all tokens if it can; else as few
-    blocks as possible are made, because each reads and writes dW's fp32 sum. Then the tile is as large as
-    possible.
+    Without a gradient of the head a block is one tile. With it a block holds all tokens if it can. Otherwise
+    as few blocks as possible are made, because each reads and writes dW's fp32 sum. Then the tile is as large
+    as possible.
 
     even: blocks are of about the same size. Else the first is as large as possible: P is kept for it.
     """
@@ -114,8 +116,8 @@ def tile_sizes(call: GpuCall, *, even: bool = True) -> TileSizes:
 def slice_width(call: GpuCall) -> int:
     """Columns of a vocabulary slice; 0 if the workspace does not hold GRANULE columns of all tokens.
 
-    dX in 16 bits is made of an fp32 sum when the slices are gone. What the sum takes more than dX comes out of
-    the workspace.
+    dX in 16 bits is made of an fp32 sum when the slices are gone. What the sum takes more than dX comes out
+    of the workspace.
     """
     per_column = max(1, call.n_tokens) * (call.tile_bytes + (call.kept_bytes if call.grad else 0))
     sums = 2 * call.n_tokens * call.hidden_size if call.hidden_grad and call.kept_bytes else 0

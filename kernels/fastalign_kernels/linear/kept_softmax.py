@@ -1,25 +1,28 @@
-"""The head's engine for GPUs: dlogits of many tokens are kept in 16 bits, so that dX and dW are one GEMM each.
+"""The head's engine for GPUs: dlogits of many tokens are kept in 16 bits, so that dX and dW are a GEMM each.
 
 Tokens go through an fp32 tile of logits, C at a time. One launch computes a tile's statistics and writes its
-dlogits, rounded once to the GEMMs' dtype, into memory for K tokens. When K tokens are there, dX and dW are one
-GEMM each. If all N tokens fit, dW is written once, in its final dtype; else blocks of K tokens are summed in
-fp32.
+dlogits, rounded once to the GEMMs' dtype, into memory for K tokens. When K tokens are there, dX and dW are
+one GEMM each. If all N tokens fit, dW is written once, in its final dtype. Otherwise blocks of K tokens are
+summed in fp32.
 
-    call                                  GEMMs            memory beside the gradients
-    no gradient                           1                a tile, 4 C V bytes
-    a loss that a token's statistics fix  1 + dX + dW      a tile and 2 K V; with N > K also dW's sum, 4 V H
-    any upstream gradient                 1 + dX + dW      the same; P is kept for K tokens between the passes
-                                          2 + dX + dW      for the tokens beyond K, whose logits are recomputed
-    frozen weight                         1 + dX           a tile and its dlogits, 6 C V bytes
+    call                              GEMMs          memory beside the gradients
+    no gradient                       1              a tile, 4 C V bytes
+    a loss fixed by token statistics  1 + dX + dW    a tile and 2 K V; with N > K also dW's sum, 4 V H
+    any upstream gradient             1 + dX + dW    the same; P is kept for K tokens between the passes
+                                      2 + dX + dW    for the tokens beyond K, whose logits are recomputed
+    frozen weight                     1 + dX         a tile and its dlogits, 6 C V bytes
 
-Bytes moved beside the GEMMs' own: 14 a logit (the tile is written, read twice; dlogits are written), of which
-dlogits are read twice more by the GEMMs. Measured as a prototype on an H200 at 8192 x 4096 x 151936 in bf16:
-47.2 ms where three bare GEMMs take 44.1 and token tiles 65.6.
+Where the dlogits of later tokens will come, a larger tile lies in the meantime. Bytes moved beside the GEMMs'
+own: 12 a logit (the tile is written in place of bf16 logits and read twice; dlogits are written). Measured on
+an H200 at 8192 x 4096 x 151936 in bf16: 48.5 ms where three bare GEMMs take 44.5 and token tiles took 65.6.
 
-What is kept of P: bf16 for bf16. fp16 for fp16, times 2^15: P itself would lose digits below 2^-14 and vanish
-below 2^-24, and P 2^15 keeps all digits of P from 2^-29 on. It is off by at most 2^-9 of itself in bf16 and 2^-11
-in fp16; `kept_grad` says what that does to gradients. fp32 hidden states keep their logits instead, and
-nothing is rounded: 4 bytes a logit, and the gradient overwrites them.
+What is kept of P is bf16 for bf16. For fp16 it is P 2^15 in fp16: P itself would lose digits below 2^-14 and
+vanish below 2^-24, and P 2^15 keeps all digits of P from 2^-29 on. It is off by at most 2^-9 of itself in
+bf16 and 2^-11 in fp16; `kept_grad` says what that does to gradients. fp32 hidden states keep their logits
+instead, and nothing is rounded: 4 bytes a logit, and the gradient overwrites them.
+
+Under graph capture ignored tokens keep their places, so forward and backward must both be captured, or
+neither.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""How a head call runs: its mode, engine and chunks of tokens whose logits fit the workspace. Pure functions of
-shapes, dtypes and the gradients that are needed.
+"""How a head call runs: its mode, engine and chunks of tokens whose logits fit the workspace.
+
+Pure functions of shapes, dtypes and the gradients that are needed.
 
 One GEMM here means one N x H x V matrix product, 2 N H V flops; the naive loss takes three.
 """
@@ -27,16 +28,16 @@ TOKENS = {
 class HeadPlan(NamedTuple):
     """How a head call runs.
 
-    For mode "general" the numbers are those of the pass that computes the gradients. On a CPU its forward pass
-    runs as "no_grad".
+    For mode "general" the numbers are those of the pass that computes the gradients. On a CPU its forward
+    pass runs as "no_grad".
     """
 
     way: str  # the mode: no_grad, gradient_in_forward, frozen_head or general
     chunk: int  # tokens whose logits are in memory together
     workspace_bytes: int  # of these logits and what is kept of them
     gemms: int  # of N x H x V, in forward and backward together
-    # token_tiles, or on a GPU kept_softmax or vocab_slices. The card itself is not known here: an H100 or H200
-    # runs many calls of kept_softmax in the engine `epilogue` (linear/engines.py).
+    # token_tiles, or on a GPU kept_softmax or vocab_slices. The card itself is not known here: an H100 or
+    # H200 runs many calls of kept_softmax in the engine `epilogue` (linear/engines.py).
     engine: str = "token_tiles"
     kept_tokens: int = 0  # kept_softmax: tokens whose dlogits or softmax are in memory together
     slice_columns: int = 0  # vocab_slices: ids of a slice; `chunk` is then all tokens
@@ -77,8 +78,8 @@ def plan_head(
             gradient of logp alone), or "table" (any gradient of logp, entropy and lse).
         tail_eps: if given, backward GEMMs leave columns out (see `linear_cross_entropy`), and `gemms` is an
             upper bound.
-        workspace_mib: MiB for logits and what is made of them. Default on a CPU 96, or 72 with weight_grad; on
-            a GPU a sixteenth of the card's memory and at most 2560, which is assumed here.
+        workspace_mib: MiB for logits and what is made of them. Default on a CPU 96, or 72 with weight_grad;
+            on a GPU a sixteenth of the card's memory and at most 2560, which is assumed here.
 
     Raises:
         ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small for
@@ -200,14 +201,17 @@ def capacity(
     largest = int(workspace_mib * 2**20) // per_token
     if largest < 1:
         raise ValueError(
-            f"workspace_mib: got {workspace_mib}, expected at least {per_token / 2**20:.3g}: one token's logits at V = {vocab_size}"
+            f"workspace_mib: got {workspace_mib}, expected at least {per_token / 2**20:.3g}: one token's "
+            f"logits at V = {vocab_size}"
         )
     return min(largest, TOKENS["cpu"]) if tail and kind == "cpu" else largest, per_token
 
 
 def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None, chunk_bytes: int) -> int:
-    """What kept columns (linear/tail_columns.py) may take between a forward and a backward pass: with a chunk's logits twice
-    the workspace."""
+    """What kept columns (linear/tail_columns.py) may take between a forward and a backward pass.
+
+    With a chunk's logits it is twice the workspace.
+    """
     workspace_mib = (
         default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
     )

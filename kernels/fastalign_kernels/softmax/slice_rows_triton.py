@@ -1,6 +1,6 @@
-"""Statistics of rows that come as slices of the vocabulary (linear/vocab_slices.py), merged into running sums.
+"""Statistics of rows that come as slices of the vocabulary (linear/vocab_slices.py).
 
-One program a row of the slice. Bytes a logit: 4.
+A slice is merged into running sums. One program a row of the slice. Bytes a logit: 4.
 """
 
 from __future__ import annotations
@@ -85,8 +85,10 @@ def slice_stats_kernel(
 def slice_stats(
     tile: Tensor, rows: Rows, softmaxes: Softmaxes, running: Tensor, first_column: int, vocab_size: int
 ) -> None:
-    """Merge the statistics of the columns from first_column on, tile [C, V_slice], into running [5, N] and the
-    table, which are right once all slices are merged."""
+    """Merge the statistics of the columns from first_column on, tile [C, V_slice], into running [5, N].
+
+    The table has those of the columns so far, and is right once all slices are merged.
+    """
     C, width = tile.shape
     if C == 0:
         return

@@ -1,5 +1,6 @@
-"""Row kernels of the head's GPU engines (linear/kept_softmax.py, linear/vocab_slices.py): one program a row of
-a tile of logits [C, V], 64-bit row offsets.
+"""Row kernels of the head's GPU engines (linear/kept_softmax.py, linear/vocab_slices.py).
+
+One program a row of a tile of logits [C, V], 64-bit row offsets:
 
     tile_rows        statistics of a row, its gradient, or both in one launch; or the softmax P itself
     kept_rows        a kept P into the gradient, in place
@@ -35,8 +36,9 @@ from .rows_triton import (
     zero_row,
 )  # fmt: skip
 
-# (BLOCK, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]: `bench.gpu.head_times
-# --tune`. "lean" computes lse and logp alone, "full" all statistics. Other architectures are taken to be alike.
+# (BLOCK, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]:
+# `python -m bench.gpu.head_times --tune`. "lean" computes lse and logp alone, "full" all statistics. Other
+# architectures are taken to be alike.
 LAUNCH = {
     "stats_lean": {80: (2048, 8)},  # 0.205 ms: 3.0 TB/s
     "stats_full": {80: (2048, 16)},  # 0.237; (4096, 8) takes 0.228 and spills on sm_80
