@@ -85,7 +85,7 @@ def read_row(
 
     READ_AGAIN: the caller reads the row once more, so it should stay in the L2 cache.
     """
-    lane = tl.arange(0, BLOCK_SIZE)
+    lane = tl.arange(0, BLOCK_SIZE)  # begin + lane is not named: as a value of its own it spills on sm_100
     evict: tl.constexpr = "evict_last" if READ_AGAIN else ""
     # finite, so that a lane of masked logits stays free of inf - inf
     lane_max = tl.full([BLOCK_SIZE], -1e30, dtype)
@@ -93,12 +93,11 @@ def read_row(
     lane_weighted = tl.zeros([BLOCK_SIZE], dtype)  # sum (z - lane_max) e^(z - lane_max)
     lane_total = tl.zeros([BLOCK_SIZE], dtype)
     for begin in range(0, V, BLOCK_SIZE):
-        col = begin + lane
-        inside = col < V
-        x = tl.load(row_logits + col, mask=inside, other=0.0, eviction_policy=evict).to(dtype)
+        inside = begin + lane < V
+        x = tl.load(row_logits + begin + lane, mask=inside, other=0.0, eviction_policy=evict).to(dtype)
         b = 0.0
         if HAS_BIAS:
-            b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
+            b = tl.load(bias + begin + lane, mask=inside, other=0.0).to(dtype)
         z, _ = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         if not LEAN:
             lane_total += tl.where(inside, z, 0.0)
@@ -174,32 +173,30 @@ def write_row(
     """Write P (prob + plogp log P) + uniform, and onehot more at the target, times dz/dx if HAS_SLOPE."""
     lane = tl.arange(0, BLOCK_SIZE)
     for begin in range(0, V, BLOCK_SIZE):
-        col = begin + lane
-        inside = col < V
+        inside = begin + lane < V
         x = tl.load(
-            row_logits + col, mask=inside, other=0.0, eviction_policy="evict_first"
+            row_logits + begin + lane, mask=inside, other=0.0, eviction_policy="evict_first"
         ).to(dtype)  # fmt: skip
         b = 0.0
         if HAS_BIAS:
-            b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
+            b = tl.load(bias + begin + lane, mask=inside, other=0.0).to(dtype)
         z, dz_dx = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
         logp = z - row_max - logsum
         factor = prob
         if HAS_PLOGP:
             factor = prob + plogp * tl.where(logp < -1e30, -1e30, logp)
         dz = tl.exp(logp) * factor + uniform
-        dz += tl.where(col == target, onehot, 0.0)
+        dz += tl.where(begin + lane == target, onehot, 0.0)
         if HAS_SLOPE:
             dz *= dz_dx
-        tl.store(out_row + col, dz, mask=inside)
+        tl.store(out_row + begin + lane, dz, mask=inside)
 
 
 @triton.jit
 def zero_row(out_row, V, dtype: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     lane = tl.arange(0, BLOCK_SIZE)
     for begin in range(0, V, BLOCK_SIZE):
-        col = begin + lane
-        tl.store(out_row + col, tl.zeros([BLOCK_SIZE], dtype), mask=col < V)
+        tl.store(out_row + begin + lane, tl.zeros([BLOCK_SIZE], dtype), mask=begin + lane < V)
 
 
 @triton.jit
