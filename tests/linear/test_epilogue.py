@@ -28,7 +28,7 @@ OPTIONS = {
 
 # The interpreter's products are exact in fp32. A GPU's tl.dot would round fp32 factors to TF32, so that the
 # engine serves 16 bits alone.
-DTYPE = torch.float16 if torch.cuda.is_available() else torch.float32
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def make(device, dtype=DTYPE, N=37, H=40, V=123, scale=0.3, ignored=True):
