@@ -1,5 +1,6 @@
-"""fastalign: fused losses for every stage of language-model training. The functions are fastalign_kernels',
-handed on unchanged.
+"""fastalign: fused losses for every stage of language-model training.
+
+The functions are those of fastalign_kernels.
 
 A name is loaded when it is first used, so that the command `fastalign` starts without torch, and `import
 fastalign` without transformers. `fastalign.nn`, `fastalign.rollout` and the other modules need no import of

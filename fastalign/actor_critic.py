@@ -1,5 +1,6 @@
-"""A policy and its value model as one module: what an optimizer, DistributedDataParallel and a checkpoint
-take whole.
+"""A policy and its value model as one module.
+
+An optimizer, DistributedDataParallel and a checkpoint take it whole.
 
 The value of a token is that of the state in which it was drawn, read where its log-probability is: at the
 token before it.
@@ -111,8 +112,10 @@ class ActorCritic(nn.Module):
         }
 
     def save_pretrained(self, policy: Path, value: Path | None = None) -> None:
-        """The policy as transformers' causal LM; the value model as its classifier, or a shared one's head in
-        a file beside the policy."""
+        """Save the policy as a causal LM, and the value model as a classifier.
+
+        The head of a shared value model goes into a file beside the policy.
+        """
         self.policy.save_pretrained(str(policy))
         if self.shared:
             save_file(

@@ -224,8 +224,7 @@ def _fastalign_head_forward(
     head: Callable[..., Any] = linear_token_stats,
     **options: Any,
 ) -> Any:
-    """lm_head's forward: logits as ever without targets, with them the named tuple of `head`, one of the
-    kernels'."""
+    """lm_head's forward: logits without targets, else the named tuple of `head`, a kernel's function."""
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
     if isinstance(self.weight, DTensor):
@@ -317,8 +316,10 @@ def _reduce_of(module: nn.Module) -> MethodType:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
-    """How a fused module is pickled and copied. A bound method is pickled by its name, by which a module's
-    class has none of ours."""
+    """Pickle or copy a fused module.
+
+    Python pickles a bound method by its name, which the module's class does not have.
+    """
     reduced: Any = type(self).__reduce_ex__(self, protocol)
     made, arguments, state, *rest = reduced
     ours = {"forward": _Rebound(_forward_of, self)} if _is_ours(self) else {}

@@ -20,8 +20,9 @@ from .versions import noting_newer_packages
 
 @noting_newer_packages()
 def score_packed(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a sequence classifier be called with `ends`, int64 [S]: it then returns `logits` [S, labels] at
-    these of the [B·T] tokens.
+    """Let a sequence classifier score given tokens of packed sequences.
+
+    Called with `ends`, int64 [S], it returns `logits` [S, labels] at these of the [B·T] tokens.
 
     The same object is returned. Six tokens go through both forwards, in evaluation mode. Raises
     UnsupportedModelError where they differ, or where the model has no linear layer `score` on a backbone.

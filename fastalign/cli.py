@@ -28,8 +28,10 @@ PACKAGES = ("fastalign", "torch", "triton", "transformers", "datasets", "peft", 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; each takes its own arguments, which `fastalign COMMAND --help` lists. Without one,
-    they are listed: status 0."""
+    """Run one command. `fastalign COMMAND --help` lists its arguments.
+
+    Without a command, lists the commands and ends with status 0.
+    """
     commands = "\n".join(f"  {name:<10} {help_line}" for name, (_, help_line) in COMMANDS.items())
     parser = Parser(
         prog="fastalign",

@@ -31,8 +31,7 @@ class UnsupportedModelError(ValueError):
 
 
 def unsupported(model: nn.Module, why: str) -> UnsupportedModelError:
-    """The error to raise, which names the model's class, and the packages that are newer than those
-    tested."""
+    """The UnsupportedModelError that names the model's class, and packages newer than those tested."""
     return UnsupportedModelError("; ".join([f"model: {type(model).__name__} {why}", *newer_than_tested()]))
 
 
@@ -75,8 +74,7 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
 
 
 class Explained(NamedTuple):
-    """A model's own forward on ten tokens: its arguments, what entered and left lm_head, and what follows
-    lm_head."""
+    """A model's own forward on ten tokens: its arguments, lm_head's input and output, and what follows it."""
 
     inputs: dict[str, Any]
     hidden: Tensor

@@ -22,8 +22,7 @@ class RopeSwitch(NamedTuple):
     """Whether each length beyond has frequencies of its own."""
 
     def crossed_by(self, shortest: int, longest: int) -> bool:
-        """Whether sequences of these numbers of tokens, in one forward pass, would not all have the
-        frequencies that they have alone."""
+        """Whether sequences of these lengths, in one forward pass, would not all keep their own frequencies."""
         return longest > self.tokens and (self.stretches or shortest <= self.tokens)
 
     def __str__(self) -> str:
@@ -31,8 +30,7 @@ class RopeSwitch(NamedTuple):
 
 
 def rope_switch(config: Any) -> RopeSwitch | None:
-    """The lowest switch of a transformers configuration; None where frequencies do not depend on the
-    length."""
+    """The lowest switch of a transformers configuration; None if frequencies do not depend on the length."""
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     by_layer = [
@@ -54,8 +52,10 @@ def _switch(text: Any, parameters: dict[str, Any]) -> RopeSwitch | None:
 
 
 def check_lengths(config: Any, lengths: Iterable[int], *, remedy: str) -> None:
-    """Raise ValueError where sequences of these lengths in tokens, in one forward pass, would change each
-    other's frequencies."""
+    """Raise ValueError if sequences of these lengths would change each other's frequencies.
+
+    The lengths are tokens of sequences in one forward pass.
+    """
     switch = rope_switch(config)
     if switch is None:
         return

@@ -10,8 +10,10 @@ from .probe import UnsupportedModelError, unsupported
 
 
 def backbone(model: nn.Module) -> PreTrainedModel:
-    """The module of a causal LM or classifier (or of the one in a PeftModel) whose `last_hidden_state` enters
-    its head."""
+    """The module whose `last_hidden_state` enters the head of a causal LM or classifier.
+
+    The model may be in a PeftModel.
+    """
     found: PreTrainedModel = backbone_of(causal_lm_of(model))
     return found
 

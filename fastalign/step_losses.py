@@ -1,5 +1,4 @@
-"""The loss of each stage's step on a batch: as the stage computes it, and as plain PyTorch code has it, for
-who compares the two.
+"""The loss of each stage's step: as the stage computes it, and in plain PyTorch to compare with.
 
 `batch` is a micro-batch as the stage makes it, `config` the stage's, `reference` what DPO and KTO hold the
 policy near. The stage's loss takes a fused model; the plain one asks any model for logits and keeps them. It

@@ -1,5 +1,4 @@
-"""The newest versions of the packages around fastalign that its tests passed with, and what to say beside an
-error under newer ones."""
+"""The newest package versions that the tests passed with, and a note for errors under newer ones."""
 
 import re
 from collections.abc import Iterator

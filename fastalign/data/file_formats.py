@@ -1,4 +1,11 @@
-"""The rows of one file: JSON, CSV, text and Parquet, compressed or not."""
+"""The rows of one file: JSON, CSV, text or Parquet.
+
+Values stay as written, or the file is refused with file and row.
+
+JSON is read by the standard library: numbers, texts and nulls stay what they are, and columns may mix
+types. What Python would change silently is refused: a key twice in one object, NaN, numbers beyond a
+double, half a surrogate pair.
+"""
 
 import bz2
 import csv
@@ -18,7 +25,7 @@ from .errors import DataError, one_line
 from .row_parts import Part, TablePart, TextPart
 from .strict_json import Fault, decode_object, skip_space
 
-# What begins so is not what a name with one of READERS' endings promises.
+# A file that begins so is not what one of READERS' endings promises.
 MAGIC = {
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
@@ -32,12 +39,12 @@ DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # w
 
 
 def read_file(path: str) -> Part:
-    """The rows of one file, read as its name's ending says."""
-    reader = READERS.get(_kind(path))
+    """The rows of one file, read according to the ending of its name."""
+    reader = READERS.get(file_kind(path))
     if reader is None:
         raise DataError(
             f"{path}: got a {''.join(Path(path).suffixes[-2:]) or 'file without ending'}, expected "
-            f"{_expected()}"
+            f"{expected_files()}"
         )
     return reader(path)
 
@@ -45,14 +52,13 @@ def read_file(path: str) -> Part:
 # Files
 
 
-def _kind(path: str) -> str:
-    """The ending that says how to read a file, less the compression's. It is none of READERS where no reader
-    fits."""
+def file_kind(path: str) -> str:
+    """The ending that decides how to read a file, without the compression's. It may be none of READERS."""
     *_, before, last = ["", "", *(suffix.lower() for suffix in Path(path).suffixes)]
     return before if last in COMPRESSED and before != ".parquet" else last
 
 
-def _expected() -> str:
+def expected_files() -> str:
     return f"a file ending in {', '.join(READERS)}; all but .parquet may be compressed as {', '.join(COMPRESSED)}"
 
 
@@ -70,7 +76,7 @@ COMPRESSED: dict[str, Callable[[str, Any], Any]] = {
 
 
 def _open(path: str) -> Any:
-    """The file's bytes, decompressed. Refuses a file that is not of the sort its name says."""
+    """The file's bytes, decompressed. Refuses a file that is not of the kind that its name says."""
     file = COMPRESSED.get(Path(path).suffix.lower(), open)(path, "rb")
     begin = file.peek(4)
     for magic, what in MAGIC.items():
@@ -81,7 +87,7 @@ def _open(path: str) -> Any:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Each line with its number, less its end (LF, CR LF or CR) and a byte order mark."""
+    """Each line with its number, without its end (LF, CR LF or CR) and without a byte order mark."""
     number = 0
     try:
         with _open(path) as file:
@@ -116,7 +122,7 @@ def _holds_array(path: str) -> bool:
 
 
 def _read_objects(path: str) -> TextPart:
-    """An object a line; a row's number is that of its line."""
+    """One object per line. A row's number is that of its line."""
     part = TextPart(path)
     for row, line in _lines(path):
         if not line.strip():
@@ -142,7 +148,7 @@ def _read_objects(path: str) -> TextPart:
 
 
 def _read_array(path: str) -> TextPart:
-    """Objects of one array; a row's number is its place. Errors of syntax name the line."""
+    """Objects of one array. A row's number is its index from 1. Syntax errors name the line."""
     part = TextPart(path)
     data = b""
     try:
@@ -220,8 +226,7 @@ def _read_csv(path: str) -> TextPart:
 
 
 def _csv_value(column: str, written: str) -> Any:
-    """Text as it is; the two columns that are no text in any format become a number or a truth value where
-    they can."""
+    """The text as written. `label` becomes a truth value and `margin` a number if possible."""
     if column == "label":
         return LABELS.get(written.strip().lower(), written)
     if column == "margin":

@@ -1,4 +1,7 @@
-"""Rows of several sequences for a causal LM, and the proof that such sequences do not see each other."""
+"""Rows of several sequences for a causal LM, and the check that such sequences do not see each other.
+
+Letters: B batch rows, T time, S sequences.
+"""
 
 from bisect import bisect_left, insort
 from collections import defaultdict
@@ -18,11 +21,11 @@ ATTENTION = ("sdpa", "eager", FLASH)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of indices into `lengths` (tokens) that sum to at most `capacity` each: best-fit decreasing.
+    """Bins of indices into `lengths` (in tokens), each of at most `capacity` tokens: best-fit decreasing.
 
-    Every index is in exactly one bin, and the result depends on the arguments only. Raises ValueError for a
-    length outside [1, capacity]. At most 11/9 of the fewest bins possible, plus a constant (Johnson et al.,
-    SIAM J. Comput. 3(4), 1974), in O(n log n) steps and short memmoves.
+    Each index is in exactly one bin. The result depends on the arguments only. Uses at most 11/9 of the
+    fewest possible bins, plus a constant (Johnson et al., SIAM J. Comput. 3(4), 1974), in O(n log n) steps
+    and short memmoves. Raises ValueError for a length outside [1, capacity].
     """
     for index, length in enumerate(lengths):
         if not 1 <= length <= capacity:
@@ -55,18 +58,21 @@ def collate(
     length: int | None = None,
     attention: str = "sdpa",
 ) -> dict[str, Any]:
-    """Arguments of a transformers causal LM for B rows, each of sequences that must not see each other.
+    """Arguments of a transformers causal LM for B rows of sequences that must not see each other.
 
-    input_ids, position_ids, labels: int64 [B, T], T being `length`, or else the longest row. Positions
-    restart at each sequence. Labels are -100 where a token is not trained, at every sequence's first token
-    and at padding (right). Pass `use_cache=False` along, and no attention_mask: transformers then masks by
-    the restarts, sliding windows included. With a cache, its default in training too, it does not, and
-    sequences see each other.
+    input_ids, position_ids, labels: int64 [B, T]. T is `length`, or else the longest row. Positions restart
+    at each sequence. Labels are -100 at tokens that are not trained, at each sequence's first token and at
+    padding, which is on the right.
 
-    Flash attention masks by lengths, which transformers reads off a single row only: for flash_attention_2
-    all sequences lie in one row, [1, total] or [1, B·length], and cu_seq_lens_q, cu_seq_lens_k (int32
-    [S+1]) and max_length_q, max_length_k (int, so that no layer waits for the device) come along. Raises
-    ValueError for no rows, an empty row, one longer than `length`, and an unknown `attention`.
+    Pass `use_cache=False` and no attention_mask: transformers then masks by the restarts, sliding windows
+    included. With a cache, which is its default in training too, sequences would see each other.
+
+    Flash attention masks by lengths, which transformers reads from a single row only. So for
+    flash_attention_2 all sequences lie in one row, [1, total] or [1, B·length], with cu_seq_lens_q and
+    cu_seq_lens_k (int32 [S+1]) and max_length_q and max_length_k (ints, so that no layer waits for the
+    device).
+
+    Raises ValueError for no rows, an empty row, a row longer than `length`, and an unknown `attention`.
     """
     if attention not in ATTENTION:
         raise ValueError(f"attention must be one of {', '.join(ATTENTION)}; got {attention!r}")
@@ -80,10 +86,10 @@ def collate(
         rows = [[sequence for row in examples for sequence in row]]
         width = length * len(widths) if length else sum(widths)
 
-    # Padding that counts on keeps a row one sequence, so that sdpa needs no mask. Otherwise each padding
-    # token is at position 0, a sequence of its own: counting on could leave a learned position table shorter
-    # than the row.
-    counts_on = length is None and all(len(row) == 1 for row in rows)
+    # If padding continues the count, a row stays one sequence and sdpa needs no mask. Otherwise each
+    # padding token is at position 0, as a sequence of its own: a continued count could exceed a learned
+    # position table.
+    continues_count = length is None and all(len(row) == 1 for row in rows)
     input_ids, position_ids, labels = [], [], []
     for row in rows:
         ids = [token for sequence in row for token in sequence.input_ids]
@@ -95,7 +101,7 @@ def collate(
         ]
         padding = width - len(ids)
         input_ids.append(ids + [pad_id] * padding)
-        position_ids.append(positions + (list(range(len(ids), width)) if counts_on else [0] * padding))
+        position_ids.append(positions + (list(range(len(ids), width)) if continues_count else [0] * padding))
         labels.append(targets + [IGNORE_INDEX] * padding)
     lists = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
     batch: dict[str, Any] = {name: torch.tensor(values) for name, values in lists.items()}
@@ -111,14 +117,16 @@ def collate(
 def check_packing(
     model: PreTrainedModel, *, attention: str = "sdpa", lengths: Iterable[int] | None = None
 ) -> None:
-    """Refuse a model in which a packed sequence differs from the same sequence alone.
+    """Raise ValueError if a packed sequence has other outputs than the same sequence alone.
 
-    `lengths`: the tokens of the sequences that are to be packed. A model with LongRoPE or dynamic RoPE needs
-    them, as the longest sequence of a row decides on the frequencies of all.
+    Outputs are logits, or a backbone's hidden states.
 
-    Recurrent layers that carry their state across sequences, and models that ignore position_ids, show up
-    here and nowhere else. Two forward passes of at most 12 tokens, in evaluation mode; call it under
-    training's autocast. Raises ValueError where logits, or a backbone's hidden states, do not agree.
+    This is the only place where recurrent layers that carry their state across sequences, and models that
+    ignore position_ids, are found. It takes two forward passes of at most 12 tokens in evaluation mode.
+    Call it under training's autocast.
+
+    `lengths`: the tokens of the sequences to pack. A model with LongRoPE or dynamic RoPE needs them,
+    because the longest sequence of a row decides the frequencies of all.
     """
     if lengths is None and (switch := rope_switch(model.config)):
         raise ValueError(
@@ -147,15 +155,14 @@ def outputs_of(model: PreTrainedModel, arguments: Mapping[str, Any]) -> torch.Te
     }
     with probing(model):
         output = model(**inputs, use_cache=False)
-    seen: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
-    return seen.flatten(0, 1)
+    found: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return found.flatten(0, 1)
 
 
 def beyond_rounding(packed: torch.Tensor, alone: torch.Tensor) -> str | None:
-    """How far outputs of packed sequences are from those of the same alone, where it is by more than
-    rounding.
+    """How far outputs of packed sequences differ from those of the same alone; None if rounding explains it.
 
-    Allowed is √ε of the coarsest dtype that they went through, relative to the largest of them.
+    Allowed is √ε of the coarsest dtype involved, relative to the largest output.
     """
     device = alone.device.type
     dtypes = [alone.dtype, torch.float32]  # many a norm and softmax is in fp32 in a model in fp64 too

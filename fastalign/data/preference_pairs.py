@@ -1,9 +1,7 @@
-"""Rows of preferences in, packed sequences out: pairs for reward models and DPO, judged completions for KTO.
+"""Rows of preferences become tokens: pairs for reward models and DPO, judged completions for KTO.
 
-What is scored of a sequence is the completion alone, with its EOS or end-of-turn token: `Tokenized.trained`
-marks it. Sequences that a step compares run in one forward pass, packed without padding where the attention
-masks by sequence, the prompt that two of them share computed once where it can (shared_prefix.py);
-`sequence_logps` gives each one's log-probability.
+Only the completion is scored, with its EOS or end-of-turn token: `Tokenized.trained` marks it.
+sequence_batches.py puts the sequences that a step compares into one forward pass.
 """
 
 import math
@@ -22,7 +20,7 @@ from .tokens import Tokenized
 
 
 class Pair(NamedTuple):
-    """Two completions of one prompt, each with the prompt before it."""
+    """Two completions of one prompt, each after the prompt."""
 
     chosen: Tokenized
     rejected: Tokenized
@@ -31,38 +29,42 @@ class Pair(NamedTuple):
 
 
 class Unpaired(NamedTuple):
-    """A completion that is desirable or not, with its prompt before it."""
+    """A completion that is desirable or not, after its prompt."""
 
     answered: Tokenized
     desirable: bool
     mismatched: Tokenized | None = None
-    """The prompt before another row's completion, see `mismatch`."""
+    """The prompt followed by another row's completion; see `mismatch`."""
 
     @property
     def prompt(self) -> list[int]:
-        """The tokens before the first that is scored."""
+        """The tokens before the first scored one."""
         return self.answered.input_ids[: self.answered.trained.index(True)]
 
     @property
     def completion(self) -> tuple[int, ...]:
-        """The tokens from the first that is scored."""
+        """The tokens from the first scored one on."""
         return tuple(self.answered.input_ids[self.answered.trained.index(True) :])
 
 
 def tokenize_pairs(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
 ) -> list[Pair]:
-    """Pairs, one a row: `prompt`, `chosen` and `rejected` (all text, or all messages), and a number `margin`
-    if there is one.
+    """Pairs, one per row: `prompt`, `chosen` and `rejected`, and a number `margin` if there is one.
 
-    Messages may come without `prompt`: it is then what both conversations begin with. Both may repeat a
-    prompt of messages, and both may be whole conversations beside a prompt of text, which the user says last
-    in what they share. Text is ended by an EOS. A `tools` column is handed to the chat template.
+    The three are all text, or all messages.
 
-    Pairs with a sequence longer than `max_length` tokens are refused, left out or cut at the right
-    (`too_long`), the latter two with one warning that counts them. Raises DataError for missing columns,
-    wrong types, a completion that is empty or has no token within `max_length`, and completions that are the
-    same, or are within `max_length`; ValueError for a tokenizer that lacks what this needs.
+    Messages may come without `prompt`: the prompt is then what both conversations begin with. Both answers
+    may repeat a prompt of messages. Both may be whole conversations beside a prompt of text, which must be
+    the last user turn that they share. Text is ended by an EOS. A `tools` column goes to the chat template.
+
+    `too_long` says what happens to pairs with a sequence longer than `max_length` tokens: they are refused,
+    dropped, or truncated at the right. One warning counts those that were dropped or truncated.
+
+    Raises:
+        DataError: a column is missing or has the wrong type; a completion is empty or has no token within
+            `max_length`; or both completions are the same, in full or within `max_length`.
+        ValueError: the tokenizer lacks what this needs.
     """
     implicit = (
         "prompt" not in rows.column_names and "chosen" in rows.column_names and holds_messages(rows, "chosen")
@@ -98,10 +100,11 @@ def tokenize_pairs(
 def tokenize_unpaired(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
 ) -> list[Unpaired]:
-    """Judged completions, one a row: `prompt` and `completion` (both text, or messages), and `label`, true
-    for a desirable one.
+    """Judged completions, one per row: `prompt`, `completion` and `label`, true if desirable.
 
-    Texts, lengths and errors as in `tokenize_pairs`; a label that is not true or false is refused too.
+    Prompt and completion are both text, or both messages.
+
+    Texts, lengths and errors are as in `tokenize_pairs`. A label other than true or false is refused.
     """
     need_columns(rows, "prompt", "completion", "label")
     chat = holds_messages(rows, "prompt", "completion")
@@ -118,8 +121,9 @@ def tokenize_unpaired(
 
 
 def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int) -> list[Unpaired]:
-    """The rows of a step, each with its prompt before the completion of another row of the step, cut at
-    `max_length` tokens.
+    """The rows of a step, each with its prompt followed by another row's completion.
+
+    This sequence is cut at `max_length` tokens.
 
     No row meets a completion equal to its own. Each completion is met once, where no completion is that of
     more than half of the rows. The result is a function of the arguments. Raises ValueError where all
@@ -163,8 +167,7 @@ def mismatch_bounds(rows: Sequence[Unpaired], *, max_length: int) -> list[Tokeni
 
 
 def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[..., Batch]) -> Batch:
-    """`both`: the chosen sequences, then the rejected ones, as `packer` packs them; `margins`: fp32 [pairs],
-    where there are any.
+    """`both`: the chosen sequences followed by the rejected ones, packed. `margins`: fp32 [pairs], if any.
 
     `packer` is `pack_sequences` with its options.
     """
@@ -175,11 +178,10 @@ def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[..., Batch]) -> Bat
 
 
 def collate_unpaired(rows: Sequence[Unpaired], *, packer: Callable[..., Batch]) -> Batch:
-    """`answered`, `mismatched` and `both` (one after the other): the rows' sequences as `packer` packs them;
-    `desirable`: bool [S].
+    """`answered`, `mismatched` and `both` (one after the other), packed. `desirable`: bool [S].
 
-    Without mismatched sequences `both` are the answered ones, and `mismatched` is left out. `packer` is
-    `pack_sequences` with its options.
+    If there are no mismatched sequences, `both` holds the answered ones and `mismatched` is absent.
+    `packer` is `pack_sequences` with its options.
     """
     answered = [row.answered for row in rows]
     mismatched = {number: row.mismatched for number, row in enumerate(rows) if row.mismatched is not None}

@@ -1,10 +1,4 @@
-"""Readers of files, folders and data sets: what is written comes through as it is, or is refused with file
-and row.
-
-JSON is read by the standard library: numbers, texts and nulls stay what they are, and columns may mix types.
-What Python would change without a word is refused: a key twice in one object, NaN, numbers beyond a double,
-half a surrogate pair.
-"""
+"""Find rows: in files, in a folder, or in a data set that `datasets` knows."""
 
 import difflib
 import glob
@@ -16,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, one_line
-from .file_formats import READERS, _expected, _kind, read_file
+from .file_formats import READERS, expected_files, file_kind, read_file
 from .row_parts import DatasetPart, Part
 from .rows import NAMED, Rows
 
@@ -27,19 +21,23 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     """Rows of files, of a folder, or of a data set that `datasets` knows. Each row is a dict of all columns.
 
     `source` is one of
-    - a file, or a glob (`data/*.jsonl`) of files, ending in
-      - .jsonl or .json: an object a line, or one array of objects. Values stay as written.
-      - .parquet: files may differ in types and columns. Null fields of structs are left out, at any depth: Arrow gives all
-        structs of a column the same fields. A map becomes a dict.
-      - .csv: a header, then a record a row; every value is text, but for `label` (true or false) and `margin` (a number).
-      - .txt: one document a line, in the column `text`; blank lines are left out.
 
-      All but Parquet also compressed, as in .jsonl.gz, .bz2, .xz or .zst.
-    - a folder of such files, of which `datasets` finds those of `split` by their names; "folder:config" if its README has configs.
+    - a file, or a glob (`data/*.jsonl`) of files, ending in
+        .jsonl or .json: one object per line, or one array of objects. Values stay as written.
+        .parquet: files may differ in types and columns. Null fields of structs are left out, at any depth:
+            Arrow gives all structs of a column the same fields. A map becomes a dict.
+        .csv: a header, then one record per row. Every value is text, except `label` (true or false) and
+            `margin` (a number).
+        .txt: one document per line, in the column `text`. Blank lines are left out.
+        All but Parquet may be compressed, as in .jsonl.gz, .bz2, .xz or .zst.
+    - a folder of such files. `datasets` finds those of `split` by their names. "folder:config" if its
+      README has configs.
     - "name" or "name:config" of a data set that `datasets` loads.
 
-    Raises DataError, with file and row (from 1; in .jsonl, .csv and .txt the line) for what is missing,
-    malformed, or has no rows, and ValueError for a split of plain files, which have none.
+    Raises:
+        DataError: the source is missing, malformed or has no rows. It names the file and the row (from 1;
+            in .jsonl, .csv and .txt the line).
+        ValueError: a split is asked of plain files, which have none.
     """
     name, _, config = (source, "", "") if Path(source).is_dir() else source.partition(":")
     if Path(name).is_dir():
@@ -57,10 +55,9 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
 
 
 def fingerprint_of(source: str, *, split: str) -> str | None:
-    """The fingerprint of the rows that `load_rows` last read from there in this process; None if it read
-    none.
+    """The fingerprint of the rows that `load_rows` last read from `source` in this process, or None.
 
-    What `source` holds may have changed since: a checkpoint is to know the rows that its run was given.
+    The content of `source` may have changed since. A checkpoint must know the rows that its run was given.
     """
     return _fingerprints.get((source, split))
 
@@ -69,7 +66,7 @@ _fingerprints: dict[tuple[str, str], str] = {}
 
 
 def _find_files(source: str) -> list[str]:
-    """The files that `source` names; none for what may be the name of a data set."""
+    """The files that `source` names; none if it may be the name of a data set."""
     if Path(source).is_file():
         return [source]
     if glob.has_magic(source):
@@ -77,7 +74,7 @@ def _find_files(source: str) -> list[str]:
             return found
         raise DataError(f"{source}: no such file; the pattern matches none")
     if (
-        _kind(source) in READERS
+        file_kind(source) in READERS
         or source.startswith(("/", "./", "../", "~"))
         or (source.count("/") > 1 and "://" not in source)
     ):
@@ -88,12 +85,8 @@ def _find_files(source: str) -> list[str]:
     return []
 
 
-# Folders and names
-
-
 def _read_folder(folder: str, config: str | None, split: str) -> Rows:
-    """The split's files, as `datasets` finds them by their names, read by the readers above where there is
-    one."""
+    """The split's files, as `datasets` finds them by their names, read by file_formats.py where it can."""
     import datasets  # on demand: it takes half a second to import
 
     try:
@@ -111,7 +104,7 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
         if not named:
             raise DataError(f"{folder}: no split {split!r}; there are: {', '.join(files)}")
         _warn_left(folder, [path for paths in files.values() for path in paths])
-        if any(_kind(path) not in READERS for paths in files.values() for path in paths):
+        if any(file_kind(path) not in READERS for paths in files.values() for path in paths):
             return Rows([DatasetPart(datasets.load_dataset(folder, config, split=split))])
         parts = {name: [read_file(path) for path in files[name]] for name in named}
         return (
@@ -122,17 +115,19 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
     except DataError:
         raise
     except (OSError, ValueError, LookupError, AssertionError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{folder}: {one_line(error.__cause__ or error)}; expected {_expected()}") from error
+        raise DataError(
+            f"{folder}: {one_line(error.__cause__ or error)}; expected {expected_files()}"
+        ) from error
 
 
-def _slice_splits(parts: Mapping[str, Sequence[Part]], wanted: Any) -> Rows:
+def _slice_splits(parts: Mapping[str, Sequence[Part]], instruction: Any) -> Rows:
     """The rows of a `datasets.ReadInstruction`, such as "train[:10%]+test"."""
-    splits = {name: Rows(own) for name, own in parts.items()}
+    splits = {name: Rows(split_parts) for name, split_parts in parts.items()}
     firsts = dict(zip(splits, accumulate(map(len, splits.values()), initial=0)))
-    spans = wanted.to_absolute({name: len(rows) for name, rows in splits.items()})
+    spans = instruction.to_absolute({name: len(rows) for name, rows in splits.items()})
     numbers = {name: range(firsts[name], firsts[name] + len(rows)) for name, rows in splits.items()}
     indices = [number for span in spans for number in numbers[span.splitname][span.from_ : span.to]]
-    return Rows([part for own in parts.values() for part in own], indices)
+    return Rows([part for split_parts in parts.values() for part in split_parts], indices)
 
 
 def _warn_left(folder: str, read: list[str]) -> None:
@@ -168,7 +163,7 @@ def _load_named(source: str, name: str, config: str | None, split: str) -> Rows:
 
 
 def _hub_error(name: str) -> str | None:
-    """Why the hub cannot be asked for a data set, None where it answers, if only slowly or by a refusal."""
+    """Why the hub cannot be asked for a data set; None if it answers, even slowly or with a refusal."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

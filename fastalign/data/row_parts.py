@@ -34,8 +34,10 @@ class Part(Protocol):
 
 
 class TextPart:
-    """Rows as JSON objects in UTF-8, one after another in a buffer, parsed at each read. `add` them before
-    the first read."""
+    """Rows as JSON objects in UTF-8, one after another in a buffer and parsed at each read.
+
+    `add` all rows before the first read.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -52,7 +54,7 @@ class TextPart:
         return len(self._numbers)
 
     def add(self, number: int, names: Mapping[str, Any], written: bytes) -> None:
-        """A row of this number in the file, with these columns."""
+        """Add a row with this number in the file and these columns."""
         self._names.update(dict.fromkeys(names))
         self._buffer += written
         self._ends.append(len(self._buffer))
@@ -71,10 +73,10 @@ class TextPart:
 
 
 class TablePart:
-    """The rows of an Arrow table, but that fields of structs that are null are left out, at any depth.
+    """The rows of an Arrow table. Null fields of structs are left out, at any depth.
 
-    Arrow gives all structs of a column the same fields, and null where a message, a tool or a call has no
-    such key. Chat templates ask whether a key is there. A null in a column or in a map is kept: there, it was
+    Arrow gives all structs of a column the same fields, and null if a message, a tool or a call has no such
+    key. Chat templates test whether a key exists. A null in a column or in a map is kept, because it was
     written.
     """
 
@@ -100,8 +102,8 @@ class TablePart:
     def _column(self, name: str, begin: int, end: int) -> list[Any]:
         try:
             column = self._table.column(name).slice(begin, end - begin)
-            # Conversion of maps takes three times as long, for columns without maps too. A field named so
-            # only loses the time.
+            # Converting maps takes three times as long, also in columns without maps. A field with "map<"
+            # in its name only costs time.
             values = (
                 column.to_pylist(maps_as_pydicts="strict")
                 if "map<" in str(column.type)
@@ -125,7 +127,7 @@ class TablePart:
 
 
 class DatasetPart:
-    """The rows of a `datasets.Dataset`, with the nulls of its structs left out as in TablePart."""
+    """The rows of a `datasets.Dataset`. Null fields of structs are left out as in TablePart."""
 
     def __init__(self, dataset: Any) -> None:
         self.columns = list(dataset.column_names)
@@ -154,8 +156,7 @@ Cleaner = Callable[[Any], Any]
 
 
 def _null_remover(kind: pa.DataType) -> Cleaner | None:
-    """What takes the null fields out of the structs of a value of this type; None for a type without
-    structs."""
+    """A function that removes null fields of structs from values of this type; None if there are no structs."""
     if isinstance(kind, pa.BaseExtensionType):
         return _null_remover(kind.storage_type)
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):

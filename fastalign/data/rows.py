@@ -1,9 +1,8 @@
-"""Rows as they are written: a table of our own, in which no value changes, and whose rows know their file and
-line.
+"""Rows as they are written: no value changes, and each row knows its file and line.
 
-A row is a dict of all columns; a column that it lacks is None. Rows of JSON are kept as bytes and parsed when
-they are read, so a mixed column stays mixed and 1e6 rows take little more memory than their files. Rows of
-Parquet are kept as Arrow tables.
+A row is a dict of all columns; a column that the row lacks is None. Rows of JSON are kept as bytes and
+parsed when they are read. So a column may mix types, and 1e6 rows take little more memory than their files.
+Rows of Parquet are kept as Arrow tables.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 from .errors import DataError, FatalDataError
 from .row_parts import BATCH, DatasetPart, Part
 
-NAMED = 5  # rows that a message names; it counts the others
+NAMED = 5  # rows that a message names; it counts the rest
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -27,8 +26,8 @@ T = TypeVar("T")
 class Rows:
     """The rows of files one after another: an immutable sequence of dicts.
 
-    `rows[3]` is a row, `rows["text"]` the list of a column's values, `rows.read(columns)` passes over all
-    rows.
+    `rows[3]` is a row, `rows["text"]` the list of a column's values, and `rows.read(columns)` iterates over
+    all rows.
     """
 
     def __init__(self, parts: Sequence[Part], indices: Sequence[int] | None = None) -> None:
@@ -52,7 +51,7 @@ class Rows:
         return self.read()
 
     def read(self, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-        """Each row, with these columns alone."""
+        """Iterate over the rows, with these columns only."""
         names = self.column_names if columns is None else columns
         if self._indices is not None:
             for part, index in map(self._find, range(len(self))):
@@ -69,15 +68,15 @@ class Rows:
         )
 
     def place(self, index: int) -> tuple[str, int]:
-        """The file of a row, "" if it has none, and the row's number in it, from 1 as an editor shows it."""
+        """The file of a row ("" if it has none) and the row's number in it, from 1 as an editor shows it."""
         part, place = self._find(index)
         return part.place(place)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all rows, in their order: the same for the same rows in a file that was moved or copied.
+        """A hash of all rows in order. A file that was moved or copied has the same.
 
-        Parquet files count as the same only if their row groups are the same too.
+        Parquet files have the same only if their row groups are the same too.
         """
         digest = hashlib.blake2b(digest_size=16)
         for part in self._parts:
@@ -103,14 +102,14 @@ class Rows:
 
 
 def as_rows(rows: Any) -> Rows:
-    """`rows` themselves, or those of a `datasets.Dataset`."""
+    """`rows` themselves, or the rows of a `datasets.Dataset`."""
     return rows if isinstance(rows, Rows) else Rows([DatasetPart(rows)])
 
 
 def read_each(
     rows: Any, columns: Sequence[str], convert: Callable[[Row], T], optional: Sequence[str] = ()
 ) -> list[T]:
-    """`convert` of these columns of every row, and of the `optional` ones that there are.
+    """Apply `convert` to these columns of each row, and to the `optional` ones that exist.
 
     The DataErrors that it raises become one that names the rows.
     """
@@ -129,7 +128,7 @@ def read_each(
 
 
 def need_columns(rows: Any, *columns: str) -> None:
-    """Raise DataError where `rows` lack one of the columns."""
+    """Raise DataError if `rows` lack one of the columns."""
     if missing := [repr(column) for column in columns if column not in rows.column_names]:
         hint = "; ShareGPT's are for fastalign sft, other stages want prompt and answers as messages" * (
             "conversations" in rows.column_names
@@ -141,7 +140,10 @@ def need_columns(rows: Any, *columns: str) -> None:
 
 
 def name_rows(rows: Any, indices: Sequence[int] = ()) -> str:
-    """As in "a.jsonl, rows 3, 9; b.jsonl, row 1 and 7 more: ", or "a.jsonl: " without indices."""
+    """The place of rows, as in "a.jsonl, rows 3, 9; b.jsonl, row 1 and 7 more: ".
+
+    Without indices it is "a.jsonl: ".
+    """
     by_file: dict[str, list[str]] = defaultdict(list)
     for file, number in map(as_rows(rows).place, indices[:NAMED] or [0]):
         by_file[file].append(str(number))
@@ -156,8 +158,7 @@ def name_rows(rows: Any, indices: Sequence[int] = ()) -> str:
 
 
 def refuse_rows(rows: Any, faults: Mapping[str, Sequence[int]]) -> None:
-    """Raise DataError where a fault has indices into `rows`, with a line for each fault that names its
-    rows."""
+    """Raise DataError if a fault has indices into `rows`, with a line per fault that names its rows."""
     lines = [
         f"{name_rows(rows, list(dict.fromkeys(indices)))}{fault}"
         for fault, indices in faults.items()

@@ -15,8 +15,10 @@ from .tokens import Tokenized, last_token
 
 
 def last_tokens(packed: dict[str, Any], *, pad_id: int) -> Tensor:
-    """The `ends` of sequences as `pack_sequences` packs them: what transformers pools,
-    the last but `pad_id`."""
+    """The `ends` [S] of packed sequences: the last token of each other than `pad_id`.
+
+    transformers' classifiers read their score there.
+    """
     behind = [
         len(sequence.input_ids) - last_token(sequence, pad_id=pad_id) for sequence in packed["sequences"]
     ]
@@ -37,19 +39,18 @@ def pack_sequences(
 ) -> Batch:
     """S sequences for one forward pass, and where each of them lies in it.
 
-    `arguments` are collate's, for a model; rows are as long as the longest sequence and hold further ones
-    where they fit (one a row without `packing`), flash attention's one row holds all. `starts` and `places`
-    are int64: values [B, T] of the tokens, flattened, belong to segments that begin at `starts` [segments +
-    1], and the sequences are the segments `places` [S]; the others are padding. `lengths`: int64 [S], scored
-    tokens. `sequences`: as given.
+    `arguments` are `collate`'s, for a model. Rows are as long as the longest sequence and hold further ones
+    if they fit; without `packing` there is one sequence per row, and flash attention's single row holds
+    all. `starts` and `places` are int64. The tokens' values [B, T], flattened, belong to segments that
+    begin at `starts` [segments + 1]. The sequences are the segments `places` [S]; the remaining segments
+    are padding. `lengths`: int64 [S], scored tokens. `sequences`: as given.
 
-    Where `prompts` [S] has a number twice, these sequences begin alike. With the `hidden_size` of a model
-    that takes masks (`shared_prefix.explain_unshared`; not for flash attention, nor without
-    `packing`) what they share is computed once, if that takes fewer operations. Rows are then as long as the
-    longest sequences that share; what is shared is a segment of its own, a sequence's is the rest of it, and
-    `prefixes`, int64 [segments], is the one before each, or itself.
-    `shared_prefix.model_arguments` then adds the mask to the arguments, as numbers if `additive`,
-    for eager attention.
+    Sequences with the same number in `prompts` [S] begin alike. If `hidden_size` is given, that of a model
+    that takes masks (`shared_prefix.explain_unshared`), their common prefix is computed once, provided that
+    this takes fewer operations. It needs `packing` and excludes flash attention. Rows are then as long as
+    the longest family of sequences. The prefix is a segment, the rest of each sequence is another, and
+    `prefixes`, int64 [segments], is the segment before each, or itself. `shared_prefix.model_arguments`
+    adds the mask to the arguments, as numbers if `additive`, for eager attention.
     """
     alone = [Family((number,), 0, len(sequence.input_ids)) for number, sequence in enumerate(sequences)]
     if attention == FLASH:
@@ -76,7 +77,9 @@ def pack_sequences(
 
 
 def sequence_logps(model: nn.Module, packed: Batch) -> Tensor:
-    """log P(completion | prompt) of each sequence, [S] in nats (fp32, or fp64 for fp64), by a fused causal
-    LM."""
+    """log P(completion | prompt) of each sequence, [S] in nats, by a fused causal LM.
+
+    fp32, or fp64 for fp64.
+    """
     output = model(**model_arguments(packed), token_stats=True, use_cache=False)
     return sum_by_sequence(output.logp.flatten(), packed["starts"])[packed["places"]]

@@ -1,11 +1,11 @@
-"""The prompt that two sequences have in common, computed once: where it lies in a row, and who sees it.
+"""A prompt that two sequences share is computed once: where it lies in a row, and who sees it.
 
-A family lies in a row as its shared tokens and then, branch by branch, the rest of each sequence. A branch
-sees the shared tokens and itself, at the positions that it has in a sequence of its own, so that
-log-probabilities and gradients are those of separate sequences. The branches begin with the prompt's last
-token: its hidden state predicts a completion's first one.
+A family of sequences lies in a row as its shared tokens followed, branch by branch, by the rest of each
+sequence. A branch sees the shared tokens and itself, at the positions that it would have alone. So
+log-probabilities and gradients are those of separate sequences. Branches begin with the prompt's last
+token, because its hidden state predicts a completion's first token.
 
-This takes full causal attention that is given a mask [T, T]; `explain_unshared` finds out whether a model has
+This needs full causal attention that takes a mask [T, T]; `explain_unshared` finds out whether a model has
 it.
 """
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .packing import FLASH, beyond_rounding, outputs_of, pack
 from .tokens import Tokenized, last_token
 
-# What configs call the reach of an attention, in tokens; `layer_types` says whether a layer has it.
+# Names in configs for the reach of an attention, in tokens. `layer_types` says whether a layer has it.
 _WINDOWS = (
     "sliding_window",
     "window_size",
@@ -34,37 +34,42 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class Family(NamedTuple):
-    """Sequences that lie in a row as one piece; one alone shares nothing."""
+    """Sequences that lie in a row as one piece. A family of one shares nothing."""
 
     members: tuple[int, ...]
     shared: int
-    """Tokens that all of them begin with, and that are computed once."""
+    """Tokens that all of them begin with, which are computed once."""
     length: int
-    """Tokens of the whole."""
+    """Tokens of the whole piece."""
 
 
 class Layout(NamedTuple):
-    """Rows of segments: shared tokens, branches or whole sequences, and a row's padding at its end, which may
-    be empty."""
+    """Rows of segments.
+
+    A segment is a shared prefix, a branch, a whole sequence, or the padding at a row's end (which may be
+    empty).
+    """
 
     rows: list[list[Tokenized]]
     """The segments without the padding, for `fastalign.data.collate`."""
     starts: Tensor
-    """int64 [segments + 1]: where each begins among the [B·T] tokens, and the end."""
+    """int64 [segments + 1]: where each segment begins among the [B·T] tokens, and the end."""
     places: Tensor
-    """int64 [S]: the segment that each sequence ends with."""
+    """int64 [S]: the last segment of each sequence."""
     prefixes: Tensor
-    """int64 [segments]: the segment that holds what comes before each, or itself."""
+    """int64 [segments]: the segment that comes before each in its sequence, or itself."""
     skipped: Tensor
-    """int64 [segments]: the tokens of a sequence that come before each."""
+    """int64 [segments]: the tokens of the sequence before each segment."""
 
 
 def find_families(sequences: Sequence[Tokenized], prompts: Sequence[int], *, pad_id: int) -> list[Family]:
-    """Sequences with the same number in `prompts` [S] are a family, where they share a token; any other is
-    one of its own.
+    """Group the sequences that have the same number in `prompts` [S] and share a token.
 
-    Shared is what they begin with, short of the token before the first trained one, and of the last that is
-    not padding, at which a classifier reads its score. So whatever is read of a sequence lies in a branch.
+    Any other sequence is a family of one.
+
+    The shared prefix ends before the token that predicts the first trained one, and before the last token
+    that is not padding, where a classifier reads its score. So whatever is read of a sequence lies in its
+    branch.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
@@ -87,19 +92,18 @@ def _read_from(sequence: Tokenized, pad_id: int) -> int:
 
 
 def fill_rows(families: Sequence[Family]) -> list[list[Family]]:
-    """Rows as long as the longest family, with further ones where they fit."""
+    """Rows as long as the longest family, with further families if they fit."""
     lengths = [family.length for family in families]
     return [[families[number] for number in row] for row in pack(lengths, max(lengths))]
 
 
 def count_operations(rows: Sequence[Sequence[Family]], *, hidden_size: int) -> float:
-    """What rows cost in a Transformer layer, of 24 H² flops a token and 4 H for each pair of tokens, in units
-    of 4 H.
+    """Cost of rows in a Transformer layer, in units of 4 H: 24 H² flops per token and 4 H per pair of tokens.
 
-    Half of the pairs where every row is one sequence, which needs no mask. Measured on two AMD cores, DPO
-    steps of a Llama with H 256 and 4 layers are 1.6 times faster with a shared prompt of 384 tokens before
-    completions of 64, and 1.2 times with 128 before 128; they would be 1.07 times slower with 64 before 256,
-    and 1.15 times with 16 before 256, which this count avoids.
+    Rows of one sequence each need no mask and half of the pairs. Measured on two AMD cores, DPO steps of a
+    Llama with H 256 and 4 layers are 1.6 times as fast with a shared prompt of 384 tokens and completions
+    of 64, and 1.2 times with 128 and 128. They would be 1.07 times slower with 64 and 256, and 1.15 times
+    with 16 and 256, which this count avoids.
     """
     width = max(sum(family.length for family in row) for row in rows)
     masked = any(len(row) > 1 or row[0].shared for row in rows)
@@ -107,7 +111,7 @@ def count_operations(rows: Sequence[Sequence[Family]], *, hidden_size: int) -> f
 
 
 def lay_out(sequences: Sequence[Tokenized], rows: Sequence[Sequence[Family]]) -> Layout:
-    """Where everything lies in rows of families, each as long as the longest."""
+    """Where each segment lies in rows of families, each row as long as the longest."""
     width = max(sum(family.length for family in row) for row in rows)
     pieces: list[list[Tokenized]] = []
     segments: list[tuple[int, int, int]] = []  # length, prefix, skipped
@@ -132,11 +136,10 @@ def lay_out(sequences: Sequence[Tokenized], rows: Sequence[Sequence[Family]]) ->
 
 
 def model_arguments(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's arguments for what `fastalign.data.pack_sequences` packed, with the mask where prompts
-    are shared.
+    """A model's arguments for packed sequences, with the mask if prompts are shared.
 
-    The mask is made here, on the tokens' device, as transformers makes one for packed rows: a batch that
-    waits is small.
+    The mask is built here, on the tokens' device, as transformers builds one for packed rows. So a batch
+    that waits is small.
     """
     arguments = dict(packed["arguments"])
     if "prefixes" in packed:
@@ -148,37 +151,38 @@ def model_arguments(packed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mask(starts: Tensor, prefixes: Tensor, shape: torch.Size, *, additive: bool) -> Tensor:
-    """[B, 1, T, T]: a token sees those not behind it of its own segment and of the one before. bool, or fp32
-    to add to scores."""
+    """[B, 1, T, T]: a token sees earlier tokens of its own segment and of the segment before it.
+
+    bool, or fp32 to add to scores.
+    """
     numbers = torch.arange(len(prefixes), device=starts.device)
-    own = numbers.repeat_interleave(starts.diff(), output_size=shape.numel()).view(shape)
-    seen = (own[:, :, None] == own[:, None, :]) | (prefixes[own][:, :, None] == own[:, None, :])
-    mask = seen.tril_()[:, None]
+    segment = numbers.repeat_interleave(starts.diff(), output_size=shape.numel()).view(shape)
+    visible = (segment[:, :, None] == segment[:, None, :]) | (
+        prefixes[segment][:, :, None] == segment[:, None, :]
+    )
+    mask = visible.tril_()[:, None]
     if not additive:
         return mask
-    # fp32 whatever the scores are: they are added up in the wider of the two, and softmax is taken in fp32 at
-    # least.
+    # fp32 fits any scores: they are added in the wider of the two types, and softmax runs in fp32 at least.
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
 def explain_unshared(
     model: PreTrainedModel, packer: Callable[..., Mapping[str, Any]], *, attention: str, longest: int
 ) -> str | None:
-    """Why sequences of up to `longest` tokens must each have their own prompt in this backbone; None where
-    two can share it.
+    """Why sequences of up to `longest` tokens cannot share a prompt in this backbone; None if they can.
 
-    What the config says of layers and windows is believed. Then two sequences of `longest` tokens (eight at
-    least), packed by `packer` with a shared prompt and without, must give the same hidden states up to
-    rounding, as in `check_packing`: they are as long as in training, so that position tables and windows that
-    are measured along the row show. Evaluation mode; call it without autocast, whose rounding could hide a
-    difference.
+    The config is trusted about layers and windows. Then two sequences of `longest` tokens (at least eight),
+    packed by `packer` with a shared prompt and without, must give the same hidden states up to rounding, as
+    in `check_packing`. They are as long as in training, so that position tables and windows measured along
+    the row show. Runs in evaluation mode. Call it without autocast, whose rounding could hide a difference.
     """
     if attention == FLASH:
         return f"{attention} takes no mask"
     name, config = type(model).__name__, model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or (_FULL, _SLIDING))
-    if others := sorted(kinds - {_FULL, _SLIDING}):
-        return f"{name} has layers of the kind {', '.join(others)}"
+    if unknown := sorted(kinds - {_FULL, _SLIDING}):
+        return f"{name} has layers of the kind {', '.join(unknown)}"
     windows = {field: getattr(config, field, None) for field in _WINDOWS if _SLIDING in kinds}
     for field, window in windows.items():
         # Some models measure it along the row, and a pair with a short prompt is up to twice as long as a

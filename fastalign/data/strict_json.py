@@ -1,7 +1,7 @@
-"""JSON by the standard library, less what it would change or take without a word.
+"""JSON by the standard library, without what it would change or accept silently.
 
-Numbers become ints of any size, or doubles. Refused are a key twice in one object (the first value would be
-lost), NaN and Infinity, numbers beyond the range of doubles (they would become infinite, or 0), half a
+Numbers become ints of any size, or doubles. Refused are: a key twice in one object (the first value would
+be lost), NaN and Infinity, numbers beyond the range of doubles (they would become infinite or 0), half a
 surrogate pair, whole numbers of more than 4,300 digits, and nesting deeper than NESTING.
 """
 
@@ -15,7 +15,7 @@ NESTING = 200  # levels; Python's own limit depends on its version and on who ca
 
 
 class Fault(ValueError):
-    """What is wrong with a JSON text that Python's parser would take."""
+    """A JSON text has a fault that Python's parser would accept."""
 
 
 def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def decode_object(text: str, begin: int) -> tuple[dict[str, Any], int]:
-    """The object that begins there, and where it ends."""
+    """The object that begins at `begin`, and where it ends."""
     try:
         record, end = DECODER.raw_decode(text, begin)
     except (json.JSONDecodeError, Fault):
@@ -66,7 +66,7 @@ def decode_object(text: str, begin: int) -> tuple[dict[str, Any], int]:
 
 
 def skip_space(text: str, begin: int) -> int:
-    """The first place from `begin` that is no white space of JSON."""
+    """The first index from `begin` on that is no white space of JSON."""
     end: int = SPACE.match(text, begin).end()  # type: ignore[union-attr]  # it matches anywhere
     return end
 

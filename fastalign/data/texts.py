@@ -1,4 +1,4 @@
-"""Texts of rows, and the tokens that lie in a span of characters."""
+"""Plain text of rows, and which tokens lie in a trained span of characters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,10 @@ Spans = list[tuple[int, int]]  # characters [start, end) of a text that are trai
 
 
 def join_texts(row: Row, answer: str = "completion") -> tuple[str, Spans]:
-    """`prompt` and the column `answer` as one text, and the answer's span.
+    """`prompt` and the column `answer` as one text, and the span of the answer.
 
-    They are tokenized as a whole and told apart by offsets: on its own an answer would get the space that
-    SentencePiece tokenizers put in front of every text. A prompt may be white space, such as a line break; an
-    answer may not.
+    They are tokenized as one text, because SentencePiece tokenizers put a space in front of each text: an
+    answer alone would get one. A prompt may be white space, such as a line break. An answer may not.
     """
     prompt = read_text("prompt", row["prompt"], blank=True)
     text = prompt + read_text(answer, row[answer])
@@ -24,11 +23,10 @@ def join_texts(row: Row, answer: str = "completion") -> tuple[str, Spans]:
 
 
 def overlapping(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
-    """Whether each token, by its characters [start, end) in the text, is trained: it overlaps a span, and is
-    not the first.
+    """Whether each token, by its characters [start, end), overlaps a span; the first token never counts.
 
-    A tokenizer that trims white space from offsets leaves a token of nothing else empty, at its end: it
-    begins where the one before it ended. Special tokens that the tokenizer adds are at (0, 0), and not
+    Some tokenizers trim white space from offsets. A token of white space only is then empty, at its end: it
+    begins where the token before it ended. Special tokens that the tokenizer adds are at (0, 0) and not
     trained.
     """
     trained = []
@@ -43,8 +41,7 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
 
 
 def read_text(column: str, text: Any, *, blank: bool = False) -> str:
-    """`text`, or DataError for what is no text, or empty: without a character, or unless `blank` with white
-    space only."""
+    """`text`. Raises DataError if it is no text or empty; white space counts as empty unless `blank`."""
     if text is None:
         raise DataError(f"column {column!r} is missing or null")
     if not isinstance(text, str):
@@ -55,5 +52,5 @@ def read_text(column: str, text: Any, *, blank: bool = False) -> str:
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What messages call a tokenizer: where it was loaded from, or else its class."""
+    """The name of a tokenizer in messages: where it was loaded from, or else its class."""
     return tokenizer.name_or_path or type(tokenizer).__name__

@@ -1,8 +1,7 @@
-"""Rows of text in, batches of tokens out: tokenization, packing, collation. `load_rows` is of readers.py.
+"""Rows of text or messages become tokens, and it is marked which tokens are trained.
 
-Reading and tokenizing need no model, so bad data is refused before one is loaded: DataError names the file,
-the column and the rows, counted from 1 as an editor shows them. B batch rows, T time, S sequences, as
-everywhere.
+Tokenization needs no model, so bad data is refused before a model is loaded. A DataError names the file,
+the column and the rows, counted from 1 as an editor shows them.
 """
 
 import warnings
@@ -21,7 +20,7 @@ from .texts import Spans, join_texts, overlapping, read_text, tokenizer_name
 from .tokens import Prompt, Tokenized
 
 TooLong = Literal["refuse", "drop", "truncate"]
-BESIDE = ("tools", *UNSERVED)  # columns beside texts or messages that change what the model is to see
+BESIDE = ("tools", *UNSERVED)  # columns that would change what the model sees
 
 
 def tokenize_text(
@@ -32,11 +31,13 @@ def tokenize_text(
     column: str = "text",
     too_long: Literal["split", "refuse", "drop", "truncate"] = "split",
 ) -> list[Tokenized]:
-    """Documents for pre-training: the tokenizer's own special tokens (BOS where it adds one), then one EOS.
+    """Documents for pre-training, each with the tokenizer's special tokens (BOS if it adds one) and one EOS.
 
-    A document longer than `max_length` tokens is split into pieces that overlap by one token, so that each of
-    its tokens but the first is a target exactly once; or else `too_long` applies to it as in `tokenize_sft`.
-    Raises DataError for a missing column and rows that are not text or empty.
+    A document longer than `max_length` tokens is split into pieces that overlap by one token. So each token
+    but the document's first is a target exactly once. With another `too_long`, the document is treated as
+    in `tokenize_sft`.
+
+    Raises DataError for a missing column, and for rows that are not text or are empty.
     """
     _check_max_length(max_length)
     eos = _eos_of(tokenizer)
@@ -64,20 +65,23 @@ def tokenize_text(
 def tokenize_sft(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
 ) -> list[Tokenized]:
-    """Demonstrations, one a row: `messages`, or `prompt` and `completion` (both text, or messages).
+    """Demonstrations, one per row: `messages`, or `prompt` and `completion` (both text, or both messages).
 
-    Of `messages`, every assistant turn is trained, with its end-of-turn token, but those of "weight" 0; of
-    `prompt` and `completion`, the completion alone, with an EOS after text. The chat template's own {%
-    generation %} marks say what belongs to a turn; where it has none, it is what the turn adds to the
-    conversation before it with the generation prompt. A `tools` column is handed to the template. ShareGPT's
-    `conversations` are read as messages. A completion of messages may repeat its prompt, which may then be
-    the text of the user's last turn.
+    Of `messages`, each assistant turn is trained, with its end-of-turn token, unless its "weight" is 0. Of
+    `prompt` and `completion`, only the completion is trained; text gets an EOS. If the chat template has {%
+    generation %} marks, they say what belongs to a turn. Otherwise a turn is what it adds to the
+    conversation before it with the generation prompt. A `tools` column goes to the template. ShareGPT's
+    `conversations` are read as messages. A completion of messages may repeat its prompt. The prompt may
+    then be the text of the user's last turn.
 
-    Rows longer than `max_length` tokens are refused, left out or cut at the right (`too_long`), the latter
-    two with one warning that counts them. Raises DataError for missing columns, wrong types, rows with
-    nothing to train on (within `max_length`), messages of which the template would lose a part, and rows
-    whose earlier turns the template rewrites, where the difference would mask wrongly; ValueError for a
-    tokenizer that lacks what this needs.
+    `too_long` says what happens to rows longer than `max_length` tokens: they are refused, dropped, or
+    truncated at the right. One warning counts those that were dropped or truncated.
+
+    Raises:
+        DataError: a column is missing or has the wrong type; a row has nothing to train on within
+            `max_length`; the template would lose a part of a message; or the template rewrites earlier
+            turns, so that the trained span is unknown.
+        ValueError: the tokenizer lacks what this needs.
     """
     whole = [column for column in WHOLE if column in rows.column_names]
     if whole and "completion" in rows.column_names:
@@ -105,14 +109,17 @@ def tokenize_sft(
 def tokenize_prompts(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, too_long: TooLong = "drop"
 ) -> list[Prompt]:
-    """Prompts to complete, one a row: `prompt`, as text, or as messages that the template follows with the
-    assistant's turn.
+    """Prompts to complete, one per row: `prompt`, as text or as messages.
 
-    Text gets the tokenizer's own special tokens, less an EOS behind it. Prompts longer than `max_length`
-    tokens are refused, left out or cut at the left (`too_long`), as what follows depends on their end; the
-    latter two with one warning that counts them. Raises DataError for a missing column, wrong types, messages
-    that the assistant ends, prompts without tokens, and where all are left out; ValueError for a tokenizer
-    that lacks what this needs.
+    The template adds the start of the assistant's turn to messages. Text gets the tokenizer's special
+    tokens without an EOS at its end. `too_long` says what happens to prompts longer than `max_length`
+    tokens: they are refused, dropped, or truncated at the left, because the completion depends on the
+    prompt's end. One warning counts those that were dropped or truncated.
+
+    Raises:
+        DataError: the column is missing or has the wrong type; the messages end with the assistant's; a
+            prompt has no tokens; or all prompts are dropped.
+        ValueError: the tokenizer lacks what this needs.
     """
     need_columns(rows, "prompt")
     chat = holds_messages(rows, "prompt")
@@ -137,8 +144,10 @@ def tokenize_prompts(
 def answer_converter(
     tokenizer: PreTrainedTokenizerBase, *columns: str, chat: bool
 ) -> Callable[[Row], list[tuple[str, Spans]]]:
-    """From a row to the text of its prompt with each of the columns, and what of it is trained: by the chat
-    template, or as text."""
+    """A function from a row to (text, trained spans) of its prompt followed by each of the columns.
+
+    The chat template writes the text if `chat`; otherwise prompt and column are joined.
+    """
     if chat:
         template = ChatTemplate(tokenizer)
         return lambda row: template.render(row, *columns)
@@ -159,13 +168,15 @@ def tokenize_answers(
     max_length: int,
     too_long: TooLong = "drop",
 ) -> list[list[Tokenized]]:
-    """The tokens of each row's texts, whose spans are trained; a text that no `chat` template wrote gets an
-    EOS, trained too.
+    """The tokens of each row's texts; tokens in the texts' spans are trained.
 
-    A row with a text longer than `max_length` tokens is refused, or left out, so that its list is empty, or
-    cut at the right (`too_long`), the latter two with one warning. Raises DataError for rows with a text that
-    has nothing to train on (within `max_length`), and where all are left out; ValueError for a tokenizer that
-    lacks what this needs.
+    A text that no `chat` template wrote gets an EOS, which is trained too. `too_long` applies to a row if
+    one of its texts is longer than `max_length` tokens, as in `tokenize_sft`; a dropped row has an empty
+    list.
+
+    Raises:
+        DataError: a text has nothing to train on within `max_length`, or all rows are dropped.
+        ValueError: the tokenizer lacks what this needs.
     """
     _check_max_length(max_length)
     if not tokenizer.is_fast:
@@ -173,18 +184,18 @@ def tokenize_answers(
             f"tokenizer must be fast, to know where tokens lie in a text; {tokenizer_name(tokenizer)} is not"
         )
     eos = None if chat else _eos_of(tokenizer)
-    examples = [(index, text, wanted) for index, row in enumerate(answers) for text, wanted in row]
+    examples = [(index, text, spans) for index, row in enumerate(answers) for text, spans in row]
     tokenized: list[list[Tokenized]] = [[] for _ in answers]
     merged: list[int] = []
     silent: list[int] = []
     late: list[int] = []
     long: list[int] = []
-    # A chat template has written the special tokens of its text.
+    # A chat template has already written the special tokens of its text.
     encoded = _encode(tokenizer, [text for _, text, _ in examples], add_special_tokens=not chat, offsets=True)
-    for (ids, offsets), (index, _, wanted) in zip(encoded, examples, strict=True):
-        trained = overlapping(offsets, wanted)
+    for (ids, offsets), (index, _, spans) in zip(encoded, examples, strict=True):
+        trained = overlapping(offsets, spans)
         if eos is not None:
-            if any(start < wanted[0][0] < end for start, end in offsets):
+            if any(start < spans[0][0] < end for start, end in offsets):
                 merged.append(index)
             if ids[-1:] != [eos]:
                 ids.append(eos)
@@ -202,13 +213,15 @@ def tokenize_answers(
     refuse_rows(rows, {"no token to train on": silent, within: late})
     _report_long(rows, long, too_long, f"max_length={max_length}")
     _warn(rows, merged, "a token joins the end of the prompt to the start of the completion, and is trained")
-    special = {
+    special_ids = {
         *tokenizer.all_special_ids,
-        *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special),
+        *(token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special),
     }
     sequences = (sequence for row in tokenized for sequence in row)
     if chat and not any(
-        train and id in special for sequence in sequences for id, train in zip(*sequence, strict=True)
+        train and token_id in special_ids
+        for sequence in sequences
+        for token_id, train in zip(*sequence, strict=True)
     ):
         warnings.warn(
             f"{tokenizer_name(tokenizer)}: no special token is trained, so turns may not learn to end",
@@ -221,7 +234,7 @@ def tokenize_answers(
 
 
 def holds_messages(rows: Rows, *columns: str) -> bool:
-    """Whether the first row that has something in these columns has messages in one of them."""
+    """Whether the first row with a value in these columns has messages in one of them."""
     for row in as_rows(rows).read([column for column in columns if column in rows.column_names]):
         if any(value is not None for value in row.values()):
             return any(isinstance(value, list) for value in row.values())
@@ -229,8 +242,7 @@ def holds_messages(rows: Rows, *columns: str) -> bool:
 
 
 def turn_ends(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an assistant's turn in the chat template of rows of messages; none for rows of
-    text."""
+    """The ids that end an assistant turn in the chat template; none for rows of text."""
     chat = holds_messages(rows, *WHOLE, "prompt", "completion", "chosen")
     return ChatTemplate(tokenizer).turn_ends() if chat else []
 
@@ -242,7 +254,7 @@ def _encode(
     add_special_tokens: bool = True,
     offsets: bool = False,
 ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """The tokens of each text, and with `offsets` the characters [start, end) where each of them lies."""
+    """The tokens of each text and, with `offsets`, the characters [start, end) of each token."""
     for begin in range(0, len(texts), BATCH):
         encoded = tokenizer(
             texts[begin : begin + BATCH],
@@ -258,8 +270,7 @@ def _encode(
 def _report_long(
     rows: Rows, long: Sequence[int], too_long: TooLong, limit: str, *, side: str = "right"
 ) -> None:
-    """Refuse the rows that are too long, or warn of them. Raises DataError where all are, and are left
-    out."""
+    """Refuse the rows that are too long, or warn of them. Raises DataError if all rows are dropped."""
     long = list(dict.fromkeys(long))
     if too_long == "refuse":
         refuse_rows(

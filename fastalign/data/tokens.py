@@ -17,14 +17,16 @@ class Tokenized(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a completion is to follow."""
+    """What a completion follows."""
 
     input_ids: list[int]
     row: Row = {}
-    """The columns it was made of: `prompt`, as text or messages, and the others."""
+    """The columns of its row: `prompt`, as text or messages, and all further columns."""
 
 
 def last_token(sequence: Tokenized, *, pad_id: int) -> int:
-    """The place of a sequence's last token but `pad_id`, at which transformers scores it; 0 where there is
-    none."""
+    """Index of a sequence's last token other than `pad_id`; 0 if there is none.
+
+    transformers' classifiers read their score there.
+    """
     return max((place for place, token in enumerate(sequence.input_ids) if token != pad_id), default=0)

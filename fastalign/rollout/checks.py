@@ -1,5 +1,7 @@
-"""What a rollout refuses before it begins: models without a static cache of keys and values, and prompts that
-do not fit."""
+"""What a rollout refuses before it begins.
+
+These are models without a static cache of keys and values, and prompts that do not fit.
+"""
 
 import inspect
 from typing import Any
@@ -52,8 +54,10 @@ def servable_model(model: Any) -> Any:
 def check_prompts(
     base: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, special: dict[str, list[int]]
 ) -> None:
-    """Raise ValueError for prompts, max_new_tokens or `special` ids (by the argument's name) that do not fit
-    the model."""
+    """Raise ValueError for prompts, max_new_tokens or `special` ids that do not fit the model.
+
+    `special` maps an argument's name to its ids.
+    """
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids: got shape {list(input_ids.shape)}, expected [B, T] with at least one row and token"

@@ -123,8 +123,11 @@ class Decoding:
 
 
 def run_steps(step: Callable[[], None], *, capture: bool) -> Iterator[None]:
-    """Take one step per item. With `capture`, the first ones run eagerly on a side stream, and the later ones
-    replay a CUDA graph of the same function."""
+    """Take one step per item.
+
+    With `capture`, the first steps run eagerly on a side stream. Later ones replay a CUDA graph of the same
+    function.
+    """
     if capture:
         stream = torch.cuda.Stream()
         for _ in range(WARM_UP):
@@ -158,8 +161,11 @@ def run_steps(step: Callable[[], None], *, capture: bool) -> Iterator[None]:
 
 
 def can_capture(base: Any, logs: Tensor) -> bool:
-    """Whether a step needs no host: the native sampler without FASTALIGN_CHECK, and a model that transformers
-    declares fit for one graph."""
+    """Whether a step needs no host.
+
+    That takes the native sampler without FASTALIGN_CHECK, and a model that transformers declares fit for
+    one graph.
+    """
     native_sampler = (
         logs.is_cuda
         and logs.dtype == torch.float32

@@ -51,8 +51,9 @@ def custom_generate(
     generation_config: GenerationConfig,
     **model_kwargs: Any,
 ) -> Tensor | RolloutOutput:
-    """`model.generate(..., custom_generate=custom_generate)`: transformers prepares the arguments, and
-    `fastalign.rollout.generate` draws the tokens.
+    """Generate inside of `model.generate(..., custom_generate=custom_generate)`.
+
+    transformers prepares the arguments, and `fastalign.rollout.generate` draws the tokens.
 
     The seed comes from torch's CPU generator, so torch.manual_seed repeats a call. Sampling options and end
     ids are read from the processors and criteria that transformers made. transformers hands no streamer,

@@ -1,1 +1,1 @@
-"""Training stages: one file a stage, each a config dataclass and a `run` over the one loop in loop.py."""
+"""Training stages, one file each: a `run` of its configuration over the training loop of loop.py."""

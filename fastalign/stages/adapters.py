@@ -1,5 +1,4 @@
-"""Folders of PEFT adapters, taken wherever a model is: the base is found, and the adapters are merged into
-it.
+"""Folders of PEFT adapters, accepted wherever a model is: their base is found, and they are merged into it.
 
 Adapters that a stage trains on such a model lie on the merged one. Their base is then the folder of the
 earlier adapters, and so on down to plain weights: runs/dpo/model -> runs/sft/model -> runs/base/model. A
@@ -30,8 +29,7 @@ RELATIVE_BASE = "base_model.json"  # {"relative_path": the base, seen from this 
 
 
 class Source(NamedTuple):
-    """What a model is made of: plain weights, and folders of adapters in the order in which they are
-    merged."""
+    """What a model is made of: plain weights, and folders of adapters in the order of merging."""
 
     base: str
     adapters: list[str]
@@ -48,8 +46,10 @@ def has_adapters(name: str) -> bool:
 
 
 def find_source(name: str, *, argument: str = "model") -> Source:
-    """The parts of the model in a folder or of a name. Raises ValueError, which begins with `argument`, where
-    a base is not found."""
+    """The parts of the model in a folder or of a name.
+
+    Raises ValueError, which begins with `argument`, if a base is not found.
+    """
     adapters: list[str] = []
     while has_adapters(name):
         if str(Path(name).resolve()) in [str(Path(folder).resolve()) for folder in adapters]:
@@ -202,8 +202,10 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig, *, task: Task, bas
 
 
 def record_base(model: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Write beside adapters that were saved in `folder` where their base is, and how it generates; other
-    models have that already."""
+    """Write beside saved adapters where their base is, and how the model generates.
+
+    Other models have that already.
+    """
     if not isinstance(model, PeftModel):
         return
     if generation := getattr(model, "generation_config", None):

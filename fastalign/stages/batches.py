@@ -31,10 +31,10 @@ def _order(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def rows_of_step(step: int, *, rows: int, batch_size: int, seed: int) -> list[int]:
-    """The row numbers of a step: a window on the epochs' orders written one after another.
+    """The row numbers of a step: a window on the orders of all epochs, one after another.
 
-    The order of an epoch is a function of (seed, epoch), so the step alone is the position in the data. Every
-    row comes once an epoch; a step at an epoch's end takes its remaining rows from the next one.
+    The order of an epoch is a function of (seed, epoch), so the step alone is the position in the data.
+    Each row occurs once per epoch. A step at an epoch's end takes its remaining rows from the next epoch.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
     return [int(_order(rows, seed, place // rows)[place % rows]) for place in places]
@@ -47,9 +47,9 @@ def epoch_batches(
     world: World,
     arrange: Callable[[list[Row], int], list[Row]] = lambda rows, step: rows,
 ) -> Callable[[int], list[Batch]]:
-    """A function from a step to this rank's micro-batches in it, for stages that pass over a list of rows.
+    """A function from a step to this rank's micro-batches in it, for stages that iterate over a list of rows.
 
-    `arrange` sees all rows of a step before they are shared out to micro-batches and ranks.
+    `arrange` sees all rows of a step before they are divided among micro-batches and ranks.
     """
     size = micro_batch_size(config, world)
 
@@ -65,9 +65,9 @@ def epoch_batches(
 def held_out_batches(
     rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World
 ) -> list[Batch]:
-    """This rank's held-out rows in micro-batches. Raises ValueError where a rank would get none."""
+    """This rank's held-out rows in micro-batches. Raises ValueError if a rank would get none."""
     if 0 < len(rows) < world.size:
         raise ValueError(f"eval_data: {len(rows)} rows for {world.size} devices; each needs at least one")
-    own = rows[world.rank :: world.size]
+    local = rows[world.rank :: world.size]
     size = micro_batch_size(config, world)
-    return [collate(own[first : first + size]) for first in range(0, len(own), size)]
+    return [collate(local[first : first + size]) for first in range(0, len(local), size)]

@@ -101,8 +101,9 @@ def latest(output_dir: str) -> Path | None:
 
 
 def latest_whole(output_dir: str, world: World) -> Path | None:
-    """The newest checkpoint whose files are as they were written, None where a run has no checkpoint. Every
-    rank calls it.
+    """The newest checkpoint whose files are as they were written; None if a run has no checkpoint.
+
+    Every rank calls it.
 
     Newer ones that are damaged are named, and renamed to ….damaged. Raises ValueError where there are only
     damaged ones.
@@ -200,8 +201,10 @@ def load(
 
 
 def _compare_threads(before: int | None, world: World) -> None:
-    """Say that the number of CPU threads differs, since PyTorch's sums are split among them. A checkpoint of an
-    earlier version has no number."""
+    """Print a line if the number of CPU threads differs, because PyTorch's sums are split among threads.
+
+    A checkpoint of an earlier version has no number.
+    """
     now = torch.get_num_threads()
     if world.device.type == "cpu" and before not in (None, now):
         world.say(

@@ -10,8 +10,10 @@ from .stage_configs import CONFIGS
 
 
 def run_stage(name: str, argv: Sequence[str] | None = None) -> None:
-    """Run `fastalign NAME --config FILE key=value …`; how it ends where it cannot go on, `fastalign.faults`
-    says."""
+    """Run `fastalign NAME --config FILE key=value …`.
+
+    `fastalign.faults` says how it ends if it fails.
+    """
     prog = f"fastalign {name}"
     config = parse(CONFIGS[name], argv, prog=prog)
     with told(prog):

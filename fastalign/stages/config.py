@@ -1,7 +1,7 @@
-"""One dataclass a stage is its configuration, its command line and its documentation.
+"""One dataclass per stage is its configuration, its command line and its documentation.
 
 A field's docstring is its description. Values come from a YAML or JSON file and from `key=value` arguments,
-which win. Types, ranges and unknown keys are refused by name, with the keys that are close.
+which win. Wrong types, ranges and unknown keys are refused by name, with the closest keys.
 """
 
 import argparse
@@ -73,8 +73,9 @@ class TrainConfig(Options):
     """What every stage shares: data, model loading, optimisation, evaluation, checkpoints and reports."""
 
     train_data: str
-    """Rows to train on: a file or glob (.jsonl, .json, .parquet, .csv, or .txt with one document a line; all but Parquet also as
-    .gz, .bz2, .xz or .zst), a folder of such files, or the name of a data set that `datasets` loads."""
+    """Rows to train on: a file or glob (.jsonl, .json, .parquet, .csv, or .txt with one document a line; all
+    but Parquet also as .gz, .bz2, .xz or .zst), a folder of such files, or the name of a data set that
+    `datasets` loads."""
     train_split: str = "train"
     """Split of `train_data`."""
     eval_data: str | None = None
@@ -99,11 +100,13 @@ class TrainConfig(Options):
     compile: bool = False
     """Run the model through torch.compile."""
     liger: bool = False
-    """Liger's kernels for a model's layers (RMSNorm, RoPE, SwiGLU), never its losses; CUDA and liger-kernel needed."""
+    """Liger's kernels for a model's layers (RMSNorm, RoPE, SwiGLU), never its losses; CUDA and liger-kernel
+    needed."""
 
     tail_eps: float | None = Field(default=None, gt=0, lt=1)
-    """Leave columns of the softmax below this probability out of the head's backward matrix products, but for a rank-1
-    matrix of their sums: faster where the model is sure, with a small error (docs/tail.md). null: exact."""
+    """Leave columns of the softmax below this probability out of the head's backward matrix products, but for
+    a rank-1 matrix of their sums: faster where the model is sure, with a small error (docs/tail.md). null:
+    exact."""
 
     lora_rank: NonNegativeInt = 0
     """Rank of LoRA adapters; 0 trains all weights."""
@@ -150,11 +153,13 @@ class TrainConfig(Options):
     keep_checkpoints: PositiveInt = 2
     """How many of the latest checkpoints stay on disk."""
     timeout: PositiveFloat = 30.0
-    """Minutes without a sign of life from one process after which the others end, and tell which one it was."""
+    """Minutes without a sign of life from one process after which the others end, and tell which one it
+    was."""
     resume: bool = False
     """Continue from the latest checkpoint of output_dir, or start where there is none."""
     dry_run: bool = False
-    """Check data, configuration and model, print what the run takes in memory, tokens and steps, and stop before the model is loaded."""
+    """Check data, configuration and model, print what the run takes in memory, tokens and steps, and stop
+    before the model is loaded."""
     report_to: Reporters = Field(default_factory=list)
     """Besides metrics.jsonl: any of tensorboard, wandb, trackio, separated by commas."""
     project: str = "fastalign"
@@ -182,7 +187,7 @@ Config = TypeVar("Config", bound=Options)
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
-    """The message for a key that does not exist: the close matches, or else all that are allowed."""
+    """The message for a key that does not exist: the closest keys, or else all that are allowed."""
     close = difflib.get_close_matches(key, allowed, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(sorted(allowed))}"
     return f"unknown key {key!r}; {hint}"
@@ -191,7 +196,8 @@ def unknown_key(key: str, allowed: Sequence[str]) -> str:
 def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) -> Config:
     """The configuration from `--config FILE` and `key=value` arguments; the arguments win.
 
-    Exits with status 2 and one line a fault where a key, type or range is wrong, as argparse does.
+    If a key, type or range is wrong, exits with status 2 and one line that names the faults, as argparse
+    does.
     """
     parser = Parser(
         prog=prog,
@@ -217,7 +223,7 @@ def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) 
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The fields in a YAML or JSON file. Raises ValueError where it is missing or holds anything else."""
+    """The fields in a YAML or JSON file. Raises ValueError if the file is missing or holds anything else."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"config: no file {path!r}")
@@ -238,7 +244,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def describe(stage: type[Options]) -> str:
-    """Every field with its type, default and description, as text."""
+    """Each field with its type, default and description, as text."""
     lines = ["fields:"]
     for name, field in _fields(stage).items():
         default = (
@@ -281,7 +287,7 @@ def _show(value: object) -> str:
 
 
 def _value(text: str) -> Any:
-    # Scalars stay text: pydantic reads 3e-4 by the field's type, where YAML would guess.
+    # Scalars stay text: pydantic reads 3e-4 by the type of the field; YAML would guess.
     if text in ("null", "None", "none") or text[:1] in ("{", "["):
         try:
             return None if text in ("None", "none") else yaml.safe_load(text)

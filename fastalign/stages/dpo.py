@@ -1,5 +1,4 @@
-"""Direct preference optimisation: a causal LM learns from pairs to prefer the chosen completions, near a
-reference.
+"""Direct preference optimisation: a causal LM learns to prefer the chosen completions of pairs.
 
 fastalign dpo model=runs/sft/model train_data=pairs.jsonl output_dir=runs/dpo beta=0.1 lora_rank=16 bf16=true
 torchrun --nproc-per-node 8 -m fastalign.stages.dpo --config dpo.yaml
@@ -33,7 +32,7 @@ from .stage_configs import DPOConfig
 
 
 def run(config: DPOConfig) -> dict[str, float]:
-    """Align as configured; returns the last line of metrics.jsonl, nothing of a dry run.
+    """Align as configured; return the last line of metrics.jsonl, or nothing for a dry run.
 
     Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
     """
@@ -100,18 +99,17 @@ def run(config: DPOConfig) -> dict[str, float]:
 
 
 def check_options(config: DPOConfig) -> None:
-    """Raise ValueError for options of the loss that do not go together."""
+    """Raise ValueError for options of the loss that exclude each other."""
     logps, lengths = torch.zeros(4, 1), torch.ones(2, 1, dtype=torch.int64)
     pair_loss(config, *logps, *lengths)
 
 
 def preference_loss(config: DPOConfig, reference: Reference) -> LossFn:
-    """The loss; means over pairs of the rewards, their difference and order, and of log P of the completions,
-    in nats."""
+    """The loss, and means over pairs of rewards, their margin and accuracy, and log P in nats."""
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        # The reference first: switching adapters off and on between a forward pass and its backward pass is a
-        # risk.
+        # The reference runs first: switching adapters off and on between a forward pass and its backward
+        # pass is a risk.
         reference_chosen, reference_rejected = reference(batch["both"]).chunk(2)
         chosen, rejected = sequence_logps(model, batch["both"]).chunk(2)
         output = pair_loss(
@@ -139,7 +137,7 @@ def pair_loss(
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
 ) -> Any:
-    """dpo_loss as configured, summed over pairs, with the lengths (tokens) where the loss takes them."""
+    """dpo_loss as configured, summed over pairs, with the lengths (in tokens) if the loss takes them."""
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     return dpo_loss(
         chosen,

@@ -1,10 +1,9 @@
-"""What a run will take, told before its models are loaded: parameters, tokens a step, steps, and the memory
-of a step against what is free.
+"""What a run takes, printed before its models are loaded: parameters, tokens, steps and memory.
 
-The models are built without memory (FakeTensorMode: every operation gives shapes and dtypes alone, and picks
-the kernels of the real device), and one forward pass of each backbone counts what autograd would keep. So
-attention, adapters, autocast and any architecture are counted as they are; only the head and PPO's cache come
-from formulas.
+The models are built without memory (FakeTensorMode: each operation gives only shapes and dtypes, and picks
+the kernels of the real device). One forward pass of each backbone counts what autograd would save. So
+attention, adapters, autocast and any architecture are counted as they are. Only the head and PPO's cache
+come from formulas.
 """
 
 import heapq
@@ -50,17 +49,17 @@ class Part(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What of a micro-batch decides the memory that it takes."""
+    """The properties of a micro-batch that decide its memory."""
 
     rows: int
     width: int
     targets: int
     masked: bool
-    """Whether transformers makes a mask, which keeps packed sequences apart."""
+    """Whether transformers builds a mask, which keeps packed sequences apart."""
 
     @staticmethod
     def of(arguments: Mapping[str, Any]) -> "Shape":
-        """That of `fastalign.data.collate`'s arguments."""
+        """The shape of `fastalign.data.collate`'s arguments."""
         rows, width = arguments["input_ids"].shape
         targets = int((arguments["labels"][:, 1:] != IGNORE_INDEX).sum())
         several = int((arguments["position_ids"] == 0).sum()) > rows
@@ -68,8 +67,10 @@ class Shape(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Parameters, and bytes of one process. `activations` is None where the model cannot be traced, for the
-    reason in `why`."""
+    """Parameters, and bytes of one process.
+
+    `activations` is None if the model cannot be traced; `why` is the reason.
+    """
 
     parameters: int = 0
     trained: int = 0
@@ -92,7 +93,7 @@ class Estimate(NamedTuple):
         )
 
     def plus(self, other: "Estimate") -> "Estimate":
-        """Both models' together."""
+        """The sum of both models."""
         known = self.activations is not None and other.activations is not None
         return Estimate(
             self.parameters + other.parameters,
@@ -118,12 +119,11 @@ def announce(
     micro: int | None = None,
     cached: tuple[int, int] | None = None,
 ) -> None:
-    """Print on the main process what the run takes, and warnings where rows are fewer than a batch or memory
-    is less than a step needs.
+    """Print what the run takes, on the main process, with warnings if rows or memory are too few.
 
-    `rows` are all rows in tokens, of which the longest make the micro-batch that is counted; `collate` gives
-    its arguments, those of `fastalign.data.collate`. `upstream` is `plan_head`'s. `micro`: rows of a forward
-    pass. `cached`: rows and tokens of a rollout's cache.
+    `rows` are all rows in tokens; the longest ones make the micro-batch that is counted. `collate` gives
+    its arguments, those of `fastalign.data.collate`. `upstream` is `plan_head`'s. `micro`: rows of a
+    forward pass. `cached`: rows and tokens of a rollout's cache.
     """
     if not world.main:
         return
@@ -183,7 +183,7 @@ def estimate(
     upstream: Upstream,
     cached: tuple[int, int] | None = None,
 ) -> Estimate:
-    """What a model takes: its parameters, and in training what a micro-batch keeps."""
+    """What a model takes: its parameters and, if it is trained, what a micro-batch saves."""
     dtype = getattr(torch, config.dtype)
     with torch.device("meta"):  # PEFT cannot put adapters on fake tensors
         model, whole = _build(config, part, dtype)
@@ -205,9 +205,9 @@ def estimate(
 
 
 def _build(config: TrainConfig, part: Part, dtype: torch.dtype) -> tuple[PreTrainedModel, nn.Module]:
-    """The model and, where it is trained with adapters, what holds both."""
+    """The model and, if it is trained with adapters, the module that holds both."""
     auto = AutoModelForCausalLM if part.task == "CAUSAL_LM" else AutoModelForSequenceClassification
-    # sdpa for flash_attention_2 too: both keep the inputs, the output and a number a row.
+    # sdpa stands for flash_attention_2 too: both save the inputs, the output and one number per row.
     options = {"dtype": dtype, "attn_implementation": "eager" if config.attention == "eager" else "sdpa"}
     model: PreTrainedModel = auto.from_config(part.architecture, **options)
     if not (part.trained and config.lora_rank):
@@ -216,7 +216,7 @@ def _build(config: TrainConfig, part: Part, dtype: torch.dtype) -> tuple[PreTrai
 
 
 def _on_device(model: nn.Module) -> None:
-    """Replace weights and buffers on the meta device by ones of the default device, shared ones by one."""
+    """Replace weights and buffers on the meta device by ones of the default device; shared ones stay shared."""
     replaced: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -238,8 +238,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 def _activations(
     config: TrainConfig, world: World, model: PreTrainedModel, shape: Shape
 ) -> tuple[int | None, str]:
-    """Bytes that autograd keeps of a forward pass of the backbone, and what the backward pass adds; or None
-    and why it is not known."""
+    """Bytes that a forward pass of the backbone saves, and what the backward pass adds; or None and why."""
     weights = {weight.untyped_storage()._cdata for weight in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -290,7 +289,7 @@ def _head(config: TrainConfig, world: World, model: PreTrainedModel, shape: Shap
         tail_eps=config.tail_eps,
     )
     size = max(4, weight.element_size())
-    # Where the weight is the embedding's too, both gradients are there before they are added.
+    # If the weight is the embedding's too, both gradients exist before they are added.
     apart = weight.requires_grad and (
         getattr(text, "tie_word_embeddings", False) or weight.element_size() < 4
     )
@@ -312,8 +311,10 @@ def _cache(architecture: PretrainedConfig, cached: tuple[int, int] | None, dtype
 
 
 def free_memory(world: World) -> int | None:
-    """Bytes at hand for this process: free on its GPU, or its share of what the machine and its cgroups
-    leave; None where unknown."""
+    """Bytes free for this process; None if unknown.
+
+    They are those free on its GPU, or its share of what the machine and its cgroups leave.
+    """
     if world.device.type == "cuda":
         return int(torch.cuda.mem_get_info(world.device)[0])
     free = [limit for limit in (_available(), _cgroup_left()) if limit is not None]
@@ -329,8 +330,10 @@ def _available() -> int | None:
 
 
 def _cgroup_left(root: Path = CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What the tightest memory limit of this process's cgroups (v2, or v1's memory controller) leaves; page
-    cache counts as free."""
+    """What the tightest memory limit of this process's cgroups leaves. Page cache counts as free.
+
+    The cgroups are v2, or v1's memory controller.
+    """
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:

@@ -33,8 +33,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give the name under which the body writes the file `path`, which takes its place when the body is
-    through."""
+    """Give a temporary name to the body. The file then takes the place of `path`."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         yield unfinished
@@ -54,8 +53,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give an empty folder for the body to fill, which takes the place of the folder `path` when the body is
-    through."""
+    """Give an empty folder to the body. It then takes the place of the folder `path`."""
     unfinished = path.with_name(path.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -72,8 +70,10 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(whole: Path, path: Path) -> None:
-    """Rename the folder `whole` to `path`. A folder that is there is deleted after; between two renames it
-    has the name `….replaced`."""
+    """Rename the folder `whole` to `path`.
+
+    An existing folder is deleted afterwards. Between two renames it has the name `….replaced`.
+    """
     replaced = path.with_name(path.name + ".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():

@@ -1,5 +1,6 @@
-"""Names of models and tokenizers, looked up before anything large is imported: in folders, in the hub's
-cache, on the hub.
+"""Names of models and tokenizers, looked up in folders, in the hub's cache and on the hub.
+
+This happens before anything large is imported.
 
 transformers asks a hub that cannot be reached for each file again and again, for 23 seconds and more. Here it
 is asked once.

@@ -1,5 +1,4 @@
-"""Kahneman-Tversky optimisation: a causal LM learns from completions judged good or bad, one by one, near a
-reference.
+"""Kahneman-Tversky optimisation: a causal LM learns from completions judged good or bad, one by one.
 
 fastalign kto model=runs/sft/model train_data=judged.jsonl output_dir=runs/kto beta=0.1 lora_rank=16 bf16=true
 torchrun --nproc-per-node 8 -m fastalign.stages.kto --config kto.yaml
@@ -36,7 +35,7 @@ from .stage_configs import KTOConfig
 
 
 def run(config: KTOConfig) -> dict[str, float]:
-    """Align as configured; returns the last line of metrics.jsonl, nothing of a dry run.
+    """Align as configured; return the last line of metrics.jsonl, or nothing for a dry run.
 
     Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
     """
@@ -126,8 +125,7 @@ def run(config: KTOConfig) -> dict[str, float]:
 
 
 def check_steps(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int]) -> None:
-    """Raise ValueError for a step whose rows have one completion in common: none of them could meet another
-    one."""
+    """Raise ValueError for a step whose rows all have the same completion: none can be paired."""
     numbers = {completion: number for number, completion in enumerate({row.completion: None for row in rows})}
     completions = [numbers[row.completion] for row in rows]
     for step in steps:
@@ -142,11 +140,12 @@ def check_steps(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int
 
 
 def with_reference(world: World, model: nn.Module, reference: Reference) -> Prepare:
-    """Give to each micro-batch its `reference` log-probabilities [S], and of all rows of the step `kl` (nats)
-    and the `counts` of labels.
+    """Add each micro-batch's `reference` log-probabilities [S], and the step's `kl` and `counts` of labels.
 
-    Mismatched completions need no gradient, so that the policy scores them in a forward pass of their own,
-    which keeps nothing; the reference scores them with the others in one.
+    `kl` is in nats.
+
+    Mismatched completions need no gradient. So the policy scores them in a separate forward pass, which
+    keeps nothing; the reference scores both kinds in one.
     """
 
     def prepare(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -173,10 +172,9 @@ def with_reference(world: World, model: nn.Module, reference: Reference) -> Prep
 
 
 def judged_loss(config: KTOConfig) -> LossFn:
-    """The loss; means over the rows of each label of rewards and log P (nats), the difference of the rewards,
-    and the KL divergence (nats).
+    """The loss, each label's mean reward and log P (nats), their margin, and the KL divergence (nats).
 
-    Means over a label that the step lacks are left out.
+    A label that the step lacks has no mean.
     """
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -194,10 +192,10 @@ def judged_loss(config: KTOConfig) -> LossFn:
         )
         metrics = {}
         labels = {"chosen": batch["desirable"], "rejected": ~batch["desirable"]}
-        for (name, wanted), count in zip(labels.items(), batch["counts"], strict=True):
+        for (name, has_label), count in zip(labels.items(), batch["counts"], strict=True):
             if count:
-                metrics[f"rewards/{name}"] = (output.rewards * wanted).sum().double() / count
-                metrics[f"logps/{name}"] = (logps.detach() * wanted).sum().double() / count
+                metrics[f"rewards/{name}"] = (output.rewards * has_label).sum().double() / count
+                metrics[f"logps/{name}"] = (logps.detach() * has_label).sum().double() / count
         if all(batch["counts"]):
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         if batch["kl"] is not None:

@@ -89,8 +89,10 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig) -> i
 
 
 def stop_at(model: PreTrainedModel | PeftModel, ends: Sequence[int]) -> None:
-    """Add ids that end a turn to those at which the model's `generate` stops, and rollouts, and which are
-    saved with it."""
+    """Add the ids that end a turn to those at which the model's `generate` stops.
+
+    Rollouts stop at them too, and they are saved with the model.
+    """
     config: Any = model.generation_config
     own = config.eos_token_id
     known = [] if own is None else own if isinstance(own, list) else [own]

@@ -1,12 +1,14 @@
-"""The one training loop: a stage gives micro-batches and a loss; it steps, evaluates, reports and resumes.
+"""The training loop of every stage.
 
-The objective of a step is a sum over its items (trained tokens, or pairs) divided once by the number of items
-in the whole step, over micro-batches and ranks; so eight micro-batches of one row and one of eight, and one
-rank and two, give the same step.
+The stage gives micro-batches and a loss. The loop steps, evaluates, reports and resumes.
 
-What happens at a step is a function of the step's number, the seed and the weights; nothing else carries
-over. That, the optimizer's state and the random states are all that a checkpoint needs for a run to continue
-bitwise (on a GPU: as far as its kernels are deterministic).
+The objective of a step is a sum over its items (trained tokens, or pairs), divided once by the number of
+items in the whole step, over micro-batches and ranks. So eight micro-batches of one row and one of eight
+give the same step, and so do one rank and two.
+
+A step is a function of its number, the seed and the weights; nothing else carries over. So these, the
+optimizer's state and the random states are all that a checkpoint needs for a run to continue bitwise (on a
+GPU: as far as its kernels are deterministic).
 """
 
 import itertools
@@ -42,10 +44,10 @@ from .run_folder import check_room, held, naming
 from .signals import Signals, how_to_resume
 
 # (model, micro-batch, items in the step [int64 scalar]) -> the micro-batch's share of the loss, with
-# gradient, and of each metric: shares add up, over micro-batches and ranks, to the step's value.
+# gradient, and of each metric. Shares are summed over micro-batches and ranks.
 LossFn = Callable[[nn.Module, Batch, Tensor], tuple[Tensor, dict[str, Tensor]]]
-# This rank's micro-batches of a step, or of an evaluation, with what each must know of all of them; without
-# gradient.
+# This rank's micro-batches of a step, or of an evaluation -> the same with what each must know of all of
+# them, without gradient.
 Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 
 
@@ -53,8 +55,8 @@ Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 def start(config: TrainConfig) -> Iterator[World]:
     """Join the other ranks, and refuse what cannot run here.
 
-    Raises ValueError for an absent model, reporter, device or Liger, a batch_size that the devices do not
-    divide, or an output_dir that another run holds, or that already holds a run (resume=true continues it).
+    Raises ValueError for an absent model, reporter, device or Liger; a batch_size that the devices do not
+    divide; or an output_dir that another run holds, or that already holds a run (resume=true continues it).
     """
     check_reporters(config.report_to)
     check_names(config)
@@ -76,7 +78,7 @@ def start(config: TrainConfig) -> Iterator[World]:
 
 
 def _check_free(config: TrainConfig) -> None:
-    """Refuse an output_dir in which the run's models would take the place of others."""
+    """Refuse an output_dir in which the run would overwrite other models."""
     if Path(config.output_dir, "metrics.jsonl").exists():
         return
     for folder in (Path(config.output_dir, part) for part in ("model", "value")):
@@ -97,7 +99,7 @@ def count_targets(batch: Batch) -> int:
 
 
 def language_model_loss(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """NLL (nats a token), token accuracy and the model's entropy (nats), over the trained tokens."""
+    """NLL (nats per token), token accuracy and the model's entropy (nats), over the trained tokens."""
     output = model(**batch, num_items_in_batch=items, use_cache=False)
     sums = {
         "nll": -ordered_sum(output.logp),
@@ -123,15 +125,15 @@ def train(
 ) -> dict[str, float]:
     """Train `model` in place, fill output_dir, and return the last line of metrics.jsonl.
 
-    `batches_of(step)` gives this rank's micro-batches of a step (from 0), `rows` is the number of rows in an
-    epoch; `items_name` is what metrics.jsonl calls what `count_items` counts. Raises FloatingPointError,
-    before the weights are touched, where the loss or the gradient is not finite.
+    `batches_of(step)` gives this rank's micro-batches of a step (from 0). `rows` is the number of rows in
+    an epoch. `items_name` is what metrics.jsonl calls the items that `count_items` counts. Raises
+    FloatingPointError if the loss or the gradient is not finite, before the weights change.
     """
     wrapped = distribute(config, world, model)
     optimizer = make_optimizer(config, model)
     precision = autocast(config, world)
 
-    def take(step: int) -> tuple[dict[str, float], int]:
+    def train_step(step: int) -> tuple[dict[str, float], int]:
         return update(
             world,
             wrapped,
@@ -160,7 +162,7 @@ def train(
         world,
         model,
         optimizer,
-        take=take,
+        train_step=train_step,
         judge=judge if held_out else None,
         save=save,
         rows=rows,
@@ -174,18 +176,20 @@ def run_steps(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    take: Callable[[int], tuple[dict[str, float], int]],
+    train_step: Callable[[int], tuple[dict[str, float], int]],
     judge: Callable[[], dict[str, float]] | None,
     save: Callable[[Path], None],
     rows: int,
     items_name: str,
 ) -> dict[str, float]:
-    """Take every step of the run from where it stands, and return the last line of metrics.jsonl.
+    """Take the remaining steps of the run, and return the last line of metrics.jsonl.
 
-    `take(step)` updates the weights and returns the step's metrics and items, `judge()` the held-out ones,
-    and `save(output_dir)` leaves the models there. Learning rates fall from those of the optimizer's groups.
-    Raises Stopped, a KeyboardInterrupt, after Ctrl-C or SIGTERM on any rank, once the step is done and a
-    checkpoint of it is saved.
+    `train_step(step)` updates the weights and returns the step's metrics and items. `judge()` returns the
+    held-out metrics. `save(output_dir)` saves the models there. Learning rates start from those of the
+    optimizer's groups.
+
+    Raises Stopped, a KeyboardInterrupt, after Ctrl-C or SIGTERM on any rank, once the step is done and its
+    checkpoint is saved.
     """
     steps = total_steps(config, rows)
     if config.warmup_steps > steps:
@@ -201,7 +205,7 @@ def run_steps(
         _check_room(config, model, steps - done)
 
     model.train()
-    kept_share()  # what ran before is not this run's
+    kept_share()  # resets the share of earlier runs
     with Signals(world) as signals, Report(config, world, step=done, steps=steps) as report:
         if judge and not done:
             line = {"step": 0} | judge()
@@ -223,7 +227,7 @@ def run_steps(
             )
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * fraction
-            metrics, items = take(step)
+            metrics, items = train_step(step)
             items_done += items
             seconds = time.perf_counter() - began
 
@@ -236,7 +240,7 @@ def run_steps(
                 line |= judge()
                 _check_metrics(line, model, step + 1)
             report.write(line)
-            number = signals.agreed() if step + 1 < steps else 0  # a run that is through needs no going on
+            number = signals.agreed() if step + 1 < steps else 0  # the last step ends the run anyway
             if number or config.save_every and _due(step + 1, config.save_every, steps):
                 _check_weights(model, step + 1)
                 report.sync()
@@ -255,8 +259,7 @@ def run_steps(
 
 
 def _check_weights(model: nn.Module, step: int) -> None:
-    """Raise FloatingPointError that names a trained weight or a buffer with NaN or inf after so many
-    steps."""
+    """Raise FloatingPointError that names a trained weight or a buffer with NaN or inf after `step` steps."""
     trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
     if wrong := find_not_finite(itertools.chain(trained, model.named_buffers())):
         raise FloatingPointError(
@@ -266,8 +269,10 @@ def _check_weights(model: nn.Module, step: int) -> None:
 
 
 def _check_metrics(line: Mapping[str, float], model: nn.Module, step: int) -> None:
-    """Raise FloatingPointError that names the metrics after so many steps that are NaN or inf, or the weights
-    where it comes from them."""
+    """Raise FloatingPointError if a metric after `step` steps is not finite.
+
+    It names the weights if they are the cause.
+    """
     if wrong := [f"{name} = {value}" for name, value in line.items() if not math.isfinite(value)]:
         _check_weights(model, step)
         raise FloatingPointError(f"step {step}: {', '.join(wrong)}")
@@ -278,10 +283,12 @@ def _bytes_trained(model: nn.Module) -> int:
 
 
 def _check_room(config: TrainConfig, model: nn.Module, steps: int) -> None:
-    """Refuse a run of so many `steps` whose checkpoints and model would not find room, before its first
-    step."""
+    """Refuse, before the first step, a run whose checkpoints and model would not fit on the disk.
+
+    `steps` are the steps that are left.
+    """
     saves = math.ceil(steps / config.save_every) if config.save_every else 0
-    # The oldest checkpoint goes after the newest has come.
+    # The oldest checkpoint is deleted after the newest is written.
     more = max(min(saves, config.keep_checkpoints + 1) - checkpoint.count(config.output_dir), min(saves, 1))
     needed = more * checkpoint.size(model) + _bytes_trained(model)
     check_room(Path(config.output_dir), needed, f"{more} checkpoints and the model" if more else "the model")
@@ -302,12 +309,13 @@ def update(
     count_items: Callable[[Batch], int] = count_targets,
     prepare: Prepare = lambda batches: batches,
 ) -> tuple[dict[str, float], int]:
-    """One optimizer step over the micro-batches of all ranks; the loss, the metrics and how many items there
-    were.
+    """Take one optimizer step over the micro-batches of all ranks; return its metrics and number of items.
 
-    The gradients of each list in `clipped` are scaled down to max_grad_norm, and their norm before that is
-    the metric of that name. Raises FloatingPointError that names the step, or other `unit`, of this `number`
-    (from 0) where one of all these numbers is not finite; the weights are untouched then.
+    The metrics include the loss.
+
+    The gradients of each list in `clipped` are scaled down to max_grad_norm. Their norm before that is the
+    metric of that name. If one of all these numbers is not finite, raises FloatingPointError that names the
+    step, or other `unit`, of this `number` (from 0); the weights are then unchanged.
     """
     metrics, items = _totals(precision, world, model, batches, loss_fn, count_items, prepare)
     for name, weights in clipped.items():
@@ -331,7 +339,7 @@ def evaluate(
     count_items: Callable[[Batch], int] = count_targets,
     prepare: Prepare = lambda batches: batches,
 ) -> dict[str, float]:
-    """Loss and metrics over the held-out batches of all ranks, as eval/…; with nll, its perplexity too."""
+    """Loss and metrics over the held-out batches of all ranks, as eval/…; with nll, also its perplexity."""
     model.eval()
     with torch.no_grad():
         metrics, _ = _totals(autocast(config, world), world, model, held_out, loss_fn, count_items, prepare)
@@ -350,9 +358,9 @@ def _totals(
     count_items: Callable[[Batch], int],
     prepare: Prepare,
 ) -> tuple[dict[str, float], int]:
-    """Forward, and backward where gradients are on; the loss and metrics over all ranks, and their items."""
+    """Forward, and backward if gradients are on; return the loss and metrics over all ranks, and their items."""
     items = world.count(sum(count_items(batch) for batch in batches))
-    # A tensor, because torch.compile would make another graph when a number changes.
+    # A tensor, because torch.compile would compile again when a number changes.
     divisor = torch.tensor(items, device=world.device)
     with torch.no_grad(), precision:
         batches = prepare(batches)
@@ -363,7 +371,7 @@ def _totals(
             with precision:
                 loss, metrics = loss_fn(model, world.place(batch), divisor)
             if torch.is_grad_enabled():
-                # DistributedDataParallel averages over the ranks, and these shares are to be added up.
+                # DistributedDataParallel averages over the ranks, but these shares must be summed.
                 torch.autograd.backward(loss * world.size)
         for name, share in {"loss": loss, **metrics}.items():
             totals[name] = totals.get(name, 0.0) + share.detach().double()
@@ -373,7 +381,7 @@ def _totals(
 def _resume(
     config: TrainConfig, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, rows: int
 ) -> tuple[int, int]:
-    """Steps and tokens done by an earlier process, whose state is restored; (0, 0) without one."""
+    """Steps and tokens done by an earlier process, whose state is restored; (0, 0) if there is none."""
     path = checkpoint.latest_whole(config.output_dir, world) if config.resume else None
     if path is None:
         if config.resume:

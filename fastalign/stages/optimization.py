@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, and how a model is wrapped for several ranks."""
+"""The optimizer, the learning rate of a step, and how a model is wrapped for several ranks."""
 
 import math
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from .distributed import World
 def multiplier(step: int, *, schedule: str, steps: int, warmup_steps: int, final_fraction: float) -> float:
     """The learning rate of optimizer step `step` (from 0), as a fraction of the peak.
 
-    It rises as (step + 1) / warmup_steps, is 1 right after warm-up, and would reach final_fraction at step
-    `steps`, the first one that is not taken.
+    It rises as (step + 1) / warmup_steps and is 1 right after the warm-up. It would reach final_fraction at
+    step `steps`, which is the first one that is not taken.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -32,17 +32,17 @@ def autocast(config: TrainConfig, world: World) -> torch.autocast:
 
 
 def make_optimizer(
-    config: TrainConfig, model: nn.Module, own_rates: Mapping[str, float] | None = None
+    config: TrainConfig, model: nn.Module, peak_rates: Mapping[str, float] | None = None
 ) -> torch.optim.AdamW:
-    """AdamW over what is trained; matrices decay, vectors (norms, biases) do not.
+    """AdamW over the trained weights. Matrices decay; vectors (norms, biases) do not.
 
-    `own_rates`: from the start of a weight's name to a peak learning rate other than learning_rate.
+    `peak_rates`: from the start of a weight's name to its peak learning rate, if that is not learning_rate.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            own = (rate for start, rate in (own_rates or {}).items() if name.startswith(start))
-            groups.setdefault((next(own, config.learning_rate), weight.ndim >= 2), []).append(weight)
+            rates = (rate for start, rate in (peak_rates or {}).items() if name.startswith(start))
+            groups.setdefault((next(rates, config.learning_rate), weight.ndim >= 2), []).append(weight)
     return torch.optim.AdamW(
         [
             {"params": weights, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
@@ -62,5 +62,5 @@ def distribute(config: TrainConfig, world: World, model: nn.Module) -> nn.Module
 
 
 def trained_weights(model: nn.Module) -> list[nn.Parameter]:
-    """What the optimizer changes."""
+    """The weights that the optimizer changes."""
     return [weight for weight in model.parameters() if weight.requires_grad]

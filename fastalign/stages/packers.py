@@ -1,4 +1,4 @@
-"""How the stages that compare sequences pack them."""
+"""How the stages that compare sequences pack them into a forward pass."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,8 +17,10 @@ from .stage_configs import PreferenceConfig
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Switch a model's own dropout off, not its adapters': a policy is compared with a reference token by
-    token."""
+    """Switch off a model's dropout, but not its adapters'.
+
+    A policy is compared with a reference token by token.
+    """
     for name, module in model.named_modules():
         if "lora_" in name:
             continue
@@ -38,8 +40,7 @@ def make_packer(
     pad_id: int,
     longest: int,
 ) -> Callable[..., Batch]:
-    """`pack_sequences` as configured, with shared prompts where the model takes them; where it does not, that
-    is said.
+    """`pack_sequences` as configured, with shared prompts if the model takes them; if not, it says why.
 
     `longest` is the number of tokens of the longest sequence.
     """
@@ -53,8 +54,10 @@ def make_packer(
 
 
 def pack_rows(rows: Sequence[Sequence[Tokenized]], **options: Any) -> Mapping[str, Any]:
-    """A model's arguments for all sequences of the rows, without shared prompts; `options` are
-    `pack_sequences`'."""
+    """A model's arguments for all sequences of the rows, without shared prompts.
+
+    `options` are those of `pack_sequences`.
+    """
     arguments: Mapping[str, Any] = pack_sequences([sequence for row in rows for sequence in row], **options)[
         "arguments"
     ]

@@ -1,17 +1,17 @@
-"""Proximal policy optimisation: a causal LM learns from scores of its own completions, near a reference, with
-a value model.
+"""Proximal policy optimisation: a causal LM learns from scores of its own completions.
 
 fastalign ppo model=runs/sft/model reward=runs/reward/model train_data=prompts.jsonl output_dir=runs/ppo
-max_new_tokens=64 fastalign ppo model=runs/sft/model reward=my_rewards.py:score train_data=prompts.jsonl
-output_dir=runs/ppo value=shared lora_rank=16 torchrun --nproc-per-node 8 -m fastalign.stages.ppo --config
-ppo.yaml
+fastalign ppo model=runs/sft/model reward=my_rewards.py:score train_data=prompts.jsonl output_dir=runs/ppo \\
+    value=shared lora_rank=16
+torchrun --nproc-per-node 8 -m fastalign.stages.ppo --config ppo.yaml
 
-A step draws completions of batch_size prompts (`rollout`, in ppo_rollouts.py) and learns from them in several
-passes (`ppo_step`); both are plain functions for a loop of one's own.
+A reference keeps the policy near its start, and a value model predicts the scores. A step draws completions of
+batch_size prompts (`rollout`, in ppo_rollouts.py) and learns from them in several passes (`ppo_step`). Both are
+plain functions that you can call from your own loop.
 
-A rollout is a function of the weights, the seed and the step's number, as its noise is keyed by them. So
-checkpoints lie between steps and hold none: a run that was killed between a rollout and its update draws the
-same tokens again.
+A rollout is a function of the weights, the seed and the step's number, which key its noise. So checkpoints lie
+between steps and hold no rollout: a run that was killed between a rollout and its update draws the same tokens
+again.
 """
 
 import time
@@ -64,22 +64,31 @@ def ppo_step(
     precision: torch.autocast | None = None,
     world: World | None = None,
 ) -> dict[str, float]:
-    """Learn from a rollout: ppo_epochs passes of as many optimizer steps as there are minibatches, in an
-    order of (seed, step).
+    """Learn from a rollout: ppo_epochs passes of `minibatches` optimizer steps each.
 
-    The gradients of the policy and of the value model are scaled down to max_grad_norm, each by its own norm.
-    With target_kl, `model.kl_coefficient` is adapted at the end. Other arguments are `rollout`'s.
+    The order is a function of (seed, step).
 
-    The metrics are means over the tokens of all passes and ranks: policy/approxkl_avg, (new - old
-    log-probability)² / 2 in nats; policy/clipfrac_avg, the share of tokens whose gradient the clip removed;
-    policy/entropy_avg in nats; loss/policy_avg, loss/value_avg and loss, what was minimised; val/ratio;
-    val/clipfrac_avg, the share of tokens whose value was clipped. And val/ratio_var, the variance of the mean
-    ratio between optimizer steps; policy/grad_norm and val/grad_norm, means over these; without `rescore`
-    mismatch/ratio and mismatch/approxkl, of the first minibatch, whose ratios differ from 1 only as the
-    trainer's log-probabilities differ from the rollout's.
+    The gradients of the policy and of the value model are scaled down to max_grad_norm, each by its own
+    norm. With target_kl, `model.kl_coefficient` is adapted at the end. Further arguments are as in
+    `rollout`. `model` is an ActorCritic, or DistributedDataParallel's wrapper of it.
 
-    `model`: an ActorCritic, or DistributedDataParallel's wrapper of it. Raises FloatingPointError where a
-    loss or a gradient is not finite, before it reaches the weights.
+    Means over the tokens of all passes and ranks:
+
+        policy/approxkl_avg: (new - old log-probability)² / 2, in nats.
+        policy/clipfrac_avg: the share of tokens whose gradient the clip removed.
+        policy/entropy_avg: in nats.
+        loss/policy_avg, loss/value_avg, loss: the two losses, and what was minimised.
+        val/ratio: the ratio of new and old probabilities.
+        val/clipfrac_avg: the share of tokens whose value was clipped.
+
+    Further metrics:
+
+        val/ratio_var: the variance of the mean ratio between optimizer steps.
+        policy/grad_norm, val/grad_norm: means over the optimizer steps.
+        mismatch/ratio, mismatch/approxkl: of the first minibatch, without `rescore`. Its ratios differ from
+            1 only as the trainer's log-probabilities differ from the rollout's.
+
+    Raises FloatingPointError if a loss or a gradient is not finite, before the weights change.
     """
     base: Any = model.module if isinstance(model, DistributedDataParallel) else model
     world = world or World(0, 1, base.device)
@@ -88,8 +97,8 @@ def ppo_step(
     micro = micro_batch_size or max(size // world.size, 1)
     if size * options.minibatches != rows or size % (micro * world.size):
         raise ValueError(
-            f"{rows} completions: a multiple of minibatches x micro_batch_size x ranks "
-            f"({options.minibatches} x {micro} x {world.size}) wanted"
+            f"experience: got {rows} completions, expected a multiple of minibatches x micro_batch_size x "
+            f"ranks ({options.minibatches} x {micro} x {world.size})"
         )
     clipped = {
         f"{'val' if name == 'value' else name}/grad_norm": weights for name, weights in base.parts().items()
@@ -133,7 +142,7 @@ def ppo_step(
 
 
 def ppo_objective(options: PPOOptions, kl_coefficient: float) -> LossFn:
-    """PPO's loss of the policy and vf_coef times that of the value model, and the metrics of `ppo_step`."""
+    """PPO's policy loss plus vf_coef times the value loss, and the metrics of `ppo_step`."""
     fixed: dict[str, Any] = {
         "clip": options.clip,
         "clip_high": options.clip_high,
@@ -168,10 +177,11 @@ def ppo_objective(options: PPOOptions, kl_coefficient: float) -> LossFn:
 
 
 def run(config: PPOConfig) -> dict[str, float]:
-    """Align as configured; returns the last line of metrics.jsonl, nothing of a dry run.
+    """Align as configured; return the last line of metrics.jsonl, or nothing for a dry run.
 
-    Leaves the policy in output_dir/model, a value model of its own in output_dir/value. Raises ValueError for
-    data, a tokenizer, a reward or a model that cannot be used, before a model is loaded.
+    Leaves the policy in output_dir/model and its value model, if it is not shared, in output_dir/value.
+    Raises ValueError for data, a tokenizer, a reward or a model that cannot be used, before a model is
+    loaded.
     """
     with start(config) as world:
         micro_batch(config, world)
@@ -197,10 +207,10 @@ def run(config: PPOConfig) -> dict[str, float]:
 
         prompts = prompts_of(config.train_data, config.train_split)
         held_out = prompts_of(config.eval_data, config.eval_split) if config.eval_data else []
-        every = [*prompts, *held_out]
+        all_prompts = [*prompts, *held_out]
         value_source = find_value(config, reader)
-        rows = [Tokenized(prompt.input_ids, []) for prompt in every]
-        rows += [Tokenized(prompt.input_ids + [0] * config.max_new_tokens, []) for prompt in every]
+        rows = [Tokenized(prompt.input_ids, []) for prompt in all_prompts]
+        rows += [Tokenized(prompt.input_ids + [0] * config.max_new_tokens, []) for prompt in all_prompts]
         for read in [
             architecture,
             reader and reader.architecture,
@@ -209,7 +219,7 @@ def run(config: PPOConfig) -> dict[str, float]:
             if read:
                 check_fit(read, tokenizer, [rows], lower="max_prompt_length or max_new_tokens")
         if isinstance(scorer, Classifier):
-            check_classifier(scorer, tokenizer, every, max_new_tokens=config.max_new_tokens)
+            check_classifier(scorer, tokenizer, all_prompts, max_new_tokens=config.max_new_tokens)
 
         drawn = [[_full(prompt, config.max_new_tokens)] for prompt in prompts]
         collate = partial(
@@ -248,7 +258,8 @@ def train(
 ) -> dict[str, float]:
     """Train `model` in place, fill output_dir, and return the last line of metrics.jsonl.
 
-    A function of its own, as what DistributedDataParallel holds must go before the process group does.
+    It is a function apart because what DistributedDataParallel holds must be freed before the process
+    group.
     """
     wrapped = distribute(config, world, model)
     rates = {} if config.value_learning_rate is None else {"value.": config.value_learning_rate}
@@ -272,7 +283,7 @@ def train(
         }
         return rollout(model, chosen, reward, config, **options)
 
-    def take(step: int) -> tuple[dict[str, float], int]:
+    def train_step(step: int) -> tuple[dict[str, float], int]:
         began = time.perf_counter()
         numbers = rows_of_step(step, rows=len(prompts), batch_size=config.batch_size, seed=config.seed)
         experience = draw([prompts[number] for number in numbers], seed=config.seed, step=step)
@@ -307,7 +318,7 @@ def train(
         world,
         model,
         optimizer,
-        take=take,
+        train_step=train_step,
         judge=judge if held_out else None,
         save=save,
         rows=len(prompts),
@@ -316,7 +327,7 @@ def train(
 
 
 def _full(prompt: Prompt, new_tokens: int) -> Tokenized:
-    """A prompt with the longest completion."""
+    """A prompt followed by the longest completion."""
     return Tokenized(
         prompt.input_ids + [0] * new_tokens, [False] * len(prompt.input_ids) + [True] * new_tokens
     )

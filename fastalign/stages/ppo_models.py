@@ -1,4 +1,4 @@
-"""The models of a PPO run beside the policy: reward model, value model and reference."""
+"""The models of a PPO run besides the policy: reward model, value model and reference."""
 
 import copy
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from .stage_configs import PPOConfig
 
 
 class ValueSource(NamedTuple):
-    """What a value model of its own starts from."""
+    """What a separate value model starts from."""
 
     argument: str
-    """The field that gives it."""
+    """The field of the configuration that names it."""
     folder: str
     architecture: PretrainedConfig
     scores: bool
@@ -34,8 +34,7 @@ def parts_of(
     scorer: Classifier | Function,
     value: ValueSource | None,
 ) -> list[Part]:
-    """The models that a step needs: the policy, a value model of its own, the reward model, and where the
-    reference is a copy, that."""
+    """The models that a step needs: policy, separate value model, reward model, and a copied reference."""
     parts = [Part("model", architecture)]
     if value is not None:
         parts.append(Part("value model", value.architecture, "SEQ_CLS"))
@@ -47,8 +46,10 @@ def parts_of(
 
 
 def micro_batch(config: PPOConfig, world: World) -> int:
-    """Sequences of one forward pass on one device. Raises ValueError where minibatches do not divide into
-    those of all devices."""
+    """Sequences in one forward pass on one device.
+
+    Raises ValueError if a minibatch does not divide among all devices.
+    """
     size = config.batch_size // config.minibatches
     micro = config.micro_batch_size or max(size // world.size, 1)
     if size % (micro * world.size):
@@ -79,8 +80,10 @@ def make_reward(
 
 
 def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | None:
-    """The source of a value model of its own, None for a shared one. `reader`: the reward model, if it reads
-    the policy's tokens."""
+    """The source of a separate value model; None for a shared one.
+
+    `reader` is the reward model, if it reads the policy's tokens.
+    """
     if config.value == "shared":
         return None
     usable = reader is not None and reader.labels == 1
@@ -93,7 +96,7 @@ def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | No
 
 
 def make_value(source: ValueSource | None, load: Callable[..., Any]) -> Any:
-    """The value model of its own, None for a shared one."""
+    """The separate value model; None for a shared one."""
     if source is None:
         return None
     value = load(source.architecture, weights=source.folder, task="SEQ_CLS", argument=source.argument)
@@ -103,7 +106,7 @@ def make_value(source: ValueSource | None, load: Callable[..., Any]) -> Any:
 
 
 def make_reference(config: PPOConfig, policy: Any) -> nn.Module | None:
-    """What the policy is held near: `rollout`'s argument."""
+    """The `reference` argument of `rollout`."""
     if config.reference == "none":
         return None
     if isinstance(policy, PeftModel) and config.reference != "copy":
@@ -113,12 +116,13 @@ def make_reference(config: PPOConfig, policy: Any) -> nn.Module | None:
 
 
 def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS, and those that the model generates by (the end of a
-    turn, say)."""
-    own = policy.generation_config.eos_token_id
-    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    """The ids that end a completion: the tokenizer's EOS, and those at which the model's `generate` stops."""
+    configured = policy.generation_config.eos_token_id
+    ids = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
     known = policy.config.get_text_config().vocab_size
-    found = sorted({id for id in ids if id is not None and id < known})  # a model cannot draw others
+    found = sorted(
+        {token_id for token_id in ids if token_id is not None and token_id < known}
+    )  # the model cannot draw any other id
     if not found:
         raise ValueError(
             "tokenizer: no EOS token, and the model's generation_config names none: completions could not end"

@@ -1,9 +1,9 @@
-"""The experience of PPO: completions of prompts with their scores, values and advantages, and the options of
-drawing and learning.
+"""PPO's rollout: completions of prompts with their scores, values and advantages.
 
-`rollout` is a plain function for a loop of one's own, as is ppo.py's `ppo_step`, which learns from what it
-returns. The old log-probabilities are those that the rollout returned, of the tempered policy before top-k,
-top-p and min-p: the one that the update scores, so that ratios begin at 1 (docs/rollout_logprobs.md).
+`rollout` is a plain function that you can call from your own loop, as is ppo.py's `ppo_step`, which learns
+from its result. The old log-probabilities are those that the rollout returned: of the tempered policy
+before top-k, top-p and min-p, which is the one that the update scores. So ratios begin at 1
+(docs/rollout_logprobs.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -27,12 +27,11 @@ from .stage_configs import PPOOptions
 
 
 class Experience(NamedTuple):
-    """The completions of a step's prompts, those of all ranks on every rank, with what `ppo_step` learns from
-    them.
+    """The completions of a step's prompts, of all ranks, with what `ppo_step` learns from them.
 
-    B completions of at most R tokens: `mask` bool [B, R], and in its shape, nats or units of the reward:
-    `old_logp`, `reference_logp` (None without a reference), `values`, `advantages`, `returns`; `scores` [B].
-    `metrics`: of the rollout.
+    B completions of at most R tokens. `mask`: bool [B, R]. Of its shape, in nats or units of the reward:
+    `old_logp`, `reference_logp` (None without a reference), `values`, `advantages`, `returns`. `scores`:
+    [B]. `metrics`: those of the rollout.
     """
 
     prompts: list[list[int]]
@@ -65,52 +64,67 @@ def rollout(
     precision: torch.autocast | None = None,
     world: World | None = None,
 ) -> Experience:
-    """Complete the prompts, score the completions, and estimate the advantage of each of their tokens.
+    """Complete the prompts, score the completions, and estimate the advantage of each token.
 
-    Args: prompts: of all ranks, which draw a block each. `fastalign.data.Prompt(ids)` makes one of tokens.
-        score: from this rank's prompts and completions (tokens, EOS among them) to a score for each, [B].
-        eos_id: ids that end a completion. reference: a causal LM with a fused head, or `model.policy` itself,
-        which then runs without its adapters. seed, step: key the noise; with the same weights, the same
-        tokens. micro_batch_size, rollout_batch_size: sequences in a forward pass, and in a batch of the
-        rollout. Default: all. packing: several sequences to a row, as in
-        `fastalign.data.pack_sequences`. precision: of the forward passes. world: the ranks; None: this
-        process alone.
+    Args:
+        prompts: those of all ranks; each rank completes a block of them. `fastalign.data.Prompt(ids)` makes
+            one of tokens.
+        score: from this rank's prompts and completions (tokens, EOS included) to a score for each, [B].
+        eos_id: ids that end a completion.
+        reference: a causal LM with a fused head, or `model.policy` itself, which then runs without its
+            adapters.
+        seed, step: key the noise. The same weights, seed and step draw the same tokens.
+        micro_batch_size, rollout_batch_size: sequences in a forward pass, and in a batch of the rollout.
+            Default: all.
+        packing: put several sequences into a row, as in `fastalign.data.pack_sequences`.
+        precision: autocast of the forward passes.
+        world: the ranks. Default: this process alone.
 
-    The metrics are means over the completions: objective/kl (nats, Σ over tokens of the log-ratio of policy
-    and reference), objective/entropy (nats, -Σ log-probability), objective/scores, objective/non_score_reward
-    (the KL divergence's share of the rewards) and objective/rlhf_reward, their sum; completions/mean_length
-    in tokens; val/num_eos_tokens, how many ended; val/explained_variance of the returns by the old values.
+    Metrics, means over the completions unless noted:
+
+        objective/kl: nats, the sum over tokens of the log-ratio of policy and reference.
+        objective/entropy: nats, minus the sum of log-probabilities.
+        objective/scores: the scores.
+        objective/non_score_reward: the KL divergence's share of the rewards.
+        objective/rlhf_reward: the sum of the two above.
+        completions/mean_length: tokens.
+        val/num_eos_tokens: how many completions ended.
+        val/explained_variance: of the returns by the old values.
+
     Raises FloatingPointError for logits that are not finite.
     """
     world = world or World(0, 1, model.device)
     first, end = (len(prompts) * rank // world.size for rank in (world.rank, world.rank + 1))
     if len(prompts) < world.size:
         raise ValueError(
-            f"prompts: {len(prompts)} seen, at least one for each of the {world.size} ranks wanted"
+            f"prompts: got {len(prompts)}, expected at least one for each of the {world.size} ranks"
         )
-    own = prompts[first:end]
+    local_prompts = prompts[first:end]
     with precision or nullcontext():
         draw = partial(_draw, model, options=options, eos_id=eos_id, pad_id=pad_id, seed=seed)
-        size = rollout_batch_size or len(own)
+        size = rollout_batch_size or len(local_prompts)
         parts = [
-            draw(own[at : at + size], step * len(prompts) + first + at) for at in range(0, len(own), size)
+            draw(local_prompts[at : at + size], step * len(prompts) + first + at)
+            for at in range(0, len(local_prompts), size)
         ]
         completions = [ids for part, _ in parts for ids in part]
         lengths = torch.tensor([len(ids) for ids in completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         drawn = _in_rows(torch.cat([logp for _, logp in parts]), mask.to(model.device))
-        scores = torch.as_tensor(score(own, completions), dtype=torch.float64)
-        if scores.shape != (len(own),):
+        scores = torch.as_tensor(score(local_prompts, completions), dtype=torch.float64)
+        if scores.shape != (len(local_prompts),):
             raise ValueError(
-                f"score: returned {list(scores.shape)}, [{len(own)}] wanted, a score for each completion"
+                f"score: got shape {list(scores.shape)}, expected [{len(local_prompts)}], a score for each completion"
             )
 
         if not scores.isfinite().all():
             raise FloatingPointError(
-                f"score: {int((~scores.isfinite()).sum())} of {len(own)} completions got no finite score"
+                f"score: {int((~scores.isfinite()).sum())} of {len(local_prompts)} completions got no finite score"
             )
 
-        sequences = [_sequence(prompt.input_ids, ids) for prompt, ids in zip(own, completions, strict=True)]
+        sequences = [
+            _sequence(prompt.input_ids, ids) for prompt, ids in zip(local_prompts, completions, strict=True)
+        ]
         passes = partial(
             _passes,
             world=world,
@@ -135,8 +149,8 @@ def rollout(
         "rescored": rescored,
     }
     whole = _gather(world, {name: tensor for name, tensor in named.items() if tensor is not None})
-    every = [ids for part in _gather_lists(world, completions) for ids in part]
-    return _estimate(model, options, [prompt.input_ids for prompt in prompts], every, whole, eos_id)
+    all_completions = [ids for part in _gather_lists(world, completions) for ids in part]
+    return _estimate(model, options, [prompt.input_ids for prompt in prompts], all_completions, whole, eos_id)
 
 
 def _draw(
@@ -149,8 +163,7 @@ def _draw(
     pad_id: int,
     seed: int,
 ) -> tuple[list[list[int]], Tensor]:
-    """Completions in tokens, and the log-probabilities of their tokens under the tempered policy, [tokens]
-    one after another."""
+    """Completions in tokens, and their tokens' log-probabilities [tokens] under the tempered policy."""
     width = max(len(prompt.input_ids) for prompt in prompts)
     padding = [width - len(prompt.input_ids) for prompt in prompts]
     ids = [[pad_id] * left + prompt.input_ids for left, prompt in zip(padding, prompts, strict=True)]
@@ -180,8 +193,7 @@ def _sequence(prompt: list[int], completion: list[int]) -> Tokenized:
 
 
 def _pack(sequences: Sequence[Tokenized], *, pad_id: int, packing: bool) -> Batch:
-    """pack_sequences' arguments, and `at`: the place before each scored token, among all tokens, int64 [N],
-    sequence by sequence."""
+    """`pack_sequences`'s arguments, and `at`, int64 [N]: the place before each scored token, by sequence."""
     packed = pack_sequences(sequences, pad_id=pad_id, packing=packing)
     begins = packed["starts"][packed["places"]].tolist()
     spans = [
@@ -213,7 +225,7 @@ def _passes(
 def _logps(
     model: ActorCritic, reference: nn.Module | None, temperature: float, arguments: Any, at: Tensor
 ) -> Tensor:
-    """Log-probabilities of the scored tokens under the tempered reference, None: the policy, [N]."""
+    """Log-probabilities [N] of the scored tokens under the tempered reference (None: the policy)."""
     policy: Any = model.policy
     with policy.disable_adapter() if reference is model.policy else nullcontext():
         scorer = policy if reference is None else reference
@@ -226,7 +238,7 @@ def _in_rows(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _gather(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of all ranks, padded to one length with 0, on this rank's device."""
+    """The rows of all ranks, padded with 0 to one length, on this rank's device."""
     if world.size == 1:
         return {name: tensor.to(world.device) for name, tensor in tensors.items()}
     parts = _gather_lists(world, {name: tensor.cpu() for name, tensor in tensors.items()})
@@ -238,11 +250,11 @@ def _gather(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat([padded(part[name]) for part in parts]).to(world.device) for name in tensors}
 
 
-def _gather_lists(world: World, own: Any) -> list[Any]:
-    parts: list[Any] = [own]
+def _gather_lists(world: World, local: Any) -> list[Any]:
+    parts: list[Any] = [local]
     if world.size > 1:
         parts = [None] * world.size
-        dist.all_gather_object(parts, own)
+        dist.all_gather_object(parts, local)
     return parts
 
 
@@ -312,7 +324,7 @@ def _kl(d: Tensor, estimator: str) -> Tensor:
 def experience_batch(
     experience: Experience, rows: list[int], *, options: PPOOptions, pad_id: int, packing: bool
 ) -> Batch:
-    """The micro-batch of these completions: what `_pack` gives, and the numbers of their tokens, [N]."""
+    """The micro-batch of these completions: what `_pack` gives, and the tokens' numbers, each [N]."""
     sequences = [_sequence(experience.prompts[row], experience.completions[row]) for row in rows]
     mask = experience.mask[rows]
     names = ["old_logp", "values", "advantages", "returns"] + (

@@ -50,8 +50,7 @@ class Watch:
         threading.Thread(target=self._run, daemon=True, name="fastalign-watch").start()
 
     def at_step(self, step: int) -> None:
-        """Note the step that this rank is in, for the others too: one that is killed cannot tell it any
-        more."""
+        """Note the step that this rank is in, for the other ranks too: a killed rank can no longer tell it."""
         self.step = step
         with suppress(Exception):  # what is wrong with the store, the thread finds
             self._sign()
@@ -167,8 +166,10 @@ class Watch:
                 )
 
     def _end_soon(self, line: str | None, grace: float = GRACE) -> None:
-        """End the process, which waits for a rank that will not come, unless it ends by itself. The rank with
-        a line goes first."""
+        """End the process soon, unless it ends by itself: it waits for a rank that will not come.
+
+        The rank with a line to tell goes first.
+        """
         if self.leaving.wait(grace + (3 * PERIOD if line is None else 0)) or self.ending.is_set():
             return
         if line is not None:

@@ -1,8 +1,7 @@
-"""What the preference stages share: their fields, how they pack, and the reference that a policy is compared
-with.
+"""The reference of DPO and KTO: the model before training, which gives log-probabilities to compare with.
 
-The reference is the model as it is before training. Its log-probabilities come from a frozen copy, from the
-model with its adapters switched off, or from a table made before the first step; the values are the same.
+They come from a frozen copy, from the model with its adapters switched off, or from a table computed before
+the first step. The values are the same.
 """
 
 import copy
@@ -35,7 +34,7 @@ Reference = Callable[
 
 
 def parts_of(config: ReferenceConfig, architecture: PretrainedConfig) -> list[Part]:
-    """The models that a step needs: the one that is trained, and where the reference is a copy, that."""
+    """The models that a step needs: the trained one, and the reference if it is a copy."""
     copied = config.reference == "copy" or (config.reference == "auto" and not config.lora_rank)
     reference = [Part("reference", architecture, trained=False)] if copied else []
     return [Part("model", architecture), *reference]
@@ -44,8 +43,10 @@ def parts_of(config: ReferenceConfig, architecture: PretrainedConfig) -> list[Pa
 def make_reference(
     config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]
 ) -> Reference:
-    """The reference of `model`, which is not trained yet; `scored` are all packed sequences that this rank
-    will ask it for."""
+    """The reference of `model`, which is not trained yet.
+
+    `scored` are all packed sequences that this rank will ask for.
+    """
     if config.reference == "precomputed":
         return _precompute(config, world, model, scored)
     if isinstance(model, PeftModel) and config.reference != "copy":
@@ -67,11 +68,10 @@ def _adapters_off(model: PeftModel, packed: Batch) -> Tensor:
 def _precompute(
     config: ReferenceConfig, world: World, model: PreTrainedModel | PeftModel, scored: Iterable[Batch]
 ) -> Reference:
-    """A table from sequences to log-probabilities, read from a file named after the model, and completed
-    there.
+    """A table from sequences to log-probabilities, read from the model's file and completed there.
 
-    A sequence is scored in the batch that meets it first, so its value is bitwise the one that the other ways
-    compute there. In other company (a later epoch) theirs may differ from it by rounding.
+    A sequence is scored in the first batch that contains it, so its value is bitwise the one that a copy
+    would compute there. In another batch (a later epoch) a copy's value may differ from it by rounding.
     """
     folder = Path(config.reference_dir or config.output_dir)
     path = folder / f"reference-{_digest_model(config, model).hex()}.safetensors"
@@ -91,8 +91,8 @@ def _precompute(
             key: value for part in reversed(tables) for key, value in part.items()
         }  # the first rank's value wins
     if world.main and len(table) > known:
-        # Another run that shares the folder may have come first: its values stay, so that both go on, and
-        # resume, with the same ones.
+        # Another run that shares the folder may have written first. Its values stay, so that both runs
+        # continue, and resume, with the same ones.
         with held("reference_dir", folder, name=path.stem + ".lock", wait=True):
             table |= _read_table(path)
             _write_table(path, table)
@@ -118,8 +118,7 @@ def _write_table(path: Path, table: dict[bytes, float]) -> None:
 
 
 def _read_table(path: Path) -> dict[bytes, float]:
-    """The table in a file, none where there is no file. Raises ValueError where it is not as it was
-    written."""
+    """The table in a file; empty if there is no file. Raises ValueError if the file is damaged."""
     if not path.exists():
         return {}
     try:
@@ -153,8 +152,7 @@ def _digest(sequence: Tokenized) -> bytes:
 
 
 def _digest_model(config: ReferenceConfig, model: PreTrainedModel | PeftModel) -> bytes:
-    """Of the weights but the adapters, the architecture, and what else the values depend on beyond
-    rounding."""
+    """A hash of all that changes values beyond rounding: weights without adapters, architecture, precision."""
     fields = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     fields |= {"bf16": config.bf16, "attention": model.config._attn_implementation}
     digest = hashlib.blake2b(json.dumps(fields, sort_keys=True, default=str).encode(), digest_size=16)

@@ -148,8 +148,10 @@ class Report:
 
 
 def _whole_lines(path: Path, world: World) -> list[str]:
-    """The lines of an earlier process. A kill or a power loss may leave the last one half-written: it is cut
-    off, and that is said."""
+    """The lines of an earlier process.
+
+    A kill or a power loss may leave the last line half-written. It is cut off, and that is reported.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = []
     for number, line in enumerate(lines, 1):

@@ -1,5 +1,4 @@
-"""A reward model: a transformers sequence classifier whose score of the chosen completion is to exceed the
-rejected one's.
+"""A reward model: a sequence classifier that learns to score the chosen completion above the rejected one.
 
 fastalign reward model=my-model train_data=pairs.jsonl output_dir=runs/reward bf16=true
 torchrun --nproc-per-node 8 -m fastalign.stages.reward --config reward.yaml
@@ -104,8 +103,7 @@ def run(config: RewardConfig) -> dict[str, float]:
 
 
 def bradley_terry(config: RewardConfig) -> LossFn:
-    """The loss, the share of pairs in the right order, and the means over pairs of chosen - rejected score
-    and over all scores."""
+    """The loss, the share of pairs in the right order, the mean margin, and the mean of all scores."""
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # fp32 at least: under autocast bfloat16 would round the scores' differences.

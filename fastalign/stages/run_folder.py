@@ -17,8 +17,9 @@ _FULL_TEXTS = ("PytorchStreamWriter failed", "No space left", "Disk quota exceed
 
 @contextmanager
 def held(field: str, folder: Path, *, name: str = LOCK, wait: bool = False) -> Iterator[None]:
-    """Hold the lock `name` of `folder`, which is made where it is missing; another run that holds it is
-    waited for or refused.
+    """Hold the lock `name` of `folder`, which is created if it is missing.
+
+    If another run holds it, wait for that run or refuse.
 
     The kernel lets go of the lock when the process ends, however it ends, so one that is left behind blocks
     nobody. Where the file system has no locks, that is said and the run goes on. Raises ValueError with the

@@ -1,8 +1,7 @@
-"""Where scores of completions come from: a sequence classifier, ours or any that transformers loads, or a
-Python function.
+"""Scores of completions, by a sequence classifier of transformers or by a Python function.
 
-What the policy's tokenizer wrote is scored as it is by a decoder that reads the same tokens; another
-classifier, with its own tokenizer, reads the text.
+A decoder that reads the policy's tokens scores them as they are. Another classifier, with its own
+tokenizer, reads the text.
 """
 
 import importlib
@@ -41,7 +40,7 @@ _NO_LIMIT = 10**9  # transformers writes 10**30 where a tokenizer has no model_m
 
 
 class Function(NamedTuple):
-    """A Python function, and what the configuration calls it."""
+    """A Python function, and its name in the configuration."""
 
     name: str
     call: Callable[..., Any]
@@ -54,7 +53,7 @@ class Classifier(NamedTuple):
     architecture: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     label: int
-    """Whose logit is the score."""
+    """The label whose logit is the score."""
     labels: int
 
     def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -63,9 +62,9 @@ class Classifier(NamedTuple):
 
 
 def find_function(reward: str) -> Function:
-    """The function of "module:function" (modules of the working directory too) or "file.py:function".
+    """The function of "module:function" (a module of the working directory too) or "file.py:function".
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     source, _, name = reward.rpartition(":")
     try:
@@ -90,14 +89,16 @@ def find_function(reward: str) -> Function:
 
 
 def find_classifier(reward: str, label: int | None) -> Classifier:
-    """The classifier in a folder or of a name. Raises ValueError for another kind of model, or a label that
-    it has not."""
+    """The classifier in a folder or of a name.
+
+    Raises ValueError for another kind of model or an unknown label.
+    """
     tokenizer = load_tokenizer(reward)
     architecture = load_architecture(reward, task="SEQ_CLS", argument="reward")
     if not is_classifier(find_source(reward), architecture):
         kinds = ", ".join(architecture.architectures or [])
         raise ValueError(
-            f"reward: {reward!r} holds {kinds or 'no architecture'}; a sequence classifier is wanted"
+            f"reward: got {reward!r}, which holds {kinds or 'no architecture'}, expected a sequence classifier"
         )
     labels = architecture.id2label
     if label is None and len(labels) > 1 or label is not None and label not in labels:
@@ -109,17 +110,18 @@ def find_classifier(reward: str, label: int | None) -> Classifier:
 
 
 def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Reward:
-    """Scores by `function(prompts, completions)`: the rows' prompts, as text or messages, and the completions
-    as text.
+    """Scores by `function(prompts, completions)`.
 
-    Further columns of the rows are handed over by keyword where the function has a parameter of that name.
+    The prompts are the rows', as text or messages; the completions are text.
+
+    If the function has a parameter with the name of a further column, that column is passed by keyword.
     """
-    wanted = list(inspect.signature(function.call).parameters)[2:]
+    parameters = list(inspect.signature(function.call).parameters)[2:]
 
     def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         columns = {
-            name: [prompt.row[name] for prompt in prompts] for name in wanted if name in prompts[0].row
+            name: [prompt.row[name] for prompt in prompts] for name in parameters if name in prompts[0].row
         }
         scores = _numbers(
             function.name,
@@ -138,15 +140,15 @@ def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Rewar
 
 
 def _numbers(name: str, returned: Any, texts: Sequence[str]) -> list[float]:
-    """What a reward function returned, as numbers. Raises ValueError that names what is none."""
-    wanted = f"expected a list of {len(texts)} numbers"
+    """What a reward function returned, as numbers. Raises ValueError that names what is no number."""
+    expected = f"expected a list of {len(texts)} numbers"
     # The items of a mapping are its keys, and a set has no order.
     if isinstance(returned, str | bytes | Mapping | AbstractSet):
-        raise ValueError(f"reward: {name} returned {_short(returned)}, {wanted}")
+        raise ValueError(f"reward: {name} returned {_short(returned)}, {expected}")
     try:
         values = list(returned)
     except TypeError as error:
-        raise ValueError(f"reward: {name} returned {_short(returned)}, {wanted}") from error
+        raise ValueError(f"reward: {name} returned {_short(returned)}, {expected}") from error
     if len(values) != len(texts):
         raise ValueError(f"reward: {name} returned {len(values)} scores for {len(texts)} completions")
     numbers = []
@@ -176,8 +178,10 @@ def load_classifier(
     attention: str,
     packing: bool,
 ) -> Reward:
-    """Scores by the classifier, `rows` sequences at a time: of the tokens where it reads those of
-    `tokenizer`, else of the text."""
+    """Scores by the classifier, `rows` sequences at a time.
+
+    It scores tokens if it reads those of `tokenizer`, else text.
+    """
     model = load_plain(
         classifier.folder, task="SEQ_CLS", argument="reward", dtype=dtype, num_labels=classifier.labels
     )
@@ -220,12 +224,11 @@ def check_classifier(
     *,
     max_new_tokens: int,
 ) -> None:
-    """Raise ValueError, before it is loaded, where a classifier that reads text with a tokenizer of its own
-    cannot score the prompts.
+    """Raise ValueError if a classifier that reads text with its own tokenizer cannot score the prompts.
 
-    It needs the pad token by which it pads and finds last tokens, a chat template for messages, and room for
-    each prompt with a completion of max_new_tokens, which is assumed to have as many tokens there as in the
-    policy's tokenizer.
+    The classifier is not loaded yet. It needs a pad token, by which it pads and finds last tokens; a chat
+    template for messages; and room for each prompt with a completion of max_new_tokens, which is assumed to
+    have as many tokens there as in the policy's tokenizer.
     """
     if classifier.reads(tokenizer) and hasattr(_on_meta(classifier), "score"):
         return
@@ -261,7 +264,7 @@ def check_classifier(
 
 
 def text_limit(classifier: Classifier) -> int | None:
-    """The most tokens of a text that a classifier reads; None where nothing bounds them."""
+    """The most tokens of a text that a classifier reads; None if nothing bounds them."""
     text = classifier.architecture.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None:
@@ -279,7 +282,7 @@ def text_limit(classifier: Classifier) -> int | None:
 
 
 def _on_meta(classifier: Classifier) -> PreTrainedModel:
-    """The classifier's modules without memory for weights."""
+    """The classifier's modules, without memory for weights."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForSequenceClassification.from_config(
             classifier.architecture, trust_remote_code=False
@@ -294,8 +297,10 @@ def _encode(
     completions: Sequence[str],
     limit: int | None,
 ) -> Mapping[str, Any]:
-    """Whole conversations in a classifier's own tokens, at most `limit` of each; one with messages needs its
-    chat template."""
+    """Whole conversations in a classifier's own tokens, at most `limit` of each.
+
+    Messages need its chat template.
+    """
     chat = isinstance(prompts[0].row["prompt"], list)
     if chat:
         template = template or ChatTemplate(tokenizer)  # which says that there is none

@@ -21,7 +21,7 @@ from .stage_configs import SFTConfig
 
 
 def run(config: SFTConfig) -> dict[str, float]:
-    """Fine-tune as configured; returns the last line of metrics.jsonl, nothing of a dry run.
+    """Fine-tune as configured; return the last line of metrics.jsonl, or nothing for a dry run.
 
     Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
     """

@@ -1,8 +1,9 @@
-"""The configuration of every stage, of `merge` and of `tokenizer`: a dataclass that is its command line and
-its documentation too.
+"""The configuration of every stage, of `merge` and of `tokenizer`.
 
-They are apart from the stages so that `fastalign COMMAND --help` needs no torch: importing this takes a fifth
-of a second.
+Each is a dataclass that is also the command line and its documentation.
+
+These classes are apart from the stages so that `fastalign COMMAND --help` needs no torch: importing this
+file takes a fifth of a second.
 """
 
 import re
@@ -45,8 +46,8 @@ class PretrainConfig(TrainConfig):
     sequence_length: int = Field(default=1024, ge=2)
     """Tokens in a row. Documents are packed into rows and do not see each other."""
     too_long: Literal["split", "refuse", "drop", "truncate"] = "split"
-    """What to do with a document longer than sequence_length: split it into pieces, refuse it, leave it out or keep its
-    beginning; the log counts the documents of the latter two."""
+    """What to do with a document longer than sequence_length: split it into pieces, refuse it, leave it out
+    or keep its beginning; the log counts the documents of the latter two."""
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
@@ -74,7 +75,8 @@ class SFTConfig(TrainConfig):
     max_length: int = Field(default=1024, ge=2)
     """Longest conversation in tokens."""
     too_long: Literal["refuse", "drop", "truncate"] = "drop"
-    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts the rows."""
+    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts
+    the rows."""
     packing: bool = False
     """Pack conversations into rows of max_length, blind to each other; batch_size then counts such rows."""
 
@@ -88,10 +90,11 @@ class PreferenceConfig(TrainConfig):
     max_length: int = Field(default=1024, ge=2)
     """Longest prompt with its completion in tokens."""
     too_long: Literal["refuse", "drop", "truncate"] = "drop"
-    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts the rows."""
+    """What to do with a row that is longer: refuse it, leave it out or cut it at the right; the log counts
+    the rows."""
     packing: bool = True
-    """Pack sequences that share a forward pass into rows as long as the longest, blind to each other, and compute the
-    prompt that two of them share once, where the attention takes a mask and it pays."""
+    """Pack sequences that share a forward pass into rows as long as the longest, blind to each other, and
+    compute the prompt that two of them share once, where the attention takes a mask and it pays."""
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -123,10 +126,12 @@ class ReferenceConfig(PreferenceConfig):
     beta: PositiveFloat = 0.1
     """Strength of the pull to the reference: rewards are beta times the log-ratio of policy and reference."""
     reference: Literal["auto", "copy", "adapters_off", "precomputed"] = "auto"
-    """Where the log-probabilities of the model before training come from: a frozen copy of it, the model without its
-    LoRA adapters, or one pass before the first step, kept in a file. auto: adapters_off with LoRA, else copy."""
+    """Where the log-probabilities of the model before training come from: a frozen copy of it, the model
+    without its LoRA adapters, or one pass before the first step, kept in a file. auto: adapters_off with
+    LoRA, else copy."""
     reference_dir: str | None = None
-    """Folder of the precomputed log-probabilities; runs that share it score a sequence once. Default: output_dir."""
+    """Folder of the precomputed log-probabilities; runs that share it score a sequence once. Default:
+    output_dir."""
 
     @model_validator(mode="after")
     def _check_reference(self) -> Self:
@@ -149,7 +154,8 @@ class DPOConfig(ReferenceConfig):
     loss_type: PairLossType = "sigmoid"
     """The loss of a pair: sigmoid is DPO's. ipo and sigmoid_norm take log-probabilities per token."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of pairs in the wrong order, for sigmoid (cDPO), sigmoid_norm, robust and exo_pair, which needs one."""
+    """Assumed share of pairs in the wrong order, for sigmoid (cDPO), sigmoid_norm, robust and exo_pair, which
+    needs one."""
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
@@ -167,7 +173,8 @@ class KTOConfig(ReferenceConfig):
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     """kto, or APO-zero's loss, which takes the KL divergence to be zero."""
     desirable_weight: NonNegativeFloat = 1.0
-    """Weight of desirable rows. Weight times number of rows of one kind should be 1 to 4/3 of that of the other kind."""
+    """Weight of desirable rows. Weight times number of rows of one kind should be 1 to 4/3 of that of the
+    other kind."""
     undesirable_weight: NonNegativeFloat = 1.0
     """Weight of undesirable rows."""
 
@@ -196,9 +203,11 @@ class PPOOptions:
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Draw among tokens at least this fraction as likely as the likeliest."""
     rescore: bool = False
-    """Take the old log-probabilities from a pass of the trainer over the rollout; false: as the rollout returned them."""
+    """Take the old log-probabilities from a pass of the trainer over the rollout; false: as the rollout
+    returned them."""
     importance_cap: float | None = Field(default=None, gt=0)
-    """Weigh each token's policy loss by the ratio of trainer's and rollout's probabilities, at most this (needs rescore)."""
+    """Weigh each token's policy loss by the ratio of trainer's and rollout's probabilities, at most this
+    (needs rescore)."""
 
     missing_eos_penalty: float | None = Field(default=None, gt=0)
     """Subtracted from the score of a completion that did not end within max_new_tokens."""
@@ -207,9 +216,11 @@ class PPOOptions:
     kl_in: Literal["reward", "loss"] = "reward"
     """Where the KL divergence counts: in each token's reward, or in the policy's loss."""
     kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
-    """With d the log-ratio of policy and reference: k1 is d, k2 d²/2, k3 exp(-d) - 1 + d. auto: k1 in the reward, k3 in the loss."""
+    """With d the log-ratio of policy and reference: k1 is d, k2 d²/2, k3 exp(-d) - 1 + d. auto: k1 in the
+    reward, k3 in the loss."""
     target_kl: float | None = Field(default=None, gt=0)
-    """Adapt kl_coef so that the KL divergence comes near this (nats a completion). Default: kl_coef is fixed."""
+    """Adapt kl_coef so that the KL divergence comes near this (nats a completion). Default: kl_coef is
+    fixed."""
     kl_horizon: PositiveInt = 10_000
     """Completions after which an adaptive kl_coef has changed by a factor of about 1.2 at most."""
     gamma: float = Field(default=1.0, ge=0, le=1)
@@ -267,20 +278,21 @@ class PPOConfig(PPOOptions, TrainConfig):
     model: str
     """Folder or name of the model."""
     reward: str
-    """What scores completions: folder or name of a sequence classifier, or a Python function, "module:function" or
-    "file.py:function", that is given prompts and completions (and columns that it names) and returns a score for each."""
+    """What scores completions: folder or name of a sequence classifier, or a Python function,
+    "module:function" or "file.py:function", that is given prompts and completions (and columns that it names)
+    and returns a score for each."""
     reward_label: int | None = Field(default=None, ge=0)
     """Which label's logit is the score, where the classifier has several."""
     value: Literal["own", "shared"] = "own"
     """A value model of its own, or a linear layer on the hidden states of the policy."""
     value_model: str | None = None
-    """Folder or name that a value model of its own starts from. Default: the reward model, where it is a classifier with one
-    label that reads the policy's tokens, else the policy, with values of zero."""
+    """Folder or name that a value model of its own starts from. Default: the reward model, where it is a
+    classifier with one label that reads the policy's tokens, else the policy, with values of zero."""
     value_learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate of the value model or layer. Default: learning_rate."""
     reference: Literal["auto", "copy", "adapters_off", "none"] = "auto"
-    """What the policy is held near: a frozen copy of it as it was, the model without its LoRA adapters, or nothing (needs kl_coef=0).
-    auto: adapters_off with LoRA, else copy."""
+    """What the policy is held near: a frozen copy of it as it was, the model without its LoRA adapters, or
+    nothing (needs kl_coef=0). auto: adapters_off with LoRA, else copy."""
     max_prompt_length: PositiveInt = 512
     """Longest prompt in tokens."""
     too_long: Literal["refuse", "drop", "truncate"] = "drop"
@@ -290,7 +302,8 @@ class PPOConfig(PPOOptions, TrainConfig):
     batch_size: PositiveInt = 64
     """Prompts in one step, over all devices; each is completed once."""
     micro_batch_size: int | None = Field(default=None, gt=0)
-    """Sequences in one forward pass on one device. Default: batch_size / minibatches / devices, that is, no accumulation."""
+    """Sequences in one forward pass on one device. Default: batch_size / minibatches / devices, that is, no
+    accumulation."""
     rollout_batch_size: int | None = Field(default=None, gt=0)
     """Completions drawn at once on one device. Default: batch_size / devices."""
     learning_rate: PositiveFloat = 3e-6
@@ -357,7 +370,8 @@ class TokenizerConfig(Options):
     output_dir: str
     """Folder for the tokenizer: a new or empty one."""
     vocab_size: int = Field(default=8192, ge=_SMALLEST)
-    """Tokens at most: 256 bytes, BOS, EOS, padding, one for each role, and merges. A short text has fewer merges."""
+    """Tokens at most: 256 bytes, BOS, EOS, padding, one for each role, and merges. A short text has fewer
+    merges."""
 
 
 CONFIGS: dict[str, type[Options]] = {

@@ -31,8 +31,10 @@ CHAT_TEMPLATE = (
 
 
 def run(config: TokenizerConfig) -> PreTrainedTokenizerFast:
-    """Train and save a tokenizer as configured. Raises ValueError for data that cannot be used and an
-    output_dir that holds files."""
+    """Train and save a tokenizer as configured.
+
+    Raises ValueError for data that cannot be used and an output_dir that holds files.
+    """
     folder = Path(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(
@@ -62,8 +64,10 @@ def run(config: TokenizerConfig) -> PreTrainedTokenizerFast:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, chat_template: str, special_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text comes back as it was; BOS goes in front of a text, and the chat
-    template adds an EOS."""
+    """A byte-level BPE tokenizer, which gives any text back unchanged.
+
+    BOS goes before a text, and the chat template adds an EOS.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -1,5 +1,7 @@
-"""The weights in a folder, held against those that the model has: transformers itself draws what is missing,
-and goes on."""
+"""The weights in a folder, compared with those that the model has.
+
+transformers itself would draw missing weights and go on.
+"""
 
 from typing import Any, Literal
 
@@ -25,8 +27,9 @@ def names_classifier(architecture: PretrainedConfig) -> bool:
 
 
 def load_whole(name: str, *, task: Task, argument: str, **options: Any) -> PreTrainedModel:
-    """The model in a folder or of a name, all of whose weights came from there. `options` are
-    from_pretrained's.
+    """The model in a folder or of a name. All its weights must come from there.
+
+    `options` are from_pretrained's.
 
     A causal LM becomes a classifier with a new head, and leaves its own behind, which is said by
     transformers. Raises ValueError, which begins with `argument`, with the names of the weights that are
@@ -61,8 +64,10 @@ def load_whole(name: str, *, task: Task, argument: str, **options: Any) -> PreTr
 
 
 def _lies_inside(model: PreTrainedModel, key: str) -> bool:
-    """Whether a weight that the model has not belongs to a part that it has: another layer, say, and not
-    another head or an image tower."""
+    """Whether an unknown weight belongs to a known part, such as another layer.
+
+    It is then no other head or image tower.
+    """
     first, *rest = key.split(".")
     part = getattr(getattr(model, first, None), rest[0] if rest else "", None)
     return part is not None and key.endswith(

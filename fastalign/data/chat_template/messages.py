@@ -1,7 +1,6 @@
-"""What a row's messages say: roles, contents, calls of tools, which turns are trained, and where the prompt
-ends.
+"""A row's messages: roles, contents, tool calls, trained turns, and where the prompt ends.
 
-The DataErrors raised here give the reason alone; `rows.read_each` adds the file and the rows.
+The DataErrors raised here give only the reason; `rows.read_each` adds the file and the rows.
 """
 
 from collections.abc import Sequence
@@ -33,15 +32,15 @@ UNSERVED = (
     "documents",
     "system",
 )
-# Keys that tell messages apart and say nothing to the model, so that a template may leave them out.
+# Keys that only identify messages. The model need not see them, so a template may leave them out.
 LABELS = ("id", "message_id", "turn_id", "timestamp", "created_at", "tool_call_id")
 
 
 def read_messages(column: str, messages: Any) -> list[Message]:
-    """The messages, without keys of None, as transformers has them: templates ask whether a key is there.
+    """The messages, without keys whose value is None: templates test whether a key exists.
 
-    A `tool_calls`, or the `arguments` of a call, that is JSON in a string is parsed. Raises DataError for
-    what is no list of messages, for parts of a content that are no text, and for calls that are none.
+    `tool_calls`, or the `arguments` of a call, that are JSON in a string are parsed. Raises DataError for a
+    value that is no list of messages, for parts of a content that are no text, and for malformed calls.
     """
     if not isinstance(messages, list):
         raise DataError(f"column {column!r} must be a list of messages, got {type(messages).__name__}")
@@ -49,7 +48,7 @@ def read_messages(column: str, messages: Any) -> list[Message]:
 
 
 def read_sharegpt(column: str, messages: Any) -> list[Message]:
-    """As `read_messages`, of ShareGPT's messages with `from` and `value` too."""
+    """As `read_messages`, and also for ShareGPT's messages with `from` and `value`."""
     if not isinstance(messages, list) or not any(
         isinstance(message, dict) and "from" in message for message in messages
     ):
@@ -63,14 +62,13 @@ def read_sharegpt(column: str, messages: Any) -> list[Message]:
             raise DataError(
                 f"column {column!r} must hold messages from {', '.join(SHAREGPT)}; got {message['from']!r}"
             )
-        others = {key: value for key, value in message.items() if key not in ("from", "value")}
-        renamed.append({"role": SHAREGPT[message["from"]], "content": message.get("value")} | others)
+        further = {key: value for key, value in message.items() if key not in ("from", "value")}
+        renamed.append({"role": SHAREGPT[message["from"]], "content": message.get("value")} | further)
     return read_messages(column, renamed)
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The schemas of a row's `tools`: a list, or JSON in a string, of the whole or of each. None where it has
-    none."""
+    """The schemas of a row's `tools`: a list, or JSON in a string, of all or of each. None if there are none."""
     tools = _parse("tools", tools) if isinstance(tools, str) else tools
     if tools is None:
         return None
@@ -84,7 +82,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 
 def refuse_unserved(row: Row) -> None:
-    """Raise DataError where a column beside the messages says what the chat template would not get."""
+    """Raise DataError if a column beside the messages has content that the chat template would not get."""
     for column in UNSERVED:
         if row.get(column):
             raise DataError(
@@ -95,7 +93,7 @@ def refuse_unserved(row: Row) -> None:
 
 
 def refuse_beside_text(row: Row) -> None:
-    """As `refuse_unserved`, for a row of text, which goes through no chat template."""
+    """As `refuse_unserved`, for a row of text, which no chat template reads."""
     refuse_unserved(row)
     if row.get("tools"):
         raise DataError(
@@ -106,8 +104,9 @@ def refuse_beside_text(row: Row) -> None:
 def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list[Message]]]:
     """The messages of the prompt, and those that each of the columns adds to it.
 
-    `prompt` are messages, which a column may repeat; or a text, the user's turn that the columns' whole
-    conversations have last in common; or absent, and then what two columns begin with.
+    `prompt` is a list of messages, which a column may repeat; or a text, which is then the last user turn
+    that the columns' whole conversations share; or absent, and then the prompt is what two columns begin
+    with.
     """
     prompt = read_messages("prompt", row["prompt"]) if isinstance(row.get("prompt"), list) else None
     conversations = [read_messages(column, row[column]) for column in columns]
@@ -134,14 +133,14 @@ def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list
         ):
             raise DataError(f"{what} must begin with the same messages up to the text of column 'prompt'")
     else:
-        one, *others = conversations
+        first, *rest = conversations
         shared = next(
             (
                 place
-                for place, message in enumerate(one)
-                if any(other[place : place + 1] != [message] for other in others)
+                for place, message in enumerate(first)
+                if any(other[place : place + 1] != [message] for other in rest)
             ),
-            len(one),
+            len(first),
         )
         if not shared:
             raise DataError(f"{what} must begin with the same messages where there is no column 'prompt'")
@@ -149,8 +148,10 @@ def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list
 
 
 def take_weights(column: str, messages: Sequence[Message]) -> tuple[list[Message], list[bool]]:
-    """The messages without `weight`, and whether each is an assistant's turn that is trained: one of weight
-    1, or without."""
+    """The messages without `weight`, and whether each is trained.
+
+    An assistant's turn is trained if its weight is 1 or absent.
+    """
     trained = []
     for message in messages:
         assistant, weight = message["role"] == "assistant", message.get("weight")
@@ -168,7 +169,7 @@ def take_weights(column: str, messages: Sequence[Message]) -> tuple[list[Message
 
 
 def join_parts(content: Any) -> Any:
-    """The text of a content of parts, one after another as templates write them."""
+    """The text of a content of parts, joined as templates write them."""
     return "".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
@@ -201,12 +202,12 @@ def _read_message(column: str, message: Any) -> Message:
         )
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
-        others = (
+        further_keys = (
             [key for key in part if key not in ("type", "text") and part[key] is not None]
             if kind == "text"
             else []
         )
-        if kind != "text" or not isinstance(part.get("text"), str) or others:
+        if kind != "text" or not isinstance(part.get("text"), str) or further_keys:
             raise DataError(
                 f"column {column!r} must hold contents whose parts are {{'type': 'text', 'text': …}}, got "
                 f"{_show(part)}"
@@ -254,7 +255,7 @@ def _without(prompt: Sequence[Message], column: str, messages: list[Message]) ->
 
 
 def _after_text(text: str, messages: Sequence[Message]) -> int | None:
-    """How many messages there are up to the last one of the user that says `text` and is answered."""
+    """How many messages there are up to the last user turn that says `text` and is answered."""
     for place in range(len(messages) - 2, -1, -1):
         message = messages[place]
         if message["role"] == "user" and join_parts(message.get("content", "")).strip() == text.strip():

@@ -1,4 +1,4 @@
-"""The texts that a chat template makes, from a process that may fail without harm (worker.py)."""
+"""Texts of a chat template, rendered in a process that may fail without harm (worker.py)."""
 
 import atexit
 import json
@@ -25,13 +25,13 @@ class Call(NamedTuple):
     messages: Sequence[Message]
     tools: Sequence[Any] | None = None
     marks: bool = False
-    """Whether to tell the spans that {% generation %} marks."""
+    """Whether to return the spans that {% generation %} marks."""
     prompt: bool = False
     """Whether to end with the generation prompt."""
 
 
 class Rendered(NamedTuple):
-    """The text and its marked spans, or else why there is none."""
+    """The text and its marked spans, or why there is none."""
 
     text: str = ""
     spans: list[tuple[int, int]] = []
@@ -44,8 +44,8 @@ class _Worker:
     def __init__(self) -> None:
         self.owner = os.getpid()  # a forked process must not read its parent's replies
         self.pipe, theirs = Pipe()
-        # -P: fastalign's own modules must not hide others that are called data or nn. transformers is found
-        # as it is here.
+        # -P: modules of fastalign must not hide others that are called data or nn. transformers is found as
+        # it is here.
         command = [sys.executable, "-P", str(Path(worker.__file__)), str(theirs.fileno())]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self.process = subprocess.Popen(
@@ -64,11 +64,11 @@ _worker: _Worker | None = None
 
 
 def render(source: str, variables: Mapping[str, Any], calls: Sequence[Call]) -> list[Rendered]:
-    """What the template `source`, with its `variables`, makes of each call; all together get SECONDS of
-    processor time.
+    """What the template `source` makes of each call, with its `variables`.
 
-    Raises FatalDataError where the template takes longer, or ends its process: the rows behind would wait as
-    long.
+    All calls share SECONDS of processor time.
+
+    Raises FatalDataError if the template takes longer or ends its process: later rows would wait as long.
     """
     request = (source, dict(variables), [call._asdict() for call in calls], SECONDS)
     with _lock:
@@ -84,7 +84,7 @@ def render(source: str, variables: Mapping[str, Any], calls: Sequence[Call]) -> 
             _end()
             raise FatalDataError("gets messages that are nested too deeply") from error
         except BaseException:
-            _end()  # what it still answers would be taken for the next answer
+            _end()  # its pending answer would be taken for the next one
             raise
     return [
         Rendered(error=reply[0]) if len(reply) == 1 else Rendered(reply[0], [(a, b) for a, b in reply[1]])
@@ -109,7 +109,7 @@ def _end() -> int:
     if worker.owner != os.getpid():
         return 0
     try:
-        return worker.process.wait(timeout=1)  # one that died says how
+        return worker.process.wait(timeout=1)  # the status, if it died
     except subprocess.TimeoutExpired:
         worker.process.kill()
         return worker.process.wait()

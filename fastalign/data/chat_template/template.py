@@ -1,4 +1,4 @@
-"""One chat template: what it takes, what it would lose, and the texts that it makes."""
+"""One chat template: what it reads, what it would lose, and the texts that it makes."""
 
 import json
 import re
@@ -10,22 +10,21 @@ from .messages import LABELS, Message, join_parts
 from .rendering import Call, Rendered, render
 from .template_keys import TemplateKeys
 
-MARK = "Fastalign"  # what probes say; no template writes it on its own
-# Names for what a model thinks before it answers; templates read one of them.
+MARK = "Fastalign"  # what probes say; no template writes it by itself
+# Keys for what a model thinks before it answers; a template reads one of them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _CALL = {"name": "f", "arguments": {"q": MARK}}
 
 
 class Takes(NamedTuple):
-    """Which contents of a role reach the text."""
+    """Which forms of a role's content reach the text."""
 
     text: bool
     parts: bool
 
 
 class Template:
-    """The template `source` of the tokenizer `name`, with the `variables` that it gets beside messages and
-    tools."""
+    """The template `source` of the tokenizer `name`. `variables` go to it beside messages and tools."""
 
     def __init__(self, source: str, *, name: str, variables: Mapping[str, Any]) -> None:
         self.source, self.name, self.variables = source, name, variables
@@ -35,15 +34,17 @@ class Template:
         self._arguments_as_text: bool | None = None
 
     def try_render(self, *calls: Call) -> list[Rendered]:
-        """What the template makes of each call, or why it makes nothing. Raises FatalDataError where it takes
-        too long."""
+        """What the template makes of each call, or why it makes nothing.
+
+        Raises FatalDataError if it takes too long.
+        """
         try:
             return render(self.source, self.variables, calls)
         except FatalDataError as error:
             raise FatalDataError(f"the chat template of {self.name} {error}") from error
 
     def render(self, *calls: Call) -> list[Rendered]:
-        """As `try_render`; raises DataError for a call that the template refuses."""
+        """As `try_render`, but raises DataError for a call that the template refuses."""
         made = self.try_render(*calls)
         for rendered in made:
             if rendered.error is not None:
@@ -51,8 +52,9 @@ class Template:
         return made
 
     def fit(self, column: str, messages: Sequence[Message]) -> list[Message]:
-        """The messages as this template takes them: contents as text or as parts, arguments of calls as
-        objects or as text.
+        """The messages in the form that this template reads.
+
+        Contents become text or parts, arguments of calls objects or text.
 
         Raises DataError for a key that the template does not read.
         """

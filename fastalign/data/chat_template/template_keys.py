@@ -1,5 +1,7 @@
-"""Which keys of a message a chat template reads, from its source: a key that it does not read would be lost
-without a word."""
+"""Which keys of a message a chat template reads, found in its source.
+
+A key that the template does not read would be lost silently.
+"""
 
 import re
 from collections.abc import Iterable
@@ -33,12 +35,14 @@ _BY_KEY = (
 
 
 class TemplateKeys:
-    """What the template `source` reads: follows `messages` through loops, slices, assignments, namespaces and
-    macros.
+    """What the template `source` reads.
 
-    A name that is a message in one place counts as one everywhere, and a message that goes whole into an
+    It follows `messages` through loops, slices, assignments, namespaces and macros.
+
+    A name that is a message in one place counts as one everywhere. A message that goes whole into an
     output, a filter or an unknown function counts as read in every key. So a key may count as read that is
-    not. The other way round takes a template that unpacks messages into several names, which is not followed.
+    not. The opposite error needs a template that unpacks messages into several names, which is not
+    followed.
     """
 
     def __init__(self, source: str) -> None:

@@ -1,7 +1,6 @@
-"""What of a row is trained: the assistant's turns under a chat template, or a completion; as characters, then
-as tokens.
+"""The text of a conversation, and which of its characters are trained: the assistant's turns.
 
-The DataErrors raised here give the reason alone; `rows.read_each` adds the file and the rows.
+The DataErrors raised here give only the reason; `rows.read_each` adds the file and the rows.
 """
 
 from typing import Any
@@ -28,11 +27,10 @@ WHOLE = ("messages", "conversations")  # columns that hold a whole conversation,
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, which turns a conversation into a text and the spans of it that are
-    trained.
+    """A tokenizer's chat template. It turns a conversation into a text and the trained spans of that text.
 
-    Of several templates, transformers' choice for the row is taken: `tool_use` for one with `tools`, else
-    `default`. Raises ValueError for a tokenizer without one.
+    If there are several templates, it takes transformers' choice for the row: `tool_use` if the row has
+    `tools`, else `default`. Raises ValueError for a tokenizer without a template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -45,12 +43,11 @@ class ChatTemplate:
         self._templates: dict[str, Template] = {}
 
     def render(self, row: Row, *columns: str) -> list[tuple[str, Spans]]:
-        """For each column, the text of the prompt with it, and what the assistant says in it after the
-        prompt.
+        """For each column, the text of prompt and answer, and the trained spans of the answer.
 
         The columns are `messages` or `conversations` alone, or those that answer `prompt`
-        (`messages.separate`). Raises DataError for messages that are none, that the template
-        refuses or would lose a part of, or whose turns cannot be told apart in its text.
+        (`messages.separate`). Raises DataError for malformed messages, for messages that the template
+        refuses or would lose a part of, and for turns that cannot be told apart in its text.
         """
         template, tools = self._choose(row)
         prompt: list[Message] = []
@@ -64,10 +61,10 @@ class ChatTemplate:
         ]
 
     def prompt(self, row: Row) -> str:
-        """The text of `prompt` up to where the assistant's turn begins; `tools` are handed to the template.
+        """The text of `prompt` up to where the assistant's turn begins. `tools` go to the template.
 
-        Raises DataError for messages that are none, that the template refuses, or of which the assistant has
-        the last word.
+        Raises DataError for malformed messages, for messages that the template refuses, and if the
+        assistant has the last word.
         """
         messages = read_messages("prompt", row["prompt"])
         if not messages:
@@ -80,7 +77,7 @@ class ChatTemplate:
         return rendered.text
 
     def answered(self, row: Row, answer: str) -> str:
-        """The text of the whole conversation, of `prompt` and an answer to it."""
+        """The text of the whole conversation: `prompt` and an answer to it."""
         template, tools = self._choose(row)
         messages, _ = take_weights("prompt", read_messages("prompt", row["prompt"]))
         [rendered] = template.render(
@@ -89,8 +86,7 @@ class ChatTemplate:
         return rendered.text
 
     def turn_ends(self) -> list[int]:
-        """The ids of special tokens that end an assistant's turn, where it is trained: an answer's, and a
-        call's of a tool."""
+        """The ids of special tokens that end a trained assistant turn: an answer, or a tool call."""
         asked: Message = {"role": "user", "content": "x"}
         call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"q": MARK}}}
         says: list[Message] = [
@@ -139,7 +135,7 @@ class ChatTemplate:
         column: str,
         answer: list[Message],
     ) -> tuple[str, Spans]:
-        """The text of a conversation, and the spans that are trained of its messages behind the prompt."""
+        """The text of a conversation, and the trained spans of its messages after the prompt."""
         turns = [message for message in answer if message["role"] == "assistant"]
         if not turns:
             raise DataError(f"column {column!r} has no assistant turn")
@@ -150,15 +146,15 @@ class ChatTemplate:
         if not any(trained):
             raise DataError(f"column {column!r} has assistant turns of weight 0 only")
         messages = template.fit("prompt", asked) + template.fit(column, said)
-        wanted = [len(prompt) + turn for turn, train in enumerate(trained) if train]
+        trained_turns = [len(prompt) + turn for turn, train in enumerate(trained) if train]
         if not template.has_marks:
-            return self._by_prefixes(template, tools, messages, wanted)
-        others = [
+            return self._by_prefixes(template, tools, messages, trained_turns)
+        untrained_turns = [
             len(prompt) + turn
             for turn, message in enumerate(said)
             if message["role"] == "assistant" and not trained[turn]
         ]
-        untrained = [range(turn, turn + 1) for turn in others]
+        untrained = [range(turn, turn + 1) for turn in untrained_turns]
         if any(message["role"] == "assistant" for message in prompt):
             untrained.append(range(len(prompt)))
         return self._by_marks(template, tools, messages, untrained)
@@ -176,8 +172,8 @@ class ChatTemplate:
             if not after.startswith(before):
                 self._explain(template, tools, messages[: turn + 1], before, after)
             self._check_prefix(after, text)
-            # The line break that templates put after the end-of-turn token is not the assistant's: it has
-            # stopped.
+            # The line break that templates put after the end-of-turn token is not trained: the assistant
+            # has stopped.
             said = after[len(before) :]
             body = said.rstrip()
             spans.append((len(before), len(before) + len(body if body.endswith(self.special) else said)))
@@ -202,7 +198,7 @@ class ChatTemplate:
     def _explain(
         self, template: Template, tools: list[Any] | None, messages: list[Message], before: str, after: str
     ) -> None:
-        """Raise DataError for an assistant's turn that does not go on from the generation prompt."""
+        """Raise DataError for an assistant turn that does not continue the generation prompt."""
         [plain] = template.try_render(Call(messages[:-1], tools))
         asked, begins = before.removeprefix(plain.text), after.removeprefix(plain.text)
         if plain.error is None and before.startswith(plain.text) and after.startswith(plain.text):

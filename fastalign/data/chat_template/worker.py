@@ -1,9 +1,10 @@
-"""Renders chat templates in a process of its own: `python worker.py FD`, with FD one end of a
-multiprocessing pipe.
+"""Renders chat templates in a process of its own: `python worker.py FD`.
+
+FD is one end of a multiprocessing pipe.
 
 A template is a program that came with a model. Here it can divide by zero, recurse, fill the memory or run
-for ever without harm to the run: the kernel ends this process after the processor time that a request allows,
-whatever it is at, and rendering.py says so.
+forever without harm to the run. The kernel ends this process after the processor time that a request
+allows, and rendering.py reports it.
 """
 
 import json
@@ -39,13 +40,13 @@ def render(source: str, variables: dict[str, Any], call: dict[str, Any]) -> list
 
 
 def limit_memory() -> None:
-    """Refuse memory beyond what the process holds now and MEMORY, where the system tells and limits it."""
+    """Refuse memory beyond what the process holds now plus MEMORY, if the system can limit it."""
     used = Path("/proc/self/statm")
     if used.exists():
-        wanted = int(used.read_text().split()[0]) * resource.getpagesize() + MEMORY
+        limit = int(used.read_text().split()[0]) * resource.getpagesize() + MEMORY
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(
-            resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+            resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
         )
 
 
