@@ -1,9 +1,7 @@
 """A policy and its value model as one module.
 
-An optimizer, DistributedDataParallel and a checkpoint take it whole.
-
-The value of a token is that of the state in which it was drawn, read where its log-probability is: at the
-token before it.
+An optimizer, DistributedDataParallel and a checkpoint take it whole. The value of a token is that of the
+state in which it was drawn. It is read where its log-probability is read: at the token before it.
 """
 
 from collections.abc import Mapping
@@ -27,9 +25,9 @@ class ActorCritic(nn.Module):
     """A fused causal LM (or PEFT's wrapper of one) with a value for each of its tokens.
 
     `value` is a sequence classifier with one label that scores packed sequences
-    (fastalign.classifier.score_packed), or None: a linear layer, zero at first, then reads the hidden states
-    that enter the policy's lm_head, and its gradient reaches the backbone. `kl_coefficient`, a buffer, is the
-    weight of the KL divergence: it changes where it is adaptive, and a checkpoint keeps it.
+    (fastalign.classifier.score_packed). If it is None, a linear layer, zero at first, reads the hidden
+    states that enter the policy's lm_head, and its gradient reaches the backbone. `kl_coefficient`, a
+    buffer, is the weight of the KL divergence. It is a buffer so that a checkpoint keeps an adaptive value.
     """
 
     kl_coefficient: Tensor

@@ -1,14 +1,15 @@
-"""The head that never makes logits, inside a transformers causal LM's own forward.
+"""A fused head inside a transformers causal LM's own forward: the loss without full logits.
 
 `fuse_head(model)` replaces two `forward` methods on the instances: the model's and its output embeddings'.
-Asked for a loss (`labels` or `shift_labels`), the model runs its backbone and calls its `lm_head` module with
-the targets; the head's kernels run inside that call. So whatever hooks modules sees an ordinary forward: DDP
-and FSDP2 find the loss and the statistics in the returned `ModelOutput`, FSDP2 has the head's weight whole
-when it is read, PEFT dispatches to the active copy. Without labels the model's own forward runs, so
-`generate` is unaffected. It also runs where the fused head cannot give what is asked for; see full_logits.py.
+With `labels` or `shift_labels`, the model runs its backbone and calls its `lm_head` module with the
+targets, and the head's kernels run inside that call. So whatever hooks modules sees an ordinary forward:
+DDP and FSDP2 find the loss and the statistics in the returned `ModelOutput`, FSDP2 gathers the head's
+weight before it is read, and PEFT dispatches to the active copy. Without labels the model's own forward
+runs, so `generate` is unaffected. It also runs when the fused head cannot give what is asked for; see
+full_logits.py.
 
-What lies between `lm_head` and the loss (logit scale, softcap) is read from the config and, by default,
-proven on ten tokens when the head is fused: a model that cannot be served exactly is refused by name.
+The config declares what lies between `lm_head` and the loss (logit scale, softcap). By default it is proven
+on ten tokens when the head is fused. A model that cannot be served exactly is refused by name.
 """
 
 import inspect
@@ -34,7 +35,7 @@ from fastalign_kernels import (
 )
 from fastalign_kernels.ordered_sum import ordered_sum
 
-from .full_logits import LOSS_FUNCTION, takes_own_forward
+from .full_logits import LOSS_FUNCTION, needs_full_logits
 from .probe import (
     LogitTransform,
     UnsupportedModelError,
@@ -61,15 +62,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class FusedCausalLMOutput(CausalLMOutputWithPast):
-    """What a fused model returns when it is given labels: a plain model's output and the fields below.
+    """What a fused model returns with labels: a plain model's output and the fields below.
 
     `loss` is a scalar in nats. `logits` is always None. The cache, `hidden_states` and `attentions` are the
-    backbone's; the cache has the name that this transformers gives it (`past_key_values` up to 5.23, `cache`
+    backbone's. The cache has the name of this transformers version (`past_key_values` up to 5.23, `cache`
     since 5.24).
 
     `logp`, `entropy`, `lse` (fp32, or fp64 for fp64; nats) and `top1` (bool) are [B, T] and aligned with
-    `shift_labels`: position t speaks of token t + 1, ignored ones hold 0 or False. `policy` takes the place
-    of the statistics where PPO's loss is asked for; `last_hidden_state` is what entered lm_head.
+    `shift_labels`: position t describes token t + 1. Ignored positions hold 0 or False. With PPO's loss,
+    `policy` replaces the statistics. `last_hidden_state` is the input of lm_head.
     """
 
     logp: Tensor | None = None
@@ -87,33 +88,34 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
     Afterwards `model(..., labels=[B, T])` (shifted inside) or `model(..., shift_labels=[B, T])` (already
     shifted; it wins if both are given) returns a `FusedCausalLMOutput`. Further keywords of that call:
 
-    - `num_items_in_batch` (int or tensor) divides the loss, a sum over targets; by default the number of
-      targets that are not `ignore_index` (-100) does.
-    - `token_stats=True`: logp, entropy and lse are differentiable, and the loss is -Σ logp / count of them.
-      By default the loss computes its gradient in the forward pass and the statistics carry none.
-    - `ppo`: arguments of `linear_ppo_loss` from `old_logp` on, [B, T] as `shift_labels`: the loss is PPO's, the output's
-      `policy` what that function returns, and there are no other statistics.
-    - `temperature` (1.0) divides the logits; `workspace_mib` bounds the head's memory.
-    - `keep_hidden=True`: the output has the backbone's `last_hidden_state`, for a head of another kind.
+    - `num_items_in_batch` (int or tensor) divides the loss, which is a sum over targets. Default: the
+      number of targets that are not `ignore_index` (-100).
+    - `token_stats=True` makes logp, entropy and lse differentiable; the loss is -Σ logp divided by their
+      number. By default the loss computes its gradient in the forward pass, and the statistics have none.
+    - `ppo` holds arguments of `linear_ppo_loss` from `old_logp` on, [B, T] as `shift_labels`. The loss is
+      PPO's, the output's `policy` is what that function returns, and there are no other statistics.
+    - `temperature` (1.0) divides the logits. `workspace_mib` bounds the head's memory.
+    - `keep_hidden=True` returns the backbone's `last_hidden_state`, for a head of another kind.
 
-    `tail_eps` is `linear_cross_entropy`'s, for all losses of the model until it is fused with another.
+    `tail_eps` is that of `linear_cross_entropy`. It holds for all losses of the model until it is fused
+    with another.
 
     The same object is returned, and fusing twice changes nothing else. Fuse before DDP, FSDP2 or
-    torch.compile wraps the model. A deep copy of a fused model is fused, and so is one that was pickled
+    torch.compile wraps the model. A deep copy of a fused model is fused, and so is a pickled one
     (torch.save).
 
-    The model's own forward runs, with logits, where transformers' Trainer collects predictions
+    The model's own forward runs, with logits, when transformers' Trainer collects predictions
     (`compute_metrics`, `predict`). It runs with one warning in training without labels, after
     `model.loss_function` was set, and after PEFT put an adapter on lm_head.
 
-    With `verify`, the model's own forward runs on ten tokens (eval mode, no gradient, RNG state kept) and its
-    logits and loss are compared with what the fused head makes of the same hidden states.
+    With `verify`, the model's own forward runs on ten tokens (evaluation mode, no gradient, RNG state
+    kept), and its logits and loss are compared with the fused head's from the same hidden states.
 
     Raises:
         UnsupportedModelError: an encoder-decoder, no output embeddings, an lm_head that is not a plain
-            nn.Linear (LoRA, quantised, tensor-parallel), an auxiliary router loss, a forward that is already
-            replaced, or a mismatch found by `verify`.
-        ValueError: `verify` and weights on the meta device; a tail_eps outside (0, 1).
+            nn.Linear (LoRA, quantised, tensor-parallel), an auxiliary router loss, a forward that is
+            already replaced, or a mismatch found by `verify`.
+        ValueError: `verify` with weights on the meta device, or a tail_eps outside (0, 1).
     """
     base = causal_lm_of(model)
     heads = plain_heads(base)
@@ -136,20 +138,21 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
         )
     else:
         with probing(base), ExitStack() as undo:
-            own = explain_loss(base, heads[0])
+            explained = explain_loss(base, heads[0])
             undo.callback(unfuse_head, base)
-            _patch(base, heads, own.transform)
-            check_fused(base, own)
+            _patch(base, heads, explained.transform)
+            check_fused(base, explained)
             undo.pop_all()
-    base.__dict__["_fastalign_tail_eps"] = tail_eps  # after the check, which is of the exact gradient
+    base.__dict__["_fastalign_tail_eps"] = tail_eps  # set after the check, which needs the exact gradient
     return model
 
 
 def unfuse_head(model: Model) -> Model:
-    """Give a fused model its own forwards back; a model that is not fused is left as it is.
+    """Give a fused model its own forwards back. A model that is not fused stays as it is.
 
     Raises:
-        ValueError: something (accelerate's mixed precision, say) wrapped the fused forward afterwards.
+        ValueError: something (accelerate's mixed precision, for example) wrapped the fused forward
+            afterwards.
     """
     base = causal_lm_of(model)
     if "_fastalign_transform" in base.__dict__ and not _is_ours(base):
@@ -165,12 +168,12 @@ def unfuse_head(model: Model) -> Model:
     return model
 
 
-# The two forwards: bound methods that close over no instance, so that copy.deepcopy rebinds them to the copy.
+# The two forwards are bound methods that close over no instance, so copy.deepcopy rebinds them to the copy.
 
 
 @cache
 def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a fused model whose class has `original`; `generate` and Trainer see its signature."""
+    """The forward of a fused model whose class has `original`. `generate` and Trainer see its signature."""
     signature = inspect.signature(original)
     by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     _, *positional = (name for name, p in signature.parameters.items() if p.kind in by_position)
@@ -199,12 +202,12 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or "
                 "shift_labels"
             )
-        if not options_given and takes_own_forward(
+        if not options_given and needs_full_logits(
             self, labelled=not unlabelled, unservable_head=explain_unservable(self)
         ):
             return original(self, *args, **kwargs)
         if token_stats and ppo is not None:
-            raise ValueError("token_stats and ppo: both seen, one wanted")
+            raise ValueError("token_stats: got both token_stats and ppo, expected one of them")
         return_dict = arguments.pop("return_dict", None)
         options = {"temperature": temperature, "workspace_mib": workspace_mib}
         output = _run(self, arguments, token_stats, ppo, keep_hidden, options)
@@ -242,14 +245,14 @@ def _run(
     keep_hidden: bool,
     options: dict[str, Any],
 ) -> FusedCausalLMOutput:
-    """Backbone, then lm_head with the targets. `arguments` are the call's, by name."""
+    """Run the backbone, then lm_head with the targets. `arguments` are the call's, by name."""
     labels, targets = arguments.pop("labels", None), arguments.pop("shift_labels", None)
     num_items = arguments.pop("num_items_in_batch", None)
     ignore_index = checks.ignore_index(arguments.pop("ignore_index", None))
     logits_to_keep = arguments.pop("logits_to_keep", 0)
     if isinstance(logits_to_keep, Tensor) or logits_to_keep != 0:
         raise ValueError(
-            f"logits_to_keep={logits_to_keep} with labels: allowed is 0; ignore targets with -100"
+            f"logits_to_keep: got {logits_to_keep} with labels, expected 0; ignore targets with -100"
         )
     refuse_router_loss(model, arguments.get("output_router_logits"))
     if not all(_is_ours(head) for head in plain_heads(model)):
@@ -260,7 +263,7 @@ def _run(
     shape = ids.shape if ids is not None else arguments["inputs_embeds"].shape[:-1]
     if targets.shape != shape:
         raise ValueError(
-            f"labels: shape {list(targets.shape)} seen, that of the tokens, {list(shape)}, wanted"
+            f"labels: got shape {list(targets.shape)}, expected {list(shape)}, the shape of the tokens"
         )
 
     inner = backbone_of(model)(**arguments, return_dict=True)
@@ -327,7 +330,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 
 class _Rebound:
-    """What is pickled as a call: when it is read back, the function's result stands in its place."""
+    """Pickled as a call: when it is read back, the function's result takes its place."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments

@@ -1,8 +1,8 @@
-"""Scores of packed sequences from a transformers sequence classifier, inside its own forward.
+"""Scores of packed sequences, from a transformers sequence classifier's own forward.
 
-transformers pools one token a row, the last that is not the padding id. `score_packed` lets a classifier's
-forward be told the tokens instead; as that is still the model's forward, DDP's and FSDP2's hooks fire. It
-saves, loads and runs without them as ever.
+transformers scores one token per row: the last that is not the padding id. `score_packed` lets the caller
+name the tokens instead. It is still the model's forward, so hooks of DDP and FSDP2 run. Without `ends` the
+model saves, loads and runs as before.
 """
 
 from types import MethodType
@@ -35,17 +35,17 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
     padding = model.config.get_text_config().pad_token_id
     tokens = torch.tensor([[token for token in range(7) if token != padding][:6]], device=model.device)
     with probing(model):
-        own = model(input_ids=tokens, use_cache=False).logits
-        ours = model(input_ids=tokens, use_cache=False, ends=torch.tensor([5], device=model.device)).logits
-    allowed = torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()
-    if not (own - ours).abs().max() <= allowed:
+        plain = model(input_ids=tokens, use_cache=False).logits
+        packed = model(input_ids=tokens, use_cache=False, ends=torch.tensor([5], device=model.device)).logits
+    allowed = torch.finfo(plain.dtype).eps ** 0.5 * plain.abs().max()
+    if not (plain - packed).abs().max() <= allowed:
         del model.__dict__["forward"]
         if wrong := find_not_finite(model.state_dict().items()):
             raise ValueError(f"model: {type(model).__name__}'s {wrong}; expected finite numbers")
         raise unsupported(
             model,
-            f"scores a sequence as {own.tolist()}, not by its layer `score` at the last token, "
-            f"{ours.tolist()}",
+            f"scores a sequence as {plain.tolist()}, not by its layer `score` at the last token, "
+            f"{packed.tolist()}",
         )
     return model
 
@@ -53,7 +53,7 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
 def _forward(self: PreTrainedModel, *args: Any, ends: Tensor | None = None, **kwargs: Any) -> Any:
     if ends is None:
         return type(self).forward(self, *args, **kwargs)
-    # PEFT hands on all arguments that a classifier may have, as None.
+    # PEFT passes all arguments that a classifier may have, as None.
     arguments = {name: value for name, value in kwargs.items() if value is not None}
     hidden = self.base_model(*args, **arguments | {"return_dict": True}).last_hidden_state
     return SequenceClassifierOutput(logits=self.score(hidden.flatten(0, 1)[ends]))

@@ -1,8 +1,8 @@
-"""How a command ends when it cannot go on.
+"""How a command ends when it cannot continue.
 
-A fault of data, model, environment or configuration is one line on stderr, from rank 0, with exit status 2;
-FASTALIGN_TRACEBACK=1 shows the traceback. Anything else is a bug: it keeps its traceback and exit status 1. A
-signal ends with one line and 128 + its number.
+A fault of data, model, environment or configuration prints one line on stderr, from rank 0, and exits with
+status 2. FASTALIGN_TRACEBACK=1 shows the traceback. Any other exception is a bug: it keeps its traceback
+and exit status 1. A signal ends the command with one line and status 128 + its number.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from typing import NoReturn
 FAULT = 2
 # A bare TypeError, KeyError, AttributeError, IndexError, AssertionError or RuntimeError is a bug.
 _FAULTS = (ValueError, OSError, FloatingPointError, ImportError, MemoryError, EOFError)
-# Errors of others' packages (torch, safetensors, huggingface_hub, datasets, jinja2, pickle) by name: their
-# modules' names change with their versions, and importing them only to ask would take seconds.
+# Errors of other packages (torch, safetensors, huggingface_hub, datasets, jinja2, pickle), by name: their
+# modules change with their versions, and importing them only to compare types would take seconds.
 _FOREIGN = {
     "OutOfMemoryError",
     "SafetensorError",
@@ -29,7 +29,7 @@ _FOREIGN = {
     "UnpicklingError",
 }
 _EXTRAS = {"torch": "torch", "vaderSentiment": "fastalign[demo]", "matplotlib": "fastalign[demo]"}
-# RuntimeErrors of torch that are no bug: memory, a damaged file, weights of another model.
+# Texts of RuntimeErrors of torch that are no bug: memory, a damaged file, weights of another model.
 _TEXTS = (
     "can't allocate memory",
     "out of memory",
@@ -40,7 +40,7 @@ _TEXTS = (
 
 
 class RankError(RuntimeError):
-    """What happened on another rank, to be told by this one."""
+    """What happened on another rank, for this rank to tell."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -53,7 +53,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose refusal is one line, from rank 0."""
+    """An ArgumentParser that prints one line, from rank 0, when it refuses."""
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with status 2."""
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def describe(error: BaseException) -> str | None:
-    """The one line that tells a fault; None for a bug."""
+    """The line that tells a fault; None for a bug."""
     if not _is_fault(error):
         return None
     message = " ".join(str(error).split())
@@ -75,7 +75,10 @@ def describe(error: BaseException) -> str | None:
         or type(error).__name__ == "OutOfMemoryError"
         or "allocate memory" in message
     ):
-        return f"out of memory: {message or 'no more can be had'}; a smaller micro_batch_size or gradient_checkpointing=true may do"
+        return (
+            f"out of memory: {message or 'no more can be had'}; a smaller micro_batch_size or "
+            "gradient_checkpointing=true may do"
+        )
     if isinstance(error, RankError) or _raised_here(error):
         return message
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
@@ -90,7 +93,7 @@ def say(prog: str, message: str) -> None:
 
 @contextmanager
 def told(prog: str) -> Iterator[None]:
-    """End the process as the module says where the body raises a fault or a signal comes."""
+    """If the body raises a fault or a signal comes, end the process as the module docstring says."""
     before = signal.signal(signal.SIGTERM, _stop)
     from .versions import noting_newer_packages  # here: --help needs none of it
 
@@ -98,15 +101,12 @@ def told(prog: str) -> Iterator[None]:
         with noting_newer_packages():
             yield
     except KeyboardInterrupt as stop:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # torchrun's, because another rank has ended, must not cut the line off
+        # torchrun sends SIGTERM because another rank has ended. It must not cut the line off.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         message = stop.message if isinstance(stop, Stopped) else ""
-        say(
-            prog,
-            f"stopped by {signal.Signals(number).name}{message or ' before the first step; nothing was trained'}",
-        )
+        where = message or " before the first step; nothing was trained"
+        say(prog, f"stopped by {signal.Signals(number).name}{where}")
         _exit(128 + number)
     except Exception as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -130,7 +130,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _exit(status: int) -> NoReturn:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Without Python's own end, in which the process group may wait for a rank that is gone.
+        # Skip the end of the interpreter, in which the process group may wait for a rank that is gone.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -150,7 +150,7 @@ def _is_fault(error: BaseException) -> bool:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether a `raise` of fastalign's own raised it, so that the message says all."""
+    """Whether a `raise` in fastalign raised it, so that the message says all."""
     last = next(iter(traceback.extract_tb(error.__traceback__)[-1:]), None)
     frames = list(traceback.walk_tb(error.__traceback__))
     if last is None:

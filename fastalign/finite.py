@@ -1,4 +1,4 @@
-"""Weights that are no numbers, named."""
+"""Find weights with NaN or inf, and name them."""
 
 import math
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from torch import Tensor
 
 @torch.no_grad()
 def find_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """What is wrong with the first tensors that hold NaN or inf, in one sentence; None where all are finite.
+    """A sentence that names the first tensor with NaN or inf; None if all are finite.
 
-    One pass over the tensors, without temporary copies; waits for the device once.
+    It passes over the tensors once, without temporary copies, and waits for the device once.
     """
     floating = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     if not floating:
@@ -26,5 +26,5 @@ def find_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         return None
     name, tensor = floating[wrong[0]]
     count = int((~tensor.isfinite()).sum())
-    others = f", and so do {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
-    return f"{name} holds {count} values of {tensor.numel()} that are NaN or inf in {tensor.dtype}{others}"
+    further = f", and so do {len(wrong) - 1} more tensors" if len(wrong) > 1 else ""
+    return f"{name} holds {count} values of {tensor.numel()} that are NaN or inf in {tensor.dtype}{further}"

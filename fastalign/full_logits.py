@@ -1,9 +1,8 @@
-"""Where a fused model runs its own forward, and so makes full logits.
+"""When a fused model runs its own forward, which computes full logits.
 
 Two hosts need the logits: training without labels, whose loss lies outside of the model, and transformers'
-Trainer when it collects predictions. A loss function of the user's, or an adapter on lm_head, cannot be
-computed by the fused head. Each of these but the Trainer's predictions, which the user has asked for, is
-warned of once.
+Trainer when it collects predictions. The fused head also cannot compute a user's loss function, or a head
+with an adapter. Each case warns once, except the Trainer's predictions, which the user asked for.
 """
 
 import sys
@@ -12,20 +11,20 @@ import warnings
 import torch
 from transformers import PreTrainedModel
 
-LOSS_FUNCTION = (
-    "_fastalign_loss_function"  # where a fused model keeps the loss_function that it was fused with
-)
+# The attribute in which a fused model keeps the loss_function that it had when it was fused.
+LOSS_FUNCTION = "_fastalign_loss_function"
 _WARNED = "_fastalign_warned"
 
 
-def takes_own_forward(model: PreTrainedModel, *, labelled: bool, unservable_head: str | None) -> bool:
-    """Whether a call of a fused model, without options of the fused head, is one for the model's own forward.
+def needs_full_logits(model: PreTrainedModel, *, labelled: bool, unservable_head: str | None) -> bool:
+    """Whether a call of a fused model needs the model's own forward.
 
-    `unservable_head` says why the fused head cannot read lm_head, if it cannot.
+    The call has no options of the fused head. `unservable_head` says why the fused head cannot read
+    lm_head, if it cannot.
     """
-    learns = model.training and torch.is_grad_enabled()
+    trains = model.training and torch.is_grad_enabled()
     if not labelled:
-        if learns:
+        if trains:
             _warn(
                 model,
                 "was called in training without labels (Trainer takes them away for label_smoothing_factor "
@@ -53,9 +52,8 @@ def takes_own_forward(model: PreTrainedModel, *, labelled: bool, unservable_head
 def _trainer_collects_predictions(compiling: bool) -> bool:
     """Whether a transformers Trainer evaluates the model and will read its logits (compute_metrics, predict).
 
-    The Trainer tells its model nothing of that, so its frame is looked for. A compiled graph is used again by
-    evaluations that read only the loss and by others, so that there every evaluation of a Trainer gets
-    logits.
+    The Trainer does not tell its model, so we look for its frame. A compiled graph is reused by evaluations
+    that read only the loss and by others, so a compiled evaluation by a Trainer always gets logits.
     """
     host: type | None = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     frame = sys._getframe(1)
@@ -77,5 +75,5 @@ def _warn(model: PreTrainedModel, why: str) -> None:
 
 @torch.compiler.assume_constant_result
 def _say_in_trace(message: str) -> None:
-    """A compiled call warns while it is traced, as a graph holds no warning."""
+    """Warn while a compiled call is traced, because a graph holds no warning."""
     warnings.warn(message, stacklevel=2)

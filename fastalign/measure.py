@@ -1,5 +1,7 @@
-"""Time, peak memory and error of a function, as `bench` and `fastalign demo` report them, and the machine
-they were measured on."""
+"""Time, peak memory and error of a function, as bench and the demo report them.
+
+`machine` describes the machine that they were measured on.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,13 @@ from torch import Tensor
 from ._version import __version__
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_OTHER_MIB = (
-    256  # read between the calls of a cold clock: more than twice the last cache of most processors, and 6 ms
-)
-_ROWS_AT_ONCE = 1024  # of a result that is compared in fp64, so that the copies stay small
+# Read between the calls of a cold clock: more than twice the last cache of most processors. It takes 6 ms.
+_OTHER_MIB = 256
+_ROWS_AT_ONCE = 1024  # rows of a result that are compared at once in fp64: the copies stay small
 
 
 class Timing(NamedTuple):
-    """Seconds of each round, and their median, minimum and maximum."""
+    """Seconds of each round, with their median, minimum and maximum."""
 
     median: float
     minimum: float
@@ -44,46 +45,48 @@ class Timing(NamedTuple):
         return Timing(statistics.median(seconds), min(seconds), max(seconds), tuple(seconds))
 
     def over(self, other: Timing) -> float:
-        """This time as a multiple of another of the same `interleaved` call: the median of the ratios round
-        by round.
+        """This time as a multiple of another of the same `interleaved` call: the median over the rounds.
 
-        A round's functions run one after another, so what slows the machine for a while slows both sides of a
-        ratio.
+        A round's functions run one after another. So what slows the machine for a while slows both sides of
+        a ratio.
         """
         return statistics.median(
-            own / theirs for own, theirs in zip(self.seconds, other.seconds, strict=True)
+            numerator / denominator
+            for numerator, denominator in zip(self.seconds, other.seconds, strict=True)
         )
 
 
 class Error(NamedTuple):
-    """Largest |result - reference| of a tensor, absolute and as a multiple of the largest |reference|; NaN
-    where a result has NaN."""
+    """Largest |result - reference| of a tensor, absolute and as a multiple of the largest |reference|.
+
+    It is NaN if a result has NaN.
+    """
 
     absolute: float
     relative: float
 
 
 class PeakMemoryUnavailable(RuntimeError):
-    """This system does not tell a process its peak memory since a given moment; Linux and CUDA do."""
+    """This system does not tell a process its peak memory since a given moment. Linux and CUDA do."""
 
 
 def interleaved(
     functions: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, *, cold: bool = False
 ) -> dict[str, Timing]:
-    """Time functions in rounds A B C A B C ..., after `warmup` such rounds that do not count; seconds.
+    """Time functions in rounds A B C A B C ..., after `warmup` such rounds that do not count; in seconds.
 
-    A function's time includes what it allocates; freeing the result does not count. Where a GPU is in use its
-    events tell the time, from the moment that the device gets to the function's work to its end, and its L2
-    cache is overwritten before each call. With `cold` a CPU's caches are filled with other data before each
-    call too, and the C library gives back what it holds of freed memory.
+    A function's time includes what it allocates, but not freeing its result. On a GPU, events measure the
+    time from when the device starts the function's work until it ends, and the L2 cache is overwritten
+    before each call. With `cold`, a CPU's caches are filled with other data before each call, and the C
+    library gives freed memory back.
 
     Raises:
         ValueError: rounds below 1, or warmup below 0.
     """
     if rounds < 1:
-        raise ValueError(f"rounds: {rounds} seen, a number >= 1 wanted")
+        raise ValueError(f"rounds: got {rounds}, expected a number from 1 on")
     if warmup < 0:
-        raise ValueError(f"warmup: {warmup} seen, a number >= 0 wanted")
+        raise ValueError(f"warmup: got {warmup}, expected a number from 0 on")
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     clock = _gpu_clock() if torch.cuda.is_initialized() else _cold_clock() if cold else _host_clock
     for number in range(warmup + rounds):
@@ -91,7 +94,7 @@ def interleaved(
             elapsed = clock(function)
             if number >= warmup:
                 seconds[name].append(elapsed)
-    return {name: Timing.of(own) for name, own in seconds.items()}
+    return {name: Timing.of(rounds_of) for name, rounds_of in seconds.items()}
 
 
 def _host_clock(function: Callable[[], object]) -> float:
@@ -103,12 +106,14 @@ def _host_clock(function: Callable[[], object]) -> float:
 
 
 def _cold_clock() -> Callable[[Callable[[], object]], float]:
-    """Inputs as large as the last cache are found there or not by chance: reads of 37 MiB, on 32 MiB of cache
-    that other guests of the machine use too, took 0.46 to 0.94 ms from run to run; from memory 0.76 to 0.85.
-    It reads, for what it wrote would be written back while a call runs.
+    """A clock whose calls find their inputs in memory, not in a cache, and get fresh memory for results.
+
+    Inputs as large as the last cache are cached or not by chance. Reads of 37 MiB, with 32 MiB of cache
+    that other guests of the machine share, took 0.46 to 0.94 ms from run to run, and 0.76 to 0.85 ms from
+    memory. The clock reads other data: data that it wrote would be written back during the call.
 
     glibc maps a large tensor afresh, and its first touches take longer than most kernels, unless earlier
-    calls left a hole in the heap: log_softmax of 192 MiB took 70 ms in one run and 13 in another, 64 in a
+    calls left a hole in the heap. log_softmax of 192 MiB took 70 ms in one run, 13 in another, and 64 in a
     process of its own.
     """
     lines = torch.ones(_OTHER_MIB * 2**20 // 4)
@@ -122,8 +127,10 @@ def _cold_clock() -> Callable[[Callable[[], object]], float]:
 
 
 def _gpu_clock() -> Callable[[Callable[[], object]], float]:
-    """Twice the L2 is overwritten before the first event: a call that finds its inputs there is no training
-    step's."""
+    """A clock that overwrites twice the L2 cache before each call.
+
+    A training step does not find its inputs in the L2 either.
+    """
     lines = torch.empty(
         2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size,
         dtype=torch.uint8,
@@ -145,34 +152,37 @@ def _gpu_clock() -> Callable[[Callable[[], object]], float]:
 
 
 def largest_error(results: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Error]:
-    """Largest elementwise |result - reference| of each result, in fp64; the reference may hold more names
-    than the results.
+    """Largest elementwise |result - reference| of each result, in fp64.
+
+    The reference may have more names than the results.
 
     Raises:
-        ValueError: a result that the reference lacks, of another shape, or without elements.
+        ValueError: a result is not in the reference, has another shape, or has no elements.
     """
     return {name: _error(name, result, reference.get(name)) for name, result in results.items()}
 
 
 def _error(name: str, result: Tensor, reference: Tensor | None) -> Error:
     if reference is None:
-        raise ValueError(f"results: {name!r} seen, which the reference lacks")
+        raise ValueError(f"results: got {name!r}, expected names that the reference has")
     if result.shape != reference.shape:
         raise ValueError(
-            f"results: {name!r} of shape {list(result.shape)} seen, {list(reference.shape)} wanted"
+            f"results: got {name!r} of shape {list(result.shape)}, expected {list(reference.shape)}"
         )
     if result.numel() == 0:
         raise ValueError(
-            f"results: {name!r} of shape {list(result.shape)} seen, which holds nothing to compare"
+            f"results: got {name!r} of shape {list(result.shape)}, expected at least one element"
         )
     absolute = scale = torch.zeros((), dtype=torch.float64, device=result.device)
     results, truths = (
         torch.atleast_1d(tensor.detach()).split(_ROWS_AT_ONCE) for tensor in (result, reference)
     )
-    for own, true in zip(results, truths):
-        true = true.double()
-        absolute = torch.maximum(absolute, (own.double() - true).abs().amax())  # torch.maximum hands NaN on
-        scale = torch.maximum(scale, true.abs().amax())
+    for result_part, reference_part in zip(results, truths):
+        reference_part = reference_part.double()
+        absolute = torch.maximum(
+            absolute, (result_part.double() - reference_part).abs().amax()
+        )  # torch.maximum keeps NaN
+        scale = torch.maximum(scale, reference_part.abs().amax())
     if scale == 0:
         return Error(absolute.item(), 0.0 if absolute == 0 else float("inf"))
     return Error(absolute.item(), (absolute / scale).item())
@@ -181,10 +191,9 @@ def _error(name: str, result: Tensor, reference: Tensor | None) -> Error:
 def peak_memory(
     target: str, arguments: Mapping[str, Any], *, warmup: Mapping[str, Any] | None = None, device: str = "cpu"
 ) -> float:
-    """Peak memory of a call beyond what was held before it, in MiB: its results and everything it needs on
-    the way, not its inputs.
+    """Peak memory of a call in MiB, beyond what was held before it.
 
-    As `peak_memories`, of one call.
+    It counts the call's results and temporaries, not its inputs. As `peak_memories`, for one call.
     """
     return peak_memories(target, [arguments], warmup=warmup, device=device)[0]
 
@@ -196,20 +205,23 @@ def peak_memories(
     warmup: Mapping[str, Any] | None = None,
     device: str = "cpu",
 ) -> list[float]:
-    """Peak memory of calls, one after another, each beyond what was held before it, in MiB.
+    """Peak memory in MiB of calls, one after another, each beyond what was held before it.
 
     Args:
-        target: "module:function". function(**arguments) makes the inputs and returns the call to measure, which takes no argument.
-        every: the arguments of each: what JSON can hold, for the calls run in a process of their own. To load torch and transformers
-            there takes 4 s, so that several calls had better share one.
-        warmup: arguments of a call that runs first and does not count, so that libraries are loaded and threads started: small ones, or
-            the same again for a target that compiles at its first call.
-        device: "cpu": resident memory of a fresh process (Linux: VmHWM, reset through /proc/self/clear_refs), with as many threads as
-            torch has here. "cuda": torch.cuda.max_memory_allocated, in this process.
+        target: "module:function". function(**arguments) makes the inputs and returns the call to measure,
+            which takes no argument.
+        every: the arguments of each call. They must be JSON, because the calls run in a process of their
+            own. Loading torch and transformers there takes 4 s, so several calls should share one process.
+        warmup: arguments of a first call that does not count, so that libraries are loaded and threads
+            started. Use small ones, or the same for a target that compiles at its first call.
+        device: "cpu" measures resident memory of a fresh process (Linux: VmHWM, reset through
+            /proc/self/clear_refs), with as many threads as torch has here. "cuda" measures
+            torch.cuda.max_memory_allocated in this process.
 
     Raises:
-        PeakMemoryUnavailable: device "cpu" where there is no /proc/self/clear_refs, as on macOS and Windows.
-        RuntimeError: the call failed in its process; the message ends with that process's last lines.
+        PeakMemoryUnavailable: device is "cpu" and there is no /proc/self/clear_refs, as on macOS and
+            Windows.
+        RuntimeError: the call failed in its process. The message ends with that process's last lines.
     """
     if torch.device(device).type == "cuda":
         return [_peak_cuda(target, arguments, warmup) for arguments in every]
@@ -239,10 +251,9 @@ def peak_memories(
 
 
 def _serve() -> None:
-    """The child of `peak_memory`: the request comes on standard input, the peaks in MiB leave on standard
-    output."""
+    """The child process of `peak_memory`: a request on standard input, peaks in MiB on standard output."""
     answer = os.dup(1)
-    os.dup2(2, 1)  # what the target prints is no answer
+    os.dup2(2, 1)  # what the target prints must not mix with the answer
     request = json.load(sys.stdin)
     torch.set_num_threads(request["threads"])
     if request["warmup"] is not None:
@@ -255,7 +266,7 @@ def _serve() -> None:
 def _peak_here(target: str, arguments: Mapping[str, Any]) -> float:
     call = _prepared(target, arguments)
     gc.collect()
-    _trim_heap()  # else memory that an earlier call freed would serve this one unseen
+    _trim_heap()  # otherwise this call could reuse freed memory without a trace
     before = _kib("VmRSS")
     _CLEAR_REFS.write_text("5")
     result = call()
@@ -265,7 +276,7 @@ def _peak_here(target: str, arguments: Mapping[str, Any]) -> float:
 
 
 def _trim_heap() -> None:
-    """Give freed memory back to the system; only glibc can be asked to."""
+    """Give freed memory back to the system. Only glibc can do that."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -297,8 +308,10 @@ def _peak_cuda(target: str, arguments: Mapping[str, Any], warmup: Mapping[str, A
 
 
 def machine() -> dict[str, str | int]:
-    """What a figure depends on: processor, cores, torch's threads, versions, GPU and driver. Names no host,
-    user or path."""
+    """What a figure depends on: processor, cores, threads, versions, GPU and driver.
+
+    It names no host, user or path.
+    """
     return {
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -317,7 +330,7 @@ def machine() -> dict[str, str | int]:
 
 
 def clocks() -> str:
-    """Clocks and power of the GPU as they are at this moment; nothing here sets them."""
+    """Clocks and power of the GPU at this moment. Nothing here sets them."""
     return _query("clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu")
 
 

@@ -1,8 +1,8 @@
 """What a causal LM does between its lm_head and its loss: declared by its config, proven on ten tokens.
 
-`explain_loss` runs a model's own forward and finds the transform that explains its logits and its loss;
-`check_fused` then runs the same tokens through the fused head and compares. The comparisons are made in fp64,
-and what cannot be explained by rounding is an UnsupportedModelError.
+`explain_loss` runs a model's own forward and finds the transform that explains its logits and its loss.
+`check_fused` then runs the same tokens through the fused head and compares. Both compare in fp64. A
+difference that rounding cannot explain is an UnsupportedModelError.
 """
 
 import inspect
@@ -21,13 +21,12 @@ from .versions import newer_than_tested
 # Names in configs; `logits_scaling` divides (Granite), but not in HyperCLOVA-X.
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-_LARGEST = (
-    64.0  # of the random logits: at the size of an untrained model's, a softcap of 30 hides in the rounding
-)
+# The largest random logit. With logits of an untrained model's size, rounding would hide a softcap of 30.
+_LARGEST = 64.0
 
 
 class UnsupportedModelError(ValueError):
-    """The model's loss cannot be computed exactly through the fused head; the message says why."""
+    """The fused head cannot compute the model's loss exactly. The message says why."""
 
 
 def unsupported(model: nn.Module, why: str) -> UnsupportedModelError:
@@ -47,7 +46,7 @@ class LogitTransform(NamedTuple):
 
 
 def declared_transforms(model: PreTrainedModel) -> list[LogitTransform]:
-    """What the config declares, then the same without the parts that a model may declare and not apply."""
+    """The transform that the config declares, then the same without parts that a model may not apply."""
     config = model.config.get_text_config()
     divides = not config.model_type.startswith("hyperclovax")
     scale = 1.0
@@ -61,7 +60,7 @@ def declared_transforms(model: PreTrainedModel) -> list[LogitTransform]:
 
 @contextmanager
 def probing(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every training flag and the RNG are as they were."""
+    """Evaluation mode without gradients. Training flags and RNG are restored afterwards."""
     training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
@@ -89,14 +88,14 @@ class Explained(NamedTuple):
 def explain_loss(model: PreTrainedModel, head: nn.Linear) -> Explained:
     """Run the model's own forward, and find the declared transform that explains its logits and its loss.
 
-    The forward goes on from lm_head with random logits up to ±64. Tolerances are in roundings of the dtype
-    seen: the transform rounds up to four times, by eps/2 each; the loss is accumulated in fp32. Call it
-    within `probing`.
+    The forward continues from lm_head with random logits up to ±64. Tolerances are in roundings of the
+    model's dtype: the transform rounds up to four times, by eps/2 each; the loss is accumulated in fp32.
+    Call it within `probing`.
     """
     inputs = _arguments(model, head)
     with _recorded_head(model, randomize=True) as calls:
-        own = model(**inputs)
-    logits, loss = getattr(own, "logits", None), getattr(own, "loss", None)
+        output = model(**inputs)
+    logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
     if len(calls) != 1 or loss is None or logits is None or logits.shape != calls[0].used.shape:
         raise _inexact(
             model, f"{len(calls)} calls of lm_head, and not one that ends in a loss and logits of its shape"
@@ -113,23 +112,26 @@ def explain_loss(model: PreTrainedModel, head: nn.Linear) -> Explained:
     return explained
 
 
-def check_fused(model: PreTrainedModel, own: Explained) -> None:
-    """Refuse a fused model whose loss is not that of its own forward. Call it within `probing`."""
+def check_fused(model: PreTrainedModel, explained: Explained) -> None:
+    """Raise unless a fused model's loss is that of its own forward. Call it within `probing`."""
     with _recorded_head(model) as calls:
         try:
-            fused = model(**own.inputs)
-        except ValueError as error:  # hidden states of another width, say
+            fused = model(**explained.inputs)
+        except ValueError as error:  # for example hidden states of another width
             raise _inexact(model, f"the head does not take its backbone's output: {error}") from error
-    # The backbone ran twice, and repeats itself.
-    what, size = "lm_head's input from its backbone's output", own.hidden.abs().max().item()
-    _compare(model, what, own.hidden, calls[0].hidden, _eps(own.hidden) * size)
-    expected, size = _nll(own.transform(_exact(own.output)), own.targets), own.output.abs().max().item()
-    rounding = 8 * _eps(own.output) * size + _loss_rounding(size + expected.item())
+    # The backbone ran twice and must repeat itself.
+    what, size = "lm_head's input from its backbone's output", explained.hidden.abs().max().item()
+    _compare(model, what, explained.hidden, calls[0].hidden, _eps(explained.hidden) * size)
+    expected, size = (
+        _nll(explained.transform(_exact(explained.output)), explained.targets),
+        explained.output.abs().max().item(),
+    )
+    rounding = 8 * _eps(explained.output) * size + _loss_rounding(size + expected.item())
     _compare(model, "the fused loss from its own", fused.loss, expected, rounding)
 
 
 def _arguments(model: PreTrainedModel, head: nn.Linear) -> dict[str, Any]:
-    """Two rows of five ids; one label is ignored, and one that counts stands behind the attention mask."""
+    """Two rows of five ids. One label is ignored, and one that counts lies behind the attention mask."""
     vocab_size = min(model.config.get_text_config().vocab_size, head.out_features)
     ids = torch.randint(vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
     mask, labels = torch.ones_like(ids), ids.clone()
@@ -141,7 +143,7 @@ def _arguments(model: PreTrainedModel, head: nn.Linear) -> dict[str, Any]:
 
 
 class _HeadCall(NamedTuple):
-    """One call of lm_head: what entered it, what left it, and what the model was given in its place."""
+    """One call of lm_head: its input, its output, and what the model was given as output."""
 
     hidden: Tensor
     output: Any
@@ -150,7 +152,7 @@ class _HeadCall(NamedTuple):
 
 @contextmanager
 def _recorded_head(model: PreTrainedModel, *, randomize: bool = False) -> Iterator[list[_HeadCall]]:
-    """Collects the calls of lm_head; with `randomize`, the model goes on with random logits."""
+    """Collect the calls of lm_head. With `randomize`, the model continues with random logits."""
     calls: list[_HeadCall] = []
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
@@ -169,8 +171,8 @@ def _recorded_head(model: PreTrainedModel, *, randomize: bool = False) -> Iterat
         handle.remove()
 
 
-def _compare(model: PreTrainedModel, what: str, seen: Tensor, expected: Tensor, rounding: float) -> None:
-    difference = _largest_difference(seen, expected)
+def _compare(model: PreTrainedModel, what: str, found: Tensor, expected: Tensor, rounding: float) -> None:
+    difference = _largest_difference(found, expected)
     if not difference <= rounding:  # NaN is a mismatch
         raise _inexact(model, f"{what} differs by {difference:.3g}; rounding explains {rounding:.3g}")
 
@@ -181,8 +183,8 @@ def _inexact(model: PreTrainedModel, why: str) -> ValueError:
     return unsupported(model, f"cannot be served exactly by the fused head: {why}")
 
 
-def _largest_difference(seen: Tensor, expected: Tensor) -> float:
-    return (_exact(seen) - _exact(expected)).abs().max().item()
+def _largest_difference(found: Tensor, expected: Tensor) -> float:
+    return (_exact(found) - _exact(expected)).abs().max().item()
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

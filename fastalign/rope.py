@@ -1,10 +1,10 @@
 """Rotary position embeddings whose frequencies depend on the longest sequence of a forward pass.
 
-transformers' LongRoPE (Phi-3) has one set of frequencies up to `original_max_position_embeddings` and another
-beyond, dynamic NTK stretches them beyond `max_position_embeddings`. The largest position of the whole batch
-decides, for every row and for tokens that come later, while a cache keeps keys of the frequencies of their
-time. So a sequence's numbers would depend on its company, and a rollout's on when it crosses the switch.
-Nothing here imports transformers.
+transformers' LongRoPE (Phi-3) has one set of frequencies up to `original_max_position_embeddings` and
+another beyond. Dynamic NTK stretches them beyond `max_position_embeddings`. The largest position of the
+whole batch decides, for every row and for later tokens, while a cache keeps keys with the frequencies of
+their time. So a sequence's numbers would depend on its batch, and a rollout's on when it crosses the
+switch.
 """
 
 from collections.abc import Iterable
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 
 
 class RopeSwitch(NamedTuple):
-    """Up to so many `tokens` in the longest sequence of a forward pass, the frequencies are the same."""
+    """Up to `tokens` tokens in the longest sequence of a forward pass, the frequencies are the same."""
 
     kind: str
     tokens: int
     name: str
-    """What the configuration calls the number."""
+    """The name of the number in the configuration."""
     stretches: bool
-    """Whether each length beyond has frequencies of its own."""
+    """Whether each larger length has frequencies of its own."""
 
     def crossed_by(self, shortest: int, longest: int) -> bool:
-        """Whether sequences of these lengths, in one forward pass, would not all keep their own frequencies."""
+        """Whether sequences of these lengths, in one forward pass, would not keep their own frequencies."""
         return longest > self.tokens and (self.stretches or shortest <= self.tokens)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The backbone and the lm_head of a causal LM, and why the fused head cannot serve one."""
+"""The backbone and the lm_head of a causal LM, and the reasons why the fused head cannot serve a model."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def backbone(model: nn.Module) -> PreTrainedModel:
 
 
 def backbone_of(model: PreTrainedModel) -> Any:
-    if model.base_model is model:  # its prefix names no module of it, as Llama 4's
+    if model.base_model is model:  # the base_model_prefix names no module, as in Llama 4
         return getattr(model, "model", model)
     return model.base_model
 
@@ -44,7 +44,7 @@ def plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
     head = model.get_output_embeddings()
     if head is None or backbone_of(model) is model:
         raise unsupported(model, "has no output embeddings on a backbone, so it is no causal LM")
-    copies = getattr(head, "modules_to_save", None)  # PEFT's ModulesToSaveWrapper hands all arguments on
+    copies = getattr(head, "modules_to_save", None)  # PEFT's ModulesToSaveWrapper passes all arguments on
     modules = [head] if copies is None else [head.original_module, *copies.values()]
     for module in modules:
         kind, weight = type(module), getattr(module, "weight", None)
@@ -60,7 +60,7 @@ def plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 def explain_unservable(model: PreTrainedModel) -> str | None:
-    """What an adapter that came after fuse_head made of lm_head, where the fused head cannot read it."""
+    """Why the fused head cannot read lm_head, for example after an adapter was put on it; None if it can."""
     try:
         plain_heads(model)
     except UnsupportedModelError as error:
@@ -83,7 +83,7 @@ def refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
 
 
 def _name_of(function: Any) -> str:
-    """Module and name; a bound method's repr would print the whole module tree."""
+    """Module and name. The repr of a bound method would print the whole module tree."""
     named = function if hasattr(function, "__qualname__") else type(function)
     return f"{named.__module__}.{named.__qualname__}"
 

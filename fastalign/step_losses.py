@@ -22,7 +22,7 @@ Loss = Callable[[], Tensor]
 
 
 def fused_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Reference | None = None) -> Loss:
-    """As the stage computes it."""
+    """The loss as the stage computes it."""
     device = model.device
     if stage == "kto":
         assert reference is not None
@@ -49,7 +49,7 @@ def fused_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
 
 
 def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Reference | None = None) -> Loss:
-    """The same from full logits."""
+    """The same loss from full logits."""
 
     def language_model() -> Tensor:
         logits = model(
@@ -69,9 +69,9 @@ def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
     def judged() -> Tensor:
         assert reference is not None
         with torch.no_grad():
-            own, mismatched = reference(batch["both"]).chunk(2)
+            reference_logps, mismatched = reference(batch["both"]).chunk(2)
             kl = (plain_logps(model, batch["mismatched"]) - mismatched).mean().clamp(min=0)
-        above = config.beta * (plain_logps(model, batch["answered"]) - own - kl)
+        above = config.beta * (plain_logps(model, batch["answered"]) - reference_logps - kl)
         weights = torch.where(batch["desirable"], config.desirable_weight, config.undesirable_weight)
         return (weights * (1 - torch.sigmoid(torch.where(batch["desirable"], above, -above)))).mean()
 
@@ -90,7 +90,7 @@ def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
         errors = torch.maximum((values - batch["returns"]) ** 2, (held - batch["returns"]) ** 2)
         return policy + config.vf_coef * errors.mean() / 2
 
-    own = {
+    losses = {
         "pretrain": language_model,
         "sft": language_model,
         "reward": bradley_terry,
@@ -98,7 +98,7 @@ def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
         "kto": judged,
         "ppo": clipped,
     }
-    return own[stage]
+    return losses[stage]
 
 
 def plain_logps(model: Any, packed: Batch) -> Tensor:
@@ -113,7 +113,7 @@ def plain_logps(model: Any, packed: Batch) -> Tensor:
 
 
 def plain_scores(model: Any, arguments: Batch, at: Tensor) -> Tensor:
-    """A classifier's scores at some of the tokens of packed sequences, [N]."""
+    """A classifier's scores at the tokens `at` of packed sequences, [N]."""
     inputs = {name: value for name, value in arguments.items() if name != "labels"}
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     scores: Tensor = model.score(hidden.flatten(0, 1)[at])[:, 0]

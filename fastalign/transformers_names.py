@@ -1,12 +1,12 @@
-"""What transformers calls differently from version to version, in one place."""
+"""Names that differ between versions of transformers, in one place."""
 
 from dataclasses import fields
 from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-# The keys and values of the tokens read so far, as a model takes and returns them: `past_key_values` until
-# transformers 5.23, then `cache`.
+# The argument and output with the keys and values of earlier tokens: `past_key_values` until transformers
+# 5.23, then `cache`.
 CACHE = next(
     name
     for name in ("cache", "past_key_values")

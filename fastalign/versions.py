@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
-# As in requirements.lock, which no wheel holds; tests/project/test_versions.py compares the two.
+# As in requirements.lock, which no wheel contains; tests/project/test_versions.py compares the two.
 TESTED = {
     "torch": "2.13.0",
     "triton": "3.7.1",
@@ -35,7 +35,7 @@ def newer_than_tested() -> list[str]:
 
 @contextmanager
 def noting_newer_packages() -> Iterator[None]:
-    """Add these lines to an exception, as notes, where its message lacks them. Also a decorator."""
+    """Add these lines to an exception, as notes, unless its message has them. Also a decorator."""
     try:
         yield
     except Exception as error:
@@ -46,6 +46,6 @@ def noting_newer_packages() -> Iterator[None]:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """The numbers of a version, without what follows them: (2, 13, 0) of "2.13.0+cpu"."""
+    """The leading numbers of a version: (2, 13, 0) of "2.13.0+cpu"."""
     numbers = re.match(r"\d+(\.\d+)*", text)
     return tuple(int(number) for number in numbers[0].split(".")) if numbers else ()

@@ -59,7 +59,8 @@ def file_kind(path: str) -> str:
 
 
 def expected_files() -> str:
-    return f"a file ending in {', '.join(READERS)}; all but .parquet may be compressed as {', '.join(COMPRESSED)}"
+    compressed = ", ".join(COMPRESSED)
+    return f"a file ending in {', '.join(READERS)}; all but .parquet may be compressed as {compressed}"
 
 
 def _open_zst(path: str, mode: str) -> IO[bytes]:

@@ -155,7 +155,10 @@ def _load_named(source: str, name: str, config: str | None, split: str) -> Rows:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = f"`datasets` cannot load it: {one_line(error.__cause__ or error)}"
         if isinstance(error, OSError):
-            absent = f"no data set of this name is in the cache of `datasets`, and its hub cannot be reached: {unreachable}"
+            absent = (
+                "no data set of this name is in the cache of `datasets`, and its hub cannot be reached: "
+                f"{unreachable}"
+            )
             reason = f"no such file or folder; {absent if unreachable else reason}"
         raise DataError(f"{source}: {reason}") from error
     finally:

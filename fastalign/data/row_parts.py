@@ -156,7 +156,7 @@ Cleaner = Callable[[Any], Any]
 
 
 def _null_remover(kind: pa.DataType) -> Cleaner | None:
-    """A function that removes null fields of structs from values of this type; None if there are no structs."""
+    """A function that removes null fields of structs from a value of this type; None without structs."""
     if isinstance(kind, pa.BaseExtensionType):
         return _null_remover(kind.storage_type)
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):

@@ -1,8 +1,7 @@
-"""The demo's second part: a reward model from human ratings, policies from the tuned model's own samples, and
-what came of all policies.
+"""The reward model and the policies of the demo: train them, and compare their rewards and KL divergences.
 
-The samples are drawn at temperature 1, so that rewards and KL divergences are those of the policies
-themselves.
+The reward model learns from human ratings, policies from the tuned model's samples. Samples are drawn at
+temperature 1, so that rewards and KL divergences are those of the policies themselves.
 """
 
 from collections.abc import Sequence
@@ -40,8 +39,11 @@ PLOTTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # above, and be
 
 
 class Policy(NamedTuple):
-    """What VADER says of a policy's completions, by held-out prompt; the reward model's scores, and KL(policy
-    ‖ SFT) in nats, by completion; a few of those."""
+    """A policy's completions, judged.
+
+    `rewards`: VADER's score by held-out prompt. `scores`: the reward model's, and `kls`: KL(policy ‖ SFT)
+    in nats, both by completion. `texts`: some completions with their prompts.
+    """
 
     name: str
     rewards: list[float]
@@ -52,12 +54,12 @@ class Policy(NamedTuple):
 
 @dataclass(frozen=True)
 class Alignment:
-    """Everything the report tells of the reward model and the policies."""
+    """Everything that the report tells of the reward model and the policies."""
 
     lines: dict[str, list[dict[str, float]]]
     """metrics.jsonl of each run."""
     lexicon: float
-    """Accuracy of VADER's lexicon on the pairs that the reward model was not trained on."""
+    """Accuracy of VADER's lexicon on the held-out pairs of the reward model."""
     counts: dict[str, int]
     policies: list[Policy]
 
@@ -95,10 +97,10 @@ class Alignment:
         """The sections of report.md."""
         shown = list(dict.fromkeys(prompt for prompt, _ in self.policies[0].texts))
         texts = [[text for _, text in policy.texts] for policy in self.policies]
-        gains = ["" if own.name == "SFT" else self.gain(own) for own in self.policies]
+        gains = ["" if policy.name == "SFT" else self.gain(policy) for policy in self.policies]
         rows = [
-            (own.name, mean(own.rewards), gain, mean(own.scores), mean(own.kls))
-            for own, gain in zip(self.policies, gains, strict=True)
+            (policy.name, mean(policy.rewards), gain, mean(policy.scores), mean(policy.kls))
+            for policy, gain in zip(self.policies, gains, strict=True)
         ]
         header = (
             "policy",
@@ -125,7 +127,12 @@ class Alignment:
                 "At temperature 1, with the same noise.",
                 "",
             ),
-            *(*table(("prompt", *(own.name for own in self.policies)), zip(shown, *texts, strict=True)), ""),
+            *(
+                *table(
+                    ("prompt", *(policy.name for policy in self.policies)), zip(shown, *texts, strict=True)
+                ),
+                "",
+            ),
         ]
 
     def plot(self, folder: Path) -> None:
@@ -163,17 +170,18 @@ class Alignment:
 
 
 NOTE = """\
-The reward model starts from the pre-trained model and learns from {reward_train:,} pairs of sentences that people rated 0.5 or better and
--0.5 or worse. Of {reward_held_out:,} pairs of held-out sentences it puts {accuracy} in the right order; VADER's lexicon, a tie counted as
-half, {lexicon}.
+The reward model starts from the pre-trained model and learns from {reward_train:,} pairs of sentences that
+people rated 0.5 or better and -0.5 or worse. Of {reward_held_out:,} pairs of held-out sentences it puts
+{accuracy} in the right order; VADER's lexicon, a tie counted as half, {lexicon}.
 
-The policies start from SFT. DPO learns from {pairs:,} pairs and KTO from {labels:,} labels, made of {samples:,} of SFT's own completions of
-prompts to train on: VADER's compound score says which of two is better, and which one is good. PPO, with a critic of its own and GAE,
-completes the same prompts itself: {episodes:,} times in all, each completion scored by VADER, or by the reward model.
+The policies start from SFT. DPO learns from {pairs:,} pairs and KTO from {labels:,} labels, made of
+{samples:,} of SFT's own completions of prompts to train on: VADER's compound score says which of two is
+better, and which one is good. PPO, with a critic of its own and GAE, completes the same prompts itself:
+{episodes:,} times in all, each completion scored by VADER, or by the reward model.
 
-Sentiment: VADER's score of completions of {prompts:,} held-out prompts, {each} of each, and its mean over prompts with the standard error;
-all policies draw with the same noise. KL: log-probability under the policy minus that under SFT, of a whole completion, as the mean over
-the policy's own.
+Sentiment: VADER's score of completions of {prompts:,} held-out prompts, {each} of each, and its mean over
+prompts with the standard error; all policies draw with the same noise. KL: log-probability under the policy
+minus that under SFT, of a whole completion, as the mean over the policy's own.
 """
 
 
@@ -184,10 +192,10 @@ def align(
     held_out: Sequence[str],
     seconds: dict[str, float],
 ) -> Alignment:
-    """Train the reward model and the policies, and judge these: they learn from completions of `sampled`.
+    """Train the reward model and the policies, and judge the policies.
 
-    One half of `held_out` is what policies are judged by; SFT's completions of the other are DPO's held-out
-    pairs.
+    Policies learn from completions of `sampled`. One half of `held_out` judges them. SFT's completions of
+    the other half are DPO's held-out pairs.
     """
     half = max(2, len(held_out) // 2)
     judged, watched = held_out[:half], held_out[half:][: settings.sampled // 3]
@@ -196,8 +204,8 @@ def align(
         reward.run(reward_config(settings))
     with part("on-policy samples", seconds):
         both = sample(settings, tokenizer, [*sampled, *watched], judge)
-        write_rows(folder / "samples.jsonl", [own._asdict() for own in both])
-        samples = [own for own in both if own.prompt not in watched]
+        write_rows(folder / "samples.jsonl", [one._asdict() for one in both])
+        samples = [one for one in both if one.prompt not in watched]
         pairs, labels = preferred(samples), labels_of(samples)
         desirable = sum(row["label"] for row in labels)
         if not pairs or not 0 < desirable < len(labels):
@@ -208,7 +216,7 @@ def align(
             )
         write_rows(folder / "rows" / "pairs.jsonl", pairs)
         write_rows(
-            folder / "rows" / "pairs_held_out.jsonl", preferred(own for own in both if own.prompt in watched)
+            folder / "rows" / "pairs_held_out.jsonl", preferred(one for one in both if one.prompt in watched)
         )
         write_rows(folder / "rows" / "labels.jsonl", labels)
         write_rows(folder / "rows" / "prompts.jsonl", [{"prompt": prompt} for prompt in sampled])
@@ -238,7 +246,7 @@ def align(
 
 
 def lexicon_accuracy(pairs: Sequence[dict[str, Any]], judge: SentimentIntensityAnalyzer) -> float:
-    """The share of pairs whose chosen text VADER scores higher, a tie counted as half."""
+    """The share of pairs whose chosen text VADER scores higher; a tie counts as half."""
     scores = [
         [judge.polarity_scores(row[name])["compound"] for name in ("chosen", "rejected")] for row in pairs
     ]
@@ -251,19 +259,19 @@ def sample(
     prompts: Sequence[str],
     judge: SentimentIntensityAnalyzer,
 ) -> list[Sample]:
-    """The tuned model's completions of the prompts, those of a prompt one after the other.
+    """The tuned model's completions of the prompts, prompt by prompt.
 
-    Left out are those that did not end, which would be taught to end where they were cut, blank ones, and
-    those whose first token merges with the prompt's last when they are read as one text.
+    Left out are completions that did not end (they would be taught to end where they were cut), blank ones,
+    and those whose first token merges with the prompt's last when they are read as one text.
     """
     found = []
     options = {"max_new_tokens": settings.policy_tokens, "seed": settings.seed}
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     for batch, _, drawn in draw(load(settings, "sft"), tokenizer, repeated, **options):
-        own = [tokenizer.encode(prompt) for prompt in batch]
+        prompt_ids = [tokenizer.encode(prompt) for prompt in batch]
         ended = (drawn.tokens == tokenizer.eos_token_id).any(1).tolist()
         texts = tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)
-        for prompt, ids, text, whole in zip(batch, own, texts, ended, strict=True):
+        for prompt, ids, text, whole in zip(batch, prompt_ids, texts, ended, strict=True):
             if whole and text.strip() and tokenizer.encode(prompt + text)[: len(ids)] == ids:
                 found.append(Sample(prompt, text, judge.polarity_scores(text)["compound"]))
     return found
@@ -275,8 +283,7 @@ def judge_policies(
     prompts: Sequence[str],
     judge: SentimentIntensityAnalyzer,
 ) -> list[Policy]:
-    """Every policy's completions of the prompts, judged by VADER and the reward model, and compared with
-    SFT."""
+    """Completions by each policy, judged by VADER and the reward model, with their KL to SFT."""
     reference, score, policies = load(settings, "sft"), rewarded(settings, tokenizer), []
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     options = {"max_new_tokens": settings.policy_tokens, "seed": settings.seed + 1}
@@ -320,8 +327,10 @@ def rewarded(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Reward:
 def log_probabilities(
     model: PreTrainedModel, ids: Tensor, attention_mask: Tensor, tokens: Tensor, mask: Tensor
 ) -> Tensor:
-    """log P(completion | prompt), fp64 [B] in nats: of the `tokens` [B, R] where `mask`, behind prompts
-    padded on the left."""
+    """log P(completion | prompt), fp64 [B] in nats: of the `tokens` [B, R] where `mask` is set.
+
+    Prompts are padded on the left.
+    """
     attention = torch.cat((attention_mask, mask.long()), 1)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     logits = model(

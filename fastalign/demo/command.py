@@ -1,15 +1,12 @@
-"""`fastalign demo`: a small Llama pre-trained, tuned and aligned on real text, on a CPU in minutes, and a
-report of what came of it.
+"""`fastalign demo`: train, tune and align a small Llama on real text, on a CPU in minutes, and report.
 
     fastalign demo                                  # writes runs/demo/report.md
     fastalign demo --steps 800 --seed 1 --output-dir runs/longer
 
-From 10,605 movie-review sentences (sentences.py says where they come from) it trains a byte-level BPE
-tokenizer and a language model on all but 1,000, then tunes that on prompt -> continuation of the positively
-rated ones. alignment.py trains a reward model on the ratings, and policies by DPO and KTO on the tuned
-model's own samples, and by PPO (recipes.py). The report has the curves, samples, the sentiment of the
-completions before and after, reward against KL for every policy, and this library beside plain PyTorch: a
-step of each stage (stage_steps.py), and the head alone.
+sentences.py gets 10,605 movie-review sentences. On all but 1,000 of them, this file trains a byte-level BPE
+tokenizer and a language model, and tunes the model on prompt -> continuation of the positively rated ones.
+alignment.py trains a reward model on the ratings, and policies by DPO, KTO and PPO. stage_steps.py and
+heads.py measure fastalign beside plain PyTorch, and report.py writes the report.
 """
 
 import argparse
@@ -65,16 +62,22 @@ MADE = (
     "samples.jsonl",
 )
 MADE += (*(f"{stage}.png" for stage in STAGES), *PLOTS)
-THREADS_HELP = "threads of torch (default: 1; on a small machine shared with anything else, torch with two threads was measured 3 to 8 times slower)"
+THREADS_HELP = (
+    "threads of torch (default: 1; on a small machine shared with anything else, "
+    "torch with two threads was measured 3 to 8 times slower)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; what is wrong with the options or the data ends it with status 2 and a line that says
-    so."""
+    """The command line.
+
+    If options or data are wrong, it ends with status 2 and a line that says so.
+    """
     defaults = Settings()
     parser = Parser(
         prog="fastalign demo",
-        description="Pre-training, SFT, a reward model, DPO, KTO and PPO on real text at toy scale, with a report.",
+        description="Pre-training, SFT, a reward model, DPO, KTO and PPO on real text at toy scale, "
+        "with a report.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -104,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = Settings(**vars(parser.parse_args(argv)))
     with told(parser.prog):
         prepared = prepare(settings)
-        disable_progress_bar()  # those of loading and saving, which would break into the demo's own
+        disable_progress_bar()  # bars of loading and saving would interrupt the demo's bars
         run(settings, prepared)
 
 
@@ -119,10 +122,10 @@ def _positive(text: str) -> int:
 
 
 class Prepared(NamedTuple):
-    """What a run starts from, and the seconds that making it took.
+    """What a run starts from, and the seconds that preparing it took.
 
-    The tokenizer; the rows of each file; prompts of held-out sentences, to judge models by; others, whose
-    completions policies learn from.
+    `rows` are the rows of each file. `prompts` are prompts of held-out sentences, by which models are
+    judged. `sampled` are other prompts, whose completions policies learn from.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -133,11 +136,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Claim the output folder, get the sentences and make rows of them; nothing of an earlier demo is removed
-    yet.
+    """Claim the output folder, get the sentences and make rows of them.
 
-    Raises ValueError for a folder that holds anything but an earlier demo, and for sentences that cannot be
-    had, read or used.
+    Nothing of an earlier demo is removed yet. Raises ValueError for a folder that holds anything but an
+    earlier demo, and for sentences that cannot be fetched, read or used.
     """
     began = time.perf_counter()
     folder = settings.output_dir
@@ -187,8 +189,10 @@ def prepare(settings: Settings) -> Prepared:
 
 
 def run(settings: Settings, prepared: Prepared) -> Outcome:
-    """Train, tune, sample, measure and write report.md, in the folder that `prepare` claimed; prints the key
-    figures."""
+    """Train, tune, sample, measure and write report.md, in the folder that `prepare` claimed.
+
+    Prints the key figures.
+    """
     torch.set_num_threads(settings.threads)
     folder = settings.output_dir
     _clear(folder)
@@ -216,7 +220,7 @@ def run(settings: Settings, prepared: Prepared) -> Outcome:
         steps=settings.steps,
         seed=settings.seed,
         threads=settings.threads,
-        counts={name: len(own) for name, own in prepared.rows.items()},
+        counts={name: len(rows) for name, rows in prepared.rows.items()},
         seconds=seconds,
         curves={stage: read_curve(folder / stage / "metrics.jsonl") for stage in STAGES},
         completions=completions,
@@ -244,30 +248,29 @@ def _clear(folder: Path) -> None:
 def complete(
     settings: Settings, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
 ) -> list[Completion]:
-    """Completions of the prompts by the pre-trained and the tuned model, greedy and sampled, with VADER's
-    sentiment.
+    """Completions by the pre-trained and the tuned model, greedy and sampled, with VADER's sentiment.
 
-    Both models draw with the same noise, prompt by prompt. Greedy ones are made of the prompts that the
-    report shows only.
+    Both models draw with the same noise, prompt by prompt. Greedy completions are made only for the prompts
+    that the report shows.
     """
     judge = SentimentIntensityAnalyzer()
     shown = prompts[:SHOWN]
-    ways = [("greedy", shown, 0.0), ("sampled", prompts, TEMPERATURE)]
+    modes = [("greedy", shown, 0.0), ("sampled", prompts, TEMPERATURE)]
     completions = []
     with bar(total=len(STAGES) * (len(shown) + len(prompts)), unit="completion") as progress:
         for stage in STAGES:
             model = load(settings, stage)
-            for way, own, temperature in ways:
+            for mode, chosen, temperature in modes:
                 options = {
                     "max_new_tokens": settings.new_tokens,
                     "seed": settings.seed,
                     "temperature": temperature,
                 }
-                for batch, _, drawn in draw(model, tokenizer, own, **options):
+                for batch, _, drawn in draw(model, tokenizer, chosen, **options):
                     texts = tokenizer.batch_decode(drawn.tokens, skip_special_tokens=True)
                     for prompt, text in zip(batch, texts, strict=True):
                         completions.append(
-                            Completion(stage, way, prompt, text, judge.polarity_scores(text)["compound"])
+                            Completion(stage, mode, prompt, text, judge.polarity_scores(text)["compound"])
                         )
                     progress.update(len(batch))
     return completions

@@ -14,10 +14,10 @@ GENERATED = 128  # completions in a batch
 def draw(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], **options: Any
 ) -> Iterator[tuple[Sequence[str], dict[str, torch.Tensor], rollout.Rollout]]:
-    """Completions of the prompts, batch by batch: the prompts, their tokens, and what `rollout.generate` drew
-    with `options`.
+    """Completions of the prompts, batch by batch: the prompts, their tokens, and their Rollout.
 
-    The noise is that of a prompt's place in `prompts`: the same for every model.
+    `options` are those of `rollout.generate`. A prompt's place in `prompts` keys its noise, which is the
+    same for every model.
     """
     for first in range(0, len(prompts), GENERATED):
         batch = prompts[first : first + GENERATED]

@@ -1,4 +1,4 @@
-"""The loss on the head beside plain PyTorch: time, memory and error of the gradients."""
+"""The head's loss beside plain PyTorch: time, memory, and error of the gradients."""
 
 import math
 import time
@@ -22,7 +22,7 @@ ROWS_AT_ONCE = 256  # of the fp64 reference
 
 
 def plain_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy as PyTorch code has it: full logits."""
+    """The mean cross-entropy in plain PyTorch, with full logits."""
     return F.cross_entropy(F.linear(hidden, weight), targets)
 
 
@@ -30,10 +30,10 @@ METHODS: dict[str, LossFn] = {"fastalign": linear_cross_entropy, "plain PyTorch"
 
 
 class Head(NamedTuple):
-    """One method at one shape, forward and backward; what could not be measured is None.
+    """One method at one shape, forward and backward. A value that could not be measured is None.
 
-    milliseconds: median. peak_mib: beyond the inputs, gradients included. error: of the gradients, as
-    `measure_heads` has it.
+    milliseconds: median. peak_mib: beyond the inputs, gradients included. error: of the gradients, as in
+    `measure_heads`.
     """
 
     shape: Shape
@@ -44,8 +44,7 @@ class Head(NamedTuple):
 
 
 def head_step(method: str, shape: Sequence[int]) -> Callable[[], dict[str, Tensor]]:
-    """The forward and backward pass of a method on the inputs of a shape, as a call that returns the
-    gradients."""
+    """A method's forward and backward pass at a shape, as a call that returns the gradients."""
     return partial(_gradients, METHODS[method], *_head_inputs(Shape(*shape)))
 
 
@@ -68,39 +67,38 @@ def _gradients(loss_fn: LossFn, hidden: Tensor, weight: Tensor, targets: Tensor)
 
 
 def _true_gradients(shape: Shape) -> dict[str, Tensor]:
-    """Plain PyTorch in fp64, some tokens at a time."""
+    """The gradients by plain PyTorch in fp64, some tokens at a time."""
     hidden, weight, targets = _head_inputs(shape)
     wide = weight.detach().double().requires_grad_()
     total, parts = torch.zeros_like(wide), []
     for begin in range(0, shape.N, ROWS_AT_ONCE):
         rows = slice(begin, begin + ROWS_AT_ONCE)
-        own = _gradients(
+        part_grads = _gradients(
             plain_cross_entropy, hidden[rows].detach().double().requires_grad_(), wide, targets[rows]
         )
         share = targets[rows].numel() / shape.N  # of the mean over all tokens
-        parts.append(own["hidden"] * share)
-        total.add_(own["weight"], alpha=share)
+        parts.append(part_grads["hidden"] * share)
+        total.add_(part_grads["weight"], alpha=share)
     return {"hidden": torch.cat(parts), "weight": total}
 
 
 def measure_heads(shape: Shape) -> list[Head]:
-    """Each method at a shape: time in interleaved rounds, memory in a process of its own, gradients against
-    plain PyTorch in fp64.
+    """Each method at a shape: time, memory, and the error of its gradients.
 
-    The error is the largest elementwise one, as a fraction of the largest gradient: of hidden states and
-    weight, the worse.
+    Time is measured in interleaved rounds, memory in a process of its own. The error is against plain
+    PyTorch in fp64: the largest elementwise one, as a fraction of the largest gradient, of hidden states or
+    weight, whichever is worse.
     """
     steps = {method: head_step(method, shape) for method in METHODS}
     began = time.perf_counter()
-    found = {
-        method: step() for method, step in steps.items()
-    }  # the warm-up too, which tells how many rounds fit
+    # The first calls also warm up, and their time says how many rounds fit.
+    found = {method: step() for method, step in steps.items()}
     rounds = int(SECONDS / (time.perf_counter() - began))
     timings = interleaved(steps, rounds=min(max(rounds, ROUNDS[0]), ROUNDS[1]), warmup=0)
     true = _true_gradients(shape)
     errors = {
-        method: max(error.relative for error in largest_error(own, true).values())
-        for method, own in found.items()
+        method: max(error.relative for error in largest_error(grads, true).values())
+        for method, grads in found.items()
     }
     return [
         Head(shape, method, 1000 * timings[method].median, _peak_mib(method, shape), errors[method])
@@ -119,21 +117,21 @@ def _peak_mib(method: str, shape: Shape) -> float | None:
 def head_rows(heads: Iterable[Head]) -> list[list[str]]:
     """Cells of the table of heads."""
     rows = []
-    for own in heads:
-        peak = "not measured: needs Linux" if own.peak_mib is None else f"{own.peak_mib:,.1f}"
-        gradients = (own.shape.N + own.shape.V) * own.shape.H * 4 / 2**20
+    for head in heads:
+        peak = "not measured: needs Linux" if head.peak_mib is None else f"{head.peak_mib:,.1f}"
+        gradients = (head.shape.N + head.shape.V) * head.shape.H * 4 / 2**20
         rows.append(
             [
-                str(own.shape),
-                own.method,
-                f"{own.milliseconds:,.1f}",
+                str(head.shape),
+                head.method,
+                f"{head.milliseconds:,.1f}",
                 peak,
                 f"{gradients:,.1f}",
-                f"{own.error:.1e}",
+                f"{head.error:.1e}",
             ]
         )
     return rows
 
 
-def _memory(head: Head) -> str:
+def memory_text(head: Head) -> str:
     return "" if head.peak_mib is None else f", {head.peak_mib:,.0f} MiB"

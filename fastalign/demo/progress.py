@@ -12,13 +12,13 @@ from ..stages.reporters import PROGRESS_SECONDS
 
 
 def bar(*arguments: Any, **options: Any) -> tqdm:
-    """A progress bar, which writes seldom where stderr is a file."""
+    """A progress bar, which writes seldom if stderr is a file."""
     return tqdm(*arguments, mininterval=0.2 if sys.stderr.isatty() else PROGRESS_SECONDS, **options)
 
 
 @contextmanager
 def part(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Announce a part of the run and note its seconds."""
+    """Announce a part of the run, and note its seconds."""
     print(f"== {name}", flush=True)
     began = time.perf_counter()
     yield

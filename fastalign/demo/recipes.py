@@ -21,7 +21,7 @@ TITLES = {
 }
 """The runs after SFT; each has a folder of its name."""
 REWARD_BATCH, DPO_BATCH, KTO_BATCH = 24, 16, 32  # pairs, pairs, judged completions
-# The reward model's scores of SFT's completions have a standard deviation of 1.6, VADER's one of 0.33. At
+# The reward model's scores of SFT's completions have a standard deviation of 1.6, VADER's 0.33. At
 # 0.05 PPO by the reward model went 13.7 nats from SFT, at 0.1 8.4 to 10.1 and at 0.2 5.6 to 7.2.
 KL_COEFFICIENTS = {"ppo-vader": 0.05, "ppo-reward": 0.2}
 PROMPTS = 64  # of a step
@@ -61,7 +61,7 @@ def sft_config(settings: Settings) -> sft.SFTConfig:
 
 
 def reward_config(settings: Settings) -> reward.RewardConfig:
-    """A reward model, from the pre-trained one: SFT has seen good sentences only."""
+    """The reward model starts from the pre-trained model, because SFT has seen only good sentences."""
     folder = settings.output_dir
     return reward.RewardConfig(
         train_data=str(folder / "rows" / "reward_train.jsonl"),
@@ -76,7 +76,7 @@ def reward_config(settings: Settings) -> reward.RewardConfig:
 
 
 def dpo_config(settings: Settings, name: str) -> dpo.DPOConfig:
-    """DPO of the tuned model; runs of other β share the reference's log-probabilities."""
+    """DPO of the tuned model. Runs with another β share the reference's log-probabilities."""
     folder = settings.output_dir
     held_out = folder / "rows" / "pairs_held_out.jsonl"
     evaluated: dict[str, Any] = (
@@ -94,7 +94,7 @@ def dpo_config(settings: Settings, name: str) -> dpo.DPOConfig:
 
 
 def kto_config(settings: Settings, desirable: int, undesirable: int) -> kto.KTOConfig:
-    """KTO of the tuned model; the rarer label weighs more, so that both weigh the same in all."""
+    """KTO of the tuned model. The rarer label weighs more, so that both weigh the same in total."""
     return kto.KTOConfig(
         train_data=str(settings.output_dir / "rows" / "labels.jsonl"),
         desirable_weight=max(1.0, undesirable / desirable),
@@ -105,7 +105,7 @@ def kto_config(settings: Settings, desirable: int, undesirable: int) -> kto.KTOC
 
 def _policy(settings: Settings, name: str, batch_size: int) -> dict[str, Any]:
     folder = settings.output_dir
-    own = {
+    fields = {
         "model": str(folder / "sft" / "model"),
         "output_dir": str(folder / name),
         "beta": BETAS[name],
@@ -113,13 +113,13 @@ def _policy(settings: Settings, name: str, batch_size: int) -> dict[str, Any]:
     }
     return (
         shared(settings, settings.policy_steps)
-        | own
+        | fields
         | {"max_length": ROW_TOKENS, "batch_size": batch_size, "weight_decay": 0.0}
     )
 
 
 def vader(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """VADER's compound score of each completion: what the stage takes as a reward."""
+    """VADER's compound score of each completion: the reward of the stage."""
     return [JUDGE.polarity_scores(text)["compound"] for text in completions]
 
 

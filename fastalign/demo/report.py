@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from ..measure import machine
-from .heads import Head, _memory, head_rows
+from .heads import Head, head_rows, memory_text
 from .results import STAGES, TEMPERATURE, Completion, Curve, Mean, mean, table
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything the report tells of a run."""
+    """Everything that the report tells of a run."""
 
     folder: Path
     data: Path | None
@@ -50,7 +50,7 @@ class Outcome:
         )
 
     def _sampled(self, stage: str) -> list[float]:
-        return [own.sentiment for own in self.completions if own.stage == stage and own.way == "sampled"]
+        return [done.sentiment for done in self.completions if done.stage == stage and done.way == "sampled"]
 
 
 def plot(curve: Curve, title: str, path: Path) -> None:
@@ -85,13 +85,13 @@ def key_figures(outcome: Outcome) -> list[str]:
         f"gain {outcome.gain()}"
     )
     lines += outcome.alignment.key_figures() + outcome.stages.key_figures()
-    for shape in dict.fromkeys(own.shape for own in outcome.heads):
-        own = [
-            f"{head.method} {head.milliseconds:,.0f} ms{_memory(head)}"
+    for shape in dict.fromkeys(head.shape for head in outcome.heads):
+        figures = [
+            f"{head.method} {head.milliseconds:,.0f} ms{memory_text(head)}"
             for head in outcome.heads
             if head.shape == shape
         ]
-        lines.append(f"Head at {shape}: {'; '.join(own)}")
+        lines.append(f"Head at {shape}: {'; '.join(figures)}")
     return lines
 
 
@@ -104,32 +104,33 @@ def write(outcome: Outcome) -> None:
 
 
 TEXT_NOTE = """\
-Text: {train:,} movie-review sentences to train on and {held_out:,} held out. NLL is in nats per token, over every token of a sentence and
-its EOS; sentences packed into a row do not see each other.
+Text: {train:,} movie-review sentences to train on and {held_out:,} held out. NLL is in nats per token, over
+every token of a sentence and its EOS; sentences packed into a row do not see each other.
 """
 SAMPLES_NOTE = """\
-Held-out prompts, completed before and after SFT: greedily, and sampled at temperature {temperature} (no top-k, no top-p).
+Held-out prompts, completed before and after SFT: greedily, and sampled at temperature {temperature} (no
+top-k, no top-p).
 """
 SENTIMENT_NOTE = """\
-VADER's compound score, in [-1, 1], of {prompts} sampled completions, without their prompts: mean and standard error. Both models are given
-the same prompts and the same seed; completions.jsonl has all of it.
+VADER's compound score, in [-1, 1], of {prompts} sampled completions, without their prompts: mean and standard
+error. Both models are given the same prompts and the same seed; completions.jsonl has all of it.
 """
 HEAD_NOTE = """\
-Mean cross-entropy from hidden states [N, H] and weight [V, H], forward and backward, fp32, on the CPU, of random inputs
-whose logits have the standard deviation 2. The first shape is a step of this demo. Time: the median of interleaved rounds. Peak memory:
-beyond the inputs, in a process of its own, gradients included. Error: the largest one of the gradients against fp64, as a fraction of the
-largest gradient.
+Mean cross-entropy from hidden states [N, H] and weight [V, H], forward and backward, fp32, on the CPU, of
+random inputs whose logits have the standard deviation 2. The first shape is a step of this demo. Time: the
+median of interleaved rounds. Peak memory: beyond the inputs, in a process of its own, gradients included.
+Error: the largest one of the gradients against fp64, as a fraction of the largest gradient.
 """
 AGAIN_NOTE = """\
-The first command makes this report again, to the same figures but for times and memory; the others run one stage each, from the rows and
-settings here.
+The first command makes this report again, to the same figures but for times and memory; the others run one
+stage each, from the rows and settings here.
 """
 
 
 def _lines(outcome: Outcome) -> list[str]:
-    seconds = [(part, f"{own:.1f}") for part, own in outcome.seconds.items()]
+    seconds = [(part, f"{taken:.1f}") for part, taken in outcome.seconds.items()]
     sentiment = (outcome.sentiment("pretrain"), outcome.sentiment("sft"), outcome.gain())
-    prompts = sum(own.stage == "sft" and own.way == "sampled" for own in outcome.completions)
+    prompts = sum(done.stage == "sft" and done.way == "sampled" for done in outcome.completions)
     lines = [
         "# fastalign demo",
         "",
@@ -203,8 +204,7 @@ def _commands(outcome: Outcome) -> list[str]:
         ]
         for run in runs
     ]
-    # `fastalign demo` sets the number of threads itself; rounding, and so the figures' last digits, depend on
-    # it.
+    # `fastalign demo` sets the number of threads itself. Rounding, and so the last digits, depend on it.
     return [
         shlex.join(again),
         *(f"OMP_NUM_THREADS={outcome.threads} {shlex.join(command)}" for command in alone),
@@ -212,12 +212,11 @@ def _commands(outcome: Outcome) -> list[str]:
 
 
 def sample_rows(completions: Sequence[Completion]) -> list[tuple[str, str, str, str]]:
-    """Cells of the table of samples: of each prompt that was completed greedily, both ways, before and after
-    SFT."""
-    found = {(own.stage, own.way, own.prompt): own.text for own in completions}
-    shown = [own.prompt for own in completions if own.way == "greedy" and own.stage == "pretrain"]
+    """Cells of the table of samples: each greedily completed prompt, in both modes, before and after SFT."""
+    found = {(done.stage, done.way, done.prompt): done.text for done in completions}
+    shown = [done.prompt for done in completions if done.way == "greedy" and done.stage == "pretrain"]
     return [
-        (prompt, way, found["pretrain", way, prompt], found["sft", way, prompt])
+        (prompt, mode, found["pretrain", mode, prompt], found["sft", mode, prompt])
         for prompt in shown
-        for way in ("greedy", "sampled")
+        for mode in ("greedy", "sampled")
     ]

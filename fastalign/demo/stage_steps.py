@@ -1,5 +1,4 @@
-"""All stages of the demo side by side: one step of each on its own model and rows, with this library's losses
-and with plain PyTorch's."""
+"""One step of each stage, with fastalign's losses and with plain PyTorch's, on the stage's model and rows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,8 +58,10 @@ ROUNDS = 7  # a step takes 0.1 to 0.3 s
 
 
 class Step(NamedTuple):
-    """A step of a run by a method: the median time, and the peak memory beyond weights, moments and batch,
-    where it can be measured."""
+    """A step of a run by a method.
+
+    It has the median time, and the peak memory beyond weights, moments and batch if that can be measured.
+    """
 
     run: str
     method: str
@@ -69,10 +70,10 @@ class Step(NamedTuple):
 
 
 def step(folder: str, run: str, method: str) -> Callable[[], object]:
-    """One step, as a call: forward, loss, backward, clipping and AdamW at a learning rate of 0, so that all
-    start from the same weights.
+    """One step, as a call: forward, loss, backward, clipping and AdamW.
 
-    It ran once already, which made AdamW's moments.
+    The learning rate is 0, so that all calls start from the same weights. It ran once already, which made
+    AdamW's moments.
     """
     call = _rollout(Path(folder), method) if run == "rollout" else _update(Path(folder), run, method)
     call()
@@ -116,15 +117,17 @@ def _classifier(path: Path) -> Any:
 
 
 def _reference(stage: str, folder: Path, batch: Mapping[str, Any], logps: Callable[..., Tensor]) -> Reference:
-    """The tuned model: KTO scores by it at every step, DPO has a table."""
+    """The tuned model. KTO scores by it at each step; DPO has a table."""
     model = _causal_lm(folder / "sft" / "model").requires_grad_(False)
     known = logps(model, batch["both"])
     return (lambda packed: known) if stage == "dpo" else partial(logps, model)
 
 
 def _batch(stage: str, config: Any, model: Any, tokenizer: Any) -> Mapping[str, Any]:
-    """A micro-batch of the run's first rows, as the stage makes it, but with a prompt for each sequence:
-    plain code shares none."""
+    """A micro-batch of the run's first rows, as the stage makes it.
+
+    Each sequence has its own copy of the prompt, because plain code shares none.
+    """
     pad_id, rows = tokenizer.pad_token_id, load_rows(config.train_data)
     packer = partial(pack_sequences, pad_id=pad_id)
     if stage in ("pretrain", "sft"):
@@ -157,8 +160,10 @@ def _batch(stage: str, config: Any, model: Any, tokenizer: Any) -> Mapping[str, 
 
 
 def _rollout(folder: Path, method: str) -> Callable[[], object]:
-    """Completions of a step's prompts with the log-probabilities of their tokens; none ends early, so that
-    both methods draw as many."""
+    """Completions of a step's prompts with the log-probabilities of their tokens.
+
+    None ends early, so that both methods draw the same number of tokens.
+    """
     config = ppo.PPOConfig(**read_config(str(folder / "ppo-vader" / "config.yaml")))
     tokenizer, model = (
         AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False),
@@ -195,7 +200,7 @@ def _rollout(folder: Path, method: str) -> Callable[[], object]:
 
 
 def measure(folder: Path) -> list[Step]:
-    """Every step by both methods: time in interleaved rounds, and then memory, in another process."""
+    """Each step by both methods: time in interleaved rounds, then memory in another process."""
     medians: dict[tuple[str, str], float] = {}
     for run in bar(TITLES, unit="step"):
         timings = interleaved(
@@ -215,23 +220,25 @@ def measure(folder: Path) -> list[Step]:
 
 
 NOTE = """\
-One step of each stage on its own model and first rows: forward, loss, backward, clipping and AdamW; of PPO one update of policy and
-critic, and the rollout of a step, all {tokens} tokens of every completion. Both get the same packed batch, so that the difference is the
-head's and the loss's; at V {vocabulary} most of a step is neither. Plain PyTorch keeps the logits, and samples by transformers'
-`generate`, from whose tokens it takes the log-probabilities in another pass. Time: the median of {rounds} interleaved rounds. Peak memory:
-beyond weights, moments and batch, gradients included. Whole run: with its evaluations; of two runs by DPO or PPO, the first.
+One step of each stage on its own model and first rows: forward, loss, backward, clipping and AdamW; of PPO
+one update of policy and critic, and the rollout of a step, all {tokens} tokens of every completion. Both get
+the same packed batch, so that the difference is the head's and the loss's; at V {vocabulary} most of a step
+is neither. Plain PyTorch keeps the logits, and samples by transformers' `generate`, from whose tokens it
+takes the log-probabilities in another pass. Time: the median of {rounds} interleaved rounds. Peak memory:
+beyond weights, moments and batch, gradients included. Whole run: with its evaluations; of two runs by DPO or
+PPO, the first.
 """
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Everything the report tells of the steps."""
+    """Everything that the report tells of the steps."""
 
     steps: Sequence[Step]
     whole: Mapping[str, float]
     """Seconds of whole runs."""
     tokens: int
-    """Of a completion of the rollout."""
+    """Tokens of a completion in the rollout."""
     vocabulary: int
 
     def key_figures(self) -> list[str]:

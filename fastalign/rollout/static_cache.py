@@ -16,7 +16,7 @@ from ..probe import unsupported
 
 
 class _Layer(StaticLayer):
-    """transformers' static layer, but keys and values each have their own dtype: autocast makes them differ."""
+    """transformers' static layer, but keys and values each have a dtype: autocast makes them differ."""
 
     values: Tensor
 

@@ -2,8 +2,8 @@
 
 Adapters that a stage trains on such a model lie on the merged one. Their base is then the folder of the
 earlier adapters, and so on down to plain weights: runs/dpo/model -> runs/sft/model -> runs/base/model. A
-saved folder names its base twice: by its absolute path in adapter_config.json, where PEFT and others look
-too, and relative to the folder, so that both may be moved together.
+saved folder names its base twice, so that both may be moved together: by its absolute path in
+adapter_config.json, where PEFT and other libraries look too, and relative to the folder.
 """
 
 import json
@@ -92,7 +92,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def is_classifier(source: Source, architecture: PretrainedConfig) -> bool:
-    """Whether these are a sequence classifier's weights, and not a causal LM's."""
+    """Whether these are the weights of a sequence classifier, not of a causal LM."""
     if any(_task(folder) == "SEQ_CLS" for folder in source.adapters):
         return True
     return names_classifier(architecture)
@@ -103,10 +103,10 @@ def _task(folder: str) -> str | None:
 
 
 def load_architecture(name: str, *, task: Task = "CAUSAL_LM", argument: str = "model") -> PretrainedConfig:
-    """The configuration of the model in a folder or of a name, that of the base for a folder of adapters.
+    """The configuration of the model in a folder or of a name; for a folder of adapters, that of its base.
 
-    A classifier's has the number of labels of its trained head. Raises ValueError where the base is not
-    found, or where the adapters are a classifier's and a causal LM is wanted.
+    A classifier has the number of labels of its trained head. Raises ValueError if the base is not found,
+    or if the adapters are a classifier's and a causal LM is expected.
     """
     source = find_source(name, argument=argument)
     classifiers = [folder for folder in source.adapters if _task(folder) == "SEQ_CLS"]
@@ -123,7 +123,7 @@ def load_architecture(name: str, *, task: Task = "CAUSAL_LM", argument: str = "m
 
 
 def _labels(folder: str, argument: str) -> int:
-    """The labels of the head that a classifier's adapters bring along."""
+    """The number of labels of the head in a classifier's adapters."""
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
         raise ValueError(
             f"{argument}: no {ADAPTER_WEIGHTS} in {folder!r}, expected the adapters' weights there"
@@ -139,11 +139,11 @@ def _labels(folder: str, argument: str) -> int:
 
 
 def load_plain(name: str, *, task: Task, argument: str = "model", **options: Any) -> PreTrainedModel:
-    """The model in a folder or of a name, all its weights trainable, adapters merged into it.
+    """The model in a folder or of a name, with adapters merged into it and all weights trainable.
 
-    `options` are from_pretrained's. Raises ValueError where weights are missing, left over or of another
-    shape, where they hold NaN or inf, and where the adapters do not fit the base, or cannot be merged. A
-    classifier's head may be missing in a causal LM's folder: it is drawn.
+    `options` are from_pretrained's. A classifier's head may be missing in a causal LM's folder: it is then
+    drawn. Raises ValueError if weights are missing, left over, of another shape or not finite, and if the
+    adapters do not fit the base or cannot be merged.
     """
     source = find_source(name, argument=argument)
     model = load_whole(source.base, task=task, argument=argument, **options)
@@ -161,12 +161,11 @@ def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedMode
             f"{argument}: the adapters in {folder!r} are of type {config.peft_type.value}, expected ones "
             "that can be merged"
         )
-    # A causal LM's adapters are put on a classifier too, whose class PEFT's task types would not take.
+    # A causal LM's adapters are also put on a classifier, which PEFT's task types would refuse.
     config.task_type, config.inference_mode = None, True
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # PEFT draws weights that the loaded ones replace: what follows draws as on a plain model
+        # PEFT draws weights that the loaded ones replace. Later draws must be those of a plain model.
+        with torch.random.fork_rng(devices=[]):
             adapted = PeftModel(model, config)
         loaded = adapted.load_adapter(folder, "default")
     except (ValueError, RuntimeError, KeyError) as error:
@@ -175,7 +174,7 @@ def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedMode
         ) from error
     if broken := find_not_finite(adapted.named_parameters()):
         raise ValueError(f"{argument}: in the adapters in {folder!r}, {broken}; expected finite numbers")
-    # An adapter of the head that a classifier lacks has nothing to act on.
+    # A classifier has no lm_head, so an adapter of the lm_head has nothing to act on.
     extra = [name for name in loaded.unexpected_keys if hasattr(model, "lm_head") or "lm_head" not in name]
     if wrong := [*loaded.missing_keys, *extra]:
         raise ValueError(
@@ -187,7 +186,7 @@ def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedMode
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig, *, task: Task, base: str | None) -> PeftModel:
-    """The model with new LoRA adapters as configured; `base` is the folder or name it was loaded from."""
+    """The model with new LoRA adapters as configured. `base` is the folder or name it was loaded from."""
     targets = "all-linear" if config.lora_targets == ["all-linear"] else config.lora_targets
     lora = LoraConfig(
         r=config.lora_rank,

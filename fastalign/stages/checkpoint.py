@@ -1,17 +1,16 @@
 """Checkpoints from which a run continues bitwise: trained weights, optimizer, random states, steps done.
 
-    checkpoints/step-00000200/state.pt         weights that are trained, buffers, optimizer, step, configuration
-                              random-0.pt      random states of rank 0, and one such file for each further rank
-                              manifest.sha256  hashes of these files, which `sha256sum --check` reads
+A folder checkpoints/step-00000200 holds
 
-A checkpoint is written to a temporary folder, synced to the disk and renamed, so a kill or a power loss
-leaves no half of one under a name step-…. What a disk or a copy changes later, the hashes show: a run resumes
-from the newest checkpoint whose files are as they were written. The position in the data is not stored: it is
-a function of the step and the seed (batches.py, `rows_of_step`). Learning rates are a function of the step.
+    state.pt: trained weights, buffers, optimizer, step and configuration.
+    random-0.pt: random states of rank 0, and one such file for each further rank.
+    manifest.sha256: hashes of these files, which `sha256sum --check` reads.
 
-Measured with a model of 135M parameters (1.6 GB a checkpoint), one thread, on a virtual disk of a busy machine:
-3.3 s a checkpoint, 2.5 s without hashes and syncs (medians of 5 interleaved rounds). The hashes that a resume
-checks take 1.3 s.
+A checkpoint is written to a temporary folder, synced to the disk and renamed. So a kill or a power loss
+leaves no half checkpoint under a name step-…. The hashes show what a disk or a copy changes later: a run
+resumes from the newest checkpoint whose files are as they were written. The position in the data is not
+stored, because it is a function of the step and the seed (batches.py, `rows_of_step`). Learning rates are a
+function of the step.
 """
 
 import dataclasses
@@ -33,9 +32,9 @@ from .distributed import World
 from .files import find_damage, replace_folder, seal, sync
 from .run_folder import check_room, naming
 
-# The position in the data is a function of these: with another value, the step means another place.
+# The position in the data is a function of these fields: with another value, the step means another place.
 POSITION = ("train_data", "train_split", "seed", "batch_size")
-# Where and how a run goes on may change freely.
+# Fields about where and how a run continues may change freely.
 SILENT = ("output_dir", "resume", "report_to", "project", "save_every", "keep_checkpoints", "timeout")
 
 
@@ -48,9 +47,9 @@ def save(
     step: int,
     **extra: Any,
 ) -> None:
-    """Write the checkpoint of `step` steps done, and delete the oldest. Every rank calls it.
+    """Write the checkpoint after `step` steps, and delete the oldest. Every rank calls it.
 
-    Raises OSError where the disk has no room for it; the checkpoints that are there stay.
+    Raises OSError if the disk has no room for it. Existing checkpoints stay.
     """
     folder = Path(config.output_dir, "checkpoints")
     unfinished = folder / "unfinished"
@@ -61,9 +60,9 @@ def save(
         check_room(folder, needed, what)
         unfinished.mkdir()
     world.barrier()
-    own = unfinished / f"random-{world.rank}.pt"
-    torch.save(_random_states(world), own)
-    sync(own)  # here: another machine's sync would not wait for it
+    random_path = unfinished / f"random-{world.rank}.pt"
+    torch.save(_random_states(world), random_path)
+    sync(random_path)  # here: another machine's sync would not wait for it
     if world.main:
         data = fingerprint_of(config.train_data, split=config.train_split)
         state = {
@@ -96,17 +95,15 @@ def _delete_old(config: TrainConfig) -> None:
 
 
 def latest(output_dir: str) -> Path | None:
-    """The newest checkpoint of a run, None where there is none."""
+    """The newest checkpoint of a run; None if there is none."""
     return max(_all(output_dir), default=None)
 
 
 def latest_whole(output_dir: str, world: World) -> Path | None:
     """The newest checkpoint whose files are as they were written; None if a run has no checkpoint.
 
-    Every rank calls it.
-
-    Newer ones that are damaged are named, and renamed to ….damaged. Raises ValueError where there are only
-    damaged ones.
+    Every rank calls it. Newer ones that are damaged are named, and renamed to ….damaged. Raises ValueError
+    if all are damaged.
     """
     found: list[Any] = [None, {}]
     if world.main:
@@ -139,7 +136,7 @@ def latest_whole(output_dir: str, world: World) -> Path | None:
 
 
 def count(output_dir: str) -> int:
-    """How many checkpoints a run has."""
+    """The number of checkpoints of a run."""
     return len(_all(output_dir))
 
 
@@ -158,11 +155,11 @@ def load(
     optimizer: torch.optim.Optimizer,
     **extra: Any,
 ) -> dict[str, Any]:
-    """Bring model, optimizer and random states to where they were; returns the state's other entries.
+    """Restore model, optimizer and random states; return the state's other entries.
 
-    Raises ValueError where a field on which the position in the data depends, one of `extra` (as given to
-    `save`), or the content of train_data differs; other fields that differ are printed. Call it last before
-    the loop: it sets the random states.
+    Raises ValueError if a field on which the position in the data depends, one of `extra` (as given to
+    `save`), or the content of train_data differs. Other fields that differ are printed. Call it last before
+    the loop, because it sets the random states.
     """
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     before, now = state["config"], dataclasses.asdict(config)
@@ -215,7 +212,7 @@ def _compare_threads(before: int | None, world: World) -> None:
 
 
 def _all(output_dir: str) -> list[Path]:
-    """The checkpoints of a run, the oldest first; nothing else that lies beside them."""
+    """The checkpoints of a run, the oldest first, and nothing else that lies beside them."""
     found = Path(output_dir, "checkpoints").glob("step-*")
     return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
 

@@ -1,4 +1,4 @@
-"""The command line of a stage: its configuration from files and arguments, then its run."""
+"""The command line of a stage: read its configuration from files and arguments, then run it."""
 
 import importlib
 from collections.abc import Sequence

@@ -33,7 +33,10 @@ from pydantic_core import ArgsKwargs
 from ..faults import Parser
 from .files import write_text
 
-NO_FP16 = "expected bf16=true or dtype=bfloat16: the stages have no loss scale, without which gradients in fp16 underflow to 0"
+NO_FP16 = (
+    "expected bf16=true or dtype=bfloat16: the stages have no loss scale, without which gradients in fp16 "
+    "underflow to 0"
+)
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""The processes of one run: rank, device, sums over ranks. Without torchrun it is a world of one."""
+"""The processes of one run: rank, device, sums over ranks. Without torchrun there is one process."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from .rank_watch import Watch
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """One process among those of the run."""
 
     rank: int
     size: int

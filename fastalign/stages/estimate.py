@@ -216,7 +216,7 @@ def _build(config: TrainConfig, part: Part, dtype: torch.dtype) -> tuple[PreTrai
 
 
 def _on_device(model: nn.Module) -> None:
-    """Replace weights and buffers on the meta device by ones of the default device; shared ones stay shared."""
+    """Replace weights and buffers on the meta device by ones of the default device; sharing is kept."""
     replaced: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

@@ -1,8 +1,8 @@
 """Files that are whole or absent, whatever ends the process or the machine.
 
-A file or folder is written under another name (`….unfinished`), synced to the disk, and renamed; then the
-folder that holds it is synced. A folder that is sealed has a manifest of the SHA-256 of its files, in the
-format of `sha256sum --check`.
+A file or folder is written under another name (`….unfinished`), synced to the disk and renamed. Then its
+parent folder is synced. A sealed folder has a manifest of the SHA-256 of its files, in the format of
+`sha256sum --check`.
 """
 
 import errno
@@ -24,7 +24,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(number)
     except OSError as error:
-        # Some network file systems have no fsync of a folder; they rename in order by themselves.
+        # Some network file systems have no fsync of a folder. They rename in order anyway.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -39,7 +39,8 @@ def new_file(path: Path) -> Iterator[Path]:
         yield unfinished
         sync(unfinished)
         os.replace(unfinished, path)
-    except Exception:  # a full disk, say, which what is left of it would keep full; a kill leaves it, and the next run writes over it
+    except Exception:
+        # Remove the rest: it would keep a full disk full. After a kill, the next run overwrites it.
         unfinished.unlink(missing_ok=True)
         raise
     sync(path.parent)
@@ -86,7 +87,7 @@ def replace_folder(whole: Path, path: Path) -> None:
 def seal(folder: Path) -> None:
     """Write the manifest of the folder's .pt files, and sync it and them."""
     paths = sorted(folder.glob("*.pt"))
-    # The disk writes while the processor hashes: SHA-256 runs at 1.5 GB/s a core where the processor has
+    # The disk writes while the processor hashes. SHA-256 runs at 1.5 GB/s per core if the processor has
     # instructions for it.
     with ThreadPoolExecutor(1) as disk:
         synced = [disk.submit(sync, path) for path in paths]
@@ -100,7 +101,7 @@ def seal(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """How a sealed folder differs from what its manifest says, None where it does not."""
+    """How a sealed folder differs from its manifest; None if it does not."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         return f"it has no {MANIFEST}, as where an earlier version of fastalign wrote it"

@@ -20,7 +20,7 @@ _FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokeni
 
 
 def check_names(config: Options) -> None:
-    """Check every field that names a model or a tokenizer: `check_name`."""
+    """Check each field that names a model or a tokenizer with `check_name`."""
     for field in FIELDS:
         name = getattr(config, field, None)
         if name is not None and not (field == "reward" and is_function(name)):
@@ -29,9 +29,9 @@ def check_names(config: Options) -> None:
 
 @lru_cache
 def check_name(field: str, name: str) -> None:
-    """Raise ValueError where `name` is no folder, is not in the hub's cache and is not found on the hub.
+    """Raise ValueError if `name` is no folder, is not in the hub's cache and is not found on the hub.
 
-    Where the hub cannot be reached, what is in the cache is used without asking again; that is said once.
+    If the hub cannot be reached, the cache is used without asking again, which is printed once.
     """
     if Path(name).is_dir():
         if field != "tokenizer" and not any(Path(name, file).is_file() for file in _FILES[:2]):

@@ -1,4 +1,4 @@
-"""Tokenizer and model of a run, checked before anything large is loaded."""
+"""Load the tokenizer and the model of a run, checked before anything large is loaded."""
 
 import difflib
 import importlib.util
@@ -35,7 +35,7 @@ from .weights import Task
 
 
 def choose_attention(config: TrainConfig, world: World) -> str:
-    """The attention to use. Raises ValueError where flash_attention_2 is asked for and cannot run."""
+    """The attention to use. Raises ValueError if flash_attention_2 is asked for and cannot run."""
     if config.attention not in ("auto", "flash_attention_2"):
         return config.attention
     missing = [
@@ -59,7 +59,7 @@ def choose_attention(config: TrainConfig, world: World) -> str:
 
 
 def check_liger(config: TrainConfig, world: World) -> None:
-    """Raise ValueError where Liger's layers are asked for and cannot run."""
+    """Raise ValueError if Liger's layers are asked for and cannot run."""
     missing = [
         what
         for what, there in (
@@ -73,7 +73,7 @@ def check_liger(config: TrainConfig, world: World) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or name; adapters that were saved without one have their base's."""
+    """The tokenizer of a folder or name. Adapters that were saved without one use their base's."""
     parts = find_source(name, argument="tokenizer").parts
     whole = (
         part for part in parts if not has_adapters(part) or Path(part, "tokenizer_config.json").is_file()
@@ -83,7 +83,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig) -> int:
-    """An id of the model's to fill rows with; it is never attended to nor trained on."""
+    """An id of the model's that fills rows. It is never attended to and never trained on."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(int(i) for i in ids if i is not None and i < model.get_text_config().vocab_size)
 
@@ -94,11 +94,11 @@ def stop_at(model: PreTrainedModel | PeftModel, ends: Sequence[int]) -> None:
     Rollouts stop at them too, and they are saved with the model.
     """
     config: Any = model.generation_config
-    own = config.eos_token_id
-    known = [] if own is None else own if isinstance(own, list) else [own]
+    configured = config.eos_token_id
+    known = [] if configured is None else configured if isinstance(configured, list) else [configured]
     if new := [end for end in dict.fromkeys(ends) if end not in known]:
-        every = [*known, *new]
-        config.eos_token_id = every if len(every) > 1 else every[0]
+        all_ends = [*known, *new]
+        config.eos_token_id = all_ends if len(all_ends) > 1 else all_ends[0]
 
 
 def scratch_config(
@@ -106,10 +106,10 @@ def scratch_config(
 ) -> PretrainedConfig:
     """The architecture of a model to train from scratch, fitted to the tokenizer.
 
-    `model_config` is a transformers config.json or a mapping of `model_type` and the fields that differ from
-    that type's defaults; there, vocab_size, special ids and max_position_embeddings follow the tokenizer and
-    `length` unless given, in the configuration of the language model where a model has several parts. Raises
-    ValueError for an unknown model_type or field.
+    `model_config` is a transformers config.json, or a mapping of `model_type` and the fields that differ
+    from that type's defaults. In a mapping, vocab_size, special ids and max_position_embeddings follow the
+    tokenizer and `length` unless given. If a model has several parts, they are set for the language model.
+    Raises ValueError for an unknown model_type or field.
     """
     if isinstance(model_config, str):
         if not Path(model_config).is_file():
@@ -163,12 +163,12 @@ def check_fit(
     lower: str = "sequence_length or max_length",
     alone: bool | None = None,
 ) -> int:
-    """The tokens of the longest sequence of the rows.
+    """The number of tokens of the longest sequence, after a check that the rows fit the model.
 
-    `alone`: whether every forward pass has one sequence; None where a stage has no such choice. A tokenizer
-    may have more ids than the model as long as no row uses them. Raises ValueError where a sequence's length
-    or ids do not fit the model, or where sequences would change each other's rotary frequencies; it says what
-    to `lower`.
+    `alone`: whether every forward pass has one sequence; None if a stage has no such choice. A tokenizer
+    may have more ids than the model as long as no row uses them. Raises ValueError if a sequence's length
+    or ids do not fit the model, or if sequences would change each other's rotary frequencies. The message
+    says what to `lower`.
     """
     text = model.get_text_config()
     if len(tokenizer) > text.vocab_size:
@@ -213,15 +213,17 @@ def load_model(
     """The model with its head fused, its layers and adapters as configured, on the world's device.
 
     `task` is PEFT's name of a causal LM, or of a sequence classifier with one label, which scores packed
-    sequences. `weights` is a folder or name, which errors call `argument`, and None draws initial ones;
-    adapters there are merged before new ones go on. Raises ValueError for weights that are not the model's
-    (`load_plain`), a model without Liger's layers (where they are asked for), one that the head cannot serve,
-    or one in which `packed` rows would see each other.
+    sequences. `weights` is a folder or name, which errors call `argument`; None draws initial weights.
+    Adapters in `weights` are merged before new ones are added.
+
+    Raises ValueError for weights that are not the model's (`load_plain`), a model without Liger's layers
+    (if they are asked for), a model that the head cannot serve, and one in which `packed` rows would see
+    each other.
     """
     if config.liger:
         _check_liger_layers(architecture)
     torch.manual_seed(config.seed)
-    # flash-attn refuses the fp32 of the check in fuse_head, so it is switched on after.
+    # flash-attn refuses the fp32 of the check in fuse_head, so it is switched on afterwards.
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     options["attn_implementation"] = "sdpa" if attention == "flash_attention_2" else attention
     classifier = task == "SEQ_CLS"
@@ -252,15 +254,14 @@ def load_model(
     if not config.lora_rank:
         return lm
     adapted = add_adapters(lm, config, task=task, base=weights)
-    return (
-        adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps)
-    )  # which refuses an adapter on lm_head
+    # fuse_head refuses an adapter on lm_head.
+    return adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps)
 
 
 def _check_liger_layers(architecture: PretrainedConfig) -> None:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    # Liger itself would go on without a word.
+    # Liger itself would go on silently.
     if architecture.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
             f"liger: true, but liger-kernel has no layers for {architecture.model_type}; allowed: false"

@@ -358,7 +358,7 @@ def _totals(
     count_items: Callable[[Batch], int],
     prepare: Prepare,
 ) -> tuple[dict[str, float], int]:
-    """Forward, and backward if gradients are on; return the loss and metrics over all ranks, and their items."""
+    """Forward, and backward if gradients are on; return loss and metrics over all ranks, and their items."""
     items = world.count(sum(count_items(batch) for batch in batches))
     # A tensor, because torch.compile would compile again when a number changes.
     divisor = torch.tensor(items, device=world.device)

@@ -15,7 +15,7 @@ from .stage_configs import MergeConfig
 
 
 def run(config: MergeConfig) -> Path:
-    """Merge as configured; returns the folder.
+    """Merge as configured; return the folder.
 
     Raises ValueError for a model without adapters, a base that is not found or does not fit, and an
     output_dir that holds files.

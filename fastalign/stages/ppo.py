@@ -5,13 +5,13 @@ fastalign ppo model=runs/sft/model reward=my_rewards.py:score train_data=prompts
     value=shared lora_rank=16
 torchrun --nproc-per-node 8 -m fastalign.stages.ppo --config ppo.yaml
 
-A reference keeps the policy near its start, and a value model predicts the scores. A step draws completions of
-batch_size prompts (`rollout`, in ppo_rollouts.py) and learns from them in several passes (`ppo_step`). Both are
-plain functions that you can call from your own loop.
+A reference keeps the policy near its start, and a value model predicts the scores. A step draws completions
+of batch_size prompts (`rollout`, in ppo_rollouts.py) and learns from them in several passes (`ppo_step`).
+Both are plain functions that you can call from your own loop.
 
-A rollout is a function of the weights, the seed and the step's number, which key its noise. So checkpoints lie
-between steps and hold no rollout: a run that was killed between a rollout and its update draws the same tokens
-again.
+A rollout is a function of the weights, the seed and the step's number, which key its noise. So checkpoints
+lie between steps and hold no rollout: a run that was killed between a rollout and its update draws the same
+tokens again.
 """
 
 import time

@@ -114,12 +114,14 @@ def rollout(
         scores = torch.as_tensor(score(local_prompts, completions), dtype=torch.float64)
         if scores.shape != (len(local_prompts),):
             raise ValueError(
-                f"score: got shape {list(scores.shape)}, expected [{len(local_prompts)}], a score for each completion"
+                f"score: got shape {list(scores.shape)}, expected [{len(local_prompts)}], a score for each "
+                "completion"
             )
 
         if not scores.isfinite().all():
             raise FloatingPointError(
-                f"score: {int((~scores.isfinite()).sum())} of {len(local_prompts)} completions got no finite score"
+                f"score: {int((~scores.isfinite()).sum())} of {len(local_prompts)} completions got no "
+                "finite score"
             )
 
         sequences = [

@@ -22,7 +22,7 @@ from .stage_configs import PretrainConfig
 
 
 def run(config: PretrainConfig) -> dict[str, float]:
-    """Pre-train as configured; returns the last line of metrics.jsonl, nothing of a dry run.
+    """Pre-train as configured; return the last line of metrics.jsonl, or nothing for a dry run.
 
     Raises ValueError for data, a tokenizer or a model that cannot be used, before the model is loaded.
     """

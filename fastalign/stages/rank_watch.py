@@ -1,8 +1,8 @@
-"""What ranks know of each other beside their collectives: signs of life, and the first fault.
+"""What ranks tell each other beside their collectives: signs of life, and the first fault.
 
-A rank that fails while the others wait for it in a collective cannot tell them there. Here a thread of each
-rank writes a sign of life into the store of torchrun every second and looks for a fault of another rank. The
-lowest rank that is left tells it; all of them end.
+A rank that fails while the others wait for it in a collective cannot tell them there. So a thread of each
+rank writes a sign of life into torchrun's store every second, and looks for a fault of another rank. The
+lowest remaining rank tells the fault, and all ranks end.
 """
 
 import json
@@ -21,20 +21,18 @@ import torch.distributed as dist
 from ..faults import FAULT, RankError, Stopped, describe
 
 PERIOD = 1.0  # seconds between two signs of life
-GRACE = 3.0  # seconds in which a rank may come to the end by itself once another one has failed
-SILENT = 3.5  # seconds without a sign of life after which a rank is taken for gone, where a collective failed
+GRACE = 3.0  # seconds that a rank has to end by itself after another one has failed
+SILENT = 3.5  # seconds without a sign of life after which a rank counts as gone, if a collective failed
 
 
 class Watch:
-    """The thread, and what the ranks write for each other."""
+    """The thread of a rank, and what the ranks write for each other."""
 
     def __init__(self, rank: int, size: int, *, minutes: float) -> None:
         self.rank, self.size, self.seconds = rank, size, minutes * 60
         self.step, self.count = 0, 0
-        self.ending, self.leaving = (
-            threading.Event(),
-            threading.Event(),
-        )  # the thread ends; the main thread is at its end by itself
+        self.ending = threading.Event()  # tells the thread to end
+        self.leaving = threading.Event()  # the main thread ends by itself
         self.seen: dict[int, tuple[str, float]] = {}  # by rank: the last sign of life, and when it was new
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -50,9 +48,9 @@ class Watch:
         threading.Thread(target=self._run, daemon=True, name="fastalign-watch").start()
 
     def at_step(self, step: int) -> None:
-        """Note the step that this rank is in, for the other ranks too: a killed rank can no longer tell it."""
+        """Note the step that this rank is in, also for other ranks: a killed rank can no longer tell it."""
         self.step = step
-        with suppress(Exception):  # what is wrong with the store, the thread finds
+        with suppress(Exception):  # the thread will find what is wrong with the store
             self._sign()
 
     def close(self) -> None:
@@ -113,7 +111,10 @@ class Watch:
         silent = sorted(set(range(self.size)) - set(self._alive()))
         if not silent:
             return f"rank {self.rank}, step {self.step}: {' '.join(str(error).split())}"
-        return f"{self._names(silent)} no sign of life any more: killed, for want of memory perhaps, or stopped, or the machine is gone"
+        return (
+            f"{self._names(silent)} no sign of life any more: killed, for want of memory perhaps, or "
+            "stopped, or the machine is gone"
+        )
 
     def _names(self, silent: list[int]) -> str:
         steps = {rank: self.seen[rank][0].split()[1] for rank in silent if rank in self.seen}

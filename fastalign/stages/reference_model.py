@@ -152,7 +152,10 @@ def _digest(sequence: Tokenized) -> bytes:
 
 
 def _digest_model(config: ReferenceConfig, model: PreTrainedModel | PeftModel) -> bytes:
-    """A hash of all that changes values beyond rounding: weights without adapters, architecture, precision."""
+    """A hash of all that changes values beyond rounding: weights, architecture, precision.
+
+    Adapters do not count.
+    """
     fields = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     fields |= {"bf16": config.bf16, "attention": model.config._attn_implementation}
     digest = hashlib.blake2b(json.dumps(fields, sort_keys=True, default=str).encode(), digest_size=16)

@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl and a progress bar; TensorBoard, wandb or trackio on request."""
+"""What a run reports: metrics.jsonl and a progress bar; on request TensorBoard, wandb or trackio."""
 
 import dataclasses
 import importlib.util
@@ -17,23 +17,19 @@ from .config import TrainConfig
 from .distributed import World
 from .files import write_text
 
-SHOWN = (
-    "loss",
-    "eval/loss",
-    "objective/scores",
-    "objective/kl",
-)  # beside the bar, with what is counted a second
-PROGRESS_SECONDS = 30.0  # between two lines of progress where stderr is a file
+# Metrics beside the bar, with the items per second.
+SHOWN = ("loss", "eval/loss", "objective/scores", "objective/kl")
+PROGRESS_SECONDS = 30.0  # between two lines of progress if stderr is a file
 
 
 class Reporter(Protocol):
-    """Anything that takes the numbers of a step."""
+    """Anything that takes the metrics of a step."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Take the metrics after `step` optimizer steps."""
 
     def finish(self) -> None:
-        """Write out what is left."""
+        """Write out what is still buffered."""
 
 
 class TensorBoard:
@@ -75,8 +71,8 @@ class Hosted:
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Raise ValueError naming the reporters whose package is not installed."""
-    # A spec without an origin is a mere folder of that name, such as the ./wandb that wandb itself leaves.
+    """Raise ValueError that names the reporters whose package is not installed."""
+    # A spec without an origin is a plain folder of that name, such as the ./wandb that wandb itself leaves.
     specs = {name: importlib.util.find_spec(name) for name in names}
     absent = [name for name, spec in specs.items() if spec is None or spec.origin is None]
     if absent:
@@ -84,10 +80,10 @@ def check_reporters(names: Sequence[str]) -> None:
 
 
 class Report:
-    """The lines of metrics.jsonl, one a step, handed on to every reporter; used as a context manager.
+    """The lines of metrics.jsonl, one per step, passed on to every reporter. It is a context manager.
 
-    After `step` steps of an earlier process (resume), lines of later steps are dropped: the run that wrote
-    them was ended before their checkpoint, and they will be written again.
+    If an earlier process did `step` steps (resume), lines of later steps are dropped. The run that wrote
+    them ended before their checkpoint, and they will be written again.
     """
 
     def __init__(self, config: TrainConfig, world: World, *, step: int, steps: int) -> None:

@@ -28,11 +28,11 @@ from .stage_configs import RewardConfig
 
 
 def run(config: RewardConfig) -> dict[str, float]:
-    """Train a reward model as configured; returns the last line of metrics.jsonl, nothing of a dry run.
+    """Train a reward model as configured; return the last line of metrics.jsonl, or nothing for a dry run.
 
-    The score of a sequence is the classifier's at its last token; where the model has no padding token it
-    gets the tokenizer's, by which transformers finds that token in a padded batch. Raises ValueError for
-    data, a tokenizer or a model that cannot be used, before the model is loaded.
+    The score of a sequence is the classifier's at its last token. A model without a padding token gets the
+    tokenizer's, by which transformers finds the last token in a padded batch. Raises ValueError for data, a
+    tokenizer or a model that cannot be used, before the model is loaded.
     """
     with start(config) as world:
         attention = choose_attention(config, world)
@@ -106,7 +106,7 @@ def bradley_terry(config: RewardConfig) -> LossFn:
     """The loss, the share of pairs in the right order, the mean margin, and the mean of all scores."""
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        # fp32 at least: under autocast bfloat16 would round the scores' differences.
+        # fp32 at least: under autocast, bfloat16 would round the differences of scores.
         scores = model(**model_arguments(batch["both"]), ends=batch["ends"], use_cache=False).logits[:, 0]
         scores = scores if scores.element_size() > 4 else scores.float()
         chosen, rejected = scores.chunk(2)

@@ -48,7 +48,7 @@ def held(field: str, folder: Path, *, name: str = LOCK, wait: bool = False) -> I
 
 
 def check_room(folder: Path, needed: int, what: str) -> None:
-    """Raise OSError where fewer than `needed` bytes are free in `folder`, an existing one."""
+    """Raise OSError if fewer than `needed` bytes are free in the existing `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(f"output_dir: {what} needs {_size(needed)}, and {str(folder)!r} has {_size(free)} free")
@@ -56,7 +56,7 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def naming(folder: Path, needed: int, what: str) -> Iterator[None]:
-    """Name `folder` and what is needed where the disk fills up while the body writes `needed` bytes there."""
+    """If the disk fills up while the body writes `needed` bytes, name `folder` and what is needed."""
     try:
         yield
     except Exception as error:

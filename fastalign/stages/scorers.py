@@ -98,7 +98,8 @@ def find_classifier(reward: str, label: int | None) -> Classifier:
     if not is_classifier(find_source(reward), architecture):
         kinds = ", ".join(architecture.architectures or [])
         raise ValueError(
-            f"reward: got {reward!r}, which holds {kinds or 'no architecture'}, expected a sequence classifier"
+            f"reward: got {reward!r}, which holds {kinds or 'no architecture'}, expected a sequence "
+            "classifier"
         )
     labels = architecture.id2label
     if label is None and len(labels) > 1 or label is not None and label not in labels:
@@ -131,8 +132,8 @@ def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Rewar
         wrong = [place for place, value in enumerate(scores) if not math.isfinite(value)]
         if wrong:
             raise ValueError(
-                f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}; finite numbers "
-                "are wanted"
+                f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}, "
+                "expected a finite number"
             )
         return torch.tensor(scores, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during training: the step is finished and saved, and the user is told how to go on."""
+"""Ctrl-C and SIGTERM during training: the step is finished and saved, and the user learns how to continue."""
 
 import os
 import shlex
@@ -14,15 +14,15 @@ from .config import TrainConfig
 from .distributed import World
 from .stage_configs import CONFIGS
 
-# torchrun sends on to its ranks the Ctrl-C that the terminal has sent them already: within these seconds it
+# torchrun forwards to its ranks the Ctrl-C that the terminal has sent them already. Within these seconds it
 # is the same one.
 SAME = 2.0
 
 
 class Signals:
-    """Notes Ctrl-C and SIGTERM while it is entered; a second Ctrl-C ends the process at once.
+    """Notes Ctrl-C and SIGTERM while it is entered. A second Ctrl-C ends the process at once.
 
-    Outside the main thread, where Python handles no signals, it notes none.
+    Outside of the main thread, in which Python handles no signals, it notes none.
     """
 
     def __init__(self, world: World) -> None:
@@ -59,7 +59,10 @@ class Signals:
                 # Not print: a signal may come while stderr is being written.
                 os.write(
                     2,
-                    f"\n{signal.Signals(number).name}: this step is finished and saved first; Ctrl-C ends at once\n".encode(),
+                    (
+                        f"\n{signal.Signals(number).name}: this step is finished and saved first; "
+                        "Ctrl-C ends at once\n"
+                    ).encode(),
                 )
 
 

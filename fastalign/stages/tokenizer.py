@@ -19,10 +19,12 @@ from .stage_configs import ROLES, TokenizerConfig
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 # One token opens a turn, EOS ends it: what ends a document in pre-training ends an answer too.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if tools %}{{ raise_exception('this chat template has no place for tools') }}{% endif %}"
+    "{{ bos_token }}{% if tools %}"
+    "{{ raise_exception('this chat template has no place for tools') }}{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] not in ['system', 'user', 'assistant'] or message['tool_calls'] %}"
-    "{{ raise_exception('this chat template takes turns of system, user and assistant without tool calls') }}{% endif %}"
+    "{{ raise_exception('this chat template takes turns of system, user and assistant "
+    "without tool calls') }}{% endif %}"
     "{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"

@@ -22,18 +22,18 @@ _HEAD = "score."  # of transformers' classifiers of decoders, those that fastali
 
 
 def names_classifier(architecture: PretrainedConfig) -> bool:
-    """Whether the configuration is a sequence classifier's."""
+    """Whether the configuration is that of a sequence classifier."""
     return any(kind.endswith("ForSequenceClassification") for kind in architecture.architectures or [])
 
 
 def load_whole(name: str, *, task: Task, argument: str, **options: Any) -> PreTrainedModel:
     """The model in a folder or of a name. All its weights must come from there.
 
-    `options` are from_pretrained's.
+    `options` are from_pretrained's. A causal LM becomes a classifier with a new head and loses its lm_head;
+    transformers reports that.
 
-    A causal LM becomes a classifier with a new head, and leaves its own behind, which is said by
-    transformers. Raises ValueError, which begins with `argument`, with the names of the weights that are
-    missing, of another shape, not the model's, or hold NaN or inf.
+    Raises ValueError, which begins with `argument`, with the names of weights that are missing, have
+    another shape, are unknown to the model, or hold NaN or inf.
     """
     new_head = task == "SEQ_CLS" and not names_classifier(
         AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -43,14 +43,15 @@ def load_whole(name: str, *, task: Task, argument: str, **options: Any) -> PreTr
     model: PreTrainedModel = loaded
     missing = sorted(key for key in found["missing_keys"] if not (new_head and key.startswith(_HEAD)))
     shapes = sorted(
-        f"{key} {list(there)} (expected {list(wanted)})" for key, there, wanted in found["mismatched_keys"]
+        f"{key} {list(there)} (expected {list(expected)})"
+        for key, there, expected in found["mismatched_keys"]
     )
-    own = [key for key in sorted(found["unexpected_keys"]) if _lies_inside(model, key)]
+    unknown = [key for key in sorted(found["unexpected_keys"]) if _lies_inside(model, key)]
     kind = type(model).__name__
     for what, keys in {
         "lacks weights": missing,
         "has weights of other shapes": shapes,
-        "has weights that the model has not": own,
+        "has weights that the model has not": unknown,
     }.items():
         if keys:
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
@@ -70,6 +71,5 @@ def _lies_inside(model: PreTrainedModel, key: str) -> bool:
     """
     first, *rest = key.split(".")
     part = getattr(getattr(model, first, None), rest[0] if rest else "", None)
-    return part is not None and key.endswith(
-        (".weight", ".bias")
-    )  # older folders hold buffers too: position_ids, inv_freq
+    # Older folders hold buffers too: position_ids, inv_freq.
+    return part is not None and key.endswith((".weight", ".bias"))

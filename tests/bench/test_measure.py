@@ -189,9 +189,9 @@ def test_largest_error_of_nan_and_against_zero() -> None:
 @pytest.mark.parametrize(
     ("result", "reference", "named"),
     [
-        (torch.ones(2), {"y": torch.ones(2)}, "'x' seen, which the reference lacks"),
-        (torch.ones(2), {"x": torch.ones(2, 1)}, r"\[2\] seen, \[2, 1\] wanted"),
-        (torch.ones(0), {"x": torch.ones(0)}, "nothing to compare"),
+        (torch.ones(2), {"y": torch.ones(2)}, "got 'x', expected names that the reference has"),
+        (torch.ones(2), {"x": torch.ones(2, 1)}, r"got .x. of shape \[2\], expected \[2, 1\]"),
+        (torch.ones(0), {"x": torch.ones(0)}, "expected at least one element"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(

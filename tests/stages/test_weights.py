@@ -266,8 +266,8 @@ RETURNED: list[tuple[Any, str]] = [
     ),
     ([1j, 1.0], r"scored completion 1 of 2, ' good', as 1j \(complex\), expected a finite number"),
     ([10**400, 1.0], r"scored completion 1 of 2, ' good', as 1000.* \(int\), expected a finite number"),
-    ([1.0, math.nan], r"scored ' bad' as nan; finite numbers are wanted"),
-    ([1.0, -math.inf], r"scored ' bad' as -inf; finite numbers are wanted"),
+    ([1.0, math.nan], r"scored ' bad' as nan, expected a finite number"),
+    ([1.0, -math.inf], r"scored ' bad' as -inf, expected a finite number"),
 ]
 
 

@@ -68,7 +68,7 @@ def read_sharegpt(column: str, messages: Any) -> list[Message]:
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The schemas of a row's `tools`: a list, or JSON in a string, of all or of each. None if there are none."""
+    """The schemas of a row's `tools`: a list, or JSON in a string, of all or of each; None without them."""
     tools = _parse("tools", tools) if isinstance(tools, str) else tools
     if tools is None:
         return None

@@ -336,7 +336,7 @@ def test_a_loop_of_ones_own_needs_no_configuration(base: str) -> None:
 
 def test_a_plain_call_says_what_is_wrong(base: str) -> None:
     model, options = actor_critic(base), PPOOptions(max_new_tokens=3, minibatches=3)
-    with pytest.raises(ValueError, match=r"score: returned \[2\], \[8\] wanted"):
+    with pytest.raises(ValueError, match=r"score: got shape \[2\], expected \[8\]"):
         rollout(model, PROMPTS, lambda prompts, completions: torch.ones(2), options, **ENDS)
     with pytest.raises(FloatingPointError, match="score: 2 of 8 completions got no finite score"):
         rollout(
@@ -345,7 +345,7 @@ def test_a_plain_call_says_what_is_wrong(base: str) -> None:
     experience = rollout(model, PROMPTS, lengths, options, **ENDS)
     with pytest.raises(
         ValueError,
-        match=r"8 completions: a multiple of minibatches x micro_batch_size x ranks \(3 x 2 x 1\) wanted",
+        match=r"experience: got 8 completions, expected a multiple of minibatches x micro_batch_size x ranks \(3 x 2 x 1\)",
     ):
         ppo_step(model, torch.optim.SGD(model.parameters()), experience, options, pad_id=1)
     broken = experience._replace(advantages=experience.advantages * math.inf)

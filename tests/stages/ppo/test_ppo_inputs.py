@@ -262,7 +262,7 @@ def test_scores_that_are_none_are_refused(make: Make, files: dict[str, str]) -> 
     with pytest.raises(ValueError, match=r"functions\.py:short returned 1 scores for 8 completions"):
         ppo.run(make(reward=files["functions"] + ":short"))
     with pytest.raises(
-        ValueError, match=r"functions\.py:infinite scored '.*' as inf; finite numbers are wanted"
+        ValueError, match=r"functions\.py:infinite scored '.*' as inf, expected a finite number"
     ):
         ppo.run(make(reward=files["functions"] + ":infinite"))
 
@@ -349,7 +349,7 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
             {"max_new_tokens": 90},
             "a sequence of .* tokens does not fit the model's 96 .*: lower max_prompt_length or max_new_tokens",
         ),
-        ({"reward": base}, r"reward: .* holds GPT2LMHeadModel; a sequence classifier is wanted"),
+        ({"reward": base}, r"reward: got .*, which holds GPT2LMHeadModel, expected a sequence classifier"),
         (
             {"reward": reward_model, "reward_label": 1},
             r"reward_label: 1 seen, and .* has the labels 0 \(LABEL_0\)",
