@@ -29,7 +29,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     for index, length in enumerate(lengths):
         if not 1 <= length <= capacity:
-            raise ValueError(f"lengths must lie in [1, capacity={capacity}]; lengths[{index}] is {length}")
+            raise ValueError(f"lengths: got {length} at index {index}, expected 1 to capacity={capacity}")
     bins: list[list[int]] = []
     room: list[int] = []  # the distinct amounts left over in bins, ascending
     bins_with: dict[int, list[int]] = defaultdict(list)
@@ -75,12 +75,14 @@ def collate(
     Raises ValueError for no rows, an empty row, a row longer than `length`, and an unknown `attention`.
     """
     if attention not in ATTENTION:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTION)}; got {attention!r}")
+        raise ValueError(f"attention: got {attention!r}, expected one of {', '.join(ATTENTION)}")
     widths = [sum(len(sequence.input_ids) for sequence in row) for row in examples]
     if not widths or min(widths) == 0:
-        raise ValueError(f"examples must be rows of at least one token; got rows of {widths} tokens")
+        raise ValueError(f"examples: got rows of {widths} tokens, expected rows of at least one token")
     if length is not None and max(widths) > length:
-        raise ValueError(f"length ({length}) must hold every row of examples; got rows of {widths} tokens")
+        raise ValueError(
+            f"length: got {length}, expected at least the {max(widths)} tokens of the longest row"
+        )
     rows, width = examples, length or max(widths)
     if attention == FLASH:
         rows = [[sequence for row in examples for sequence in row]]

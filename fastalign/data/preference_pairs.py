@@ -205,12 +205,12 @@ def _join(row: Unpaired, other: Unpaired, max_length: int) -> Tokenized:
 def _read_margin(row: Row) -> float:
     margin = row["margin"]
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        raise DataError(f"column 'margin' must be a finite number, got {margin!r}")
+        raise DataError(f"column 'margin': got {margin!r}, expected a finite number")
     return float(margin)
 
 
 def _read_label(row: Row) -> bool:
     label = row["label"]
     if not isinstance(label, bool):
-        raise DataError(f"column 'label' must be true or false, got {label!r}")
+        raise DataError(f"column 'label': got {label!r}, expected true or false")
     return label

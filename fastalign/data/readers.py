@@ -44,7 +44,7 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
         rows = _read_folder(name, config or None, split)
     elif paths := _find_files(source):
         if split != "train":
-            raise ValueError(f"split must be 'train' for files, which have no splits; got {split!r}")
+            raise ValueError(f"split: got {split!r}, expected 'train' for files, which have no splits")
         rows = Rows([read_file(path) for path in paths])
     else:
         rows = _load_named(source, name, config or None, split)

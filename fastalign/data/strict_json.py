@@ -54,7 +54,7 @@ def decode_object(text: str, begin: int) -> tuple[dict[str, Any], int]:
     except ValueError as error:
         raise Fault("a whole number has too many digits; Python reads 4300") from error
     if not isinstance(record, dict):
-        raise Fault(f"must be a JSON object, got {type(record).__name__}")
+        raise Fault(f"got {type(record).__name__}, expected a JSON object")
     if text.count("{", begin, end) + text.count("[", begin, end) > NESTING:
         _check_nesting(record)
     if SURROGATE.search(text, begin, end):  # JSON can spell half a surrogate pair, which is no text

@@ -45,7 +45,7 @@ def read_text(column: str, text: Any, *, blank: bool = False) -> str:
     if text is None:
         raise DataError(f"column {column!r} is missing or null")
     if not isinstance(text, str):
-        raise DataError(f"column {column!r} must be text, got {type(text).__name__}")
+        raise DataError(f"column {column!r}: got {type(text).__name__}, expected text")
     if not (text if blank else text.strip()):
         raise DataError(f"column {column!r} is empty")
     return text

@@ -181,7 +181,8 @@ def tokenize_answers(
     _check_max_length(max_length)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"tokenizer must be fast, to know where tokens lie in a text; {tokenizer_name(tokenizer)} is not"
+            f"tokenizer: got {tokenizer_name(tokenizer)}, which is slow, expected a fast one, which knows where "
+            "tokens lie in a text"
         )
     eos = None if chat else _eos_of(tokenizer)
     examples = [(index, text, spans) for index, row in enumerate(answers) for text, spans in row]
@@ -294,10 +295,12 @@ def _warn(rows: Rows, indices: Sequence[int], fact: str) -> None:
 
 def _check_max_length(max_length: int) -> None:
     if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, a token and one before it; got {max_length}")
+        raise ValueError(f"max_length: got {max_length}, expected at least 2, a token and one before it")
 
 
 def _eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer must have an EOS token; {tokenizer_name(tokenizer)} has none")
+        raise ValueError(
+            f"tokenizer: got {tokenizer_name(tokenizer)} without an EOS token, expected one with it"
+        )
     return tokenizer.eos_token_id

@@ -67,7 +67,9 @@ def held_out_batches(
 ) -> list[Batch]:
     """This rank's held-out rows in micro-batches. Raises ValueError if a rank would get none."""
     if 0 < len(rows) < world.size:
-        raise ValueError(f"eval_data: {len(rows)} rows for {world.size} devices; each needs at least one")
+        raise ValueError(
+            f"eval_data: got {len(rows)} rows for {world.size} devices, expected at least one for each"
+        )
     local = rows[world.rank :: world.size]
     size = micro_batch_size(config, world)
     return [collate(local[first : first + size]) for first in range(0, len(local), size)]

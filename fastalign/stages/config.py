@@ -172,17 +172,17 @@ class TrainConfig(Options):
     def _check_together(self) -> Self:
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(
-                f"max_steps ({self.max_steps}) and epochs ({self.epochs}) exclude each other: give one"
+                f"max_steps: got {self.max_steps} and epochs {self.epochs}, expected one of the two"
             )
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size "
+                f"batch_size: got {self.batch_size}, expected a multiple of micro_batch_size "
                 f"({self.micro_batch_size})"
             )
         if self.bf16 and self.dtype == "float64":
-            raise ValueError("bf16 autocast needs dtype float32 or bfloat16, not float64")
+            raise ValueError("dtype: got float64 with bf16, expected float32 or bfloat16")
         if self.eval_every is not None and self.eval_data is None:
-            raise ValueError(f"eval_every ({self.eval_every}) needs eval_data")
+            raise ValueError(f"eval_every: got {self.eval_every} without eval_data, expected both")
         return self
 
 

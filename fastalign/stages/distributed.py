@@ -83,7 +83,7 @@ def join_world(device: str, timeout: float = 30.0) -> Iterator[World]:
     Raises ValueError where cuda is asked for and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, and torch sees no CUDA device; allowed here: auto, cpu")
+        raise ValueError("device: got cuda, expected auto or cpu, because torch sees no CUDA device")
     cuda = device != "cpu" and torch.cuda.is_available()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))

@@ -51,7 +51,7 @@ def choose_attention(config: TrainConfig, world: World) -> str:
         return "flash_attention_2"
     if config.attention == "flash_attention_2":
         raise ValueError(
-            f"attention: flash_attention_2 needs {' and '.join(missing)}; allowed here: auto, sdpa, eager"
+            f"attention: got flash_attention_2, expected auto, sdpa or eager without {' and '.join(missing)}"
         )
     if world.device.type == "cuda":
         world.say(f"attention: sdpa (flash_attention_2 needs {' and '.join(missing)})")
@@ -69,7 +69,7 @@ def check_liger(config: TrainConfig, world: World) -> None:
         if not there
     ]
     if config.liger and missing:
-        raise ValueError(f"liger: true needs {' and '.join(missing)}")
+        raise ValueError(f"liger: got true, expected false without {' and '.join(missing)}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -264,5 +264,5 @@ def _check_liger_layers(architecture: PretrainedConfig) -> None:
     # Liger itself would go on silently.
     if architecture.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
-            f"liger: true, but liger-kernel has no layers for {architecture.model_type}; allowed: false"
+            f"liger: got true, expected false: liger-kernel has no layers for {architecture.model_type}"
         )

@@ -65,7 +65,7 @@ def start(config: TrainConfig) -> Iterator[World]:
         rows = micro_batch_size(config, world) * world.size
         if config.batch_size % rows:
             raise ValueError(
-                f"batch_size ({config.batch_size}) must be a multiple of micro_batch_size x devices "
+                f"batch_size: got {config.batch_size}, expected a multiple of micro_batch_size x devices "
                 f"({micro_batch_size(config, world)} x {world.size})"
             )
         if not config.resume and Path(config.output_dir, "metrics.jsonl").exists():
@@ -193,7 +193,9 @@ def run_steps(
     """
     steps = total_steps(config, rows)
     if config.warmup_steps > steps:
-        raise ValueError(f"warmup_steps ({config.warmup_steps}) must not exceed the {steps} steps of the run")
+        raise ValueError(
+            f"warmup_steps: got {config.warmup_steps}, expected at most the {steps} steps of the run"
+        )
     peaks = [group["lr"] for group in optimizer.param_groups]
     random.seed(config.seed + world.rank)
     torch.manual_seed(config.seed + world.rank)

@@ -104,9 +104,7 @@ def find_classifier(reward: str, label: int | None) -> Classifier:
     labels = architecture.id2label
     if label is None and len(labels) > 1 or label is not None and label not in labels:
         known = ", ".join(f"{number} ({name})" for number, name in labels.items())
-        raise ValueError(
-            f"reward_label: {label} seen, and {reward!r} has the labels {known}: give the number of one"
-        )
+        raise ValueError(f"reward_label: got {label}, expected the number of a label of {reward!r}: {known}")
     return Classifier(reward, architecture, tokenizer, label or 0, len(labels))
 
 

@@ -137,12 +137,11 @@ class ReferenceConfig(PreferenceConfig):
     def _check_reference(self) -> Self:
         if self.reference == "adapters_off" and not self.lora_rank:
             raise ValueError(
-                "reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, "
-                "precomputed"
+                "reference: got adapters_off without adapters (lora_rank=0), expected auto, copy or precomputed"
             )
         if self.reference_dir is not None and self.reference != "precomputed":
             raise ValueError(
-                f"reference_dir ({self.reference_dir!r}) needs reference=precomputed, not {self.reference}"
+                f"reference_dir: got {self.reference_dir!r} with reference={self.reference}, expected precomputed"
             )
         return self
 
@@ -182,8 +181,8 @@ class KTOConfig(ReferenceConfig):
     def _check_batch(self) -> Self:
         if self.loss_type == "kto" and self.batch_size < 2:
             raise ValueError(
-                "batch_size must be at least 2: a prompt is paired with the completion of another row of "
-                "its step; got 1"
+                "batch_size: got 1, expected at least 2: a prompt is paired with the completion of another "
+                "row of its step"
             )
         return self
 
@@ -253,11 +252,11 @@ class PPOOptions:
     def _check_options(self) -> Self:
         if self.importance_cap is not None and not self.rescore:
             raise ValueError(
-                f"importance_cap ({self.importance_cap}) needs rescore=true, which gives the trainer's "
-                "log-probabilities"
+                f"importance_cap: got {self.importance_cap} with rescore=false, expected rescore=true, which gives "
+                "the trainer's log-probabilities"
             )
         if self.target_kl is not None and not self.kl_coef:
-            raise ValueError(f"target_kl ({self.target_kl}) needs a kl_coef above 0 to begin with")
+            raise ValueError(f"target_kl: got {self.target_kl} with kl_coef=0, expected a kl_coef above 0")
         return self
 
     @property
@@ -313,25 +312,24 @@ class PPOConfig(PPOOptions, TrainConfig):
     def _check_stage(self) -> Self:
         if self.batch_size % self.minibatches:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of minibatches ({self.minibatches})"
+                f"batch_size: got {self.batch_size}, expected a multiple of minibatches ({self.minibatches})"
             )
         if self.reference == "adapters_off" and not self.lora_rank:
             raise ValueError(
-                "reference: adapters_off needs adapters (lora_rank > 0); allowed without: auto, copy, none"
+                "reference: got adapters_off without adapters (lora_rank=0), expected auto, copy or none"
             )
         if self.reference == "none" and self.kl_coef:
-            raise ValueError(f"reference: none needs kl_coef=0, not {self.kl_coef}")
+            raise ValueError(f"reference: got none with kl_coef={self.kl_coef}, expected kl_coef=0")
         if self.value_model is not None and self.value == "shared":
-            raise ValueError(f"value_model ({self.value_model!r}) needs value=own, not shared")
+            raise ValueError(f"value_model: got {self.value_model!r} with value=shared, expected value=own")
         if self.reward_label is not None and is_function(self.reward):
             raise ValueError(
-                f"reward_label ({self.reward_label}) needs a classifier, and reward is the function "
+                f"reward_label: got {self.reward_label}, expected none, because reward is the function "
                 f"{self.reward!r}"
             )
         if self.lora_dropout:
             raise ValueError(
-                f"lora_dropout: {self.lora_dropout} seen, and PPO compares the policy with its rollout; "
-                "allowed: 0"
+                f"lora_dropout: got {self.lora_dropout}, expected 0, because PPO compares the policy with its rollout"
             )
         if self.attention == "flash_attention_2":
             raise ValueError(

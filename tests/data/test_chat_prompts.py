@@ -81,7 +81,7 @@ def test_a_text_prompt_beside_whole_conversations_is_where_they_part(tmp_path: P
             asked | {"rejected": [SYSTEM, ASKED, BAD]},
             "must begin with the same messages up to the text of column 'prompt'",
         ),
-        (asked | {"prompt": None}, "column 'prompt' must be a list of messages, or a text, got NoneType"),
+        (asked | {"prompt": None}, "column 'prompt': got NoneType, expected a list of messages, or a text"),
     ):
         with pytest.raises(DataError, match=f"row 2: .*{message}"):
             tokenize_pairs(rows_of(tmp_path, asked, row), tokenizer, max_length=512)
@@ -98,15 +98,15 @@ def test_sharegpt_conversations_are_read_as_messages(tmp_path: Path) -> None:
     for bad, message in (
         (
             {"from": "observation", "value": "x"},
-            "must hold messages from human, user, gpt, .*; got 'observation'",
+            "got a message from 'observation', expected human, user, gpt, ",
         ),
-        ({"value": "x"}, "must hold messages with a 'from' and a 'value', got the keys value"),
+        ({"value": "x"}, "got the keys value, expected messages with a 'from' and a 'value'"),
     ):
         with pytest.raises(DataError, match=f"row 2: column 'conversations' {message}"):
             sft_text(tmp_path, CHATML, {"conversations": told}, {"conversations": [*told, bad]})
     with pytest.raises(
         DataError,
-        match="row 1: column 'chosen' must hold .*, got the keys from, value; rename ShareGPT's 'from' and 'value'",
+        match="row 1: column 'chosen': got the keys from, value, expected .*; rename ShareGPT's 'from' and 'value'",
     ):
         tokenize_pairs(
             rows_of(tmp_path, {"prompt": [ASKED], "chosen": told, "rejected": told[:1]}),

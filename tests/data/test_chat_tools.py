@@ -61,10 +61,10 @@ def test_arguments_of_calls_are_parsed_from_text_in_whole_columns_or_mixed(
     ("calls", "message"),
     [
         ("{", "holds a text that is not JSON: '{'"),
-        ([3], r"must hold 'tool_calls' that are a list of objects, got \[3\]"),
+        ([3], r"got 'tool_calls' \[3\], expected a list of objects"),
         (call("x")["tool_calls"], "holds a text that is not JSON: 'x'"),
-        (call("[1]")["tool_calls"], r"must hold 'arguments' of calls that are an object, got \[1\]"),
-        (call(3)["tool_calls"], "must hold 'arguments' of calls that are an object, got 3"),
+        (call("[1]")["tool_calls"], r"got 'arguments' \[1\] of a call, expected an object"),
+        (call(3)["tool_calls"], "got 'arguments' 3 of a call, expected an object"),
     ],
 )
 def test_junk_in_calls_is_refused_by_row(tmp_path: Path, calls: Any, message: str) -> None:
@@ -86,11 +86,11 @@ def test_tools_are_parsed_from_text_in_whole_columns_or_mixed(tmp_path: Path) ->
     ("tools", "message"),
     [
         ("junk", "column 'tools' holds a text that is not JSON: 'junk'"),
-        (3, "column 'tools' must be a list of schemas, got int"),
-        ({"name": "f"}, "column 'tools' must be a list of schemas, got dict"),
-        ([3], "column 'tools' must hold schemas, which are objects; got 3"),
+        (3, "column 'tools': got int, expected a list of schemas"),
+        ({"name": "f"}, "column 'tools': got dict, expected a list of schemas"),
+        ([3], "column 'tools': got 3, expected schemas, which are objects"),
         (["junk"], "column 'tools' holds a text that is not JSON: 'junk'"),
-        ([{}], r"column 'tools' must hold schemas, which are objects; got \{\}"),
+        ([{}], r"column 'tools': got \{\}, expected schemas, which are objects"),
     ],
 )
 def test_junk_in_tools_is_one_line_with_file_and_row(tmp_path: Path, tools: Any, message: str) -> None:

@@ -151,7 +151,7 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
             "a.jsonl, row 2: not JSON: Unterminated string starting at at column 10",
         ),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xc3', "a.jsonl, row 2: not UTF-8: unexpected end of data"),
-        ("a.jsonl", b'{"text": "x"}\n["x"]\n', "a.jsonl, row 2: must be a JSON object, got list"),
+        ("a.jsonl", b'{"text": "x"}\n["x"]\n', "a.jsonl, row 2: got list, expected a JSON object"),
         ("a.jsonl", b'{"text": "x"} {"text": "y"}\n', "a.jsonl, row 1: not JSON: Extra data at column 15"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, row 1: not UTF-8: invalid start byte"),
         (
@@ -182,7 +182,7 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
         ),
         ("a.json", b'[{"x": 1},\n' + DEEP + b"]", "a.json, row 2: nested deeper than 200 levels"),
         ("a.json", b'[{"x": 1}, {"x": NaN}]', "a.json, row 2: NaN is not JSON: write null"),
-        ("a.json", b'[{"text": "x"}, 3]', "a.json, row 2: must be a JSON object, got int"),
+        ("a.json", b'[{"text": "x"}, 3]', "a.json, row 2: got int, expected a JSON object"),
         ("a.json", b'[{"text": "x"},\n', "a.json, line 2: not JSON: Expecting value at column 1"),
         (
             "a.json",

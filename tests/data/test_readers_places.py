@@ -29,7 +29,7 @@ def test_missing_files_are_told_with_close_names(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             load_rows(str(tmp_path / name))
-    with pytest.raises(ValueError, match=r"split must be 'train' for files.*'test'"):
+    with pytest.raises(ValueError, match=r"split: got 'test', expected 'train' for files"):
         load_rows(write(tmp_path / "a.jsonl", [{"text": "x"}]), split="test")
 
 

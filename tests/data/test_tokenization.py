@@ -75,8 +75,8 @@ class TestTokenizeText:
         assert str(caught.value).splitlines() == [
             f"{path}, rows 3, 6: column 'text' is empty",
             f"{path}, row 4: column 'text' is missing or null",
-            f"{path}, row 5: column 'text' must be text, got int",
-            f"{path}, row 7: column 'text' must be text, got list",
+            f"{path}, row 5: column 'text': got int, expected text",
+            f"{path}, row 7: column 'text': got list, expected text",
         ]
         # Shuffled or split, a row keeps its number.
         with pytest.raises(DataError, match=r"a\.jsonl, rows 6, 3: column 'text' is empty$"):
@@ -97,11 +97,11 @@ class TestTokenizeText:
         rows = load_rows(write(tmp_path / "a.jsonl", [{"body": "x", "n": 1}]))
         with pytest.raises(DataError, match=r"a\.jsonl: no column 'text'; there are: body, n$"):
             tokenize_text(rows, build(), max_length=8)
-        with pytest.raises(ValueError, match="max_length must be at least 2"):
+        with pytest.raises(ValueError, match="max_length: got .*, expected at least 2"):
             tokenize_text(rows, build(), max_length=1, column="body")
         tokenizer = build()
         tokenizer.eos_token = None
-        with pytest.raises(ValueError, match="must have an EOS token"):
+        with pytest.raises(ValueError, match="without an EOS token"):
             tokenize_text(rows, tokenizer, max_length=8, column="body")
 
 
@@ -233,20 +233,20 @@ class TestTokenizeSft:
     @pytest.mark.parametrize(
         ("bad", "message"),
         [
-            (None, "column 'messages' must be a list of messages, got NoneType"),
-            ("text", "column 'messages' must be a list of messages, got str"),
+            (None, "column 'messages': got NoneType, expected a list of messages"),
+            ("text", "column 'messages': got str, expected a list of messages"),
             ([], "column 'messages' has no assistant turn"),
             (TALK[:2], "column 'messages' has no assistant turn"),
             (
                 [{"from": "human", "value": "x"}],
-                "messages with a 'role' and a 'content', got the keys from, value",
+                "got the keys from, value, expected messages with a 'role' and a 'content'",
             ),
-            ([TALK[1], "text"], "messages with a 'role' and a 'content', got str"),
-            ([TALK[1], {"role": "assistant", "content": 3}], "messages whose 'content' is text, got int"),
+            ([TALK[1], "text"], "got str, expected messages with a 'role' and a 'content'"),
+            ([TALK[1], {"role": "assistant", "content": 3}], "got a 'content' of type int, expected text"),
             ([TALK[1], {"role": "assistant", "content": " "}], "has assistant turns without content only"),
             (
                 [TALK[1], {"role": "assistant", "content": ["x"]}],
-                "must hold contents whose parts are .*, got 'x'",
+                "got a part 'x' of a content, expected parts",
             ),
             ([{"role": "other"}, TALK[2]], "the chat template of .* refuses it: unknown role"),
         ],
@@ -265,9 +265,9 @@ class TestTokenizeSft:
         [
             ({"prompt": "x"}, "column 'completion' is missing or null"),
             ({"prompt": "x", "completion": "\n"}, "column 'completion' is empty"),
-            ({"prompt": "x", "completion": 3}, "column 'completion' must be text, got int"),
+            ({"prompt": "x", "completion": 3}, "column 'completion': got int, expected text"),
             ({"prompt": "", "completion": "x"}, "column 'prompt' is empty"),
-            ({"prompt": TALK[:2], "completion": "x"}, "column 'prompt' must be text, got list"),
+            ({"prompt": TALK[:2], "completion": "x"}, "column 'prompt': got list, expected text"),
         ],
     )
     def test_refuses_texts_by_row(self, tmp_path: Path, bad: Any, message: str) -> None:
@@ -287,7 +287,7 @@ class TestTokenizeSft:
             assert tokenize_sft(beside, build(MARKED), max_length=512) == tokenize_sft(
                 chats(TALK), build(MARKED), max_length=512
             )
-        with pytest.raises(ValueError, match="must have a chat template"):
+        with pytest.raises(ValueError, match="without a chat template"):
             tokenize_sft(chats(TALK), build(), max_length=8)
         unmarked = MARKED.replace("m['role'] == 'assistant'", "false")
         with pytest.raises(DataError, match="row 1: no token to train on$"):

@@ -120,7 +120,7 @@ def test_held_out_rows_are_shared_without_loss_or_repetition() -> None:
         assert all(len(batch["rows"]) <= 2 for batch in held_out)
         shares.append([row for batch in held_out for row in batch["rows"]])
     assert sorted(shares[0] + shares[1]) == list(range(7))
-    with pytest.raises(ValueError, match="eval_data: 1 rows for 2 devices"):
+    with pytest.raises(ValueError, match="eval_data: got 1 rows for 2 devices"):
         batches.held_out_batches(
             [0], lambda picked: {"rows": picked}, config, World(0, 2, torch.device("cpu"))
         )

@@ -43,7 +43,7 @@ def read_messages(column: str, messages: Any) -> list[Message]:
     value that is no list of messages, for parts of a content that are no text, and for malformed calls.
     """
     if not isinstance(messages, list):
-        raise DataError(f"column {column!r} must be a list of messages, got {type(messages).__name__}")
+        raise DataError(f"column {column!r}: got {type(messages).__name__}, expected a list of messages")
     return [_read_message(column, message) for message in messages]
 
 
@@ -56,11 +56,11 @@ def read_sharegpt(column: str, messages: Any) -> list[Message]:
     renamed = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("from"), str):
-            seen = f"the keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
-            raise DataError(f"column {column!r} must hold messages with a 'from' and a 'value', got {seen}")
+            found = f"the keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
+            raise DataError(f"column {column!r}: got {found}, expected messages with a 'from' and a 'value'")
         if message["from"] not in SHAREGPT:
             raise DataError(
-                f"column {column!r} must hold messages from {', '.join(SHAREGPT)}; got {message['from']!r}"
+                f"column {column!r}: got a message from {message['from']!r}, expected {', '.join(SHAREGPT)}"
             )
         further = {key: value for key, value in message.items() if key not in ("from", "value")}
         renamed.append({"role": SHAREGPT[message["from"]], "content": message.get("value")} | further)
@@ -73,11 +73,11 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None:
         return None
     if not isinstance(tools, list):
-        raise DataError(f"column 'tools' must be a list of schemas, got {type(tools).__name__}")
+        raise DataError(f"column 'tools': got {type(tools).__name__}, expected a list of schemas")
     schemas = [_parse("tools", tool) if isinstance(tool, str) else tool for tool in tools]
     for schema in schemas:
         if not isinstance(schema, dict) or not schema:
-            raise DataError(f"column 'tools' must hold schemas, which are objects; got {_show(schema)}")
+            raise DataError(f"column 'tools': got {_show(schema)}, expected schemas, which are objects")
     return schemas
 
 
@@ -118,7 +118,7 @@ def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list
         text = row["prompt"]
         if not isinstance(text, str):
             raise DataError(
-                f"column 'prompt' must be a list of messages, or a text, got {type(text).__name__}"
+                f"column 'prompt': got {type(text).__name__}, expected a list of messages, or a text"
             )
         lengths = [_after_text(text, conversation) for conversation in conversations]
         if None in lengths:
@@ -156,7 +156,7 @@ def take_weights(column: str, messages: Sequence[Message]) -> tuple[list[Message
     for message in messages:
         assistant, weight = message["role"] == "assistant", message.get("weight")
         if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-            raise DataError(f"column {column!r} must have a 'weight' of 0 or 1, got {_show(weight)}")
+            raise DataError(f"column {column!r}: got a 'weight' of {_show(weight)}, expected 0 or 1")
         if weight and not assistant:
             raise DataError(
                 f"column {column!r} has a 'weight' of 1 on a turn of role {message['role']!r}; only the "
@@ -185,21 +185,19 @@ def says_something(message: Message) -> bool:
 
 def _read_message(column: str, message: Any) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        seen = f"the keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
+        found = f"the keys {', '.join(message)}" if isinstance(message, dict) else type(message).__name__
         hint = (
             "; rename ShareGPT's 'from' and 'value'"
             if isinstance(message, dict) and "from" in message
             else ""
         )
         raise DataError(
-            f"column {column!r} must hold messages with a 'role' and a 'content', got {seen}{hint}"
+            f"column {column!r}: got {found}, expected messages with a 'role' and a 'content'{hint}"
         )
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
     if not isinstance(content, str | list | None):
-        raise DataError(
-            f"column {column!r} must hold messages whose 'content' is text, got {type(content).__name__}"
-        )
+        raise DataError(f"column {column!r}: got a 'content' of type {type(content).__name__}, expected text")
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         further_keys = (
@@ -209,8 +207,8 @@ def _read_message(column: str, message: Any) -> Message:
         )
         if kind != "text" or not isinstance(part.get("text"), str) or further_keys:
             raise DataError(
-                f"column {column!r} must hold contents whose parts are {{'type': 'text', 'text': …}}, got "
-                f"{_show(part)}"
+                f"column {column!r}: got a part {_show(part)} of a content, expected parts "
+                "{'type': 'text', 'text': …}"
             )
     if isinstance(content, list):
         message["content"] = [{"type": "text", "text": part["text"]} for part in content]
@@ -222,9 +220,7 @@ def _read_message(column: str, message: Any) -> Message:
 def _read_calls(column: str, calls: Any) -> list[dict[str, Any]]:
     calls = _parse(column, calls) if isinstance(calls, str) else calls
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise DataError(
-            f"column {column!r} must hold 'tool_calls' that are a list of objects, got {_show(calls)}"
-        )
+        raise DataError(f"column {column!r}: got 'tool_calls' {_show(calls)}, expected a list of objects")
     read = []
     for call in calls:
         inner = call["function"] if isinstance(call.get("function"), dict) else call
@@ -234,7 +230,7 @@ def _read_calls(column: str, calls: Any) -> list[dict[str, Any]]:
             inner = inner | {"arguments": arguments}
         if not isinstance(arguments, dict | None):
             raise DataError(
-                f"column {column!r} must hold 'arguments' of calls that are an object, got {_show(arguments)}"
+                f"column {column!r}: got 'arguments' {_show(arguments)} of a call, expected an object"
             )
         read.append(call | {"function": inner} if isinstance(call.get("function"), dict) else inner)
     return read

@@ -36,7 +36,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.name = tokenizer_name(tokenizer)
         if not tokenizer.chat_template:
-            raise ValueError(f"tokenizer must have a chat template for messages; {self.name} has none")
+            raise ValueError(
+                f"tokenizer: got {self.name} without a chat template, expected one with it for messages"
+            )
         added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special = (*tokenizer.all_special_tokens, *added)
         self._tokenizer = tokenizer

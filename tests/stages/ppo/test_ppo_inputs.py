@@ -104,7 +104,7 @@ def test_another_classifier_reads_the_text_with_its_own_tokenizer(
     ]
     with pytest.raises(
         ValueError,
-        match=r"reward_label: None seen, and .* has the labels 0 \(NEGATIVE\), 1 \(POSITIVE\): give the number",
+        match=r"reward_label: got None, expected the number of a label of .*: 0 \(NEGATIVE\), 1 \(POSITIVE\)",
     ):
         find_classifier(str(tmp_path), None)
     classifier = find_classifier(str(tmp_path), 1)
@@ -291,7 +291,7 @@ def test_prompts_lose_an_eos_and_long_ones_are_left_out_with_a_warning(
     ("rows", "message"),
     [
         ([{"text": "a"}], r"p\.jsonl: no column 'prompt'; there are: text"),
-        ([{"prompt": "a"}, {"prompt": 3}], r"p\.jsonl, row 2: column 'prompt' must be text, got int"),
+        ([{"prompt": "a"}, {"prompt": 3}], r"p\.jsonl, row 2: column 'prompt': got int, expected text"),
         ([{"prompt": "a"}, {"prompt": ""}], r"p\.jsonl, row 2: column 'prompt' is empty"),
         ([{"prompt": "a " * 40}], r"p\.jsonl, row 1: longer than max_prompt_length=8, and so are all"),
         ([{"prompt": []}], r"p\.jsonl, row 1: column 'prompt' has no messages"),
@@ -314,16 +314,19 @@ def test_prompts_that_cannot_be_completed_are_refused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"importance_cap": 2.0}, r"importance_cap \(2.0\) needs rescore=true"),
-        ({"target_kl": 6.0, "kl_coef": 0}, r"target_kl \(6.0\) needs a kl_coef above 0"),
-        ({"minibatches": 3}, r"batch_size \(8\) must be a multiple of minibatches \(3\)"),
+        ({"importance_cap": 2.0}, r"importance_cap: got 2.0 with rescore=false"),
+        ({"target_kl": 6.0, "kl_coef": 0}, r"target_kl: got 6.0 with kl_coef=0, expected a kl_coef above 0"),
+        ({"minibatches": 3}, r"batch_size: got 8, expected a multiple of minibatches \(3\)"),
         (
             {"reference": "adapters_off"},
-            r"reference: adapters_off needs adapters \(lora_rank > 0\); allowed without: auto, copy, none",
+            r"reference: got adapters_off without adapters \(lora_rank=0\), expected auto, copy or none",
         ),
-        ({"reference": "none"}, "reference: none needs kl_coef=0, not 0.05"),
-        ({"value": "shared", "value_model": "x"}, r"value_model \('x'\) needs value=own, not shared"),
-        ({"reward_label": 1}, r"reward_label \(1\) needs a classifier, and reward is the function"),
+        ({"reference": "none"}, "reference: got none with kl_coef=0.05, expected kl_coef=0"),
+        (
+            {"value": "shared", "value_model": "x"},
+            r"value_model: got 'x' with value=shared, expected value=own",
+        ),
+        ({"reward_label": 1}, r"reward_label: got 1, expected none, because reward is the function"),
         ({"attention": "flash_attention_2"}, "attention: flash_attention_2 .*; allowed: auto, sdpa, eager"),
         ({"lora_rank": 2, "lora_dropout": 0.1}, "lora_dropout: 0.1 seen"),
         ({"temperature": 0}, "temperature"),
@@ -352,7 +355,7 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
         ({"reward": base}, r"reward: got .*, which holds GPT2LMHeadModel, expected a sequence classifier"),
         (
             {"reward": reward_model, "reward_label": 1},
-            r"reward_label: 1 seen, and .* has the labels 0 \(LABEL_0\)",
+            r"reward_label: got 1, expected the number of a label of .*: 0 \(LABEL_0\)",
         ),
         (
             {"reward": files["functions"] + ":cuont"},
@@ -365,7 +368,7 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
         ({"reward": "no/such.py:score"}, "reward: 'no/such.py:score': .*No such file"),
         (
             {"minibatches": 2, "micro_batch_size": 8},
-            r"batch_size / minibatches \(8 / 2\) must be a multiple of micro_batch_size x devices",
+            r"batch_size / minibatches: got 8 / 2, expected a multiple of micro_batch_size x devices",
         ),
     ):
         with pytest.raises(ValueError, match=message):
