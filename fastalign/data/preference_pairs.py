@@ -137,17 +137,17 @@ def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int)
             "rows must have two different completions at least, as each prompt meets another row's; got "
             f"{len(rows)} rows of one"
         )
-    # Equal completions stand side by side in a ring, and each place meets the one that lies `shift` places
-    # on: past its own group's end, whatever the group, but short of its beginning, which the modulo sees to
-    # for a majority.
+    # Equal completions lie side by side in a ring. Each place meets the one `shift` places further: past
+    # the end of its own group, whatever the group, but before its beginning, which the modulo ensures for a
+    # majority.
     ring = [number for group in groups.values() for number in group]
     shift = max(map(len, groups.values()))
     met: dict[int, int] = {}
     first = 0
     for group in groups.values():
-        others = len(ring) - len(group)
+        outside = len(ring) - len(group)
         for place, number in enumerate(group):
-            met[number] = ring[(first + len(group) + (place + shift - len(group)) % others) % len(ring)]
+            met[number] = ring[(first + len(group) + (place + shift - len(group)) % outside) % len(ring)]
         first += len(group)
     return [
         row._replace(mismatched=_join(row, rows[met[number]], max_length)) for number, row in enumerate(rows)

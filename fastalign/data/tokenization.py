@@ -181,7 +181,8 @@ def tokenize_answers(
     _check_max_length(max_length)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"tokenizer: got {tokenizer_name(tokenizer)}, which is slow, expected a fast one, which knows where "
+            f"tokenizer: got {tokenizer_name(tokenizer)}, which is slow, expected a fast one, which knows "
+            "where "
             "tokens lie in a text"
         )
     eos = None if chat else _eos_of(tokenizer)

@@ -136,11 +136,11 @@ def _batch(stage: str, config: Any, model: Any, tokenizer: Any) -> Mapping[str, 
         sequences = tokenize(
             rows.select(range(min(5 * config.batch_size, len(rows)))), tokenizer, max_length=length
         )
-        bins = pack(
-            [len(sequence.input_ids) for sequence in sequences], length
-        )  # a row holds 3.5 sentences or more
+        # A row holds 3.5 sentences or more.
+        bins = pack([len(sequence.input_ids) for sequence in sequences], length)
         return collate(
-            [[sequences[number] for number in own] for own in bins[: config.batch_size]], pad_id=pad_id
+            [[sequences[number] for number in bin_numbers] for bin_numbers in bins[: config.batch_size]],
+            pad_id=pad_id,
         )
     rows = rows.select(range(min(config.batch_size, len(rows))))
     if stage == "ppo":
@@ -253,8 +253,8 @@ class SideBySide:
         for title, ours, plain in self._pairs():
             whole = f"{self.whole[ours.run]:.1f}" if ours.run in self.whole else ""
             peaks = [
-                "not measured: needs Linux" if own.peak_mib is None else f"{own.peak_mib:,.1f}"
-                for own in (ours, plain)
+                "not measured: needs Linux" if measured.peak_mib is None else f"{measured.peak_mib:,.1f}"
+                for measured in (ours, plain)
             ]
             ratio = f"{plain.milliseconds / ours.milliseconds:.2f}"
             rows.append(
@@ -274,11 +274,11 @@ class SideBySide:
 
     def _pairs(self) -> list[tuple[str, Step, Step]]:
         """Title, and the step by this library and by plain PyTorch."""
-        found = {(own.run, own.method): own for own in self.steps}
+        found = {(measured.run, measured.method): measured for measured in self.steps}
         return [(title, found[run, OURS], found[run, PLAIN]) for run, title in TITLES.items()]
 
 
-def _figures(own: Step) -> str:
-    return f"{own.method} {own.milliseconds:,.0f} ms" + (
-        "" if own.peak_mib is None else f", {own.peak_mib:,.0f} MiB"
+def _figures(measured: Step) -> str:
+    return f"{measured.method} {measured.milliseconds:,.0f} ms" + (
+        "" if measured.peak_mib is None else f", {measured.peak_mib:,.0f} MiB"
     )

@@ -394,5 +394,5 @@ def _resume(
     return state["step"], state["tokens"]
 
 
-def _due(step: int, every: int | None, steps: int) -> bool:
-    return step == steps or (every is not None and step % every == 0)
+def _due(step: int, interval: int | None, steps: int) -> bool:
+    return step == steps or (interval is not None and step % interval == 0)

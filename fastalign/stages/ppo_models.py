@@ -54,7 +54,8 @@ def micro_batch(config: PPOConfig, world: World) -> int:
     micro = config.micro_batch_size or max(size // world.size, 1)
     if size % (micro * world.size):
         raise ValueError(
-            f"batch_size / minibatches: got {config.batch_size} / {config.minibatches}, expected a multiple of "
+            f"batch_size / minibatches: got {config.batch_size} / {config.minibatches}, expected a multiple "
+            "of "
             "micro_batch_size x devices "
             f"({micro} x {world.size})"
         )

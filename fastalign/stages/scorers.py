@@ -231,12 +231,9 @@ def check_classifier(
     """
     if classifier.reads(tokenizer) and hasattr(_on_meta(classifier), "score"):
         return
-    own, text, name = (
-        classifier.tokenizer,
-        classifier.architecture.get_text_config(),
-        f"reward: {classifier.folder!r}",
-    )
-    pad = own.pad_token_id
+    reader, text = classifier.tokenizer, classifier.architecture.get_text_config()
+    name = f"reward: {classifier.folder!r}"
+    pad = reader.pad_token_id
     if pad is None or pad >= text.vocab_size:
         raise ValueError(
             f"{name}: its tokenizer has the pad token id {pad}, expected one in [0, {text.vocab_size}): set "
@@ -247,18 +244,17 @@ def check_classifier(
             f"{name}: its tokenizer pads with id {pad}, and its config's pad_token_id is "
             f"{text.pad_token_id}; expected the same"
         )
-    if isinstance(prompts[0].row["prompt"], list) and not own.chat_template:
+    if isinstance(prompts[0].row["prompt"], list) and not reader.chat_template:
         raise ValueError(
             f"{name}: its tokenizer has no chat template, expected one, because the prompts are messages"
         )
     limit = text_limit(classifier)
-    template = ChatTemplate(own) if own.chat_template else None
-    longest = max(_encode(own, template, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
+    template = ChatTemplate(reader) if reader.chat_template else None
+    longest = max(_encode(reader, template, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"{name}: a prompt of {longest} of its tokens and a completion of {max_new_tokens} do not fit "
-            f"its {limit}: "
-            "lower max_prompt_length or max_new_tokens"
+            f"its {limit}: lower max_prompt_length or max_new_tokens"
         )
 
 

@@ -137,11 +137,13 @@ class ReferenceConfig(PreferenceConfig):
     def _check_reference(self) -> Self:
         if self.reference == "adapters_off" and not self.lora_rank:
             raise ValueError(
-                "reference: got adapters_off without adapters (lora_rank=0), expected auto, copy or precomputed"
+                "reference: got adapters_off without adapters (lora_rank=0), expected auto, copy or "
+                "precomputed"
             )
         if self.reference_dir is not None and self.reference != "precomputed":
             raise ValueError(
-                f"reference_dir: got {self.reference_dir!r} with reference={self.reference}, expected precomputed"
+                f"reference_dir: got {self.reference_dir!r} with reference={self.reference}, expected "
+                "precomputed"
             )
         return self
 
@@ -252,7 +254,8 @@ class PPOOptions:
     def _check_options(self) -> Self:
         if self.importance_cap is not None and not self.rescore:
             raise ValueError(
-                f"importance_cap: got {self.importance_cap} with rescore=false, expected rescore=true, which gives "
+                f"importance_cap: got {self.importance_cap} with rescore=false, expected rescore=true, "
+                "which gives "
                 "the trainer's log-probabilities"
             )
         if self.target_kl is not None and not self.kl_coef:
@@ -329,7 +332,8 @@ class PPOConfig(PPOOptions, TrainConfig):
             )
         if self.lora_dropout:
             raise ValueError(
-                f"lora_dropout: got {self.lora_dropout}, expected 0, because PPO compares the policy with its rollout"
+                f"lora_dropout: got {self.lora_dropout}, expected 0, because PPO compares the policy with "
+                "its rollout"
             )
         if self.attention == "flash_attention_2":
             raise ValueError(
