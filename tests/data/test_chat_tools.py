@@ -68,7 +68,7 @@ def test_arguments_of_calls_are_parsed_from_text_in_whole_columns_or_mixed(
     ],
 )
 def test_junk_in_calls_is_refused_by_row(tmp_path: Path, calls: Any, message: str) -> None:
-    with pytest.raises(DataError, match=rf"a\.jsonl, row 2: column 'messages' {message}"):
+    with pytest.raises(DataError, match=rf"a\.jsonl, row 2: column 'messages'.* {message}"):
         sft_text(tmp_path, CALLS, {"messages": TALK}, {"messages": [ASKED, GOOD | {"tool_calls": calls}]})
 
 

@@ -47,10 +47,10 @@ class TestPack:
         assert pack([], 10) == []
 
     @pytest.mark.parametrize(
-        ("lengths", "named"), [([3, 11], r"lengths\[1\] is 11"), ([0], r"lengths\[0\] is 0")]
+        ("lengths", "named"), [([3, 11], r"lengths: got 11 at index 1"), ([0], r"lengths: got 0 at index 0")]
     )
     def test_refuses_what_does_not_fit(self, lengths: list[int], named: str) -> None:
-        with pytest.raises(ValueError, match=rf"\[1, capacity=10\]; {named}"):
+        with pytest.raises(ValueError, match=rf"{named}, expected 1 to capacity=10"):
             pack(lengths, 10)
 
 

@@ -69,7 +69,7 @@ def test_a_wrong_configuration_is_refused_by_name(
             {"model_config": LLAMA | {"max_position_embeddings": 8}},
             r"a sequence of \d+ tokens does not fit .* 8 \(max_position_embeddings\)",
         ),
-        ({"attention": "flash_attention_2"}, "flash_attention_2 needs .*a CUDA device and half precision"),
+        ({"attention": "flash_attention_2"}, "got flash_attention_2, .*a CUDA device and half precision"),
         ({"liger": True}, "liger: got true, expected false without .*a CUDA device"),
     ],
 )
