@@ -328,7 +328,7 @@ def test_prompts_that_cannot_be_completed_are_refused(
         ),
         ({"reward_label": 1}, r"reward_label: got 1, expected none, because reward is the function"),
         ({"attention": "flash_attention_2"}, "attention: flash_attention_2 .*; allowed: auto, sdpa, eager"),
-        ({"lora_rank": 2, "lora_dropout": 0.1}, "lora_dropout: 0.1 seen"),
+        ({"lora_rank": 2, "lora_dropout": 0.1}, "lora_dropout: got 0.1, expected 0"),
         ({"temperature": 0}, "temperature"),
         ({"dual_clip": 1.0}, "dual_clip"),
         ({"kl_estimator": "k4"}, "kl_estimator"),
