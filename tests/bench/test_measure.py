@@ -109,7 +109,7 @@ def test_a_ratio_is_taken_round_by_round() -> None:
         other.over(Timing.of([1.0]))
 
 
-@pytest.mark.parametrize(("rounds", "warmup", "named"), [(0, 1, "rounds: 0"), (1, -1, "warmup: -1")])
+@pytest.mark.parametrize(("rounds", "warmup", "named"), [(0, 1, "rounds: got 0"), (1, -1, "warmup: got -1")])
 def test_impossible_rounds_are_refused(rounds: int, warmup: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         interleaved({"A": lambda: None}, rounds, warmup)
