@@ -141,31 +141,37 @@ def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     return _triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
 
 
-# kernel and its entry in tile_rows_triton.LAUNCH -> constants
-TILE_KERNELS = {
-    "tile_rows_kernel, stats": {"STATS": True, "WRITE": tile_rows_triton.NOTHING.value},
-    "tile_rows_kernel, loss": {"STATS": True, "WRITE": tile_rows_triton.TOKEN_LOSS.value},
-    "tile_rows_kernel, given": {"STATS": False, "WRITE": tile_rows_triton.GIVEN.value},
-    "tile_rows_kernel, softmax": {"STATS": True, "WRITE": tile_rows_triton.SOFTMAX.value},
-    "kept_rows_kernel, kept": {},
-    "slice_stats_kernel, slice": {},
+# (kernel, its entry in tile_rows_triton.LAUNCH) -> constants
+TILE_KERNELS: dict[tuple[str, str], dict[str, object]] = {
+    ("tile_rows_kernel", "stats"): {"STATS": True, "WRITE": tile_rows_triton.NOTHING.value},
+    ("tile_rows_kernel", "loss"): {"STATS": True, "WRITE": tile_rows_triton.TOKEN_LOSS.value},
+    ("tile_rows_kernel", "given"): {"STATS": False, "WRITE": tile_rows_triton.GIVEN.value},
+    ("tile_rows_kernel", "softmax"): {"STATS": True, "WRITE": tile_rows_triton.SOFTMAX.value},
+    ("kept_rows_kernel", "kept"): {},
+    ("slice_stats_kernel", "slice"): {},
 }
+# (full, lean): those that take the most registers on NVIDIA's cards, and one for AMD's
+TILE_VARIANTS = ((False, True), (True, True), (True, False))
+TILE_JOBS = [
+    (kernel, sm, *variant)
+    for kernel in TILE_KERNELS
+    for sm, variants in (*product(ARCHITECTURES, [TILE_VARIANTS]), *product(AMD, [TILE_VARIANTS[-1:]]))
+    for variant in variants
+]
 
 
-def compile_tiles(name: str, sm: int, full: bool, lean: bool) -> Row:
+def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Row:
     """One of TILE_KERNELS on fp32 logits, with bf16 for what it writes; `full` has bias, softcap, scale and
     temperature."""
-    kernel, _, variant = name.partition(", ")
+    kernel, entry = names
     module = slice_rows_triton if hasattr(slice_rows_triton, kernel) else tile_rows_triton
     function = getattr(module, kernel)
-    given = TILE_KERNELS[name]
-    entry = variant if variant in tile_rows_triton.LAUNCH else f"{variant}_{'lean' if lean else 'full'}"
-    table = tile_rows_triton.LAUNCH[entry]
-    target = 90 if sm in AMD else sm
-    block, warps = table[max(known for known in table if known <= target)]
+    launches = tile_rows_triton.LAUNCH
+    table = launches[entry if entry in launches else f"{entry}_{'lean' if lean else 'full'}"]
+    block, warps = table[max(known for known in table if known <= (90 if sm in AMD else sm))]
     constants: dict[str, object] = {"LEAN": lean, "PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
     constants |= {"HAS_TOKENS": True, "BLOCK": block}
-    constants = {k: v for k, v in constants.items() if k in function.arg_names} | given
+    constants = {k: v for k, v in constants.items() if k in function.arg_names} | TILE_KERNELS[names]
     floats = ("logits", "bias", "stats", "token_scale", "coefficients")
     pointers = dict.fromkeys(floats, TYPES["fp32"]) | {"tokens": "*i64", "ids": "*i64", "running": "*fp64"}
     pointers |= dict.fromkeys(("out", "softmax"), TYPES["bf16"])
@@ -177,7 +183,7 @@ def compile_tiles(name: str, sm: int, full: bool, lean: bool) -> Row:
     source = ASTSource(
         function, _signature(function, pointers, constants), constexprs=constants, attrs=attributes
     )
-    label = f"{variant} {'full' if full else 'plain'} {'lean' if lean else ''}".strip()
+    label = f"{entry} {'full' if full else 'plain'}{' lean' if lean else ''}"
     return _triton_row(source, warps, kernel, sm, "fp32", label)
 
 
@@ -354,10 +360,7 @@ def main() -> int:
             lambda job: compile_columns(job[0], job[1], "fp32", job[2]),
             product(("column_sums_kernel", "column_grad_kernel"), (*ARCHITECTURES, *AMD), (False, True)),
         )
-        rows += pool.map(
-            lambda job: compile_tiles(*job),
-            product(TILE_KERNELS, (*ARCHITECTURES, *AMD), (False, True), (False, True)),
-        )
+        rows += pool.map(lambda job: compile_tiles(*job), TILE_JOBS)
         rows += pool.map(compile_scale, (*ARCHITECTURES, *AMD))
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)

@@ -166,7 +166,7 @@ def scale_saved_grads(ctx, grad: Tensor, recompute: Callable[[], Sequence[Tensor
 
 def _scale(x: Tensor, factor: Tensor) -> None:
     """x *= factor, a scalar. The usual 1 saves a pass over x; on a GPU the device looks, not the host."""
-    if x.is_cuda and not native.triton_missing:
+    if x.is_cuda and x.is_contiguous() and not native.triton_missing:
         # here, because triton is absent on macOS and Windows
         from .scale_triton import scale_in_place
 

@@ -28,6 +28,7 @@ from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
+from fastalign_kernels.scale_triton import scale_in_place  # noqa: E402
 from fastalign_kernels.softmax import tile_rows_triton  # noqa: E402
 
 N, H, V = 13, 16, 300
@@ -198,6 +199,16 @@ def test_launches_and_gemms_of_a_call(device, monkeypatch):
     KeptSoftmax(1.0).gradients(inputs, stats, saved, torch.ones(4, N, device=device), needs)
     assert launches == [tile_rows_triton.SOFTMAX.value] * 2, "the kept softmax is not computed again"
     assert gemms[4:] == gemms[:4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_an_upstream_gradient_scales_in_place(device, dtype):
+    x = torch.randn(5000, dtype=torch.float64).to(dtype).to(device)
+    for factor in (1.0, -0.37):
+        scaled = x.clone()
+        scale_in_place(scaled, torch.tensor(factor, dtype=torch.float64, device=device))
+        wide = x.double() if dtype == torch.float64 else x.float()
+        torch.testing.assert_close(scaled, (wide * factor).to(dtype), rtol=0, atol=0)
 
 
 def test_fp32_master_weights_get_an_fp32_gradient(device, engine):
