@@ -4,9 +4,11 @@ import contextlib
 import importlib.util
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -17,6 +19,15 @@ MODULE = re.compile(r"python3? -m ((?:tests|bench|fastalign)\b[\w.]*\w)")
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """docs/determinism.md sets the number of threads, and other tests of this process depend on it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_print_what_the_page_says(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
