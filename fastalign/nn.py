@@ -1,6 +1,7 @@
-"""The losses as modules: options in the constructor, tensors in the call, as torch.nn has it. No module owns
-parameters: the head's weight is the model's and comes with the call, so that ties, adapters and sharding stay
-the model's business. Options are checked in the constructor, tensors in the call.
+"""The losses as modules, as in torch.nn: options in the constructor, tensors in the call.
+
+No module owns parameters. The head's weight is the model's and comes with the call, so ties, adapters and
+sharding stay with the model. Options are checked in the constructor, tensors in the call.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from fastalign_kernels.preference.arguments import pair_options, unpaired_option
 
 
 class _Loss(nn.Module):
-    """Keeps the options. Each constructor checks its own by the checks of its function, so that a bad one
-    fails there."""
+    """Keeps the options.
+
+    Each constructor checks its options as its function does, so that a bad one fails there.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -84,8 +87,9 @@ class CrossEntropyLoss(_Loss):
 
 
 class LinearCrossEntropyLoss(_Loss):
-    """`fastalign.linear_cross_entropy` as a module: hidden [..., H], weight [V, H], targets [...], bias [V]
-    or None -> loss in nats.
+    """`fastalign.linear_cross_entropy` as a module; returns the loss in nats.
+
+    The call takes hidden [..., H], weight [V, H], targets [...] and bias [V] or None.
 
     The constructor takes that function's options; errors are raised as there.
     """
@@ -141,9 +145,10 @@ class LinearCrossEntropyLoss(_Loss):
 
 
 class LinearDPOLoss(_Loss):
-    """`fastalign.linear_dpo_loss` as a module: hidden [2S, T, H] (chosen rows first) or packed [N, H] with
-    cu_seqlens, weight [V, H], ids, and the reference's hidden states and weight, or its log-probabilities ->
-    LinearPreferenceLoss.
+    """`fastalign.linear_dpo_loss` as a module; returns a LinearPreferenceLoss.
+
+    The call takes hidden [2S, T, H] (chosen rows first) or packed [N, H] with cu_seqlens, weight [V, H],
+    ids, and the reference's hidden states and weight, or its log-probabilities.
 
     The constructor takes that function's options; errors are raised as there.
     """
@@ -210,9 +215,10 @@ class LinearDPOLoss(_Loss):
 
 
 class LinearKTOLoss(_Loss):
-    """`fastalign.linear_kto_loss` as a module: hidden [S, T, H] or packed [N, H] with cu_seqlens, weight [V,
-    H], ids, desirable [S] bool, kl, and the reference's hidden states and weight, or its log-probabilities ->
-    LinearUnpairedLoss.
+    """`fastalign.linear_kto_loss` as a module; returns a LinearUnpairedLoss.
+
+    The call takes hidden [S, T, H] or packed [N, H] with cu_seqlens, weight [V, H], ids, desirable [S]
+    bool, kl, and the reference's hidden states and weight, or its log-probabilities.
 
     The constructor takes that function's options; errors are raised as there.
     """
@@ -285,9 +291,10 @@ class LinearKTOLoss(_Loss):
 
 
 class LinearPPOLoss(_Loss):
-    """`fastalign.linear_ppo_loss` as a module: hidden [B, T, H] or packed [N, H], weight [V, H], ids,
-    old_logp, advantages and mask of one shape, bias [V] or None, the reference's log-probabilities ->
-    PolicyLoss.
+    """`fastalign.linear_ppo_loss` as a module; returns a PolicyLoss.
+
+    The call takes hidden [B, T, H] or packed [N, H], weight [V, H], ids, old_logp, advantages and mask of
+    one shape, bias [V] or None, and the reference's log-probabilities.
 
     The constructor takes that function's options; errors are raised as there.
     """

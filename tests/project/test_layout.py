@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,33 @@ def test_imports_flow_one_way():
         assert imported(path) - set(sys.stdlib_module_names) <= {"torch", "triton"}, path
     for path in (ROOT / "fastalign").rglob("*.py"):
         assert not imported(path) & {"tests", "bench"}, path
+
+
+def imports_within(package: str) -> dict[str, set[str]]:
+    """The modules of a package, each with those that it imports relatively when it is loaded."""
+    paths = {}
+    for path in (ROOT / package).rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found: dict[str, set[str]] = {module: set() for module in paths}
+    for module, path in paths.items():
+        above = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                source = ".".join(above[: len(above) - node.level + 1] + [node.module or ""]).rstrip(".")
+                names = {f"{source}.{alias.name}" for alias in node.names}
+                found[module] |= {name if name in paths else source for name in names} - {module}
+    return found
+
+
+def test_no_files_of_fastalign_import_each_other_in_a_circle():
+    TopologicalSorter(imports_within("fastalign")).prepare()  # raises CycleError with the circle
+
+
+def test_settings_and_results_of_the_demo_import_no_other_file_of_it():
+    imports = imports_within("fastalign")
+    for module in ("settings", "results"):
+        assert not [name for name in imports[f"fastalign.demo.{module}"] if name.startswith("fastalign.demo")]
 
 
 def test_importing_fastalign_imports_neither_transformers_nor_triton_kernels():
