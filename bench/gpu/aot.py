@@ -77,7 +77,7 @@ class Row:
         return f"gfx{self.sm}" if self.sm in AMD else f"sm_{self.sm}"
 
 
-def _signature(
+def signature(
     function: triton.JITFunction, pointers: dict[str, str], constants: Mapping[str, object]
 ) -> dict[str, str]:
     scalars = {"N": "i32", "T": "i32", "V": "i32"} | _annotated(function)
@@ -116,9 +116,9 @@ def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
         if name in pointers or name.endswith("stride")
     }
     source = ASTSource(
-        function, _signature(function, pointers, constants), constexprs=constants, attrs=attributes
+        function, signature(function, pointers, constants), constexprs=constants, attrs=attributes
     )
-    return _triton_row(source, warps, kernel, sm, dtype, "full" if full else "plain")
+    return triton_row(source, warps, kernel, sm, dtype, "full" if full else "plain")
 
 
 def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
@@ -137,8 +137,8 @@ def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
         constants |= {"BLOCK_SIZE": columns_triton.COLUMNS, "ROWS": columns_triton.ROWS}
     else:
         constants |= {"BLOCK_SIZE": columns_triton.GRAD_COLUMNS, "GATHERED": full}
-    source = ASTSource(function, _signature(function, pointers, constants), constexprs=constants)
-    return _triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
+    source = ASTSource(function, signature(function, pointers, constants), constexprs=constants)
+    return triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
 
 
 # (kernel, its entry in tile_rows_triton.LAUNCH) -> constants
@@ -181,10 +181,10 @@ def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Ro
         if arg in pointers or arg.endswith("stride")
     }
     source = ASTSource(
-        function, _signature(function, pointers, constants), constexprs=constants, attrs=attributes
+        function, signature(function, pointers, constants), constexprs=constants, attrs=attributes
     )
     label = f"{entry} {'full' if full else 'plain'}{' lean' if lean else ''}"
-    return _triton_row(source, warps, kernel, sm, "fp32", label)
+    return triton_row(source, warps, kernel, sm, "fp32", label)
 
 
 def compile_scale(sm: int) -> Row:
@@ -192,7 +192,7 @@ def compile_scale(sm: int) -> Row:
     constants: dict[str, object] = {"BLOCK": scale_triton.BLOCK}
     signature = {"x": TYPES["bf16"], "factor": TYPES["fp32"], "count": "i64", "BLOCK": "constexpr"}
     source = ASTSource(scale_triton.scale_kernel, signature, constexprs=constants)
-    return _triton_row(source, scale_triton.NUM_WARPS, "scale_kernel", sm, "bf16", "")
+    return triton_row(source, scale_triton.NUM_WARPS, "scale_kernel", sm, "bf16", "")
 
 
 def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
@@ -211,7 +211,7 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
     source = ASTSource(
         function, {name: types.get(name, TYPES[dtype]) for name in function.arg_names}, constexprs=constants
     )
-    return _triton_row(source, preference_triton.NUM_WARPS, kernel, sm, dtype, variant)
+    return triton_row(source, preference_triton.NUM_WARPS, kernel, sm, dtype, variant)
 
 
 def compile_policy(kernel: str, sm: int, variant: str) -> Row:
@@ -231,12 +231,22 @@ def compile_policy(kernel: str, sm: int, variant: str) -> Row:
     source = ASTSource(
         function, {name: types.get(name, "*fp32") for name in function.arg_names}, constexprs=constants
     )
-    return _triton_row(source, module.NUM_WARPS, kernel, sm, "fp32", variant)
+    return triton_row(source, module.NUM_WARPS, kernel, sm, "fp32", variant)
 
 
-def _triton_row(source: ASTSource, num_warps: int, kernel: str, sm: int, dtype: str, variant: str) -> Row:
+def triton_row(
+    source: ASTSource,
+    num_warps: int,
+    kernel: str,
+    sm: int,
+    dtype: str,
+    variant: str,
+    *,
+    num_stages: int | None = None,
+) -> Row:
     target = GPUTarget("hip", f"gfx{sm}", 64) if sm in AMD else GPUTarget("cuda", sm, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
+    compiled = triton.compile(source, target=target, options=options)
     if sm in AMD:
         numbers = {
             key: int(value)
@@ -325,6 +335,8 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    from .aot_epilogue import epilogue_jobs  # here, because it imports this file
+
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")
     jobs = [
@@ -364,6 +376,7 @@ def main() -> int:
         rows += pool.map(compile_scale, (*ARCHITECTURES, *AMD))
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
+        rows += pool.map(lambda job: job(), epilogue_jobs())
     rows += sampling.result() if sampling else []
     widths = {
         "kernel": 18,
