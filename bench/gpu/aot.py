@@ -235,18 +235,10 @@ def compile_policy(kernel: str, sm: int, variant: str) -> Row:
 
 
 def triton_row(
-    source: ASTSource,
-    num_warps: int,
-    kernel: str,
-    sm: int,
-    dtype: str,
-    variant: str,
-    *,
-    num_stages: int | None = None,
+    source: ASTSource, num_warps: int, kernel: str, sm: int, dtype: str, variant: str, **options: int
 ) -> Row:
     target = GPUTarget("hip", f"gfx{sm}", 64) if sm in AMD else GPUTarget("cuda", sm, 32)
-    options = {"num_warps": num_warps} | ({} if num_stages is None else {"num_stages": num_stages})
-    compiled = triton.compile(source, target=target, options=options)
+    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
     if sm in AMD:
         numbers = {
             key: int(value)

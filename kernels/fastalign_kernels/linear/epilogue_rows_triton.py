@@ -181,7 +181,11 @@ def dlogits_kernel(
     in_range = (tl.abs(prob) * 1048576.0 >= tl.abs(onehot)) & ((tl.abs(scale) > 1e-30) | (prob == 0))
     simple = (plogp == 0) & (uniform == 0) & in_range & (row_max <= reference + WINDOW)
     if ONE_REFERENCE and simple:
-        tl.store(row + token_id, at_id * slope / scale, mask=valid & (scale != 0))
+        kept_id = (at_id * slope / scale).to(kept.dtype.element_ty)
+        exact = valid & (tl.abs(at_id) > 0.5 * tl.abs(prob)) & (scale != 0)
+        tl.store(row + token_id, kept_id, mask=valid & (scale != 0))
+        # The factor takes up the target's rounding where that element is most of the gradient.
+        scale = tl.where(exact, at_id * slope / kept_id.to(tl.float32), scale)
     else:
         scale = tl.full((), 1.0, tl.float32)
         col = tl.arange(0, BN)
