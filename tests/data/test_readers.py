@@ -227,7 +227,8 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
         (
             "a.xlsx",
             b"x",
-            "a.xlsx: got a .xlsx, expected a file ending in .jsonl, .json, .parquet, .csv, .txt; all but .parquet may be comp",
+            "a.xlsx: got a .xlsx, expected a file ending in .jsonl, .json, .parquet, .csv, .txt; all but "
+            ".parquet may be comp",
         ),
         ("a.jsonl.zip", b"x", "a.jsonl.zip: got a .jsonl.zip, expected a file ending in"),
         ("a.parquet.gz", b"x", "a.parquet.gz: got a .parquet.gz, expected a file ending in"),

@@ -173,8 +173,10 @@ class TestTokenizeSft:
         thoughtful = [TALK[1], {"role": "assistant", "content": "<think>Hm.</think>Good."}]
         message = (
             (
-                r"^row 2: the answer does not begin with the generation prompt of the chat template of .*: it begins with "
-                r"'<|im_start|>assistant\nIt was great..*', and a model is asked with '<|im_start|>assistant\n<think>'"
+                r"^row 2: the answer does not begin with the generation prompt of the chat template of .*: "
+                r"it begins with "
+                r"'<|im_start|>assistant\nIt was great..*', and a model is asked with "
+                r"'<|im_start|>assistant\n<think>'"
             )
             .replace("|", "\\|")
             .replace("\\n", "\\\\n")

@@ -93,7 +93,8 @@ def test_without_a_whole_checkpoint_a_resume_is_refused(pretraining: Pretraining
     with pytest.raises(ValueError) as refused:
         pretrain.run(dataclasses.replace(config, resume=True))
     assert str(refused.value) == (
-        f"resume: no checkpoint in {config.output_dir!r} is whole (step-00000002: state.pt does not agree with manifest.sha256; "
+        f"resume: no checkpoint in {config.output_dir!r} is whole (step-00000002: state.pt does not agree "
+        "with manifest.sha256; "
         "step-00000001: it has no manifest.sha256, as where an earlier version of fastalign wrote it); "
         "bring one back from a copy, or name another output_dir"
     )

@@ -120,7 +120,8 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
     assert re.search(r"^model: [\d,]+ parameters, [\d,]+ of them trained$", shown, re.MULTILINE)
     assert re.search(r"^data: \d+ rows; 2 steps of 8, about [\d,]+ tokens each$", shown, re.MULTILINE)
     assert re.search(
-        r"^memory: about [\d.]+ GiB a step \(weights .*, gradients .*, AdamW .*, activations .*, head .*\), [\d.]+ GiB free on cpu$",
+        r"^memory: about [\d.]+ GiB a step \(weights .*, gradients .*, AdamW .*, activations .*, head .*\), "
+        r"[\d.]+ GiB free on cpu$",
         shown,
         re.M,
     )  # noqa: E501
@@ -141,7 +142,8 @@ def test_rows_fewer_than_a_batch_and_memory_that_does_not_do_are_warned_of(
         in shown
     )
     assert re.search(
-        r"warning: memory: a step is estimated to take [\d.]+ GiB and 0.00 GiB are free: lower micro_batch_size",
+        r"warning: memory: a step is estimated to take [\d.]+ GiB and 0.00 GiB are free: lower "
+        r"micro_batch_size",
         shown,
     )
 

@@ -63,8 +63,8 @@ def test_a_text_with_too_few_pairs_is_said(
 ) -> None:
     made = train(train_data, tmp_path / "made")
     assert (
-        f"a tokenizer of {len(made)} tokens (vocab_size=8192, but the text has no more pairs to merge), from 40 rows"
-        in capsys.readouterr().out
+        f"a tokenizer of {len(made)} tokens (vocab_size=8192, but the text has no more pairs to merge), "
+        "from 40 rows" in capsys.readouterr().out
     )
 
 

@@ -118,6 +118,7 @@ def test_a_rank_that_is_stopped_ends_the_others_after_the_timeout(tmp_path: Path
         stopped.kill()
         stopped.communicate()
     assert first.returncode == FAULT and shown.splitlines()[-1] == (
-        "fastalign: error: rank 1 (step 2): gives no sign of life for 0.1 minutes (timeout): stopped, or the machine is gone"
+        "fastalign: error: rank 1 (step 2): gives no sign of life for 0.1 minutes (timeout): stopped, or "
+        "the machine is gone"
     )
     assert 6 < time.monotonic() - began < 90

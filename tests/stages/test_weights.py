@@ -231,7 +231,8 @@ def test_a_checkpoint_stays_where_a_later_steps_weights_are_not_finite(
     [
         (
             {"dtype": "float16"},
-            "dtype: Value error, got float16, expected bf16=true or dtype=bfloat16: the stages have no loss scale",
+            "dtype: Value error, got float16, expected bf16=true or dtype=bfloat16: the stages have no loss "
+            "scale",
         ),
         ({"dtype": "fp16"}, "got fp16, expected bf16=true or dtype=bfloat16"),
         ({"fp16": True}, "fp16: expected bf16=true or dtype=bfloat16: the stages have no loss scale"),

@@ -350,7 +350,8 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
         ),
         (
             {"max_new_tokens": 90},
-            "a sequence of .* tokens does not fit the model's 96 .*: lower max_prompt_length or max_new_tokens",
+            "a sequence of .* tokens does not fit the model's 96 .*: lower max_prompt_length or "
+            "max_new_tokens",
         ),
         ({"reward": base}, r"reward: got .*, which holds GPT2LMHeadModel, expected a sequence classifier"),
         (
