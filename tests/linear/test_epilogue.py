@@ -200,13 +200,14 @@ def test_plan_of_blocks():
 
 
 def test_serves_what_it_can():
-    def served(dtype=torch.bfloat16, H=64, options=OPTIONS["plain"], architecture=90, V=512):
-        hidden, weight = torch.empty(4, H, dtype=dtype), torch.empty(V, H, dtype=dtype)
-        inputs = HeadInputs(hidden, weight, torch.zeros(4, dtype=torch.int64), None, options)
+    def served(dtype=torch.bfloat16, N=1024, H=64, options=OPTIONS["plain"], architecture=90, V=512):
+        hidden, weight = torch.empty(N, H, dtype=dtype), torch.empty(V, H, dtype=dtype)
+        inputs = HeadInputs(hidden, weight, torch.zeros(N, dtype=torch.int64), None, options)
         return epilogue.serves(inputs, architecture)
 
     assert served() and served(torch.float16) and served(options=HeadOptions(softcap=30.0))
     assert not served(torch.float32) and not served(torch.float64)
+    assert not served(N=1023)
     assert not served(H=60), "TMA takes rows of whole 16 bytes"
     assert not served(architecture=80) and not served(architecture=100), "not measured"
     assert not served(options=HeadOptions(tail_eps=1e-4))

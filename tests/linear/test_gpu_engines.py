@@ -367,7 +367,7 @@ def test_the_default_workspace_is_a_sixteenth_of_the_card():
 )
 def test_the_engine_on_a_card(monkeypatch, architecture, hidden_size, options, engine):
     monkeypatch.undo()
-    monkeypatch.setattr(engines, "_architecture", lambda index: architecture)
+    monkeypatch.setattr(engines, "architecture", lambda index: architecture)
     monkeypatch.setattr(engines, "_card_bytes", lambda index: 80 * 2**30)
     with FakeTensorMode():
         hidden = torch.empty(8192, hidden_size, dtype=torch.bfloat16, device="cuda")

@@ -1,0 +1,88 @@
+"""Ahead-of-time compilation of the kernels of linear/epilogue.py, for `python -m bench.gpu.aot`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import triton
+from triton.compiler import ASTSource
+
+from fastalign_kernels.linear import epilogue, epilogue_rows_triton, epilogue_triton
+
+from .aot import Row, signature, triton_row
+
+EPILOGUE_POINTERS = {
+    "ids": "*i64",
+    "order": "*i32",
+    "count": "*i32",
+    "gathered_ids": "*i64",
+    **dict.fromkeys(("state", "tiles", "stats", "coefficients", "row_scale", "source"), "*fp32"),
+    **dict.fromkeys(("hidden", "weight", "bias", "gathered", "kept", "out"), "*bf16"),
+}
+EPILOGUE_CONSTANTS: dict[str, dict[str, object]] = {
+    "compact_kernel": {"BLOCK": 4096},
+    "gather_kernel": {"HAS_BIAS": True, "ONE_REFERENCE": True, "NEW": True, "BM": 32, "SAMPLE": 64, "BK": 64},
+    "merge_kernel": {"ENTROPY": True, "MEAN": True, "ROWS": 32, "TILES": 32},
+    "dlogits_kernel": {
+        "CROSS_ENTROPY": False,
+        "ONE_REFERENCE": True,
+        "SCALE_HIDDEN": True,
+        "BN": 256,
+        "TILES": 16,
+    }
+    | {"KEPT_SCALE": 1.0, "BLOCK": 1024},
+    "scatter_kernel": {"SCALED": True, "BLOCK": 1024},
+}
+
+
+def compile_forward(sm: int, variant: str) -> Row:
+    """epilogue_triton's forward kernel with all statistics; `variant`: small or large H, or a softcap."""
+    tiles = epilogue.tiles_for(sm, 8192 if variant == "large" else 1024)
+    function = epilogue_triton.forward_kernel
+    constants: dict[str, object] = {
+        "HAS_BIAS": False,
+        "HAS_SOFTCAP": variant == "softcap",
+        "ENTROPY": True,
+        "MEAN": True,
+    }
+    constants |= {"KEEP": True, "KEPT_SCALE": 1.0, "PROGRAMS": 132, "bias": None, "FLATTEN": tiles.flatten}
+    constants |= {"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": tiles.group, "PARTS": tiles.parts}
+    constants |= {"BRANCH": tiles.branch}
+    pointers = EPILOGUE_POINTERS | {
+        "hidden": f"tensordesc<bf16[{tiles.bm}, {tiles.bk}]>",
+        "weight": f"tensordesc<bf16[{tiles.bn}, {tiles.bk}]>",
+        "kept": f"tensordesc<bf16[{tiles.bm}, {tiles.bn // tiles.parts}]>",
+    }
+    source = _epilogue_source(function, constants, pointers)
+    return triton_row(source, tiles.warps, "forward_kernel", sm, "bf16", variant, num_stages=tiles.stages)
+
+
+def compile_around_forward(kernel: str, sm: int) -> Row:
+    """The kernels before and after it, in bf16."""
+    function = getattr(epilogue_triton if kernel == "merge_kernel" else epilogue_rows_triton, kernel)
+    constants = EPILOGUE_CONSTANTS[kernel] | (
+        {"HAS_SOFTCAP": False} if "HAS_SOFTCAP" in function.arg_names else {}
+    )
+    source = _epilogue_source(function, constants, EPILOGUE_POINTERS)
+    return triton_row(source, 8 if kernel == "dlogits_kernel" else 4, kernel, sm, "bf16", "epilogue")
+
+
+def _epilogue_source(
+    function: triton.JITFunction, constants: Mapping[str, object], pointers: dict[str, str]
+) -> ASTSource:
+    types = pointers | {"first": "i32", "rows": "i32", "H": "i32", "col_tiles": "i32", "sample": "i32"}
+    aligned = [name for name in function.arg_names if types.get(name, "").startswith("*")]
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(function.arg_names)
+        if name not in constants and (name in aligned or name in ("H", "V", "rows", "kept_stride"))
+    }
+    return ASTSource(function, signature(function, types, constants), constexprs=constants, attrs=attributes)
+
+
+def epilogue_jobs() -> list[Callable[[], Row]]:
+    """Compilations for the architectures that the engine has tiles for."""
+    variants = [(90, "small"), (90, "large"), (90, "softcap"), (100, "small")]
+    jobs: list[Callable[[], Row]] = [partial(compile_forward, *variant) for variant in variants]
+    return jobs + [partial(compile_around_forward, kernel, 90) for kernel in EPILOGUE_CONSTANTS]
