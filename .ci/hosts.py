@@ -37,7 +37,8 @@ def newest(arguments: list[str]) -> int:
     }
     for package in dict.fromkeys((*PACKAGES, *changed)):
         print(
-            f"{package}: {changed.get(package, installed(package))}, in this environment {installed(package)}",
+            f"{package}: {changed.get(package, installed(package))}, "
+            f"in this environment {installed(package)}",
             flush=True,
         )
     if not changed:

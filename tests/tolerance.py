@@ -36,6 +36,7 @@ def assert_no_worse_than_eager(
     excess = (ours - truth).abs() - allowed
     worst = excess.argmax()
     assert excess[worst] <= 0, (
-        f"{what}: element {int(worst)} is {ours[worst]:.9g}, truth {truth[worst]:.9g}, error {(ours - truth)[worst].abs():.3g}, "
+        f"{what}: element {int(worst)} is {ours[worst]:.9g}, truth {truth[worst]:.9g}, "
+        f"error {(ours - truth)[worst].abs():.3g}, "
         f"eager's {(eager - truth)[worst].abs():.3g} (largest {(eager - truth).abs().max():.3g})"
     )

@@ -26,7 +26,8 @@ def run_as_two_ranks(script: str, folder: Path) -> None:
 def be_a_rank(run_rank: Callable[[Path, int], None]) -> None:
     """What such a script does: `run_rank(folder, rank)` of its arguments, and the end of the process."""
     run_rank(Path(sys.argv[1]), int(sys.argv[2]))
-    # Not by return: gloo's threads live on, and one that drops a tensor while the interpreter shuts down ends the
-    # process with "terminate called without an active exception" (seen once in CI, on a rank with nothing to save).
+    # Not by return: gloo's threads live on, and one that drops a tensor while the interpreter shuts down ends
+    # the process with "terminate called without an active exception" (seen once in CI, on a rank with nothing
+    # to save).
     sys.stderr.flush()
     os._exit(0)

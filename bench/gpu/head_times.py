@@ -1,9 +1,9 @@
 """Times and peaks of the head on this GPU: `python -m bench.gpu.head_times [--json FILE] [--seconds S]`.
 
 For each shape: bare GEMMs, the public functions forward and backward, each engine by itself, PyTorch eager
-and compiled, and the prototypes if `--prototypes FILE` names head_prototypes.py. Medians of CUDA events; peaks of
-torch's allocator beyond the inputs. Each case stands alone: what fails is written down, and the next begins.
-`--tune` times the row kernels over BLOCK and warps instead.
+and compiled, and the prototypes if `--prototypes FILE` names head_prototypes.py. Medians of CUDA events;
+peaks of torch's allocator beyond the inputs. Each case stands alone: what fails is written down, and the
+next begins. `--tune` times the row kernels over BLOCK and warps instead.
 """
 
 from __future__ import annotations
@@ -288,7 +288,9 @@ def tune(arguments: argparse.Namespace) -> None:
         calls: dict[str, tuple[str, Callable[[], None]]] = {
             "stats": (f"stats_{suffix}", functools.partial(rows.tile_stats, tile, lines, softmaxes)),
             "loss": (f"loss_{suffix}", functools.partial(rows.tile_loss, tile, lines, softmaxes, loss, out)),
-            "given": (f"given_{suffix}", functools.partial(rows.tile_grad, tile, lines, softmaxes, given, out)),
+            "given": (
+                f"given_{suffix}", functools.partial(rows.tile_grad, tile, lines, softmaxes, given, out)
+            ),
             "softmax": (
                 f"softmax_{suffix}", functools.partial(rows.tile_softmax, tile, lines, softmaxes, out, 1.0)
             ),

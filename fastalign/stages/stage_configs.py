@@ -18,7 +18,7 @@ from .config import CONFIG, Options, TrainConfig
 
 
 def _pair_loss_types() -> tuple[str, ...]:
-    """The names of `dpo_loss`'s losses, read from the table's source: importing the table would import torch."""
+    """The names of `dpo_loss`'s losses, read from the table's source: its import would import torch."""
     package = find_spec("fastalign_kernels")
     assert package is not None and package.origin is not None
     source = Path(package.origin).parent.joinpath("preference", "formulas.py").read_text(encoding="utf-8")

@@ -50,8 +50,8 @@ def test_a_report_renders_from_what_was_measured(
     checks = [{"name": "memcheck", "status": "failed", "seconds": 4.2}]
     assert "### Checks\n\n- memcheck: failed, 4.2 s\n" in markdown.render({**results, "checks": checks})
     assert (
-        "| method | ms, median (min to max) | times copy | peak MiB beyond inputs | error, loss | error, d logits |"
-        in text
+        "| method | ms, median (min to max) | times copy | peak MiB beyond inputs | "
+        "error, loss | error, d logits |" in text
     )
     assert "| **fastalign** |" in text and "| **5** |" in text and "| 9 |" in text
     assert "- absent: absent: on holiday" in text and "- wrong: wrong: d logits" in text

@@ -51,7 +51,10 @@ def test_a_failing_a_missing_and_a_slow_part_are_recorded_and_the_benchmark_stil
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def benchmark(output: Path, seconds: float) -> Part:
-        code = f'import pathlib; pathlib.Path({str(output)!r}).write_text(\'{{"machine_info": {{}}, "cases": [1]}}\')'
+        code = (
+            f"import pathlib; pathlib.Path({str(output)!r})"
+            '.write_text(\'{"machine_info": {}, "cases": [1]}\')'
+        )
         return Part("benchmark", python(code), seconds)
 
     monkeypatch.setattr(gpu_check, "benchmark", benchmark)

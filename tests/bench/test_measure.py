@@ -153,7 +153,8 @@ def test_where_there_is_no_way_to_tell_it_is_refused_by_name(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_peak_memory_on_a_gpu(targets: str, tmp_path: Path) -> None:
     (tmp_path / "measured_gpu.py").write_text(
-        f"import torch\ndef filled(mib):\n    return lambda: torch.ones(mib * {MIB} // 4, device='cuda').add(1)\n"
+        "import torch\n"
+        f"def filled(mib):\n    return lambda: torch.ones(mib * {MIB} // 4, device='cuda').add(1)\n"
     )
     assert peak_memory("measured_gpu:filled", {"mib": 64}, device="cuda") == 128  # the ones and the sum
 

@@ -12,8 +12,8 @@ TINY = Shape(48, 32, 333)
 
 
 FILES = (
-    "linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "linear_ppo", "token_stats", "cross_entropy", "ppo_loss", "gae",
-    "whiten", "reward", "steps", "tail",
+    "linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "linear_ppo", "token_stats",
+    "cross_entropy", "ppo_loss", "gae", "whiten", "reward", "steps", "tail",
 )  # fmt: skip
 
 

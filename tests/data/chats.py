@@ -55,7 +55,7 @@ def build(template: str | None = None, *, bos: bool = False, trim: bool = False)
 
 
 def trained_text(tokenizer: PreTrainedTokenizerFast, sequence: Tokenized) -> str:
-    return str(tokenizer.decode([id for id, train in zip(*sequence, strict=True) if train]))
+    return str(tokenizer.decode([token for token, train in zip(*sequence, strict=True) if train]))
 
 
 def sequence(*ids: int, trained: Sequence[bool] | None = None) -> Tokenized:

@@ -19,7 +19,10 @@ PARTS = CHATML.replace(
 
 EITHER = CHATML.replace(
     "{{ m['content'] }}",
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}",
+    (
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endif %}"
+    ),
 )
 
 
@@ -78,7 +81,10 @@ def test_a_key_that_the_template_does_not_read_is_refused_by_row(
 ) -> None:
     with pytest.raises(
         DataError,
-        match=rf"a\.jsonl, row 2: column 'messages' has messages with the key '{key}', which the chat template of",
+        match=(
+            rf"a\.jsonl, row 2: column 'messages' has messages with the key '{key}', "
+            "which the chat template of"
+        ),
     ):
         sft_text(tmp_path, CHATML, {"messages": TALK}, {"messages": [ASKED, GOOD | {key: value}]})
     reading = CHATML.replace("{{ m['content'] }}", "{{ m['content'] }}{{ m." + key + " }}")
@@ -120,12 +126,18 @@ def test_reasoning_reaches_the_template_under_the_name_that_it_reads(
             "name content",
         ),
         (
-            "{% set ns = namespace(m=messages[0]) %}{{ ns.m['a'] }}{% set ns.x = messages | last %}{{ ns.x.b }}",
+            (
+                "{% set ns = namespace(m=messages[0]) %}{{ ns.m['a'] }}"
+                "{% set ns.x = messages | last %}{{ ns.x.b }}"
+            ),
             "a b",
             "c",
         ),
         (
-            "{% macro say(q) %}{{ q.get('a') }}{% if 'b' in q %}{% endif %}{% endmacro %}{{ say(messages[-1]) }}",
+            (
+                "{% macro say(q) %}{{ q.get('a') }}{% if 'b' in q %}{% endif %}"
+                "{% endmacro %}{{ say(messages[-1]) }}"
+            ),
             "a b",
             "c",
         ),
@@ -136,7 +148,10 @@ def test_reasoning_reaches_the_template_under_the_name_that_it_reads(
             "c",
         ),
         (
-            "{% set rest = messages[1:] if messages[0].a else messages %}{% for m in rest %}{{ m.b }}{% endfor %}",
+            (
+                "{% set rest = messages[1:] if messages[0].a else messages %}"
+                "{% for m in rest %}{{ m.b }}{% endfor %}"
+            ),
             "a b",
             "c",
         ),

@@ -52,7 +52,10 @@ def test_an_answer_that_repeats_a_part_of_its_prompt_is_refused_by_row(
     )
     with pytest.raises(
         DataError,
-        match=r"row 2: column 'completion' begins with a turn of role '(user|system)' where column 'prompt' ends in",
+        match=(
+            r"row 2: column 'completion' begins with a turn of role '(user|system)' "
+            r"where column 'prompt' ends in"
+        ),
     ):
         tokenize_sft(rows, build(CHATML), max_length=512)
 
@@ -106,7 +109,10 @@ def test_sharegpt_conversations_are_read_as_messages(tmp_path: Path) -> None:
             sft_text(tmp_path, CHATML, {"conversations": told}, {"conversations": [*told, bad]})
     with pytest.raises(
         DataError,
-        match="row 1: column 'chosen': got the keys from, value, expected .*; rename ShareGPT's 'from' and 'value'",
+        match=(
+            "row 1: column 'chosen': got the keys from, value, expected .*; "
+            "rename ShareGPT's 'from' and 'value'"
+        ),
     ):
         tokenize_pairs(
             rows_of(tmp_path, {"prompt": [ASKED], "chosen": told, "rejected": told[:1]}),
@@ -183,7 +189,10 @@ def test_rows_that_are_too_long_are_refused_left_out_or_cut_and_counted(tmp_path
     rows = [short, long, short]
     with pytest.raises(
         DataError,
-        match=rf"a\.jsonl, row 2: longer than {limit} \(too_long=refuse; drop leaves such rows out, truncate cuts them\)$",
+        match=(
+            rf"a\.jsonl, row 2: longer than {limit} "
+            r"\(too_long=refuse; drop leaves such rows out, truncate cuts them\)$"
+        ),
     ):
         tokens(tmp_path, CHATML, rows, max_length=8, too_long="refuse")
     with pytest.warns(UserWarning, match=rf"a\.jsonl, row 2: longer than {limit}, left out \(1 of 3 rows\)$"):

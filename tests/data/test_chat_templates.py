@@ -43,7 +43,10 @@ def test_a_template_that_fails_is_an_error_of_the_row(fault: str, message: str) 
     ("fault", "row"),
     [
         (
-            "{% for i in range(99999) %}{% for j in range(99999) %}{% if i + j < 0 %}x{% endif %}{% endfor %}{% endfor %}",
+            (
+                "{% for i in range(99999) %}{% for j in range(99999) %}{% if i + j < 0 %}x{% endif %}"
+                "{% endfor %}{% endfor %}"
+            ),
             2,
         ),
         (

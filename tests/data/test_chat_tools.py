@@ -12,7 +12,10 @@ from fastalign.data import DataError, load_rows, tokenize_prompts, tokenize_sft
 from tests.data.chats import CHATML, build
 from tests.data.messages import ASKED, GOOD, TALK, chatml, rows_of, sft_text, shown
 
-SAYS_CALLS = "{{ m['content'] }}{% for c in m['tool_calls'] %}<call>{{ c['function']['name'] }} {{ ARGUMENTS }}</call>{% endfor %}"
+SAYS_CALLS = (
+    "{{ m['content'] }}{% for c in m['tool_calls'] %}"
+    "<call>{{ c['function']['name'] }} {{ ARGUMENTS }}</call>{% endfor %}"
+)
 
 
 CALLS = CHATML.replace(

@@ -35,8 +35,8 @@ class TestPack:
         generator = random.Random(capacity)
         lengths = [generator.randint(1, capacity) for _ in range(500)]
         bins = pack(lengths, capacity)
-        assert sorted(index for bin in bins for index in bin) == list(range(500))
-        assert all(sum(lengths[index] for index in bin) <= capacity for bin in bins)
+        assert sorted(index for row in bins for index in row) == list(range(500))
+        assert all(sum(lengths[index] for index in row) <= capacity for row in bins)
         assert len(bins) <= 11 / 9 * -(-sum(lengths) // capacity) + 1  # the sum's bound is below the optimum
         assert pack(lengths, capacity) == bins
 
@@ -153,7 +153,7 @@ def random_rows() -> list[list[Tokenized]]:
 def fp64_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     # Eager attention asks for an fp32 softmax, which alone would hide errors below 1e-7.
     softmax = torch.nn.functional.softmax
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda input, dim, dtype=None: softmax(input, dim))
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
 def varlen(

@@ -1,5 +1,5 @@
-"""The process that renders chat templates: however it ends, its error is one of the row, and the next text comes
-from a new process."""
+"""The process that renders chat templates: however it ends, its error is one of the row, and the next text
+comes from a new process."""
 
 import os
 import signal

@@ -48,7 +48,7 @@ class TestTokenizeText:
         whole = [*tokenizer(text)["input_ids"], 0]
         pieces = tokenize_text(Dataset.from_dict({"text": [text]}), tokenizer, max_length=max_length)
         assert max(len(piece.input_ids) for piece in pieces) <= max_length
-        assert [id for piece in pieces for id, train in zip(*piece, strict=True) if train] == whole[1:]
+        assert [token for piece in pieces for token, train in zip(*piece, strict=True) if train] == whole[1:]
         # Each piece begins with the token before its first target.
         firsts = [piece.input_ids[0] for piece in pieces]
         assert firsts == [whole[i * (max_length - 1)] for i in range(len(pieces))]

@@ -109,7 +109,10 @@ def test_what_cannot_be_fetched_is_refused_in_pips_words(
     stand_in_for_pip(monkeypatch, "No matching distribution found\n", None)
     with pytest.raises(
         ValueError,
-        match=r"(?s)pip could not fetch vaderSentiment==0.5; give .*--data FILE.*No matching distribution found",
+        match=(
+            r"(?s)pip could not fetch vaderSentiment==0.5; give .*--data FILE.*"
+            r"No matching distribution found"
+        ),
     ):
         fetch(tmp_path)
     stand_in_for_pip(monkeypatch, "", b"something else")

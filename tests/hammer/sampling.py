@@ -130,7 +130,8 @@ def same(ours: Sample, other: Sample, rows: Tensor) -> None:
         theirs = theirs[rows]
         equal = (own == theirs) | ((own != own) & (theirs != theirs))
         assert equal.all(), (
-            f"{name} of row {int(rows[(~equal).nonzero()[0, 0]])} depends on more than the row: {own} and {theirs}"
+            f"{name} of row {int(rows[(~equal).nonzero()[0, 0]])} depends on more than the row: "
+            f"{own} and {theirs}"
         )
 
 

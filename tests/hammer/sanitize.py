@@ -79,7 +79,8 @@ def main() -> int:
     print(f"sanitize: built in {time.time() - began:.0f} s", flush=True)
     run = environment()
     probe = (
-        "from fastalign_kernels import native; assert 'sanitized' in str(native.LIBRARY) and not native.missing, native.missing; "
+        "from fastalign_kernels import native; "
+        "assert 'sanitized' in str(native.LIBRARY) and not native.missing, native.missing; "
         "print('own' if native.has_own_gemm() else 'torch')"
     )
     found = subprocess.run([sys.executable, "-c", probe], env=run, cwd=ROOT, capture_output=True, text=True)
@@ -108,7 +109,8 @@ def main() -> int:
         name for name, command in commands.items() if subprocess.run(command, cwd=ROOT, env=run).returncode
     ]
     print(
-        f"sanitize: {', '.join(failed) or 'nothing'} failed; GEMM: {run['FASTALIGN_GEMM']}; {time.time() - began:.0f} s"
+        f"sanitize: {', '.join(failed) or 'nothing'} failed; GEMM: {run['FASTALIGN_GEMM']}; "
+        f"{time.time() - began:.0f} s"
     )
     return 1 if failed else 0
 

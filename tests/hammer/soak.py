@@ -6,8 +6,8 @@ killed.
     python -m tests.hammer.soak --kills 50 --seed 7 --only ppo
 
 About a quarter of the kills come at a random time. The others are aimed at a moment of windows.py, which are
-found by running once and listing them. A run is killed up to three times before it may finish. The seed chooses
-stages and moments; a kill at a random time depends on the machine too.
+found by running once and listing them. A run is killed up to three times before it may finish. The seed
+chooses stages and moments; a kill at a random time depends on the machine too.
 
 Each run is a fork of this process, which has imported torch and transformers: a kill costs a second, not ten.
 """

@@ -48,9 +48,9 @@ def surprise(counts: torch.Tensor, p: torch.Tensor) -> float:
     """
     n = counts.sum().item()
     cells: dict[object, list[float]] = {}
-    for id, (count, expected) in enumerate(zip(counts.tolist(), (p * n).tolist())):
+    for token, (count, expected) in enumerate(zip(counts.tolist(), (p * n).tolist())):
         if expected > 0:
-            key = id if expected >= 10 else round(2 * math.log(expected))
+            key = token if expected >= 10 else round(2 * math.log(expected))
             cell = cells.setdefault(key, [0.0, 0.0])
             cell[0] += count
             cell[1] += expected

@@ -33,7 +33,10 @@ def test_status_says_what_is_native_and_why_not(monkeypatch):
 def test_the_environment_chooses_the_gemm(wanted, said):
     if wanted == "own" and not native.has_own_gemm():
         said = "FASTALIGN_GEMM: got 'own', expected torch"
-    code = "from fastalign_kernels import native; print(('own' if native.own_gemm() else 'torch', native.status()[2][2]))"
+    code = (
+        "from fastalign_kernels import native; "
+        "print(('own' if native.own_gemm() else 'torch', native.status()[2][2]))"
+    )
     environment = {**os.environ, "FASTALIGN_GEMM": wanted}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert said in run.stdout + run.stderr and (run.returncode == 0) == ("FASTALIGN_GEMM:" not in run.stderr)
@@ -87,7 +90,8 @@ def test_without_the_library_the_package_says_so_and_works(tmp_path):
     )
     code = (
         "import torch, fastalign_kernels as k; from fastalign_kernels import native; "
-        "print(native.LIBRARY.parent, k.linear_cross_entropy(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])).item())"
+        "print(native.LIBRARY.parent, "
+        "k.linear_cross_entropy(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])).item())"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(

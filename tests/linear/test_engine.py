@@ -41,7 +41,7 @@ def test_workspace_holds(monkeypatch):
 
 
 def test_the_plan():
-    """The table at the top of linear/cross_entropy.py, and chunks as large and as even as the workspace lets them be."""
+    """The table at the top of linear/cross_entropy.py, and chunks as large and even as memory allows."""
 
     def plan(N=2048, H=576, V=49152, dtype=torch.float32, device="cpu", **options):
         return plan_head(N, H, V, dtype=dtype, device=device, **options)

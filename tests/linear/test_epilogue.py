@@ -1,7 +1,7 @@
 """The engine with the statistics in the GEMM's epilogue, against the fp64 specification of the row kernels.
 
-Its kernels run in Triton's interpreter without a GPU. That reads bf16 tensor descriptors wrongly, so the tests
-run in fp32, which takes bf16's way through the engine, and in fp16, which takes the other."""
+Its kernels run in Triton's interpreter without a GPU. That reads bf16 tensor descriptors wrongly, so the
+tests run in fp32, which takes bf16's way through the engine, and in fp16, which takes the other."""
 
 import pytest
 import torch

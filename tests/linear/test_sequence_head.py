@@ -209,7 +209,9 @@ def pair(tokens, workspace_mib):
     hidden = torch.ones(2, tokens, {H}, requires_grad=True)
     weight = torch.zeros(8192, {H}, requires_grad=True)
     ids, reference = torch.arange(2 * tokens).view(2, tokens) % 8192, torch.zeros(2)
-    return lambda: linear_dpo_loss(hidden, weight, ids, reference_logps=reference, workspace_mib=workspace_mib).loss.backward()
+    return lambda: linear_dpo_loss(
+        hidden, weight, ids, reference_logps=reference, workspace_mib=workspace_mib
+    ).loss.backward()
 """
 
 

@@ -31,8 +31,10 @@ MIB = 2**20
 def tail_ref(
     given: dict[str, Tensor], dz: Tensor, eps: float, tokens: int, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula of linear/tail_columns.py for exact dlogits [N, V] and blocks of `tokens` tokens, without softcap:
-    gradients of hidden, weight, bias."""
+    """Gradients of hidden, weight and bias by the formula of linear/tail_columns.py, without softcap.
+
+    `dz` has the exact dlogits [N, V]; a block has `tokens` tokens.
+    """
     hidden, weight, bias, ids = (given[name].detach() for name in ("hidden", "weight", "bias", "ids"))
     P = ((hidden @ weight.t() + bias) / temperature).softmax(-1)
     approximate = dz.clone()

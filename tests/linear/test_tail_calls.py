@@ -41,8 +41,8 @@ def test_opcheck() -> None:
     ids = given["ids"].clamp(min=-1)
     options, needs = HeadOptions(tail_eps=EPS).numbers(), [True, True, True]
     head = (given["hidden"], given["weight"], ids, given["bias"], options, needs)
-    # Beyond what was kept the saved tensors hold whatever memory held, so that two runs differ there; test_compile
-    # covers the rest.
+    # Beyond what was kept the saved tensors hold whatever memory held, so that two runs differ there;
+    # test_compile covers the rest.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     ops = torch.ops.fastalign
     torch.library.opcheck(ops.head_stats_saving.default, head, test_utils=checks)

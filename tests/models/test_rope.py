@@ -97,7 +97,10 @@ def test_a_rollout_on_one_side_of_the_switch_is_that_of_full_forwards(
 def test_a_rollout_across_the_longrope_switch_is_refused_before_it_begins(lengths: tuple[int, ...]) -> None:
     model = phi3()
     model.register_forward_hook(lambda *_: pytest.fail("the model ran"))
-    message = r"max_new_tokens: got 14 after prompts of \d+ to \d+ tokens, .* 16 tokens \(original_max_position_embeddings of its longrope"
+    message = (
+        r"max_new_tokens: got 14 after prompts of \d+ to \d+ tokens, .* "
+        r"16 tokens \(original_max_position_embeddings of its longrope"
+    )
     with pytest.raises(ValueError, match=message):
         roll_out(model, *prompts(*lengths), 14)
 
@@ -133,7 +136,10 @@ def test_a_packed_row_across_the_switch_is_off_and_refused_by_lengths() -> None:
         check_packing(model, lengths=[20, 8])
     with pytest.raises(
         ValueError,
-        match="lengths: got None, expected those of the sequences to pack, because Phi3ForCausalLM changes at 16",
+        match=(
+            "lengths: got None, expected those of the sequences to pack, "
+            "because Phi3ForCausalLM changes at 16"
+        ),
     ):
         check_packing(model)
     check_packing(llama(), lengths=[8, 16])

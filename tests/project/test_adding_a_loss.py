@@ -1,4 +1,4 @@
-"""CONTRIBUTING's steps for a loss of pairs, done on a copy of the package: everything else serves the loss."""
+"""CONTRIBUTING's steps for a loss of pairs, done on a copy of the package: all else serves the loss."""
 
 import os
 import shutil

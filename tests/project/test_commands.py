@@ -71,7 +71,8 @@ def write_data(folder: Path) -> None:
     for name, made in more.items():
         write(folder / name, [first[name], *made])
     (folder / "sft.yaml").write_text(
-        "model: runs/base/model\ntrain_data: chats.jsonl\noutput_dir: runs/sft-2\nbatch_size: 8\ndevice: cpu\n"
+        "model: runs/base/model\ntrain_data: chats.jsonl\n"
+        "output_dir: runs/sft-2\nbatch_size: 8\ndevice: cpu\n"
     )
     save_base(folder / "my-model", save_tokenizer(folder / "my-tokenizer", chat_template=CHAT), length=300)
 

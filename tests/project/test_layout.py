@@ -68,7 +68,11 @@ def test_settings_and_results_of_the_demo_import_no_other_file_of_it():
 
 
 def test_importing_fastalign_imports_neither_transformers_nor_triton_kernels():
-    code = "import sys, fastalign; print([m for m in ('transformers', 'datasets', 'fastalign_kernels.softmax.rows_triton') if m in sys.modules])"
+    code = (
+        "import sys, fastalign; "
+        "print([m for m in ('transformers', 'datasets', 'fastalign_kernels.softmax.rows_triton') "
+        "if m in sys.modules])"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 
@@ -128,7 +132,8 @@ def test_an_absent_name_is_an_attribute_error():
 def test_a_compiled_function_may_be_the_first_to_use_a_name():
     code = """
 import fastalign, torch
-compiled = torch.compile(lambda logits, targets: fastalign.cross_entropy(logits, targets), fullgraph=True, backend="eager")
+loss = lambda logits, targets: fastalign.cross_entropy(logits, targets)
+compiled = torch.compile(loss, fullgraph=True, backend="eager")
 print(float(compiled(torch.zeros(2, 4), torch.tensor([0, 1]))) > 0)
 """
     assert in_a_fresh_interpreter(code) == "True"
@@ -143,8 +148,10 @@ done
 
 
 def test_the_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
-    """Built by pip as a user builds it, with a compiler that writes one word: compiling csrc/ takes minutes, and
-    `make setup` has done it."""
+    """Built by pip as a user builds it, with a compiler that writes one word.
+
+    Compiling csrc/ takes minutes, and `make setup` has done it.
+    """
     pytest.importorskip("wheel", reason="building a wheel needs the package wheel")
     sources = tmp_path / "source"  # a copy: building in place would leave build/ in the checkout
     subprocess.run(["git", "clone", "--quiet", "--depth", "1", f"file://{ROOT}", str(sources)], check=True)

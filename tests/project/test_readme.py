@@ -82,7 +82,8 @@ def test_a_row_is_bold_where_its_least_is() -> None:
     case = {"name": "linear_cross_entropy fp32", "shape": SHAPE, "ceilings": ["3 bare GEMMs"], "rows": rows}
     lines = readme.head({"machine_info": INFO, "cases": [case]}).splitlines()
     assert lines[0].startswith(
-        "| fp32, forward and backward unless said; A Processor, 2 threads; N 256, H 576, V 49152 | fastalign | torch.compile |"
+        "| fp32, forward and backward unless said; A Processor, 2 threads; "
+        "N 256, H 576, V 49152 | fastalign | torch.compile |"
     )
     assert lines[2] == "| `linear_cross_entropy`, times 3 GEMMs | 2.00 | – | – | **1.50** | – | – |"
     assert lines[3] == "| its peak MiB beyond inputs | **50** | – | – | 1,400 | – | – |"
@@ -121,7 +122,8 @@ def test_the_table_of_losses_names_what_was_measured() -> None:
     first = {"name": "linear_dpo fp32", "shape": SHAPE, "rows": {OURS: row(None), EAGER: row(1.0)}}
     lines = readme.losses({"machine_info": INFO, "cases": [first, other, whole, policy]}).splitlines()
     assert lines[0].startswith(
-        "| forward and backward, times PyTorch; fp32; A Processor, 2 threads | fastalign | with `tail_eps=2**-14` |"
+        "| forward and backward, times PyTorch; fp32; A Processor, 2 threads | "
+        "fastalign | with `tail_eps=2**-14` |"
     )
     assert lines[2:] == [
         "| `linear_dpo`; SmolLM2's softmax; N 256, V 49152 | 0.50 | **0.25** | – | 1.50 |",

@@ -1,4 +1,4 @@
-"""Tiny random transformers models, prompts of several lengths, and their greedy continuation in plain PyTorch."""
+"""Tiny random transformers models, prompts of several lengths, and their greedy continuation in PyTorch."""
 
 from __future__ import annotations
 

@@ -200,8 +200,10 @@ def test_numbers_beyond_32_bits():
 
 @pytest.mark.skipif(bool(native.missing), reason=f"the native library is not there: {native.missing}")
 def test_every_element_type_rounds_to_nearest_even():
-    """The integer conversions of csrc/common/dtypes.h against torch's, over every 16-bit pattern and fp32 values
-    between two of them."""
+    """The integer conversions of csrc/common/dtypes.h against torch's.
+
+    Over every 16-bit pattern and fp32 values between two of them.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
         finite = patterns[patterns.isfinite()].float()

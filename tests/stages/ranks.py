@@ -1,7 +1,7 @@
 """Two ranks of a stage without torchrun: forks of one process that has imported torch and transformers.
 
-torchrun starts three interpreters for each run, which takes ten seconds. The tests of `sft`, of PPO and of the
-watch start it: a rank here ends without Python's clean-up, where a rank once hung.
+torchrun starts three interpreters for each run, which takes ten seconds. The tests of `sft`, of PPO and of
+the watch start it: a rank here ends without Python's clean-up, where a rank once hung.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ RANKS.set_forkserver_preload(["tests.stages.ranks", "fastalign.stages.ppo", "fas
 
 
 def run_rank(rank: int, port: int, log: str, module: str, arguments: tuple[str, ...]) -> None:
-    """What a rank does: `python -m module arguments` in torchrun's environment, its output in the file `log`."""
+    """What a rank does: `python -m module arguments` in torchrun's environment, its output in file `log`."""
     number = os.open(log, os.O_CREAT | os.O_WRONLY)
     os.dup2(number, 1)
     os.dup2(number, 2)

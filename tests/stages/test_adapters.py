@@ -196,7 +196,10 @@ def test_a_base_is_found_from_any_working_directory_and_after_a_move(
         shutil.rmtree(moved / "base")
         with pytest.raises(
             ValueError,
-            match="model: got the adapters in '.*', whose base model is neither of .*base/model'.*base_model_name_or",
+            match=(
+                "model: got the adapters in '.*', whose base model is neither of "
+                ".*base/model'.*base_model_name_or"
+            ),
         ):
             load_architecture(str(moved / "near" / "model"))
     finally:

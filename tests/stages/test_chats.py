@@ -15,7 +15,10 @@ from fastalign import cli
 from fastalign.stages import adapters, dpo, kto, loading, merge, ppo, ppo_rollouts, pretrain, reward, sft
 from tests.stages.tiny import LLAMA, lines, save_base, save_tokenizer, sentence, write
 
-CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 STAGES: dict[str, tuple[Any, Any]] = {
     "sft": (sft, sft.SFTConfig),
     "dpo": (dpo, dpo.DPOConfig),

@@ -302,8 +302,12 @@ def test_the_files_of_other_commands_are_renamed_when_they_are_on_the_disk(
     path = tmp_path / "dpo" / table
     flip(path, place=path.stat().st_size - 3, bit=2)
     with pytest.raises(ValueError, match=r"reference: .*safetensors is damaged: its hash .* delete it"):
-        dpo.run(dpo.DPOConfig(**options, train_data=pairs, output_dir=str(tmp_path / "dpo2"), reference="precomputed", max_length=64,
-                              reference_dir=str(tmp_path / "dpo")))  # fmt: skip
+        dpo.run(
+            dpo.DPOConfig(
+                **options, train_data=pairs, output_dir=str(tmp_path / "dpo2"), max_length=64,
+                reference="precomputed", reference_dir=str(tmp_path / "dpo"),
+            )
+        )  # fmt: skip
 
 
 def test_a_kill_at_any_rename_of_a_resumed_run_loses_nothing(

@@ -151,7 +151,10 @@ def test_a_disk_without_room_is_told_before_the_first_step(
     config = pretraining(save_every=1)
     with pytest.raises(
         OSError,
-        match=rf"output_dir: 3 checkpoints and the model needs 1\.\d MiB, and '{config.output_dir}' has 0.1 MiB free",
+        match=(
+            r"output_dir: 3 checkpoints and the model needs 1\.\d MiB, "
+            rf"and '{config.output_dir}' has 0.1 MiB free"
+        ),
     ):
         pretrain.run(config)
     assert not Path(config.output_dir, "metrics.jsonl").exists()

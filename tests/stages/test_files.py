@@ -1,4 +1,4 @@
-"""Files and folders that fastalign writes are whole or absent, and disks that cannot sync a folder are served."""
+"""Files and folders that fastalign writes are whole or absent, also on disks that cannot sync a folder."""
 
 import errno
 import os

@@ -160,7 +160,10 @@ def test_rows_on_both_sides_of_a_longrope_switch_are_refused_unless_each_is_alon
     tuning: Callable[..., sft.SFTConfig], longrope: str
 ) -> None:
     remedy = "lower sequence_length or max_length, or set packing=false and micro_batch_size=1"
-    message = rf"got sequences of \d+ to \d+ tokens for one forward pass, .* 16 tokens \(original_max_position_embeddings .*: {remedy}"
+    message = (
+        r"got sequences of \d+ to \d+ tokens for one forward pass, .* 16 tokens "
+        rf"\(original_max_position_embeddings .*: {remedy}"
+    )
     for changes in ({"packing": True}, {"packing": True, "micro_batch_size": 1}, {"packing": False}):
         with pytest.raises(ValueError, match=message):
             sft.run(tuning(model=longrope, **changes))
@@ -202,7 +205,10 @@ def test_an_id_that_the_model_lacks_is_refused_only_where_a_row_uses_it(
         {"prompt": "a film", "completion": " good"},
         {"prompt": "the actor", "completion": " never <tool>"},
     ]
-    message = r"tokenizer: 302 tokens .* vocab_size 300, and 1 sequences use such: '<tool>' \(id 301\) is in the row that begins 'the actor"
+    message = (
+        r"tokenizer: 302 tokens .* vocab_size 300, and 1 sequences use such: "
+        r"'<tool>' \(id 301\) is in the row that begins 'the actor"
+    )
     with pytest.raises(ValueError, match=message):
         sft.run(tuning(tokenizer=str(tmp_path / "larger"), train_data=write(tmp_path / "rows.jsonl", rows)))
 
@@ -279,7 +285,10 @@ def test_a_name_that_is_nowhere_is_told_at_once(
     }
     with pytest.raises(ValueError) as refused:
         hub_names.check_names(CONFIGS[stage](**given))
-    expected = f"{field}: 'foo/bar' is no folder here, is not in the cache, and the hub cannot be reached (Name or service not known)"
+    expected = (
+        f"{field}: 'foo/bar' is no folder here, is not in the cache, "
+        "and the hub cannot be reached (Name or service not known)"
+    )
     assert str(refused.value) == expected
     assert len(asked) == 1, "one question, no retries"
 

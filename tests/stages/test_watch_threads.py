@@ -18,7 +18,7 @@ class Ended(BaseException):
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Watch, list[int]]]:
-    """Two ranks that give signs of life every 20 ms, and the statuses with which processes would have ended."""
+    """Two ranks that give signs of life every 20 ms, and the statuses with which they would have ended."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))

@@ -168,7 +168,10 @@ def test_nan_is_told_as_nan_where_a_head_is_fused_or_a_classifier_packed(base: s
     for model, prepare in ((language_model, fuse_head), (classifier, score_packed)):
         with torch.no_grad():
             model.get_parameter(WEIGHT)[3, 4] = math.nan
-        expected = rf"model: {type(model).__name__}'s {WEIGHT} holds 1 values of 4096 that are NaN or inf .*; expected finite numbers"
+        expected = (
+            rf"model: {type(model).__name__}'s {WEIGHT} holds 1 values of 4096 "
+            r"that are NaN or inf .*; expected finite numbers"
+        )
         with pytest.raises(ValueError, match=expected):
             prepare(model)
 

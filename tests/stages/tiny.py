@@ -42,7 +42,10 @@ GPT2 = {
 }  # and its dropout of 0.1
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-CHAT = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
 # What the clock says in a line of metrics.jsonl.
 CLOCK = (
     *("seconds", "seconds_rollout", "seconds_update"),

@@ -1,4 +1,4 @@
-"""PPO on a tiny model: clipping, padding, memory, filters, penalties, references, what is learned, plain calls."""
+"""PPO on a tiny model: clipping, padding, memory, filters, penalties, references, learning, plain calls."""
 
 import math
 from pathlib import Path
@@ -345,7 +345,10 @@ def test_a_plain_call_says_what_is_wrong(base: str) -> None:
     experience = rollout(model, PROMPTS, lengths, options, **ENDS)
     with pytest.raises(
         ValueError,
-        match=r"experience: got 8 completions, expected a multiple of minibatches x micro_batch_size x ranks \(3 x 2 x 1\)",
+        match=(
+            r"experience: got 8 completions, expected a multiple of "
+            r"minibatches x micro_batch_size x ranks \(3 x 2 x 1\)"
+        ),
     ):
         ppo_step(model, torch.optim.SGD(model.parameters()), experience, options, pad_id=1)
     broken = experience._replace(advantages=experience.advantages * math.inf)
