@@ -2,7 +2,7 @@
 
 With z the logits after softcap and temperature, log P = z - logsumexp(z), and all quantities in nats:
 
-    logp = log P[id]      entropy = -sum P log P      lse = logsumexp(z)      top1 = (no logit exceeds the id's)
+    logp = log P[id]    entropy = -sum P log P    lse = logsumexp(z)    top1 = (no logit exceeds the id's)
     cross-entropy of a token = -(1 - e) logp - e mean_v log P[v] + z_loss lse^2,   e = label_smoothing
 
 One read of the logits forward, one read and one write backward (the bare minimum for a gradient of their
@@ -151,7 +151,8 @@ def check_loss_tensors(
     checks.tensor("targets", targets)
     if num_items is not None and reduction != "mean":
         raise ValueError(
-            f"num_items: got {num_items} with reduction={reduction!r}, expected None: it is the divisor of reduction='mean'"
+            f"num_items: got {num_items} with reduction={reduction!r}, expected None: "
+            "it is the divisor of reduction='mean'"
         )
     checks.divisor("num_items", num_items, "targets", targets)
     if token_weights is not None:
@@ -226,27 +227,35 @@ def cross_entropy(
     inplace_backward: bool = False,
     check: bool = False,
 ) -> Tensor:
-    """Cross-entropy of targets under softmax(logits), in nats: one read forward, one read and one write
-    backward.
+    """Cross-entropy of targets under softmax(logits), in nats.
+
+    The forward pass reads the logits once. The backward pass reads and writes them once.
 
     Args:
-        logits: [..., V] fp32, bf16, fp16 (fp64 on a CPU), any strides; shifted views such as logits[:, :-1] are not copied.
-        targets: [...] int64 or int32 in [0, V), or ignore_index (None: -100, as torch's linear_cross_entropy has it).
+        logits: [..., V], fp32, bf16 or fp16 (also fp64 on a CPU), with any strides. Shifted views such as
+            logits[:, :-1] are not copied.
+        targets: [...], int64 or int32 in [0, V), or ignore_index.
+        ignore_index: the target of ignored tokens. None: -100, as in torch's linear_cross_entropy.
         label_smoothing: e in (1 - e) nll + e mean_v(-log P[v]).
         z_loss: adds z_loss * lse^2 to each token's loss.
-        softcap: z = softcap * tanh(z / softcap) before the temperature divides.
-        reduction: "mean" over tokens that are not ignored (over their token_weights, or divided by num_items), "sum", or "none".
-        token_weights: [...] float; multiplies each token's loss. Differentiable.
-        num_items: divisor of "mean", for accumulation over micro-batches and ranks.
-        inplace_backward: the backward pass overwrites the logits with their gradient instead of allocating one. Whoever else saved the
-            logits for backward gets autograd's in-place error. No effect under torch.compile and torch.func.vmap.
-        check: on CUDA, also check the range of targets (waits for the device); FASTALIGN_CHECK=1 does so everywhere.
+        softcap: z = softcap * tanh(z / softcap), before the temperature divides.
+        temperature: z is divided by it.
+        reduction: "mean", "sum" or "none". The mean is over the tokens that are not ignored. Its divisor is
+            their number, the sum of their token_weights, or num_items.
+        token_weights: [...] float. Multiplies each token's loss. Differentiable.
+        num_items: the divisor of "mean", for accumulation over micro-batches and ranks.
+        inplace_backward: the backward pass overwrites the logits with their gradient instead of allocating
+            one. If another operation saved the logits for backward, autograd raises its in-place error. No
+            effect under torch.compile and torch.func.vmap.
+        check: on CUDA, also check the range of targets, which waits for the device. FASTALIGN_CHECK=1 does
+            so for every call.
 
-    Returns: A scalar, or [...] with reduction="none": fp32, fp64 for fp64. NaN where there is nothing to
-        average, as torch has it.
+    Returns:
+        A scalar, or [...] with reduction="none". fp32 (fp64 for fp64 logits). NaN if there is nothing to
+        average, as in torch.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device, range or name.
+        ValueError: an argument has the wrong shape, dtype, device, range or name.
     """
     label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
     check_loss_tensors(targets, reduction, token_weights, num_items)

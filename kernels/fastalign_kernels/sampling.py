@@ -1,12 +1,15 @@
 """Rollout sampling: one read of the logits gives the token and every log-probability that reinforcement
 learning asks of it.
 
-Of a row x [V], in the order of transformers' warpers (nats throughout):
+For a row x [V], in the order of transformers' warpers and in nats:
 
-    z = x, seen tokens divided by the repetition penalty where x > 0 and multiplied where x < 0; -inf where not allowed
+    z = x; seen tokens are divided by the repetition penalty if x > 0, multiplied by it if x < 0
+    z = -inf where a token is not allowed
     p = softmax(z / temperature)
-    top_k keeps z >= the k-th largest z;  top_p then keeps z if the p above z is less than top_p of what top_k kept;
-    min_p then keeps p >= min_p max p.  All three are thresholds on the value, so ties are kept together.
+    top_k keeps z >= the k-th largest z
+    top_p then keeps z if the p above z is less than top_p of what top_k kept
+    min_p then keeps p >= min_p max p
+    (all three are thresholds on the value, so ties are kept together)
     token ~ p over the kept, log_kept = log(sum of p over the kept), logp = log p[token] - log_kept,
     logp_raw = log softmax(x)[token], entropy = -sum softmax(x) log softmax(x)
 
@@ -171,7 +174,8 @@ def sample(
     if check and not bool(valid.all()):
         rows = (~valid).nonzero()[:, 0].tolist()
         raise ValueError(
-            f"logits: got NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first, expected finite logits"
+            f"logits: got NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first, "
+            "expected finite logits"
         )
     return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid)
 
@@ -235,9 +239,20 @@ def _sample_reference(
     """`sample_ref` under the schema of the native op: token [B], logs [4, B], kept [B], valid [B]."""
     rows = [temperature, top_k, top_p, min_p, repetition_penalty] if table is None else list(table)
     found = sample_ref(
-        logits, seed=seed, temperature=rows[0], top_k=rows[1], top_p=rows[2], min_p=rows[3], repetition_penalty=rows[4],
-        sequence_ids=sequence_ids, positions=positions, seen=seen, allowed=allowed, finished=finished, pad_id=pad_id,
-    )  # fmt: skip
+        logits,
+        seed=seed,
+        temperature=rows[0],
+        top_k=rows[1],
+        top_p=rows[2],
+        min_p=rows[3],
+        repetition_penalty=rows[4],
+        sequence_ids=sequence_ids,
+        positions=positions,
+        seen=seen,
+        allowed=allowed,
+        finished=finished,
+        pad_id=pad_id,
+    )
     return found.token, torch.stack(found[1:5]), found.kept, found.valid
 
 

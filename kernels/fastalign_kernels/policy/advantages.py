@@ -6,9 +6,9 @@ after the last one 0 or given,
 
     delta[t] = r[t] + gamma V[t+1] - V[t],     A[t] = delta[t] + gamma lam A[t+1],     R[t] = A[t] + V[t].
 
-A[t] is an affine function of A[t+1], and such functions compose: a GPU scans blocks of time in parallel
-(policy/advantages_triton.py), a CPU loops over time with a row a thread (csrc/policy/gae.h). Bytes: 2 B T e + B T
-read, 2 B T e written, once.
+A[t] is an affine function of A[t+1], and such functions compose. So a GPU scans blocks of time in parallel
+(policy/advantages_triton.py). A CPU loops over time, one row a thread (csrc/policy/gae.h). Bytes: 2 B T e +
+B T read, 2 B T e written, once.
 
 Whitening reads x once for its moments, and once more to write (x - mean) / sqrt(variance + eps). Moments are
 fp64: each of fixed blocks has the squares of deviations from its own mean, and blocks, then ranks, are merged
@@ -112,21 +112,26 @@ def gae(
     lam: float = 0.95,
     bootstrap: Tensor | None = None,
 ) -> Advantages:
-    """Generalised advantage estimation (1506.02438, eq. 16) over the tokens of a mask; formula at the top of
-    this file.
+    """Generalised advantage estimation (1506.02438, eq. 16) over the tokens of a mask.
+
+    The formula is at the top of this file.
 
     Args:
-        rewards, values: [B, T] fp32, bf16, fp16 or fp64, a row a sequence: of each token, and of the state in which it was drawn.
-        mask: [B, T] as in `ppo_loss`, set where a token was drawn. A token's next value and advantage are those of the next token
-            inside the mask, so prompts before, padding after and gaps (a tool's output) between are all skipped, and not used.
-        gamma, lam: in [0, 1]. lam 1: discounted rewards to come minus the value; lam 0: delta alone.
-        bootstrap: [B], the value after a row's last token, for rows that were cut off; None: 0, the episode ended.
+        rewards: [B, T], fp32, bf16, fp16 or fp64. The reward of each token, one sequence a row.
+        values: [B, T], of any of these dtypes. The value of the state in which the token was drawn.
+        mask: [B, T], as in `ppo_loss`, set where a token was drawn. A token's next value and advantage are
+            those of the next token inside the mask. So prompts before, padding after, and gaps between (a
+            tool's output) are skipped, and their values are not used.
+        gamma, lam: in [0, 1]. lam 1: the discounted rewards to come minus the value. lam 0: delta alone.
+        bootstrap: [B], the value after a row's last token, for rows that were cut off. None: 0, the episode
+            ended.
 
-    Returns: Advantages and returns (advantages + values), [B, T], 0 outside the mask, without gradient. fp32;
-        fp64 if an input is.
+    Returns:
+        Advantages and returns (advantages + values), [B, T], 0 outside the mask, without gradient. fp32
+        (fp64 if an input is).
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or range.
+        ValueError: an argument has the wrong shape, dtype, device or range.
     """
     gamma, lam = checks.unit_interval("gamma", gamma), checks.unit_interval("lam", lam)
     checks.tensors(rewards=rewards, values=values)

@@ -1,15 +1,17 @@
-"""The losses of policy optimisation over tokens: the clipped ratio of PPO and its kin, and the clipped error of a
-value model.
+"""The token losses of policy optimisation: PPO's clipped ratio with its variants, and a value model's clipped
+error.
 
 For each token inside the mask, with d = logp - old_logp, r = e^d, A its advantage, H its entropy and w its
 scale, 1 / tokens for a mean,
 
-    policy = max(-A r, -A min(max(r, 1 - clip), 1 + clip_high)), and, with a dual clip c and A < 0, at most -A c
-    loss   = sum w (policy - entropy_coefficient H + kl_coefficient KL),     KL an estimator of `KL_ESTIMATORS`
+    policy = max(-A r, -A min(max(r, 1 - clip), 1 + clip_high))
+    loss   = sum w (policy - entropy_coefficient H + kl_coefficient KL)
     value  = sum w max((v - R)^2, (min(max(v, v_old - clip), v_old + clip) - R)^2) / 2
 
-in nats. policy/ops.py computes them. Exponents d are clamped to [-20, 20], as in verl: beyond, r is e^20 or e^-20 and
-its gradient is 0, so no ratio is infinite. What stands outside the mask, NaN too, is not used, and its gradient is 0.
+in nats. With a dual clip c, policy is at most -A c where A < 0. KL is one of the `KL_ESTIMATORS`.
+policy/ops.py computes them. The exponent d is clamped to [-20, 20], as in verl, so no ratio is infinite.
+Beyond these bounds r is e^20 or e^-20 and its gradient is 0. Values outside the mask are not used, even if
+they are NaN, and their gradient is 0.
 """
 
 from __future__ import annotations
@@ -66,38 +68,50 @@ def ppo_loss(
     normalizer: float | Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> PolicyLoss:
-    """PPO's clipped loss (1707.06347, eq. 7) over the tokens of a mask, with the options of its kin; formula
-    at the top of this file.
+    """PPO's clipped loss (1707.06347, eq. 7) over the tokens of a mask, with the options of its variants.
+
+    The formula is at the top of this file.
 
     Args:
-        logp: [B, T] or packed [N] fp32, bf16, fp16 or fp64, log-probabilities of the tokens in nats. Differentiable.
-        old_logp: of logp's shape: of the policy that drew the tokens. None: that is this one, so every ratio is 1. Never given a gradient.
-        advantages: of logp's shape: what each token is worth; or [B] or [B, 1] beside [B, T], one number a row. Never given a gradient.
-        mask: of logp's shape, bool or integers, nonzero where a token counts, or floats, of which each is 0 or 1. What stands elsewhere is
-            not used. On a GPU other floats are a device-side assertion, as ids out of range are in torch; FASTALIGN_CHECK=1 makes it a
-            ValueError.
-        clip, clip_high: the ratio is held within [1 - clip, 1 + clip_high], >= 0; clip_high None: as clip (DAPO, 2503.14476, has its own);
-            clip None: no bound below, nor above without clip_high.
-        dual_clip: with a negative advantage the loss is at most -A dual_clip, > 1 (1912.09729, which takes 3). None: no such bound.
-        entropy: of logp's shape, nats, subtracted entropy_coefficient times. Differentiable. Given without a coefficient it is a metric.
-        reference_logp: of logp's shape; its KL from the policy is added kl_coefficient times. Never given a gradient.
-        kl_estimator: with d = logp - reference_logp, k1: d; k2: d^2 / 2; k3: e^-d - 1 + d (d below -20 counts as -20, without gradient).
-            The gradient of k1 has a mean of 0 over the policy's own draws, so as a loss take k2 or k3.
-        aggregation: "token_mean" over the mask; "sequence_mean", over sequences with a token, of their means over tokens; "sum".
-        normalizer: takes the place of the tokens ("token_mean"), of the sequences ("sequence_mean") or of 1 ("sum") as divisor: give the
-            whole batch's, and losses of micro-batches and ranks add up to the batch's. A number > 0 or a scalar tensor, no gradient.
-        cu_seqlens: [S + 1], where packed sequences begin and end, for "sequence_mean" of [N].
+        logp: [B, T] or packed [N], fp32, bf16, fp16 or fp64. The tokens' log-probabilities in nats.
+            Differentiable.
+        old_logp: of logp's shape. Log-probabilities under the policy that drew the tokens. None: the present
+            policy drew them, so every ratio is 1. Gets no gradient.
+        advantages: of logp's shape, one number a token. With logp [B, T] also [B] or [B, 1], one number a
+            row. Gets no gradient.
+        mask: of logp's shape. Bools or integers: a token counts where it is nonzero. Floats: each must be 0
+            or 1. Values outside the mask are not used. On a GPU any other float is a device-side assertion,
+            as ids out of range are in torch. FASTALIGN_CHECK=1 makes it a ValueError.
+        clip, clip_high: the ratio is clipped to [1 - clip, 1 + clip_high], both >= 0. clip_high None: clip
+            (DAPO, 2503.14476, sets it apart). clip None: no lower bound, and no upper one without clip_high.
+        dual_clip: > 1 (3 in 1912.09729). A token with a negative advantage loses at most -A dual_clip.
+            None: no such bound.
+        entropy: of logp's shape, nats. The loss subtracts entropy_coefficient times it. Differentiable.
+            Without a coefficient it is only a metric.
+        reference_logp: of logp's shape. The loss adds kl_coefficient times the policy's KL from it. Gets no
+            gradient.
+        kl_estimator: with d = logp - reference_logp, k1: d; k2: d^2 / 2; k3: e^-d - 1 + d. In k3 a d below
+            -20 counts as -20 and has no gradient. Use k2 or k3 in a loss: over the policy's own draws the
+            gradient of k1 has a mean of 0.
+        aggregation: "token_mean": the mean over the mask. "sequence_mean": each sequence's mean over its
+            tokens, then the mean over the sequences that have tokens. "sum": the sum over the mask.
+        normalizer: a number > 0 or a scalar tensor, without gradient. It replaces the divisor: the number of
+            tokens ("token_mean"), of sequences ("sequence_mean"), or 1 ("sum"). Pass the whole batch's, and
+            the losses of micro-batches and ranks add up to the batch's.
+        cu_seqlens: [S + 1], the boundaries of packed sequences. For "sequence_mean" of [N].
 
-    Returns: The loss, and means over the tokens of the mask, whatever the aggregation: policy_loss; entropy
-        and kl, None without entropy and reference_logp; mean_ratio; clip_fraction, the share of tokens that a
-        clip, the dual one included, leaves without a gradient; approx_kl, (logp - old_logp)^2 / 2, TRL's
-        policy/approxkl_avg. fp32; fp64 if an input is. Scalars; the host waits for nothing. Everything is 0
-        where the mask is empty: a micro-batch or a rank without tokens adds nothing.
+    Returns:
+        The loss, and metrics, which are means over the mask's tokens for every aggregation. All are scalars,
+        fp32 (fp64 if an input is). The host does not wait for the device. The metrics:
+            policy_loss, entropy (None without entropy), kl (None without reference_logp), mean_ratio;
+            clip_fraction, the share of tokens that a clip, the dual one included, leaves without a gradient;
+            approx_kl, (logp - old_logp)^2 / 2, which is TRL's policy/approxkl_avg.
+        With an empty mask everything is 0, so a micro-batch or a rank without tokens adds nothing.
 
-    Differences from TRL's PPO trainer: padding enters no average, and log-ratios are held within +-20.
+    Differences from TRL's PPO trainer: padding enters no average, and log-ratios are clamped to +-20.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device, range or name.
+        ValueError: an argument has the wrong shape, dtype, device, range or name.
     """
     options = policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
     checks.tensors(logp=logp, advantages=advantages)
@@ -138,23 +152,26 @@ def value_loss(
     clip: float | None = 0.2,
     normalizer: float | Tensor | None = None,
 ) -> ValueLoss:
-    """PPO's loss of a value model over the tokens of a mask: mean of max((v - R)^2, (v held within v_old +-
-    clip - R)^2) / 2.
+    """PPO's loss of a value model over the tokens of a mask.
+
+    The mean of max((v - R)^2, (v clipped to v_old +- clip - R)^2) / 2.
 
     Args:
-        values: [B, T] or [N] fp32, bf16, fp16 or fp64. Differentiable.
-        old_values, returns: of values' shape: the values at the time of the rollout, and `gae`'s returns R. Never given a gradient. NaN
-            in either, inside the mask, makes the loss NaN, without a clip too.
-        mask: of values' shape, as in `ppo_loss`. What stands outside is not used.
-        clip: > 0, in units of the values; None: no clip.
-        normalizer: divisor in place of the mask's tokens, as in `ppo_loss`.
+        values: [B, T] or [N], fp32, bf16, fp16 or fp64. Differentiable.
+        old_values: of values' shape. The values at the time of the rollout. Gets no gradient.
+        returns: of values' shape. The returns R of `gae`. Gets no gradient. A NaN inside the mask, here or in
+            old_values, makes the loss NaN, even without a clip.
+        mask: of values' shape, as in `ppo_loss`. Values outside the mask are not used.
+        clip: > 0, in units of the values. None: no clip.
+        normalizer: replaces the number of the mask's tokens as divisor, as in `ppo_loss`.
 
-    Returns: The loss; clip_fraction, the share of tokens whose held value is the worse one, which have no
-        gradient; explained_variance, 1 - Var(R - v) / Var(R), NaN where the returns do not vary. fp32; fp64
-        if an input is. The loss is 0 where the mask is empty.
+    Returns:
+        Scalars, fp32 (fp64 if an input is). The loss, 0 with an empty mask;
+        clip_fraction, the share of tokens whose clipped error is the larger one, which get no gradient;
+        explained_variance, 1 - Var(R - v) / Var(R), NaN if the returns do not vary.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or range.
+        ValueError: an argument has the wrong shape, dtype, device or range.
     """
     bound = torch.inf if clip is None else checks.above_zero("clip", clip)
     checks.tensors(values=values, old_values=old_values, returns=returns)

@@ -1,8 +1,9 @@
-"""The preference losses: of pairs (DPO and its kin), labelled completions (KTO), and scores of a reward model.
+"""The preference losses: of pairs (DPO and its kin), labelled completions (KTO), and scores of a reward
+model.
 
-Inputs are log-probabilities [S], one for each sequence: log pi(y|x) summed over the completion's tokens, in nats
-(`sum_by_sequence` of a head's logp). formulas.py has the formulas of pairs, ops.py runs them, and reference.py
-specifies all losses.
+Inputs are log-probabilities [S], one for each sequence: log pi(y|x) summed over the completion's tokens, in
+nats (`sum_by_sequence` of a head's logp). formulas.py has the formulas of pairs, ops.py runs them, and
+reference.py specifies all losses.
 """
 
 from __future__ import annotations
@@ -68,35 +69,41 @@ def dpo_loss(
     rejected_lengths: Tensor | None = None,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """Direct preference optimisation of S pairs in one of the forms of `PAIR_LOSSES`, whose functions give
-    formula and paper.
+    """Direct preference optimisation of S pairs, in one of the forms of `PAIR_LOSSES`.
 
-    The default is -log sigmoid(beta (c - r)), c and r the log-ratios policy - reference of chosen and
-    rejected; ln 2 at the first step.
+    The functions in `PAIR_LOSSES` give each form's formula and paper. The default is
+    -log sigmoid(beta (c - r)), where c and r are the log-ratios policy - reference of the chosen and the
+    rejected completion. It is ln 2 at the first step.
 
     Args:
-        policy_chosen_logps, policy_rejected_logps: [S] fp32, bf16, fp16 or fp64, summed over the completion's tokens, nats. Differentiable.
-        reference_chosen_logps, reference_rejected_logps: [S], of any of these dtypes; never given a gradient.
-        beta: strength of the tie to the reference, > 0.
+        policy_chosen_logps, policy_rejected_logps: [S], fp32, bf16, fp16 or fp64. Sums over the completion's
+            tokens, in nats. Differentiable.
+        reference_chosen_logps, reference_rejected_logps: [S], of any of these dtypes. Get no gradient.
+        beta: > 0, the strength of the tie to the reference.
         loss_type: one of {loss_types}.
-        label_smoothing: probability that a label is flipped. [0, 0.5) for sigmoid and sigmoid_norm (cDPO) and robust, (0, 0.5) for exo_pair
-            (the paper takes 1e-3), 0 for all others.
-        chosen_lengths, rejected_lengths: [S] int64 or int32, tokens of each completion (0 counts as 1). sigmoid_norm (Tulu 3, 2411.15124)
-            needs them, ipo takes them: log-ratios are then means over tokens, and beta is in these units. Refused elsewhere.
+        label_smoothing: the probability that a label is flipped. In [0, 0.5) for sigmoid and sigmoid_norm
+            (cDPO) and for robust, in (0, 0.5) for exo_pair (1e-3 in its paper), 0 for the rest.
+        chosen_lengths, rejected_lengths: [S], int64 or int32. The number of tokens of each completion; 0
+            counts as 1. sigmoid_norm (Tulu 3, 2411.15124) requires them, ipo accepts them, and the rest
+            refuse them. With lengths the log-ratios are means over tokens, and beta is in these units.
         reduction: "mean" over pairs, "sum" or "none".
 
-    Returns: The loss, and the rewards beta * (policy - reference), sums over tokens for every loss_type.
-        fp32; fp64 if an input is.
+    Returns:
+        The loss, and the rewards beta * (policy - reference), which are sums over tokens for every loss_type.
+        fp32 (fp64 if an input is).
 
-    Differences from TRL 1.16: label_smoothing works with sigmoid and sigmoid_norm, where TRL ignores it
-    without a word, and is refused where it has no meaning. ipo without lengths is the paper's sum over
-    tokens; TRL always takes the mean: give lengths. discopop's tau is 0.05, the paper's and TRL's default. No
-    f-divergences, aot, sft or weighted mixtures (losses add up outside). bco_pair has delta = 0 as in TRL and
-    Liger, so a pair's loss does not depend on its batch; the paper subtracts a running mean delta of the
-    rewards: add delta / beta to both references (the rewards returned are then less by delta).
+    Differences from TRL 1.16:
+        label_smoothing works with sigmoid and sigmoid_norm, where TRL silently ignores it. It is refused
+            where it has no meaning.
+        ipo without lengths is the paper's sum over tokens. TRL always takes the mean; pass lengths for that.
+        discopop's tau is 0.05, the paper's value and TRL's default.
+        f-divergences, aot, sft and weighted mixtures are missing. Add losses up outside for a mixture.
+        bco_pair has delta = 0, as in TRL and Liger, so a pair's loss does not depend on its batch. The paper
+            subtracts a running mean delta of the rewards. For that, add delta / beta to both references. The
+            returned rewards are then smaller by delta.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device, range or name.
+        ValueError: an argument has the wrong shape, dtype, device, range or name.
     """
     checks.choice("loss_type", loss_type, DPO_LOSS_TYPES)
     logps = {
@@ -231,26 +238,30 @@ def kto_loss(
     loss_type: str = "kto",
     reduction: str = "mean",
 ) -> UnpairedLoss:
-    """KTO (2402.01306, eq. 8) of S labelled completions: weight * (1 - sigmoid(x)); x = beta (policy -
-    reference - kl) where desirable and minus that elsewhere. 1/2 at the first step with weights of 1.
+    """KTO (2402.01306, eq. 8) of S labelled completions: weight * (1 - sigmoid(x)).
+
+    x = beta (policy - reference - kl) for a desirable completion, and minus that for an undesirable one. With
+    weights of 1 the loss is 1/2 at the first step.
 
     Args:
-        policy_logps, reference_logps: [S], summed over the completion's tokens, nats, as in `dpo_loss`; the policy's is differentiable.
+        policy_logps, reference_logps: [S]. Sums over the completion's tokens, in nats, as in `dpo_loss`.
+            policy_logps is differentiable.
         desirable: [S] bool.
-        kl: scalar or [1], >= 0, of `kto_kl`, the point of reference; never given a gradient. Not used, and may be None, for
-            apo_zero_unpaired.
-        beta: strength of the tie to the reference, > 0.
-        desirable_weight, undesirable_weight: >= 0. The paper wants their ratio, times that of the numbers of examples, in [1, 4/3].
+        kl: scalar or [1], >= 0: the reference point, from `kto_kl`. Gets no gradient. apo_zero_unpaired
+            does not use it, so it may be None there.
+        beta: > 0, the strength of the tie to the reference.
+        desirable_weight, undesirable_weight: >= 0. The paper wants desirable_weight * (number of desirable
+            examples) over undesirable_weight * (number of undesirable ones) in [1, 4/3].
         loss_type: "kto", or "apo_zero_unpaired" (APO 2408.06266, eq. 7, without pairs): the same with kl = 0.
         reduction: "mean" over completions, "sum" or "none".
 
     Returns:
-        The loss and the rewards beta * (policy - reference), fp32; fp64 if an input is.
+        The loss and the rewards beta * (policy - reference), fp32 (fp64 if an input is).
 
-    Differences from TRL 1.16: its mean is a nanmean, which hides a broken sequence; here NaN shows.
+    Differences from TRL 1.16: its mean is a nanmean, which hides a broken sequence. Here the NaN shows.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device, range or name.
+        ValueError: an argument has the wrong shape, dtype, device, range or name.
     """
     beta, desirable_weight, undesirable_weight = unpaired_options(
         loss_type, beta, desirable_weight, undesirable_weight
@@ -277,20 +288,23 @@ def kto_kl(
     *,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """KTO's point of reference (2402.01306, section 4.1): max(0, mean(policy - reference)) over completions
-    paired with others' prompts.
+    """KTO's reference point (2402.01306, section 4.1): max(0, mean(policy - reference)), without gradient.
 
-    Args: policy_mismatched_logps, reference_mismatched_logps: [S], summed over the completion's tokens, nats.
-        group: the mean is over the sequences of all its ranks, of which some may have none; every rank must
-        call. None: this process's.
+    The mean is over completions that were paired with prompts of other examples.
 
-    Returns: A scalar without gradient, fp32; fp64 if an input is. NaN where no rank has a sequence. The host
-        waits for nothing.
+    Args:
+        policy_mismatched_logps, reference_mismatched_logps: [S]. Sums over the completion's tokens, in nats.
+        group: the mean is over the sequences of all its ranks. A rank may have none, but every rank must
+            call. None: this process's sequences.
 
-    Differences from TRL 1.16: it averages the ranks' means, whatever their numbers of sequences.
+    Returns:
+        A scalar, fp32 (fp64 if an input is). NaN if no rank has a sequence. The host does not wait for the
+        device.
+
+    Differences from TRL 1.16: TRL averages the ranks' means without regard to their numbers of sequences.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device.
+        ValueError: an argument has the wrong shape, dtype or device.
     """
     checks.process_group(group)
     check_sequences(
