@@ -51,10 +51,11 @@ class Kernels:
         """
         Args:
             reference: the functions in PyTorch, by name.
-            native: those of csrc/, by name: the ops themselves, or functions that call them. None: csrc/ has none.
+            native: the functions of csrc/, by name: ops, or functions that call ops. None: csrc/ has none.
             native_fp64, triton_fp64: whether these kernels compute in fp64.
-            triton: the module of the Triton functions, such as ".softmax.rows_triton". It is imported at the first
-                call on a GPU, because macOS and Windows have no triton. None: the CUDA kernels are csrc's.
+            triton: the module of the Triton functions, such as ".softmax.rows_triton". It is imported at the
+                first call on a GPU, because macOS and Windows have no triton. None: csrc/ has the
+                CUDA kernels.
         """
         self.reference = reference
         self.native = native

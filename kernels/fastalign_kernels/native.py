@@ -1,7 +1,7 @@
 """Loads the native library built from csrc/, and says which parts of it, and of Triton, are there.
 
-`setup.py` puts `_native.so` beside this file. The library is missing if it was not built (FASTALIGN_NATIVE=0) or
-if torch cannot load it. dispatch.py says what runs instead.
+`setup.py` puts `_native.so` beside this file. The library is missing if it was not built (FASTALIGN_NATIVE=0)
+or if torch cannot load it. dispatch.py says what runs instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ LIBRARY = Path(__file__).with_name("_native.so")
 def _load() -> str:
     """Load the library; the reason why there is none, or the empty string."""
     if not LIBRARY.exists():
-        return "the native library is not there (installed with FASTALIGN_NATIVE=0, or run from sources that were not installed)"
+        return (
+            "the native library is not there "
+            "(installed with FASTALIGN_NATIVE=0, or run from sources that were not installed)"
+        )
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
@@ -49,7 +52,8 @@ def _choose_gemm() -> bool:
         return not missing and torch.ops.fastalign.cpu_own_gemm()
     if wanted not in ("own", "torch"):
         raise ValueError(
-            f"FASTALIGN_GEMM: got {wanted!r}, expected own or torch, or nothing for the faster one on this CPU"
+            f"FASTALIGN_GEMM: got {wanted!r}, expected own or torch, "
+            "or nothing for the faster one on this CPU"
         )
     if wanted == "own" and not has_own_gemm():
         raise ValueError(f"FASTALIGN_GEMM: got 'own', expected torch: {missing or 'this CPU has no AVX-512'}")

@@ -40,7 +40,8 @@ def check_cu_seqlens(value: Tensor, like_name: str, like: Tensor, check: bool = 
     checks.device("cu_seqlens", value, like_name, like)
     if value.dim() != 1 or value.numel() < 1 or like.dim() != 1:
         raise ValueError(
-            f"cu_seqlens: got shape {list(value.shape)} with {like_name} {list(like.shape)}, expected [S + 1] and [N]"
+            f"cu_seqlens: got shape {list(value.shape)} with {like_name} {list(like.shape)}, "
+            "expected [S + 1] and [N]"
         )
     if checks.readable(value, check):
         ends, N = value.tolist(), like.shape[0]

@@ -5,21 +5,22 @@
     dlogits    one element of a row (epilogue_rows_triton.py says when a row needs a pass over e)
     dX, dW     one cuBLAS GEMM each
 
-Bytes a logit beside the GEMMs' own: 0.1, where kept softmax moves 12. Memory: the gradients, 2 V bytes a kept
-token, and for K tokens 8 H bytes (their hidden states, dX in fp32) and V / 16 bytes (the tiles' sums). Without
-gradients only the hidden states and the tiles' sums.
+The engine moves 0.1 bytes a logit beside the GEMMs' own, where kept softmax moves 12. Memory: the
+gradients, 2 V bytes a kept token, and for K tokens 8 H bytes (hidden states, dX in fp32) and V / 16 bytes
+(the tiles' sums). Without gradients it needs only the hidden states and the tiles' sums.
 
-Errors: statistics are those of fp32 logits. e is rounded once, as dlogits are in other engines. In bf16 the
-hidden states are rounded again when they take over a row's factor in dW. Measured on an H200 in bf16, of the
-norm: dX was off by 2.3e-3 and dW by 2.9e-3, where PyTorch in bf16 is off by 2.3e-3 to 3.0e-3 and, with logits
-of 30 and more, by 2.4e-2. Since then a row's factor takes up the rounding of the target's element, so that it
-is exact: simulated, dX is off by 1.7e-3 and dW by 2.3e-3. The gradient of an entropy and the slope of a softcap
-take z from the rounded e, off by at most 0.002 nats. PyTorch's bf16 logits are off by 2^-9 |z|, so the gradient
-of an entropy alone is less exact here where |z| < 1.
+Errors: the statistics are those of fp32 logits. e is rounded once, as dlogits are in other engines. In bf16
+the hidden states are rounded again when they take over a row's factor in dW. Measured on an H200 in bf16,
+relative to the norm: dX was off by 2.3e-3 and dW by 2.9e-3. PyTorch in bf16 is off by 2.3e-3 to 3.0e-3, and
+by 2.4e-2 with logits of 30 and more. Since then a row's factor takes up the rounding of the target's
+element, which makes that element exact. Simulated, dX is now off by 1.7e-3 and dW by 2.3e-3. The gradient
+of an entropy and the slope of a softcap take z from the rounded e, which is off by at most 0.002 nats.
+PyTorch's bf16 logits are off by 2^-9 |z|, so below |z| = 1 the gradient of an entropy alone is less
+exact here.
 
-Ignored tokens enter no GEMM. The device counts the others, and the host asks for their number after the
-forward kernel was queued, so it waits only for what was queued before. Under graph capture all tokens run,
-the ignored ones with zero hidden states and coefficients.
+Ignored tokens enter no GEMM. The device counts the remaining tokens. The host reads that count after it has
+queued the forward kernel, so it waits only for what was queued before. Under graph capture all tokens run.
+The ignored ones then have hidden states and coefficients of zero.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ def tiles_for(architecture: int, hidden_size: int) -> Tiles:
     return next(tiles for largest, tiles in TILES[architecture] if hidden_size <= largest)
 
 
-# dW takes the hidden states times a factor of their row, which rounds them once more than the other engines do.
-# On an H200 (2026-11-27) it was within twice PyTorch's error at 253 to 1,024 tokens, but not in the tests of a
-# few dozen tokens, where one token decides an element. There the launches decide the time anyway.
+# For dW the hidden states are multiplied by their row's factor, which rounds them once more than other
+# engines do. On an H200 (2026-11-27) dW was within twice PyTorch's error at 253 to 1,024 tokens, but not in
+# the tests of a few dozen tokens, where one token decides an element. With so few tokens the launches
+# decide the time anyway.
 FEWEST_TOKENS = 1024
 
 

@@ -109,7 +109,8 @@ class EpilogueCall:
             # a descriptor needs memory, even if nobody writes
             _descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
             block.ids, bias, self.count, block.state, block.tiles,
-            first, rows, self.V, self.H, self.scales.inner, self.scales.outer, **self.flags, **self.statistics,
+            first, rows, self.V, self.H, self.scales.inner, self.scales.outer,
+            **self.flags, **self.statistics,
             KEEP=kept is not None, KEPT_SCALE=self.kept_scale, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
             GROUP=tiles.group, PARTS=tiles.parts, PROGRAMS=self.programs, FLATTEN=tiles.flatten,
             BRANCH=tiles.branch,

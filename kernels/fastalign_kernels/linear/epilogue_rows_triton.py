@@ -109,7 +109,7 @@ def dlogits_kernel(
     ids,  # [rows] int64
     stats,  # [7, N] fp32, order of rows.Stat
     order,  # [N] int32
-    coefficients,  # [4, rows], order of rows.Coefficient; with CROSS_ENTROPY [N], a factor of each token's loss
+    coefficients,  # [4, rows], order of rows.Coefficient; with CROSS_ENTROPY [N], each token's loss scale
     gathered,  # [rows, H] hidden states; become row_scale times them with SCALE_HIDDEN
     row_scale,  # [rows] fp32
     first,
@@ -132,13 +132,14 @@ def dlogits_kernel(
     TILES: tl.constexpr,  # tiles of a row that one step of a pass takes
     BLOCK: tl.constexpr,  # of hidden states
 ):
-    """From e to dlogits for any coefficients, so that dX = row_scale (dlogits W), dW = dlogits^T (row_scale X).
+    """Turns e into dlogits for any coefficients: dX = row_scale (dlogits W), dW = dlogits^T (row_scale X).
 
-    In most rows P = e 2^(reference - lse) for all columns. Then dlogits = prob P everywhere but at the target:
-    prob and the power go into row_scale, and the target's element is written from fp32. A row needs a pass
-    over all its columns if a tile has a reference of its own, if its coefficients have a plogp or uniform part,
-    with a softcap (whose slope differs by column), and in fp16. There log2 e and z come from the rounded e:
-    they are off by 2^-9 / ln 2, or 0.003 in base 2.
+    In most rows P = e 2^(reference - lse) for all columns. Then dlogits = prob P everywhere but at the
+    target. So prob and the power go into row_scale, and the target's element is written from fp32.
+
+    A row needs a pass over all its columns if its tiles differ in reference, if its coefficients have a
+    plogp or uniform part, with a softcap (its slope differs by column), and in fp16. There log2 e and z
+    come from the rounded e, so they are off by 2^-9 / ln 2, or 0.003 in base 2.
     """
     n = tl.program_id(0)
     slope = as_scalar(slope, tl.float32)

@@ -39,8 +39,8 @@ LOWEST = tl.constexpr(-1e30)  # finite, so that a masked tile stays free of inf 
 def base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z2 of the GEMM's result: (acc + bias) scale_out, or tanh((acc + bias) scale_in ln 2 / 2) scale_out.
 
-    tanh y = (1 - t) / (1 + t) with t = 2^(-2 y / ln 2) is off by 2^-23 of the cap, 4e-6 nats at 30, also where
-    it cancels: a series for small y would cost registers, and then the kernel spills.
+    tanh y = (1 - t) / (1 + t) with t = 2^(-2 y / ln 2) is off by 2^-23 of the cap (4e-6 nats at 30), even
+    where it cancels. A series for small y would cost registers, and the kernel would spill.
     """
     if HAS_BIAS:
         acc += tl.load(bias + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
@@ -119,7 +119,8 @@ def _part(
 @triton.jit
 def _two_parts(
     z, kept, r, base, token_id, row0, col0,
-    KEPT_SCALE: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, BRANCH: tl.constexpr,
+    KEPT_SCALE: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """`_part` of both halves of z."""
     left, right = _halves(z)

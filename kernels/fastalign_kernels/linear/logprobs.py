@@ -98,7 +98,8 @@ def linear_logprobs(
     """Log-probability of each id under softmax(hidden @ weight.T + bias), without the logits in memory.
 
     Supports any upstream gradient. Costs 1 GEMM without gradients, 2 with a frozen weight (LoRA runs), 4 when
-    training; on a GPU 3 for tokens whose softmax the workspace holds. Arguments and errors as in `linear_cross_entropy`.
+    training. On a GPU it costs 3 for tokens whose softmax fits in the workspace. Arguments and errors are
+    those of `linear_cross_entropy`.
 
     Returns:
         [...] in nats, fp32 (fp64 for fp64 inputs). Ignored positions are 0 and get no gradient.

@@ -155,9 +155,10 @@ def linear_dpo_loss(
         reference_logps: [2S], its log-probabilities, where they are known.
         beta, loss_type, label_smoothing: as in `dpo_loss`. Where the loss takes means over tokens, the tokens
             are counted here.
-        workspace_mib: as in `linear_cross_entropy`, but 96 by default on any CPU. On a CPU a pair whose logits (4 V bytes a
-            token) take n times as much costs 1 - 1 / n of a GEMM more than one that fits. One that fits
-            costs 4 GEMMs with the reference's: at V = 49152 a pair of 512 tokens each needs 192.
+        workspace_mib: as in `linear_cross_entropy`, but 96 by default on any CPU. On a CPU a pair whose
+            logits (4 V bytes a token) fit costs 4 GEMMs, the reference's included. A pair whose logits
+            need n times the workspace costs 1 - 1 / n of a GEMM more. At V = 49152 a pair of 512 tokens each
+            needs 192.
         The others as in `linear_cross_entropy`.
 
     Returns:

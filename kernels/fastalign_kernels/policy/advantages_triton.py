@@ -97,9 +97,19 @@ def gae_rows(
     B, T = values.shape
     with torch.cuda.device_of(values):  # Triton launches on the current device
         gae_kernel[(B,)](
-            rewards, values, mask, bootstrap, advantages, returns, T, gamma, gamma * lam, HAS_BOOTSTRAP=bootstrap is not None,
-            BLOCK_SIZE=min(BLOCK_SIZE, max(16, triton.next_power_of_2(T))), num_warps=NUM_WARPS,
-        )  # fmt: skip
+            rewards,
+            values,
+            mask,
+            bootstrap,
+            advantages,
+            returns,
+            T,
+            gamma,
+            gamma * lam,
+            HAS_BOOTSTRAP=bootstrap is not None,
+            BLOCK_SIZE=min(BLOCK_SIZE, max(16, triton.next_power_of_2(T))),
+            num_warps=NUM_WARPS,
+        )
 
 
 @triton.jit

@@ -72,9 +72,8 @@ def as_bool(mask: Tensor) -> Tensor:
         right = (mask == 0) | (mask == 1)
         if checks.readable(mask):
             if not unwrapped(right).all():
-                raise ValueError(
-                    f"mask: got {unwrapped(mask)[~unwrapped(right)][0].item()}, expected 0 or 1 for each token"
-                )
+                wrong = unwrapped(mask)[~unwrapped(right)][0].item()
+                raise ValueError(f"mask: got {wrong}, expected 0 or 1 for each token")
         elif not isinstance(
             mask, FakeTensor
         ):  # on a GPU, and in compiled code, the device checks without the host

@@ -1,8 +1,8 @@
-"""The kernels of policy/ops.py in Triton: a program computes a block of tokens and its sums, and the programs' sums
-are added in a fixed order.
+"""The kernels of policy/ops.py in Triton. A program computes a block of tokens and its sums.
 
-Vectors are contiguous fp32. There are no float atomics, so results have the same bits every time. Bytes: 3 to 5 N e
-and N read, N e or 2 N e written. At [64, 1024] tokens these are 1.6 MB, so the launch is the cost.
+The programs' sums are added in a fixed order. Vectors are contiguous fp32. There are no float atomics, so
+results have the same bits every time. Bytes: 3 to 5 N e and N read, N e or 2 N e written. At [64, 1024]
+tokens these are 1.6 MB, so the launch is the cost.
 """
 
 from __future__ import annotations
@@ -32,8 +32,14 @@ EXPONENT = tl.constexpr(LARGEST_EXPONENT)
 POLICY_SUMS, VALUE_SUMS = tl.constexpr(len(PolicySum)), tl.constexpr(len(ValueSum))
 LOSS, POLICY, ENTROPY, KL, RATIO, CLIPPED, SQUARES, TOKENS = (tl.constexpr(int(k)) for k in PolicySum)
 (
-    VALUE_LOSS, VALUE_CLIPPED, VALUE_RETURN, VALUE_RETURN_SQUARE, VALUE_ERROR, VALUE_ERROR_SQUARE, VALUE_TOKENS,
-) = (tl.constexpr(int(k)) for k in ValueSum)  # fmt: skip
+    VALUE_LOSS,
+    VALUE_CLIPPED,
+    VALUE_RETURN,
+    VALUE_RETURN_SQUARE,
+    VALUE_ERROR,
+    VALUE_ERROR_SQUARE,
+    VALUE_TOKENS,
+) = (tl.constexpr(int(k)) for k in ValueSum)
 
 
 @triton.jit

@@ -1,11 +1,11 @@
 """The ops of the policy losses: one pass over tokens gives sums, and the gradients of the inputs.
 
-The backward pass scales the gradients in place by the upstream gradient, so a second derivative is an error. Sums
-are taken over fixed blocks and added in fp64, so they do not depend on the number of threads. Bytes: 3 to 5 N e
-and N read, N e or 2 N e written.
+The backward pass scales the gradients in place by the upstream gradient, so a second derivative is an error.
+Sums are taken over fixed blocks and added in fp64, so they do not depend on the number of threads. Bytes: 3
+to 5 N e and N read, N e or 2 N e written.
 
-A CPU runs csrc/policy/losses.h, a GPU losses_triton.py. The functions of this file run where the native library is
-missing, and for fp64 on a GPU.
+A CPU runs csrc/policy/losses.h, a GPU losses_triton.py. The functions of this file run where the native
+library is missing, and for fp64 on a GPU.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ LARGEST_EXPONENT = 20.0
 
 
 class PolicySum(IntEnum):
-    """Sums over the mask that policy_tokens writes, [8] fp64; csrc/policy/losses.h and policy/losses_triton.py write the
-    same order."""
+    """Sums over the mask that policy_tokens writes, [8] fp64.
+
+    csrc/policy/losses.h and policy/losses_triton.py write them in this order.
+    """
 
     LOSS = 0  # times the scale
     POLICY = 1
@@ -103,8 +105,10 @@ class PolicyInputs(NamedTuple):
 
 
 class PolicyOutputs(NamedTuple):
-    """What the policy kernel writes: `PolicySum`s [8] fp64, and d loss / d logp [1, ..], or with d loss / d entropy
-    [2, ..]."""
+    """What the policy kernel writes: `PolicySum`s [8] fp64, and the gradients.
+
+    grads is d loss / d logp, [1, ..], or d loss / d logp and d loss / d entropy, [2, ..].
+    """
 
     sums: Tensor
     grads: Tensor
@@ -253,9 +257,9 @@ policy_op.register_autograd(_policy_backward, setup_context=save_loss)
 
 
 class EagerPolicy(torch.autograd.Function):
-    """policy_op without torch's dispatcher, whose layers in Python take 30 us a call. The kernel takes as long for
-    [64, 1024] tokens.
+    """policy_op without torch's dispatcher.
 
+    The dispatcher's Python layers take 30 us a call, as long as the kernel takes for [64, 1024] tokens.
     There is no setup_context either: with one, torch inspects the signature of forward at each call, 12 us.
     """
 

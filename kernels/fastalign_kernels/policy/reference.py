@@ -1,5 +1,7 @@
-"""The specifications of policy/losses.py and policy/advantages.py: the formulas as the papers have them, plain PyTorch,
-valid in fp64."""
+"""The specifications of policy/losses.py and policy/advantages.py: the papers' formulas in plain PyTorch.
+
+They are valid in fp64.
+"""
 
 from __future__ import annotations
 

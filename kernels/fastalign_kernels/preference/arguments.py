@@ -96,7 +96,8 @@ def check_lengths_of_type(lengths: Mapping[str, Tensor | None], loss_type: str) 
     for name, value in lengths.items():
         if value is not None and takes == "refused":
             raise ValueError(
-                f"{name}: got {checks.shown(value)}, expected None with loss_type={loss_type!r}, which takes sums over tokens"
+                f"{name}: got {checks.shown(value)}, expected None with loss_type={loss_type!r}, "
+                "which takes sums over tokens"
             )
         if value is None and (takes == "needed" or some_given):
             raise ValueError(f"{name}: got None, expected both lengths [S] with loss_type={loss_type!r}")

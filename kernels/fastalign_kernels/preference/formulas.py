@@ -5,9 +5,9 @@ nats, each is a formula
 
     (c, r, beta, label_smoothing) -> (loss, d loss / dc, d loss / dr)
 
-that a CPU evaluates on vectors and Triton compiles into its kernel (preference/losses_triton.py). To add a loss,
-write its formula here, and add a line to `PAIR_LOSSES` and one to `PAIR_REFERENCES` of reference.py. CONTRIBUTING.md
-has the steps.
+that a CPU evaluates on vectors and Triton compiles into its kernel (preference/losses_triton.py). To add a
+loss, write its formula here. Then add a line to `PAIR_LOSSES`, and one to `PAIR_REFERENCES` of
+reference.py. CONTRIBUTING.md has the steps.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def softplus(x: Tensor) -> Tensor:
     return -F.logsigmoid(-x)
 
 
-# The formulas. Triton compiles their source too (preference/losses_triton.py), hence no annotations, and no calls
-# but of softplus, sigmoid, exp, expm1, log and where. s is the logistic function, x = beta (c - r), e the
-# label smoothing; s (1 - s) is s(x) s(-x), which cannot cancel.
+# The formulas. Triton compiles their source too (preference/losses_triton.py). So they have no annotations,
+# and they call only softplus, sigmoid, exp, expm1, log and where. s is the logistic function,
+# x = beta (c - r), and e the label smoothing. s (1 - s) is written s(x) s(-x), which cannot cancel.
 
 
 def logistic(c, r, beta, e):

@@ -1,8 +1,8 @@
 """The kernels of preference/ops.py in Triton: a lane computes one pair or one completion.
 
-The formulas of pairs are the functions of formulas.py: `compiled` gives their code Triton's meanings of the names
-it calls. Inputs are contiguous vectors of any float type, outputs fp32. Latency is the cost, not bandwidth: S =
-1000 pairs are 36 KB.
+The formulas of pairs are the functions of formulas.py. `compiled` binds the names that they call to Triton's
+functions. Inputs are contiguous vectors of any float type, outputs are fp32. Latency is the cost, not
+bandwidth: 1000 pairs are 36 KB.
 """
 
 from __future__ import annotations
@@ -61,9 +61,15 @@ def _where(condition, x, y):
 
 
 _MEANINGS = {
-    "__name__": __name__, "tl": tl, "softplus": _softplus, "expm1": _expm1, "sigmoid": tl.sigmoid, "exp": _exp,
-    "log": _log, "where": _where,
-}  # fmt: skip
+    "__name__": __name__,
+    "tl": tl,
+    "softplus": _softplus,
+    "expm1": _expm1,
+    "sigmoid": tl.sigmoid,
+    "exp": _exp,
+    "log": _log,
+    "where": _where,
+}
 
 
 @cache

@@ -1,7 +1,7 @@
 """Preference losses as functions of the log-probabilities of sequences alone: what a head needs of a loss.
 
-Each object is built from a loss's tensors and options. Its method `losses_and_grads` takes the log-probabilities
-of the rows and returns the losses and the gradients of their mean.
+Each object is built from a loss's tensors and options. Its method `losses_and_grads` takes the rows'
+log-probabilities and returns the losses and the gradients of their mean.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The ops of the preference losses: pairs, unpaired completions, and scores of a reward model.
 
-One pass over S sequences or pairs gives the losses, two metrics, and the gradients of the inputs. The backward pass
-scales these gradients by the upstream gradient, so a second derivative is an error. Bytes: 4 S e read, 5 S e
-written. At S = 10 to 1000 the launches are the cost, and this is one.
+One pass over S sequences or pairs gives the losses, two metrics, and the gradients of the inputs. The
+backward pass scales these gradients by the upstream gradient, so a second derivative is an error. Bytes: 4
+S e read, 5 S e written. At S = 10 to 1000 the launches are the cost, and one pass is one launch.
 
-A CPU, and fp64 on a GPU, run the functions of this file. A GPU runs losses_triton.py, whose functions have the
-same names and arguments.
+A CPU, and fp64 on a GPU, run the functions of this file. A GPU runs losses_triton.py, whose functions have
+the same names and arguments.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class PairInputs(NamedTuple):
 
 
 class PairOptions(NamedTuple):
-    """The numbers of a pair loss: PAIR_LOSSES's formula at (c - offset, r), plus nll_weight * NLL of the chosen
-    completion."""
+    """The numbers of a pair loss.
+
+    The loss is PAIR_LOSSES's formula at (c - offset, r), plus nll_weight * NLL of the chosen completion.
+    """
 
     beta: float
     label_smoothing: float
@@ -44,7 +46,7 @@ class PairOptions(NamedTuple):
 
 
 class UnpairedInputs(NamedTuple):
-    """Log-probabilities [S] of S completions in nats, their labels [S] bool, and KTO's kl, a scalar or None."""
+    """Log-probabilities of completions [S] in nats, their labels [S] bool, and KTO's kl, a scalar or None."""
 
     policy: Tensor
     reference: Tensor
@@ -61,10 +63,11 @@ class UnpairedOptions(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a kernel writes, fp32 (fp64 if an input is): losses [S], and rows of S for each differentiable input.
+    """What a kernel writes: losses [S], metrics and grads, fp32 (fp64 if an input is).
 
-    metrics: the rewards of pairs [2, S] and of completions [1, S]; of scores, whether the chosen one is higher,
-    and the margin. grads: d loss / d input.
+    metrics: the rewards of pairs [2, S] or of completions [1, S]. For scores, [2, S]: whether the chosen
+        one is higher, and the margin.
+    grads: d loss / d input, one row of S for each differentiable input.
     """
 
     losses: Tensor
@@ -157,7 +160,10 @@ def run_pairs(inputs: PairInputs, loss_type: str, options: PairOptions) -> Outpu
 
 
 def run_unpaired(inputs: UnpairedInputs, options: UnpairedOptions) -> Outputs:
-    """weight * s(-x), x = +-beta (policy - reference - kl), without autograd; metrics are beta * log-ratio."""
+    """weight * s(-x) with x = +-beta (policy - reference - kl), without autograd.
+
+    Metrics are beta * log-ratio.
+    """
     out = Outputs.empty(1, *inputs[:2])
     KERNELS.select(out.losses).unpaired(inputs, options, out)
     return out
@@ -204,7 +210,10 @@ def _register(
     differentiable: Sequence[str],
     losses: str,
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The op of a forward whose first `floats` inputs determine the dtype; the first of these are differentiable."""
+    """The op of a forward pass.
+
+    Its first `floats` inputs set the dtype. The first of these are differentiable.
+    """
     rows = len(differentiable)
 
     def fake(*inputs) -> tuple[Tensor, ...]:

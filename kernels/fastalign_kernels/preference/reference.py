@@ -1,5 +1,7 @@
-"""The specifications of preference/losses.py: the formulas as the papers have them, plain PyTorch that autograd
-differentiates, valid in fp64."""
+"""The specifications of preference/losses.py: the papers' formulas in plain PyTorch.
+
+Autograd differentiates them, and they are valid in fp64.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ def _smoothed(x: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
 
 
-# The losses of a pair as their papers have them: functions of the log-ratios c and r of the chosen and the rejected
-# completion, of beta, and of the label smoothing e.
+# The losses of a pair as in their papers. They are functions of the log-ratios c and r of the chosen and the
+# rejected completion, of beta, and of the label smoothing e.
 
 
 def _exo_pair(c: Tensor, r: Tensor, beta: float, e: float) -> Tensor:

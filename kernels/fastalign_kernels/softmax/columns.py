@@ -1,15 +1,16 @@
-"""One block of logits by its columns: which of them matter to the block's gradient, and what the others add
-up to.
+"""One block of logits by its columns: which matter to the block's gradient, and what the rest add up to.
 
 With P = softmax(z) and the transform of softmax/rows.py, over the rows n and the columns v of a block [N, V]:
 
     largest[v] = max_n P[n, v]        sums[v] = sum_n P[n, v] dz/dx
     totals[0, n] = sum_v P dz/dx      totals[1, n] = sum_v P log P dz/dx
 
-dz/dx is logit_scale / temperature, less where the softcap bends. Ignored rows (negative ids) are not read;
-their totals are zero. Bytes: N*V*e read. Then the gradient of softmax/rows.py at K of the columns, and the totals
-over these: N*K*e read and written; where the K lie scattered among the V, some lines of memory are read for a
-part of them only. Implementations as in softmax/rows.py, with the same arguments.
+dz/dx is logit_scale / temperature, and smaller where the softcap bends. Ignored rows (negative ids) are not
+read, and their totals are zero. Bytes: N*V*e read.
+
+A second function gives the gradient of softmax/rows.py at K of the columns, and the totals over these
+columns. Bytes: N*K*e read and written, and more if the K lie scattered among the V, because whole lines of
+memory are read. The implementations are those of softmax/rows.py, with the same arguments.
 """
 
 from __future__ import annotations

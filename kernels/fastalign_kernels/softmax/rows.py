@@ -12,9 +12,9 @@ gradient has the form
 so there is one statistics kernel and one gradient kernel; `coefficients` turns upstream gradients into the
 four numbers. A negative id marks an ignored row: it is not read, its statistics and its gradient are zero.
 
-Bytes: statistics read N*V*e; the gradient reads N*V*e and writes as much. Three implementations with the same
-arguments: Triton on a GPU, csrc/softmax/rows.h on a CPU, and the PyTorch reference below, which is the specification
-and serves where the native library is missing.
+Bytes: the statistics read N*V*e. The gradient reads N*V*e and writes as much. There are three
+implementations with the same arguments: Triton on a GPU, csrc/softmax/rows.h on a CPU, and the PyTorch
+reference below. The reference is the specification, and it runs where the native library is missing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from ..dispatch import Kernels
 
 
 class Stat(IntEnum):
-    """Rows of the statistics table [7, N]; csrc/softmax/rows.h and softmax/rows_triton.py write the same order."""
+    """Rows of the statistics table [7, N].
+
+    csrc/softmax/rows.h and softmax/rows_triton.py write them in this order.
+    """
 
     LOGP = 0  # log P[id]
     MEAN_LOGP = 1  # mean over v of log P[v], for label smoothing
@@ -71,7 +74,8 @@ def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
     """The gradient kernel's [4, N] (onehot, prob, plogp, uniform) for upstream gradients [7, N] of the
     statistics.
 
-    d logp = onehot - P;  d mean_logp = 1/V - P;  d lse = P;  d entropy = -P (log P + entropy). MAX, LOGSUM and TOP1 carry no gradient.
+    d logp = onehot - P;  d mean_logp = 1/V - P;  d lse = P;  d entropy = -P (log P + entropy).
+    MAX, LOGSUM and TOP1 carry no gradient.
     """
     logp, mean_logp, entropy, lse = grad[Stat.LOGP], grad[Stat.MEAN_LOGP], grad[Stat.ENTROPY], grad[Stat.LSE]
     prob = lse - logp - mean_logp - entropy * stats[Stat.ENTROPY]

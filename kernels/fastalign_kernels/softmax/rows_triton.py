@@ -1,9 +1,9 @@
 """The row kernels of softmax/rows.py in Triton: one program a row, V in blocks, 64-bit row offsets.
 
 Memory is the limit: at [8192, 151936] fp32 the statistics read 4.98 GB (1.5 ms at an H100's 3.35 TB/s,
-predicted). The gradient reads as much and writes half of it in bf16. Each lane keeps a running maximum and sums
-relative to it, with one exponential a logit. The lanes are combined once, after the loop, because a reduction for
-each block would stall the row.
+predicted). The gradient reads as much and writes half of it in bf16. Each lane keeps a running maximum and
+sums relative to it, with one exponential a logit. The lanes are combined once, after the loop. A reduction
+for each block would stall the row.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ STATS = tl.constexpr(len(Stat))
 LOGP, MEAN_LOGP, ENTROPY, LSE, MAX, LOGSUM, TOP1 = (tl.constexpr(int(stat)) for stat in Stat)
 ONEHOT, PROB, PLOGP, UNIFORM = (tl.constexpr(int(coefficient)) for coefficient in Coefficient)
 
-# (BLOCK_SIZE, warps) by kernel and compute capability. Measured on an H200 over fp32 [2048, 151936]: statistics
-# read 2481 GB/s with (1024, 4), where (2048, 4) reads 1668; the gradient moves 3160 GB/s with (2048, 4). The
-# other architectures are taken to be alike. With 16 logits a thread the statistics would spill on sm_100
-# under Triton 3.8. (4096, 16) moves the gradient at 3486 GB/s, but its bf16 variant with all options spills
-# on sm_90 and sm_100. `python -m bench.gpu.tune` times a grid on a GPU and prints the lines to paste.
+# (BLOCK_SIZE, warps) by kernel and compute capability. Measured on an H200 over fp32 [2048, 151936]: the
+# statistics read 2481 GB/s with (1024, 4), and 1668 with (2048, 4). The gradient moves 3160 GB/s with
+# (2048, 4). We assume that the other architectures are alike. With 16 logits a thread the statistics would
+# spill on sm_100 under Triton 3.8. (4096, 16) moves the gradient at 3486 GB/s, but its bf16 variant with
+# all options spills on sm_90 and sm_100. `python -m bench.gpu.tune` times a grid on a GPU and prints the
+# lines to paste.
 LAUNCH = {
     "row_stats": {80: (1024, 4)},
     "row_grad": {80: (2048, 4)},
@@ -34,8 +35,10 @@ SHORTEST = 256  # of a block, in logits: two warps of 4 logits a thread
 
 
 def launch(kernel: str, sm: int, vocab: int) -> tuple[int, int]:
-    """(BLOCK_SIZE, warps) for rows of `vocab` logits: LAUNCH's for the newest architecture up to `sm`, or fewer
-    for a row shorter than a block."""
+    """(BLOCK_SIZE, warps) for rows of `vocab` logits.
+
+    LAUNCH's for the newest architecture up to `sm`, or fewer if a row is shorter than a block.
+    """
     table = LAUNCH[kernel]
     block, warps = table[max((known for known in table if known <= sm), default=min(table))]
     short = max(SHORTEST, triton.next_power_of_2(vocab))
@@ -148,8 +151,10 @@ def transformed_logit(
 def store_stats(
     stats, N, row, V, z_id, row_max, sum_exp, weighted, total, dtype: tl.constexpr, LEAN: tl.constexpr
 ):
-    """Column `row` of the table [7, N] from `read_row`'s sums and the id's z; LEAN leaves MEAN_LOGP and ENTROPY as
-    they are. Returns log(sum_exp)."""
+    """Stores column `row` of the table [7, N] from `read_row`'s sums and the id's z. Returns log(sum_exp).
+
+    LEAN leaves MEAN_LOGP and ENTROPY as they are.
+    """
     logsum = tl.log(sum_exp).to(dtype)
     tl.store(stats + LOGP * N + row, z_id - row_max - logsum)
     if not LEAN:
@@ -292,7 +297,8 @@ def row_grad_kernel(
     out_row = out + row // T * out_batch_stride + row % T * out_time_stride
     if target >= 0:
         write_row(
-            row_logits, out_row, bias, V, target, tl.load(stats + MAX * N + row), tl.load(stats + LOGSUM * N + row),
+            row_logits, out_row, bias, V, target,
+            tl.load(stats + MAX * N + row), tl.load(stats + LOGSUM * N + row),
             tl.load(coefficients + ONEHOT * N + row), tl.load(coefficients + PROB * N + row),
             tl.load(coefficients + PLOGP * N + row), tl.load(coefficients + UNIFORM * N + row),
             logit_scale, softcap, temperature,
