@@ -251,7 +251,7 @@ def test_rows_that_are_not_valid_and_rows_that_are_finished(device: str) -> None
     nothing = torch.zeros(12, 10, dtype=torch.int32, device=device)
     assert not sample(x, seed=0, allowed=nothing).valid.any()
     with pytest.raises(
-        ValueError, match=r"logits: NaN, \+inf or no finite allowed logit in 3 rows, \[9, 10, 11\] first"
+        ValueError, match=r"logits: got NaN, \+inf or no finite allowed logit in 3 rows, \[9, 10, 11\] first"
     ):
         sample(x, seed=0, check=True)
     finished = torch.ones(12, dtype=torch.bool, device=device)
