@@ -17,18 +17,8 @@ from .linear.token_stats import linear_token_stats
 from .logits import TokenStats, cross_entropy, token_logprobs, token_stats
 from .policy.advantages import Advantages, gae, masked_whiten
 from .policy.losses import PolicyLoss, ValueLoss, ppo_loss, value_loss
-from .preference.losses import (
-    PreferenceLoss,
-    RewardLoss,
-    UnpairedLoss,
-    cpo_loss,
-    dpo_loss,
-    kto_kl,
-    kto_loss,
-    orpo_loss,
-    reward_loss,
-    simpo_loss,
-)
+from .preference.losses import cpo_loss, dpo_loss, kto_kl, kto_loss, orpo_loss, reward_loss, simpo_loss
+from .preference.results import PreferenceLoss, RewardLoss, UnpairedLoss
 from .sampling import Sample, sample
 from .sequences import sum_by_sequence
 

@@ -26,8 +26,10 @@ from .torch_func import transforming
 
 
 class TokenStats(NamedTuple):
-    """Per token: logp, entropy, lse in nats (fp32; fp64 for fp64 inputs), top1 bool; a field that was not
-    asked for is None."""
+    """Statistics of each token: logp, entropy and lse in nats, fp32 (fp64 for fp64 inputs), and top1, bool.
+
+    A field that was not asked for is None.
+    """
 
     logp: Tensor
     entropy: Tensor | None
@@ -276,11 +278,10 @@ def token_stats(
     entropy: bool = True,
     check: bool = False,
 ) -> TokenStats:
-    """logp of ids, entropy, logsumexp (nats, differentiable) and top-1 from one read of logits [..., V]; ids
-    [...].
+    """logp of ids [...], entropy, logsumexp and top-1 from one read of logits [..., V].
 
-    Ignored positions hold 0 / False and get no gradient. `entropy=False` leaves that field None. Errors as in
-    `cross_entropy`.
+    The first three are in nats and differentiable. Ignored positions hold 0 or False and get no gradient.
+    `entropy=False` leaves that field None. Errors are those of `cross_entropy`.
     """
     checks.flags(entropy=entropy)
     table, _ = _table(logits, ids, "ids", softcap, temperature, ignore_index, check)
@@ -306,8 +307,10 @@ def token_logprobs(
     ignore_index: int | None = -100,
     check: bool = False,
 ) -> Tensor:
-    """log P[id] of each position, [...] in nats, from one read of logits [..., V]; the other arguments as in
-    `token_stats`."""
+    """log P[id] of each position, [...] in nats, from one read of logits [..., V].
+
+    The arguments are those of `token_stats`.
+    """
     return token_stats(
         logits, ids, temperature=temperature, softcap=softcap, ignore_index=ignore_index, check=check
     ).logp

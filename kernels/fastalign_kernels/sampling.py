@@ -43,12 +43,14 @@ LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Sample(NamedTuple):
-    """token [B] int64; logp, log_kept, logp_raw, entropy [B] in nats; kept [B] int64, ids that the filters
-    left; valid [B] bool.
+    """The drawn tokens and the log-probabilities of the draw.
 
-    A row that is not valid (NaN or +inf among its logits or after the penalty, or none of the allowed ones
-    finite) has token pad_id or -1, kept 0 and NaN elsewhere. A finished row has token pad_id or -1, zeros
-    elsewhere, and is valid.
+    token: [B] int64. logp, log_kept, logp_raw, entropy: [B] in nats. kept: [B] int64, the number of ids that
+    the filters left. valid: [B] bool.
+
+    A row is not valid if its logits have NaN or +inf, before or after the penalty, or if no allowed logit is
+    finite. Its token is pad_id or -1, kept is 0, and the rest is NaN. A finished row has token pad_id or -1,
+    zeros elsewhere, and is valid.
     """
 
     token: Tensor
@@ -95,24 +97,29 @@ def sample(
     pad_id: int | None = None,
     check: bool = False,
 ) -> Sample:
-    """Draw a token from each row of logits, with the log-probabilities of the draw; formulas at the top of
-    this file.
+    """Draws a token from each row of logits, by the formulas at the top of this file.
 
-    Args: logits: [B, V] fp32, bf16, fp16 (fp64 on a CPU), unit stride over V, any stride over B; V up to
-        2^20. seed: 0 to 2^63 - 1. The same seed, sequence id, position and logits draw the same token.
-        temperature: a number or [B]; 0 takes the largest logit (the lowest id of equal ones), with logp 0.
-        top_k, top_p, min_p: numbers or [B]; 0, 1 and 0 filter nothing. sequence_ids, positions: [B] integers
-        that key the noise; by default the row's number and 0. Positions in [0, 2^32). repetition_penalty: a
-        number or [B], for the ids that `seen` marks. seen, allowed: int32 bit masks [B, ceil(V / 32)], id v
-        being bit v % 32 of word v // 32. finished: [B] bool: rows that are not read and whose token is
-        pad_id. pad_id: token of finished and of invalid rows; default -1. check: raise for rows that are not
-        valid, and on CUDA check the values of tensor options (both wait for the device).
+    Args:
+        logits: [B, V], fp32, bf16 or fp16 (also fp64 on a CPU). Unit stride over V, any stride over B. V is
+            at most 2^20.
+        seed: 0 to 2^63 - 1. The same seed, sequence id, position and logits draw the same token.
+        temperature: a number or [B]. 0 takes the largest logit (the lowest id among equal ones), with logp 0.
+        top_k, top_p, min_p: numbers or [B]. 0, 1 and 0 filter nothing.
+        sequence_ids, positions: [B] integers that key the noise. By default the row's number and 0. Positions
+            are in [0, 2^32).
+        repetition_penalty: a number or [B], for the ids that `seen` marks.
+        seen, allowed: int32 bit masks [B, ceil(V / 32)]. Id v is bit v % 32 of word v // 32.
+        finished: [B] bool. Finished rows are not read, and their token is pad_id.
+        pad_id: the token of finished and of invalid rows. None: -1.
+        check: raise for rows that are not valid, and on CUDA check the values of tensor options. Both wait
+            for the device.
 
     Returns:
-        Sample. The token is int64; log-probabilities are fp32 (fp64 for fp64 logits). No gradient.
+        Sample. token is int64, log-probabilities are fp32 (fp64 for fp64 logits). No gradient.
 
-    Raises: ValueError: an argument of the wrong shape, dtype, device or range; with check, also rows that are
-        not valid, by number.
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range. With check, also rows that are
+            not valid, by number.
     """
     B, V = _check_logits(logits)
     seed = checks.whole("seed", seed, 0, expected="a whole number in [0, 2^63)")
@@ -239,20 +246,11 @@ def _sample_reference(
     """`sample_ref` under the schema of the native op: token [B], logs [4, B], kept [B], valid [B]."""
     rows = [temperature, top_k, top_p, min_p, repetition_penalty] if table is None else list(table)
     found = sample_ref(
-        logits,
-        seed=seed,
-        temperature=rows[0],
-        top_k=rows[1],
-        top_p=rows[2],
-        min_p=rows[3],
-        repetition_penalty=rows[4],
-        sequence_ids=sequence_ids,
-        positions=positions,
-        seen=seen,
-        allowed=allowed,
-        finished=finished,
-        pad_id=pad_id,
-    )
+        logits, seed=seed,
+        temperature=rows[0], top_k=rows[1], top_p=rows[2], min_p=rows[3], repetition_penalty=rows[4],
+        sequence_ids=sequence_ids, positions=positions,
+        seen=seen, allowed=allowed, finished=finished, pad_id=pad_id,
+    )  # fmt: skip
     return found.token, torch.stack(found[1:5]), found.kept, found.valid
 
 

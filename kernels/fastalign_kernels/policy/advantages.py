@@ -147,8 +147,10 @@ def gae(
 
 
 def _moments(x: Tensor, mask: Tensor) -> Tensor:
-    """Tokens inside the mask, their mean, and the sum of squared deviations from it, [3] fp64; x fp32 or
-    fp64, mask bool, both dense."""
+    """The number of tokens inside the mask, their mean, and the sum of squared deviations from it, [3] fp64.
+
+    x is fp32 or fp64 and mask bool, both dense.
+    """
     out = torch.empty(3, dtype=torch.float64, device=x.device)
     KERNELS.select(x).token_moments(x, mask, out)
     return out
@@ -185,34 +187,36 @@ def masked_whiten(
     eps: float = 1e-8,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) with the moments of the tokens inside the mask, over all ranks of the
-    group.
+    """(x - mean) / sqrt(variance + eps), with the moments of the tokens inside the mask.
 
-    Args: x: [B, T] or [N] fp32, bf16, fp16 or fp64. mask: of x's shape, as in `ppo_loss`. What stands outside
-        is not used. shift_mean: False leaves the mean where it was, as TRL's whiten_rewards does. group: the
-        moments are over the tokens of all its ranks, of which some may have none; every rank must call. None:
-        this process's.
+    Args:
+        x: [B, T] or [N], fp32, bf16, fp16 or fp64.
+        mask: of x's shape, as in `ppo_loss`. Values outside the mask are not used.
+        shift_mean: False keeps the mean of x, as TRL's whiten_rewards does.
+        eps: >= 0, added to the variance.
+        group: the moments are over the tokens of all its ranks. A rank may have none, but every rank must
+            call. None: this process's tokens.
 
-    Returns: Whitened x, 0 outside the mask, without gradient. fp32; fp64 for fp64. The variance is divided by
-        tokens - 1, as TRL's. A single token becomes 0. The host waits for nothing.
+    Returns:
+        Whitened x, 0 outside the mask, without gradient. fp32 (fp64 for fp64). The variance is divided by
+        tokens - 1, as in TRL. A single token becomes 0. The host does not wait for the device.
 
-    Differences from TRL: moments are those of all ranks, not each rank's own, so that a token is worth the
-    same on every rank; values outside the mask are 0, as TRL's trainer leaves them after its next line, not
-    what whitening made of padding.
+    Differences from TRL: the moments are those of all ranks, so a token is worth the same on every rank.
+    TRL uses each rank's. Values outside the mask are 0 here. TRL's function whitens the padding too, and
+    its trainer sets it to 0 in the next line.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device, or eps < 0.
+        ValueError: an argument has the wrong shape, dtype or device, or eps < 0.
     """
     eps = checks.at_least_zero("eps", eps)
     checks.flags(shift_mean=shift_mean)
     checks.process_group(group)
     checks.tensor("x", x)
     check_tokens({"x": x}, mask)
-    own, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
-    # The ops without the dispatcher where nothing is traced, whose layers in Python take longer than the
-    # kernels.
+    dense, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
+    # Without tracing the ops skip the dispatcher, because its Python layers take longer than the kernels.
     moments_of, whiten = (moments_op, whiten_op) if traced(x) or transforming() else (_moments, _whiten)
-    moments = moments_of(own, inside)
+    moments = moments_of(dense, inside)
     if group is not None:
         parts = [torch.empty_like(moments) for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather(parts, moments, group=group)
@@ -220,4 +224,4 @@ def masked_whiten(
         count = counts.sum()
         mean = (counts * means).sum() / count.clamp(min=1)
         moments = torch.stack([count, mean, squares.sum() + (counts * (means - mean) ** 2).sum()])
-    return whiten(own, inside, moments, shift_mean, eps)
+    return whiten(dense, inside, moments, shift_mean, eps)

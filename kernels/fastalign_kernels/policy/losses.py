@@ -29,8 +29,10 @@ from .ops import EagerPolicy, PolicySum, ValueSum, policy_op, value_op
 
 
 class PolicyLoss(NamedTuple):
-    """loss (differentiable); without gradient, means over the mask of `ppo_loss`'s metrics. All scalars;
-    None: not asked for."""
+    """The loss (differentiable), and the metrics of `ppo_loss` (without gradient).
+
+    All are scalars. The metrics are means over the mask. None: not asked for.
+    """
 
     loss: Tensor
     policy_loss: Tensor
@@ -42,8 +44,10 @@ class PolicyLoss(NamedTuple):
 
 
 class ValueLoss(NamedTuple):
-    """Scalars: loss (differentiable); without gradient, clip_fraction and explained_variance over the
-    mask."""
+    """The loss (differentiable), and clip_fraction and explained_variance over the mask (without gradient).
+
+    All are scalars.
+    """
 
     loss: Tensor
     clip_fraction: Tensor

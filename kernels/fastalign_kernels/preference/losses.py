@@ -9,7 +9,6 @@ reference.py specifies all losses.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,31 +28,7 @@ from .arguments import (
 )
 from .formulas import DPO_LOSS_TYPES
 from .ops import PairOptions, pairs_op, scores_op, unpaired_op
-
-
-class PreferenceLoss(NamedTuple):
-    """loss: a scalar, or [S] with reduction="none". chosen_rewards, rejected_rewards: [S], beta * log-ratio,
-    without gradient."""
-
-    loss: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-
-
-class UnpairedLoss(NamedTuple):
-    """loss: a scalar, or [S] with reduction="none". rewards: [S], beta * log-ratio, without gradient."""
-
-    loss: Tensor
-    rewards: Tensor
-
-
-class RewardLoss(NamedTuple):
-    """Scalars: loss; without gradient, accuracy, the share of pairs whose chosen score is higher, and
-    mean_margin of chosen - rejected."""
-
-    loss: Tensor
-    accuracy: Tensor
-    mean_margin: Tensor
+from .results import PreferenceLoss, RewardLoss, UnpairedLoss
 
 
 def dpo_loss(
@@ -133,20 +108,26 @@ def simpo_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """SimPO (2405.14734, eq. 6): -log sigmoid(beta (c - r) - gamma), c and r the mean log-prob of a token of
-    chosen and rejected.
+    """SimPO (2405.14734, eq. 6): -log sigmoid(beta (c - r) - gamma).
 
-    Args: policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`. chosen_lengths,
-        rejected_lengths: [S] int64 or int32, tokens of each completion (0 counts as 1). beta, gamma: scale >
-        0 and target margin; gamma / beta = 0.5 and beta = 2 are the paper's starting point. alpha: adds alpha
-        * (-c), the chosen completion's NLL a token (CPO-SimPO). label_smoothing: [0, 0.5), as in cDPO.
+    c and r are the mean log-probabilities of a token of the chosen and the rejected completion.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`.
+        chosen_lengths, rejected_lengths: [S], int64 or int32. The number of tokens of each completion; 0
+            counts as 1.
+        beta: scale, > 0. The paper starts from beta = 2.
+        gamma: target margin. The paper starts from gamma / beta = 0.5.
+        alpha: adds alpha * (-c), the chosen completion's NLL a token (CPO-SimPO).
+        label_smoothing: in [0, 0.5), as in cDPO.
+        reduction: as in `dpo_loss`.
 
     Returns:
         The loss, and the rewards beta * c and beta * r.
 
     Differences from TRL 1.16 (CPOTrainer) and Liger: they default to beta 0.1 and gamma 0.5. Their NLL is a
-    mean over the batch's tokens, this one's a mean over pairs of means over tokens, so that micro-batches of
-    pairs average to the batch.
+    mean over the batch's tokens. Here it is a mean over pairs of means over tokens, so the losses of
+    micro-batches of pairs average to the batch's.
     """
     need_lengths(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
@@ -169,21 +150,24 @@ def orpo_loss(
     alpha: float = 1.0,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """ORPO (2403.07691, eq. 6): -alpha c - beta log sigmoid(log odds(c) - log odds(r)), c and r mean
-    log-probs of a token, log odds(c) = c - log(1 - e^c).
+    """ORPO (2403.07691, eq. 6): -alpha c - beta log sigmoid(log odds(c) - log odds(r)).
+
+    c and r are the mean log-probabilities of a token, and log odds(c) = c - log(1 - e^c).
 
     Args:
         policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`.
-        chosen_lengths, rejected_lengths: [S] int64 or int32, tokens of each completion (0 counts as 1).
-        beta: weight of the odds ratio, the paper's lambda, > 0.
-        alpha: weight of the chosen completion's NLL a token; 1 in the paper.
+        chosen_lengths, rejected_lengths: [S], int64 or int32. The number of tokens of each completion; 0
+            counts as 1.
+        beta: > 0, the weight of the odds ratio (the paper's lambda).
+        alpha: the weight of the chosen completion's NLL a token. 1 in the paper.
+        reduction: as in `dpo_loss`.
 
     Returns:
         The loss, and the rewards beta * c and beta * r.
 
-    Differences from TRL 1.16: its NLL covers the prompt's tokens too and is a mean over the batch's tokens.
-    Means above -1e-6 (p = 1 to rounding, where the odds are infinite) count as -1e-6 in the odds and in the
-    slope of the odds; TRL has inf and NaN there.
+    Differences from TRL 1.16: TRL's NLL also covers the prompt's tokens, and it is a mean over the batch's
+    tokens. Here a mean above -1e-6 counts as -1e-6 in the odds and in their slope, because p rounds to 1 and
+    the odds are infinite. TRL has inf and NaN there.
     """
     need_lengths(chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
     logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
@@ -205,20 +189,25 @@ def cpo_loss(
     chosen_lengths: Tensor | None = None,
     reduction: str = "mean",
 ) -> PreferenceLoss:
-    """CPO (2401.08417, eq. 5): -log sigmoid(beta (c - r)) - alpha c, c and r the summed log-probs of chosen
-    and rejected.
+    """CPO (2401.08417, eq. 5): -log sigmoid(beta (c - r)) - alpha c.
 
-    Args: policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`. beta: scale, >
-        0. alpha: weight of the chosen completion's NLL, >= 0; 1 in the paper. label_smoothing: [0, 0.5), as
-        in cDPO. chosen_lengths: [S] int64 or int32; given, the NLL (and it alone) is a mean over the
-        completion's tokens.
+    c and r are the summed log-probabilities of the chosen and the rejected completion.
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps: [S], sums over tokens, as in `dpo_loss`.
+        beta: scale, > 0.
+        alpha: >= 0, the weight of the chosen completion's NLL. 1 in the paper.
+        label_smoothing: in [0, 0.5), as in cDPO.
+        chosen_lengths: [S], int64 or int32. If given, the NLL, and only the NLL, is a mean over the
+            completion's tokens.
+        reduction: as in `dpo_loss`.
 
     Returns:
         The loss, and the rewards beta * c and beta * r.
 
-    Differences from TRL 1.16: without chosen_lengths the NLL is the paper's sum over tokens; TRL's is a mean
-    over the batch's tokens, prompts included. CPO's hinge and ipo are `dpo_loss` with zeros for references;
-    AlphaPO is not there.
+    Differences from TRL 1.16: without chosen_lengths the NLL is the paper's sum over tokens. TRL's is a mean
+    over the batch's tokens, prompts included. For CPO's hinge and ipo, call `dpo_loss` with zeros as
+    references. AlphaPO is missing.
     """
     logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": None}
@@ -333,22 +322,25 @@ def reward_loss(
     *,
     center_coefficient: float = 0.0,
 ) -> RewardLoss:
-    """Bradley-Terry loss of a reward model: mean(-log sigmoid(chosen - rejected - margin) +
-    center_coefficient (chosen + rejected)^2).
+    """Bradley-Terry loss of a reward model.
 
-    ln 2 for a head of zeros. margin: Llama 2 (2307.09288, eq. 2); centring: Eisenstein et al. (2312.09244).
+    mean(-log sigmoid(chosen - rejected - margin) + center_coefficient (chosen + rejected)^2). It is ln 2
+    for a head of zeros. The margin is from Llama 2 (2307.09288, eq. 2), the centring from Eisenstein et al.
+    (2312.09244).
 
-    Args: chosen_scores, rejected_scores: [S] fp32, bf16, fp16 or fp64. Differentiable. margin: [S], by how
-        much each pair's chosen score is asked to be the higher; never given a gradient. center_coefficient:
-        >= 0; draws the scores, of which the first term sees differences only, towards a mean of 0 (TRL
-        suggests 0.01).
+    Args:
+        chosen_scores, rejected_scores: [S], fp32, bf16, fp16 or fp64. Differentiable.
+        margin: [S], by how much each pair's chosen score should exceed the rejected one. Gets no gradient.
+        center_coefficient: >= 0 (TRL suggests 0.01). Draws the scores towards a mean of 0, because the
+            first term depends on their differences only.
 
-    Returns: The loss; accuracy, the share of pairs with chosen > rejected (a tie is wrong, a NaN among the
-        scores makes it NaN); mean_margin of chosen - rejected. fp32; fp64 if an input is. NaN where S = 0.
-        Same values as TRL 1.16's RewardTrainer.
+    Returns:
+        Scalars, fp32 (fp64 if an input is), NaN if S = 0. The loss; accuracy, the share of pairs with
+        chosen > rejected (a tie is wrong, a NaN among the scores makes it NaN); mean_margin, the mean of
+        chosen - rejected. The values are those of TRL 1.16's RewardTrainer.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or range.
+        ValueError: an argument has the wrong shape, dtype, device or range.
     """
     center_coefficient = checks.at_least_zero("center_coefficient", center_coefficient)
     scores = {"chosen_scores": chosen_scores, "rejected_scores": rejected_scores}

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formulas import DPO_LOSS_TYPES
-from .losses import PreferenceLoss, RewardLoss, UnpairedLoss, reduce_losses
+from .losses import reduce_losses
+from .results import PreferenceLoss, RewardLoss, UnpairedLoss
 
 
 def _widened(*tensors: Tensor) -> list[Tensor]:
