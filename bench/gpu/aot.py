@@ -21,16 +21,13 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastalign_kernels import scale_triton
@@ -41,59 +38,21 @@ from fastalign_kernels.preference import losses_triton as preference_triton
 from fastalign_kernels.preference.formulas import PAIR_LOSSES
 from fastalign_kernels.softmax import columns_triton, rows_triton, slice_rows_triton, tile_rows_triton
 
-ARCHITECTURES = {
-    80: 163,
-    90: 227,
-    100: 227,
-    120: 99,
-}  # compute capability -> KiB of shared memory a block may have
-AMD = {942: 64}  # gfx942, as far as Triton's wheel goes: to machine code, which nobody has run
-TYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+from .aot_epilogue import epilogue_jobs
+from .aot_row import (
+    AMD,
+    ARCHITECTURES,
+    CUOBJDUMP,
+    TYPES,
+    Row,
+    annotated,
+    resource_usage,
+    signature,
+    triton_row,
+)
+
 LARGEST_V = 262144  # of the vocabularies in use
 ROOT = Path(__file__).parents[2]
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-@dataclass
-class Row:
-    """What one kernel needs on one architecture. spills: bytes of local memory a thread. binary_bytes: of the
-    file that holds it."""
-
-    kernel: str
-    sm: int
-    dtype: str
-    variant: str
-    registers: int
-    spills: int
-    shared_bytes: int
-    binary_bytes: int = 0
-
-    @property
-    def fits(self) -> bool:
-        return self.spills == 0 and self.shared_bytes <= (ARCHITECTURES | AMD)[self.sm] * 1024
-
-    @property
-    def target(self) -> str:
-        return f"gfx{self.sm}" if self.sm in AMD else f"sm_{self.sm}"
-
-
-def signature(
-    function: triton.JITFunction, pointers: dict[str, str], constants: Mapping[str, object]
-) -> dict[str, str]:
-    scalars = {"N": "i32", "T": "i32", "V": "i32"} | _annotated(function)
-    return {
-        name: "constexpr" if name in constants else pointers.get(name) or scalars.get(name, "i64")
-        for name in function.arg_names
-    }
-
-
-def _annotated(function: triton.JITFunction) -> dict[str, str]:
-    """The types that a kernel fixes for its float options, see triton_options.py."""
-    return {
-        parameter.name: parameter.annotation_type
-        for parameter in function.params
-        if parameter.annotation_type
-    }
 
 
 def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
@@ -206,7 +165,7 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
     vectors = dict.fromkeys(("losses", "rewards", "metrics", "grads"), "*fp32")
     vectors |= {"desirable": "*i1", "chosen_lengths": "*i64", "rejected_lengths": "*i64"}
     types = (
-        dict.fromkeys(constants, "constexpr") | vectors | {"S": "i32"} | _annotated(function)
+        dict.fromkeys(constants, "constexpr") | vectors | {"S": "i32"} | annotated(function)
     )  # all others are inputs
     source = ASTSource(
         function, {name: types.get(name, TYPES[dtype]) for name in function.arg_names}, constexprs=constants
@@ -227,53 +186,11 @@ def compile_policy(kernel: str, sm: int, variant: str) -> Row:
         constants["KL_ESTIMATOR"] = KL_ESTIMATORS.index(variant)
     types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1", "N": "i32", "T": "i32", "P": "i32"}
     types |= dict.fromkeys(("sums", "parts", "moments"), "*fp64")
-    types |= _annotated(function)  # all others are inputs and outputs
+    types |= annotated(function)  # all others are inputs and outputs
     source = ASTSource(
         function, {name: types.get(name, "*fp32") for name in function.arg_names}, constexprs=constants
     )
     return triton_row(source, module.NUM_WARPS, kernel, sm, "fp32", variant)
-
-
-def triton_row(
-    source: ASTSource, num_warps: int, kernel: str, sm: int, dtype: str, variant: str, **options: int
-) -> Row:
-    target = GPUTarget("hip", f"gfx{sm}", 64) if sm in AMD else GPUTarget("cuda", sm, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps, **options})
-    if sm in AMD:
-        numbers = {
-            key: int(value)
-            for key, value in re.findall(r"\.(\w+): +(\d+)$", compiled.asm["amdgcn"], flags=re.MULTILINE)
-        }
-        registers, spills, binary = (
-            numbers["vgpr_count"],
-            numbers["private_segment_fixed_size"],
-            compiled.asm["hsaco"],
-        )
-    else:
-        binary = compiled.asm["cubin"]
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(binary)
-            cubin.flush()
-            ((_, _, registers, spills, _),) = resource_usage(cubin.name)
-    return Row(kernel, sm, dtype, variant, registers, spills, compiled.metadata.shared, len(binary))
-
-
-def resource_usage(binary: str) -> list[tuple[int, str, int, int, int]]:
-    """(sm, mangled name, registers, bytes of local memory a thread, bytes of static shared memory) a kernel;
-    sm is 0 for a bare cubin."""
-    usage = subprocess.run(
-        [CUOBJDUMP, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-    ).stdout
-    found, sm = [], 0
-    for arch, name, numbers in re.findall(
-        r"^arch = sm_(\d+)|Function (\S+):\s+(.*)", usage, flags=re.MULTILINE
-    ):
-        if arch:
-            sm = int(arch)
-            continue
-        used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
-        found.append((sm, name, used["REG"], used["STACK"] + used["LOCAL"], used["SHARED"]))
-    return found
 
 
 @functools.cache
@@ -327,7 +244,6 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    from .aot_epilogue import epilogue_jobs  # here, because it imports this file
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")

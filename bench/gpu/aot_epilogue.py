@@ -10,7 +10,7 @@ from triton.compiler import ASTSource
 
 from fastalign_kernels.linear import epilogue, epilogue_rows_triton, epilogue_triton
 
-from .aot import Row, signature, triton_row
+from .aot_row import Row, signature, triton_row
 
 EPILOGUE_POINTERS = {
     "ids": "*i64",
