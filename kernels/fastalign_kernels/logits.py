@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import InputGrads, first_order
+from .autograd import NamedGrads, register_op
 from .ordered_sum import ordered_sum
 from .softmax.rows import Stat, Transform, coefficients, row_grad, row_stats, row_stats_ref, traced
 from .torch_func import transforming
@@ -37,16 +37,14 @@ class TokenStats(NamedTuple):
     top1: Tensor
 
 
-@torch.library.custom_op("fastalign::token_table", mutates_args=())
-def _token_table(
+def _table_forward(
     logits: Tensor, ids: Tensor, softcap: float, temperature: float, inplace_backward: bool
 ) -> Tensor:
     """Statistics [7, B*T] of logits [B, T, V]."""
     return row_stats(logits, ids, None, Transform(1.0, softcap, temperature))
 
 
-@_token_table.register_fake
-def _(logits: Tensor, ids: Tensor, softcap: float, temperature: float, inplace_backward: bool) -> Tensor:
+def _fake_table(logits, ids, softcap, temperature, inplace_backward):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty(len(Stat), ids.shape[0], dtype=dtype)
 
@@ -61,9 +59,7 @@ def _token_table_grad(
 
 
 @_token_table_grad.register_fake
-def _(
-    logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float
-) -> Tensor:
+def _fake_table_grad(logits, ids, stats, coefficients, softcap, temperature):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -79,7 +75,7 @@ def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(logits, ids, output)
 
 
-def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGrads:
+def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> NamedGrads:
     logits, ids, stats = saved
     arguments = (ids, stats, coefficients(grad, stats, logits.shape[-1]), ctx.softcap, ctx.temperature)
     if ctx.inplace_backward and not traced(grad):
@@ -87,11 +83,16 @@ def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> InputGrads:
         _token_table_grad_(grad_logits, *arguments)
     else:
         grad_logits = _token_table_grad(logits, *arguments)
-    return grad_logits, None, None, None, None
+    return {"logits": grad_logits}
 
 
-_token_table.register_autograd(
-    first_order("cross_entropy, token_logprobs or token_stats", _backward), setup_context=_setup
+_token_table = register_op(
+    "token_table",
+    _table_forward,
+    _fake_table,
+    save=_setup,
+    backward=_backward,
+    losses="cross_entropy, token_logprobs or token_stats",
 )
 
 
