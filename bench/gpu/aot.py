@@ -58,7 +58,9 @@ ROOT = Path(__file__).parents[2]
 def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     """One of rows_triton's kernels; `full` has bias, softcap, scale and temperature, else none of them."""
     function = getattr(rows_triton, kernel)
-    block, warps = rows_triton.launch(kernel.removesuffix("_kernel"), 90 if sm in AMD else sm, LARGEST_V)
+    block, warps = rows_triton.launch(
+        rows_triton.LAUNCH[kernel.removesuffix("_kernel")], 90 if sm in AMD else sm, LARGEST_V
+    )
     constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK_SIZE": block}
     pointers = {
         "logits": TYPES[dtype],
@@ -127,9 +129,9 @@ def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Ro
     function = getattr(module, kernel)
     launches = tile_rows_triton.LAUNCH
     table = launches[entry if entry in launches else f"{entry}_{'lean' if lean else 'full'}"]
-    block, warps = table[max(known for known in table if known <= (90 if sm in AMD else sm))]
+    block, warps = rows_triton.launch(table, 90 if sm in AMD else sm, LARGEST_V)
     constants: dict[str, object] = {"LEAN": lean, "PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
-    constants |= {"HAS_TOKENS": True, "BLOCK": block}
+    constants |= {"HAS_TOKENS": True, "BLOCK_SIZE": block}
     constants = {k: v for k, v in constants.items() if k in function.arg_names} | TILE_KERNELS[names]
     floats = ("logits", "bias", "stats", "token_scale", "coefficients")
     pointers = dict.fromkeys(floats, TYPES["fp32"]) | {"tokens": "*i64", "ids": "*i64", "running": "*fp64"}
@@ -148,8 +150,8 @@ def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Ro
 
 def compile_scale(sm: int) -> Row:
     """scale_triton's kernel on a bf16 tensor."""
-    constants: dict[str, object] = {"BLOCK": scale_triton.BLOCK}
-    signature = {"x": TYPES["bf16"], "factor": TYPES["fp32"], "count": "i64", "BLOCK": "constexpr"}
+    constants: dict[str, object] = {"BLOCK_SIZE": scale_triton.BLOCK_SIZE}
+    signature = {"x": TYPES["bf16"], "factor": TYPES["fp32"], "count": "i64", "BLOCK_SIZE": "constexpr"}
     source = ASTSource(scale_triton.scale_kernel, signature, constexprs=constants)
     return triton_row(source, scale_triton.NUM_WARPS, "scale_kernel", sm, "bf16", "")
 

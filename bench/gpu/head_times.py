@@ -3,7 +3,7 @@
 For each shape: bare GEMMs, the public functions forward and backward, each engine by itself, PyTorch eager
 and compiled, and the prototypes if `--prototypes FILE` names head_prototypes.py. Medians of CUDA events;
 peaks of torch's allocator beyond the inputs. Each case stands alone: what fails is written down, and the
-next begins. `--tune` times the row kernels over BLOCK and warps instead.
+next begins. `--tune` times the row kernels over BLOCK_SIZE and warps instead.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def tune(arguments: argparse.Namespace) -> None:
-    """The row kernels over BLOCK and warps at [1024, 151936] fp32 to bf16: ms, best first."""
+    """The row kernels over BLOCK_SIZE and warps at [1024, 151936] fp32 to bf16: ms, best first."""
     C, V = 1024, 151936
     tile = torch.randn(C, V, device="cuda") * 2
     out = torch.empty(C, V, dtype=torch.bfloat16, device="cuda")
@@ -323,7 +323,9 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
     parser.add_argument("--prototypes", type=Path, metavar="FILE")
     parser.add_argument("--compile", action="store_true", help="torch.compile too, at the end")
-    parser.add_argument("--tune", action="store_true", help="the row kernels over BLOCK and warps instead")
+    parser.add_argument(
+        "--tune", action="store_true", help="the row kernels over BLOCK_SIZE and warps instead"
+    )
     arguments = parser.parse_args()
     (tune if arguments.tune else run)(arguments)
 

@@ -19,7 +19,7 @@ from fastalign_kernels.softmax.rows import Transform, row_grad, row_stats
 
 from ..core.shapes import HEADS
 
-Launch = tuple[int, int]  # BLOCK, warps
+Launch = tuple[int, int]  # BLOCK_SIZE, warps
 
 GRID: list[Launch] = [
     (block, warps)

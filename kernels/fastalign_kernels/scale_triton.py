@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, NUM_WARPS = 2048, 8
+BLOCK_SIZE, NUM_WARPS = 2048, 8
 PROGRAMS = 2048  # where there is nothing to do, they are all that is launched
 
 
@@ -16,14 +16,14 @@ def scale_kernel(
     x,  # [count]
     factor,  # scalar
     count,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
     """x *= factor, a scalar on the device; nothing is read or written where it is 1."""
     dtype: tl.constexpr = factor.dtype.element_ty
     f = tl.load(factor)
     if f != 1.0:
-        for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(count, BLOCK), tl.num_programs(0)):
-            at = block * BLOCK + tl.arange(0, BLOCK)
+        for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(count, BLOCK_SIZE), tl.num_programs(0)):
+            at = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
             values = tl.load(x + at, mask=at < count).to(dtype)
             tl.store(x + at, values * f, mask=at < count)
 
@@ -36,6 +36,6 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     if x.numel() == 0:
         return
     factor = factor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    grid = (min(PROGRAMS, triton.cdiv(x.numel(), BLOCK)),)
+    grid = (min(PROGRAMS, triton.cdiv(x.numel(), BLOCK_SIZE)),)
     with torch.cuda.device_of(x):
-        scale_kernel[grid](x, factor, x.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
+        scale_kernel[grid](x, factor, x.numel(), BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)

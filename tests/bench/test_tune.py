@@ -12,7 +12,7 @@ from fastalign_kernels.softmax import rows_triton  # noqa: E402
 def test_a_launch_is_a_function_of_architecture_and_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(rows_triton.LAUNCH, "row_stats", {80: (2048, 4), 100: (4096, 8)})
     found = {
-        (sm, V): rows_triton.launch("row_stats", sm, V)
+        (sm, V): rows_triton.launch(rows_triton.LAUNCH["row_stats"], sm, V)
         for sm in (70, 80, 90, 100, 120)
         for V in (100, 1000, 3000, 151936)
     }

@@ -15,6 +15,7 @@ memory are read. The implementations are those of softmax/rows.py, with the same
 
 from __future__ import annotations
 
+from enum import IntEnum
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -23,6 +24,13 @@ from torch import Tensor
 
 from ..dispatch import Kernels
 from .rows import RowInputs, Stat, Transform, accumulator_dtype, slope_ref, transform_ref
+
+
+class Total(IntEnum):
+    """Rows of the totals [2, N]."""
+
+    MASS = 0  # sum P dz/dx
+    WEIGHTED = 1  # sum P log P dz/dx
 
 
 class ColumnSums(NamedTuple):

@@ -15,10 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_options import as_scalar
-from .columns import ColumnSums
+from .columns import ColumnSums, Total
 from .rows import RowInputs
-from .rows_triton import LOGSUM, MAX, ONEHOT, PLOGP, PROB, transform_flags, transformed
+from .rows_triton import LOGSUM, MAX, ONEHOT, PLOGP, PROB, transform_flags, transform_scalars, transformed
+
+# The rows of the totals by name, as constants of Triton.
+TOTALS = tl.constexpr(len(Total))
+MASS, WEIGHTED = (tl.constexpr(int(total)) for total in Total)
 
 NUM_WARPS = 4
 # A tile has 8 logits a thread (16 spill on sm_120). At V = 151936 it gives an H100's 132 multiprocessors 594
@@ -59,9 +62,7 @@ def column_sums_kernel(
     col = program * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = col < V
     dtype = stats.dtype.element_ty
-    logit_scale = as_scalar(logit_scale, dtype)
-    softcap = as_scalar(softcap, dtype)
-    temperature = as_scalar(temperature, dtype)
+    transform = transform_scalars(logit_scale, softcap, temperature, dtype)
     b = tl.zeros([BLOCK_SIZE], dtype)
     if HAS_BIAS:
         b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
@@ -75,16 +76,16 @@ def column_sums_kernel(
         here = kept[:, None] & inside[None, :]
         row_start = row // T * batch_stride + row % T * time_stride
         x = tl.load(logits + row_start[:, None] + col[None, :], mask=here, other=0.0).to(dtype)
-        z, dz_dx = transformed(x, b[None, :], logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        z, dz_dx = transformed(x, b[None, :], transform, PLAIN, HAS_SOFTCAP)
         logp = z - row_max[:, None] - logsum[:, None]
         p = tl.where(here, tl.exp(logp), 0.0)
         share = p * dz_dx
         weighted = share * tl.where(logp < -1e30, -1e30, logp)
         col_max = tl.maximum(col_max, tl.max(p, 0))
         col_sum += tl.sum(share, 0)
-        row_part = parts + program * 2 * N + row
-        tl.store(row_part, tl.sum(share, 1), mask=row < N)
-        tl.store(row_part + N, tl.sum(tl.where(here, weighted, 0.0), 1), mask=row < N)
+        row_part = parts + program * TOTALS * N + row
+        tl.store(row_part + MASS * N, tl.sum(share, 1), mask=row < N)
+        tl.store(row_part + WEIGHTED * N, tl.sum(tl.where(here, weighted, 0.0), 1), mask=row < N)
     tl.store(largest + col, col_max, mask=inside)
     tl.store(sums + col, col_sum, mask=inside)
 
@@ -122,9 +123,7 @@ def column_grad_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     dtype = stats.dtype.element_ty
-    logit_scale = as_scalar(logit_scale, dtype)
-    softcap = as_scalar(softcap, dtype)
-    temperature = as_scalar(temperature, dtype)
+    transform = transform_scalars(logit_scale, softcap, temperature, dtype)
     token_id = tl.load(ids + row)
     kept = token_id >= 0
     row_max = tl.load(stats + MAX * N + row)
@@ -144,7 +143,7 @@ def column_grad_kernel(
         b = tl.zeros([BLOCK_SIZE], dtype)
         if HAS_BIAS:
             b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
-        z, dz_dx = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        z, dz_dx = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
         logp = z - row_max - logsum
         logp = tl.where(logp < -1e30, -1e30, logp)
         share = tl.where(inside & kept, tl.exp(logp) * dz_dx, 0.0)
@@ -152,8 +151,8 @@ def column_grad_kernel(
         weighted += share * logp
         dx = share * (prob + plogp * logp) + tl.where(col == token_id, onehot * dz_dx, 0.0)
         tl.store(row_out + k, tl.where(kept, dx, 0.0), mask=inside)
-    tl.store(totals + row, tl.sum(mass, 0).to(tl.float64))
-    tl.store(totals + N + row, tl.sum(weighted, 0).to(tl.float64))
+    tl.store(totals + MASS * N + row, tl.sum(mass, 0).to(tl.float64))
+    tl.store(totals + WEIGHTED * N + row, tl.sum(weighted, 0).to(tl.float64))
 
 
 def column_sums(inputs: RowInputs, stats: Tensor, out: ColumnSums) -> None:

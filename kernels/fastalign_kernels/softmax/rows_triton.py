@@ -8,6 +8,8 @@ for each block would stall the row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -34,15 +36,22 @@ LAUNCH = {
 SHORTEST = 256  # of a block, in logits: two warps of 4 logits a thread
 
 
-def launch(kernel: str, sm: int, vocab: int) -> tuple[int, int]:
-    """(BLOCK_SIZE, warps) for rows of `vocab` logits.
+def launch(table: Mapping[int, tuple[int, int]], sm: int, columns: int) -> tuple[int, int]:
+    """(BLOCK_SIZE, warps) for rows of `columns` logits.
 
-    LAUNCH's for the newest architecture up to `sm`, or fewer if a row is shorter than a block.
+    The table's for the newest architecture up to `sm`, or fewer if a row is shorter than a block.
     """
-    table = LAUNCH[kernel]
     block, warps = table[max((known for known in table if known <= sm), default=min(table))]
-    short = max(SHORTEST, triton.next_power_of_2(vocab))
+    short = max(SHORTEST, triton.next_power_of_2(columns))
     return (short, max(1, warps * short // block)) if short < block else (block, warps)
+
+
+def launch_options(table: Mapping[int, tuple[int, int]], logits: Tensor) -> dict[str, int]:
+    """BLOCK_SIZE and num_warps for the rows of logits [..., V]; `table` is a value of LAUNCH."""
+    # The interpreter runs on a CPU, which has no capability.
+    major, minor = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)
+    block_size, warps = launch(table, 10 * major + minor, logits.shape[-1])
+    return {"BLOCK_SIZE": block_size, "num_warps": warps}
 
 
 @triton.jit
@@ -64,11 +73,21 @@ def _tanh(x):
 
 
 @triton.jit
-def transformed(x, bias, logit_scale, softcap, temperature, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z and dz/dx of raw logits x, see softmax/rows.py. The compiler drops what is not used."""
+def transform_scalars(logit_scale, softcap, temperature, dtype: tl.constexpr):
+    """The three options of a rows.Transform, each in `dtype`."""
+    return as_scalar(logit_scale, dtype), as_scalar(softcap, dtype), as_scalar(temperature, dtype)
+
+
+@triton.jit
+def transformed(x, bias, transform, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z and dz/dx of raw logits x, see softmax/rows.py. The compiler drops what is not used.
+
+    transform: of `transform_scalars`.
+    """
     dz_dx = tl.full(x.shape, 1.0, x.dtype)
     if PLAIN:
         return x, dz_dx
+    logit_scale, softcap, temperature = transform
     z = (x + bias) * logit_scale
     if HAS_SOFTCAP:
         h, dz_dx = _tanh(z / softcap)
@@ -78,8 +97,7 @@ def transformed(x, bias, logit_scale, softcap, temperature, PLAIN: tl.constexpr,
 
 @triton.jit
 def read_row(
-    row_logits, bias, V,
-    logit_scale, softcap, temperature,
+    row_logits, bias, V, transform,
     dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LEAN: tl.constexpr, READ_AGAIN: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -101,7 +119,7 @@ def read_row(
         b = 0.0
         if HAS_BIAS:
             b = tl.load(bias + begin + lane, mask=inside, other=0.0).to(dtype)
-        z, _ = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        z, _ = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
         if not LEAN:
             lane_total += tl.where(inside, z, 0.0)
         z = tl.where(inside, z, float("-inf"))
@@ -133,8 +151,7 @@ def read_row(
 
 @triton.jit
 def transformed_logit(
-    row_logits, bias, col, V,
-    logit_scale, softcap, temperature,
+    row_logits, bias, col, V, transform,
     dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """z of one logit; NaN if `col` is not in [0, V)."""
@@ -143,7 +160,7 @@ def transformed_logit(
     if HAS_BIAS:
         b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
     x = tl.load(row_logits + col, mask=inside, other=float("nan")).to(dtype)
-    z, _ = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+    z, _ = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
     return z
 
 
@@ -170,8 +187,7 @@ def store_stats(
 @triton.jit
 def write_row(
     row_logits, out_row, bias, V, target, row_max, logsum,
-    onehot, prob, plogp, uniform,
-    logit_scale, softcap, temperature,
+    onehot, prob, plogp, uniform, transform,
     dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_PLOGP: tl.constexpr, HAS_SLOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +201,7 @@ def write_row(
         b = 0.0
         if HAS_BIAS:
             b = tl.load(bias + begin + lane, mask=inside, other=0.0).to(dtype)
-        z, dz_dx = transformed(x, b, logit_scale, softcap, temperature, PLAIN, HAS_SOFTCAP)
+        z, dz_dx = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
         logp = z - row_max - logsum
         factor = prob
         if HAS_PLOGP:
@@ -231,28 +247,14 @@ def row_stats_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(ids + row)
     dtype: tl.constexpr = stats.dtype.element_ty
-    logit_scale = as_scalar(logit_scale, dtype)
-    softcap = as_scalar(softcap, dtype)
-    temperature = as_scalar(temperature, dtype)
+    transform = transform_scalars(logit_scale, softcap, temperature, dtype)
     if target >= 0:
         row_logits = logits + row // T * batch_stride + row % T * time_stride
         row_max, sum_exp, weighted, total = read_row(
-            row_logits, bias, V, logit_scale, softcap, temperature,
+            row_logits, bias, V, transform,
             dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK_SIZE,
         )  # fmt: skip
-        z_id = transformed_logit(
-            row_logits,
-            bias,
-            target,
-            V,
-            logit_scale,
-            softcap,
-            temperature,
-            dtype,
-            PLAIN,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-        )
+        z_id = transformed_logit(row_logits, bias, target, V, transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP)
         store_stats(stats, N, row, V, z_id, row_max, sum_exp, weighted, total, dtype, False)
     else:
         for stat in tl.static_range(STATS):
@@ -290,9 +292,7 @@ def row_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(ids + row)
     dtype: tl.constexpr = stats.dtype.element_ty
-    logit_scale = as_scalar(logit_scale, dtype)
-    softcap = as_scalar(softcap, dtype)
-    temperature = as_scalar(temperature, dtype)
+    transform = transform_scalars(logit_scale, softcap, temperature, dtype)
     row_logits = logits + row // T * batch_stride + row % T * time_stride
     out_row = out + row // T * out_batch_stride + row % T * out_time_stride
     if target >= 0:
@@ -301,8 +301,7 @@ def row_grad_kernel(
             tl.load(stats + MAX * N + row), tl.load(stats + LOGSUM * N + row),
             tl.load(coefficients + ONEHOT * N + row), tl.load(coefficients + PROB * N + row),
             tl.load(coefficients + PLOGP * N + row), tl.load(coefficients + UNIFORM * N + row),
-            logit_scale, softcap, temperature,
-            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, True, not PLAIN, BLOCK_SIZE,
+            transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, True, not PLAIN, BLOCK_SIZE,
         )  # fmt: skip
     else:
         zero_row(out_row, V, dtype, BLOCK_SIZE)
@@ -317,13 +316,6 @@ def transform_flags(bias: Tensor | None, transform: Transform) -> dict[str, bool
     }
 
 
-def _launch_options(kernel: str, logits: Tensor) -> dict[str, int]:
-    # The interpreter runs on a CPU, which has no capability.
-    major, minor = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)
-    block_size, warps = launch(kernel, 10 * major + minor, logits.shape[-1])
-    return {"BLOCK_SIZE": block_size, "num_warps": warps}
-
-
 def row_stats(inputs: RowInputs, stats: Tensor) -> None:
     """Write stats [7, B*T]; see rows.row_stats."""
     logits, ids, bias, transform = inputs
@@ -333,7 +325,7 @@ def row_stats(inputs: RowInputs, stats: Tensor) -> None:
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         row_stats_kernel[(B * T,)](
             logits, ids, bias, stats, B * T, T, V, *logits.stride()[:2], *transform,
-            **transform_flags(bias, transform), **_launch_options("row_stats", logits),
+            **transform_flags(bias, transform), **launch_options(LAUNCH["row_stats"], logits),
         )  # fmt: skip
 
 
@@ -346,5 +338,5 @@ def row_grad(inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor
     with torch.cuda.device_of(logits):
         row_grad_kernel[(B * T,)](
             logits, ids, bias, stats, coefficients, out, B * T, T, V, *logits.stride()[:2], *out.stride()[:2],
-            *transform, **transform_flags(bias, transform), **_launch_options("row_grad", logits),
+            *transform, **transform_flags(bias, transform), **launch_options(LAUNCH["row_grad"], logits),
         )  # fmt: skip

@@ -24,19 +24,25 @@ from torch import Tensor
 from ..triton_options import as_scalar
 from .rows import Transform
 from .rows_triton import (
+    LOGP,
     LOGSUM,
     LSE,
     MAX,
-    SHORTEST,
+    ONEHOT,
+    PLOGP,
+    PROB,
+    UNIFORM,
+    launch_options,
     read_row,
     store_stats,
     transform_flags,
+    transform_scalars,
     transformed_logit,
     write_row,
     zero_row,
-)  # fmt: skip
+)
 
-# (BLOCK, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]:
+# (BLOCK_SIZE, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]:
 # `python -m bench.gpu.head_times --tune`. "lean" computes lse and logp alone, "full" all statistics. Other
 # architectures are taken to be alike.
 LAUNCH = {
@@ -59,7 +65,29 @@ WRITES = ("stats", "loss", "given", "softmax")  # their names in LAUNCH
 
 
 @triton.jit
+def row_token(tokens, ids, first_token, HAS_TOKENS: tl.constexpr):
+    """This program's row of the tile, the row's token, and the token's id."""
+    row = tl.program_id(0).to(tl.int64)
+    token = first_token + row
+    if HAS_TOKENS:
+        token = tl.load(tokens + row)
+    return row, token, tl.load(ids + token)
+
+
+@triton.jit
+def load_coefficients(coefficients, stride, row):
+    """onehot, prob, plogp and uniform of one row of a table [4, C]."""
+    return (
+        tl.load(coefficients + ONEHOT * stride + row),
+        tl.load(coefficients + PROB * stride + row),
+        tl.load(coefficients + PLOGP * stride + row),
+        tl.load(coefficients + UNIFORM * stride + row),
+    )
+
+
+@triton.jit
 def tile_rows_kernel(
+    # pointers
     logits,  # [C, V], unit stride over V
     out,  # [C, V], unit stride over V; the logits themselves, or memory that does not overlap them
     tokens,  # [C] int64, the row's token; read if HAS_TOKENS, else it is first_token + row
@@ -68,20 +96,24 @@ def tile_rows_kernel(
     stats,  # [7, N], order of rows.Stat; written if STATS, else read
     token_scale,  # [N]; read for TOKEN_LOSS
     coefficients,  # [4, C], order of rows.Coefficient; read for GIVEN
+    # sizes
     first_token,
     first_column,  # id of the tile's first column
     N,
     V,
+    # strides
     row_stride,
     out_stride,
     scale_stride,
     coefficient_stride,
+    # options
     logit_scale: tl.float64,
     softcap: tl.float64,
     temperature: tl.float64,
     label_smoothing: tl.float64,
     z_loss: tl.float64,
     softmax_scale: tl.float64,
+    # constants
     STATS: tl.constexpr,
     LEAN: tl.constexpr,
     WRITE: tl.constexpr,
@@ -89,41 +121,31 @@ def tile_rows_kernel(
     PLAIN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    token = first_token + n
-    if HAS_TOKENS:
-        token = tl.load(tokens + n)
-    target = tl.load(ids + token)
+    row, token, target = row_token(tokens, ids, first_token, HAS_TOKENS)
     dtype: tl.constexpr = stats.dtype.element_ty
-    logit_scale = as_scalar(logit_scale, dtype)
-    softcap = as_scalar(softcap, dtype)
-    temperature = as_scalar(temperature, dtype)
-    row = logits + n * row_stride
-    out_row = out + n * out_stride
+    transform = transform_scalars(logit_scale, softcap, temperature, dtype)
+    row_logits = logits + row * row_stride
+    out_row = out + row * out_stride
     if target >= 0:
         col = target - first_column
         if STATS:
             row_max, sum_exp, weighted, total = read_row(
-                row, bias, V, logit_scale, softcap, temperature,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, LEAN, WRITE != NOTHING, BLOCK,
+                row_logits, bias, V, transform,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, LEAN, WRITE != NOTHING, BLOCK_SIZE,
             )  # fmt: skip
-            z_id = transformed_logit(
-                row, bias, col, V, logit_scale, softcap, temperature, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP
-            )
-            logsum = store_stats(
-                stats, N, token, V, z_id, row_max, sum_exp, weighted, total, dtype, LEAN
-            )  # fmt: skip
+            z_id = transformed_logit(row_logits, bias, col, V, transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP)
+            logsum = store_stats(stats, N, token, V, z_id, row_max, sum_exp, weighted, total, dtype, LEAN)
         else:
             row_max = tl.load(stats + MAX * N + token)
             logsum = tl.load(stats + LOGSUM * N + token)
         if WRITE == SOFTMAX:
             zero = tl.full((), 0.0, dtype)
             write_row(
-                row, out_row, bias, V, -1, row_max, logsum,
-                zero, as_scalar(softmax_scale, dtype), zero, zero, logit_scale, softcap, temperature,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK,
+                row_logits, out_row, bias, V, -1, row_max, logsum,
+                zero, as_scalar(softmax_scale, dtype), zero, zero, transform,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK_SIZE,
             )  # fmt: skip
         if WRITE == TOKEN_LOSS:
             # d/dz of -(1 - e) logp - e mean_logp + z_loss lse^2, times the token's scale
@@ -131,72 +153,67 @@ def tile_rows_kernel(
             e = as_scalar(label_smoothing, dtype)
             lse_grad = 2.0 * as_scalar(z_loss, dtype) * (row_max + logsum)
             write_row(
-                row, out_row, bias, V, col, row_max, logsum,
-                (e - 1.0) * scale, (1.0 + lse_grad) * scale, lse_grad, -e / V * scale,
-                logit_scale, softcap, temperature,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, not PLAIN, BLOCK,
+                row_logits, out_row, bias, V, col, row_max, logsum,
+                (e - 1.0) * scale, (1.0 + lse_grad) * scale, lse_grad, -e / V * scale, transform,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, not PLAIN, BLOCK_SIZE,
             )  # fmt: skip
         if WRITE == GIVEN:
+            onehot, prob, plogp, uniform = load_coefficients(coefficients, coefficient_stride, row)
             write_row(
-                row, out_row, bias, V, col, row_max, logsum,
-                tl.load(coefficients + n), tl.load(coefficients + coefficient_stride + n),
-                tl.load(coefficients + 2 * coefficient_stride + n),
-                tl.load(coefficients + 3 * coefficient_stride + n),
-                logit_scale, softcap, temperature,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not PLAIN, BLOCK,
+                row_logits, out_row, bias, V, col, row_max, logsum,
+                onehot, prob, plogp, uniform, transform,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not PLAIN, BLOCK_SIZE,
             )  # fmt: skip
     elif WRITE != NOTHING:
-        zero_row(out_row, V, dtype, BLOCK)
+        zero_row(out_row, V, dtype, BLOCK_SIZE)
 
 
 @triton.jit
 def kept_rows_kernel(
+    # pointers
     softmax,  # [C, V], unit stride over V: P times softmax_scale
     out,  # [C, V], the same memory, of the same or another 16-bit dtype
     tokens,  # [C] int64, the row's token; read if HAS_TOKENS, else it is first_token + row
     ids,  # [N] int64, negative: ignored
-    stats,  # [7, N]
+    stats,  # [7, N], order of rows.Stat
     coefficients,  # [4, C], order of rows.Coefficient
+    # sizes
     first_token,
     N,
     V,
+    # strides
     row_stride,
     coefficient_stride,
+    # options
     logit_scale: tl.float64,
     softcap: tl.float64,
     temperature: tl.float64,
     softmax_scale: tl.float64,
+    # constants
     LEAN: tl.constexpr,
     HAS_TOKENS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    token = first_token + n
-    if HAS_TOKENS:
-        token = tl.load(tokens + n)
-    target = tl.load(ids + token)
+    row, token, target = row_token(tokens, ids, first_token, HAS_TOKENS)
     dtype: tl.constexpr = stats.dtype.element_ty
-    out_row = out + n * row_stride
+    out_row = out + row * row_stride
     if target >= 0:
-        softmax_row = softmax + n * row_stride
-        target_logp = tl.load(stats + token)
+        row_softmax = softmax + row * row_stride
+        target_logp = tl.load(stats + LOGP * N + token)
         lse = tl.load(stats + LSE * N + token)
-        onehot = tl.load(coefficients + n)
-        prob = tl.load(coefficients + coefficient_stride + n)
-        plogp = tl.load(coefficients + 2 * coefficient_stride + n)
-        uniform = tl.load(coefficients + 3 * coefficient_stride + n)
+        onehot, prob, plogp, uniform = load_coefficients(coefficients, coefficient_stride, row)
         slope = as_scalar(logit_scale, dtype) / as_scalar(temperature, dtype)
         inverse = 1.0 / as_scalar(softmax_scale, dtype)
         to_h = as_scalar(temperature, dtype)
         if HAS_SOFTCAP:
             to_h = to_h / as_scalar(softcap, dtype)
         target_p = tl.exp(target_logp)
-        columns = tl.arange(0, BLOCK)
-        for begin in range(0, V, BLOCK):
-            inside = begin + columns < V
-            is_target = begin + columns == target
-            p = tl.load(softmax_row + begin + columns, mask=inside, other=0.0).to(dtype) * inverse
+        lane = tl.arange(0, BLOCK_SIZE)
+        for begin in range(0, V, BLOCK_SIZE):
+            inside = begin + lane < V
+            is_target = begin + lane == target
+            p = tl.load(row_softmax + begin + lane, mask=inside, other=0.0).to(dtype) * inverse
             p = tl.where(is_target, target_p, p)
             factor = prob
             dz = p
@@ -209,9 +226,9 @@ def kept_rows_kernel(
             if HAS_SOFTCAP:
                 h = (logp + lse) * to_h
                 dz *= (1.0 - h) * (1.0 + h)
-            tl.store(out_row + begin + columns, dz * slope, mask=inside)
+            tl.store(out_row + begin + lane, dz * slope, mask=inside)
     else:
-        zero_row(out_row, V, dtype, BLOCK)
+        zero_row(out_row, V, dtype, BLOCK_SIZE)
 
 
 class Rows(NamedTuple):
@@ -237,18 +254,6 @@ class TokenLoss(NamedTuple):
     scale: Tensor  # [N] of any stride
     label_smoothing: float
     z_loss: float
-
-
-def launch(kernel: str, tensor: Tensor, columns: int) -> dict[str, int]:
-    """BLOCK and num_warps for rows of that many logits."""
-    major, minor = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
-    table = LAUNCH[kernel]
-    sm = 10 * major + minor
-    block, warps = table[max((known for known in table if known <= sm), default=min(table))]
-    short = max(SHORTEST, triton.next_power_of_2(columns))
-    if short < block:
-        block, warps = short, max(1, warps * short // block)
-    return {"BLOCK": block, "num_warps": warps}
 
 
 def flags(softmaxes: Softmaxes) -> dict[str, bool]:
@@ -285,7 +290,7 @@ def _tile_rows(
             tile.stride(0), out.stride(0), scale.scale.stride(0), given.stride(0),
             *transform, scale.label_smoothing, scale.z_loss, softmax_scale,
             STATS=stats, WRITE=write, HAS_TOKENS=rows.indices is not None,
-            **flags(softmaxes), **launch(kernel, tile, V),
+            **flags(softmaxes), **launch_options(LAUNCH[kernel], tile),
         )  # fmt: skip
 
 
@@ -341,5 +346,5 @@ def kept_grad(
             rows.first, ids.shape[0], V, kept.stride(0), coefficients.stride(0),
             *transform, softmax_scale,
             LEAN=lean, HAS_TOKENS=rows.indices is not None, HAS_SOFTCAP=transform.softcap != 0,
-            **launch("kept", kept, V),
+            **launch_options(LAUNCH["kept"], kept),
         )  # fmt: skip
