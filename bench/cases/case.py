@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,6 +84,17 @@ class Row(NamedTuple):
     results_mib: float | None = None
     peak_mib: float | None = None
     longer_mib: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The row in a results file: the seconds of every round included."""
+        return {
+            "refused": self.refused,
+            "seconds": list(self.timing.seconds) if self.timing else [],
+            "errors": {key: error._asdict() for key, error in self.errors.items()},
+            "results_mib": self.results_mib,
+            "peak_mib": self.peak_mib,
+            "longer_mib": self.longer_mib,
+        }
 
 
 class Measured(NamedTuple):

@@ -177,7 +177,7 @@ def prepare(
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
-    """The case's entry in a results file: the seconds of every round included."""
+    """The case's entry in a results file."""
     case = measured.case
     return {
         "name": measured.name,
@@ -189,15 +189,5 @@ def as_json(measured: Measured) -> dict[str, Any]:
         "ceilings": list(case.ceilings),
         "targets": [target._asdict() for target in case.targets],
         "notes": measured.notes,
-        "rows": {
-            name: {
-                "refused": row.refused,
-                "seconds": list(row.timing.seconds) if row.timing else [],
-                "errors": {key: error._asdict() for key, error in row.errors.items()},
-                "results_mib": row.results_mib,
-                "peak_mib": row.peak_mib,
-                "longer_mib": row.longer_mib,
-            }
-            for name, row in measured.rows.items()
-        },
+        "rows": {name: row.as_json() for name, row in measured.rows.items()},
     }

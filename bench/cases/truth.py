@@ -28,10 +28,10 @@ def make_inputs(case: Case, device: str) -> tuple[dict[str, Tensor], Tensor | No
         return tensors, None
     if "logprobs" not in case.operation:
         return tensors, torch.ones((), device=device)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     # Rounded to the case's dtype, so that every method gets the same numbers.
-    upstream = torch.randn(case.its_shape.N, generator=generator).to(DTYPES[case.dtype])
-    return tensors, upstream.to(device)
+    upstream = torch.randn(case.its_shape.N, generator=generator, device=device)
+    return tensors, upstream.to(DTYPES[case.dtype])
 
 
 def run(forward: Forward, tensors: Mapping[str, Tensor], upstream: Tensor | None) -> dict[str, Tensor]:

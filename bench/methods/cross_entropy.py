@@ -116,11 +116,11 @@ LINEAR_LOGPROBS = Operation(
 
 
 def logits_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(shape.N, shape.V, generator=generator).mul_(2)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(shape.N, shape.V, generator=generator, device=device).mul_(2)
     return {
-        "logits": logits.to(device, dtype),
-        "ids": torch.randint(0, shape.V, (shape.N,), generator=generator).to(device),
+        "logits": logits.to(dtype),
+        "ids": torch.randint(0, shape.V, (shape.N,), generator=generator, device=device),
     }
 
 

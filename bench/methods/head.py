@@ -19,11 +19,11 @@ HEAD_ROWS = ("hidden", "ids")
 
 def head_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Random inputs. Logits have a standard deviation of 2: the softmax is neither flat nor on one id."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(shape.N, shape.H, generator=generator)
-    weight = torch.randn(shape.V, shape.H, generator=generator) * (2 / math.sqrt(shape.H))
-    ids = torch.randint(0, shape.V, (shape.N,), generator=generator)
-    return {"hidden": hidden.to(device, dtype), "weight": weight.to(device, dtype), "ids": ids.to(device)}
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(shape.N, shape.H, generator=generator, device=device)
+    weight = torch.randn(shape.V, shape.H, generator=generator, device=device) * (2 / math.sqrt(shape.H))
+    ids = torch.randint(0, shape.V, (shape.N,), generator=generator, device=device)
+    return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "ids": ids}
 
 
 def eager_logprobs(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:

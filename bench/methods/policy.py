@@ -35,14 +35,14 @@ TRL = "TRL ChunkedLogProbFunction, plain loss"
 def linear_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Inputs with ratios of about e^0.1, as in the middle of an update: some are clipped."""
     tensors = head_inputs(shape._replace(N=shape.N // ROWS * ROWS), dtype, device)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         hidden, weight = tensors["hidden"].float(), tensors["weight"].float()
         parts = zip(hidden.split(256), tensors["ids"].split(256))
         logp = torch.cat([F.log_softmax(x @ weight.t(), -1).gather(-1, y[:, None])[:, 0] for x, y in parts])
-    noise = 0.15 * torch.randn(len(logp), generator=generator)
-    advantages = torch.randn(ROWS, generator=generator).repeat_interleave(len(logp) // ROWS)
-    return tensors | {"old_logp": logp + noise.to(device), "advantages": advantages.to(device)}
+    noise = 0.15 * torch.randn(len(logp), generator=generator, device=device)
+    advantages = torch.randn(ROWS, generator=generator, device=device).repeat_interleave(len(logp) // ROWS)
+    return tensors | {"old_logp": logp + noise, "advantages": advantages}
 
 
 def _ours_linear(
@@ -117,17 +117,17 @@ def token_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Ten
 
     Around 0 the mean would be a small difference of large sums, and its error a matter of luck.
     """
-    generator = torch.Generator().manual_seed(0)
-    logp, noise, advantages, entropy = torch.randn(4, shape.N, shape.V, generator=generator)
-    lengths = torch.randint(shape.V // 2, shape.V + 1, (shape.N, 1), generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    logp, noise, advantages, entropy = torch.randn(4, shape.N, shape.V, generator=generator, device=device)
+    lengths = torch.randint(shape.V // 2, shape.V + 1, (shape.N, 1), generator=generator, device=device)
     tensors = {
         "logp": logp - 2,
         "entropy": entropy.abs(),
         "old_logp": logp - 2 + 0.15 * noise,
         "advantages": advantages + 1,
     }
-    return {name: x.to(device, dtype) for name, x in tensors.items()} | {
-        "mask": (torch.arange(shape.V) < lengths).to(device)
+    return {name: x.to(dtype) for name, x in tensors.items()} | {
+        "mask": torch.arange(shape.V, device=device) < lengths
     }
 
 

@@ -54,11 +54,11 @@ def pair_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tens
 
 def with_reference(tensors: dict[str, Tensor], dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """The tensors with the reference's hidden states and weight added."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(device).manual_seed(1)
     for name in ("hidden", "weight"):
         policy = tensors[name]
         # 0.07 of both factors moves the logits by a tenth.
-        noise = torch.randn(policy.shape, generator=generator).to(device) * policy.float().std() * 0.07
+        noise = torch.randn(policy.shape, generator=generator, device=device) * policy.float().std() * 0.07
         tensors[f"reference_{name}"] = (policy.float() + noise).to(dtype)
     return tensors
 
@@ -195,8 +195,8 @@ def _liger_kto(device: str) -> Forward:
 
 
 def score_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(2, shape.N, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    scores = torch.randn(2, shape.N, generator=generator, device=device).to(dtype)
     return {"chosen": scores[0].clone(), "rejected": scores[1].clone()}
 
 

@@ -34,8 +34,8 @@ class Filter(NamedTuple):
 def random_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Normal logits with standard deviation 2: a flat softmax, the hard case, where top-p 0.9 keeps tens of
     thousands of ids."""
-    generator = torch.Generator().manual_seed(0)
-    return {"logits": torch.randn(shape.N, shape.V, generator=generator).mul_(2).to(device, dtype)}
+    generator = torch.Generator(device).manual_seed(0)
+    return {"logits": torch.randn(shape.N, shape.V, generator=generator, device=device).mul_(2).to(dtype)}
 
 
 def trained_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -45,41 +45,42 @@ def trained_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, T
     average (the model: 3.9). Average log-probability at the ranks 1, 10, 100, 1000, 10000: -1.7, -4.0, -7.7,
     -11.5, -15.5 (the model: -1.5, -4.6, -7.7, -10.8, -15.1).
     """
-    generator = torch.Generator().manual_seed(0)
-    by_rank = -torch.linspace(1.2, 2.2, shape.N)[:, None] * torch.arange(3, shape.V + 3).log()
-    ranks = torch.stack([torch.randperm(shape.V, generator=generator) for _ in range(shape.N)])
-    return {"logits": by_rank.gather(-1, ranks).to(device, dtype)}
+    generator = torch.Generator(device).manual_seed(0)
+    exponents = torch.linspace(1.2, 2.2, shape.N, device=device)[:, None]
+    by_rank = -exponents * torch.arange(3, shape.V + 3, device=device).log()
+    permutations = (torch.randperm(shape.V, generator=generator, device=device) for _ in range(shape.N))
+    return {"logits": by_rank.gather(-1, torch.stack(list(permutations))).to(dtype)}
 
 
 def _ours(rule: Filter) -> Callable[[str], Forward]:
     return here(lambda logits: sample(logits, seed=0, **rule._asdict())._asdict())
 
 
-def _multinomial(device: str) -> Forward:
+def multinomial(device: str) -> Forward:
     # Seeded, so that a draw at the edge of the kept set happens in every run or in none.
     generator = torch.Generator(device).manual_seed(0)
     return lambda logits: {"token": torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]}
 
 
-def _transformers(rule: Filter) -> Callable[[str], Forward]:
+def warpers(rule: Filter) -> Callable[[str], Forward]:
     """As `generate` draws, less its copy of the logits."""
 
     def load(device: str) -> Forward:
         process = module("transformers.generation.logits_process", "transformers")
-        warpers = process.LogitsProcessorList()
+        processors = process.LogitsProcessorList()
         if rule.temperature != 1:
-            warpers.append(process.TemperatureLogitsWarper(rule.temperature))
+            processors.append(process.TemperatureLogitsWarper(rule.temperature))
         if rule.top_k:
-            warpers.append(process.TopKLogitsWarper(rule.top_k))
+            processors.append(process.TopKLogitsWarper(rule.top_k))
         if rule.top_p < 1:
-            warpers.append(process.TopPLogitsWarper(rule.top_p))
-        draw = _multinomial(device)
-        return lambda logits: draw(logits=warpers(None, logits))
+            processors.append(process.TopPLogitsWarper(rule.top_p))
+        draw = multinomial(device)
+        return lambda logits: draw(logits=processors(None, logits))
 
     return load
 
 
-def _flashinfer(rule: Filter) -> Callable[[str], Forward]:
+def flashinfer(rule: Filter) -> Callable[[str], Forward]:
     def load(device: str) -> Forward:
         needs_gpu(device, "CUDA")
         sampling = module("flashinfer.sampling", "flashinfer-python")
@@ -153,9 +154,9 @@ def _sampling(
     rule: Filter, inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]] = random_inputs
 ) -> Operation:
     """Without a filter transformers has no warper to run, and is softmax and multinomial."""
-    peer = {MULTINOMIAL: _multinomial} if rule == Filter() else {TRANSFORMERS: _transformers(rule)}
+    peer = {MULTINOMIAL: multinomial} if rule == Filter() else {TRANSFORMERS: warpers(rule)}
     return Operation(
-        inputs, {OURS: _ours(rule), **peer, "FlashInfer": _flashinfer(rule)}, ("logits",), drawn_from(rule)
+        inputs, {OURS: _ours(rule), **peer, "FlashInfer": flashinfer(rule)}, ("logits",), drawn_from(rule)
     )
 
 

@@ -304,7 +304,7 @@ def test_a_sampler_outside_the_kept_set_or_with_a_wrong_log_prob_is_refused_and_
         found = ours(logits=logits)
         return {**found, "logp": found["logp"] + found["log_kept"]}
 
-    unfiltered = sampling_methods._multinomial
+    unfiltered = sampling_methods.multinomial
     table = {
         OURS: operation.methods[OURS],
         "unfiltered": unfiltered,
