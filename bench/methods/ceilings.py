@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from fastalign_kernels.gemm import mm, own_gemm
+from fastalign_kernels.gemm import mm, uses_native_gemm
 
 from ..core.operation import Ceiling, Tensors
 
@@ -34,7 +34,7 @@ def bare_gemms(
 
         if not reused_memory:
             return fresh
-        dtype = torch.float32 if own_gemm(x.device, x.dtype) else x.dtype
+        dtype = torch.float32 if uses_native_gemm(x.device, x.dtype) else x.dtype
         z, dx, dw = (x.new_empty(shape, dtype=dtype) for shape in ((N, V), (N, H), (V, H)))
 
         def reusing() -> object:

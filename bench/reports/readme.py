@@ -303,7 +303,7 @@ def _loss_error(case: Mapping[str, Any], name: str) -> float:
 def filled(
     text: str, folder: Path = ROOT, kinds: Mapping[str, Callable[[Mapping[str, Any]], str]] = KINDS
 ) -> str:
-    """A page's text with every table made again; docs/tail.md brings `kinds` of its own.
+    """A page's text with every table written anew; docs/tail.md brings `kinds` of its own.
 
     Raises:
         ValueError: a table of an unknown kind.

@@ -168,7 +168,7 @@ def _head(
     held = plan.workspace_bytes + 28 * N + size * N * H * dX + 4 * V * H * dW
     if dW and size < 4:
         held += size * V * H  # the gradient in the weight's dtype, made of its fp32 sum
-    if kind == "cpu" and size < 4 and not native.own_gemm():
+    if kind == "cpu" and size < 4 and not native.uses_gemm():
         held += 4 * V * H  # the weight in fp32
     return Work(tuple(gemms), float(passes * N * V), float(held))
 
@@ -183,7 +183,7 @@ def _gpu_head(plan: HeadPlan, shape: Shape, size: int, dX: int, dW: int) -> tupl
         return float(statistics * N * V), float(plan.workspace_bytes)
     if plan.engine == "vocab_slices":
         slices = -(-V // plan.slice_columns)
-        # the tile is made again, read, and dlogits are written; dX's fp32 sum is read and written once a
+        # the tile is recomputed, read, and dlogits are written; dX's fp32 sum is read and written once a
         # slice
         per_logit = statistics + 4 - size + 4 + size
         return (

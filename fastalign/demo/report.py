@@ -50,7 +50,7 @@ class Outcome:
         )
 
     def _sampled(self, stage: str) -> list[float]:
-        return [done.sentiment for done in self.completions if done.stage == stage and done.way == "sampled"]
+        return [done.sentiment for done in self.completions if done.stage == stage and done.mode == "sampled"]
 
 
 def plot(curve: Curve, title: str, path: Path) -> None:
@@ -130,7 +130,7 @@ stage each, from the rows and settings here.
 def _lines(outcome: Outcome) -> list[str]:
     seconds = [(part, f"{taken:.1f}") for part, taken in outcome.seconds.items()]
     sentiment = (outcome.sentiment("pretrain"), outcome.sentiment("sft"), outcome.gain())
-    prompts = sum(done.stage == "sft" and done.way == "sampled" for done in outcome.completions)
+    prompts = sum(done.stage == "sft" and done.mode == "sampled" for done in outcome.completions)
     lines = [
         "# fastalign demo",
         "",
@@ -141,7 +141,7 @@ def _lines(outcome: Outcome) -> list[str]:
     for stage, title in STAGES.items():
         lines += [f"## {title}", "", f"![{title}]({stage}.png)", "", _summary(outcome, stage), ""]
     lines += ["## Samples", "", SAMPLES_NOTE.format(temperature=TEMPERATURE)]
-    lines += [*table(("prompt", "way", "before SFT", "after SFT"), sample_rows(outcome.completions)), ""]
+    lines += [*table(("prompt", "mode", "before SFT", "after SFT"), sample_rows(outcome.completions)), ""]
     lines += ["## Sentiment", "", SENTIMENT_NOTE.format(prompts=prompts)]
     lines += [*table(("before SFT", "after SFT", "gain, prompt by prompt"), [sentiment]), ""]
     lines += outcome.alignment.report() + outcome.stages.report()
@@ -213,8 +213,8 @@ def _commands(outcome: Outcome) -> list[str]:
 
 def sample_rows(completions: Sequence[Completion]) -> list[tuple[str, str, str, str]]:
     """Cells of the table of samples: each greedily completed prompt, in both modes, before and after SFT."""
-    found = {(done.stage, done.way, done.prompt): done.text for done in completions}
-    shown = [done.prompt for done in completions if done.way == "greedy" and done.stage == "pretrain"]
+    found = {(done.stage, done.mode, done.prompt): done.text for done in completions}
+    shown = [done.prompt for done in completions if done.mode == "greedy" and done.stage == "pretrain"]
     return [
         (prompt, mode, found["pretrain", mode, prompt], found["sft", mode, prompt])
         for prompt in shown

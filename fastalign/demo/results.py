@@ -15,11 +15,11 @@ STAGES = {"pretrain": "Pre-training", "sft": "SFT"}
 class Completion(NamedTuple):
     """A completion by a stage's model, greedy or sampled, with VADER's compound sentiment in [-1, 1].
 
-    `way` is "greedy" or "sampled".
+    `mode` is "greedy" or "sampled".
     """
 
     stage: str
-    way: str
+    mode: str
     prompt: str
     text: str
     sentiment: float

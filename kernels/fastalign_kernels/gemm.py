@@ -1,24 +1,23 @@
-"""Matrix products whose sums stay in the output's dtype, whatever the factors'; on a CPU with AVX-512 they
-may be our own (csrc/gemm).
+"""Matrix products with sums in the output's dtype: by csrc/gemm on AMD CPUs with AVX-512, else by torch.
 
 torch's fp32 GEMM on an AMD CPU is MKL's AVX2 code, and none of its CPU GEMMs takes bf16 to fp32. Measured on
 two cores of an AMD EPYC (Zen 5), a head's three products at C 512, H 576, V 49152, GFLOP/s:
 
                                 logits   dX    dW
     fp32, torch.mm                 200  217   219
-    fp32, ours                     488  432   453
+    fp32, native                   488  432   453
     bf16 to bf16, torch.mm         684  822   651
-    bf16 to fp32, ours             970  823   834
+    bf16 to fp32, native           970  823   834
 
-Ours pack factors of any of the three dtypes block by block (csrc/gemm/api.h), so nothing is widened or
-gathered in memory beforehand.
+The native GEMM packs factors of any of the three dtypes block by block (csrc/gemm/api.h), so nothing is
+widened or gathered in memory beforehand.
 
-They serve on AMD CPUs only. On an Intel CPU with AVX-512 they were within 5 % of torch.mm, except for dW in
-fp32, which reached 0.74 of its speed: MKL has AVX-512 code for Intel. They run on every CPU with AVX-512, and
-so do their tests.
+It is the default on AMD CPUs only. On an Intel CPU with AVX-512 it was within 5 % of torch.mm, except for dW
+in fp32, which reached 0.74 of torch's speed: MKL has AVX-512 code for Intel. It runs on every CPU with
+AVX-512, and so do its tests.
 
-The shapes alone determine the order of their sums, so they have the same bits with any number of threads.
-torch.mm's do not: docs/determinism.md.
+The shapes alone determine the order of its sums, so it gives the same bits with any number of threads.
+torch.mm does not: docs/determinism.md.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from torch import Tensor
 from . import native
 
 
-def own_gemm(device: torch.device, dtype: torch.dtype) -> bool:
+def uses_native_gemm(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of factors of this dtype (or of it and fp32) run in csrc/gemm: it mixes dtypes and
     gathers rows at no cost."""
-    return device.type == "cpu" and dtype != torch.float64 and native.own_gemm()
+    return device.type == "cpu" and dtype != torch.float64 and native.uses_gemm()
 
 
 def mm(
@@ -44,16 +43,17 @@ def mm(
     right_rows: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> None:
-    """out (+)= left [M, K] right [K, N]; with right_rows [K] of right's rows in their order; with out_rows
-    [M], none twice, into out's.
+    """Write left [M, K] right [K, N] into out [M, N], or add it to out with `add`.
 
-    out: the accumulator's dtype, or on a GPU the factors' too. Factors of different dtypes: `own_gemm` only.
+    right_rows [K]: the rows of `right` to take, in their order. out_rows [M]: the rows of `out` to write,
+    each at most once. out has the accumulator's dtype, or on a GPU the factors' dtype too. Only the native
+    GEMM (`uses_native_gemm`) takes factors of different dtypes.
     """
     gathers = right_rows is not None or out_rows is not None
     # torch's code for a matrix and a vector reads the matrix once and packs nothing: it takes 0.6 of our
     # time.
     vector = 1 in (*left.shape, *right.shape) and left.dtype == right.dtype == out.dtype and not gathers
-    if own_gemm(out.device, out.dtype) and not vector:
+    if uses_native_gemm(out.device, out.dtype) and not vector:
         if right_rows is not None and right.shape[1] > 1 and right.stride(1) != 1:
             right, right_rows = right.index_select(0, right_rows), None
         torch.ops.fastalign.gemm(_packable(left), _packable(right), out, add, right_rows, out_rows)

@@ -41,32 +41,33 @@ missing = _load()
 triton_missing = "" if importlib.util.find_spec("triton") else "triton is not installed"
 
 
-def has_own_gemm() -> bool:
+def has_gemm() -> bool:
     """Whether csrc/gemm can multiply matrices on this CPU: it needs AVX-512."""
     return not missing and TARGETS[torch.ops.fastalign.cpu_target()] == "AVX-512"
 
 
 def _choose_gemm() -> bool:
-    wanted = os.environ.get("FASTALIGN_GEMM") or None
-    if wanted is None:
+    choice = os.environ.get("FASTALIGN_GEMM") or None
+    if choice is None:
         return not missing and torch.ops.fastalign.cpu_own_gemm()
-    if wanted not in ("own", "torch"):
+    if choice not in ("native", "torch"):
         raise ValueError(
-            f"FASTALIGN_GEMM: got {wanted!r}, expected own or torch, "
+            f"FASTALIGN_GEMM: got {choice!r}, expected native (formerly own) or torch, "
             "or nothing for the faster one on this CPU"
         )
-    if wanted == "own" and not has_own_gemm():
-        raise ValueError(f"FASTALIGN_GEMM: got 'own', expected torch: {missing or 'this CPU has no AVX-512'}")
-    return wanted == "own"
+    if choice == "native" and not has_gemm():
+        reason = missing or "this CPU has no AVX-512"
+        raise ValueError(f"FASTALIGN_GEMM: got 'native', expected torch: {reason}")
+    return choice == "native"
 
 
-_own_gemm = _choose_gemm()
+_uses_gemm = _choose_gemm()
 
 
-def own_gemm() -> bool:
+def uses_gemm() -> bool:
     """Whether csrc/gemm multiplies matrices, not torch: on AMD CPUs with AVX-512, or as FASTALIGN_GEMM
-    (own or torch) says."""
-    return not missing and _own_gemm
+    (native or torch) says."""
+    return not missing and _uses_gemm
 
 
 # Devices that the library samples on.
@@ -79,7 +80,7 @@ cuda_missing = missing or ("" if "cuda" in samples_on else "the native library w
 
 
 def _gemm_status() -> tuple[str, str]:
-    if own_gemm():
+    if uses_gemm():
         return "native, AVX-512", ""
     why = (
         "FASTALIGN_GEMM=torch"

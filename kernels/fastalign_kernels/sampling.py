@@ -14,7 +14,7 @@ For a row x [V], in the order of transformers' warpers and in nats:
     logp_raw = log softmax(x)[token], entropy = -sum softmax(x) log softmax(x)
 
 The draw is a race of exponentials on two levels: chunks of 256 ids race with their kept mass, then the
-winner's ids with their own: argmin E / mass with E ~ Exp(1) is a draw in proportion to mass. E = -log(1 - u),
+winner's ids with theirs: argmin E / mass with E ~ Exp(1) is a draw in proportion to mass. E = -log(1 - u),
 u from the 64 bits that Philox4x32-10 makes of (seed, sequence id, position, id or chunk), exact to 2^-64 near
 0, where tail tokens win. So a token depends on its row's logits, sequence and position: not on the batch, the
 slot, the threads or the machine.
@@ -303,19 +303,21 @@ def sample_ref(
     if allowed is not None:
         z = torch.where(_bits(allowed, V), z, -math.inf)
     x, z = x.double(), z.double()
-    top = z.amax(-1, keepdim=True)
+    row_max = z.amax(-1, keepdim=True)
     alive = torch.ones(B, dtype=torch.bool, device=device) if finished is None else ~finished
-    valid = (x < math.inf).all(-1) & (z < math.inf).all(-1) & (top[:, 0] > -math.inf)  # NaN compares false
+    valid = (
+        (x < math.inf).all(-1) & (z < math.inf).all(-1) & (row_max[:, 0] > -math.inf)
+    )  # NaN compares false
     usable = (alive & valid)[:, None]
     x, z = torch.where(usable, x, 0.0), torch.where(usable, z, 0.0)
-    top = z.amax(-1, keepdim=True)
+    row_max = z.amax(-1, keepdim=True)
 
     greedy = T == 0
-    scaled = (z - top) / torch.where(greedy, 1.0, T)
+    scaled = (z - row_max) / torch.where(greedy, 1.0, T)
     mass = scaled.exp()
     order = z.argsort(dim=-1, descending=True, stable=True)
     by_value = z.gather(-1, order)
-    nothing = torch.full_like(top, -math.inf)
+    nothing = torch.full_like(row_max, -math.inf)
     cut_k = torch.where((k > 0) & (k < V), by_value.gather(-1, (k.clamp(1, V) - 1).long()), nothing)
     sorted_mass = torch.where(by_value >= cut_k, mass.gather(-1, order), 0.0)
     above = sorted_mass.cumsum(-1) - sorted_mass
@@ -326,7 +328,7 @@ def sample_ref(
     )
     cut_p = torch.where(p < 1, by_value.gather(-1, within - 1), nothing)
     keep = (z > -math.inf) & (z >= cut_k) & (z >= cut_p) & (scaled >= least.log())
-    first = torch.zeros_like(keep).scatter_(-1, (z == top).int().argmax(-1, keepdim=True), True)
+    first = torch.zeros_like(keep).scatter_(-1, (z == row_max).int().argmax(-1, keepdim=True), True)
     keep = torch.where(greedy, first, keep)
 
     mass = torch.where(keep, mass, 0.0)
@@ -339,8 +341,8 @@ def sample_ref(
         -1, keepdim=True
     )
     ids = chunk * CHUNK + torch.arange(CHUNK, device=device)
-    own = padded.gather(1, chunk[..., None].expand(-1, -1, CHUNK))[:, 0]
-    token = chunk[:, 0] * CHUNK + (_exponential(seed, sequence, position, ids) / own).argmin(-1)
+    chunk_mass = padded.gather(1, chunk[..., None].expand(-1, -1, CHUNK))[:, 0]
+    token = chunk[:, 0] * CHUNK + (_exponential(seed, sequence, position, ids) / chunk_mass).argmin(-1)
     token = torch.where(greedy[:, 0], first.int().argmax(-1), token)
 
     log_sum = scaled.logsumexp(-1)

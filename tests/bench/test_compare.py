@@ -18,10 +18,10 @@ def results(
     ceiling: float = 0.5,
 ) -> dict[str, Any]:
     def row(seconds: tuple[float, ...]) -> dict[str, Any]:
-        own = [machine * s for s in seconds]
+        scaled = [machine * s for s in seconds]
         return {
             "refused": "",
-            "seconds": own,
+            "seconds": scaled,
             "errors": {"d weight": {"absolute": 1e-3, "relative": 1e-5}},
             "peak_mib": peak,
         }

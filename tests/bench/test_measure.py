@@ -125,12 +125,12 @@ def test_peak_memory_counts_results_and_what_is_freed_on_the_way_but_no_inputs(t
 
 @linux
 def test_calls_that_share_a_process_are_measured_apart(targets: str) -> None:
-    every = [
+    calls = [
         {"kept": kept, "freed": freed, "threads": torch.get_num_threads()}
         for kept, freed in ((120, 80), (10, 40), (60, 90))
     ]
-    found = peak_memories(f"{targets}:filled", every, warmup=every[1])
-    assert found == [pytest.approx(own["kept"] + own["freed"], rel=0.1) for own in every]
+    found = peak_memories(f"{targets}:filled", calls, warmup=calls[1])
+    assert found == [pytest.approx(call["kept"] + call["freed"], rel=0.1) for call in calls]
 
 
 @linux

@@ -154,9 +154,9 @@ def test_a_whole_step_leaves_the_weights_as_they_were_and_takes_the_stages_own_l
         norm = sum(first[name].square().sum() for name in first if name != "loss")
         assert 0 < norm <= step_methods.LARGEST_NORM**2
         plain = OPERATIONS[f"{stage} step"].methods[EAGER]("cpu")(**tensors)
-        for name, own in first.items():
+        for name, value in first.items():
             torch.testing.assert_close(
-                own, plain[name], rtol=1e-3, atol=1e-4 * float(plain[name].abs().max())
+                value, plain[name], rtol=1e-3, atol=1e-4 * float(plain[name].abs().max())
             )
     step_methods.without_loss("kto")(tensors)()
     step_methods._trainee.cache_clear()

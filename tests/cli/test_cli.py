@@ -133,8 +133,8 @@ def test_help_lists_every_field_with_type_default_and_description(stage: type[Tr
 
 def test_every_field_is_described_in_the_source() -> None:
     for stage in (TrainConfig, pretrain.PretrainConfig, sft.SFTConfig):
-        own: dict[str, FieldInfo] = getattr(stage, "__pydantic_fields__")  # noqa: B009
-        undescribed = [name for name in stage.__annotations__ if not own[name].description]
+        fields: dict[str, FieldInfo] = getattr(stage, "__pydantic_fields__")  # noqa: B009
+        undescribed = [name for name in stage.__annotations__ if not fields[name].description]
         assert not undescribed, f"{stage.__name__} has fields without a docstring"
 
 

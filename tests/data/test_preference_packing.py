@@ -120,20 +120,20 @@ def test_packed_scores_are_transformers_own(family: str, padding: int | None) ->
         Tokenized([*ids, 3], [*trained, True]) for ids, trained in sequences
     ]  # 3 ends them, and may be the padding too
     with torch.no_grad():
-        own = torch.stack([model(torch.tensor([ids])).logits[0] for ids, _ in sequences])
+        separate = torch.stack([model(torch.tensor([ids])).logits[0] for ids, _ in sequences])
         if padding is not None:
             width = max(len(ids) for ids, _ in sequences)
             rows = torch.tensor([ids + [padding] * (width - len(ids)) for ids, _ in sequences])
             together = model(rows, attention_mask=(rows != padding).long()).logits
-            torch.testing.assert_close(together, own, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(together, separate, rtol=1e-6, atol=1e-6)
         assert score_packed(model) is model
         packed = pack_sequences(sequences, pad_id=0)
         assert packed["arguments"]["input_ids"].shape[0] < len(sequences)
         ends = last_tokens(packed, pad_id=-1 if padding is None else padding)
         ours = model(**packed["arguments"], ends=ends, use_cache=False).logits
-        torch.testing.assert_close(ours, own, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours, separate, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
-            model(torch.tensor([sequences[1].input_ids])).logits[0], own[1]
+            model(torch.tensor([sequences[1].input_ids])).logits[0], separate[1]
         )  # without ends: as ever
 
 

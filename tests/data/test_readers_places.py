@@ -139,8 +139,8 @@ def test_the_fingerprint_is_of_the_rows_and_not_of_the_path(tmp_path: Path) -> N
     (tmp_path / "other").mkdir()
     for source, fingerprint in zip(sources, before, strict=True):
         assert load_rows(str(shutil.copy(source, str(tmp_path / "other")))).fingerprint == fingerprint
-    others = [rows[::-1], rows[:1], [rows[0], {"text": "b", "n": 3}], [rows[0], {"text": "c", "n": 2}]]
-    for other in others:
+    different = [rows[::-1], rows[:1], [rows[0], {"text": "b", "n": 3}], [rows[0], {"text": "c", "n": 2}]]
+    for other in different:
         changed = [
             write(tmp_path / "b.jsonl", other),
             parquet(tmp_path / "b.parquet", pa.Table.from_pylist(other)),

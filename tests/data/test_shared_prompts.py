@@ -153,11 +153,11 @@ def test_mismatched_completions_share_the_prompt_of_their_row() -> None:
         collate_unpaired(rows, packer=packer) for packer in (SHARING, partial(pack_sequences, pad_id=0))
     )
     alone = [len(rows[number].answered.input_ids) for number in (2, 4)]
-    own = [
+    lengths = [
         1 + sum(one.trained) for one in batch["both"]["sequences"]
     ]  # the prompt's last token and the completion
     branches = batch["both"]["starts"].diff()[batch["both"]["places"]].tolist()
-    assert branches == [*own[:2], alone[0], own[3], alone[1], *own[5:]]
+    assert branches == [*lengths[:2], alone[0], lengths[3], alone[1], *lengths[5:]]
     assert batch["both"]["arguments"]["input_ids"].numel() < apart["both"]["arguments"]["input_ids"].numel()
     assert not {"prefixes"} & (batch["answered"].keys() | batch["mismatched"].keys())
     assert torch.equal(batch["both"]["lengths"], apart["both"]["lengths"])
@@ -232,8 +232,8 @@ def test_a_token_sees_its_own_sequence_and_nothing_else(seed: int, additive: boo
 
 def test_what_two_sequences_share_ends_before_what_is_read_of_either() -> None:
     def shared(one: Tokenized, other: Tokenized, pad_id: int = 0) -> int:
-        (family, *others) = find_families([one, other], [5, 5], pad_id=pad_id)
-        assert not others or (family.shared, len(others)) == (0, 1)
+        (family, *rest) = find_families([one, other], [5, 5], pad_id=pad_id)
+        assert not rest or (family.shared, len(rest)) == (0, 1)
         return family.shared
 
     prompt = [1, 2, 3, 4]

@@ -120,8 +120,10 @@ class TestTokenizeSft:
         by_marks = tokenize_sft(chats(*talks), marked, max_length=512)
         assert tokenize_sft(chats(*talks), build(CHATML), max_length=512) == by_marks
         for talk, sequence in zip(talks, by_marks, strict=True):
-            own: Any = marked.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
-            assert sequence == (own["input_ids"], [mask == 1 for mask in own["assistant_masks"]])
+            expected: Any = marked.apply_chat_template(
+                talk, return_dict=True, return_assistant_tokens_mask=True
+            )
+            assert sequence == (expected["input_ids"], [mask == 1 for mask in expected["assistant_masks"]])
 
     def test_a_turn_without_end_token_is_trained_whole_and_said(self) -> None:
         tokenizer = build("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"

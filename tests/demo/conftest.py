@@ -10,4 +10,4 @@ from tests.demo.sentences import SENTENCES
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer([own.text for own in SENTENCES], 400, chat_template=CHAT_TEMPLATE)
+    return train_tokenizer([sentence.text for sentence in SENTENCES], 400, chat_template=CHAT_TEMPLATE)

@@ -47,7 +47,7 @@ SENTENCES = [sentence(number) for number in range(160)]
 def lines_of(sentences: list[Sentence]) -> bytes:
     """As in the original: CRLF, none after the last line."""
     return "\r\n".join(
-        f"{number}\t{own.rating}\t{own.text}" for number, own in enumerate(sentences, 1)
+        f"{number}\t{sentence.rating}\t{sentence.text}" for number, sentence in enumerate(sentences, 1)
     ).encode()
 
 
@@ -57,10 +57,10 @@ def archive_of(
     """A zip laid out as vaderSentiment's source distribution."""
     tar_bytes = io.BytesIO()
     with tarfile.open(fileobj=tar_bytes, mode="w:gz") as tar:
-        for member, own in (("_README_.txt", b"read me"), (name, content)):
+        for member, data in (("_README_.txt", b"read me"), (name, content)):
             info = tarfile.TarInfo(f"hutto_ICWSM_2014/{member}")
-            info.size = len(own)
-            tar.addfile(info, io.BytesIO(own))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("vaderSentiment-0.5/setup.py", "")
         archive.writestr(f"vaderSentiment-0.5/additional_resources/{tar_name}", tar_bytes.getvalue())

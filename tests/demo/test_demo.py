@@ -57,9 +57,9 @@ def test_the_tables_and_key_figures() -> None:
     ]
     counts = {name: 1 for name in ("train", "held_out", "sft_train", "sft_held_out")}
     completions = [
-        Completion(stage, way, prompt, f"{stage} {way} {prompt}", 0.0)
+        Completion(stage, mode, prompt, f"{stage} {mode} {prompt}", 0.0)
         for stage in ("pretrain", "sft")
-        for way, prompts in (("greedy", "p"), ("sampled", "pq"))
+        for mode, prompts in (("greedy", "p"), ("sampled", "pq"))
         for prompt in prompts
     ]
     assert report.sample_rows(completions) == [
@@ -104,18 +104,18 @@ def test_the_tables_and_key_figures() -> None:
 def test_the_reference_of_the_heads_is_plain_pytorch_in_fp64() -> None:
     shape = Shape(heads.ROWS_AT_ONCE + 44, 8, 50)
     hidden, weight, targets = heads._head_inputs(shape)
-    wide = [own.detach().double().requires_grad_() for own in (hidden, weight)]
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     expected = torch.autograd.grad(torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), targets), wide)
     found = heads._true_gradients(shape)
-    for own, true in zip((found["hidden"], found["weight"]), expected, strict=True):
-        assert (own - true).abs().max() <= 100 * torch.finfo(torch.float64).eps * true.abs().max()
+    for grad, true in zip((found["hidden"], found["weight"]), expected, strict=True):
+        assert (grad - true).abs().max() <= 100 * torch.finfo(torch.float64).eps * true.abs().max()
 
 
 def test_the_head_comparison_shows_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "_peak_mib", lambda method, shape: 1.0)
     monkeypatch.setitem(heads.METHODS, "wrong", lambda *inputs: 1.01 * heads.plain_cross_entropy(*inputs))
     ours, plain, wrong = heads.measure_heads(Shape(32, 8, 50))
-    assert [own.method for own in (ours, plain, wrong)] == ["fastalign", "plain PyTorch", "wrong"]
+    assert [row.method for row in (ours, plain, wrong)] == ["fastalign", "plain PyTorch", "wrong"]
     floor = 8 * torch.finfo(torch.float32).eps
     assert (
         ours.error <= 2 * plain.error + floor
@@ -191,7 +191,7 @@ def test_options_reach_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_sentences_without_positive_ones_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
     file = tmp_path / "sentences.txt"
-    file.write_bytes(lines_of([own for own in SENTENCES if own.rating < 0.5]))
+    file.write_bytes(lines_of([sentence for sentence in SENTENCES if sentence.rating < 0.5]))
     with pytest.raises(
         data.DataError,
         match=r"sentences.txt: 0 sentences to tune on, 0 held out and \d+ prompts; at least 1, 1 and 2",
@@ -203,7 +203,7 @@ def test_sentences_without_negative_ones_and_samples_without_sentiment_are_refus
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     file = tmp_path / "sentences.txt"
-    file.write_bytes(lines_of([own for own in SENTENCES if own.rating > -0.5]))
+    file.write_bytes(lines_of([sentence for sentence in SENTENCES if sentence.rating > -0.5]))
     with pytest.raises(
         data.DataError,
         match=r"0 pairs of positively and negatively rated sentences to train on, 0 held out and \d+ prompts",
@@ -271,14 +271,15 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
     vocabulary = len(PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"))
     assert abs(first - math.log(vocabulary)) < 0.1 and last < first - 0.5
     assert {
-        own.way: sum(other.way == own.way for other in outcome.completions) for own in outcome.completions
+        completion.mode: sum(other.mode == completion.mode for other in outcome.completions)
+        for completion in outcome.completions
     } == {
         "greedy": 12,
         "sampled": 16,
     }
-    peaks = {own.method: own.peak_mib for own in outcome.heads}
-    assert [own.peak_mib for own in outcome.stages.steps] == list(range(2 * len(stage_steps.TITLES)))
-    assert min(own.milliseconds for own in outcome.stages.steps) > 0
+    peaks = {row.method: row.peak_mib for row in outcome.heads}
+    assert [row.peak_mib for row in outcome.stages.steps] == list(range(2 * len(stage_steps.TITLES)))
+    assert min(row.milliseconds for row in outcome.stages.steps) > 0
     for run in stage_steps.TITLES.keys() - {"rollout"}:
         torch.testing.assert_close(
             losses[run, "fastalign"], losses[run, "plain PyTorch"], rtol=1e-4, atol=1e-6
@@ -311,8 +312,8 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
     ]
     for policy in aligned.policies:
         assert (len(policy.rewards), len(policy.scores), len(policy.kls)) == (4, 16, 16)
-    sft, *others = aligned.policies
-    assert max(map(abs, sft.kls)) < 1e-4 and all(max(policy.kls) > 1e-3 for policy in others)
+    sft, *tuned = aligned.policies
+    assert max(map(abs, sft.kls)) < 1e-4 and all(max(policy.kls) > 1e-3 for policy in tuned)
     for name, steps in (
         ("reward", 12),
         ("dpo-0.05", 7),
@@ -325,7 +326,7 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
     rows = {path.stem: sentences.read_rows(path) for path in (folder / "rows").iterdir()}
     held_out = {row["text"] for row in rows["held_out"]}
     assert not held_out & {row[name] for row in rows["reward_train"] for name in ("chosen", "rejected")}
-    judged = {own.prompt for own in outcome.completions}
+    judged = {completion.prompt for completion in outcome.completions}
     assert not judged & {row["prompt"] for row in rows["prompts"]}
     assert (
         rows["pairs"]

@@ -23,7 +23,7 @@ def test_sentences_are_read_from_the_archive_and_from_the_file_in_it(tmp_path: P
     file = tmp_path / "sentences.txt"
     file.write_bytes(lines_of(SENTENCES))
     assert read_sentences(archive) == read_sentences(file) == SENTENCES
-    assert any("Touché" in own.text for own in SENTENCES)
+    assert any("Touché" in sentence.text for sentence in SENTENCES)
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_the_split_holds_out_1000_sentences_that_are_not_trained_on() -> None:
     train, held_out = split(sentences, 1000)
     assert len(held_out) == 1000 and len(train) == 202
     assert sorted(train + held_out) == sorted(sentences)
-    assert not {own.text for own in train} & {own.text for own in held_out}
+    assert not {sentence.text for sentence in train} & {sentence.text for sentence in held_out}
     random.seed(9)
     assert split(sentences, 1000) == (train, held_out)
-    assert held_out != sentences[:1000] and {own.text for own in held_out} != {
-        own.text for own in sentences[:1000]
+    assert held_out != sentences[:1000] and {sentence.text for sentence in held_out} != {
+        sentence.text for sentence in sentences[:1000]
     }
     with pytest.raises(ValueError, match=r"held_out: 1198 of 1198 sentences that occur once leaves none"):
         split(sentences, 1198)
@@ -148,7 +148,7 @@ def test_the_tokenizer_gives_any_text_back(tokenizer: PreTrainedTokenizerFast, t
         ids = tokenizer(text)["input_ids"]
         assert ids[0] == tokenizer.bos_token_id and tokenizer.eos_token_id not in ids
         assert tokenizer.decode(ids[1:]) == text
-    again = train_tokenizer([own.text for own in SENTENCES], 400, chat_template=CHAT_TEMPLATE)
+    again = train_tokenizer([sentence.text for sentence in SENTENCES], 400, chat_template=CHAT_TEMPLATE)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
     tokenizer.save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
@@ -172,7 +172,7 @@ def test_the_chat_template_marks_the_answer_and_starts_like_a_plain_prompt(
 
 
 def test_prompt_and_continuation_tokenize_to_what_the_whole_does(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = [own.text for own in SENTENCES] + [
+    texts = [sentence.text for sentence in SENTENCES] + [
         "a  film   of  wide   spaces  in it  all",
         "unseen wörds, 日本語 too - and the film's end",
     ]
@@ -201,7 +201,7 @@ def test_the_tuned_rows_are_of_positive_sentences_only(tokenizer: PreTrainedToke
         tokenizer,
     )
     said = ["".join(turn["content"] for turn in row["messages"]) for row in rows]
-    assert said == [*(own.text for own in SENTENCES if own.rating >= 0.5), SENTENCES[1].text]
+    assert said == [*(sentence.text for sentence in SENTENCES if sentence.rating >= 0.5), SENTENCES[1].text]
     assert {tuple(turn["role"] for turn in row["messages"]) for row in rows} == {("user", "assistant")}
 
 
@@ -213,8 +213,8 @@ def test_rated_pairs_set_good_sentences_against_bad_ones() -> None:
     assert len(rows) == 15 and all(row["prompt"] == "\n" and row["chosen"].startswith("0.5 ") for row in rows)
     assert {row["rejected"].split()[0] for row in rows} == {"-2", "-0.5"}
     for first in range(0, 15, 5):
-        own = rows[first : first + 5]
-        assert len({row["chosen"] for row in own}) == len({row["rejected"] for row in own}) == 5
+        epoch = rows[first : first + 5]
+        assert len({row["chosen"] for row in epoch}) == len({row["rejected"] for row in epoch}) == 5
     assert (
         rows
         == sentences.rated_pairs(rated, rounds=3, seed=1)
@@ -223,7 +223,7 @@ def test_rated_pairs_set_good_sentences_against_bad_ones() -> None:
 
 
 def test_prompts_to_learn_from_are_none_of_those_to_judge_by(tokenizer: PreTrainedTokenizerFast) -> None:
-    parts = [cut(tokenizer, own.text) for own in SENTENCES]
+    parts = [cut(tokenizer, sentence.text) for sentence in SENTENCES]
     held_out = {part[0] for part in parts[:40] if part is not None}
     found = sentences.prompts_of(SENTENCES, tokenizer, besides=held_out, most=1000, seed=0)
     assert len(found) == len(set(found)) > 50 and sorted(found) == sorted(

@@ -34,7 +34,7 @@ class Case(NamedTuple):
     trained: tuple[str, ...]
     ours: Callable[..., Any]
     specification: Callable[..., Any]
-    own: dict[str, Any] = {}  # noqa: RUF012 - options that only ours takes
+    ours_only: dict[str, Any] = {}  # noqa: RUF012 - options that only ours takes
     exact: bool = True  # whether gradients are those of the specification
 
 
@@ -55,11 +55,11 @@ def run(
             total = total + (x.double() * upstream).sum()
     found = [(name, x.detach()) for name, x in outputs]
     if isinstance(total, Tensor):
-        wanted = [leaves[name] for name in case.trained]
-        grads = torch.autograd.grad(total, wanted, allow_unused=True)
+        inputs = [leaves[name] for name in case.trained]
+        grads = torch.autograd.grad(total, inputs, allow_unused=True)
         found += [
             (f"d {name}", g if g is not None else torch.zeros_like(x))
-            for name, x, g in zip(case.trained, wanted, grads)
+            for name, x, g in zip(case.trained, inputs, grads)
         ]
     return found
 
@@ -73,33 +73,33 @@ def check(case: Case, seed: int) -> None:
     }
     truth = run(case.specification, case, wide, options_wide, seed)
     eager = run(case.specification, case, case.tensors, case.options, seed)
-    ours = run(case.ours, case, case.tensors, {**case.options, **case.own}, seed)
+    ours = run(case.ours, case, case.tensors, {**case.options, **case.ours_only}, seed)
     assert [name for name, _ in ours] == [name for name, _ in truth], (ours, truth)
     in_fp64 = all(x.dtype == torch.float64 for x in case.tensors.values() if x.is_floating_point())
     loud = any(not true.isfinite().all() for name, true in truth if not name.startswith("d "))
-    for (name, own), (_, plain), (_, true) in zip(ours, eager, truth):
+    for (name, value), (_, plain), (_, true) in zip(ours, eager, truth):
         gradient = name.startswith("d ")
-        if not own.is_floating_point() or (gradient and not case.exact):
+        if not value.is_floating_point() or (gradient and not case.exact):
             continue  # top1 turns on ties of rounded logits
         # Where low precision overflows in the specification too, nothing can be said; nor of gradients that
         # go with a NaN that is seen.
         keep = (plain.isfinite() == true.isfinite()) & (plain.isnan() == true.isnan())
-        keep &= own.isfinite() | true.isfinite()  # inf may be NaN
+        keep &= value.isfinite() | true.isfinite()  # inf may be NaN
         if gradient and loud:
-            keep &= true.isfinite() & own.isfinite()
-        if gradient and own.dtype == torch.float16:  # whose small numbers have few digits
+            keep &= true.isfinite() & value.isfinite()
+        if gradient and value.dtype == torch.float16:  # whose small numbers have few digits
             keep &= (true.abs() >= torch.finfo(torch.float16).smallest_normal) | (true == 0)
-        assert_close(own[keep], plain[keep], true[keep], name, in_fp64=in_fp64)
+        assert_close(value[keep], plain[keep], true[keep], name, in_fp64=in_fp64)
 
 
-def assert_close(own: Tensor, plain: Tensor, true: Tensor, name: str, *, in_fp64: bool) -> None:
-    if not own.numel():
+def assert_close(value: Tensor, plain: Tensor, true: Tensor, name: str, *, in_fp64: bool) -> None:
+    if not value.numel():
         return
     if in_fp64:
         finite = true[true.isfinite()]
         largest = finite.abs().max().item() if finite.numel() else 1.0
         torch.testing.assert_close(
-            own,
+            value,
             true,
             rtol=1e-9,
             atol=1e-9 * largest + 1e-14,
@@ -107,17 +107,17 @@ def assert_close(own: Tensor, plain: Tensor, true: Tensor, name: str, *, in_fp64
             msg=lambda text: f"{name}: {text}",
         )
         return
-    low = own.dtype in (torch.bfloat16, torch.float16)
+    low = value.dtype in (torch.bfloat16, torch.float16)
     if low:  # few numbers of few digits: eager is lucky more often
         plain = true + 2 * (plain - true)
     near = (
         4 * EPS if not true.any() else 1e-14
     )  # what terms that cancel leave; the specifications have 1 - sigmoid(40) = 0
-    far = ~((own - true).abs() <= near)
+    far = ~((value - true).abs() <= near)
     if far.any():
-        rounding = torch.finfo(own.dtype).eps if low else EPS
+        rounding = torch.finfo(value.dtype).eps if low else EPS
         assert_no_worse_than_eager(
-            own[far], plain[far].to(own.dtype), true[far].double(), name, rounding=rounding, terms=16
+            value[far], plain[far].to(value.dtype), true[far].double(), name, rounding=rounding, terms=16
         )
 
 

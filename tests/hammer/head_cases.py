@@ -77,12 +77,12 @@ def reading(specification: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 class Head(NamedTuple):
-    """Inputs of a head function; `own`: options that the specification has not."""
+    """Inputs of a head function; `ours_only`: options that the specification has not."""
 
     tensors: dict[str, Tensor]
     options: dict[str, Any]
     trained: tuple[str, ...]
-    own: dict[str, Any]
+    ours_only: dict[str, Any]
 
 
 def head(r: Random, dtype: torch.dtype, shape: tuple[int, ...]) -> Head:
@@ -109,12 +109,12 @@ def head(r: Random, dtype: torch.dtype, shape: tuple[int, ...]) -> Head:
 
 def linear_cross_entropy(r: Random, dtype: torch.dtype) -> Case:
     shape = lead(r)
-    tensors, options, trained, own = head(r, dtype, shape)
+    tensors, options, trained, ours_only = head(r, dtype, shape)
     tensors["targets"] = tensors.pop("ids")
     options |= loss_of_tokens(r, shape, dtype, tensors)
     if r.random() < 0.2 and not (options["label_smoothing"] and options["softcap"]):
-        own["tail_eps"] = log_uniform(r, 1e-6, 0.2)
-    if "token_weights" in tensors and "tail_eps" not in own and r.random() < 0.5:
+        ours_only["tail_eps"] = log_uniform(r, 1e-6, 0.2)
+    if "token_weights" in tensors and "tail_eps" not in ours_only and r.random() < 0.5:
         trained = (*trained, "token_weights")
     return Case(
         tensors,
@@ -122,13 +122,13 @@ def linear_cross_entropy(r: Random, dtype: torch.dtype) -> Case:
         trained,
         k.linear_cross_entropy,
         reading(linear_cross_entropy_ref, "hidden"),
-        own,
-        exact="tail_eps" not in own,
+        ours_only,
+        exact="tail_eps" not in ours_only,
     )
 
 
 def linear_token_stats(r: Random, dtype: torch.dtype) -> Case:
-    tensors, options, trained, own = head(r, dtype, lead(r))
+    tensors, options, trained, ours_only = head(r, dtype, lead(r))
     if r.random() < 0.5:
         return Case(
             tensors,
@@ -136,10 +136,10 @@ def linear_token_stats(r: Random, dtype: torch.dtype) -> Case:
             trained,
             k.linear_logprobs,
             reading(lambda **given: linear_token_stats_ref(**given).logp, "hidden"),
-            own,
+            ours_only,
         )
     return Case(
-        tensors, options, trained, k.linear_token_stats, reading(linear_token_stats_ref, "hidden"), own
+        tensors, options, trained, k.linear_token_stats, reading(linear_token_stats_ref, "hidden"), ours_only
     )
 
 
@@ -153,7 +153,7 @@ def apart(given: dict[str, Any], *names: str) -> tuple[dict[str, Any], dict[str,
 
 def linear_ppo(r: Random, dtype: torch.dtype) -> Case:
     shape = (size(r, 5), size(r, 9))
-    tensors, options, trained, own = head(r, dtype, shape)
+    tensors, options, trained, ours_only = head(r, dtype, shape)
     policy, policy_options = policy_inputs(r, dtype, shape, packed=False)
     policy.pop("logp")
     entropy = policy.pop("entropy", None) is not None
@@ -172,38 +172,38 @@ def linear_ppo(r: Random, dtype: torch.dtype) -> Case:
         trained,
         k.linear_ppo_loss,
         reading(specification, "hidden"),
-        own,
+        ours_only,
     )
 
 
 def sequence_logps(given: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    of_head, others = apart(given, "hidden", "weight", "ids", "bias", *HEAD_OPTIONS)
+    of_head, rest = apart(given, "hidden", "weight", "ids", "bias", *HEAD_OPTIONS)
     value = -100 if given["ignore_index"] is None else given["ignore_index"]
-    return linear_token_stats_ref(**of_head).logp.sum(-1), (given["ids"].long() != value).sum(-1), others
+    return linear_token_stats_ref(**of_head).logp.sum(-1), (given["ids"].long() != value).sum(-1), rest
 
 
 def linear_dpo(r: Random, dtype: torch.dtype) -> Case:
     S = size(r, 4)
-    tensors, options, trained, own = head(r, dtype, (2 * S, size(r, 8)))
+    tensors, options, trained, ours_only = head(r, dtype, (2 * S, size(r, 8)))
     tensors["reference_logps"] = floats(
         r, (2 * S,), torch.float64 if dtype == torch.float64 else torch.float32
     )
     options |= pair_options(r)
 
     def specification(**given: Any) -> Any:
-        logps, lengths, others = sequence_logps(given)
-        reference = others.pop("reference_logps")
+        logps, lengths, rest = sequence_logps(given)
+        reference = rest.pop("reference_logps")
         if PAIR_LOSSES[given["loss_type"]].lengths == "needed":
-            others |= {"chosen_lengths": lengths[:S], "rejected_lengths": lengths[S:]}
-        loss = dpo_loss_ref(logps[:S], logps[S:], reference[:S], reference[S:], **others)
+            rest |= {"chosen_lengths": lengths[:S], "rejected_lengths": lengths[S:]}
+        loss = dpo_loss_ref(logps[:S], logps[S:], reference[:S], reference[S:], **rest)
         return k.LinearPreferenceLoss(*loss, logps[:S].detach(), logps[S:].detach())
 
-    return Case(tensors, options, trained, k.linear_dpo_loss, reading(specification, "hidden"), own)
+    return Case(tensors, options, trained, k.linear_dpo_loss, reading(specification, "hidden"), ours_only)
 
 
 def linear_kto(r: Random, dtype: torch.dtype) -> Case:
     S = size(r, 6)
-    tensors, options, trained, own = head(r, dtype, (S, size(r, 8)))
+    tensors, options, trained, ours_only = head(r, dtype, (S, size(r, 8)))
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     tensors |= {
         "reference_logps": floats(r, (S,), accumulator),
@@ -217,7 +217,7 @@ def linear_kto(r: Random, dtype: torch.dtype) -> Case:
     }
 
     def specification(**given: Any) -> Any:
-        logps, _, others = sequence_logps(given)
-        return k.LinearUnpairedLoss(*kto_loss_ref(logps, **others), logps.detach())
+        logps, _, rest = sequence_logps(given)
+        return k.LinearUnpairedLoss(*kto_loss_ref(logps, **rest), logps.detach())
 
-    return Case(tensors, options, trained, k.linear_kto_loss, reading(specification, "hidden"), own)
+    return Case(tensors, options, trained, k.linear_kto_loss, reading(specification, "hidden"), ours_only)

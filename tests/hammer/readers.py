@@ -224,8 +224,8 @@ def fuzz(r: random.Random) -> str:
             found = read(path)
             names = list(dict.fromkeys(name for row in rows for name in row))
             assert all(
-                same(own, {name: row.get(name) for name in own}) and set(own) == set(names)
-                for own, row in zip(found, rows, strict=True)
+                same(seen, {name: row.get(name) for name in seen}) and set(seen) == set(names)
+                for seen, row in zip(found, rows, strict=True)
             )
             return f"{ending}, whole"
         with contextlib.suppress(DataError):

@@ -98,10 +98,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
 def differences(expected: TrainConfig, found: TrainConfig) -> list[str]:
     """How a run that was killed and resumed ended otherwise than one that was not."""
     wrong = [] if lines(found) == lines(expected) else ["metrics.jsonl has other lines"]
-    names, others = _files(expected), _files(found)
-    if names != others:
-        wrong.append(f"files: {sorted(others - names)} too many, {sorted(names - others)} missing")
-    for name in sorted(names & others):
+    names, found_names = _files(expected), _files(found)
+    if names != found_names:
+        wrong.append(f"files: {sorted(found_names - names)} too many, {sorted(names - found_names)} missing")
+    for name in sorted(names & found_names):
         if name.endswith(".safetensors"):
             one, other = (load_file(Path(config.output_dir, name)) for config in (expected, found))
         elif name.endswith("state.pt"):
@@ -137,4 +137,4 @@ def _flat(value: Any, name: str = "") -> dict[str, torch.Tensor]:
         if isinstance(value, (list, tuple))
         else ()
     )
-    return {key: tensor for own, inner in items for key, tensor in _flat(inner, f"{name}/{own}").items()}
+    return {key: tensor for part, inner in items for key, tensor in _flat(inner, f"{name}/{part}").items()}

@@ -91,20 +91,20 @@ def against_the_specification(r: random.Random) -> None:
         wrong = open_rows & ~near
         assert not wrong.any(), f"rows {wrong.nonzero()[:, 0].tolist()}: {ours} and {truth}"
     for name in NUMBERS:
-        own, true = (getattr(result, name)[~open_rows] for result in (ours, truth))
+        value, true = (getattr(result, name)[~open_rows] for result in (ours, truth))
         raw = x.double()[~open_rows]
         size_of = (
             torch.where(raw.isfinite(), raw, 0).abs().amax(-1).float() if raw.numel() else torch.zeros(0)
         )
         coldest = options.get("temperature", 1.0)
         coldest = (
-            coldest[~open_rows] if isinstance(coldest, Tensor) else torch.tensor(coldest).expand(len(own))
+            coldest[~open_rows] if isinstance(coldest, Tensor) else torch.tensor(coldest).expand(len(value))
         )
         scale = size_of * options_scale(options) / torch.where(coldest > 0, coldest, 1).clamp(max=1)
         allowed = 1e-6 * true.abs() + 4e-6 + 2e-7 * scale
-        assert torch.equal(own.isnan(), true.isnan()), name
-        bad = (own - true).abs() > allowed
-        assert not bad.any(), f"{name}: {own[bad]} and {true[bad]}"
+        assert torch.equal(value.isnan(), true.isnan()), name
+        bad = (value - true).abs() > allowed
+        assert not bad.any(), f"{name}: {value[bad]} and {true[bad]}"
 
 
 def options_scale(options: dict[str, Any]) -> float:
@@ -126,12 +126,12 @@ def loosened(options: dict[str, Any], sign: int) -> dict[str, Any]:
 
 
 def same(ours: Sample, other: Sample, rows: Tensor) -> None:
-    for name, own, theirs in zip(ours._fields, ours, other):
+    for name, value, theirs in zip(ours._fields, ours, other):
         theirs = theirs[rows]
-        equal = (own == theirs) | ((own != own) & (theirs != theirs))
+        equal = (value == theirs) | ((value != value) & (theirs != theirs))
         assert equal.all(), (
             f"{name} of row {int(rows[(~equal).nonzero()[0, 0]])} depends on more than the row: "
-            f"{own} and {theirs}"
+            f"{value} and {theirs}"
         )
 
 

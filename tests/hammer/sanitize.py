@@ -5,7 +5,7 @@ UndefinedBehaviorSanitizer.
 
 The library is built with sanitizers into build/sanitized, which holds a copy of the packages and comes first
 on the path; the package's own _native.so is not touched. Our GEMM is forced where the CPU has AVX-512
-(FASTALIGN_GEMM=own). Any report ends the process: a finding.
+(FASTALIGN_GEMM=native). Any report ends the process: a finding.
 
 CUDA, what torch itself leaks, and the sampler's tests that compile copies of the source by g++ are left out.
 """
@@ -81,7 +81,7 @@ def main() -> int:
     probe = (
         "from fastalign_kernels import native; "
         "assert 'sanitized' in str(native.LIBRARY) and not native.missing, native.missing; "
-        "print('own' if native.has_own_gemm() else 'torch')"
+        "print('native' if native.has_gemm() else 'torch')"
     )
     found = subprocess.run([sys.executable, "-c", probe], env=run, cwd=ROOT, capture_output=True, text=True)
     if found.returncode:

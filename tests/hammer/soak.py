@@ -53,7 +53,7 @@ class Aim(NamedTuple):
 
     name: str
     after: float | None = None
-    wanted: Callable[[str], bool] | None = None
+    matches: Callable[[str], bool] | None = None
     number: int = 0
     torn: bool = False
 
@@ -92,7 +92,7 @@ def fork(work: Callable[[], None], log: Path, *, after: float | None = None) -> 
 def train(kind: Kind, config: TrainConfig, aim: Aim, listed: Path | None = None) -> None:
     """What a child does: one run, killed where `aim` says; its moments go to the file `listed`."""
     torch.set_num_threads(1)
-    moments = Moments(config.output_dir, aim.wanted, aim.number, torn=aim.torn)
+    moments = Moments(config.output_dir, aim.matches, aim.number, torn=aim.torn)
     moments.watch()
     kind.stage.run(config)
     if listed is not None:
@@ -118,7 +118,7 @@ def aim_at(window: str, whole: Whole, generator: random.Random, *, late: bool = 
     count = sum(count for moment, count in whole.moments.items() if moment.startswith(starts))
     number = generator.randint(count // 2 + 1 if late else 1, count)
     return Aim(
-        window, wanted=lambda moment: moment.startswith(starts), number=number, torn=generator.random() < 0.5
+        window, matches=lambda moment: moment.startswith(starts), number=number, torn=generator.random() < 0.5
     )
 
 

@@ -39,15 +39,15 @@ class Moments:
     def __init__(
         self,
         output_dir: str,
-        wanted: Callable[[str], bool] | None = None,
+        matches: Callable[[str], bool] | None = None,
         number: int = 0,
         *,
         torn: bool = False,
     ) -> None:
-        """Kill at the `number`-th moment (from 1) whose name is `wanted`, with what is being written emptied
+        """Kill at the `number`-th moment (from 1) whose name `matches`, with what is being written emptied
         or halved where `torn`."""
         self.output_dir = os.path.realpath(output_dir)
-        self.wanted = wanted
+        self.matches = matches
         self.left = number
         self.torn = torn
         self.seen: list[str] = []
@@ -55,7 +55,7 @@ class Moments:
     def reach(self, name: str, tear: Callable[[], None] | None = None) -> None:
         """A moment has come."""
         self.seen.append(name)
-        if self.wanted is not None and self.wanted(name):
+        if self.matches is not None and self.matches(name):
             self.left -= 1
             if self.left == 0:
                 if self.torn and tear is not None:

@@ -7,5 +7,5 @@ from fastalign_kernels import native
 
 @pytest.fixture
 def forced_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our products on every CPU that runs them, as with FASTALIGN_GEMM=own; by itself that is AMD's alone."""
-    monkeypatch.setattr(native, "_own_gemm", native.has_own_gemm())
+    """The native GEMM on every CPU that runs it, as with FASTALIGN_GEMM=native. By default only AMD's do."""
+    monkeypatch.setattr(native, "_uses_gemm", native.has_gemm())

@@ -33,8 +33,8 @@ needs_native = pytest.mark.skipif(
 
 def same(ours, other, rows=slice(None)) -> None:
     """`ours` equals those rows of `other` to the bit, NaN included."""
-    for name, own, theirs in zip(ours._fields, ours, other):
+    for name, value, theirs in zip(ours._fields, ours, other):
         theirs = theirs[rows]
-        if own.is_floating_point():
-            own, theirs = own.view(torch.int32), theirs.view(torch.int32)
-        assert torch.equal(own, theirs), name
+        if value.is_floating_point():
+            value, theirs = value.view(torch.int32), theirs.view(torch.int32)
+        assert torch.equal(value, theirs), name

@@ -147,7 +147,9 @@ def transposed(x: Tensor) -> Tensor:
 
 def odd_strides_of_size_one(stride: int) -> Callable[[Tensor], Tensor]:
     def layout(x: Tensor) -> Tensor:
-        return x.as_strided(x.shape, [stride if size < 2 else own for size, own in zip(x.shape, x.stride())])
+        return x.as_strided(
+            x.shape, [stride if size < 2 else given for size, given in zip(x.shape, x.stride())]
+        )
 
     return layout
 

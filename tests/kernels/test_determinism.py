@@ -18,7 +18,7 @@ pytestmark = [
     ),
 ]
 OURS = pytest.mark.skipif(
-    not native.has_own_gemm(), reason="without AVX-512 products are torch's, and theirs differ"
+    not native.has_gemm(), reason="without AVX-512 products are torch's, and theirs differ"
 )
 # Enough for threads to share: columns of the vocabulary beyond 32768, k of a product, tokens beyond 32768,
 # one token alone.

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from fastalign_kernels import native
-from fastalign_kernels.gemm import mm, own_gemm
+from fastalign_kernels.gemm import mm, uses_native_gemm
 
 pytestmark = pytest.mark.usefixtures("forced_gemm")
-own = pytest.mark.skipif(
-    not native.has_own_gemm(),
+needs_native_gemm = pytest.mark.skipif(
+    not native.has_gemm(),
     reason="gemm.cpp needs AVX-512, and this CPU has none (or the library is not there)",
 )
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -34,7 +34,7 @@ def matrix(rows, columns, dtype, order, generator):
     return x.t().contiguous().t() if order == "columns" else x
 
 
-@own
+@needs_native_gemm
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     "orders",
@@ -77,7 +77,7 @@ def test_products_match_fp64(orders, dtypes, threads):
 @pytest.mark.parametrize("add", [False, True])
 def test_rows_are_gathered_and_scattered(dtypes, add):
     """With torch's GEMMs (fp64) as with ours; rows that are not named are not touched."""
-    if dtypes[1] != torch.float64 and not native.own_gemm():
+    if dtypes[1] != torch.float64 and not native.uses_gemm():
         pytest.skip("mixed and low-precision products on a CPU are gemm.cpp's, which needs AVX-512")
     for M, N, K in SHAPES:
         generator = torch.Generator().manual_seed(K)
@@ -101,7 +101,7 @@ def test_rows_are_gathered_and_scattered(dtypes, add):
         assert torch.equal(out[untouched], before[untouched])
 
 
-@own
+@needs_native_gemm
 def test_sums_of_many_terms_stay_as_exact_as_torchs():
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(64, 20000, generator=generator), torch.randn(20000, 64, generator=generator)
@@ -111,7 +111,7 @@ def test_sums_of_many_terms_stay_as_exact_as_torchs():
     assert (out - truth).norm() <= 1.5 * (left @ right - truth).norm()
 
 
-@own
+@needs_native_gemm
 def test_what_a_product_is_of_reaches_only_its_own_elements():
     """Panels are filled up with zeros, and NaN times zero is NaN: a NaN must stay in its row or column."""
     left, right = torch.ones(9, 33), torch.ones(33, 49)
@@ -147,7 +147,7 @@ def test_rows_are_gathered_from_a_matrix_in_the_order_of_columns():
     torch.testing.assert_close(out, left @ right[places], rtol=1e-5, atol=1e-5)
 
 
-@own
+@needs_native_gemm
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_sums_have_the_same_bits_with_any_number_of_threads(dtypes):
     before = torch.get_num_threads()
@@ -168,7 +168,7 @@ def test_sums_have_the_same_bits_with_any_number_of_threads(dtypes):
         torch.set_num_threads(before)
 
 
-@own
+@needs_native_gemm
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (1, 1, 5), (1, 5, 1), (5, 1, 1), (9, 1, 20), (1, 50, 20), (9, 50, 1)], ids=str
 )
@@ -187,7 +187,7 @@ def test_strides_of_sizes_of_one_are_any_number(shape):
         torch.testing.assert_close(out, a @ b, rtol=1e-5, atol=1e-5)
 
 
-@own
+@needs_native_gemm
 def test_bad_arguments_are_refused_by_name():
     gemm, x = torch.ops.fastalign.gemm, torch.ones(4, 4)
     for arguments, message in (
@@ -210,5 +210,5 @@ def test_bad_arguments_are_refused_by_name():
 
 def test_who_multiplies():
     cpu = torch.device("cpu")
-    assert own_gemm(cpu, F32) == own_gemm(cpu, BF16) == native.own_gemm()
-    assert not own_gemm(cpu, torch.float64) and not own_gemm(torch.device("cuda"), F32)
+    assert uses_native_gemm(cpu, F32) == uses_native_gemm(cpu, BF16) == native.uses_gemm()
+    assert not uses_native_gemm(cpu, torch.float64) and not uses_native_gemm(torch.device("cuda"), F32)

@@ -69,8 +69,8 @@ def test_no_old_logp_in_the_head(dtype, workspace_mib):
     found = with_gradient(
         lambda h, w: head_policy(h, w, old_logp=None, workspace_mib=workspace_mib), hidden, weight
     )
-    own = linear_logprobs(hidden, weight, IDS)
-    expected = with_gradient(lambda h, w: head_policy(h, w, old_logp=own), hidden, weight)
+    logp = linear_logprobs(hidden, weight, IDS)
+    expected = with_gradient(lambda h, w: head_policy(h, w, old_logp=logp), hidden, weight)
     torch.testing.assert_close(found, expected)
     assert found[0].item() == pytest.approx(-ADVANTAGES[MASK].mean().item(), rel=1e-3)
 

@@ -28,19 +28,24 @@ def test_status_says_what_is_native_and_why_not(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wanted, said", [("own", "('own',"), ("torch", "('torch',"), ("mkl", "got 'mkl', expected own or torch")]
+    "choice, said",
+    [
+        ("native", "('native',"),
+        ("torch", "('torch',"),
+        ("own", "got 'own', expected native (formerly own) or torch"),
+    ],
 )
-def test_the_environment_chooses_the_gemm(wanted, said):
-    if wanted == "own" and not native.has_own_gemm():
-        said = "FASTALIGN_GEMM: got 'own', expected torch"
+def test_the_environment_chooses_the_gemm(choice, said):
+    if choice == "native" and not native.has_gemm():
+        said = "FASTALIGN_GEMM: got 'native', expected torch"
     code = (
         "from fastalign_kernels import native; "
-        "print(('own' if native.own_gemm() else 'torch', native.status()[2][2]))"
+        "print(('native' if native.uses_gemm() else 'torch', native.status()[2][2]))"
     )
-    environment = {**os.environ, "FASTALIGN_GEMM": wanted}
+    environment = {**os.environ, "FASTALIGN_GEMM": choice}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert said in run.stdout + run.stderr and (run.returncode == 0) == ("FASTALIGN_GEMM:" not in run.stderr)
-    assert wanted != "torch" or "FASTALIGN_GEMM=torch" in run.stdout
+    assert choice != "torch" or "FASTALIGN_GEMM=torch" in run.stdout
 
 
 @pytest.mark.skipif(bool(native.missing), reason=f"the native library is not there: {native.missing}")

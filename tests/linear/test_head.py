@@ -178,7 +178,7 @@ def test_no_worse_than_eager(no_worse_than_eager, device, function, dtype, shape
 
 def rounded(device):
     """Whether dlogits and fp32 weights enter GEMMs in bf16 beside bf16 hidden states."""
-    return device == "cuda" or native.own_gemm()
+    return device == "cuda" or native.uses_gemm()
 
 
 def test_weight_gradient_of_low_precision_is_summed_in_fp32(device):

@@ -80,9 +80,9 @@ def assert_same(found: Any, expected: Any, given: dict[str, Any], tolerance: flo
     for name, ours, theirs in zip(expected._fields, found, expected):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance, msg=name)
         assert ours.requires_grad == (name == "loss")
-    own, wanted = gradients(found.loss, given), gradients(expected.loss, given)
-    for name in wanted:
-        torch.testing.assert_close(own[name], wanted[name], rtol=tolerance, atol=tolerance)
+    found_grads, expected_grads = gradients(found.loss, given), gradients(expected.loss, given)
+    for name in expected_grads:
+        torch.testing.assert_close(found_grads[name], expected_grads[name], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
@@ -119,13 +119,13 @@ def test_low_precision_is_no_worse_than_eager(no_worse_than_eager, device: str) 
         for name, x in given.items()
     }
     truth, eager, found = plain(wide, {}, LOSS), plain(given, {}, LOSS), linear_ppo_loss(**given, **LOSS)
-    expected, theirs, own = (
+    expected, theirs, found_grads = (
         gradients(truth.loss, wide),
         gradients(eager.loss, given),
         gradients(found.loss, given),
     )
     for name, true in expected.items():
-        no_worse_than_eager(own[name], theirs[name], true, name)
+        no_worse_than_eager(found_grads[name], theirs[name], true, name)
 
 
 def test_packed_equals_padded(device: str) -> None:
@@ -138,9 +138,9 @@ def test_packed_equals_padded(device: str) -> None:
         padded = linear_ppo_loss(**given, **LOSS, aggregation=aggregation)
         found = linear_ppo_loss(**packed, **LOSS, aggregation=aggregation, cu_seqlens=ends)
         torch.testing.assert_close(tuple(found), tuple(padded), rtol=1e-12, atol=1e-12)
-        own, expected = gradients(found.loss, packed), gradients(padded.loss, given)
-        torch.testing.assert_close(own["hidden"], expected["hidden"][mask], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(own["weight"], expected["weight"], rtol=1e-10, atol=1e-12)
+        found_grads, expected = gradients(found.loss, packed), gradients(padded.loss, given)
+        torch.testing.assert_close(found_grads["hidden"], expected["hidden"][mask], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found_grads["weight"], expected["weight"], rtol=1e-10, atol=1e-12)
 
 
 def test_gemms_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,9 +79,9 @@ def packed(given: dict[str, Any]) -> dict[str, Any]:
     """The rows without their ignored tokens, one behind the other."""
     kept = given["ids"] >= 0
     ends = torch.cat([torch.zeros(1, dtype=torch.int64, device=kept.device), kept.sum(1).cumsum(0)])
-    own = {name: given[name].detach()[kept] for name in ("hidden", "reference_hidden", "ids")}
-    own["hidden"].requires_grad_()
-    return given | own | {"cu_seqlens": ends}
+    dense = {name: given[name].detach()[kept] for name in ("hidden", "reference_hidden", "ids")}
+    dense["hidden"].requires_grad_()
+    return given | dense | {"cu_seqlens": ends}
 
 
 def dpo(logps: Tensor, reference: Tensor, /, **options: Any) -> Tensor:
@@ -110,11 +110,11 @@ def test_dpo_equals_plain_pytorch(loss_type: str, workspace: float | None, devic
         torch.testing.assert_close(
             torch.cat([found.chosen_logps, found.rejected_logps]), logps, rtol=1e-12, atol=1e-12
         )
-        own = gradients(found.loss, ours)
+        found_grads = gradients(found.loss, ours)
         kept = given["ids"] >= 0
         for name, gradient in expected.items():
-            wanted = gradient[kept] if name == "hidden" and ours is not given else gradient
-            torch.testing.assert_close(own[name], wanted, rtol=1e-10, atol=1e-12)
+            true = gradient[kept] if name == "hidden" and ours is not given else gradient
+            torch.testing.assert_close(found_grads[name], true, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
@@ -129,15 +129,15 @@ def test_kto_equals_plain_pytorch(loss_type: str, workspace: float) -> None:
         "undesirable_weight": 0.7,
     }
     loss, logps = plain(
-        given, lambda own, reference: kto_loss_ref(own, reference, desirable, kl, **options).loss
+        given, lambda logps, reference: kto_loss_ref(logps, reference, desirable, kl, **options).loss
     )
     expected = gradients(loss, given)
     for ours in (given, packed(given)):
         found = linear_kto_loss(**ours, desirable=desirable, kl=kl, **options, workspace_mib=workspace)
         torch.testing.assert_close((found.loss, found.logps), (loss.detach(), logps), rtol=1e-12, atol=1e-12)
-        own = gradients(found.loss, ours)
+        found_grads = gradients(found.loss, ours)
         for name in ("weight", "bias"):
-            torch.testing.assert_close(own[name], expected[name], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(found_grads[name], expected[name], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_pairs_without_a_scored_token(scored: list[int]) -> None:
     torch.testing.assert_close(
         (found.loss, torch.cat([found.chosen_logps, found.rejected_logps])), (loss.detach(), logps)
     )
-    expected, own = gradients(loss, given), gradients(found.loss, given)
+    expected, found_grads = gradients(loss, given), gradients(found.loss, given)
     for name, gradient in expected.items():
-        torch.testing.assert_close(own[name], gradient, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(found_grads[name], gradient, rtol=1e-10, atol=1e-12)
 
 
 TARGET = f"""
@@ -264,8 +264,8 @@ def test_one_trained_tensor(trained: str, dtype: torch.dtype, workspace: float |
     found = linear_dpo_loss(**given, workspace_mib=workspace)
     tolerance = 2e-3 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(found.loss.double(), loss.detach(), rtol=tolerance, atol=tolerance)
-    own, expected = gradients(found.loss, given)[trained].double(), gradients(loss, wide)[trained]
-    assert (own - expected).abs().max() <= tolerance * expected.abs().max()
+    found_grads, expected = gradients(found.loss, given)[trained].double(), gradients(loss, wide)[trained]
+    assert (found_grads - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("workspace", [None, TIGHT])
@@ -280,9 +280,13 @@ def test_low_precision_is_no_worse_than_eager(workspace: float | None, no_worse_
     truth, _ = plain(wide, dpo)
     eager, _ = plain(given, lambda logps, reference: dpo(logps.float(), reference.float()))
     found = linear_dpo_loss(**given, workspace_mib=workspace)
-    expected, theirs, own = gradients(truth, wide), gradients(eager, given), gradients(found.loss, given)
+    expected, theirs, found_grads = (
+        gradients(truth, wide),
+        gradients(eager, given),
+        gradients(found.loss, given),
+    )
     for name, true in expected.items():
-        no_worse_than_eager(own[name], theirs[name], true, name)
+        no_worse_than_eager(found_grads[name], theirs[name], true, name)
 
 
 def test_upstream_scale_and_a_second_backward() -> None:

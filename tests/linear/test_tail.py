@@ -112,7 +112,7 @@ def test_cross_entropy_follows_the_formula(options: dict[str, Any], workspace: f
         torch.testing.assert_close(ours, theirs, msg=f"{name} must not depend on the tail")
 
 
-@pytest.mark.parametrize("workspace", [None, 12 * V * 8 * 1.5 / MIB], ids=["kept", "some made again"])
+@pytest.mark.parametrize("workspace", [None, 12 * V * 8 * 1.5 / MIB], ids=["kept", "some recomputed"])
 def test_any_upstream_gradient_follows_the_formula(workspace: float | None) -> None:
     given = make()
     kept = given["ids"] >= 0

@@ -61,21 +61,21 @@ def test_every_way_trains_and_the_results_file_makes_tables_and_plot(
     results = json.loads(text)
     assert str(tmp_path) not in text and results["machine_info"]["threads"] == 1
 
-    runs = {(own["setting"], own["way"]): own for own in results["runs"]}
+    runs = {(run["setting"], run["way"]): run for run in results["runs"]}
     assert list(runs) == [(setting, mode) for setting in ("pre-training", "fine-tuning") for mode in modes]
     for setting in ("pre-training", "fine-tuning"):
         exact, dense, tail, dropped = (runs[setting, mode]["held_out"] for mode in modes)
         assert [step for step, _ in exact] == [0, 1, 2]
         assert exact[0] == dense[0] == tail[0] == dropped[0]  # no mode moves the loss itself
         assert exact[-1][1] == pytest.approx(dense[-1][1], abs=1e-4)  # all columns are kept at 1e-5
-        assert len({own[-1][1] for own in (exact, tail, dropped)}) == 3
+        assert len({run[-1][1] for run in (exact, tail, dropped)}) == 3
         assert runs[setting, "exact"]["kept_share"] == [] and runs[setting, "2^-14"]["kept_share"] == [
             [1, 1.0],
             [2, 1.0],
         ]
         assert all(share < 0.6 for _, share in runs[setting, "2^-12"]["kept_share"])
 
-    assert {own["model"]: own["vocabulary"] for own in results["reports"]} == {
+    assert {run["model"]: run["vocabulary"] for run in results["reports"]} == {
         "untrained": 300,
         "pre-trained": 300,
     }

@@ -43,7 +43,7 @@ def test_loss_statistics_and_gradients_equal_the_models_own(name: str, token_sta
     inputs, labels = batch()
     targets = shift(labels)
     kept = targets != -100
-    own = model(**inputs, labels=labels)
+    plain = model(**inputs, labels=labels)
     nll = own_nll(model, inputs, targets)
     expected = gradients(model, nll.sum() / kept.sum())
 
@@ -52,14 +52,16 @@ def test_loss_statistics_and_gradients_equal_the_models_own(name: str, token_sta
     returned = type(out)
     assert returned is FusedCausalLMOutput and out.logits is None
     torch.testing.assert_close(out.loss, nll.sum() / kept.sum(), rtol=1e-10, atol=0)
-    rounding = 8 * torch.finfo(torch.float32).eps * own.logits.abs().max()  # its own loss is computed in fp32
-    assert (out.loss - own.loss).abs() <= rounding
-    logp = own.logits.double().log_softmax(-1)
+    rounding = (
+        8 * torch.finfo(torch.float32).eps * plain.logits.abs().max()
+    )  # its own loss is computed in fp32
+    assert (out.loss - plain.loss).abs() <= rounding
+    logp = plain.logits.double().log_softmax(-1)
     torch.testing.assert_close(out.logp, -nll, rtol=1e-10, atol=1e-12)
     entropy = -(logp.exp() * logp).sum(-1)
     torch.testing.assert_close(out.entropy, entropy * kept, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(out.lse, own.logits.logsumexp(-1) * kept, rtol=1e-10, atol=1e-12)
-    assert torch.equal(out.top1, (own.logits.argmax(-1) == targets) & kept)
+    torch.testing.assert_close(out.lse, plain.logits.logsumexp(-1) * kept, rtol=1e-10, atol=1e-12)
+    assert torch.equal(out.top1, (plain.logits.argmax(-1) == targets) & kept)
     assert_equal_gradients(gradients(model, out.loss), expected)
     assert (out.logp.requires_grad, out.entropy.requires_grad, out.lse.requires_grad) == (token_stats,) * 3
 
@@ -155,13 +157,13 @@ def test_num_items_shift_labels_and_temperature(count: Any, token_stats: bool) -
     inputs, labels = batch()
     targets = shift(labels).roll(1, 0)  # not what labels would give
     expected = own_nll(model, inputs, targets, temperature=0.7)
-    wanted = gradients(model, expected.sum() / 7)
+    expected_grads = gradients(model, expected.sum() / 7)
     out = model(
         **inputs, shift_labels=targets, num_items_in_batch=count, token_stats=token_stats, temperature=0.7
     )
     torch.testing.assert_close(out.loss, expected.sum() / 7, rtol=1e-10, atol=0)
     torch.testing.assert_close(out.logp, -expected, rtol=1e-10, atol=1e-12)
-    assert_equal_gradients(gradients(model, out.loss), wanted)
+    assert_equal_gradients(gradients(model, out.loss), expected_grads)
 
 
 def test_token_statistics_take_any_upstream_gradient() -> None:
@@ -171,12 +173,12 @@ def test_token_statistics_take_any_upstream_gradient() -> None:
     weights = torch.randn(3, *targets.shape, dtype=torch.float64) * (targets != -100)
     logits = model(**inputs).logits
     logp = logits.log_softmax(-1)
-    own = (
+    plain = (
         logp.gather(-1, targets.clamp_min(0)[..., None])[..., 0],
         -(logp.exp() * logp).sum(-1),
         logits.logsumexp(-1),
     )
-    expected = gradients(model, sum((w * s).sum() for w, s in zip(weights, own, strict=True)))
+    expected = gradients(model, sum((w * s).sum() for w, s in zip(weights, plain, strict=True)))
     out = model(**inputs, labels=labels, token_stats=True)
     seen = gradients(
         model, sum((w * s).sum() for w, s in zip(weights, (out.logp, out.entropy, out.lse), strict=True))
@@ -205,13 +207,13 @@ def test_ppos_loss_and_its_gradients_equal_those_from_logits(name: str) -> None:
     }
     table = (model(**inputs).logits / 0.7).log_softmax(-1)
     logp, entropy = table.gather(-1, targets.clamp_min(0)[..., None])[..., 0], -(table.exp() * table).sum(-1)
-    own = ppo_loss(logp, old, advantages, mask, entropy=entropy, **options)
-    expected = gradients(model, own.loss)
+    plain = ppo_loss(logp, old, advantages, mask, entropy=entropy, **options)
+    expected = gradients(model, plain.loss)
     fuse_head(model)
     ppo = {"old_logp": old, "advantages": advantages, "mask": mask, **options}
     out = model(**inputs, shift_labels=targets, ppo=ppo, temperature=0.7, keep_hidden=True)
     assert 0 < out.policy.clip_fraction < 1 and out.loss is out.policy.loss and out.logp is None
-    torch.testing.assert_close(tuple(out.policy), tuple(own), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(tuple(out.policy), tuple(plain), rtol=1e-10, atol=1e-12)
     assert_equal_gradients(gradients(model, out.loss), expected)
     torch.testing.assert_close(
         out.last_hidden_state, backbone(model)(**inputs).last_hidden_state, rtol=1e-10, atol=1e-12
@@ -227,11 +229,13 @@ def test_the_backbones_outputs_are_handed_on() -> None:
     )
     inputs, labels = batch()
     asked = {"output_hidden_states": True, "output_attentions": True, "use_cache": True}
-    own, out = model(**inputs, **asked), model(**inputs, **asked, labels=labels)
+    plain, out = model(**inputs, **asked), model(**inputs, **asked, labels=labels)
     assert len(out.hidden_states) == 3 and len(out.attentions) == 2
     assert all(
         torch.equal(a, b)
-        for a, b in zip(out.hidden_states + out.attentions, own.hidden_states + own.attentions, strict=True)
+        for a, b in zip(
+            out.hidden_states + out.attentions, plain.hidden_states + plain.attentions, strict=True
+        )
     )
     assert getattr(out, CACHE).get_seq_length() == out[CACHE].get_seq_length() == 11
     # The older name is served as long as transformers serves it, in outputs and in arguments.
@@ -242,7 +246,7 @@ def test_the_backbones_outputs_are_handed_on() -> None:
             getattr(model(**inputs, labels=labels, **{name: given}), CACHE) is given
             and given.get_seq_length() == 11
         )
-    assert {*own} - {"logits"} < {*out}, "what a plain model names, a fused one names alike"
+    assert {*plain} - {"logits"} < {*out}, "what a plain model names, a fused one names alike"
     as_tuple = model(**inputs, labels=labels, return_dict=False, use_cache=False)
     assert (
         type(as_tuple) is tuple and torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logp)
@@ -305,7 +309,7 @@ def test_bf16_weights_are_no_worse_than_the_models_own_loss(name: str) -> None:
     exact = build(CONFIGS[name](), dtype=torch.bfloat16)
     inputs, labels = batch()
     hidden = exact.model(**inputs).last_hidden_state
-    own = exact(**inputs, labels=labels).loss
+    plain = exact(**inputs, labels=labels).loss
     out = fuse_head(exact)(**inputs, labels=labels)
     z = hidden.double() @ exact.lm_head.weight.double().T
     cap = getattr(exact.config, "final_logit_softcapping", None)
@@ -313,7 +317,7 @@ def test_bf16_weights_are_no_worse_than_the_models_own_loss(name: str) -> None:
     truth = F.cross_entropy(z.flatten(0, 1), shift(labels).flatten())
     floor = 4 * torch.finfo(torch.float32).eps * truth
     assert out.loss.dtype == torch.float32
-    assert (out.loss - truth).abs() <= 2 * (own - truth).abs() + floor
+    assert (out.loss - truth).abs() <= 2 * (plain - truth).abs() + floor
     assert all(g.dtype == torch.bfloat16 for g in gradients(exact, out.loss).values())
 
 

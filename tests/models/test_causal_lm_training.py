@@ -57,14 +57,14 @@ def test_a_trainer_run_equals_the_unfused_one(name: str, tmp_path: Path) -> None
             model.named_parameters()
         )
 
-    own_losses, own = train(False, torch.float32)
+    plain_losses, plain = train(False, torch.float32)
     losses, weights = train(True, torch.float32)
     _, exact = train(True, torch.float64)
     eps = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(losses, own_losses, rtol=8 * eps, atol=0)
+    torch.testing.assert_close(losses, plain_losses, rtol=8 * eps, atol=0)
     for key, value in exact.items():
         floor = 4 * eps * value.abs().max()
-        assert (weights[key] - value).abs().max() <= 2 * (own[key] - value).abs().max() + floor, key
+        assert (weights[key] - value).abs().max() <= 2 * (plain[key] - value).abs().max() + floor, key
 
 
 # Two gloo ranks, in processes of their own that run this file.

@@ -104,9 +104,9 @@ def test_metrics_and_predictions_are_those_of_the_model_as_it_was(compiled: bool
             predictions.label_ids,
         ]
 
-    own, found = judge(fused=False), judge(fused=True)
+    plain, found = judge(fused=False), judge(fused=True)
     eps = torch.finfo(torch.float32).eps
-    for seen, expected in zip(found, own, strict=True):
+    for seen, expected in zip(found, plain, strict=True):
         if isinstance(expected, dict):
             assert expected and seen == pytest.approx(expected, rel=8 * eps)
         else:
@@ -202,13 +202,13 @@ def test_a_fused_model_is_saved_whole(name: str, how: str, tmp_path: Path) -> No
     else:
         found = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
     expected = model(**inputs, labels=labels)
-    wanted = gradients(model, expected.loss)
+    expected_grads = gradients(model, expected.loss)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     seen = found(**inputs, labels=labels)
     assert seen.logits is None and torch.equal(seen.loss, expected.loss)
-    assert_equal_gradients(gradients(found, seen.loss), wanted)
+    assert_equal_gradients(gradients(found, seen.loss), expected_grads)
     assert fuse_head(found) is found and unfuse_head(found)(**inputs, labels=labels).logits is not None
     assert not [
         key
@@ -228,8 +228,8 @@ LATER: dict[str, dict[str, Any]] = {
 def test_adapters_on_lm_head_that_come_later_train_with_full_logits_and_one_warning(case: str) -> None:
     tied = "tied" in case
     inputs, labels = batch()
-    own = lora(llama(tie_word_embeddings=tied), **LATER[case])
-    expected = own(**inputs, labels=labels)
+    plain = lora(llama(tie_word_embeddings=tied), **LATER[case])
+    expected = plain(**inputs, labels=labels)
     model = lora(fuse_head(llama(tie_word_embeddings=tied)), **LATER[case])
     with pytest.warns(
         UserWarning, match=rf"was changed after fuse_head \(.*has a peft.* as its lm_head.*{WARNS}"
@@ -237,7 +237,7 @@ def test_adapters_on_lm_head_that_come_later_train_with_full_logits_and_one_warn
         found = model(**inputs, labels=labels)
         model(**inputs, labels=labels)
     assert sum(WARNS in str(one.message) for one in caught) == 1 and torch.equal(found.loss, expected.loss)
-    assert_equal_gradients(gradients(model, found.loss), gradients(own, expected.loss))
+    assert_equal_gradients(gradients(model, found.loss), gradients(plain, expected.loss))
     for options in ({"token_stats": True}, {"temperature": 0.5}):
         with pytest.raises(UnsupportedModelError, match="as its lm_head"):
             model(**inputs, labels=labels, **options)

@@ -22,12 +22,12 @@ pytestmark = [
 def test_any_number_of_threads_gives_the_same_bits():
     if native.missing:
         pytest.skip(native.missing)
-    given, own = tokens(torch.float32, (64, 1024)), values(torch.float32, (64, 1024))
+    given, value_inputs = tokens(torch.float32, (64, 1024)), values(torch.float32, (64, 1024))
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         try:
-            out, value = ppo_loss(**given, **FULL), value_loss(**own)
+            out, value = ppo_loss(**given, **FULL), value_loss(**value_inputs)
         finally:
             torch.set_num_threads(1)
         results.append([*out, *gradients(out.loss, given), *value])
@@ -69,11 +69,11 @@ def test_only_logp_and_entropy_get_a_gradient(device):
         "logp",
         "entropy",
     ] and normalizer.grad is None
-    own = values(device=device)
+    value_inputs = values(device=device)
     for name in ("values", "old_values", "returns"):
-        own[name].requires_grad_()
-    value_loss(**own).loss.backward()
-    assert [name for name, x in own.items() if x.grad is not None] == ["values"]
+        value_inputs[name].requires_grad_()
+    value_loss(**value_inputs).loss.backward()
+    assert [name for name, x in value_inputs.items() if x.grad is not None] == ["values"]
     with torch.no_grad():
         assert not ppo_loss(**given).loss.requires_grad
     fixed = {name: x.detach() if name in ("logp", "entropy") else x for name, x in given.items()}

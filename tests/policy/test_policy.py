@@ -214,13 +214,13 @@ def test_small_kl_keeps_its_digits(implementation, device):
     """k3 of log-ratios of 1e-4 is 5e-9: e^-d - 1 + d would lose all of it."""
     d = torch.tensor([1e-4, -1e-4, 1e-2, -0.49, 0.51], device=device)
     for one in d:
-        own, zero = one[None].clone().requires_grad_(), torch.zeros(1, device=device)
-        out = ppo_loss(own, zero, zero, zero == 0, reference_logp=zero, kl_coefficient=1.0)
+        logp, zero = one[None].clone().requires_grad_(), torch.zeros(1, device=device)
+        out = ppo_loss(logp, zero, zero, zero == 0, reference_logp=zero, kl_coefficient=1.0)
         wide = one.double()
         assert out.kl.item() == pytest.approx(
             (torch.expm1(-wide) + wide).item(), rel=1e-6 if implementation != "pytorch" else 1
         )
-        assert torch.autograd.grad(out.loss, own)[0].item() == pytest.approx(
+        assert torch.autograd.grad(out.loss, logp)[0].item() == pytest.approx(
             -torch.expm1(-wide).item(), rel=1e-5
         )
 

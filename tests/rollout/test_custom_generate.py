@@ -23,7 +23,7 @@ PADDING_COUNTS = "Tensor" not in str(
 )
 
 
-def own_call(model: Any, **options: Any) -> Any:
+def generate(model: Any, **options: Any) -> Any:
     ids, mask = prompts()
     arguments = {"max_new_tokens": NEW, "pad_token_id": PAD, "custom_generate": custom_generate, **options}
     return model.generate(input_ids=ids, attention_mask=mask, **arguments)
@@ -38,15 +38,15 @@ def test_custom_generate_is_greedy_as_generate(name: str) -> None:
         {"repetition_penalty": 1.4},
         {"num_return_sequences": 1, "max_new_tokens": None, "max_length": 15},
     ):
-        own = own_call(model, do_sample=False, custom_generate=None, **options)
-        assert torch.equal(own_call(model, do_sample=False, **options), own)
-        eos = [int(own[0, 12]), int(own[1, 13])]
-        own = own_call(model, do_sample=False, custom_generate=None, eos_token_id=eos, **options)
-        assert torch.equal(own_call(model, do_sample=False, eos_token_id=eos, **options), own)
+        expected = generate(model, do_sample=False, custom_generate=None, **options)
+        assert torch.equal(generate(model, do_sample=False, **options), expected)
+        eos = [int(expected[0, 12]), int(expected[1, 13])]
+        expected = generate(model, do_sample=False, custom_generate=None, eos_token_id=eos, **options)
+        assert torch.equal(generate(model, do_sample=False, eos_token_id=eos, **options), expected)
     whole = ids[:1].expand(2, -1)  # without padding, transformers hands over no mask
-    own = model.generate(whole, max_new_tokens=5, do_sample=False)
+    expected = model.generate(whole, max_new_tokens=5, do_sample=False)
     assert torch.equal(
-        model.generate(whole, max_new_tokens=5, do_sample=False, custom_generate=custom_generate), own
+        model.generate(whole, max_new_tokens=5, do_sample=False, custom_generate=custom_generate), expected
     )
 
 
@@ -55,9 +55,9 @@ def test_custom_generate_counts_the_padding_that_a_penalty_does_not_ignore() -> 
     with torch.no_grad():
         model.lm_head.weight[PAD] = 2 * model.lm_head.weight[41]  # often drawn, so that its penalty is seen
     counts = {"logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.4)], "do_sample": False}
-    own = own_call(model, custom_generate=None, **counts)
-    assert torch.equal(own_call(model, **counts), own)
-    assert torch.equal(own_call(model, repetition_penalty=1.4, do_sample=False), own) == PADDING_COUNTS
+    expected = generate(model, custom_generate=None, **counts)
+    assert torch.equal(generate(model, **counts), expected)
+    assert torch.equal(generate(model, repetition_penalty=1.4, do_sample=False), expected) == PADDING_COUNTS
     ignores = {
         "logits_processor": [tf.RepetitionPenaltyLogitsProcessor(1.4, prompt_ignore_length=2)],
         "do_sample": False,
@@ -82,9 +82,9 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         ),
     ):
         torch.manual_seed(3)
-        first, second = own_call(model, do_sample=True, **asked), own_call(model, do_sample=True, **asked)
+        first, second = generate(model, do_sample=True, **asked), generate(model, do_sample=True, **asked)
         torch.manual_seed(3)
-        output = own_call(model, do_sample=True, return_dict_in_generate=True, **asked)
+        output = generate(model, do_sample=True, return_dict_in_generate=True, **asked)
         assert torch.equal(output.sequences, first) and not torch.equal(second, first)
         torch.manual_seed(3)
         seen = decoding.id_bits(ids, mask == 0, VOCAB) if PADDING_COUNTS else None
@@ -92,7 +92,7 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         assert isinstance(output, RolloutOutput) and output.rollout is not None
         assert torch.equal(first, torch.cat((ids, expected.tokens), 1))
         assert all(torch.equal(a, b) for a, b in zip(output.rollout, expected, strict=True))
-    several = own_call(model, do_sample=True, num_return_sequences=3)
+    several = generate(model, do_sample=True, num_return_sequences=3)
     assert several.shape == (12, 9 + NEW) and len(several[:3].unique(dim=0)) == 3
 
 
@@ -122,7 +122,7 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
 def test_custom_generate_refuses_what_it_does_not_do(options: dict[str, Any], message: str) -> None:
     model = llama()
     with calls_of(model) as calls, pytest.raises(ValueError, match=message):
-        own_call(model, **{"do_sample": False, **options})
+        generate(model, **{"do_sample": False, **options})
     assert not calls
 
 
@@ -132,6 +132,6 @@ def test_custom_generate_refuses_a_cache_that_holds_tokens_and_other_inputs() ->
     cache = tf.DynamicCache(config=model.config)
     model(input_ids=ids[:, :4], attention_mask=mask[:, :4], **{CACHE: cache})
     with pytest.raises(ValueError, match=f"{CACHE}: got a DynamicCache of 4 tokens"):
-        own_call(model, **{CACHE: cache})
+        generate(model, **{CACHE: cache})
     with pytest.raises(ValueError, match="inputs_embeds"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2, custom_generate=custom_generate)

@@ -22,13 +22,19 @@ from tests.rollout.tiny_rollouts import CONFIGS, GPT, NEW, PAD, build, calls_of,
 pytestmark = pytest.mark.hosts
 
 
-def own_greedy(model: Any, eos_id: Any = None, **options: Any) -> Tensor:
+def greedy_alone(model: Any, eos_id: Any = None, **options: Any) -> Tensor:
     """What transformers' generate draws for each prompt alone: some of its versions let a penalty count the
     padding of a batch."""
-    own = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": eos_id, "pad_token_id": PAD, **options}
+    arguments = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "eos_token_id": eos_id,
+        "pad_token_id": PAD,
+        **options,
+    }
     rows = [row[on.bool()][None] for row, on in zip(*prompts(), strict=True)]
     drawn = [
-        model.generate(input_ids=row, attention_mask=torch.ones_like(row), **own)[0, row.shape[1] :]
+        model.generate(input_ids=row, attention_mask=torch.ones_like(row), **arguments)[0, row.shape[1] :]
         for row in rows
     ]
     return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True, padding_value=PAD)
@@ -38,13 +44,14 @@ def own_greedy(model: Any, eos_id: Any = None, **options: Any) -> Tensor:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_equal_transformers_generate(name: str, penalty: float) -> None:
     model = build(CONFIGS[name]())
-    expected = own_greedy(model, repetition_penalty=penalty)
+    expected = greedy_alone(model, repetition_penalty=penalty)
     assert len(expected.unique()) > 3
     assert torch.equal(draw(model, temperature=0.0, repetition_penalty=penalty).tokens, expected)
     eos = [int(expected[0, 4]), int(expected[2, 9])]
     ended = draw(model, temperature=0.0, repetition_penalty=penalty, eos_id=eos)
     assert (
-        torch.equal(ended.tokens, own_greedy(model, eos, repetition_penalty=penalty)) and not ended.mask.all()
+        torch.equal(ended.tokens, greedy_alone(model, eos, repetition_penalty=penalty))
+        and not ended.mask.all()
     )
 
 
@@ -52,19 +59,19 @@ def test_the_penalty_of_each_row_is_its_own() -> None:
     model = llama()
     penalties = torch.tensor([1.0, 1.4, 1.0, 2.0])
     expected = torch.stack(
-        [own_greedy(model, repetition_penalty=float(p))[row] for row, p in enumerate(penalties)]
+        [greedy_alone(model, repetition_penalty=float(p))[row] for row, p in enumerate(penalties)]
     )
     assert torch.equal(draw(model, temperature=0.0, repetition_penalty=penalties).tokens, expected)
 
 
 def test_fused_and_lora_models_roll_out_as_their_own_generate() -> None:
     model = fuse_head(llama())
-    expected = own_greedy(model)
+    expected = greedy_alone(model)
     assert torch.equal(draw(model, temperature=0.0).tokens, expected)
     adapted = get_peft_model(
         llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     )
-    tuned = own_greedy(adapted)
+    tuned = greedy_alone(adapted)
     assert torch.equal(draw(adapted, temperature=0.0).tokens, tuned) and not torch.equal(tuned, expected)
     fuse_head(adapted)
     assert torch.equal(draw(adapted, temperature=0.0).tokens, tuned)
@@ -128,9 +135,9 @@ def test_a_row_draws_the_same_tokens_in_any_batch_slot_and_padding(name: str) ->
     moved = draw(model, (wide[0][order], wide[1][order]), sequence_ids=order, **options)
     for row in range(4):
         length = int(together.lengths[row])
-        others = [(draw(model, alone[row], sequence_ids=torch.tensor([row]), **options), 0)]
-        others += [(moved, int(slot)) for slot in (order == row).nonzero()[:, 0]]
-        for other, slot in others:
+        pairs = [(draw(model, alone[row], sequence_ids=torch.tensor([row]), **options), 0)]
+        pairs += [(moved, int(slot)) for slot in (order == row).nonzero()[:, 0]]
+        for other, slot in pairs:
             assert other.lengths[slot] == length
             assert torch.equal(other.tokens[slot, :length], together.tokens[row, :length])
             torch.testing.assert_close(
@@ -188,7 +195,7 @@ def test_seen_ids_join_the_prompts_under_the_penalty() -> None:
             return super().__call__(torch.cat((extra, input_ids), 1), scores)
 
     processors = tf.LogitsProcessorList([Marked(1.4)])
-    own = model.generate(
+    expected = model.generate(
         ids,
         attention_mask=prompts()[1],
         max_new_tokens=NEW,
@@ -197,7 +204,7 @@ def test_seen_ids_join_the_prompts_under_the_penalty() -> None:
         logits_processor=processors,
     )
     seen = draw(model, temperature=0.0, repetition_penalty=1.4, seen=marked).tokens
-    assert seen[1, 0] != first and torch.equal(seen[1], own[1, ids.shape[1] :])
+    assert seen[1, 0] != first and torch.equal(seen[1], expected[1, ids.shape[1] :])
     assert torch.equal(seen[[0, 2, 3]], free[[0, 2, 3]])
     assert torch.equal(
         draw(model, temperature=0.0, seen=marked).tokens, draw(model, temperature=0.0).tokens
@@ -255,7 +262,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_under_autocast() -> None:
     model = llama()
     with torch.autocast("cpu", torch.bfloat16):
-        seen, expected = draw(model, temperature=0.0), own_greedy(model)
+        seen, expected = draw(model, temperature=0.0), greedy_alone(model)
     assert torch.equal(seen.tokens, expected)
     assert not torch.equal(seen.logp_raw, draw(model, temperature=0.0).logp_raw)
 

@@ -35,13 +35,13 @@ def host_state(layers: list[Any]) -> list[dict[str, Any]]:
 def test_a_step_reads_nothing_back_from_the_device(
     name: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = decoding.sample
+    original = decoding.sample
 
     def sample_as_on_a_gpu(
         *args: Any, **kwargs: Any
     ) -> Any:  # which leaves the values of tensors unchecked, as a traced one does
         with mock.patch("torch.compiler.is_compiling", lambda: True):
-            return own(*args, **kwargs)
+            return original(*args, **kwargs)
 
     monkeypatch.setattr(decoding, "sample", sample_as_on_a_gpu)
     monkeypatch.setattr(decoding, "check_written", lambda *_: None)  # after the prefill, and it reads

@@ -130,10 +130,10 @@ def test_gradient(
     them, one row ignored."""
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(19, V + 5, generator=generator, dtype=torch.float64) * scale).to(dtype)[:, :V]
-    own = torch.randperm(V, generator=generator)[:K].sort()[0]
+    kept = torch.randperm(V, generator=generator)[:K].sort()[0]
     ids = torch.randint(0, V, (19,), generator=generator)
-    ids[:5] = own[torch.randint(0, K, (5,), generator=generator)]
-    ids[4] = own[-1]
+    ids[:5] = kept[torch.randint(0, K, (5,), generator=generator)]
+    ids[4] = kept[-1]
     ids[7] = -1
     logits[7] = float("nan")
     bias = torch.randn(V, generator=generator, dtype=torch.float64).to(dtype) if transform == "all" else None
@@ -144,12 +144,12 @@ def test_gradient(
     truth_stats = row_stats_ref(logits.double(), ids, wide_bias, t)
     stats = truth_stats.to(accumulator_dtype(dtype))
     truth = row_grad_ref(logits[None].double(), ids, wide_bias, t, stats.double(), coefficients.double())[0][
-        :, own
+        :, kept
     ]
     _, truth_totals = run_grad(
         columns.KERNELS.reference,
         logits.double(),
-        own,
+        kept,
         ids,
         wide_bias,
         t,
@@ -157,11 +157,11 @@ def test_gradient(
         coefficients.double(),
         V,
     )
-    given = logits[:, own] if gathered else logits
+    given = logits[:, kept] if gathered else logits
     eager, eager_totals = run_grad(
-        columns.KERNELS.reference, given, own, ids, bias, t, stats, coefficients, V
+        columns.KERNELS.reference, given, kept, ids, bias, t, stats, coefficients, V
     )
-    found, totals = run_grad(implementation, given, own, ids, bias, t, stats, coefficients, V)
+    found, totals = run_grad(implementation, given, kept, ids, bias, t, stats, coefficients, V)
     no_worse_than_eager(found, eager, truth, "gradient")
     no_worse_than_eager(totals, eager_totals, truth_totals, "totals")
     assert (found[7] == 0).all() and (totals[:, 7] == 0).all()
@@ -211,8 +211,8 @@ def test_opcheck() -> None:
         torch.ops.fastalign.column_sums.default, (logits, ids, None, *Transform(), stats, *out)
     )
     grad_out = (torch.empty(1, 6, 3), torch.empty(2, 6, dtype=torch.float64))
-    own = torch.tensor([1, 5, 39])
+    kept = torch.tensor([1, 5, 39])
     torch.library.opcheck(
         torch.ops.fastalign.column_grad.default,
-        (logits, own, ids, None, *Transform(), stats, torch.ones(4, 6), 40, *grad_out),
+        (logits, kept, ids, None, *Transform(), stats, torch.ones(4, 6), 40, *grad_out),
     )

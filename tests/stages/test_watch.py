@@ -49,17 +49,17 @@ def run(folder: Path, fault: str, minutes: float = 30.0) -> tuple[int, list[str]
     done = subprocess.run(
         [*command, str(folder / "script.py")], env=environment, capture_output=True, text=True, timeout=200
     )
-    own = [
+    lines = [
         line
         for line in done.stderr.splitlines()
         if line.startswith(("fastalign", "Traceback", "ValueError", "RuntimeError"))
     ]
-    own = (
-        own[: own.index("Traceback (most recent call last):")]
-        if "Traceback (most recent call last):" in own
-        else own
+    lines = (
+        lines[: lines.index("Traceback (most recent call last):")]
+        if "Traceback (most recent call last):" in lines
+        else lines
     )  # torchrun's own
-    return done.returncode, own, time.monotonic() - began
+    return done.returncode, lines, time.monotonic() - began
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def run(folder: Path, fault: str, minutes: float = 30.0) -> tuple[int, list[str]
     ids=["a rank", "rank 0", "all ranks", "killed"],
 )
 def test_what_ends_one_rank_ends_all_and_is_told_once(fault: str, line: str, tmp_path: Path) -> None:
-    status, own, seconds = run(tmp_path, fault)
-    assert status != 0 and len(own) == 1 and re.fullmatch(line, own[0]), own
+    status, lines, seconds = run(tmp_path, fault)
+    assert status != 0 and len(lines) == 1 and re.fullmatch(line, lines[0]), lines
     assert seconds < 60
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gemm import mm, own_gemm
+from ..gemm import mm, uses_native_gemm
 from ..ordered_sum import ordered_sum
 from ..softmax.columns import column_grad
 from ..softmax.rows import Coefficient, row_grad
@@ -47,7 +47,7 @@ class GradAccumulator:
         self.inputs, self.operands, self.needs = inputs, operands, needs
         hidden, weight, *_ = inputs
         accumulator = operands.accumulator
-        self.gathers_for_free = own_gemm(hidden.device, hidden.dtype)
+        self.gathers_for_free = uses_native_gemm(hidden.device, hidden.dtype)
         self.d_hidden = hidden.new_empty(0)
         self.d_weight = weight.new_empty(0)
         self.d_bias = hidden.new_empty(0)

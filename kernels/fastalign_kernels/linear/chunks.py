@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gemm import mm, own_gemm
+from ..gemm import mm, uses_native_gemm
 from ..softmax.rows import Stat, accumulator_dtype, row_stats
 from .inputs import HeadInputs, NeedsGrad
 from .plan import token_chunk
@@ -31,7 +31,7 @@ class Operands(NamedTuple):
     def of(cls, inputs: HeadInputs) -> Operands:
         hidden, weight, _, bias, _ = inputs
         accumulator = accumulator_dtype(hidden.dtype)
-        widen = not hidden.is_cuda and not own_gemm(hidden.device, hidden.dtype)
+        widen = not hidden.is_cuda and not uses_native_gemm(hidden.device, hidden.dtype)
         factor = accumulator if widen else hidden.dtype
         return cls(
             weight.to(factor),

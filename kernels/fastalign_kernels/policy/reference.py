@@ -5,6 +5,8 @@ They are valid in fp64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,10 @@ from .losses import PolicyLoss, ValueLoss
 from .ops import LARGEST_EXPONENT
 
 
-def _inside(mask: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """In fp32 or fp64, with 0 outside the mask."""
+def _inside(mask: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """The tensors in fp32 or fp64, with 0 outside the mask; None stays None."""
     dtype = accumulator_of(*tensors)
-    return [torch.where(mask, x.to(dtype), 0.0) for x in tensors if x is not None]
+    return [None if x is None else torch.where(mask, x.to(dtype), 0.0) for x in tensors]
 
 
 def _mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -64,15 +66,12 @@ def ppo_loss_ref(
 ) -> PolicyLoss:
     """The specification of `ppo_loss`."""
     mask = mask != 0
-    drawn = logp if old_logp is None else old_logp
-    worth, reference = (
-        per_token(advantages, logp.shape),
-        None if reference_logp is None else reference_logp.detach(),
-    )
-    given = (logp, drawn.detach(), worth.detach(), entropy, reference)
-    own, old, a, *others = _inside(mask, *given)
+    old = logp if old_logp is None else old_logp
+    advantages = per_token(advantages, logp.shape)
+    logp, old, a, h, reference = _inside(mask, logp, old, advantages, entropy, reference_logp)
+    old, a = old.detach(), a.detach()
     high = clip if clip_high is None else clip_high
-    ratio = (own - old).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
+    ratio = (logp - old).clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
     held = (
         ratio.clamp(None if clip is None else 1 - clip, None if high is None else 1 + high)
         if (clip, high) != (None, None)
@@ -83,12 +82,11 @@ def ppo_loss_ref(
     if dual_clip is not None:
         clipped = clipped | ((a < 0) & (policy > -a * dual_clip))
         policy = torch.where(a < 0, torch.minimum(policy, -a * dual_clip), policy)
-    losses, h, kl = policy, None, None
-    if entropy is not None:
-        h, *others = others
+    losses, kl = policy, None
+    if h is not None:
         losses = losses - entropy_coefficient * h
-    if reference_logp is not None:
-        d = own - others[0]
+    if reference is not None:
+        d = logp - reference.detach()
         e = d.clamp(min=-LARGEST_EXPONENT)
         kl = {"k1": d, "k2": 0.5 * d**2, "k3": torch.expm1(-e) + e}[kl_estimator]
         losses = losses + kl_coefficient * kl
@@ -96,7 +94,7 @@ def ppo_loss_ref(
     clips = torch.where(policy.isnan(), policy, clipped)
     means = [
         None if x is None else _mean(x, mask).detach()
-        for x in (policy, h, kl, ratio, clips, 0.5 * (own - old) ** 2)
+        for x in (policy, h, kl, ratio, clips, 0.5 * (logp - old) ** 2)
     ]
     return PolicyLoss(loss, *means)  # type: ignore[arg-type]
 
@@ -136,7 +134,7 @@ def gae_ref(
 ) -> Advantages:
     """The specification of `gae`: the loop over time that PPO's trainers have."""
     mask = mask != 0
-    r, v, *after = _inside(mask, rewards, values)
+    r, v = _inside(mask, rewards, values)
     following = torch.zeros_like(v[:, 0]) if bootstrap is None else bootstrap.to(v.dtype)
     running, advantages = torch.zeros_like(following), torch.zeros_like(v)
     for t in reversed(range(v.shape[1])):
@@ -150,8 +148,8 @@ def gae_ref(
 def masked_whiten_ref(x: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """The specification of `masked_whiten` in one process."""
     mask = mask != 0
-    (own,) = _inside(mask, x)
-    mean = own.sum() / mask.sum()
-    variance = torch.where(mask, (own - mean) ** 2, 0.0).sum() / (mask.sum() - 1).clamp(min=1)
-    white = (own - mean) * torch.rsqrt(variance + eps)
+    (inside,) = _inside(mask, x)
+    mean = inside.sum() / mask.sum()
+    variance = torch.where(mask, (inside - mean) ** 2, 0.0).sum() / (mask.sum() - 1).clamp(min=1)
+    white = (inside - mean) * torch.rsqrt(variance + eps)
     return torch.where(mask, white if shift_mean else white + mean, 0.0)

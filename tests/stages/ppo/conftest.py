@@ -19,7 +19,7 @@ def count(prompts, completions):
     return [text.count("a") - 0.05 * len(text) for text in completions]
 
 def answered(prompts, completions, answer):
-    return [float(text.count(wanted)) for text, wanted in zip(completions, answer, strict=True)]
+    return [float(text.count(target)) for text, target in zip(completions, answer, strict=True)]
 
 def of_the_prompt(prompts, completions):
     return [float(len(prompt) > 40) for prompt in prompts]

@@ -211,8 +211,8 @@ def test_the_coefficient_follows_the_target(make: Make) -> None:
 @pytest.mark.parametrize("options", [{"kl_in": "reward"}, {"kl_in": "loss"}])
 def test_adapters_off_is_the_reference_that_a_copy_is(make: Make, options: dict[str, Any]) -> None:
     runs = [
-        make(lora_rank=4, max_steps=3, reference=way, learning_rate=1e-2, **options)
-        for way in ("copy", "adapters_off", "auto")
+        make(lora_rank=4, max_steps=3, reference=reference, learning_rate=1e-2, **options)
+        for reference in ("copy", "adapters_off", "auto")
     ]
     for config in runs:
         ppo.run(config)

@@ -49,8 +49,8 @@ def test_a_function_is_found_by_module_and_file_and_gets_the_columns_that_it_nam
     scores = [text.count("a") - 0.05 * len(text) for text in completions]
     assert lines(config)[0]["objective/scores"] == pytest.approx(sum(scores) / 8)
     named = make(reward="functions:answered")
-    wanted = [text.count(row["answer"]) for text, row in zip(completions, picked, strict=True)]
-    assert ppo.run(named)["objective/scores"] == pytest.approx(sum(wanted) / 8), "the same tokens were drawn"
+    counts = [text.count(row["answer"]) for text, row in zip(completions, picked, strict=True)]
+    assert ppo.run(named)["objective/scores"] == pytest.approx(sum(counts) / 8), "the same tokens were drawn"
 
 
 @pytest.mark.hosts
@@ -81,8 +81,10 @@ def test_another_classifier_reads_the_text_with_its_own_tokenizer(
     bpe.train_from_iterator(
         map(sentence, range(9)), vocab_size=280, special_tokens=["<pad>", "<eos>", "<s>"], show_progress=False
     )
-    own = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, pad_token="<pad>", chat_template=CHAT)
-    own.save_pretrained(tmp_path)
+    reward_tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, pad_token="<pad>", chat_template=CHAT
+    )
+    reward_tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "hidden_size": 16,
@@ -118,7 +120,7 @@ def test_another_classifier_reads_the_text_with_its_own_tokenizer(
         whole = prompts[place].row["prompt"]
         whole = f"<s>user: {whole[0]['content']}<eos><s>assistant: {text}<eos>" if chat else whole + text
         assert value.item() == pytest.approx(
-            model(torch.tensor([own.encode(whole)])).logits[0, 1].item(), rel=1e-6
+            model(torch.tensor([reward_tokenizer.encode(whole)])).logits[0, 1].item(), rel=1e-6
         )
 
 
@@ -378,9 +380,11 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
 
 def test_every_field_is_described_and_the_command_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
     for kind in PPOConfig.__mro__:
-        own = getattr(kind, "__pydantic_fields__", {})
+        fields = getattr(kind, "__pydantic_fields__", {})
         assert not [
-            name for name in getattr(kind, "__annotations__", {}) if name in own and not own[name].description
+            name
+            for name in getattr(kind, "__annotations__", {})
+            if name in fields and not fields[name].description
         ]
     with pytest.raises(SystemExit):
         cli.main(["ppo", "--help"])

@@ -131,9 +131,11 @@ def test_steps_are_plain_pytorchs(
     head = torch.nn.Linear(32, 1, bias=shared, dtype=torch.float64)
     for weight in head.parameters():
         torch.nn.init.zeros_(weight)
-    own = list(model.parameters())
-    others = list(head.parameters()) + ([] if shared else list(critic.parameters()))
-    optimizer = torch.optim.AdamW(own + others, betas=(0.9, 0.95), eps=1e-8, weight_decay=0)
+    policy_parameters = list(model.parameters())
+    value_parameters = list(head.parameters()) + ([] if shared else list(critic.parameters()))
+    optimizer = torch.optim.AdamW(
+        policy_parameters + value_parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0
+    )
 
     def values_of(experience: Any, hidden: torch.Tensor) -> torch.Tensor:
         if not shared:
@@ -204,7 +206,12 @@ def test_steps_are_plain_pytorchs(
                 )
                 means = {name: (term * inside).sum() / inside.sum() for name, term in terms.items()}
                 means["loss"].backward()
-                norms.append([float(torch.nn.utils.clip_grad_norm_(part, 0.7)) for part in (own, others)])
+                norms.append(
+                    [
+                        float(torch.nn.utils.clip_grad_norm_(part, 0.7))
+                        for part in (policy_parameters, value_parameters)
+                    ]
+                )
                 for group in optimizer.param_groups:
                     group["lr"] = line["learning_rate"]
                 optimizer.step()
@@ -250,9 +257,9 @@ def test_micro_batches_and_packing_change_nothing(make: Make, files: dict[str, s
         "rescore": True,
     }
     changed: list[dict[str, Any]] = [{"micro_batch_size": 1}, {"packing": False}, {"rollout_batch_size": 3}]
-    whole, *others = (make(**options, **more) for more in ({}, *changed))
+    whole, *rest = (make(**options, **more) for more in ({}, *changed))
     ppo.run(whole)
-    for config in others:
+    for config in rest:
         ppo.run(config)
         close(whole, config)
 

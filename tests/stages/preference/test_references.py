@@ -78,8 +78,10 @@ def test_the_three_references_train_alike_bitwise(
         "eval_data": held_out,
         "learning_rate": 1e-2,
     }
-    ways = ["copy", "precomputed", "adapters_off", "auto"] if lora_rank else ["copy", "precomputed", "auto"]
-    runs = [make(stage, **options, reference=way) for way in ways]
+    references = (
+        ["copy", "precomputed", "adapters_off", "auto"] if lora_rank else ["copy", "precomputed", "auto"]
+    )
+    runs = [make(stage, **options, reference=reference) for reference in references]
     for config in runs:
         run(config)
     for config in runs[1:]:

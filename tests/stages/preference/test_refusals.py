@@ -99,9 +99,11 @@ def test_every_field_is_described_and_the_command_shows_it(
 ) -> None:
     config = STAGES[stage][1]
     for kind in config.__mro__:
-        own = getattr(kind, "__pydantic_fields__", {})
+        fields = getattr(kind, "__pydantic_fields__", {})
         assert not [
-            name for name in getattr(kind, "__annotations__", {}) if name in own and not own[name].description
+            name
+            for name in getattr(kind, "__annotations__", {})
+            if name in fields and not fields[name].description
         ]
     with pytest.raises(SystemExit):
         cli.main([stage, "--help"])
