@@ -69,8 +69,9 @@ bench: $(SETUP)
 	$(BIN)/python -m bench --minutes 21
 
 # On a bare GPU machine without network: its own python and torch, peers from the folder wheels/. See bench/README.md.
+# PART=tests and PART=times are its two calls, of at most five minutes each.
 gpu-check:
-	$(PYTHON) -m bench.gpu.check
+	$(PYTHON) -m bench.gpu.check $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info runs kernels/fastalign_kernels/_native.so

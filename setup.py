@@ -8,6 +8,8 @@ The build needs torch's headers and a C++20 compiler. If one is missing it stops
 `--no-build-isolation`, install a compiler, or set FASTALIGN_NATIVE=0, which installs without the library
 (PyTorch then replaces it, and importing fastalign says so). Without nvcc the library has no CUDA sampler.
 
+FASTALIGN_GPUS=90 compiles the CUDA sampler for that architecture alone, or for several: FASTALIGN_GPUS=80,90.
+
 FASTALIGN_SANITIZE=1 compiles AddressSanitizer and UndefinedBehaviorSanitizer in, without CUDA, for `make
 sanitize` (tests/hammer/sanitize.py).
 """
@@ -66,7 +68,10 @@ def gpu_codes(nvcc: str) -> list[str]:
     known = subprocess.run(
         [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
     ).stdout.split()
-    found = [sm for sm in GPUS if f"sm_{sm}" in known]
+    asked = os.environ.get("FASTALIGN_GPUS")
+    found = [sm for sm in (asked.split(",") if asked else map(str, GPUS)) if f"sm_{sm}" in known]
+    if not found:
+        raise PlatformError(f"FASTALIGN_GPUS: got {asked}, expected numbers of {', '.join(known)}")
     codes = {sm: f"[sm_{sm},compute_{sm}]" if sm == found[-1] else f"sm_{sm}" for sm in found}
     return [option for sm, code in codes.items() for option in ("-gencode", f"arch=compute_{sm},code={code}")]
 

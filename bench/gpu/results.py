@@ -41,7 +41,12 @@ class Results:
                     )
 
     def add(self, kind: str, entry: Mapping[str, Any]) -> None:
-        """Add an entry to "cases" or "checks" in place of one of the same name, and write the file."""
+        """Add an entry to "cases" or "checks" in place of one of the same name, and write the file.
+
+        A part of a check may have written to the file since, so it is read again.
+        """
+        if self.path.exists():
+            self._content = json.loads(self.path.read_text())
         entries = self._content[kind]
         self._content[kind] = [old for old in entries if old["name"] != entry["name"]] + [dict(entry)]
         self.path.parent.mkdir(parents=True, exist_ok=True)

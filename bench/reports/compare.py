@@ -4,7 +4,8 @@ Times are compared twice. As multiples of the case's first ceiling, round by rou
 that was slow for one run. As they are: this removes a ceiling that moved by itself. A row is slower if both
 grew by more than the noise, which is the sum of the interquartile ranges of both runs' rounds and at least
 LEAST_NOISE, because a run's median moves more than its rounds show. A row whose multiple alone moved is
-named. The exit status is 1 if one of our rows regressed; peers do not count.
+named. Where a file has no ceiling, as figures noted by hand, times are compared as they are. The exit status
+is 1 if one of our rows regressed; peers do not count.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ WORSE_ERROR = (
     2.0  # factor of a regression; errors below EXACT, relative to the largest true value, do not count
 )
 EXACT = 4 * 2**-23
-# Entries of machine_info that must agree for figures to say something about the code.
+# Entries of machine_info that must agree for figures to say something about the code, without and with a GPU.
 SAME = ("cpu", "gpu", "threads", "torch", "triton")
+SAME_GPU = ("gpu", "torch", "triton")
 
 
 class Spread(NamedTuple):
@@ -37,6 +39,9 @@ class Spread(NamedTuple):
 
     @staticmethod
     def of(rounds: Sequence[float]) -> Spread:
+        """Of one round, the noise is not known: 0."""
+        if len(rounds) == 1:
+            return Spread(rounds[0], 0.0)
         low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
         return Spread(median, (high - low) / median)
 
@@ -59,9 +64,17 @@ class Change(NamedTuple):
 
 
 def multiple(case: Mapping[str, Any], row: str) -> Spread | None:
-    """A row's time as a multiple of the ceiling's; None if one of them has no figures."""
-    seconds, ceiling = case["rows"][row]["seconds"], case["rows"][case["ceilings"][0]]["seconds"]
-    return Spread.of([a / b for a, b in zip(seconds, ceiling, strict=True)]) if seconds and ceiling else None
+    """A row's time as a multiple of the ceiling's; None if one of them has no figures.
+
+    It is taken round by round, or relative to the ceiling's median if the numbers of rounds differ.
+    """
+    seconds = case["rows"][row]["seconds"]
+    ceiling = case["rows"][case["ceilings"][0]]["seconds"] if case["ceilings"] else []
+    if not seconds or not ceiling:
+        return None
+    if len(seconds) != len(ceiling):
+        ceiling = [statistics.median(ceiling)] * len(seconds)
+    return Spread.of([a / b for a, b in zip(seconds, ceiling)])
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Change], list[str]]:
@@ -71,7 +84,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[C
     was, now = before["machine_info"], after["machine_info"]
     notes = [
         f"{key}: {was.get(key)} before, {now.get(key)} after; times do not compare"
-        for key in SAME
+        for key in (SAME if was.get("gpu") == now.get("gpu") == "none" else SAME_GPU)
         if was.get(key) != now.get(key)
     ]
     notes += [
@@ -97,21 +110,7 @@ def _row(older: Mapping[str, Any], newer: Mapping[str, Any], row: str) -> tuple[
         gone = bool(b["refused"])
         text = f"measured before, now {b['refused']}" if gone else f"measured now, before {a['refused']}"
         return [Change(case, row, text, ours and gone)], []
-    found, notes = [], []
-    was, now = multiple(older, row), multiple(newer, row)
-    if was and now and row != older["ceilings"][0]:
-        noise, moved = was.with_noise_of(now), was.moved(now)
-        text = f"{was.median:.3g} -> {now.median:.3g} times {older['ceilings'][0]} (noise {noise:.0%})"
-        seconds, later = Spread.of(a["seconds"]), Spread.of(b["seconds"])
-        if moved and seconds.moved(later) == moved:
-            found.append(
-                Change(case, row, f"{'slower' if moved > 0 else 'faster'}: {text}", ours and moved > 0)
-            )
-        elif moved:
-            times = f"{seconds.median * 1e3:.3g} -> {later.median * 1e3:.3g} ms"
-            notes.append(f"{case}, {row}: {text}, but {times}: the ceiling moved")
-        elif noise > LEAST_NOISE:
-            notes.append(f"{case}, {row}: too noisy to tell 10 %: {text}")
+    found, notes = _times(older, newer, row)
     if a["peak_mib"] is not None and b["peak_mib"] is not None:
         grown, shrunk = (
             y > x * (1 + LEAST_NOISE) + MORE_MIB
@@ -126,6 +125,33 @@ def _row(older: Mapping[str, Any], newer: Mapping[str, Any], row: str) -> tuple[
         if now_off > WORSE_ERROR * was_off:
             found.append(Change(case, row, f"error of {kind} {was_off:.1e} -> {now_off:.1e}", ours))
     return found, notes
+
+
+def _times(older: Mapping[str, Any], newer: Mapping[str, Any], row: str) -> tuple[list[Change], list[str]]:
+    """What changed of a row's time: as a multiple of the ceiling and as it is, or the latter alone."""
+    case, ours = older["name"], is_ours(row)
+    a, b = older["rows"][row]["seconds"], newer["rows"][row]["seconds"]
+    if not a or not b:
+        return [], []
+    seconds, later = Spread.of(a), Spread.of(b)
+    milliseconds = f"{seconds.median * 1e3:.3g} -> {later.median * 1e3:.3g} ms"
+    multiples = multiple(older, row), multiple(newer, row)
+    was, now = multiples if None not in multiples else (seconds, later)
+    assert was is not None and now is not None
+    noise, moved = was.with_noise_of(now), was.moved(now)
+    if None in multiples:
+        text = f"{milliseconds} (noise {noise:.0%})"
+    elif row == older["ceilings"][0]:
+        return [], []
+    else:
+        text = f"{was.median:.3g} -> {now.median:.3g} times {older['ceilings'][0]} (noise {noise:.0%})"
+    if moved and seconds.moved(later) == moved:
+        return [Change(case, row, f"{'slower' if moved > 0 else 'faster'}: {text}", ours and moved > 0)], []
+    if moved:
+        return [], [f"{case}, {row}: {text}, but {milliseconds}: the ceiling moved"]
+    if noise > LEAST_NOISE:
+        return [], [f"{case}, {row}: too noisy to tell 10 %: {text}"]
+    return [], []
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """Fills the tables of README.md and docs/benchmarks.md: `python -m bench.reports.readme`; `--check` only
 compares.
 
+A table has no rows for cases that a results file lacks, as that of a GPU check of which half ran.
+
 A table stands between `<!-- bench/results/FILE.json: KIND -->` and `<!-- end -->`. KIND is a function of
 `KINDS`. To show another run, change the file's name in the page and run this.
 """
@@ -72,6 +74,8 @@ def summary(results: Mapping[str, Any]) -> str:
     first = f"ms (peak MiB beyond inputs); {dtype}; {_where(results, f'{LCE} {dtype}', '').rstrip('; ')}"
     lines = [_row([first, *PEERS]), _row(["---"] * (1 + len(PEERS)))]
     for name, label in labels.items():
+        if name not in cases:
+            continue
         shape = ", ".join(f"{letter} {size}" for letter, size in cases[name]["shape"].items() if size)
         times = [_first(cases[name], rows, _milliseconds) for rows in PEERS.values()]
         peaks = [_first(cases[name], rows, _peak) for rows in PEERS.values()]
@@ -136,7 +140,9 @@ def head(results: Mapping[str, Any]) -> str:
             next((v for method in names if (v := _value(cases[name], method, value)) is not None), None)
             for names in METHODS.values()
         ]
-        best = min(v for v in values if v is not None)
+        best = min((v for v in values if v is not None), default=None)
+        if best is None:
+            continue
         lines.append(
             _row(
                 [
@@ -153,7 +159,13 @@ def head(results: Mapping[str, Any]) -> str:
 
 def sampling(results: Mapping[str, Any]) -> str:
     """Ours against transformers' warpers, or against softmax and multinomial if there is no filter."""
-    cases = [case for case in results["cases"] if case["operation"].startswith("sample")]
+    cases = [
+        case
+        for case in results["cases"]
+        if case["name"].startswith("sample ") and case["rows"].get(OURS, {}).get("seconds")
+    ]
+    if not cases:
+        return "Not measured.\n"
     head = [
         _where(results, cases[0]["name"], "N"),
         "fastalign, ms",
@@ -163,8 +175,6 @@ def sampling(results: Mapping[str, Any]) -> str:
     ]
     lines = [_row(head), _row(["---"] * len(head))]
     for case in cases:
-        if not case["rows"][OURS]["seconds"]:
-            continue
         peer = TRANSFORMERS if TRANSFORMERS in case["rows"] else MULTINOMIAL
         ours, theirs, read = (
             Timing.of(case["rows"][row]["seconds"]) for row in (OURS, peer, case["ceilings"][0])
@@ -196,6 +206,8 @@ def steps(results: Mapping[str, Any]) -> str:
     ]
     lines = [_row(head), _row(["---"] * len(head))]
     for stage in STAGES:
+        if f"{stage} step {dtype}" not in cases:
+            continue
         rows = cases[f"{stage} step {dtype}"]["rows"]
         cells = []
         for name in (OURS, EAGER, BACKBONE):
@@ -223,7 +235,8 @@ def losses(results: Mapping[str, Any]) -> str:
     for case in results["cases"]:
         if (
             case["name"] not in (f"{name} {dtype}{of}" for name, of in LOSSES)
-            or not case["rows"][OURS]["seconds"]
+            or not case["rows"].get(OURS, {}).get("seconds")
+            or not case["rows"].get(EAGER, {}).get("seconds")
         ):
             continue
         values = [
@@ -251,8 +264,9 @@ KINDS = {function.__name__: function for function in (summary, head, losses, sam
 
 
 def _where(results: Mapping[str, Any], name: str, letters: str = "NHV") -> str:
+    """The device, and the shape of a case if it was measured."""
     info = results["machine_info"]
-    shape = next(case["shape"] for case in results["cases"] if case["name"] == name)
+    shape: Mapping[str, int] = next((case["shape"] for case in results["cases"] if case["name"] == name), {})
     device = info["gpu"] if info["gpu"] != "none" else f"{info['cpu']}, {info['threads']} threads"
     return f"{device}; " + ", ".join(
         f"{letter} {size}" for letter, size in shape.items() if size and letter in letters
@@ -278,8 +292,8 @@ def _milliseconds(case: Mapping[str, Any], name: str) -> float:
     return 1e3 * Timing.of(case["rows"][name]["seconds"]).median
 
 
-def _times_ceiling(case: Mapping[str, Any], name: str) -> float:
-    return _over(case, name, case["ceilings"][0])
+def _times_ceiling(case: Mapping[str, Any], name: str) -> float | None:
+    return _over(case, name, case["ceilings"][0]) if case["ceilings"] else None
 
 
 def _times_eager(case: Mapping[str, Any], name: str) -> float:
@@ -290,14 +304,14 @@ def _peak(case: Mapping[str, Any], name: str) -> float | None:
     return case["rows"][name]["peak_mib"]
 
 
-def _gradient_error(case: Mapping[str, Any], name: str) -> float:
-    return max(
-        error["relative"] for kind, error in case["rows"][name]["errors"].items() if kind.startswith("d ")
-    )
+def _gradient_error(case: Mapping[str, Any], name: str) -> float | None:
+    errors = case["rows"][name]["errors"].items()
+    return max((error["relative"] for kind, error in errors if kind.startswith("d ")), default=None)
 
 
-def _loss_error(case: Mapping[str, Any], name: str) -> float:
-    return case["rows"][name]["errors"]["loss"]["relative"]
+def _loss_error(case: Mapping[str, Any], name: str) -> float | None:
+    errors = case["rows"][name]["errors"]
+    return errors["loss"]["relative"] if "loss" in errors else None
 
 
 def filled(

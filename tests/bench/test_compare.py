@@ -125,3 +125,26 @@ def test_what_does_not_compare_is_named() -> None:
     assert {"another: only in the second file", "loss fp32: only in the first file"} <= set(
         compare.changes(results(), other)[1]
     )
+
+
+def test_figures_noted_by_hand_compare_though_they_have_one_round_and_no_ceiling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noted, newer = results((1.0,), ceiling=0.5), results((1.3, 1.3, 1.3))
+    assert status(noted, newer, tmp_path) == 1  # one round of ours, three of the ceiling
+    assert "slower: 2 -> 2.6 times copy" in capsys.readouterr().out
+    noted["cases"][0]["ceilings"] = []
+    assert status(noted, newer, tmp_path) == 1
+    assert f"REGRESSION: loss fp32, {OURS}: slower: 1e+03 -> 1.3e+03 ms" in capsys.readouterr().out
+    assert status(noted, results((0.8, 0.8, 0.8)), tmp_path) == 0
+
+
+def test_the_processor_beside_a_gpu_does_not_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = results(), results()
+    before["machine_info"] = {"gpu": "NVIDIA H200", "torch": "2", "triton": "3"}
+    after["machine_info"] |= {"gpu": "NVIDIA H200", "torch": "2.1"}
+    status(before, after, tmp_path)
+    out = capsys.readouterr().out
+    assert "torch: 2 before, 2.1 after" in out and "cpu" not in out and "threads" not in out

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from bench.core.operation import Absent, Shape
+from bench.gpu import check as gpu_check
 from bench.gpu import results as gpu_results
 from bench.gpu import times
 from bench.gpu.case import Calls, GpuCase
 from bench.gpu.results import Results
 from bench.gpu.rounds import Rounds, as_json, line, measure
+from bench.reports import readme
 from bench.reports.compare import changes
 
 ONE_ROUND = Rounds(0.0, 1, 1)
@@ -113,3 +115,25 @@ def test_a_dry_run_takes_a_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert times.main(["--dry-run", "--only", "masked_whiten", "--output", str(output)]) == 0
     assert "masked_whiten fp32: a copy of the inputs" in capsys.readouterr().out
     assert json.loads(output.read_text())["cases"][0]["rows"]["fastalign"]["seconds"]
+
+
+def test_the_figures_of_the_first_gpu_are_those_of_cases_of_today() -> None:
+    page = json.loads((gpu_check.RESULTS / "h200-2026-11-26.json").read_text())
+    cases = [case for cases in times.sections("").values() for case in cases]
+    names = {case.name for case in cases} | {f"{case.name}, compiled" for case in cases if case.compiles}
+    assert {case["name"] for case in page["cases"]} <= names
+    shapes = {case.name: case.shape._asdict() for case in cases}
+    for case in page["cases"]:
+        assert case["shape"] == shapes[case["name"].removesuffix(", compiled")], case["name"]
+    assert changes(page, page)[0] == []
+
+
+def test_half_a_file_fills_the_tables_of_readme() -> None:
+    """The figures of the first GPU have no errors, no steps, and no plain sampler."""
+    page = json.loads((gpu_check.RESULTS / "h200-2026-11-26.json").read_text())
+    whole = {kind: table(page) for kind, table in readme.KINDS.items()}
+    assert "| **65.6** (3,796)" not in whole["summary"] and "| 66 (3,796) |" in whole["summary"]
+    assert "gradient error" not in whole["head"]
+    nothing = {kind: table(page | {"cases": []}) for kind, table in readme.KINDS.items()}
+    assert all("NVIDIA H200" in nothing[kind] for kind in ("summary", "head", "losses", "steps"))
+    assert whole["sampling"] == nothing["sampling"] == "Not measured.\n"

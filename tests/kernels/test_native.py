@@ -85,6 +85,7 @@ def test_the_launcher_checks_its_arguments(change, said):
         )
 
 
+@pytest.mark.cpu_only
 def test_without_the_library_the_package_says_so_and_works(tmp_path):
     """A copy of the package without _native.so: one warning that names the reason, and the same loss from the
     reference."""

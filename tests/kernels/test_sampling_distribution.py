@@ -149,6 +149,7 @@ def compiled(compiler: str, folder: Path, *flags: str, root: Path = ROOT) -> cty
     return ctypes.CDLL(str(library))
 
 
+@pytest.mark.cpu_only
 @needs_native
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_the_cuda_block_gives_the_same_bits(compiler: str, tmp_path: Path) -> None:
@@ -178,6 +179,7 @@ def test_the_cuda_block_gives_the_same_bits(compiler: str, tmp_path: Path) -> No
                 same(ours, found)
 
 
+@pytest.mark.cpu_only
 @needs_native
 @needs_compiler
 def test_a_block_whose_candidates_overflow_gives_the_same_bits(tmp_path: Path) -> None:
@@ -216,6 +218,7 @@ def distribution_is_right(library: ctypes.CDLL, case: str) -> bool:
     return bool(counts[mass == 0].sum() == 0) and -5 < surprise(counts, mass) < 4
 
 
+@pytest.mark.cpu_only
 @needs_compiler
 def test_ids_24_nats_below_the_head_are_drawn(tmp_path: Path) -> None:
     """One id and 3 * 87,381 others 16, 20 and 24 nats below it, drawn 20,600, 378 and 7 times expected: what
@@ -264,6 +267,7 @@ MUTANTS = {  # file, what is broken in it, and the test that must see it: "noise
 }
 
 
+@pytest.mark.cpu_only
 @needs_compiler
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_sampler_is_caught(mutant: str, tmp_path: Path) -> None:

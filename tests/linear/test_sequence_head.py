@@ -215,6 +215,7 @@ def pair(tokens, workspace_mib):
 """
 
 
+@pytest.mark.cpu_only
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(),
     reason="peak memory of a process needs Linux's /proc/self/clear_refs",

@@ -83,6 +83,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(folder / "result.pt")
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("token_stats", [False, True])
 @pytest.mark.parametrize("case", DISTRIBUTED)
 def test_two_ranks_equal_one(case: str, token_stats: bool, two_ranks: dict[str, Any]) -> None:
