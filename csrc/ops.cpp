@@ -30,11 +30,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
   m.def("gemm(Tensor left, Tensor right, Tensor(a!) out, bool add, Tensor? right_rows, Tensor? out_rows) -> ()");
 #endif
 
-  m.def("policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor scale, Tensor? entropy, Tensor? reference_logp, "
-        "float lower, float upper, float dual, float entropy_coefficient, float kl_coefficient, int kl_estimator, Tensor(a!) sums, "
-        "Tensor(b!) slopes) -> ()");
-  m.def("value_tokens(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor scale, float clip, Tensor(a!) sums, "
-        "Tensor(b!) slopes) -> ()");
+  m.def("policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor? scale, Tensor? entropy, Tensor? reference_logp, "
+        "float[] options) -> (Tensor, Tensor, Tensor)");
+  m.def("value_tokens(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? scale, float clip, float weight) "
+        "-> (Tensor, Tensor, Tensor)");
   m.def("gae_rows(Tensor rewards, Tensor values, Tensor mask, Tensor? bootstrap, float gamma, float lam, Tensor(a!) advantages, "
         "Tensor(b!) returns) -> ()");
   m.def("token_moments(Tensor x, Tensor mask, Tensor(a!) moments) -> ()");

@@ -177,16 +177,22 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
 
 def compile_policy(kernel: str, sm: int, variant: str) -> Row:
     """One of policy_triton's or advantage_triton's kernels with all its options; `variant` is policy_kernel's
-    KL estimator."""
+    KL estimator, and finish_kernel's loss."""
     module = advantage_triton if hasattr(advantage_triton, kernel) else policy_triton
     function = getattr(module, kernel)
     constants: dict[str, object] = {
-        name: True for name in function.arg_names if name.startswith(("HAS_", "SCALE_", "ENTROPY_", "SHIFT_"))
+        name: True for name in function.arg_names if name.startswith(("HAS_", "ENTROPY_", "SHIFT_", "MEAN"))
     }
     constants["BLOCK_SIZE"] = module.BLOCK_SIZE
+    if "SCALE" in function.arg_names:
+        constants["SCALE"] = "each"
     if kernel == "policy_kernel":
         constants["KL_ESTIMATOR"] = KL_ESTIMATORS.index(variant)
-    types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1", "N": "i32", "T": "i32", "P": "i32"}
+    if kernel == "finish_kernel":
+        constants |= {"POLICY_LOSS": variant == "policy", "SUMS_AT_ONCE": policy_triton.SUMS_AT_ONCE}
+        constants["BLOCK_SIZE"] = policy_triton.SCALE_BLOCK_SIZE
+    types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1"}
+    types |= dict.fromkeys(("N", "T", "P", "count"), "i32")
     types |= dict.fromkeys(("sums", "parts", "moments"), "*fp64")
     types |= annotated(function)  # all others are inputs and outputs
     source = ASTSource(
@@ -271,6 +277,7 @@ def main() -> int:
     whole = ("value_kernel", "gae_kernel", "moments_kernel", "merge_kernel", "whiten_kernel")
     policies = (
         *(("policy_kernel", estimator) for estimator in KL_ESTIMATORS),
+        *(("finish_kernel", loss) for loss in ("policy", "value")),
         *((kernel, "full") for kernel in whole),
     )
     policy_jobs = [(kernel, sm, variant) for kernel, variant in policies for sm in (*ARCHITECTURES, *AMD)]

@@ -6,6 +6,7 @@
 namespace fastalign {
 
 enum KlEstimator { K1, K2, K3, KL_ESTIMATORS };                                                                // KL_ESTIMATORS of policy/ops.py
+enum PolicyOption { LOWER, UPPER, DUAL, ENTROPY_COEFFICIENT, KL_COEFFICIENT, KL_ESTIMATOR, WEIGHT, POLICY_OPTIONS };  // PolicyOptions of policy/ops.py
 enum PolicySum { LOSS, POLICY, ENTROPY_SUM, KL, RATIO, CLIPPED, SQUARES, TOKENS, POLICY_SUMS };                // PolicySum of policy/ops.py
 enum ValueSum { V_LOSS, V_CLIPPED, V_RETURN, V_RETURN_SQUARE, V_ERROR, V_ERROR_SQUARE, V_TOKENS, VALUE_SUMS };  // ValueSum of policy/ops.py
 enum Moment { M_COUNT, M_MEAN, M_SQUARES, MOMENTS };                                                             // moments of masked_whiten

@@ -3,6 +3,7 @@
 #include "launch.h"
 
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "api.h"
@@ -30,11 +31,54 @@ void check_mask(const Tensor& mask, const Tensor& like) {
          "contiguous bool of the shape of ", describe(like));
 }
 
-Tokens tokens_of(const Tensor& mask, const Tensor& scale, const Tensor& like) {
-  check_mask(mask, like);
-  expect((scale.numel() == 1 || scale.numel() == like.numel()) && scale.is_contiguous() && scale.scalar_type() == like.scalar_type(), "scale", scale,
-         "contiguous ", dtype_name(like.scalar_type()), ", one number or one for each token");
-  return {static_cast<const bool*>(mask.const_data_ptr()), scale.const_data_ptr(), scale.numel() > 1};
+int64_t tokens_in(const Tensor& mask) {
+  const bool* inside = static_cast<const bool*>(mask.const_data_ptr());
+  int64_t count = 0;
+  for (int64_t n = 0; n < mask.numel(); ++n) count += inside[n];
+  return count;
+}
+
+// What each token counts: the tensor `given` if there is one, else the number `weight`, or one over the mask's tokens if that is 0.
+class Scale {
+ public:
+  Scale(const std::optional<Tensor>& given, double weight, const Tensor& mask, const Tensor& like) {
+    if (given) {
+      expect((given->numel() == 1 || given->numel() == like.numel()) && given->is_contiguous() && given->scalar_type() == like.scalar_type(), "scale",
+             *given, "contiguous ", dtype_name(like.scalar_type()), ", one number or one for each token");
+      data_ = given->const_data_ptr();
+      each_ = given->numel() > 1;
+    } else if (is_double(like, "tokens")) {
+      wide_ = weight != 0 ? weight : 1 / double(tokens_in(mask));
+      data_ = &wide_;
+    } else {
+      narrow_ = weight != 0 ? float(weight) : 1 / float(tokens_in(mask));
+      data_ = &narrow_;
+    }
+  }
+  Scale(const Scale&) = delete;  // data_ may point into it
+  Tokens tokens(const Tensor& mask) const { return {static_cast<const bool*>(mask.const_data_ptr()), data_, each_}; }
+
+ private:
+  double wide_ = 0;
+  float narrow_ = 0;
+  const void* data_ = nullptr;
+  bool each_ = false;
+};
+
+Tensor scalar_of(const Tensor& like, double value) {
+  Tensor out = torch::stable::new_empty(like, {});
+  if (is_double(like, "tokens")) *static_cast<double*>(out.mutable_data_ptr()) = value;
+  else *static_cast<float*>(out.mutable_data_ptr()) = float(value);
+  return out;
+}
+
+Tensor vector_of(const Tensor& like, const std::vector<double>& values) {
+  Tensor out = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())});
+  for (size_t k = 0; k < values.size(); ++k) {
+    if (is_double(like, "tokens")) static_cast<double*>(out.mutable_data_ptr())[k] = values[k];
+    else static_cast<float*>(out.mutable_data_ptr())[k] = float(values[k]);
+  }
+  return out;
 }
 
 const void* data_of(const std::optional<Tensor>& t, const char* name, const Tensor& like) {
@@ -63,55 +107,78 @@ double* doubles_of(const Tensor& t, const char* name, int64_t count) {
   return static_cast<double*>(t.mutable_data_ptr());
 }
 
-template <class Kernel> void sum_blocks(int64_t N, int64_t count, const Tensor& sums, Kernel kernel) {
-  double* out = doubles_of(sums, "sums", count);
+template <class Kernel> std::vector<double> sum_blocks(int64_t N, int64_t count, Kernel kernel) {
   const std::vector<double> parts = of_blocks(N, count, kernel);
-  for (int64_t k = 0; k < count; ++k) out[k] = 0;
-  for (size_t p = 0; p < parts.size(); ++p) out[p % count] += parts[p];
+  std::vector<double> sums(count);
+  for (size_t p = 0; p < parts.size(); ++p) sums[p % count] += parts[p];
+  return sums;
+}
+
+std::vector<double> means_of(const std::vector<double>& sums, double tokens) {
+  std::vector<double> means;
+  for (const double sum : sums) means.push_back(sum / (tokens > 1 ? tokens : 1));
+  return means;
+}
+
+// [rows, ...] of the shape of `like`.
+Tensor rows_like(const Tensor& like, int64_t rows) {
+  std::vector<int64_t> shape{rows};
+  for (int64_t d = 0; d < like.dim(); ++d) shape.push_back(like.size(d));
+  return torch::stable::new_empty(like, shape);
 }
 
 }  // namespace
 
-void policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor scale, std::optional<Tensor> entropy,
-                   std::optional<Tensor> reference_logp, double lower, double upper, double dual, double entropy_coefficient, double kl_coefficient,
-                   int64_t kl_estimator, Tensor sums, Tensor slopes) {
+std::tuple<Tensor, Tensor, Tensor> policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, std::optional<Tensor> scale,
+                                                 std::optional<Tensor> entropy, std::optional<Tensor> reference_logp, std::vector<double> options) {
   const bool wide = is_double(logp, "logp");
   expect(logp.is_contiguous(), "logp", logp, "contiguous");
   check_like(old_logp, "old_logp", logp);
   check_like(advantages, "advantages", logp);
-  expect(slopes.dim() == logp.dim() + 1 && slopes.size(0) >= 1 && slopes.size(0) <= 2 && slopes.numel() == slopes.size(0) * logp.numel() &&
-             slopes.is_contiguous() && slopes.scalar_type() == logp.scalar_type(),
-         "slopes", slopes, "contiguous, one or two of ", describe(logp));
+  check_mask(mask, logp);
+  STD_TORCH_CHECK(options.size() == POLICY_OPTIONS, "options: got ", options.size(), " numbers, expected ", int64_t(POLICY_OPTIONS));
+  const double entropy_coefficient = options[ENTROPY_COEFFICIENT], kl_estimator = options[KL_ESTIMATOR];
+  STD_TORCH_CHECK(kl_estimator >= 0 && kl_estimator < int(KL_ESTIMATORS), "kl_estimator: got ", kl_estimator, ", expected an index below ",
+                  int64_t(KL_ESTIMATORS));
+  const Tensor slopes = rows_like(logp, entropy && entropy_coefficient != 0 ? 2 : 1);
   char* first = static_cast<char*>(slopes.mutable_data_ptr());
-  STD_TORCH_CHECK(kl_estimator >= 0 && kl_estimator < KL_ESTIMATORS, "kl_estimator: got ", kl_estimator, ", expected an index below ", int64_t(KL_ESTIMATORS));
-  const PolicyJob job{tokens_of(mask, scale, logp),
+  const Scale weight(scale, options[WEIGHT], mask, logp);
+  const PolicyJob job{weight.tokens(mask),
                       logp.const_data_ptr(),
                       old_logp.const_data_ptr(),
                       advantages.const_data_ptr(),
                       data_of(entropy, "entropy", logp),
                       data_of(reference_logp, "reference_logp", logp),
-                      lower,
-                      upper,
-                      dual,
+                      options[LOWER],
+                      options[UPPER],
+                      options[DUAL],
                       entropy_coefficient,
-                      kl_coefficient,
-                      kl_estimator,
+                      options[KL_COEFFICIENT],
+                      static_cast<int64_t>(kl_estimator),
                       first,
                       slopes.size(0) > 1 ? first + logp.numel() * (wide ? sizeof(double) : sizeof(float)) : nullptr};
   const auto kernel = FASTALIGN_KERNELS(policy_kernels).policy[wide];
-  sum_blocks(logp.numel(), POLICY_SUMS, sums, [&](int64_t begin, int64_t end, double* part) { kernel(job, begin, end, part); });
+  const auto sums = sum_blocks(logp.numel(), POLICY_SUMS, [&](int64_t begin, int64_t end, double* part) { kernel(job, begin, end, part); });
+  return {scalar_of(logp, sums[LOSS]), vector_of(logp, means_of(sums, sums[TOKENS])), slopes};
 }
 
-void value_tokens(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor scale, double clip, Tensor sums, Tensor slopes) {
+std::tuple<Tensor, Tensor, Tensor> value_tokens(Tensor values, Tensor old_values, Tensor returns, Tensor mask, std::optional<Tensor> scale, double clip,
+                                                double weight) {
   const bool wide = is_double(values, "values");
   expect(values.is_contiguous(), "values", values, "contiguous");
   check_like(old_values, "old_values", values);
   check_like(returns, "returns", values);
-  check_like(slopes, "slopes", values);
-  const ValueJob job{tokens_of(mask, scale, values), values.const_data_ptr(), old_values.const_data_ptr(), returns.const_data_ptr(), clip,
-                     slopes.mutable_data_ptr()};
+  check_mask(mask, values);
+  const Tensor slopes = rows_like(values, 1);
+  const Scale scales(scale, weight, mask, values);
+  const ValueJob job{scales.tokens(mask), values.const_data_ptr(), old_values.const_data_ptr(), returns.const_data_ptr(), clip, slopes.mutable_data_ptr()};
   const auto kernel = FASTALIGN_KERNELS(policy_kernels).value[wide];
-  sum_blocks(values.numel(), VALUE_SUMS, sums, [&](int64_t begin, int64_t end, double* part) { kernel(job, begin, end, part); });
+  const auto sums = sum_blocks(values.numel(), VALUE_SUMS, [&](int64_t begin, int64_t end, double* part) { kernel(job, begin, end, part); });
+  const auto means = means_of(sums, sums[V_TOKENS]);
+  const double left = means[V_ERROR_SQUARE] - means[V_ERROR] * means[V_ERROR];
+  const double spread = means[V_RETURN_SQUARE] - means[V_RETURN] * means[V_RETURN];
+  const double explained = spread > 1e-12 * means[V_RETURN_SQUARE] ? 1 - left / spread : NAN;  // below, the difference is rounding
+  return {scalar_of(values, sums[V_LOSS]), vector_of(values, {means[V_CLIPPED], explained}), slopes};
 }
 
 namespace {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import native
 from .softmax.rows import traced
+from .torch_func import transforming
 
 InputGrads = tuple[Tensor | None, ...]
 NamedGrads = Mapping[str, Tensor | None]  # from the names of an op's inputs to their gradients
@@ -78,6 +79,78 @@ def register_loss_op(
 
     op = register_op(name, forward, fake, save=save_loss, backward=backward, losses=losses)
     return op
+
+
+class EagerOp:
+    """An op that runs without torch's dispatcher where nothing traces it.
+
+    The dispatcher's Python layers take 45 us a call, more than the kernel of a small loss. `op` is the op
+    itself, for compilers, for torch.func, and for tensors without values.
+    """
+
+    def __init__(
+        self,
+        op: Callable[..., Any],
+        forward: Callable[..., Any],
+        save: Callable[..., None],
+        backward: Callable[..., InputGrads],
+    ):
+        # There is no setup_context: with one, torch inspects the signature of forward at each call, 12 us.
+        def forward_and_save(ctx, *inputs):
+            output = forward(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        functions = {"forward": staticmethod(forward_and_save), "backward": staticmethod(backward)}
+        self.op = op
+        self._forward = forward
+        function = type(f"Eager_{forward.__name__}", (torch.autograd.Function,), functions)
+        self._apply: Callable[..., Any] = getattr(function, "apply")  # noqa: B009  mypy sees a bare type
+
+    def __call__(self, *inputs: Any) -> Any:
+        if traced(inputs[0]) or inputs[0].is_meta or transforming():
+            return self.op(*inputs)
+        return self._apply(*inputs) if torch.is_grad_enabled() else self._forward(*inputs)
+
+
+def register_row_loss(
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    fake: Callable[..., tuple[Tensor, ...]],
+    *,
+    losses: str,
+    divisor: Callable[..., int] = lambda *inputs: 1,
+) -> EagerOp:
+    """The op of an O(N) loss whose forward returns (loss, ... without gradient, grads).
+
+    grads has one row for each differentiable input, which are the first inputs. The backward pass multiplies
+    it by the upstream gradient over `divisor`, out of place: a second backward finds it as it was.
+
+    Args:
+        divisor: of forward's inputs. What the loss was divided by and grads was not.
+        losses: as in `register_op`.
+    """
+    op = torch.library.custom_op(f"fastalign::{name}", forward, mutates_args=())
+    op.register_fake(fake)
+
+    def save(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else autograd writes zeros as the gradients of the other outputs
+        ctx.save_for_backward(output[-1], *inputs[: output[-1].shape[0]])
+        ctx.divisor, ctx.inputs = divisor(*inputs), len(inputs)
+
+    def backward(ctx, saved: Sequence[Tensor], upstream: Tensor | None, *_: None) -> InputGrads:
+        none = (None,) * ctx.inputs
+        if upstream is None:
+            return none
+        grads, *inputs = saved
+        factor = upstream if ctx.divisor == 1 else upstream / ctx.divisor
+        scaled = (grads * factor).unbind()
+        return *[row.to(x.dtype) for row, x in zip(scaled, inputs)], *none[len(inputs) :]
+
+    checked = first_order(losses, backward)
+    op.register_autograd(checked, setup_context=save)
+    return EagerOp(op, forward, save, checked)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

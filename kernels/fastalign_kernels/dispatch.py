@@ -90,3 +90,17 @@ class Kernels:
         if self._triton_module is None:
             self._triton_module = import_module(self.triton, __package__)
         return self._triton_module
+
+
+def widest(*tensors: Tensor | None) -> Tensor:
+    """The first fp64 tensor, or else the first of all: what `Kernels.select` needs to see of several."""
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return tensor
+    assert tensors[0] is not None
+    return tensors[0]
+
+
+def accumulator_of(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 if a tensor is, else fp32."""
+    return torch.float64 if widest(*tensors).dtype == torch.float64 else torch.float32

@@ -16,7 +16,7 @@ TARGETS = ("generic vectors", "AVX2", "AVX-512")  # the order of ops.cpp's targe
 # Ops that write into arguments and give nothing, which is all that a compiler must know of them.
 WRITING = (
     *("row_stats", "row_grad", "column_sums", "column_grad"),
-    *("policy_tokens", "value_tokens", "gae_rows", "token_moments", "whiten_tokens"),
+    *("gae_rows", "token_moments", "whiten_tokens"),
 )
 LIBRARY = Path(__file__).with_name("_native.so")
 

@@ -143,16 +143,12 @@ def test_opcheck():
     logp, entropy = given["logp"].requires_grad_(), given["entropy"].requires_grad_()
     fixed = (given["old_logp"], given["advantages"], mask)
     options = list(policy_options(0.2, None, None, 0.1, 0.3, "k3"))
-    torch.library.opcheck(
-        policy.policy_op, (logp, entropy, *fixed, torch.tensor([0.1]), given["reference_logp"], options)
-    )
-    # opcheck asks for the gradient of |loss| and then compares outputs. For a negative loss it would find the
-    # gradients among them scaled in place, which no public function returns.
-    scale = torch.rand(len(mask), generator=torch.Generator().manual_seed(0))
-    if policy.policy_op(logp, None, *fixed, scale, None, options)[0] < 0:
-        scale = -scale
-    torch.library.opcheck(policy.policy_op, (logp, None, *fixed, scale, None, options))
-    torch.library.opcheck(policy.value_op, (logp, *fixed, torch.tensor([0.1]), 0.2))
+    for scale in (torch.tensor([0.1]), torch.rand(len(mask)), None):
+        for of_entropy in (entropy, None):
+            torch.library.opcheck(
+                policy.policy_op.op, (logp, of_entropy, *fixed, scale, given["reference_logp"], options)
+            )
+        torch.library.opcheck(policy.value_op.op, (logp, *fixed, scale, 0.2, 0.0))
 
 
 def test_compiles_without_a_graph_break(device):

@@ -43,7 +43,7 @@ def implementation(request, monkeypatch):
     else:
         other = policy.KERNELS.reference
     if request.param != "chosen":
-        monkeypatch.setattr(policy.KERNELS, "select", lambda slopes: other)
+        monkeypatch.setattr(policy.KERNELS, "select", lambda _: other)
     return request.param
 
 

@@ -18,7 +18,7 @@ from ..autograd import register_loss_op
 from ..logits import stats_of
 from ..policy.arguments import as_bool, check_tokens, per_token, policy_options, token_scale
 from ..policy.losses import PolicyLoss, policy_metrics, ppo_loss
-from ..policy.ops import PolicyInputs, PolicyOptions, PolicyOutputs, PolicySum, policy_sums
+from ..policy.ops import PolicyInputs, PolicyOptions, PolicyOutputs, PolicySum, run_policy, scale_tensor
 from ..softmax.rows import Stat, accumulator_dtype, coefficients
 from . import engines
 from .engine import empty_gradients
@@ -39,12 +39,12 @@ def _policy(
     policy_numbers: list[float],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, `PolicySum`s [8] fp64, and gradients. ids are -1 outside the mask."""
+    """The loss, `PolicySum`s over the tokens [8], and gradients. ids are -1 outside the mask."""
     inputs = HeadInputs.of(hidden, weight, ids, bias, options)
     mask, policy = ids >= 0, PolicyOptions.of(policy_numbers)
 
-    def sums_and_grads(stats: Tensor, tokens: Tensor | slice) -> PolicyOutputs:
-        """`policy_sums` of some tokens."""
+    def policy_loss(stats: Tensor, tokens: Tensor | slice) -> PolicyOutputs:
+        """`run_policy` of some tokens."""
         token_inputs = PolicyInputs(
             logp=stats[Stat.LOGP],
             old_logp=stats[Stat.LOGP] if old_logp is None else old_logp[tokens],
@@ -54,10 +54,10 @@ def _policy(
             entropy=stats[Stat.ENTROPY],
             reference_logp=None if reference_logp is None else reference_logp[tokens],
         )
-        return policy_sums(token_inputs, policy)
+        return run_policy(token_inputs, policy)
 
     def of_tokens(stats: Tensor, tokens: Tensor | slice) -> Tensor:
-        grads = sums_and_grads(stats, tokens).grads
+        grads = policy_loss(stats, tokens).grads
         grad = torch.zeros_like(stats)
         grad[Stat.LOGP] = grads[0]
         if len(grads) > 1:
@@ -66,8 +66,8 @@ def _policy(
 
     stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
     # Once more over all tokens, so that the loss does not depend on the chunks.
-    sums = sums_and_grads(stats, slice(None)).sums
-    return sums[PolicySum.LOSS].to(scale.dtype, copy=True), sums, *grads
+    whole = policy_loss(stats, slice(None))
+    return whole.loss, whole.means, *grads
 
 
 def _fake_policy(
@@ -84,8 +84,7 @@ def _fake_policy(
     needs,
 ):
     inputs = HeadInputs.of(hidden, weight, ids, bias, options)
-    sums = scale.new_empty(len(PolicySum), dtype=torch.float64)
-    return scale.new_empty(()), sums, *empty_gradients(inputs, NeedsGrad(*needs))
+    return scale.new_empty(()), scale.new_empty(len(PolicySum)), *empty_gradients(inputs, NeedsGrad(*needs))
 
 
 _head_policy = register_loss_op(
@@ -199,11 +198,13 @@ def linear_ppo_loss(
             cu_seqlens=cu_seqlens,
         )
     dtype = accumulator_dtype(inputs.hidden.dtype)
-    _, scale = token_scale(inside, aggregation, normalizer, cu_seqlens, dtype)
+    _, scale, token_weight = token_scale(inside, aggregation, normalizer, cu_seqlens, dtype)
+    if scale is None:
+        scale = scale_tensor(token_weight, inside, dtype)
     old, advantage, reference = (
         None if x is None else x.detach().reshape(-1) for x in (old_logp, advantages, reference_logp)
     )
-    loss, sums, *_ = _head_policy(
+    loss, means, *_ = _head_policy(
         *inputs.tensors,
         old,
         advantage,
@@ -213,4 +214,4 @@ def linear_ppo_loss(
         list(policy_numbers),
         list(inputs.needs_grad()),
     )
-    return policy_metrics(loss, sums, True, reference is not None)
+    return policy_metrics(loss, means, True, reference is not None)

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..dispatch import Kernels
+from ..dispatch import Kernels, accumulator_of
 from ..softmax.rows import traced
 from ..torch_func import transforming
-from .arguments import accumulator_of, as_bool, check_tokens
+from .arguments import as_bool, check_tokens
 
 
 class Advantages(NamedTuple):

@@ -4,6 +4,7 @@ kernels take."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +20,26 @@ ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
 MASKS = (torch.bool, torch.uint8, *checks.INTEGERS, *checks.FLOATS)
 
 
+class TokenScale(NamedTuple):
+    """The mask as bool, and what each of its tokens counts in the loss.
+
+    scale: [1], or of the mask's shape for "sequence_mean". None: the number `weight`, or one over the tokens
+        inside the mask if that is 0, so that the kernel can count them.
+    """
+
+    mask: Tensor
+    scale: Tensor | None
+    weight: float
+
+
 def token_scale(
     mask: Tensor,
     aggregation: str,
     normalizer: float | Tensor | None,
     cu_seqlens: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The mask as bool, and what each of its tokens counts in the loss: [1], or of the mask's shape for
-    "sequence_mean"."""
+) -> TokenScale:
+    """The mask as bool, and what each of its tokens counts in the loss."""
     checks.choice("aggregation", aggregation, AGGREGATIONS)
     if isinstance(normalizer, Tensor):
         checks.shape("normalizer", normalizer, (), "a scalar")
@@ -53,14 +65,14 @@ def token_scale(
             (counts > 0).sum() if normalizer is None else normalizer
         )  # a number times integers is fp32
     elif aggregation == "token_mean" and normalizer is None:
-        divisor = inside.sum(dtype=torch.int32)
+        return TokenScale(inside, None, 0.0)
     elif isinstance(normalizer, Tensor):
         divisor = normalizer.detach()
     else:
-        return inside, torch.full((1,), 1 / (normalizer or 1), dtype=dtype, device=inside.device)
+        return TokenScale(inside, None, 1 / (normalizer or 1))
     # Infinite where there is nothing to average, and then no token to be multiplied with it.
     scale = divisor.to(dtype).reciprocal()
-    return inside, scale if scale.dim() else scale.view(1)
+    return TokenScale(inside, scale if scale.dim() else scale.view(1), 0.0)
 
 
 def as_bool(mask: Tensor) -> Tensor:
@@ -90,13 +102,6 @@ def per_token(advantages: Tensor, shape: torch.Size) -> Tensor:
     ):
         return advantages.view(-1, 1).expand(shape)
     return advantages
-
-
-def accumulator_of(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 if any is, else fp32."""
-    return (
-        torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
-    )
 
 
 def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..softmax.rows import traced
-from ..torch_func import transforming
-from .arguments import accumulator_of, check_tokens, per_token, policy_options, token_scale
-from .ops import EagerPolicy, PolicySum, ValueSum, policy_op, value_op
+from ..dispatch import accumulator_of
+from .arguments import check_tokens, per_token, policy_options, token_scale
+from .ops import policy_op, value_op
 
 
 class PolicyLoss(NamedTuple):
@@ -138,13 +137,15 @@ def ppo_loss(
         "reference_logp": reference_logp,
     }
     check_tokens(tensors, mask)
-    inside, scale = token_scale(mask, aggregation, normalizer, cu_seqlens, accumulator_of(*tensors.values()))
-    run = policy_op if traced(logp) or transforming() else EagerPolicy.apply
-    reference = None if reference_logp is None else reference_logp.detach()
-    loss, sums, _ = run(
-        logp, entropy, old.detach(), advantages.detach(), inside, scale, reference, list(options)
+    inside, scale, weight = token_scale(
+        mask, aggregation, normalizer, cu_seqlens, accumulator_of(*tensors.values())
     )
-    return policy_metrics(loss, sums, entropy is not None, reference_logp is not None)
+    reference = None if reference_logp is None else reference_logp.detach()
+    loss, means, _ = policy_op(
+        *(logp, entropy, old.detach(), advantages.detach(), inside, scale, reference),
+        list(options._replace(weight=weight)),
+    )
+    return policy_metrics(loss, means, entropy is not None, reference_logp is not None)
 
 
 def value_loss(
@@ -181,22 +182,15 @@ def value_loss(
     checks.tensors(values=values, old_values=old_values, returns=returns)
     tensors = {"values": values, "old_values": old_values, "returns": returns}
     check_tokens(tensors, mask)
-    tokens = token_scale(mask, "token_mean", normalizer, None, accumulator_of(*tensors.values()))
-    loss, sums, _ = value_op(values, old_values.detach(), returns.detach(), *tokens, bound)
-    means = sums / sums[ValueSum.TOKENS].clamp(min=1)
-    squares = means[ValueSum.RETURN_SQUARE]
-    left, spread = (
-        means[ValueSum.ERROR_SQUARE] - means[ValueSum.ERROR] ** 2,
-        squares - means[ValueSum.RETURN] ** 2,
+    inside, scale, weight = token_scale(
+        mask, "token_mean", normalizer, None, accumulator_of(*tensors.values())
     )
-    explained = torch.where(
-        spread > 1e-12 * squares, 1 - left / spread, torch.nan
-    )  # below, the difference is rounding
-    return ValueLoss(loss, means[ValueSum.CLIPPED].to(loss.dtype), explained.to(loss.dtype))
+    loss, metrics, _ = value_op(values, old_values.detach(), returns.detach(), inside, scale, bound, weight)
+    return ValueLoss(loss, *metrics.unbind())
 
 
-def policy_metrics(loss: Tensor, sums: Tensor, has_entropy: bool, has_reference: bool) -> PolicyLoss:
-    means = (sums / sums[PolicySum.TOKENS].clamp(min=1)).to(loss.dtype)
+def policy_metrics(loss: Tensor, means: Tensor, has_entropy: bool, has_reference: bool) -> PolicyLoss:
+    """The loss beside `PolicySum`s over the tokens of the mask, [8]."""
     _, policy, entropy, kl, ratio, clipped, squares, _ = means.unbind()  # in PolicySum's order
     return PolicyLoss(
         loss, policy, entropy if has_entropy else None, kl if has_reference else None, ratio, clipped, squares

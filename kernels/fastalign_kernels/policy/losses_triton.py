@@ -1,18 +1,18 @@
-"""The kernels of policy/ops.py in Triton. A program computes a block of tokens and its sums.
+"""The kernels of policy/ops.py in Triton: two launches give the loss, the metrics and the gradients.
 
-The programs' sums are added in a fixed order. Vectors are contiguous fp32. There are no float atomics, so
-results have the same bits every time. Bytes: 3 to 5 N e and N read, N e or 2 N e written. At [64, 1024]
-tokens these are 1.6 MB, so the launch is the cost.
+A program of the first launch computes a block of tokens and its sums. A program of the second adds the
+blocks' sums in a fixed order; the first one writes the loss and the metrics. If the loss is a mean over the
+mask, the number of its tokens is known only then, and each program multiplies a block of the gradients by its
+reciprocal. There are no float atomics, so results have the same bits every time. Vectors are contiguous; the
+kernels compute in fp32. Bytes: 3 to 5 N e and N read, N e or 2 N e written, and for a mean 2 or 4 N e more.
+At [64, 1024] tokens these are 2 MB, so the launch is the cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..triton_options import as_scalar
 from .ops import (
@@ -22,10 +22,14 @@ from .ops import (
     PolicyOutputs,
     PolicySum,
     ValueInputs,
+    ValueOptions,
+    ValueOutputs,
     ValueSum,
 )
 
 BLOCK_SIZE = 1024
+SCALE_BLOCK_SIZE = 4096  # gradients that a program of the second launch multiplies
+SUMS_AT_ONCE = 128  # blocks whose sums are loaded together
 NUM_WARPS = 4
 EXPONENT = tl.constexpr(LARGEST_EXPONENT)
 # The sums' places by name, as constants of Triton.
@@ -57,12 +61,30 @@ def _store_sum(sums, x, INDEX: tl.constexpr):
 
 
 @triton.jit
+def _load(pointer, i, token):
+    """fp32 values of the tokens of the mask, 0 elsewhere."""
+    return tl.load(pointer + i, mask=token, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _scales(scale, weight, i, token, SCALE: tl.constexpr):
+    """What each token counts in the loss. A mean is of 1s: finish_kernel divides by their number."""
+    if SCALE == "each":
+        w = _load(scale, i, token)
+    elif SCALE == "one":
+        w = tl.where(token, tl.load(scale), 0.0)
+    else:
+        w = tl.where(token, as_scalar(weight, tl.float32), 0.0)
+    return w
+
+
+@triton.jit
 def policy_kernel(
     logp,  # [N]
     old_logp,  # [N]
     advantages,  # [N]
     mask,  # [N] bool
-    scale,  # [N] if SCALE_EACH, else [1]
+    scale,  # [N] if SCALE == "each", [1] if "one", else None
     entropy,  # [N]; read if HAS_ENTROPY
     reference_logp,  # [N]; read if HAS_REFERENCE
     sums,  # [programs, 8] fp64, order of PolicySum
@@ -73,7 +95,8 @@ def policy_kernel(
     dual: tl.float64,
     entropy_coefficient: tl.float64,
     kl_coefficient: tl.float64,
-    SCALE_EACH: tl.constexpr,
+    weight: tl.float64,  # of each token if SCALE == "weight"
+    SCALE: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     ENTROPY_GRADS: tl.constexpr,
@@ -89,13 +112,10 @@ def policy_kernel(
     dual = as_scalar(dual, tl.float32)
     entropy_coefficient = as_scalar(entropy_coefficient, tl.float32)
     kl_coefficient = as_scalar(kl_coefficient, tl.float32)
-    policy_logp = tl.load(logp + i, mask=token, other=0.0)
-    d = policy_logp - tl.load(old_logp + i, mask=token, other=0.0)
-    minus_a = -tl.load(advantages + i, mask=token, other=0.0)
-    if SCALE_EACH:
-        w = tl.load(scale + i, mask=token, other=0.0)
-    else:
-        w = tl.where(token, tl.load(scale), 0.0)
+    policy_logp = _load(logp, i, token)
+    d = policy_logp - _load(old_logp, i, token)
+    minus_a = -_load(advantages, i, token)
+    w = _scales(scale, weight, i, token, SCALE)
     held = tl.where(d > EXPONENT, EXPONENT, tl.where(d < -EXPONENT, -EXPONENT, d))  # NaN passes
     r = tl.exp(held)
     plain = minus_a * r
@@ -111,10 +131,10 @@ def policy_kernel(
     h = tl.zeros([BLOCK_SIZE], tl.float32)
     kl = h
     if HAS_ENTROPY:
-        h = tl.load(entropy + i, mask=token, other=0.0)
+        h = _load(entropy, i, token)
         loss -= entropy_coefficient * h
     if HAS_REFERENCE:
-        e = policy_logp - tl.load(reference_logp + i, mask=token, other=0.0)
+        e = policy_logp - _load(reference_logp, i, token)
         if KL_ESTIMATOR == 0:
             kl = e
             grad += tl.where(token, kl_coefficient, 0.0)
@@ -147,25 +167,23 @@ def value_kernel(
     old_values,  # [N]
     returns,  # [N]
     mask,  # [N] bool
-    scale,  # [N] if SCALE_EACH, else [1]
+    scale,  # [N] if SCALE == "each", [1] if "one", else None
     sums,  # [programs, 7] fp64, order of ValueSum
     grads,  # [N]
     N,
     clip: tl.float64,
-    SCALE_EACH: tl.constexpr,
+    weight: tl.float64,
+    SCALE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     i = program * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     token = tl.load(mask + i, mask=i < N, other=0) != 0
     one = token.to(tl.float32)
-    v = tl.load(values + i, mask=token, other=0.0)
-    old = tl.load(old_values + i, mask=token, other=0.0)
-    target = tl.load(returns + i, mask=token, other=0.0)
-    if SCALE_EACH:
-        w = tl.load(scale + i, mask=token, other=0.0)
-    else:
-        w = tl.where(token, tl.load(scale), 0.0)
+    v = _load(values, i, token)
+    old = _load(old_values, i, token)
+    target = _load(returns, i, token)
+    w = _scales(scale, weight, i, token, SCALE)
     clip = as_scalar(clip, tl.float32)
     plain = v - target
     held = tl.where(v < old - clip, old - clip, tl.where(v > old + clip, old + clip, v)) - target
@@ -185,40 +203,113 @@ def value_kernel(
     tl.store(grads + i, tl.where(old_is_nan, old, tl.where(clipped, 0.0, w * plain)), mask=i < N)
 
 
+@triton.jit
+def _place(sums, index):
+    """One number of a vector of 8."""
+    return tl.sum(tl.where(tl.arange(0, 8) == index, sums, 0.0), 0)
+
+
+@triton.jit
+def finish_kernel(
+    parts,  # [P, COUNT] fp64, order of PolicySum or ValueSum
+    loss,  # scalar
+    metrics,  # [8] means over the tokens if POLICY_LOSS, else [2]: clip_fraction, explained_variance
+    grads,  # [count]; read and written if MEAN
+    P,
+    count,
+    POLICY_LOSS: tl.constexpr,
+    MEAN: tl.constexpr,  # whether the loss and grads are still to be divided by the number of tokens
+    SUMS_AT_ONCE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    COUNT: tl.constexpr = POLICY_SUMS if POLICY_LOSS else VALUE_SUMS
+    which = tl.arange(0, 8)
+    sums = tl.zeros([8], tl.float64)
+    for begin in range(0, P, SUMS_AT_ONCE):
+        p = begin + tl.arange(0, SUMS_AT_ONCE)
+        there = (p < P)[:, None] & (which < COUNT)[None, :]
+        sums += tl.sum(tl.load(parts + p[:, None] * COUNT + which[None, :], mask=there, other=0.0), 0)
+    tokens = _place(sums, TOKENS if POLICY_LOSS else VALUE_TOKENS)
+    divisor = tl.maximum(tokens, 1.0)
+    program = tl.program_id(0).to(tl.int64)
+    if program == 0:
+        total = _place(sums, LOSS if POLICY_LOSS else VALUE_LOSS)
+        if MEAN:
+            total /= divisor
+        tl.store(loss, total.to(tl.float32))
+        means = sums / divisor
+        if POLICY_LOSS:
+            tl.store(metrics + which, means.to(tl.float32))
+        else:
+            target = _place(means, VALUE_RETURN)
+            target_square = _place(means, VALUE_RETURN_SQUARE)
+            error = _place(means, VALUE_ERROR)
+            spread = target_square - target * target
+            left = _place(means, VALUE_ERROR_SQUARE) - error * error
+            varies = spread > 1e-12 * target_square  # below, the difference is rounding
+            explained = tl.where(varies, 1.0 - left / tl.where(varies, spread, 1.0), float("nan"))
+            tl.store(metrics, _place(means, VALUE_CLIPPED).to(tl.float32))
+            tl.store(metrics + 1, explained.to(tl.float32))
+    if MEAN:
+        i = program * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        w = (1.0 / divisor).to(tl.float32)
+        tl.store(grads + i, tl.load(grads + i, mask=i < count, other=0.0) * w, mask=i < count)
+
+
 def _launch(
     kernel: triton.JITFunction,
-    inputs: Sequence[Tensor | None],
-    sums: Tensor,
-    grads: Tensor,
+    inputs: PolicyInputs | ValueInputs,
+    out: PolicyOutputs | ValueOutputs,
+    weight: float,
     *numbers: float,
     **flags,
 ) -> None:
-    assert inputs[0] is not None
-    N = inputs[0].numel()
-    parts = sums.new_empty(triton.cdiv(N, BLOCK_SIZE), len(sums))
-    if N:
-        with torch.cuda.device_of(grads):  # Triton launches on the current device
-            kernel[(len(parts),)](
-                *inputs, parts, grads, N, *numbers, **flags, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
-            )
-    torch.sum(parts, 0, out=sums)
+    N = inputs.mask.numel()
+    is_policy = isinstance(inputs, PolicyInputs)
+    programs = max(1, triton.cdiv(N, BLOCK_SIZE))
+    parts = out.loss.new_empty(programs, len(PolicySum) if is_policy else len(ValueSum), dtype=torch.float64)
+    mean = inputs.scale is None and weight == 0
+    scale = "weight" if inputs.scale is None else "one" if inputs.scale.numel() == 1 else "each"
+    dense = [None if x is None else x.contiguous() for x in inputs]
+    with torch.cuda.device_of(out.loss):  # Triton launches on the current device
+        kernel[(programs,)](
+            *(*dense, parts, out.grads, N, *numbers, weight or 1.0),
+            **flags,
+            SCALE=scale,
+            BLOCK_SIZE=BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+        )
+        count = out.grads.numel()
+        finish_kernel[(max(1, triton.cdiv(count, SCALE_BLOCK_SIZE)) if mean else 1,)](
+            *(parts, *out, programs, count),
+            POLICY_LOSS=is_policy,
+            MEAN=mean,
+            SUMS_AT_ONCE=SUMS_AT_ONCE,
+            BLOCK_SIZE=SCALE_BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+        )
 
 
-def policy_tokens(inputs: PolicyInputs, options: PolicyOptions, out: PolicyOutputs) -> None:
-    """Write sums [8] and grads [1, ..] or [2, ..]; see ops.policy_sums."""
+def policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
+    """See ops.run_policy."""
+    out = PolicyOutputs.empty(inputs, options)
+    *numbers, kl_estimator, weight = options
     _launch(
         policy_kernel,
         inputs,
-        *out,
-        *options[:-1],
-        SCALE_EACH=inputs.scale.numel() > 1,
+        out,
+        weight,
+        *numbers,
         HAS_ENTROPY=inputs.entropy is not None,
         HAS_REFERENCE=inputs.reference_logp is not None,
         ENTROPY_GRADS=out.grads.shape[0] > 1,
-        KL_ESTIMATOR=options.kl_estimator,
+        KL_ESTIMATOR=kl_estimator,
     )
+    return out
 
 
-def value_tokens(inputs: ValueInputs, clip: float, sums: Tensor, grads: Tensor) -> None:
-    """Write sums [7] and grads; see ops.value_op."""
-    _launch(value_kernel, inputs, sums, grads, clip, SCALE_EACH=inputs.scale.numel() > 1)
+def value_tokens(inputs: ValueInputs, options: ValueOptions) -> ValueOutputs:
+    """See ops.value_op."""
+    out = ValueOutputs.empty(inputs)
+    _launch(value_kernel, inputs, out, options.weight, options.clip)
+    return out

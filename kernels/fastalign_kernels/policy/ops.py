@@ -1,8 +1,9 @@
 """The ops of the policy losses: one pass over tokens gives sums, and the gradients of the inputs.
 
-The backward pass scales the gradients in place by the upstream gradient, so a second derivative is an error.
-Sums are taken over fixed blocks and added in fp64, so they do not depend on the number of threads. Bytes: 3
-to 5 N e and N read, N e or 2 N e written.
+The backward pass scales these gradients by the upstream gradient, so a second derivative is an error. Sums
+are taken over fixed blocks and added in fp64, so they do not depend on the number of threads. Bytes: 3 to 5 N
+e and N read, N e or 2 N e written. A kernel also gives the loss and the metrics: computed from the sums by
+torch, they would take ten small operations, of 1 us each on a CPU and 5 us on a GPU.
 
 A CPU runs csrc/policy/losses.h, a GPU losses_triton.py. The functions of this file run where the native
 library is missing, and for fp64 on a GPU.
@@ -10,7 +11,6 @@ library is missing, and for fp64 on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,16 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import (
-    InputGrads,
-    NamedGrads,
-    first_order,
-    register_op,
-    save_loss,
-    saved_inputs,
-    scale_saved_grads,
-)
-from ..dispatch import Kernels
+from ..autograd import register_row_loss
+from ..dispatch import Kernels, accumulator_of, widest
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LARGEST_EXPONENT = 20.0
@@ -36,7 +28,7 @@ LARGEST_EXPONENT = 20.0
 class PolicySum(IntEnum):
     """Sums over the mask that policy_tokens writes, [8] fp64.
 
-    csrc/policy/losses.h and policy/losses_triton.py write them in this order.
+    csrc/policy and policy/losses_triton.py write them in this order.
     """
 
     LOSS = 0  # times the scale
@@ -50,7 +42,7 @@ class PolicySum(IntEnum):
 
 
 class ValueSum(IntEnum):
-    """Sums over the mask that value_tokens writes, [7] fp64."""
+    """Sums over the mask that value_tokens takes, in fp64."""
 
     LOSS = 0  # times the scale
     CLIPPED = 1
@@ -62,21 +54,21 @@ class ValueSum(IntEnum):
 
 
 class PolicyOptions(NamedTuple):
-    """The options in the form that the kernels take: bounds of the ratio, infinite where there is none, and
-    the estimator's index."""
+    """The options in the form that the kernels take, in the order of csrc/policy/api.h's PolicyOption."""
 
-    lower: float
+    lower: float  # bounds of the ratio, infinite where there is none
     upper: float
     dual: float
     entropy_coefficient: float
     kl_coefficient: float
-    kl_estimator: int
+    kl_estimator: int  # the index in KL_ESTIMATORS
+    weight: float = 0.0  # of each token, if there is no tensor of scales; 0: one over the mask's tokens
 
     @classmethod
     def of(cls, numbers: list[float]) -> PolicyOptions:
         """From a list, as which ops take them: each argument of an op costs some microseconds a call."""
-        lower, upper, dual, entropy_coefficient, kl_coefficient, kl_estimator = numbers
-        return cls(lower, upper, dual, entropy_coefficient, kl_coefficient, int(kl_estimator))
+        lower, upper, dual, entropy_coefficient, kl_coefficient, kl_estimator, weight = numbers
+        return cls(lower, upper, dual, entropy_coefficient, kl_coefficient, int(kl_estimator), weight)
 
 
 class PolicyInputs(NamedTuple):
@@ -86,39 +78,30 @@ class PolicyInputs(NamedTuple):
     old_logp: Tensor
     advantages: Tensor
     mask: Tensor  # bool; what stands outside is not used
-    scale: Tensor  # [1], or one for each token; fp32 or fp64, in which the kernels compute
+    scale: Tensor | None  # [1], or one for each token, fp32 or fp64; None: the options' weight
     entropy: Tensor | None
     reference_logp: Tensor | None
 
-    def dense(self) -> PolicyInputs:
-        """Contiguous, in the dtype of scale."""
-        dtype = self.scale.dtype
-        return PolicyInputs(
-            self.logp.to(dtype).contiguous(),
-            self.old_logp.to(dtype).contiguous(),
-            self.advantages.to(dtype).contiguous(),
-            self.mask.contiguous(),
-            self.scale.contiguous(),
-            None if self.entropy is None else self.entropy.to(dtype).contiguous(),
-            None if self.reference_logp is None else self.reference_logp.to(dtype).contiguous(),
-        )
-
 
 class PolicyOutputs(NamedTuple):
-    """What the policy kernel writes: `PolicySum`s [8] fp64, and the gradients.
+    """What the policy kernel gives.
 
-    grads is d loss / d logp, [1, ..], or d loss / d logp and d loss / d entropy, [2, ..].
+    loss: a scalar. means [8]: `PolicySum`s over the tokens of the mask.
+    grads: d loss / d logp, [1, ..], or d loss / d logp and d loss / d entropy, [2, ..].
     """
 
-    sums: Tensor
+    loss: Tensor
+    means: Tensor
     grads: Tensor
 
     @classmethod
     def empty(cls, inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
         rows = 1 if inputs.entropy is None or options.entropy_coefficient == 0 else 2
-        scale = inputs.scale
+        logp, dtype = inputs.logp, accumulator_of(deciding(inputs))
         return cls(
-            scale.new_empty(len(PolicySum), dtype=torch.float64), scale.new_empty(rows, *inputs.logp.shape)
+            logp.new_empty((), dtype=dtype),
+            logp.new_empty(len(PolicySum), dtype=dtype),
+            logp.new_empty(rows, *logp.shape, dtype=dtype),
         )
 
 
@@ -129,17 +112,46 @@ class ValueInputs(NamedTuple):
     old_values: Tensor
     returns: Tensor
     mask: Tensor
-    scale: Tensor
+    scale: Tensor | None
 
 
-# The functions in PyTorch. They write into `out`, or into their last two arguments.
+class ValueOptions(NamedTuple):
+    clip: float  # infinite: no clip
+    weight: float  # as in PolicyOptions
 
 
-def _policy_tokens(inputs: PolicyInputs, options: PolicyOptions, out: PolicyOutputs) -> None:
-    sums, grads = out
-    mask = inputs.mask
-    d = torch.where(mask, inputs.logp - inputs.old_logp, 0.0)
-    a = torch.where(mask, inputs.advantages, 0.0)
+class ValueOutputs(NamedTuple):
+    """The loss, a scalar; clip_fraction and explained_variance, [2]; d loss / d values, [1, ..]."""
+
+    loss: Tensor
+    metrics: Tensor
+    grads: Tensor
+
+    @classmethod
+    def empty(cls, inputs: ValueInputs) -> ValueOutputs:
+        values, dtype = inputs.values, accumulator_of(deciding(inputs))
+        return cls(*(values.new_empty(shape, dtype=dtype) for shape in ((), (2,), (1, *values.shape))))
+
+
+def deciding(inputs: PolicyInputs | ValueInputs) -> Tensor:
+    """The tensor whose dtype the kernels compute in (fp32 for less), and whose device they run on."""
+    return widest(*inputs) if inputs.scale is None else inputs.scale
+
+
+def dense(inputs: PolicyInputs | ValueInputs) -> list[Tensor | None]:
+    """Contiguous, and but for the mask in the dtype that the kernels compute in."""
+    dtype = accumulator_of(deciding(inputs))
+    return [x if x is None else (x if x.dtype == torch.bool else x.to(dtype)).contiguous() for x in inputs]
+
+
+# The functions in PyTorch.
+
+
+def _policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
+    given = PolicyInputs(*dense(inputs))  # type: ignore[arg-type]
+    mask = given.mask
+    d = torch.where(mask, given.logp - given.old_logp, 0.0)
+    a = torch.where(mask, given.advantages, 0.0)
     r = d.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
     high, low, dual = (
         (a > 0) & (r > options.upper),
@@ -152,21 +164,37 @@ def _policy_tokens(inputs: PolicyInputs, options: PolicyOptions, out: PolicyOutp
     clipped = high | low | dual
     grad = torch.where(clipped | (d.abs() > LARGEST_EXPONENT), 0.0, plain)
     loss = policy
-    entropy = kl = torch.zeros_like(grads[0])
-    if inputs.entropy is not None:
-        entropy = torch.where(mask, inputs.entropy, 0.0)
+    entropy = kl = torch.zeros_like(d)
+    if given.entropy is not None:
+        entropy = torch.where(mask, given.entropy, 0.0)
         loss = loss - options.entropy_coefficient * entropy
-    if inputs.reference_logp is not None:
-        kl, d_kl = _kl(torch.where(mask, inputs.logp - inputs.reference_logp, 0.0), options.kl_estimator)
+    if given.reference_logp is not None:
+        kl, d_kl = _kl(torch.where(mask, given.logp - given.reference_logp, 0.0), options.kl_estimator)
         loss = loss + options.kl_coefficient * kl
         grad = grad + options.kl_coefficient * d_kl
-    scale = torch.where(mask, inputs.scale, 0.0)
-    torch.mul(scale, grad, out=grads[0])
-    if grads.shape[0] > 1:
-        torch.mul(scale, -options.entropy_coefficient, out=grads[1])
+    scale = _scale(given, options.weight, d.dtype)
+    grads = [scale * grad]
+    if given.entropy is not None and options.entropy_coefficient:
+        grads.append(scale * -options.entropy_coefficient)
     clips = torch.where(policy.isnan(), policy, clipped)  # whether a NaN is clipped is unknown
     rows = (scale * loss, policy, entropy, kl, torch.where(mask, r, 0.0), clips, 0.5 * d * d, mask)
-    sums.copy_(torch.stack([row.sum(dtype=torch.float64) for row in rows]))
+    sums = torch.stack([row.sum(dtype=torch.float64) for row in rows])
+    means = sums / sums[PolicySum.TOKENS].clamp(min=1)
+    return PolicyOutputs(sums[PolicySum.LOSS].to(d.dtype, copy=True), means.to(d.dtype), torch.stack(grads))
+
+
+def scale_tensor(weight: float, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight that each token has without a tensor of scales, [1]; see PolicyOptions."""
+    if weight:
+        return torch.full((1,), weight, dtype=dtype, device=mask.device)
+    # Infinite where there is nothing to average, and then no token to be multiplied with it.
+    return mask.sum(dtype=torch.int32).to(dtype).reciprocal().view(1)
+
+
+def _scale(inputs: PolicyInputs | ValueInputs, weight: float, dtype: torch.dtype) -> Tensor:
+    """What each token counts in the loss, of the mask's shape; 0 outside."""
+    scale = scale_tensor(weight, inputs.mask, dtype) if inputs.scale is None else inputs.scale
+    return torch.where(inputs.mask, scale, 0.0)
 
 
 def _kl(d: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
@@ -179,26 +207,38 @@ def _kl(d: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
     return e + d.clamp(min=-LARGEST_EXPONENT), torch.where(d < -LARGEST_EXPONENT, 0.0, -e)
 
 
-def _value_tokens(inputs: ValueInputs, clip: float, sums: Tensor, grads: Tensor) -> None:
-    given = (inputs.values, inputs.old_values, inputs.returns, inputs.scale)
-    v, old, target, scale = (torch.where(inputs.mask, x, 0.0) for x in given)
-    plain, held = v - target, torch.clamp(v, old - clip, old + clip) - target
+def _value_tokens(inputs: ValueInputs, options: ValueOptions) -> ValueOutputs:
+    mask, dtype = inputs.mask, accumulator_of(deciding(inputs))
+    v, old, target = (torch.where(mask, x.to(dtype), 0.0) for x in inputs[:3])
+    scale = _scale(inputs, options.weight, v.dtype)
+    plain, held = v - target, torch.clamp(v, old - options.clip, old + options.clip) - target
     clipped = held * held > plain * plain
     # No comparison with a NaN is true, so a NaN in old is passed on by hand.
-    torch.mul(scale, torch.where(old.isnan(), old, torch.where(clipped, 0.0, plain)), out=grads)
+    grads = scale * torch.where(old.isnan(), old, torch.where(clipped, 0.0, plain))
     worse = torch.where(old.isnan(), old, torch.where(clipped, held, plain))
     clips = torch.where(worse.isnan(), worse, clipped)
     squares = (target.double() ** 2, plain.double() ** 2)
-    rows = (0.5 * scale * worse * worse, clips, target, squares[0], plain, squares[1], inputs.mask)
-    sums.copy_(torch.stack([row.sum(dtype=torch.float64) for row in rows]))
+    rows = (0.5 * scale * worse * worse, clips, target, squares[0], plain, squares[1], mask)
+    sums = torch.stack([row.sum(dtype=torch.float64) for row in rows])
+    means = sums / sums[ValueSum.TOKENS].clamp(min=1)
+    target_square = means[ValueSum.RETURN_SQUARE]
+    left = means[ValueSum.ERROR_SQUARE] - means[ValueSum.ERROR] ** 2
+    spread = target_square - means[ValueSum.RETURN] ** 2
+    # At a smaller spread the difference is rounding.
+    explained = torch.where(spread > 1e-12 * target_square, 1 - left / spread, torch.nan)
+    return ValueOutputs(
+        sums[ValueSum.LOSS].to(v.dtype, copy=True),
+        torch.stack([means[ValueSum.CLIPPED], explained]).to(v.dtype),
+        grads[None],
+    )
 
 
-def _native_policy_tokens(inputs: PolicyInputs, options: PolicyOptions, out: PolicyOutputs) -> None:
-    torch.ops.fastalign.policy_tokens(*inputs, *options, *out)
+def _native_policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
+    return PolicyOutputs(*torch.ops.fastalign.policy_tokens.default(*dense(inputs), list(options)))
 
 
-def _native_value_tokens(inputs: ValueInputs, clip: float, sums: Tensor, grads: Tensor) -> None:
-    torch.ops.fastalign.value_tokens(*inputs, clip, sums, grads)
+def _native_value_tokens(inputs: ValueInputs, options: ValueOptions) -> ValueOutputs:
+    return ValueOutputs(*torch.ops.fastalign.value_tokens.default(*dense(inputs), *options))
 
 
 KERNELS = Kernels(
@@ -209,14 +249,12 @@ KERNELS = Kernels(
 )
 
 
+def run_policy(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
+    """The loss, the metrics and the gradients of the policy loss, without autograd."""
+    return KERNELS.select(deciding(inputs)).policy_tokens(inputs, options)
+
+
 # The ops.
-
-
-def policy_sums(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
-    """The sums and the gradients of the policy loss, without autograd."""
-    out = PolicyOutputs.empty(inputs, options)
-    KERNELS.select(out.grads).policy_tokens(inputs.dense(), options, out)
-    return out
 
 
 def _policy(
@@ -225,82 +263,39 @@ def _policy(
     old_logp: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     reference_logp: Tensor | None,
     options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and `policy_sums`."""
+    """The loss, the means and the gradients of `run_policy`; options as in PolicyOptions."""
     inputs = PolicyInputs(logp, old_logp, advantages, mask, scale, entropy, reference_logp)
-    sums, grads = policy_sums(inputs, PolicyOptions.of(options))
-    return sums[PolicySum.LOSS].to(scale.dtype, copy=True), sums, grads
+    return run_policy(inputs, PolicyOptions.of(options))
 
 
 def _fake_policy(logp, entropy, old_logp, advantages, mask, scale, reference_logp, options):
     inputs = PolicyInputs(logp, old_logp, advantages, mask, scale, entropy, reference_logp)
-    return scale.new_empty(()), *PolicyOutputs.empty(inputs, PolicyOptions.of(options))
+    return PolicyOutputs.empty(inputs, PolicyOptions.of(options))
 
 
-def _policy_grads(ctx, saved: Sequence[Tensor], upstream: Tensor | None, *_: None) -> InputGrads:
-    inputs = saved_inputs(ctx, saved)
-    none = (None,) * len(inputs)
-    if upstream is None:
-        return none
-    (grads,) = scale_saved_grads(ctx, upstream, lambda: _policy(*inputs)[2:])
-    of_inputs = [row.to(x.dtype) for row, x in zip(grads, inputs)]
-    return *of_inputs, *none[len(of_inputs) :]
-
-
-_policy_backward = first_order("ppo_loss", _policy_grads)
-policy_op = torch.library.custom_op("fastalign::policy_loss", _policy, mutates_args=())
-policy_op.register_fake(_fake_policy)
-policy_op.register_autograd(_policy_backward, setup_context=save_loss)
-
-
-class EagerPolicy(torch.autograd.Function):
-    """policy_op without torch's dispatcher.
-
-    The dispatcher's Python layers take 30 us a call, as long as the kernel takes for [64, 1024] tokens.
-    There is no setup_context either: with one, torch inspects the signature of forward at each call, 12 us.
-    """
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _policy(*inputs)
-        save_loss(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_policy_backward)
+policy_op = register_row_loss("policy_loss", _policy, _fake_policy, losses="ppo_loss")
 
 
 def _value(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, scale: Tensor, clip: float
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    scale: Tensor | None,
+    clip: float,
+    weight: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, `ValueSum`s [7] fp64 and d loss / d values; mask and scale as in PolicyInputs."""
-    v, old, target = (x.to(scale.dtype).contiguous() for x in (values, old_values, returns))
-    sums, grads = scale.new_empty(len(ValueSum), dtype=torch.float64), scale.new_empty(values.shape)
-    KERNELS.select(grads).value_tokens(
-        ValueInputs(v, old, target, mask.contiguous(), scale), clip, sums, grads
-    )
-    return sums[ValueSum.LOSS].to(scale.dtype, copy=True), sums, grads
+    """`ValueOutputs`; clip and weight as in ValueOptions."""
+    inputs = ValueInputs(values, old_values, returns, mask, scale)
+    return KERNELS.select(deciding(inputs)).value_tokens(inputs, ValueOptions(clip, weight))
 
 
-def _fake_value(values, old_values, returns, mask, scale, clip):
-    sums = scale.new_empty(len(ValueSum), dtype=torch.float64)
-    return scale.new_empty(()), sums, scale.new_empty(values.shape)
+def _fake_value(values, old_values, returns, mask, scale, clip, weight):
+    return ValueOutputs.empty(ValueInputs(values, old_values, returns, mask, scale))
 
 
-def _save_value(ctx, inputs, output) -> None:
-    _, sums, grads = output
-    ctx.mark_non_differentiable(sums, grads)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(inputs[0], grads)
-
-
-def _value_grads(ctx, saved: Sequence[Tensor], upstream: Tensor | None, *_: None) -> NamedGrads:
-    values, grads = saved
-    return {} if upstream is None else {"values": (upstream * grads).to(values.dtype)}
-
-
-value_op = register_op(
-    "value_loss", _value, _fake_value, save=_save_value, backward=_value_grads, losses="value_loss"
-)
+value_op = register_row_loss("value_loss", _value, _fake_value, losses="value_loss")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import accumulator_of
 from .advantages import Advantages
-from .arguments import accumulator_of, per_token
+from .arguments import per_token
 from .losses import PolicyLoss, ValueLoss
 from .ops import LARGEST_EXPONENT
 
