@@ -165,13 +165,13 @@ MUTATIONS = [
         "tests/preference",
     ),
     Mutation(
-        KERNELS + "softmax/rows_triton.py",
+        KERNELS + "softmax/row_passes_triton.py",
         "tl.store(stats + LSE * N + row, row_max + logsum)",
         "tl.store(stats + LSE * N + row, logsum)",
         "tests/softmax/test_rows.py",
     ),
     Mutation(
-        KERNELS + "softmax/rows_triton.py",
+        KERNELS + "softmax/row_passes_triton.py",
         "dz = tl.exp(logp) * factor + uniform",
         "dz = tl.exp(logp) * factor",
         "tests/softmax/test_rows.py",

@@ -56,20 +56,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
-    """One of rows_triton's kernels; `full` has bias, softcap, scale and temperature, else none of them."""
+    """One of rows_triton's kernels; `full` has bias, softcap, temperature and all statistics, else none."""
     function = getattr(rows_triton, kernel)
-    block, warps = rows_triton.launch(
-        rows_triton.LAUNCH[kernel.removesuffix("_kernel")], 90 if sm in AMD else sm, LARGEST_V
-    )
-    constants = {"PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full, "BLOCK_SIZE": block}
-    pointers = {
-        "logits": TYPES[dtype],
-        "bias": TYPES[dtype],
-        "out": TYPES[dtype],
-        "ids": "*i64",
-        "stats": "*fp32",
-        "coefficients": "*fp32",
-    }
+    table = rows_triton.LAUNCH[f"{kernel.removesuffix('_kernel')}_{32 if dtype == 'fp32' else 16}"]
+    block, warps, _ = rows_triton.launch(table, 90 if sm in AMD else sm, LARGEST_V)
+    flags = ("PLAIN", "HAS_BIAS", "HAS_SOFTCAP", "HAS_MEAN", "HAS_ENTROPY", "HAS_PLOGP")
+    constants: dict[str, object] = {name: full for name in flags if name in function.arg_names}
+    constants |= {"PLAIN": not full, "BLOCK_SIZE": block}
+    pointers = dict.fromkeys(("stats", "coefficients", "scale"), "*fp32") | {"ids": "*i64"}
+    pointers |= dict.fromkeys(("logits", "bias", "out"), TYPES[dtype])
     # Row strides and pointers are multiples of 16 bytes in practice, and Triton specialises launches on that.
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -129,7 +124,7 @@ def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Ro
     function = getattr(module, kernel)
     launches = tile_rows_triton.LAUNCH
     table = launches[entry if entry in launches else f"{entry}_{'lean' if lean else 'full'}"]
-    block, warps = rows_triton.launch(table, 90 if sm in AMD else sm, LARGEST_V)
+    block, warps, _ = rows_triton.launch(table, 90 if sm in AMD else sm, LARGEST_V)
     constants: dict[str, object] = {"LEAN": lean, "PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
     constants |= {"HAS_TOKENS": True, "BLOCK_SIZE": block}
     constants = {k: v for k, v in constants.items() if k in function.arg_names} | TILE_KERNELS[names]
@@ -257,7 +252,7 @@ def main() -> int:
         sys.exit("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")
     jobs = [
         (kernel, sm, dtype, full)
-        for kernel in ("row_stats_kernel", "row_grad_kernel")
+        for kernel in ("row_stats_kernel", "row_grad_kernel", "row_loss_kernel")
         for sm in (*ARCHITECTURES, *AMD)
         for dtype in TYPES
         for full in (False, True)

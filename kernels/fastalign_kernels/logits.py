@@ -5,24 +5,24 @@ With z the logits after softcap and temperature, log P = z - logsumexp(z), and a
     logp = log P[id]    entropy = -sum P log P    lse = logsumexp(z)    top1 = (no logit exceeds the id's)
     cross-entropy of a token = -(1 - e) logp - e mean_v log P[v] + z_loss lse^2,   e = label_smoothing
 
-One read of the logits forward, one read and one write backward (the bare minimum for a gradient of their
-size); the backward pass keeps 7 numbers a token. Peer for comparison: F.cross_entropy's log_softmax writes
-and keeps a tensor of the logits' size.
+Without a gradient the logits are read once. With one, a CPU reads them in forward, and reads them and writes
+the gradient in backward, which keeps 7 numbers a token. A GPU does all that in the forward pass of a reduced
+loss, in one launch whose second read comes from its L2 cache. For comparison, F.cross_entropy's log_softmax
+writes and keeps a tensor of the logits' size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks
-from .autograd import NamedGrads, register_op
+from .logits_ops import gradient_in_forward, token_loss, token_loss_op, token_table
 from .ordered_sum import ordered_sum
-from .softmax.rows import Stat, Transform, coefficients, row_grad, row_stats, row_stats_ref, traced
-from .torch_func import transforming
+from .softmax.rows import NeedsStats, Stat, Transform, accumulator_dtype, row_stats_ref
+from .torch_func import requires_grad, transforming
 
 
 class TokenStats(NamedTuple):
@@ -35,74 +35,6 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None
     lse: Tensor
     top1: Tensor
-
-
-def _table_forward(
-    logits: Tensor, ids: Tensor, softcap: float, temperature: float, inplace_backward: bool
-) -> Tensor:
-    """Statistics [7, B*T] of logits [B, T, V]."""
-    return row_stats(logits, ids, None, Transform(1.0, softcap, temperature))
-
-
-def _fake_table(logits, ids, softcap, temperature, inplace_backward):
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(len(Stat), ids.shape[0], dtype=dtype)
-
-
-@torch.library.custom_op("fastalign::token_table_grad", mutates_args=())
-def _token_table_grad(
-    logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float
-) -> Tensor:
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    row_grad(logits, ids, None, Transform(1.0, softcap, temperature), stats, coefficients, out)
-    return out
-
-
-@_token_table_grad.register_fake
-def _fake_table_grad(logits, ids, stats, coefficients, softcap, temperature):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("fastalign::token_table_grad_", mutates_args={"logits"})
-def _token_table_grad_(
-    logits: Tensor, ids: Tensor, stats: Tensor, coefficients: Tensor, softcap: float, temperature: float
-) -> None:
-    row_grad(logits, ids, None, Transform(1.0, softcap, temperature), stats, coefficients, logits)
-
-
-def _setup(ctx, inputs, output) -> None:
-    logits, ids, ctx.softcap, ctx.temperature, ctx.inplace_backward = inputs
-    ctx.save_for_backward(logits, ids, output)
-
-
-def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> NamedGrads:
-    logits, ids, stats = saved
-    arguments = (ids, stats, coefficients(grad, stats, logits.shape[-1]), ctx.softcap, ctx.temperature)
-    if ctx.inplace_backward and not traced(grad):
-        grad_logits = logits.detach()
-        _token_table_grad_(grad_logits, *arguments)
-    else:
-        grad_logits = _token_table_grad(logits, *arguments)
-    return {"logits": grad_logits}
-
-
-_token_table = register_op(
-    "token_table",
-    _table_forward,
-    _fake_table,
-    save=_setup,
-    backward=_backward,
-    losses="cross_entropy, token_logprobs or token_stats",
-)
-
-
-def token_loss(table: Tensor, label_smoothing: float, z_loss: float) -> Tensor:
-    """Cross-entropy [N] of each row of a statistics table [7, N], in nats; formula at the top of this
-    file."""
-    loss = -table[Stat.LOGP]
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss - label_smoothing * table[Stat.MEAN_LOGP]
-    return loss + z_loss * table[Stat.LSE] ** 2 if z_loss else loss
 
 
 def kept_ids(ids: Tensor, ignore_index: int | None) -> Tensor:
@@ -173,20 +105,32 @@ def make_transform(logit_scale: float, softcap: float | None, temperature: float
     )
 
 
-def _table(
+class _Tokens(NamedTuple):
+    """Checked arguments in the kernels' form."""
+
+    logits: Tensor  # [B, T, V], unit stride over V
+    ids: Tensor  # [B*T] int64, -1 where ignored
+    transform: Transform
+
+    def table(self, *, needs: NeedsStats, inplace_backward: bool = False) -> Tensor:
+        """The statistics [7, B*T], differentiable; 0 where not needed, on a GPU."""
+        logits, ids, (_, softcap, temperature) = self
+        # vmap's slices share memory, so autograd would refuse
+        inplace_backward = inplace_backward and not transforming()
+        return token_table(logits, ids, softcap, temperature, list(needs), inplace_backward)
+
+
+def _tokens(
     logits: Tensor,
     ids: Tensor,
     name: str,
-    softcap: float | None,
-    temperature: float,
+    transform: Transform,
     ignore_index: int | None,
     check: bool,
-    inplace_backward: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The statistics [7, N] and the ids [N], -1 where ignored."""
-    transform = make_transform(1.0, softcap, temperature)
+) -> _Tokens:
+    """Check logits and ids; `name` is the public function's for ids."""
     ignore_index = checks.ignore_index(ignore_index)
-    checks.flags(check=check, inplace_backward=inplace_backward)
+    checks.flags(check=check)
     checks.tensor("logits", logits)
     checks.tensor(name, ids)
     if logits.dim() < 1 or logits.shape[-1] == 0:
@@ -197,22 +141,21 @@ def _table(
     checks.shape(name, ids, tuple(logits.shape[:-1]), "the logits' leading shape")
     checks.device(name, ids, "logits", logits)
     checks.ids(name, ids, logits.shape[-1], ignore_index, check)
+    blocks = logits if logits.dim() == 3 else logits.reshape(1, -1, logits.shape[-1])
+    if blocks.stride(-1) != 1 and blocks.shape[-1] > 1:
+        # contiguous() leaves an empty tensor's strides as they are
+        blocks = blocks.clone(memory_format=torch.contiguous_format)
+    return _Tokens(blocks, kept_ids(ids, ignore_index), transform)
+
+
+def _check_inplace(inplace_backward: bool, logits: Tensor) -> None:
+    checks.flags(inplace_backward=inplace_backward)
     if inplace_backward and any(
         stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride())
     ):
         raise ValueError(
             "inplace_backward: got True with expanded logits, expected logits whose rows do not share memory"
         )
-    blocks = logits if logits.dim() == 3 else logits.reshape(1, -1, logits.shape[-1])
-    if blocks.stride(-1) != 1 and blocks.shape[-1] > 1:
-        blocks = blocks.clone(
-            memory_format=torch.contiguous_format
-        )  # contiguous() leaves an empty tensor's strides as they are
-    inplace_backward = (
-        inplace_backward and not transforming()
-    )  # vmap's slices share memory, so autograd would refuse
-    kept = kept_ids(ids, ignore_index)
-    return _token_table(blocks, kept, transform.softcap, transform.temperature, inplace_backward), kept
 
 
 def cross_entropy(
@@ -232,7 +175,10 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy of targets under softmax(logits), in nats.
 
-    The forward pass reads the logits once. The backward pass reads and writes them once.
+    On a CPU the forward pass reads the logits once, and the backward pass reads them and writes a gradient of
+    their size. On a GPU the forward pass of a reduced loss writes the gradient too, if there is one, and the
+    backward pass scales it where the upstream gradient is not 1. fp16, reduction="none" and inplace_backward
+    run as on a CPU.
 
     Args:
         logits: [..., V], fp32, bf16 or fp16 (also fp64 on a CPU), with any strides. Shifted views such as
@@ -262,10 +208,18 @@ def cross_entropy(
     """
     label_smoothing, z_loss = loss_options(reduction, label_smoothing, z_loss)
     check_loss_tensors(targets, reduction, token_weights, num_items)
-    table, ids = _table(
-        logits, targets, "targets", softcap, temperature, ignore_index, check, inplace_backward
-    )
-    scale = loss_scale(ids >= 0, reduction, token_weights, num_items, table.dtype)
+    transform = make_transform(1.0, softcap, temperature)
+    tokens = _tokens(logits, targets, "targets", transform, ignore_index, check)
+    _check_inplace(inplace_backward, logits)
+    dtype = accumulator_dtype(tokens.logits.dtype)
+    scale = loss_scale(tokens.ids >= 0, reduction, token_weights, num_items, dtype)
+    needs_grad = torch.is_grad_enabled() and requires_grad(tokens.logits)
+    if reduction != "none" and not inplace_backward and needs_grad and gradient_in_forward(tokens.logits):
+        options = [transform.softcap, transform.temperature, label_smoothing, z_loss]
+        total = token_loss_op(tokens.logits, tokens.ids, scale, options)[0]
+        return total / 0.0 if reduction == "mean" and targets.numel() == 0 else total
+    needs = NeedsStats(mean_logp=label_smoothing != 0, entropy=False)
+    table = tokens.table(needs=needs, inplace_backward=inplace_backward)
     return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
 
 
@@ -282,10 +236,12 @@ def token_stats(
     """logp of ids [...], entropy, logsumexp and top-1 from one read of logits [..., V].
 
     The first three are in nats and differentiable. Ignored positions hold 0 or False and get no gradient.
-    `entropy=False` leaves that field None. Errors are those of `cross_entropy`.
+    `entropy=False` leaves that field None; a GPU then computes less. Errors are those of `cross_entropy`.
     """
     checks.flags(entropy=entropy)
-    table, _ = _table(logits, ids, "ids", softcap, temperature, ignore_index, check)
+    transform = make_transform(1.0, softcap, temperature)
+    tokens = _tokens(logits, ids, "ids", transform, ignore_index, check)
+    table = tokens.table(needs=NeedsStats(mean_logp=False, entropy=entropy))
     return stats_of(table, ids.shape, entropy)
 
 
@@ -313,7 +269,13 @@ def token_logprobs(
     The arguments are those of `token_stats`.
     """
     return token_stats(
-        logits, ids, temperature=temperature, softcap=softcap, ignore_index=ignore_index, check=check
+        logits,
+        ids,
+        temperature=temperature,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        entropy=False,
+        check=check,
     ).logp
 
 

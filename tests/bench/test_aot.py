@@ -33,7 +33,7 @@ def table(tmp_path_factory):
 
 
 KERNELS = (
-    *("row_stats", "row_grad", "column_sums", "column_grad", "pairs", "unpaired", "scores"),
+    *("row_stats", "row_grad", "row_loss", "column_sums", "column_grad", "pairs", "unpaired", "scores"),
     *("policy", "value", "gae", "moments", "merge", "whiten"),
     *("tile_rows", "kept_rows", "slice_stats", "scale"),
 )

@@ -138,7 +138,7 @@ def test_shifted_logits_are_not_copied(device, monkeypatch):
     """logits[:, :-1] of [B, T, V] reach the kernel as the view they are."""
     logits, targets = make(device, torch.float32, shape=(2, 6))
     seen = []
-    from fastalign_kernels import logits as module
+    from fastalign_kernels import logits_ops as module
 
     original = module.row_stats
     monkeypatch.setattr(module, "row_stats", lambda x, *rest: seen.append(x.data_ptr()) or original(x, *rest))
@@ -238,12 +238,15 @@ def test_compiles_without_a_graph_break(device):
 def test_opcheck():
     logits, ids = make("cpu", V=11)
     logits, ids = logits.detach(), ids.flatten().clamp(min=-1)
-    ops = torch.ops.fastalign
-    torch.library.opcheck(ops.token_table.default, (logits.clone().requires_grad_(), ids, 5.0, 0.7, False))
-    table = ops.token_table(logits, ids, 0.0, 1.0, False)
+    ops, needs = torch.ops.fastalign, [True, True]
+    torch.library.opcheck(
+        ops.token_table.default, (logits.clone().requires_grad_(), ids, 5.0, 0.7, needs, False)
+    )
+    table = ops.token_table(logits, ids, 0.0, 1.0, needs, False)
     coefficient = torch.randn(4, ids.numel(), dtype=torch.float64)
-    torch.library.opcheck(ops.token_table_grad.default, (logits, ids, table, coefficient, 0.0, 1.0))
-    torch.library.opcheck(ops.token_table_grad_.default, (logits.clone(), ids, table, coefficient, 0.0, 1.0))
+    arguments = (ids, table, coefficient, 0.0, 1.0, needs)
+    torch.library.opcheck(ops.token_table_grad.default, (logits, *arguments))
+    torch.library.opcheck(ops.token_table_grad_.default, (logits.clone(), *arguments))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..softmax.rows import Stat, coefficients
+from ..softmax.rows import TokenLoss, loss_coefficients
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,5 @@ class TokenCrossEntropy:
 
     def __call__(self, stats: Tensor, tokens: Tensor | slice) -> Tensor:
         """Coefficients [4, C] from statistics [7, C] of these tokens."""
-        s = self.scale[tokens]
-        grad = torch.zeros_like(stats)
-        grad[Stat.LOGP] = (self.label_smoothing - 1) * s
-        grad[Stat.MEAN_LOGP] = -self.label_smoothing * s
-        grad[Stat.LSE] = 2 * self.z_loss * stats[Stat.LSE] * s
-        return coefficients(grad, stats, self.vocab_size)
+        loss = TokenLoss(self.scale[tokens], self.label_smoothing, self.z_loss)
+        return loss_coefficients(loss, stats, self.vocab_size)

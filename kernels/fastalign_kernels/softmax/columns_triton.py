@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .columns import ColumnSums, Total
+from .row_passes_triton import LOGSUM, MAX, ONEHOT, PLOGP, PROB, transform_scalars, transformed
 from .rows import RowInputs
-from .rows_triton import LOGSUM, MAX, ONEHOT, PLOGP, PROB, transform_flags, transform_scalars, transformed
+from .rows_triton import transform_flags
 
 # The rows of the totals by name, as constants of Triton.
 TOTALS = tl.constexpr(len(Total))

@@ -61,6 +61,16 @@ class Transform(NamedTuple):
     temperature: float = 1.0
 
 
+class NeedsStats(NamedTuple):
+    """The statistics that cost work of their own and are used. A GPU's kernels leave the rest 0."""
+
+    mean_logp: bool = True
+    entropy: bool = True
+
+
+ALL_STATS = NeedsStats()
+
+
 class RowInputs(NamedTuple):
     """A block of logits as the kernels take it."""
 
@@ -68,6 +78,14 @@ class RowInputs(NamedTuple):
     ids: Tensor  # [B*T] int64; negative: ignored
     bias: Tensor | None  # [V], of the logits' dtype
     transform: Transform
+
+
+class TokenLoss(NamedTuple):
+    """Cross-entropy's gradient, which follows from a row's own statistics."""
+
+    scale: Tensor  # [N], what each token's loss is multiplied by
+    label_smoothing: float
+    z_loss: float
 
 
 def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
@@ -82,16 +100,32 @@ def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
     return torch.stack([logp, prob, -entropy, mean_logp / vocab_size])
 
 
+def loss_coefficients(loss: TokenLoss, stats: Tensor, vocab_size: int) -> Tensor:
+    """The gradient kernel's [4, N] for scale (-(1 - e) logp - e mean_logp + z_loss lse^2), e =
+    label_smoothing."""
+    grad = torch.zeros_like(stats)
+    grad[Stat.LOGP] = (loss.label_smoothing - 1) * loss.scale
+    grad[Stat.MEAN_LOGP] = -loss.label_smoothing * loss.scale
+    grad[Stat.LSE] = 2 * loss.z_loss * stats[Stat.LSE] * loss.scale
+    return coefficients(grad, stats, vocab_size)
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_stats(logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+def row_stats(
+    logits: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    needs: NeedsStats = ALL_STATS,
+) -> Tensor:
     """Statistics [7, B*T] of logits [B, T, V] (unit stride over V) for ids [B*T] int64; bias [V] of the
     logits' dtype."""
     stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
-    KERNELS.select(logits).row_stats(RowInputs(logits, ids, bias, transform), stats)
+    KERNELS.select(logits).row_stats(RowInputs(logits, ids, bias, transform), stats, needs)
     return stats
 
 
@@ -103,10 +137,27 @@ def row_grad(
     stats: Tensor,
     coefficients: Tensor,
     out: Tensor,
+    needs: NeedsStats = ALL_STATS,
 ) -> None:
     """Write d loss / d logits into out [B, T, V]: `logits` itself, or on a GPU also another tensor of a lower
-    dtype."""
-    KERNELS.select(logits).row_grad(RowInputs(logits, ids, bias, transform), stats, coefficients, out)
+    dtype.
+
+    Without needs.entropy PLOGP must be 0: a GPU's kernel does not read it.
+    """
+    inputs = RowInputs(logits, ids, bias, transform)
+    KERNELS.select(logits).row_grad(inputs, stats, coefficients, out, needs)
+
+
+def row_loss(inputs: RowInputs, loss: TokenLoss, out: Tensor) -> Tensor:
+    """The statistics that the token losses need, and d loss / d logits into out [B, T, V], in one launch.
+
+    For GPUs: the native library has no such kernel. `inputs.bias` is None.
+    """
+    logits, ids = inputs.logits, inputs.ids
+    stats = torch.empty(len(Stat), ids.numel(), dtype=accumulator_dtype(logits.dtype), device=logits.device)
+    needs = NeedsStats(mean_logp=loss.label_smoothing != 0, entropy=False)
+    KERNELS.select(logits).row_loss(inputs, loss, stats, out, needs)
+    return stats
 
 
 def traced(tensor: Tensor) -> bool:
@@ -180,26 +231,35 @@ def row_grad_ref(
     )
 
 
-def _row_stats(inputs: RowInputs, stats: Tensor) -> None:
+def _row_stats(inputs: RowInputs, stats: Tensor, needs: NeedsStats = ALL_STATS) -> None:
     stats.copy_(row_stats_ref(*inputs))
 
 
-def _row_grad(inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor) -> None:
+def _row_grad(
+    inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor, needs: NeedsStats = ALL_STATS
+) -> None:
     out.copy_(row_grad_ref(*inputs, stats, coefficients))
 
 
-def _native_row_stats(inputs: RowInputs, stats: Tensor) -> None:
+def _row_loss(inputs: RowInputs, loss: TokenLoss, stats: Tensor, out: Tensor, needs: NeedsStats) -> None:
+    _row_stats(inputs, stats)
+    _row_grad(inputs, stats, loss_coefficients(loss, stats, inputs.logits.shape[-1]), out)
+
+
+def _native_row_stats(inputs: RowInputs, stats: Tensor, needs: NeedsStats = ALL_STATS) -> None:
     logits, ids, bias, transform = inputs
     torch.ops.fastalign.row_stats(logits, ids, bias, *transform, stats)
 
 
-def _native_row_grad(inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor) -> None:
+def _native_row_grad(
+    inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor, needs: NeedsStats = ALL_STATS
+) -> None:
     logits, ids, bias, transform = inputs
     torch.ops.fastalign.row_grad(logits, ids, bias, *transform, stats, coefficients, out)
 
 
 KERNELS = Kernels(
-    SimpleNamespace(row_stats=_row_stats, row_grad=_row_grad),
+    SimpleNamespace(row_stats=_row_stats, row_grad=_row_grad, row_loss=_row_loss),
     native=SimpleNamespace(row_stats=_native_row_stats, row_grad=_native_row_grad),
     triton=".softmax.rows_triton",
 )

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import launch_options, read_row, store_stats, transform_scalars, transformed_logit
+from .row_passes_triton import read_row, store_stats, transform_scalars, transformed_logit
+from .rows_triton import launch_options
 from .tile_rows_triton import LAUNCH, Rows, Softmaxes, flags, row_token
 
 
@@ -65,8 +66,9 @@ def slice_stats_kernel(
     if target >= 0:
         row_logits = logits + row * row_stride
         row_max, sum_exp, weighted, total = read_row(
-            row_logits, bias, V_slice, transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, LEAN, False, BLOCK_SIZE
-        )
+            row_logits, bias, V_slice, transform,
+            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not LEAN, False, BLOCK_SIZE,
+        )  # fmt: skip
         col = target - first_column
         z_id = tl.load(running + Z_ID * N + token).to(dtype)
         if (col >= 0) & (col < V_slice):
@@ -90,7 +92,9 @@ def slice_stats_kernel(
         tl.store(running + TOTAL * N + token, total)
         tl.store(running + Z_ID * N + token, z_id.to(tl.float64))
         row_max = new_max.to(dtype)
-        store_stats(stats, N, token, V, z_id, row_max, sum_exp, weighted, total.to(dtype), dtype, LEAN)
+        store_stats(
+            stats, N, token, V, z_id, row_max, sum_exp, weighted, total.to(dtype), dtype, not LEAN, not LEAN
+        )
 
 
 def slice_stats(

@@ -22,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_options import as_scalar
-from .rows import Transform
-from .rows_triton import (
+from .row_passes_triton import (
     LOGP,
     LOGSUM,
     LSE,
@@ -32,31 +31,31 @@ from .rows_triton import (
     PLOGP,
     PROB,
     UNIFORM,
-    launch_options,
     read_row,
     store_stats,
-    transform_flags,
     transform_scalars,
     transformed_logit,
     write_row,
     zero_row,
 )
+from .rows import TokenLoss, Transform
+from .rows_triton import Launch, launch_options, transform_flags
 
 # (BLOCK_SIZE, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]:
 # `python -m bench.gpu.head_times --tune`. "lean" computes lse and logp alone, "full" all statistics. Other
 # architectures are taken to be alike.
 LAUNCH = {
-    "stats_lean": {80: (2048, 8)},  # 0.205 ms: 3.0 TB/s
-    "stats_full": {80: (2048, 16)},  # 0.237; (4096, 8) takes 0.228 and spills on sm_80
-    "loss_lean": {80: (4096, 32)},  # 0.429: 3.6 TB/s
-    "loss_full": {80: (1024, 4)},  # 0.473
-    "softmax_lean": {80: (2048, 16)},  # 0.496; (4096, 32) takes 0.482 and spills with all options
-    "softmax_full": {80: (1024, 4)},
-    "given_lean": {80: (2048, 8)},  # 0.295: 3.2 TB/s
-    "given_full": {80: (4096, 16)},  # 0.320
-    "slice_lean": {80: (1024, 4)},  # 0.047 for 8192 columns
-    "slice_full": {80: (1024, 4)},
-    "kept": {80: (1024, 8)},  # 0.203: 3.1 TB/s
+    "stats_lean": {80: Launch(2048, 8)},  # 0.205 ms: 3.0 TB/s
+    "stats_full": {80: Launch(2048, 16)},  # 0.237; (4096, 8) takes 0.228 and spills on sm_80
+    "loss_lean": {80: Launch(4096, 32)},  # 0.429: 3.6 TB/s
+    "loss_full": {80: Launch(1024, 4)},  # 0.473
+    "softmax_lean": {80: Launch(2048, 16)},  # 0.496; (4096, 32) takes 0.482 and spills with all options
+    "softmax_full": {80: Launch(1024, 4)},
+    "given_lean": {80: Launch(2048, 8)},  # 0.295: 3.2 TB/s
+    "given_full": {80: Launch(4096, 16)},  # 0.320
+    "slice_lean": {80: Launch(1024, 4)},  # 0.047 for 8192 columns
+    "slice_full": {80: Launch(1024, 4)},
+    "kept": {80: Launch(1024, 8)},  # 0.203: 3.1 TB/s
 }
 
 # What tile_rows_kernel writes beside the statistics.
@@ -131,12 +130,15 @@ def tile_rows_kernel(
     if target >= 0:
         col = target - first_column
         if STATS:
+            # before read_row's barriers: in place another thread may overwrite it after them
+            z_id = transformed_logit(row_logits, bias, col, V, transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP)
             row_max, sum_exp, weighted, total = read_row(
                 row_logits, bias, V, transform,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, LEAN, WRITE != NOTHING, BLOCK_SIZE,
+                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not LEAN, WRITE != NOTHING, BLOCK_SIZE,
             )  # fmt: skip
-            z_id = transformed_logit(row_logits, bias, col, V, transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP)
-            logsum = store_stats(stats, N, token, V, z_id, row_max, sum_exp, weighted, total, dtype, LEAN)
+            logsum = store_stats(
+                stats, N, token, V, z_id, row_max, sum_exp, weighted, total, dtype, not LEAN, not LEAN
+            )
         else:
             row_max = tl.load(stats + MAX * N + token)
             logsum = tl.load(stats + LOGSUM * N + token)
@@ -246,14 +248,6 @@ class Softmaxes(NamedTuple):
     transform: Transform
     stats: Tensor  # [7, N]
     lean: bool  # only LOGP, LSE, MAX, LOGSUM and TOP1 are asked for
-
-
-class TokenLoss(NamedTuple):
-    """Cross-entropy's gradient, which follows from a row's own statistics."""
-
-    scale: Tensor  # [N] of any stride
-    label_smoothing: float
-    z_loss: float
 
 
 def flags(softmaxes: Softmaxes) -> dict[str, bool]:
