@@ -156,10 +156,10 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
     formula."""
     function = getattr(preference_triton, kernel)
     constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith("HAS_")}
-    constants["BLOCK_SIZE"] = preference_triton.BLOCK_SIZE
+    constants |= {"BLOCK_SIZE": preference_triton.LARGEST_BLOCK_SIZE, "REDUCTION": "mean"}
     if kernel == "pairs_kernel":
         constants["FORMULA"] = preference_triton.compiled(PAIR_LOSSES[variant].formula)
-    vectors = dict.fromkeys(("losses", "rewards", "metrics", "grads"), "*fp32")
+    vectors = dict.fromkeys(("loss", "rewards", "metrics", "grads"), "*fp32")
     vectors |= {"desirable": "*i1", "chosen_lengths": "*i64", "rejected_lengths": "*i64"}
     types = (
         dict.fromkeys(constants, "constexpr") | vectors | {"S": "i32"} | annotated(function)

@@ -131,8 +131,8 @@ def test_opcheck():
     a, b, c, d = logps(4, torch.float32)
     n = lengths()
     for inputs in (
-        (a, b, c, d, None, None, "sigmoid", [0.1, 0.2, 0.0, 0.0]),
-        (a, b, None, None, n["chosen_lengths"], n["rejected_lengths"], "odds_ratio", [0.1, 0.0, 0.0, 1.0]),
+        (a, b, c, d, None, None, "sigmoid", [0.1, 0.2, 0.0, 0.0, 0]),
+        (a, b, None, None, n["chosen_lengths"], n["rejected_lengths"], "odds_ratio", [0.1, 0.0, 0.0, 1.0, 1]),
         (
             a.detach().half(),
             b.detach(),
@@ -141,12 +141,14 @@ def test_opcheck():
             n["chosen_lengths"],
             None,
             "ipo",
-            [0.1, 0.0, 0.3, 1.0],
+            [0.1, 0.0, 0.3, 1.0, 2],
         ),
     ):
         torch.library.opcheck(ops.preference_pairs.default, inputs)
-    torch.library.opcheck(ops.preference_unpaired.default, (a, c, a > b, torch.tensor(0.5), [0.1, 1.0, 2.0]))
-    torch.library.opcheck(ops.preference_unpaired.default, (a, c, a > b, None, [0.1, 1.0, 2.0]))
+    torch.library.opcheck(
+        ops.preference_unpaired.default, (a, c, a > b, torch.tensor(0.5), [0.1, 1.0, 2.0, 0])
+    )
+    torch.library.opcheck(ops.preference_unpaired.default, (a, c, a > b, None, [0.1, 1.0, 2.0, 2]))
     torch.library.opcheck(ops.preference_scores.default, (a, b, c, 0.1))
     torch.library.opcheck(ops.preference_scores.default, (a, b, None, 0.0))
 

@@ -184,3 +184,26 @@ def test_triton_at_the_edges(through_triton, device):
         dpo_loss(*(x[:0] for x in inputs)).loss.isnan()
         and reward_loss(inputs[0][:0], inputs[1][:0]).loss.isnan()
     )
+
+
+@pytest.mark.parametrize("S", [1, 300, 1024, 1030])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_triton_reduces_the_losses_of_any_number_of_pairs(through_triton, device, S, reduction):
+    """One program's up to 1024, then torch's."""
+    inputs = logps(4, torch.float32, shape=(S,), device=device)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    labels = torch.arange(S, device=device) % 3 == 0
+    for loss, specification, arguments in (
+        (dpo_loss, dpo_loss_ref, {"reduction": reduction}),
+        (kto_loss, kto_loss_ref, {"reduction": reduction}),
+        (reward_loss, reward_loss_ref, {"center_coefficient": 0.1}),
+    ):
+        results = []
+        for function, (a, b, c, d) in ((loss, inputs), (specification, wide)):
+            given = {dpo_loss: (a, b, c, d), kto_loss: (a, c, labels, d.mean().abs()), reward_loss: (a, b)}[
+                loss
+            ]
+            out = function(*given, **arguments)
+            results.append([*out, *torch.autograd.grad(0.3 * out.loss, a)])
+        for found, expected in zip(*results):
+            torch.testing.assert_close(found, expected.float(), rtol=2e-5, atol=1e-6)

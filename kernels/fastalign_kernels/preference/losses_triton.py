@@ -2,25 +2,33 @@
 
 The formulas of pairs are the functions of formulas.py. `compiled` binds the names that they call to Triton's
 functions. Inputs are contiguous vectors of any float type, outputs are fp32. Latency is the cost, not
-bandwidth: 1000 pairs are 36 KB.
+bandwidth: 1000 pairs are 36 KB. So up to 1024 of them are one program's, which also reduces the losses. More
+are reduced by torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from types import FunctionType
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..triton_options import as_scalar
 from .formulas import PAIR_LOSSES
-from .ops import Outputs, PairInputs, PairOptions, UnpairedInputs, UnpairedOptions
+from .ops import (
+    Outputs,
+    PairInputs,
+    PairOptions,
+    ScoreInputs,
+    UnpairedInputs,
+    UnpairedOptions,
+    reduce_losses,
+)
 
 BLOCK_SIZE = 128
+LARGEST_BLOCK_SIZE = 1024
 NUM_WARPS = 4  # one lane a thread
 
 
@@ -79,6 +87,18 @@ def compiled(formula: FunctionType) -> triton.JITFunction:
 
 
 @triton.jit
+def _store_reduced(pointer, x, i, S, REDUCTION: tl.constexpr):
+    """A vector [S] with REDUCTION "none", else its mean or sum, where one program has all of it."""
+    if REDUCTION == "none":
+        tl.store(pointer + i, x, mask=i < S)
+    else:
+        total = tl.sum(tl.where(i < S, x, 0.0).to(tl.float64), 0)
+        if REDUCTION == "mean":
+            total /= S
+        tl.store(pointer, total.to(tl.float32))
+
+
+@triton.jit
 def pairs_kernel(
     policy_chosen,  # [S]
     policy_rejected,  # [S]
@@ -86,7 +106,7 @@ def pairs_kernel(
     reference_rejected,  # [S]; read if HAS_REFERENCE
     chosen_lengths,  # [S] integers; read if HAS_CHOSEN_LENGTHS
     rejected_lengths,  # [S] integers; read if HAS_REJECTED_LENGTHS: log-ratios are then means over tokens
-    losses,  # [S]
+    loss,  # [S] if REDUCTION == "none", else a scalar
     rewards,  # [2, S]
     grads,  # [2, S]
     S,
@@ -98,6 +118,7 @@ def pairs_kernel(
     HAS_REFERENCE: tl.constexpr,
     HAS_CHOSEN_LENGTHS: tl.constexpr,
     HAS_REJECTED_LENGTHS: tl.constexpr,
+    REDUCTION: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -130,7 +151,7 @@ def pairs_kernel(
         d_c /= n_c
         d_r /= n_r
     value = tl.where(nll_weight == 0.0, value, value - nll_weight * logp / n_c)  # 0 * -inf is NaN
-    tl.store(losses + i, value, mask=inside)
+    _store_reduced(loss, value, i, S, REDUCTION)
     tl.store(grads + i, d_c - nll_weight / n_c, mask=inside)
     tl.store(grads + S + i, d_r, mask=inside)
 
@@ -141,7 +162,7 @@ def unpaired_kernel(
     reference,  # [S]
     desirable,  # [S] bool
     kl,  # scalar; read if HAS_KL
-    losses,  # [S]
+    loss,  # [S] if REDUCTION == "none", else a scalar
     rewards,  # [S]
     grads,  # [S]
     S,
@@ -149,6 +170,7 @@ def unpaired_kernel(
     desirable_weight: tl.float64,
     undesirable_weight: tl.float64,
     HAS_KL: tl.constexpr,
+    REDUCTION: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -166,7 +188,7 @@ def unpaired_kernel(
     signed = tl.where(good, beta, -beta)
     weight = tl.where(good, desirable_weight, undesirable_weight)
     x = signed * ratio
-    tl.store(losses + i, weight * tl.sigmoid(-x), mask=inside)
+    _store_reduced(loss, weight * tl.sigmoid(-x), i, S, REDUCTION)
     tl.store(grads + i, -signed * weight * tl.sigmoid(x) * tl.sigmoid(-x), mask=inside)
 
 
@@ -175,12 +197,13 @@ def scores_kernel(
     chosen,  # [S]
     rejected,  # [S]
     margin,  # [S]; read if HAS_MARGIN
-    losses,  # [S]
-    metrics,  # [2, S]
+    loss,  # [S] if REDUCTION == "none", else a scalar
+    metrics,  # [2, S] if REDUCTION == "none", else [2]
     grads,  # [2, S]
     S,
     center_coefficient: tl.float64,
     HAS_MARGIN: tl.constexpr,
+    REDUCTION: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -189,36 +212,55 @@ def scores_kernel(
     c = tl.load(chosen + i, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(rejected + i, mask=inside, other=0.0).to(tl.float32)
     x = c - r
-    tl.store(metrics + i, tl.where(x != x, x, (c > r).to(tl.float32)), mask=inside)
-    tl.store(metrics + S + i, x, mask=inside)
+    next_metric = S if REDUCTION == "none" else 1
+    _store_reduced(metrics, tl.where(x != x, x, (c > r).to(tl.float32)), i, S, REDUCTION)
+    _store_reduced(metrics + next_metric, x, i, S, REDUCTION)
     if HAS_MARGIN:
         x -= tl.load(margin + i, mask=inside, other=0.0).to(tl.float32)
     total = c + r
-    tl.store(losses + i, _softplus(-x) + center_coefficient * total * total, mask=inside)
+    _store_reduced(loss, _softplus(-x) + center_coefficient * total * total, i, S, REDUCTION)
     tl.store(grads + i, 2.0 * center_coefficient * total - tl.sigmoid(-x), mask=inside)
     tl.store(grads + S + i, 2.0 * center_coefficient * total + tl.sigmoid(-x), mask=inside)
 
 
 def _launch(
-    kernel: triton.JITFunction, inputs: Sequence[Tensor | None], out: Outputs, *numbers, **flags
-) -> None:
-    S = out.losses.shape[0]
-    if S == 0:
-        return
-    dense = [None if x is None else x.contiguous() for x in inputs]
-    with torch.cuda.device_of(out.losses):  # Triton launches on the current device
-        kernel[(triton.cdiv(S, BLOCK_SIZE),)](
-            *dense, *out, S, *numbers, **flags, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
-        )
+    kernel: triton.JITFunction,
+    inputs: PairInputs | UnpairedInputs | ScoreInputs,
+    rows: int,
+    reduction: str,
+    *numbers: float,
+    **flags,
+) -> Outputs:
+    """The kernel's outputs; `rows` of grads. A reduction that more than one program would take part in is
+    left out."""
+    S = inputs[0].shape[0]
+    here = reduction if 0 < S <= LARGEST_BLOCK_SIZE else "none"
+    block = BLOCK_SIZE if here == "none" or S <= BLOCK_SIZE else LARGEST_BLOCK_SIZE
+    is_scores = isinstance(inputs, ScoreInputs)
+    loss_shape = (S,) if here == "none" else ()
+    metrics_shape = (rows,) if is_scores and here != "none" else (rows, S)
+    loss, metrics, grads = (
+        inputs[0].new_empty(shape, dtype=torch.float32) for shape in (loss_shape, metrics_shape, (rows, S))
+    )
+    if S:
+        dense = [None if x is None else x.contiguous() for x in inputs]
+        with torch.cuda.device_of(loss):  # Triton launches on the current device
+            kernel[(triton.cdiv(S, block),)](
+                *(*dense, loss, metrics, grads, S, *numbers),
+                **flags,
+                REDUCTION=here,
+                BLOCK_SIZE=block,
+                num_warps=NUM_WARPS,
+            )
+    if here == reduction:
+        return Outputs(loss, metrics, grads)
+    return Outputs(reduce_losses(loss, reduction), metrics.mean(1) if is_scores else metrics, grads)
 
 
-def pairs(inputs: PairInputs, loss_type: str, options: PairOptions, out: Outputs) -> None:
-    """Write losses [S], rewards [2, S] and grads [2, S]; see ops.run_pairs."""
-    _launch(
-        pairs_kernel,
-        inputs,
-        out,
-        *options,
+def pairs(inputs: PairInputs, loss_type: str, options: PairOptions, reduction: str) -> Outputs:
+    """See ops.run_pairs."""
+    return _launch(
+        *(pairs_kernel, inputs, 2, reduction, *options),
         FORMULA=compiled(PAIR_LOSSES[loss_type].formula),
         HAS_REFERENCE=inputs.reference_chosen is not None,
         HAS_CHOSEN_LENGTHS=inputs.chosen_lengths is not None,
@@ -226,13 +268,11 @@ def pairs(inputs: PairInputs, loss_type: str, options: PairOptions, out: Outputs
     )
 
 
-def unpaired(inputs: UnpairedInputs, options: UnpairedOptions, out: Outputs) -> None:
-    """Write losses [S], rewards [1, S] and grads [1, S]; see ops.run_unpaired."""
-    _launch(unpaired_kernel, inputs, out, *options, HAS_KL=inputs.kl is not None)
+def unpaired(inputs: UnpairedInputs, options: UnpairedOptions, reduction: str) -> Outputs:
+    """See ops.run_unpaired."""
+    return _launch(unpaired_kernel, inputs, 1, reduction, *options, HAS_KL=inputs.kl is not None)
 
 
-def scores(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coefficient: float, out: Outputs
-) -> None:
-    """Write losses [S], metrics [2, S] and grads [2, S]; see ops.scores_op."""
-    _launch(scores_kernel, [chosen, rejected, margin], out, center_coefficient, HAS_MARGIN=margin is not None)
+def scores(inputs: ScoreInputs, center_coefficient: float) -> Outputs:
+    """See ops.scores_op."""
+    return _launch(scores_kernel, inputs, 2, "mean", center_coefficient, HAS_MARGIN=inputs.margin is not None)

@@ -39,7 +39,7 @@ class PairLoss(NamedTuple):
             self.loss_type,
             PairOptions(self.beta, self.label_smoothing),
         )
-        return out.losses, out.grads.flatten() / S
+        return out.loss, out.grads.flatten() / S
 
 
 class UnpairedLoss(NamedTuple):
@@ -58,4 +58,4 @@ class UnpairedLoss(NamedTuple):
             UnpairedInputs(logps, self.reference_logps, self.desirable, self.kl),
             UnpairedOptions(self.beta, self.desirable_weight, self.undesirable_weight),
         )
-        return out.losses, out.grads.flatten() / len(logps)
+        return out.loss, out.grads.flatten() / len(logps)

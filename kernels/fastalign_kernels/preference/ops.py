@@ -1,8 +1,8 @@
 """The ops of the preference losses: pairs, unpaired completions, and scores of a reward model.
 
-One pass over S sequences or pairs gives the losses, two metrics, and the gradients of the inputs. The
-backward pass scales these gradients by the upstream gradient, so a second derivative is an error. Bytes: 4
-S e read, 5 S e written. At S = 10 to 1000 the launches are the cost, and one pass is one launch.
+One pass over S sequences or pairs gives the loss, the metrics, and the gradients of the inputs. The backward
+pass scales these gradients by the upstream gradient, so a second derivative is an error. Bytes: 4 S e read, 5
+S e written. At S = 10 to 1000 the launches are the cost, and one pass is one launch.
 
 A CPU, and fp64 on a GPU, run the functions of this file. A GPU runs losses_triton.py, whose functions have
 the same names and arguments.
@@ -10,15 +10,15 @@ the same names and arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, sigmoid, where
 
-from ..autograd import NamedGrads, register_op
-from ..dispatch import Kernels
+from ..autograd import register_row_loss
+from ..dispatch import Kernels, accumulator_of, widest
+from .arguments import REDUCTIONS
 from .formulas import PAIR_LOSSES, softplus
 
 
@@ -62,83 +62,92 @@ class UnpairedOptions(NamedTuple):
     undesirable_weight: float
 
 
-class Outputs(NamedTuple):
-    """What a kernel writes: losses [S], metrics and grads, fp32 (fp64 if an input is).
+class ScoreInputs(NamedTuple):
+    """A reward model's scores [S] of S pairs, and by how much they should differ."""
 
-    metrics: the rewards of pairs [2, S] or of completions [1, S]. For scores, [2, S]: whether the chosen
-        one is higher, and the margin.
-    grads: d loss / d input, one row of S for each differentiable input.
+    chosen: Tensor
+    rejected: Tensor
+    margin: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """What a kernel gives, fp32 (fp64 if an input is).
+
+    loss: a scalar, or [S] with reduction="none".
+    metrics: the rewards of pairs [2, S] or of completions [1, S]. For scores [2]: the share of pairs whose
+        chosen one is higher, and the mean margin.
+    grads: d sum of losses / d input, one row of S for each differentiable input.
     """
 
-    losses: Tensor
+    loss: Tensor
     metrics: Tensor
     grads: Tensor
 
-    @classmethod
-    def empty(cls, rows: int, *inputs: Tensor | None) -> Outputs:
-        given = [x for x in inputs if x is not None]
-        dtype = torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32
-        S = given[0].shape[0]
-        losses, metrics, grads = (
-            given[0].new_empty(shape, dtype=dtype) for shape in ((S,), (rows, S), (rows, S))
-        )
-        return cls(losses, metrics, grads)
+
+# The functions in PyTorch.
 
 
-# The functions in PyTorch. They write into `out`, whose dtype they compute in.
-
-
-def _pairs(inputs: PairInputs, loss_type: str, options: PairOptions, out: Outputs) -> None:
-    losses, rewards, grads = out
+def _pairs(inputs: PairInputs, loss_type: str, options: PairOptions, reduction: str) -> Outputs:
     beta, label_smoothing, offset, nll_weight = options
-    policy_chosen = c = inputs.policy_chosen.to(losses)
-    r = inputs.policy_rejected.to(losses)
+    dtype = accumulator_of(*inputs[:4])
+    policy_chosen = c = inputs.policy_chosen.to(dtype)
+    r = inputs.policy_rejected.to(dtype)
     if inputs.reference_chosen is not None and inputs.reference_rejected is not None:
-        c, r = c - inputs.reference_chosen.to(losses), r - inputs.reference_rejected.to(losses)
-        torch.mul(torch.stack([c, r]), beta, out=rewards)
-    n_c = 1 if inputs.chosen_lengths is None else inputs.chosen_lengths.clamp(min=1).to(losses)
-    n_r = 1 if inputs.rejected_lengths is None else inputs.rejected_lengths.clamp(min=1).to(losses)
+        c, r = c - inputs.reference_chosen.to(dtype), r - inputs.reference_rejected.to(dtype)
+        rewarded = torch.stack([c, r])  # sums over tokens, whatever the lengths
+    n_c = 1 if inputs.chosen_lengths is None else inputs.chosen_lengths.clamp(min=1).to(dtype)
+    n_r = 1 if inputs.rejected_lengths is None else inputs.rejected_lengths.clamp(min=1).to(dtype)
     if inputs.rejected_lengths is not None:
         c, r = c / n_c, r / n_r
     if inputs.reference_chosen is None:
-        torch.mul(torch.stack([c, r]), beta, out=rewards)
-    value, d_c, d_r = PAIR_LOSSES[loss_type].formula(
-        c - offset, r, losses.new_full((), beta), losses.new_full((), label_smoothing)
+        rewarded = torch.stack([c, r])
+    losses, d_c, d_r = PAIR_LOSSES[loss_type].formula(
+        c - offset if offset else c, r, c.new_full((), beta), c.new_full((), label_smoothing)
     )
     if inputs.rejected_lengths is not None:
         d_c, d_r = d_c / n_c, d_r / n_r
-    losses.copy_(value - nll_weight * policy_chosen / n_c if nll_weight else value)  # 0 * -inf is NaN
-    grads[0] = d_c - nll_weight / n_c
-    grads[1] = d_r
+    if nll_weight:  # 0 * -inf is NaN
+        losses, d_c = losses - nll_weight * policy_chosen / n_c, d_c - nll_weight / n_c
+    return Outputs(reduce_losses(losses, reduction), rewarded * beta, torch.stack([d_c, d_r]))
 
 
-def _unpaired(inputs: UnpairedInputs, options: UnpairedOptions, out: Outputs) -> None:
-    losses, rewards, grads = out
+def _unpaired(inputs: UnpairedInputs, options: UnpairedOptions, reduction: str) -> Outputs:
     policy, reference, desirable, kl = inputs
-    ratio = policy.to(losses) - reference.to(losses)
-    torch.mul(ratio, options.beta, out=rewards[0])
-    signed = options.beta * (2 * desirable.to(losses) - 1)
+    dtype = accumulator_of(policy, reference)
+    ratio = policy.to(dtype) - reference.to(dtype)
+    signed = options.beta * (2 * desirable.to(dtype) - 1)
     weight = where(
         desirable,
-        losses.new_full((), options.desirable_weight),
-        losses.new_full((), options.undesirable_weight),
+        ratio.new_full((), options.desirable_weight),
+        ratio.new_full((), options.undesirable_weight),
     )
-    x = signed * (ratio if kl is None else ratio - kl.to(losses))
-    losses.copy_(weight * sigmoid(-x))
-    grads[0] = -signed * weight * sigmoid(x) * sigmoid(-x)
+    x = signed * (ratio if kl is None else ratio - kl.to(dtype))
+    unlikely = sigmoid(-x)
+    grads = -signed * weight * sigmoid(x) * unlikely
+    return Outputs(reduce_losses(weight * unlikely, reduction), (ratio * options.beta)[None], grads[None])
 
 
-def _scores(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coefficient: float, out: Outputs
-) -> None:
-    losses, metrics, grads = out
-    c, r = chosen.to(losses), rejected.to(losses)
-    x = c - r if margin is None else c - r - margin.to(losses)
+def _scores(inputs: ScoreInputs, center_coefficient: float) -> Outputs:
+    dtype = accumulator_of(*inputs)
+    c, r = inputs.chosen.to(dtype), inputs.rejected.to(dtype)
+    difference = c - r
+    x = difference if inputs.margin is None else difference - inputs.margin.to(dtype)
     total = c + r
-    losses.copy_(softplus(-x) + center_coefficient * total * total)
-    metrics[0], metrics[1] = where((c - r).isnan(), c - r, c > r), c - r
-    grads[0] = 2 * center_coefficient * total - sigmoid(-x)
-    grads[1] = 2 * center_coefficient * total + sigmoid(-x)
+    losses = softplus(-x) + center_coefficient * total * total
+    right = where(difference.isnan(), difference, c > r)
+    unlikely, centering = sigmoid(-x), 2 * center_coefficient * total
+    return Outputs(
+        losses.mean(),
+        torch.stack([right, difference]).mean(1),
+        torch.stack([centering - unlikely, centering + unlikely]),
+    )
+
+
+def reduce_losses(losses: Tensor, reduction: str) -> Tensor:
+    """Losses [S] by `reduction`: their mean, their sum, or themselves."""
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
 
 
 KERNELS = Kernels(
@@ -152,21 +161,17 @@ KERNELS = Kernels(
 # The ops.
 
 
-def run_pairs(inputs: PairInputs, loss_type: str, options: PairOptions) -> Outputs:
+def run_pairs(inputs: PairInputs, loss_type: str, options: PairOptions, reduction: str = "none") -> Outputs:
     """The pair loss `loss_type` without autograd; metrics are beta * log-ratio."""
-    out = Outputs.empty(2, *inputs[:4])
-    KERNELS.select(out.losses).pairs(inputs, loss_type, options, out)
-    return out
+    return KERNELS.select(widest(*inputs[:4])).pairs(inputs, loss_type, options, reduction)
 
 
-def run_unpaired(inputs: UnpairedInputs, options: UnpairedOptions) -> Outputs:
+def run_unpaired(inputs: UnpairedInputs, options: UnpairedOptions, reduction: str = "none") -> Outputs:
     """weight * s(-x) with x = +-beta (policy - reference - kl), without autograd.
 
     Metrics are beta * log-ratio.
     """
-    out = Outputs.empty(1, *inputs[:2])
-    KERNELS.select(out.losses).unpaired(inputs, options, out)
-    return out
+    return KERNELS.select(widest(*inputs[:2])).unpaired(inputs, options, reduction)
 
 
 def _pairs_forward(
@@ -179,71 +184,74 @@ def _pairs_forward(
     loss_type: str,
     options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Outputs` of a pair loss; options as in PairOptions."""
+    """`Outputs` of a pair loss; options as in PairOptions, then the reduction's index in REDUCTIONS."""
     inputs = PairInputs(
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_lengths, rejected_lengths
     )
-    return run_pairs(inputs, loss_type, PairOptions(*options))
+    return run_pairs(inputs, loss_type, PairOptions(*options[:-1]), _reduction(options))
 
 
 def _unpaired_forward(
     policy: Tensor, reference: Tensor, desirable: Tensor, kl: Tensor | None, options: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`Outputs` of KTO's loss; options as in UnpairedOptions."""
-    return run_unpaired(UnpairedInputs(policy, reference, desirable, kl), UnpairedOptions(*options))
+    """`Outputs` of KTO's loss; options as in UnpairedOptions, then the reduction's index in REDUCTIONS."""
+    inputs = UnpairedInputs(policy, reference, desirable, kl)
+    return run_unpaired(inputs, UnpairedOptions(*options[:-1]), _reduction(options))
 
 
 def _scores_forward(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coefficient: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Outputs` of the Bradley-Terry loss."""
-    out = Outputs.empty(2, chosen, rejected, margin)
-    KERNELS.select(out.losses).scores(chosen, rejected, margin, center_coefficient, out)
-    return out
+    inputs = ScoreInputs(chosen, rejected, margin)
+    return KERNELS.select(widest(*inputs)).scores(inputs, center_coefficient)
 
 
-def _register(
-    name: str,
-    forward: Callable[..., tuple[Tensor, ...]],
-    floats: int,
-    *,
-    differentiable: Sequence[str],
-    losses: str,
-) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The op of a forward pass.
-
-    Its first `floats` inputs set the dtype. The first of these are differentiable.
-    """
-    rows = len(differentiable)
-
-    def fake(*inputs) -> tuple[Tensor, ...]:
-        return Outputs.empty(rows, *inputs[:floats])
-
-    def save(ctx, inputs, output) -> None:
-        _, metrics, grads = output
-        ctx.mark_non_differentiable(metrics, grads)
-        ctx.set_materialize_grads(False)  # else autograd writes zeros as the gradients of metrics and grads
-        ctx.save_for_backward(grads, *inputs[:rows])
-
-    def backward(ctx, saved: Sequence[Tensor], upstream: Tensor | None, *_: None) -> NamedGrads:
-        if upstream is None:
-            return {}
-        grads, *inputs = saved
-        return {name: row.to(x.dtype) for name, row, x in zip(differentiable, upstream * grads, inputs)}
-
-    return register_op(name, forward, fake, save=save, backward=backward, losses=losses)
+def _reduction(options: list[float]) -> str:
+    return REDUCTIONS[int(options[-1])]
 
 
-pairs_op = _register(
+def _empty(like: Tensor, *shapes: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _fake_pairs(policy_chosen, policy_rejected, reference_chosen, reference_rejected, *rest):
+    dtype = accumulator_of(policy_chosen, policy_rejected, reference_chosen, reference_rejected)
+    (S,) = policy_chosen.shape
+    loss = (S,) if _reduction(rest[-1]) == "none" else ()
+    return _empty(policy_chosen, loss, (2, S), (2, S), dtype=dtype)
+
+
+def _fake_unpaired(policy, reference, desirable, kl, options):
+    (S,) = policy.shape
+    loss = (S,) if _reduction(options) == "none" else ()
+    return _empty(policy, loss, (1, S), (1, S), dtype=accumulator_of(policy, reference))
+
+
+def _fake_scores(chosen, rejected, margin, center_coefficient):
+    dtype = accumulator_of(chosen, rejected, margin)
+    return _empty(chosen, (), (2,), (2, *chosen.shape), dtype=dtype)
+
+
+def _mean_over(*inputs) -> int:
+    """What the loss of a pair op or of KTO's was divided by."""
+    return inputs[0].shape[0] if _reduction(inputs[-1]) == "mean" else 1
+
+
+pairs_op = register_row_loss(
     "preference_pairs",
     _pairs_forward,
-    4,
-    differentiable=("policy_chosen", "policy_rejected"),
+    _fake_pairs,
+    divisor=_mean_over,
     losses="dpo_loss, simpo_loss, orpo_loss or cpo_loss",
 )
-unpaired_op = _register(
-    "preference_unpaired", _unpaired_forward, 2, differentiable=("policy",), losses="kto_loss"
+unpaired_op = register_row_loss(
+    "preference_unpaired", _unpaired_forward, _fake_unpaired, divisor=_mean_over, losses="kto_loss"
 )
-scores_op = _register(
-    "preference_scores", _scores_forward, 3, differentiable=("chosen", "rejected"), losses="reward_loss"
+scores_op = register_row_loss(
+    "preference_scores",
+    _scores_forward,
+    _fake_scores,
+    divisor=lambda *inputs: inputs[0].shape[0],
+    losses="reward_loss",
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formulas import DPO_LOSS_TYPES
-from .losses import reduce_losses
+from .ops import reduce_losses
 from .results import PreferenceLoss, RewardLoss, UnpairedLoss
 
 
@@ -100,7 +100,7 @@ def dpo_loss_ref(
     if loss_type not in DPO_LOSS_TYPES:
         raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(DPO_LOSS_TYPES)}")
     loss = PAIR_REFERENCES[loss_type](chosen, rejected, beta, label_smoothing)
-    return PreferenceLoss(reduce_losses(loss, reduction, loss.shape), *rewards)
+    return PreferenceLoss(reduce_losses(loss, reduction), *rewards)
 
 
 def simpo_loss_ref(
@@ -123,7 +123,7 @@ def simpo_loss_ref(
     )
     loss = _smoothed(beta * (chosen - rejected) - gamma, label_smoothing) - alpha * chosen
     return PreferenceLoss(
-        reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach()
+        reduce_losses(loss, reduction), (beta * chosen).detach(), (beta * rejected).detach()
     )
 
 
@@ -152,7 +152,7 @@ def orpo_loss_ref(
     )
     loss = -beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected)) - alpha * chosen
     return PreferenceLoss(
-        reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach()
+        reduce_losses(loss, reduction), (beta * chosen).detach(), (beta * rejected).detach()
     )
 
 
@@ -172,7 +172,7 @@ def cpo_loss_ref(
         chosen, chosen_lengths
     )
     return PreferenceLoss(
-        reduce_losses(loss, reduction, loss.shape), (beta * chosen).detach(), (beta * rejected).detach()
+        reduce_losses(loss, reduction), (beta * chosen).detach(), (beta * rejected).detach()
     )
 
 
@@ -195,7 +195,7 @@ def kto_loss_ref(
     good = desirable_weight * (1 - torch.sigmoid(beta * (ratio - z)))
     bad = undesirable_weight * (1 - torch.sigmoid(beta * (z - ratio)))
     loss = torch.where(desirable, good, bad)
-    return UnpairedLoss(reduce_losses(loss, reduction, loss.shape), (beta * ratio).detach())
+    return UnpairedLoss(reduce_losses(loss, reduction), (beta * ratio).detach())
 
 
 def reward_loss_ref(
