@@ -6,7 +6,8 @@ sharding stay with the model. Options are checked in the constructor, tensors in
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
@@ -21,9 +22,26 @@ from fastalign_kernels import (
     linear_kto_loss,
     linear_ppo_loss,
 )
-from fastalign_kernels.linear.inputs import check_tail_smoothing, head_options
+from fastalign_kernels.keywords import pick, refuse_unknown
+from fastalign_kernels.linear.inputs import (
+    HEAD_DEFAULTS,
+    HEAD_SETTINGS,
+    HeadSettings,
+    check_tail_smoothing,
+    head_keywords,
+    head_options,
+)
+from fastalign_kernels.linear.policy_inputs import (
+    LINEAR_POLICY_SETTINGS,
+    POLICY_DEFAULTS,
+    POLICY_NUMBERS,
+    POLICY_TENSORS,
+    LinearPolicySettings,
+    policy_keywords,
+)
+from fastalign_kernels.linear.sequences import SEQUENCE_TENSORS, SequenceTensors, sequence_keywords
 from fastalign_kernels.logits import loss_options, make_transform
-from fastalign_kernels.policy.arguments import AGGREGATIONS, policy_options
+from fastalign_kernels.policy.arguments import AGGREGATIONS, PolicySettings, PolicyTensors, policy_options
 from fastalign_kernels.preference.arguments import pair_options, unpaired_options
 
 
@@ -39,6 +57,13 @@ class _Loss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _with_defaults(
+    given: Mapping[str, Any], names: type = HeadSettings, defaults: Mapping[str, Any] = HEAD_DEFAULTS
+) -> dict[str, Any]:
+    """The items of a TypedDict, those that were not given by default."""
+    return {name: given.get(name, defaults[name]) for name in names.__annotations__}
 
 
 class CrossEntropyLoss(_Loss):
@@ -94,39 +119,19 @@ class LinearCrossEntropyLoss(_Loss):
     The constructor takes that function's options; errors are raised as there.
     """
 
+    @head_keywords
     def __init__(
         self,
         *,
-        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        temperature: float = 1.0,
         reduction: str = "mean",
-        tail_eps: float | None = None,
-        workspace_mib: float | None = None,
+        **head: Unpack[HeadSettings],
     ) -> None:
         loss_options(reduction, label_smoothing, z_loss)
-        checks.ignore_index(ignore_index)
-        head_options(
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            tail_eps=tail_eps,
-            workspace_mib=workspace_mib,
-        )
-        check_tail_smoothing(tail_eps, label_smoothing, softcap)
+        check_tail_smoothing(head_options(LinearCrossEntropyLoss, head, HEAD_SETTINGS), label_smoothing)
         super().__init__(
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            reduction=reduction,
-            tail_eps=tail_eps,
-            workspace_mib=workspace_mib,
+            label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction, **_with_defaults(head)
         )
 
     def forward(
@@ -153,65 +158,32 @@ class LinearDPOLoss(_Loss):
     The constructor takes that function's options; errors are raised as there.
     """
 
+    @head_keywords
     def __init__(
         self,
         *,
         beta: float = 0.1,
         loss_type: str = "sigmoid",
         label_smoothing: float = 0.0,
-        ignore_index: int | None = -100,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        temperature: float = 1.0,
-        tail_eps: float | None = None,
-        workspace_mib: float | None = None,
+        **head: Unpack[HeadSettings],
     ) -> None:
         pair_options(loss_type, beta, label_smoothing)
-        checks.ignore_index(ignore_index)
-        head_options(
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            tail_eps=tail_eps,
-            workspace_mib=workspace_mib,
-        )
+        head_options(LinearDPOLoss, head, HEAD_SETTINGS)
         super().__init__(
-            beta=beta,
-            loss_type=loss_type,
-            label_smoothing=label_smoothing,
-            ignore_index=ignore_index,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            tail_eps=tail_eps,
-            workspace_mib=workspace_mib,
+            beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, **_with_defaults(head)
         )
 
+    @sequence_keywords
     def forward(
         self,
         hidden: Tensor,
         weight: Tensor,
         ids: Tensor,
         bias: Tensor | None = None,
-        *,
-        reference_hidden: Tensor | None = None,
-        reference_weight: Tensor | None = None,
-        reference_bias: Tensor | None = None,
-        reference_logps: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        **tensors: Unpack[SequenceTensors],
     ) -> LinearPreferenceLoss:
-        return linear_dpo_loss(
-            hidden,
-            weight,
-            ids,
-            bias,
-            reference_hidden=reference_hidden,
-            reference_weight=reference_weight,
-            reference_bias=reference_bias,
-            reference_logps=reference_logps,
-            cu_seqlens=cu_seqlens,
-            **self.options,
-        )
+        refuse_unknown(LinearDPOLoss.forward, tensors, SEQUENCE_TENSORS)
+        return linear_dpo_loss(hidden, weight, ids, bias, **tensors, **self.options)
 
 
 class LinearKTOLoss(_Loss):
@@ -223,6 +195,7 @@ class LinearKTOLoss(_Loss):
     The constructor takes that function's options; errors are raised as there.
     """
 
+    @head_keywords
     def __init__(
         self,
         *,
@@ -230,35 +203,19 @@ class LinearKTOLoss(_Loss):
         loss_type: str = "kto",
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
-        ignore_index: int | None = -100,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        temperature: float = 1.0,
-        tail_eps: float | None = None,
-        workspace_mib: float | None = None,
+        **head: Unpack[HeadSettings],
     ) -> None:
         unpaired_options(loss_type, beta, desirable_weight, undesirable_weight)
-        checks.ignore_index(ignore_index)
-        head_options(
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            tail_eps=tail_eps,
-            workspace_mib=workspace_mib,
-        )
+        head_options(LinearKTOLoss, head, HEAD_SETTINGS)
         super().__init__(
             beta=beta,
             loss_type=loss_type,
             desirable_weight=desirable_weight,
             undesirable_weight=undesirable_weight,
-            ignore_index=ignore_index,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            tail_eps=tail_eps,
-            workspace_mib=workspace_mib,
+            **_with_defaults(head),
         )
 
+    @sequence_keywords
     def forward(
         self,
         hidden: Tensor,
@@ -267,27 +224,10 @@ class LinearKTOLoss(_Loss):
         desirable: Tensor,
         kl: Tensor | None,
         bias: Tensor | None = None,
-        *,
-        reference_hidden: Tensor | None = None,
-        reference_weight: Tensor | None = None,
-        reference_bias: Tensor | None = None,
-        reference_logps: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        **tensors: Unpack[SequenceTensors],
     ) -> LinearUnpairedLoss:
-        return linear_kto_loss(
-            hidden,
-            weight,
-            ids,
-            desirable,
-            kl,
-            bias,
-            reference_hidden=reference_hidden,
-            reference_weight=reference_weight,
-            reference_bias=reference_bias,
-            reference_logps=reference_logps,
-            cu_seqlens=cu_seqlens,
-            **self.options,
-        )
+        refuse_unknown(LinearKTOLoss.forward, tensors, SEQUENCE_TENSORS)
+        return linear_kto_loss(hidden, weight, ids, desirable, kl, bias, **tensors, **self.options)
 
 
 class LinearPPOLoss(_Loss):
@@ -299,49 +239,15 @@ class LinearPPOLoss(_Loss):
     The constructor takes that function's options; errors are raised as there.
     """
 
-    def __init__(
-        self,
-        *,
-        clip: float | None = 0.2,
-        clip_high: float | None = None,
-        dual_clip: float | None = None,
-        entropy_coefficient: float = 0.0,
-        kl_coefficient: float = 0.0,
-        kl_estimator: str = "k3",
-        aggregation: str = "token_mean",
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        temperature: float = 1.0,
-        ignore_index: int | None = -100,
-        tail_eps: float | None = None,
-        workspace_mib: float | None = None,
-    ) -> None:
-        policy_options(clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator)
-        checks.choice("aggregation", aggregation, AGGREGATIONS)
-        checks.ignore_index(ignore_index)
-        head_options(
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            tail_eps=tail_eps,
-            workspace_mib=workspace_mib,
-        )
-        super().__init__(
-            clip=clip,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            entropy_coefficient=entropy_coefficient,
-            kl_coefficient=kl_coefficient,
-            kl_estimator=kl_estimator,
-            aggregation=aggregation,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            tail_eps=tail_eps,
-            workspace_mib=workspace_mib,
-        )
+    @policy_keywords
+    def __init__(self, **options: Unpack[LinearPolicySettings]) -> None:
+        head_options(LinearPPOLoss, options, LINEAR_POLICY_SETTINGS)
+        policy = _with_defaults(options, PolicySettings, POLICY_DEFAULTS)
+        policy_options(**pick(policy, POLICY_NUMBERS))
+        checks.choice("aggregation", policy["aggregation"], AGGREGATIONS)
+        super().__init__(**policy, **_with_defaults(options))
 
+    @policy_keywords
     def forward(
         self,
         hidden: Tensor,
@@ -351,21 +257,8 @@ class LinearPPOLoss(_Loss):
         advantages: Tensor,
         mask: Tensor,
         bias: Tensor | None = None,
-        *,
-        reference_logp: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
+        **tensors: Unpack[PolicyTensors],
     ) -> PolicyLoss:
-        return linear_ppo_loss(
-            hidden,
-            weight,
-            ids,
-            old_logp,
-            advantages,
-            mask,
-            bias,
-            reference_logp=reference_logp,
-            normalizer=normalizer,
-            cu_seqlens=cu_seqlens,
-            **self.options,
-        )
+        refuse_unknown(LinearPPOLoss.forward, tensors, POLICY_TENSORS)
+        given = (hidden, weight, ids, old_logp, advantages, mask, bias)
+        return linear_ppo_loss(*given, **tensors, **self.options)

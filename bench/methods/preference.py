@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fastalign
-from fastalign_kernels.linear.preference import linear_dpo_loss, linear_kto_loss
+from fastalign_kernels import linear_dpo_loss, linear_kto_loss
 
 from ..core.operation import (
     COMPILED,

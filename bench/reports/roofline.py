@@ -130,7 +130,7 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
 
 
 def _sequences_head(dtype: str, shape: Shape, kind: str, units: int) -> Work:
-    """The work of a head whose loss takes whole sequences; linear/preference.py explains its GEMMs."""
+    """The work of a head whose loss takes whole sequences; linear/sequences.py explains its GEMMs."""
     if kind != "cpu":
         return _head(dtype, shape, kind, True, True, "logp")
     mib = default_workspace_mib("cpu", weight_grad=False)

@@ -1,16 +1,13 @@
 """Kernels of fastalign: torch, triton and the native library of csrc/ only. `fastalign` hands these names
 on."""
 
-from .linear.cross_entropy import CrossEntropyStats, linear_cross_entropy, linear_cross_entropy_stats
+from .linear.cross_entropy import linear_cross_entropy
+from .linear.cross_entropy_stats import CrossEntropyStats, linear_cross_entropy_stats
+from .linear.dpo import LinearPreferenceLoss, linear_dpo_loss
+from .linear.kto import LinearUnpairedLoss, linear_kto_loss
 from .linear.logprobs import linear_logprobs
 from .linear.plan import HeadPlan, plan_head
-from .linear.policy import linear_ppo_loss
-from .linear.preference import (
-    LinearPreferenceLoss,
-    LinearUnpairedLoss,
-    linear_dpo_loss,
-    linear_kto_loss,
-)
+from .linear.ppo import linear_ppo_loss
 from .linear.tail_columns import kept_share
 from .linear.tail_report import TailReport, tail_report
 from .linear.token_stats import linear_token_stats

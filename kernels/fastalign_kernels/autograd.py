@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .softmax.rows import traced
-from .torch_func import transforming
+from .torch_func import traced, transforming
 
 InputGrads = tuple[Tensor | None, ...]
 NamedGrads = Mapping[str, Tensor | None]  # from the names of an op's inputs to their gradients

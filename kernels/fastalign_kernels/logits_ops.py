@@ -24,8 +24,8 @@ from .softmax.rows import (
     row_grad,
     row_loss,
     row_stats,
-    traced,
 )
+from .torch_func import traced
 
 
 def token_loss(table: Tensor, label_smoothing: float, z_loss: float) -> Tensor:

@@ -1,5 +1,5 @@
-"""What torch.func's transforms and forward-mode AD get from the public functions: an error where a derivative
-would be silently wrong.
+"""What torch.func's transforms, forward-mode AD and compilers get from the public functions: an error where a
+derivative would be silently wrong.
 
 `torch.func.vmap` is served: torch calls the ops once for each slice.
 """
@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether a compiler is tracing: what is traced may not write to tensors that the forward graph saved for
+    the backward graph."""
+    return torch.compiler.is_compiling() or type(tensor) is not Tensor
 
 
 def transforming() -> bool:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 import fastalign_kernels as k
-from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
-from fastalign_kernels.linear.token_stats import linear_token_stats_ref
+from fastalign_kernels.linear.reference import linear_cross_entropy_ref, linear_token_stats_ref
 from fastalign_kernels.logits import cross_entropy_ref, token_stats_ref
 from fastalign_kernels.policy.reference import ppo_loss_ref
 from fastalign_kernels.preference.formulas import PAIR_LOSSES

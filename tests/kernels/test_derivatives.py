@@ -29,7 +29,7 @@ from fastalign_kernels import (
     token_stats,
     value_loss,
 )
-from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
+from fastalign_kernels.linear.reference import linear_cross_entropy_ref
 from fastalign_kernels.logits import cross_entropy_ref
 from fastalign_kernels.policy.reference import ppo_loss_ref, value_loss_ref
 from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref, reward_loss_ref

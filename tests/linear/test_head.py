@@ -12,9 +12,8 @@ from fastalign_kernels import (
     native,
 )
 from fastalign_kernels.linear import chunks
-from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_ref
 from fastalign_kernels.linear.plan import token_chunk
-from fastalign_kernels.linear.token_stats import linear_token_stats_ref
+from fastalign_kernels.linear.reference import linear_cross_entropy_ref, linear_token_stats_ref
 from tests.linear.inputs import grads_of, make
 
 OPTIONS = {

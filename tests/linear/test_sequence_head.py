@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fastalign.measure import peak_memories
+from fastalign_kernels import linear_dpo_loss, linear_kto_loss
 from fastalign_kernels.linear import chunks
-from fastalign_kernels.linear import preference as sequence_head
 from fastalign_kernels.linear.inputs import HeadOptions
-from fastalign_kernels.linear.preference import linear_dpo_loss, linear_kto_loss
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref
 
@@ -203,7 +202,7 @@ def test_pairs_without_a_scored_token(scored: list[int]) -> None:
 TARGET = f"""
 import torch
 
-from fastalign_kernels.linear.preference import linear_dpo_loss
+from fastalign_kernels import linear_dpo_loss
 
 def pair(tokens, workspace_mib):
     hidden = torch.ones(2, tokens, {H}, requires_grad=True)
@@ -358,6 +357,6 @@ def test_no_rows_at_all_is_the_mean_of_nothing() -> None:
     given = inputs(torch.float32, 0)
     found = linear_dpo_loss(**given)
     assert found.loss.isnan() and found.chosen_logps.shape == (0,)
-    assert sequence_head.linear_kto_loss(
+    assert linear_kto_loss(
         **given, desirable=torch.zeros(0, dtype=torch.bool), kl=torch.zeros(())
     ).loss.isnan()

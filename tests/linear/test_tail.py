@@ -21,7 +21,7 @@ from fastalign_kernels import (
     tail_report,
 )
 from fastalign_kernels.linear import tail_columns as tail
-from fastalign_kernels.linear.cross_entropy import linear_cross_entropy_stats
+from fastalign_kernels.linear.cross_entropy_stats import linear_cross_entropy_stats
 from fastalign_kernels.softmax.columns import column_grad
 from tests.linear.tail_inputs import EPS, LEAVES, H, N, V, gradients, make
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..keywords import flat_signature, pick, refuse_unknown
 from ..logits import kept_ids, make_transform
 from ..softmax.rows import Transform
 from ..torch_func import requires_grad
@@ -15,15 +17,63 @@ from .gpu_plan import GpuCall
 from .plan import select_mode
 
 
-class HeadOptions(NamedTuple):
-    """The numbers of a head call, checked by `head_options`."""
+class SoftmaxArguments(TypedDict, total=False):
+    """What a head's log-probabilities depend on. The references take these alone."""
 
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    ignore_index: int | None
+
+
+class HeadSettings(SoftmaxArguments, total=False):
+    """The options of a head. A module of fastalign.nn takes them in its constructor."""
+
+    tail_eps: float | None
+    workspace_mib: float | None
+
+
+class HeadArguments(HeadSettings, total=False):
+    """The keywords of all head functions. A new one is a line here, one in `HeadOptions`, and its check.
+
+    dtypes: hidden is fp32, bf16 or fp16, on a CPU also fp64. Under autocast it is cast to the autocast dtype.
+        weight and bias are of hidden's dtype, or fp32 master weights beside bf16 or fp16 hidden states.
+        Master weights are cast for the GEMMs, and their gradient is fp32, never rounded. ids (targets) are
+        int64 or int32, in [0, V) or ignore_index.
+    temperature, softcap, logit_scale: with z = hidden @ weight.T + bias, the softmax is that of z *
+        logit_scale, then softcap * tanh(z / softcap), then z / temperature. softcap None: no such step.
+    ignore_index: the id of tokens that are skipped. They enter no GEMM. None is -100, as in torch's
+        linear_cross_entropy.
+    tail_eps: None for exact gradients. Otherwise a block of tokens (256 on a CPU) takes only the columns of
+        the softmax where some token's probability exceeds tail_eps into its backward GEMMs. A rank-1 matrix
+        with the same row and column sums stands for the rest (tail_columns.py). The loss and the statistics
+        stay exact. On a trained model gradients are off by 0.1 to 0.2 % at 2**-14 and by 0.4 to 0.6 % at
+        2**-12 (`tail_report` measures it). 3 GEMMs become 1 + 2 f, f the share of columns kept. Where
+        f > 0.6, as in an untrained model, a block runs exact.
+    workspace_mib: MiB for logits and what is made of them beside the gradients. Default on a GPU: a
+        sixteenth of its memory, at most 2560; less makes the call slower (docs/head.md). On a CPU 96, or 72
+        beside a gradient of the weight. On a CPU whose products are torch's, low-precision weights are
+        widened once besides (4 V H bytes).
+    check: on CUDA, also check the range of ids, which waits for the device. FASTALIGN_CHECK=1 does so
+        everywhere.
+    """
+
+    check: bool
+
+
+class HeadOptions(NamedTuple):
+    """The options of a head call with their defaults; checked by `head_options`."""
+
+    # the numbers, in the order of an op's list
     logit_scale: float = 1.0
-    softcap: float = 0.0  # 0: none
+    softcap: float = 0.0  # 0: none, which is None as an argument
     temperature: float = 1.0
     workspace_mib: float | None = None  # None: the planner's default
     tail_eps: float | None = None  # None: exact gradients
-    lean: bool = False  # MEAN_LOGP and ENTROPY are not used: an engine may leave them 0
+    lean: bool = False  # MEAN_LOGP and ENTROPY are not used: an engine may leave them 0; no argument
+    # what `head_inputs` alone reads
+    ignore_index: int = -100
+    check: bool = False
 
     @property
     def transform(self) -> Transform:
@@ -39,6 +89,14 @@ class HeadOptions(NamedTuple):
         """From `numbers`."""
         logit_scale, softcap, temperature, workspace_mib, tail_eps, lean = numbers
         return cls(logit_scale, softcap, temperature, workspace_mib or None, tail_eps or None, lean > 0)
+
+
+HEAD = ("hidden", "weight", "bias")  # what of a head gets a gradient
+SOFTMAX_ARGUMENTS = SoftmaxArguments.__optional_keys__
+HEAD_SETTINGS = HeadSettings.__optional_keys__
+HEAD_ARGUMENTS = HeadArguments.__optional_keys__
+HEAD_DEFAULTS = {**HeadOptions._field_defaults, "softcap": None}
+head_keywords = flat_signature(HEAD_DEFAULTS, HeadArguments.__doc__)
 
 
 class HeadInputs(NamedTuple):
@@ -113,22 +171,29 @@ class NeedsGrad(NamedTuple):
 
 
 def head_options(
-    *,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
-    tail_eps: float | None,
-    workspace_mib: float | None,
+    function: Callable[..., Any], given: Mapping[str, Any], known: frozenset[str] = HEAD_ARGUMENTS
 ) -> HeadOptions:
-    """Check the numbers that all head functions take.
+    """Check the options among the keywords of a head function.
 
+    Args:
+        function: its name is told in errors.
+        given: its keywords, those of `HeadArguments` and others.
+        known: the names that it takes.
     Raises:
-        ValueError: a number of the wrong kind or range.
+        TypeError: a name that the function does not take.
+        ValueError: an option of the wrong kind or range.
     """
+    refuse_unknown(function, given, known)
+    options = HeadOptions(**pick(given, HEAD_ARGUMENTS))
+    transform = make_transform(options.logit_scale, given.get("softcap"), options.temperature)
+    workspace_mib, tail_eps = options.workspace_mib, options.tail_eps
+    checks.flags(check=options.check)
     return HeadOptions(
-        *make_transform(logit_scale, softcap, temperature),
-        workspace_mib=None if workspace_mib is None else checks.above_zero("workspace_mib", workspace_mib),
-        tail_eps=None if tail_eps is None else checks.tail_eps(tail_eps),
+        *transform,
+        None if workspace_mib is None else checks.above_zero("workspace_mib", workspace_mib),
+        None if tail_eps is None else checks.tail_eps(tail_eps),
+        ignore_index=checks.ignore_index(options.ignore_index),
+        check=options.check,
     )
 
 
@@ -139,8 +204,6 @@ def head_inputs(
     bias: Tensor | None,
     options: HeadOptions,
     *,
-    ignore_index: int | None,
-    check: bool,
     ids_name: str = "ids",
     mask: Tensor | None = None,
 ) -> HeadInputs:
@@ -149,15 +212,13 @@ def head_inputs(
     Args:
         hidden: [..., H]. Under autocast it is cast to the autocast dtype.
         weight, bias: [V, H], [V].
-        ids: [...] in [0, V), or ignore_index.
+        ids: [...] in [0, V), or options.ignore_index.
         ids_name: the public function's name for ids.
         mask: [...] bool. Ids outside it may be anything and are ignored.
-        check: on CUDA, also check the range of ids, which waits for the device.
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
-    ignore_index = checks.ignore_index(ignore_index)
-    checks.flags(check=check)
+    ignore_index = options.ignore_index
     checks.tensors(**{"hidden": hidden, "weight": weight, ids_name: ids})
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H]")
@@ -178,7 +239,7 @@ def head_inputs(
     checks.dtype(ids_name, ids, checks.INTEGERS)
     checks.shape(ids_name, ids, tuple(hidden.shape[:-1]), "hidden's leading shape")
     checks.device(ids_name, ids, "hidden", hidden)
-    checks.ids(ids_name, ids if mask is None else torch.where(mask, ids, 0), V, ignore_index, check)
+    checks.ids(ids_name, ids if mask is None else torch.where(mask, ids, 0), V, ignore_index, options.check)
     if bias is not None:
         checks.tensor("bias", bias)
         checks.shape("bias", bias, (V,), "[V]")
@@ -191,9 +252,10 @@ def head_inputs(
     return HeadInputs(hidden.reshape(-1, H), weight, kept, bias, options)
 
 
-def check_tail_smoothing(tail_eps: float | None, label_smoothing: float, softcap: float | None) -> None:
-    if tail_eps is not None and label_smoothing and softcap:
+def check_tail_smoothing(options: HeadOptions, label_smoothing: float) -> None:
+    """Refuse what the tail cannot serve."""
+    if options.tail_eps is not None and label_smoothing and options.softcap:
         raise ValueError(
-            f"tail_eps: got {tail_eps} with label_smoothing and softcap, expected None: under a softcap the "
-            "smoothed part has no rank of 1"
+            f"tail_eps: got {options.tail_eps} with label_smoothing and softcap, expected None: under a "
+            "softcap the smoothed part has no rank of 1"
         )

@@ -8,6 +8,7 @@ while the logits exist: 2 GEMMs of 2 N H V flops in all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from ..autograd import NamedGrads, register_op
 from ..softmax.rows import Stat, accumulator_dtype
 from . import engines
 from .engine import empty_stats
-from .inputs import HeadInputs, NeedsGrad, head_inputs, head_options
+from .head_stats import head_stats
+from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
 from .token_losses import TokenCrossEntropy
-from .token_stats import head_stats
 
 _HIDDEN_ALONE = NeedsGrad(hidden=True)
 
@@ -81,35 +82,28 @@ def logprobs(inputs: HeadInputs) -> Tensor:
     return stats[Stat.LOGP]
 
 
+@head_keywords
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
     ids: Tensor,
     bias: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int | None = -100,
-    tail_eps: float | None = None,
-    workspace_mib: float | None = None,
-    check: bool = False,
+    **head: Unpack[HeadArguments],
 ) -> Tensor:
     """Log-probability of each id under softmax(hidden @ weight.T + bias), without the logits in memory.
 
     Supports any upstream gradient. Costs 1 GEMM without gradients, 2 with a frozen weight (LoRA runs), 4 when
-    training. On a GPU it costs 3 for tokens whose softmax fits in the workspace. Arguments and errors are
-    those of `linear_cross_entropy`.
+    training. On a GPU it costs 3 for tokens whose softmax fits in the workspace.
+
+    Args:
+        hidden, weight, ids, bias: [..., H], [V, H], [...], [V], as in `linear_cross_entropy`.
+        **head: `HeadArguments` documents these keywords.
 
     Returns:
         [...] in nats, fp32 (fp64 for fp64 inputs). Ignored positions are 0 and get no gradient.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range.
     """
-    options = head_options(
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        tail_eps=tail_eps,
-        workspace_mib=workspace_mib,
-    )
-    inputs = head_inputs(hidden, weight, ids, bias, options, ignore_index=ignore_index, check=check)
+    inputs = head_inputs(hidden, weight, ids, bias, head_options(linear_logprobs, head))
     return logprobs(inputs).view(ids.shape)

@@ -17,19 +17,54 @@ logits than the workspace, however long a sequence is.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from .. import checks
+from ..keywords import flat_signature, pick
 from ..sequences import check_cu_seqlens, sum_by_sequence
-from ..softmax.rows import Stat, coefficients
-from . import engines
-from .engine import Sequences
-from .inputs import HeadInputs, HeadOptions, NeedsGrad, head_inputs
+from ..softmax.rows import Stat, accumulator_dtype, coefficients
+from .engine import SequenceCoefficients, Sequences, empty_gradients
+from .inputs import (
+    HEAD_DEFAULTS,
+    HeadArguments,
+    HeadInputs,
+    HeadOptions,
+    NeedsGrad,
+    head_inputs,
+    head_options,
+)
 from .logprobs import logprobs
 from .plan import default_workspace_mib
+
+
+class SequenceTensors(TypedDict, total=False):
+    """The tensors of a loss of sequences beside those of every head function.
+
+    reference_hidden, reference_weight, reference_bias: the reference model's hidden states, laid out as
+        hidden, and its head; or
+    reference_logps: [rows], its log-probabilities in nats, where they are known.
+    cu_seqlens: [rows + 1], where the rows of packed hidden states [N, H] and ids [N] begin and end. None:
+        hidden is [rows, T, H] and ids [rows, T].
+    """
+
+    reference_hidden: Tensor | None
+    reference_weight: Tensor | None
+    reference_bias: Tensor | None
+    reference_logps: Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class SequenceArguments(SequenceTensors, HeadArguments, total=False):
+    """The keywords of all losses of sequences on the head."""
+
+
+SEQUENCE_ARGUMENTS = SequenceArguments.__optional_keys__
+SEQUENCE_TENSORS = SequenceTensors.__optional_keys__
+sequence_keywords = flat_signature(HEAD_DEFAULTS, SequenceTensors.__doc__, HeadArguments.__doc__)
 
 
 class SequenceLoss(Protocol):
@@ -77,27 +112,97 @@ class Rows(NamedTuple):
         """Log-probabilities [R], differentiable."""
         return self.sums(logprobs(inputs))
 
+    def sequences(self) -> Sequences:
+        """As an engine takes them."""
+        groups = self.number // self.group
+        return Sequences(
+            self.cu_seqlens, [tuple(range(first, self.number, groups)) for first in range(groups)]
+        )
 
-class Reference(NamedTuple):
-    """The reference model: its hidden states and head, or its log-probabilities."""
+    def coefficients(self, loss: SequenceLoss, inputs: HeadInputs) -> SequenceCoefficients:
+        """The gradient kernel's coefficients for a loss of the rows' log-probabilities."""
+        counts = self.cu_seqlens.diff()
+        numbers = torch.arange(self.number, device=counts.device)
+        row_of = torch.repeat_interleave(numbers, counts, output_size=inputs.ids.shape[0])
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    logps: Tensor | None
+        def of_tokens(stats: Tensor, tokens: Tensor | slice) -> Tensor:
+            # Rows whose statistics are still to come are sums of nothing here. Their gradient is not read.
+            grads = loss.losses_and_grads(self.sums(stats[Stat.LOGP]))[1]
+            grad = torch.zeros_like(stats[:, tokens])
+            grad[Stat.LOGP] = grads[row_of[tokens]]
+            return coefficients(grad, stats[:, tokens], inputs.vocab_size)
+
+        return of_tokens
+
+    def loss_and_logps(self, loss: SequenceLoss, stats: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss, and the log-probabilities [R], of a table [7, N]."""
+        logps = self.sums(stats[Stat.LOGP])
+        return loss.losses_and_grads(logps)[0].mean(), logps
 
 
-def reference_logps(
-    reference: Reference, rows: Rows, ids: Tensor, options: HeadOptions, *, ignore_index: int | None
-) -> Tensor:
-    """Log-probabilities [R] under the reference, without gradient.
+class SequenceCall(NamedTuple):
+    """A loss's inputs, checked."""
+
+    inputs: HeadInputs
+    rows: Rows
+    reference: Tensor  # [R], log-probabilities under the reference, without gradient
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether forward computes the gradients: the head is trained.
+
+        Not in fp16, whose small gradients need the loss scale that arrives with the upstream gradient.
+        """
+        return self.inputs.needs_grad().head and self.inputs.hidden.dtype != torch.float16
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The first arguments of a loss's op."""
+        dtype = accumulator_dtype(self.inputs.hidden.dtype)
+        return *self.inputs.tensors, self.rows.cu_seqlens, self.reference.to(dtype)
+
+    def numbers(self) -> list[float]:
+        """The head's options for the op.
+
+        On a CPU the workspace is by default 96 MiB also beside dW: rows of 512 tokens of V = 49152 fit whole.
+        """
+        options = self.inputs.options
+        if options.workspace_mib is None and self.inputs.hidden.device.type == "cpu":
+            options = options._replace(workspace_mib=default_workspace_mib("cpu", weight_grad=False))
+        return options.numbers()
+
+    def logps(self) -> Tensor:
+        """Log-probabilities [R], differentiable."""
+        return self.rows.logps(self.inputs)
+
+
+def sequence_call(
+    function: Callable[..., object],
+    head: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    given: SequenceArguments,
+    *,
+    group: int,
+) -> SequenceCall:
+    """Check the tensors of a head (hidden, weight, ids, bias) and the keywords of `function`.
 
     Raises:
-        ValueError: both or neither of its hidden states and its log-probabilities are given, or one of the
-            wrong shape, dtype or device.
+        TypeError: a keyword that the function does not take.
+        ValueError: an argument of the wrong shape, dtype, device or range; both or neither of the reference's
+            hidden states and log-probabilities.
     """
-    checks.optional_tensors(**{f"reference_{name}": x for name, x in reference._asdict().items()})
-    hidden, weight, bias, logps = reference
+    options = head_options(function, given, SEQUENCE_ARGUMENTS)
+    tensors = pick(given, SEQUENCE_TENSORS)
+    ids = head[2]
+    rows = Rows.of(ids, tensors.pop("cu_seqlens", None), group=group, check=options.check)
+    inputs = head_inputs(*head, options)
+    return SequenceCall(inputs, rows, _reference_logps(tensors, rows, ids, options))
+
+
+def _reference_logps(
+    reference: Mapping[str, Tensor | None], rows: Rows, ids: Tensor, options: HeadOptions
+) -> Tensor:
+    checks.optional_tensors(**reference)
+    hidden, logps = reference.get("reference_hidden"), reference.get("reference_logps")
     if hidden is not None and logps is not None:
         raise ValueError("reference_hidden, reference_logps: got both, expected one of them")
     if logps is not None:
@@ -107,48 +212,17 @@ def reference_logps(
         return logps.detach()
     if hidden is None:
         raise ValueError("reference_hidden, reference_logps: got neither, expected one of them")
+    weight = reference.get("reference_weight")
     if weight is None:
         raise ValueError("reference_weight: got None with reference_hidden, expected [V, H]")
     with torch.no_grad():
-        # The ids' range was checked for the policy.
-        inputs = head_inputs(hidden, weight, ids, bias, options, ignore_index=ignore_index, check=False)
-        return rows.logps(inputs)
+        options = options._replace(check=False)  # the ids' range was checked for the policy
+        return rows.logps(head_inputs(hidden, weight, ids, reference.get("reference_bias"), options))
 
 
-def runs_in_forward(inputs: HeadInputs) -> bool:
-    """Whether forward computes the gradients: the head is trained.
-
-    Not in fp16, whose small gradients need the loss scale that arrives with the upstream gradient.
-    """
-    return inputs.needs_grad().head and inputs.hidden.dtype != torch.float16
-
-
-def with_row_workspace(inputs: HeadInputs) -> HeadInputs:
-    """On a CPU 96 MiB by default also beside dW: rows of 512 tokens of V = 49152 fit whole."""
-    if inputs.options.workspace_mib is not None or inputs.hidden.device.type != "cpu":
-        return inputs
-    mib = default_workspace_mib("cpu", weight_grad=False)
-    return inputs._replace(options=inputs.options._replace(workspace_mib=mib))
-
-
-def loss_and_gradients(
-    inputs: HeadInputs, rows: Rows, loss: SequenceLoss, needs: NeedsGrad
+def empty_outputs(
+    inputs: HeadInputs, reference: Tensor, needs: NeedsGrad
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss, log-probabilities [R], and the gradients of hidden, weight and bias."""
-    inputs = inputs.lean()
-    counts = rows.cu_seqlens.diff()
-    numbers = torch.arange(rows.number, device=counts.device)
-    row_of = torch.repeat_interleave(numbers, counts, output_size=inputs.ids.shape[0])
-
-    def of_tokens(stats: Tensor, tokens: Tensor | slice) -> Tensor:
-        # Rows whose statistics are still to come are sums of nothing here. Their gradient is not read.
-        grads = loss.losses_and_grads(rows.sums(stats[Stat.LOGP]))[1]
-        grad = torch.zeros_like(stats[:, tokens])
-        grad[Stat.LOGP] = grads[row_of[tokens]]
-        return coefficients(grad, stats[:, tokens], inputs.vocab_size)
-
-    groups = rows.number // rows.group
-    members = [tuple(range(first, rows.number, groups)) for first in range(groups)]
-    stats, grads = engines.of_sequences(inputs, of_tokens, Sequences(rows.cu_seqlens, members), needs)
-    logps = rows.sums(stats[Stat.LOGP])
-    return loss.losses_and_grads(logps)[0].mean(), logps, *grads
+    """The outputs of a loss's op, uninitialised: loss, log-probabilities [R], gradients."""
+    loss = inputs.hidden.new_empty((), dtype=accumulator_dtype(inputs.hidden.dtype))
+    return loss, loss.new_empty(reference.shape[0]), *empty_gradients(inputs, needs)

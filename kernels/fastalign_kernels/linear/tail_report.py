@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -11,7 +11,15 @@ from .. import checks
 from ..ordered_sum import ordered_sum
 from .chunks import ChunkRunner, Operands, new_stats, planned_chunks, run_chunks
 from .cross_entropy import linear_cross_entropy
-from .inputs import HeadInputs, NeedsGrad, head_inputs, head_options
+from .inputs import (
+    SOFTMAX_ARGUMENTS,
+    HeadInputs,
+    NeedsGrad,
+    SoftmaxArguments,
+    head_inputs,
+    head_keywords,
+    head_options,
+)
 from .tail_columns import COUNTER, chunks_with_columns
 
 
@@ -27,6 +35,7 @@ class TailReport(NamedTuple):
     weight_error: float
 
 
+@head_keywords
 def tail_report(
     hidden: Tensor,
     weight: Tensor,
@@ -35,18 +44,15 @@ def tail_report(
     *,
     tail_eps: float,
     sample: int = 2048,
-    ignore_index: int | None = -100,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
     workspace_mib: float | None = None,
+    **head: Unpack[SoftmaxArguments],
 ) -> TailReport:
     """The errors of the tail's gradients against the exact ones, on the first `sample` kept tokens.
 
     Costs about 6 GEMMs and two gradients of the weight, and waits for the device.
 
     Args:
-        hidden, weight, targets, bias: [..., H], [V, H], [...], [V]; these and the options as in
+        hidden, weight, targets, bias: [..., H], [V, H], [...], [V]; these and the keywords as in
             `linear_cross_entropy`.
         sample: tokens that are not ignored, at most.
     Raises:
@@ -56,7 +62,7 @@ def tail_report(
     if tail_eps is None:
         raise ValueError("tail_eps: got None, expected a probability in (0, 1)")
     checks.whole("sample", sample, 1, expected="a whole number >= 1")
-    if checks.number("logit_scale", logit_scale) == 0:
+    if checks.number("logit_scale", head.get("logit_scale", 1.0)) == 0:
         raise ValueError(
             "logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is "
             "relative to them"
@@ -64,23 +70,10 @@ def tail_report(
     checks.tensor("hidden", hidden)
     if not checks.readable(hidden, check=True):
         raise ValueError(f"hidden: got a tensor without values, on {hidden.device}, expected one with values")
-    options = head_options(
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        tail_eps=tail_eps,
-        workspace_mib=workspace_mib,
-    )
-    inputs = head_inputs(
-        hidden,
-        weight,
-        targets,
-        bias,
-        options,
-        ignore_index=ignore_index,
-        check=True,
-        ids_name="targets",
-    )
+    given = {**head, "tail_eps": tail_eps, "workspace_mib": workspace_mib}
+    options = head_options(tail_report, given, SOFTMAX_ARGUMENTS | {"tail_eps", "workspace_mib"})
+    options = options._replace(check=True)
+    inputs = head_inputs(hidden, weight, targets, bias, options, ids_name="targets")
     tokens = (inputs.ids >= 0).nonzero()[:sample, 0]
     if not tokens.numel():
         raise ValueError("targets: got none that is not ignored, expected at least one")
@@ -93,14 +86,7 @@ def tail_report(
     )
 
     def gradients(tail: float | None) -> tuple[Tensor, ...]:
-        loss = linear_cross_entropy(
-            *sampled.tensors,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
-            tail_eps=tail,
-            workspace_mib=workspace_mib,
-        )
+        loss = linear_cross_entropy(*sampled.tensors, tail_eps=tail, workspace_mib=workspace_mib, **head)
         return torch.autograd.grad(loss, (sampled.hidden, sampled.weight))
 
     with COUNTER.restored():
@@ -110,7 +96,7 @@ def tail_report(
         assert share is not None
         errors = [relative_error(a, e) for a, e in zip(gradients(tail_eps), gradients(None))]
     # The sums are of p dz/dx: a softcap's slope is counted in.
-    return TailReport(share, mass / tokens.numel() * temperature / logit_scale, *errors)
+    return TailReport(share, mass / tokens.numel() * options.temperature / options.logit_scale, *errors)
 
 
 @torch.no_grad()

@@ -1,12 +1,43 @@
-"""Cross-entropy as a function of a token's statistics, in a form that a kernel can compute itself."""
+"""Cross-entropy: its options, and its gradient as a function of a token's statistics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..softmax.rows import TokenLoss, loss_coefficients
+from ..logits import check_loss_tensors, loss_options, loss_scale, reduced
+from ..logits_ops import token_loss
+from ..softmax.rows import TokenLoss, accumulator_dtype, loss_coefficients
+from .inputs import HeadInputs, HeadOptions, check_tail_smoothing
+
+
+class LossOptions(NamedTuple):
+    """The keywords of `linear_cross_entropy` beside the head's."""
+
+    label_smoothing: float
+    z_loss: float
+    reduction: str
+    token_weights: Tensor | None
+    num_items: float | Tensor | None
+
+    def checked(self, targets: Tensor, options: HeadOptions) -> LossOptions:
+        """The same with numbers as floats; ValueError for one of the wrong kind or range."""
+        label_smoothing, z_loss = loss_options(self.reduction, self.label_smoothing, self.z_loss)
+        check_tail_smoothing(options, label_smoothing)
+        check_loss_tensors(targets, self.reduction, self.token_weights, self.num_items)
+        return LossOptions(label_smoothing, z_loss, *self[2:])
+
+    def scale(self, inputs: HeadInputs) -> Tensor:
+        """What each token's loss is multiplied by, [N] of the accumulator's dtype."""
+        dtype = accumulator_dtype(inputs.hidden.dtype)
+        return loss_scale(inputs.ids >= 0, self.reduction, self.token_weights, self.num_items, dtype)
+
+    def reduced(self, stats: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+        """The loss of a table [7, N]: a scalar, or of this shape with reduction="none"."""
+        return reduced(token_loss(stats, self.label_smoothing, self.z_loss), scale, self.reduction, shape)
 
 
 @dataclass(frozen=True)

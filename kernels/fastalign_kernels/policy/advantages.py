@@ -26,8 +26,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Kernels, accumulator_of
-from ..softmax.rows import traced
-from ..torch_func import transforming
+from ..torch_func import traced, transforming
 from .arguments import as_bool, check_tokens
 
 

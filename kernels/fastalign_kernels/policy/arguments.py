@@ -4,7 +4,7 @@ kernels take."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -18,6 +18,40 @@ from .ops import KL_ESTIMATORS, PolicyOptions
 AGGREGATIONS = ("token_mean", "sequence_mean", "sum")
 ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
 MASKS = (torch.bool, torch.uint8, *checks.INTEGERS, *checks.FLOATS)
+
+
+class PolicyNumbers(TypedDict, total=False):
+    """What `policy_options` checks."""
+
+    clip: float | None
+    clip_high: float | None
+    dual_clip: float | None
+    entropy_coefficient: float
+    kl_coefficient: float
+    kl_estimator: str
+
+
+class PolicySettings(PolicyNumbers, total=False):
+    """The options of `ppo_loss`. A module of fastalign.nn takes them in its constructor."""
+
+    aggregation: str
+
+
+class PolicyTensors(TypedDict, total=False):
+    """The tensors of `ppo_loss` that may be left out, but for the entropy, which a head computes."""
+
+    reference_logp: Tensor | None
+    normalizer: float | Tensor | None
+    cu_seqlens: Tensor | None
+
+
+class PolicyArguments(PolicySettings, PolicyTensors, total=False):
+    """The keywords of `ppo_loss` on a head.
+
+    clip, clip_high, dual_clip, entropy_coefficient, kl_coefficient, kl_estimator, aggregation,
+        reference_logp, normalizer, cu_seqlens: as in `ppo_loss`. The entropy is the head's, over the whole
+        vocabulary.
+    """
 
 
 class TokenScale(NamedTuple):

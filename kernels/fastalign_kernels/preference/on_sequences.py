@@ -1,7 +1,7 @@
 """Preference losses as functions of the log-probabilities of sequences alone: what a head needs of a loss.
 
 Each object is built from a loss's tensors and options. Its method `losses_and_grads` takes the rows'
-log-probabilities and returns the losses and the gradients of their mean.
+log-probabilities and returns the losses and the gradients of their mean. `mean_loss` is differentiable.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .losses import dpo_loss
 from .ops import PairInputs, PairOptions, UnpairedInputs, UnpairedOptions, run_pairs, run_unpaired
 
 
@@ -40,6 +41,21 @@ class PairLoss(NamedTuple):
             PairOptions(self.beta, self.label_smoothing),
         )
         return out.loss, out.grads.flatten() / S
+
+    def mean_loss(self, logps: Tensor) -> Tensor:
+        """The mean loss."""
+        S, reference, lengths = len(logps) // 2, self.reference_logps, self.lengths
+        return dpo_loss(
+            logps[:S],
+            logps[S:],
+            reference[:S],
+            reference[S:],
+            beta=self.beta,
+            loss_type=self.loss_type,
+            label_smoothing=self.label_smoothing,
+            chosen_lengths=None if lengths is None else lengths[:S],
+            rejected_lengths=None if lengths is None else lengths[S:],
+        ).loss
 
 
 class UnpairedLoss(NamedTuple):

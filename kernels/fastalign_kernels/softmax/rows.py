@@ -160,12 +160,6 @@ def row_loss(inputs: RowInputs, loss: TokenLoss, out: Tensor) -> Tensor:
     return stats
 
 
-def traced(tensor: Tensor) -> bool:
-    """Whether a compiler is tracing: what is traced may not write to tensors that the forward graph saved for
-    the backward graph."""
-    return torch.compiler.is_compiling() or type(tensor) is not Tensor
-
-
 def transform_ref(logits: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
     """z [..., V] of raw logits, in fp32 (fp64 for fp64)."""
     z = logits.to(accumulator_dtype(logits.dtype))

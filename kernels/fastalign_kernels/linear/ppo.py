@@ -1,0 +1,104 @@
+"""PPO's policy loss from hidden states, without the logits in memory.
+
+    hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  the loss of policy/losses.py
+
+What a token's logp and entropy contribute to the loss is known as soon as they are. Its gradient is therefore
+computed while its logits exist: 3 GEMMs of 2 N H V flops with a trained weight, 2 with a frozen one, 1
+without gradients, where `linear_token_stats` and `ppo_loss` take 4, 3 and 1. Saved for backward: dX and
+dW. Tokens outside the mask enter no GEMM.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor
+
+from ..autograd import register_loss_op
+from ..logits import stats_of
+from ..policy.losses import PolicyLoss, policy_metrics, ppo_loss
+from ..policy.on_tokens import TokenPolicy
+from ..policy.ops import PolicyOptions, PolicySum
+from . import engines
+from .engine import empty_gradients
+from .head_stats import head_stats
+from .inputs import HEAD, HeadInputs, NeedsGrad
+from .policy_inputs import LinearPolicyArguments, TokenTensors, policy_call, policy_keywords
+
+
+def _policy(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    scale: Tensor,
+    reference_logp: Tensor | None,
+    options: list[float],
+    policy_numbers: list[float],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, `PolicySum`s over the tokens [8], and gradients. ids are -1 outside the mask."""
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    policy = PolicyOptions.of(policy_numbers)
+    of_tokens = TokenPolicy(old_logp, advantages, ids >= 0, scale, reference_logp, policy, inputs.vocab_size)
+    stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
+    # Once more over all tokens, so that the loss does not depend on the chunks.
+    whole = of_tokens.loss(stats, slice(None))
+    return whole.loss, whole.means, *grads
+
+
+def _fake_policy(
+    hidden, weight, ids, bias, old_logp, advantages, scale, reference_logp, options, policy_numbers, needs
+):
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    return scale.new_empty(()), scale.new_empty(len(PolicySum)), *empty_gradients(inputs, NeedsGrad(*needs))
+
+
+_head_policy = register_loss_op(
+    "head_policy", _policy, _fake_policy, differentiable=HEAD, losses="linear_ppo_loss"
+)
+
+
+@policy_keywords
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    bias: Tensor | None = None,
+    **arguments: Unpack[LinearPolicyArguments],
+) -> PolicyLoss:
+    """`ppo_loss` from hidden states, with exact gradients and without the logits in memory.
+
+    Args:
+        hidden: [B, T, H], or packed [N, H]. hidden[t] predicts ids[t]: shift before.
+        weight, bias: [V, H], [V].
+        ids: [B, T] or [N], in [0, V) or ignore_index where the mask is set, anything elsewhere. An ignored
+            token counts as outside the mask. Tokens outside enter no GEMM, and none of their values is used.
+        old_logp, advantages, mask: as in `ppo_loss`, beside ids; old_logp under the same temperature, softcap
+            and logit_scale. None: every ratio is 1.
+        **arguments: `LinearPolicyArguments` documents these keywords.
+
+    Returns:
+        As `ppo_loss`; entropy is always there. fp32; fp64 for fp64 hidden states. fp16's small gradients need
+        the loss scale that arrives with the upstream gradient, so fp16 goes through `linear_token_stats`,
+        with one GEMM more.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range, or is no option's name.
+    """
+    tokens = TokenTensors(old_logp, advantages, mask, arguments.get("reference_logp"))
+    call = policy_call(linear_ppo_loss, (hidden, weight, ids, bias), tokens, arguments)
+    inputs, tokens, keywords, policy = call
+    if inputs.mode("scalar") == "general":
+        logp, entropy, *_ = stats_of(head_stats(inputs), ids.shape, entropy=True)
+        return ppo_loss(logp, old_logp, tokens.advantages, tokens.mask, entropy=entropy, **keywords)
+    old_logp, advantages, reference_logp = tokens.flat()
+    of_tokens = (old_logp, advantages, call.scale(), reference_logp)
+    options, needs = inputs.options.numbers(), list(inputs.needs_grad())
+    loss, means, *_ = _head_policy(*inputs.tensors, *of_tokens, options, list(policy), needs)
+    return policy_metrics(loss, means, True, reference_logp is not None)
