@@ -13,16 +13,13 @@ from fastalign_kernels.linear import epilogue, epilogue_rows_triton, epilogue_tr
 from .aot_row import Row, signature, triton_row
 
 EPILOGUE_POINTERS = {
-    "ids": "*i64",
-    "order": "*i32",
-    "count": "*i32",
-    "gathered_ids": "*i64",
-    **dict.fromkeys(("state", "tiles", "stats", "coefficients", "row_scale", "source"), "*fp32"),
+    **dict.fromkeys(("order", "count", "gathered_ids"), "*i32"),
+    **dict.fromkeys(("state", "stats", "coefficients", "row_scale", "source"), "*fp32"),
     **dict.fromkeys(("hidden", "weight", "bias", "gathered", "kept", "out"), "*bf16"),
 }
 EPILOGUE_CONSTANTS: dict[str, dict[str, object]] = {
-    "compact_kernel": {"BLOCK": 4096},
-    "gather_kernel": {"HAS_BIAS": True, "ONE_REFERENCE": True, "NEW": True, "BM": 32, "SAMPLE": 64, "BK": 64},
+    "gather_kernel": {"HAS_BIAS": True, "REFERENCE": True, "PUSH": True, "NEW": True}
+    | {"BM": 32, "SAMPLE": 64, "BK": 64, "BLOCK": 2048},
     "merge_kernel": {"ENTROPY": True, "MEAN": True, "ROWS": 32, "TILES": 32},
     "dlogits_kernel": {
         "CROSS_ENTROPY": False,
@@ -37,16 +34,22 @@ EPILOGUE_CONSTANTS: dict[str, dict[str, object]] = {
 
 
 def compile_forward(sm: int, variant: str) -> Row:
-    """epilogue_triton's forward kernel with all statistics; `variant`: small or large H, or a softcap."""
-    tiles = epilogue.tiles_for(sm, 8192 if variant == "large" else 1024)
+    """epilogue_triton's forward kernel: lean, with all statistics or with nothing kept, for small or large H.
+
+    variant: "lean", "full" or "not kept", then "small" or "large"; a softcap with "softcap" in place of that.
+    """
+    statistics, _, size = variant.rpartition(" ")
+    choice = epilogue.tiles_for(sm, 8192 if size == "large" else 1024)
+    tiles = {"lean": choice.lean, "full": choice.full, "not kept": choice.not_kept}[statistics]
     function = epilogue_triton.forward_kernel
     constants: dict[str, object] = {
         "HAS_BIAS": False,
-        "HAS_SOFTCAP": variant == "softcap",
-        "ENTROPY": True,
-        "MEAN": True,
+        "HAS_SOFTCAP": size == "softcap",
+        "ENTROPY": statistics != "lean",
+        "MEAN": statistics != "lean",
+        "KEEP": statistics != "not kept",
     }
-    constants |= {"KEEP": True, "KEPT_SCALE": 1.0, "PROGRAMS": 132, "bias": None, "FLATTEN": tiles.flatten}
+    constants |= {"KEPT_SCALE": 1.0, "PROGRAMS": 132, "bias": None, "FLATTEN": tiles.flatten}
     constants |= {"BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": tiles.group, "PARTS": tiles.parts}
     constants |= {"BRANCH": tiles.branch}
     pointers = EPILOGUE_POINTERS | {
@@ -54,6 +57,7 @@ def compile_forward(sm: int, variant: str) -> Row:
         "weight": f"tensordesc<bf16[{tiles.bn}, {tiles.bk}]>",
         "kept": f"tensordesc<bf16[{tiles.bm}, {tiles.bn // tiles.parts}]>",
     }
+    pointers["ids"] = "*i32"
     source = _epilogue_source(function, constants, pointers)
     return triton_row(source, tiles.warps, "forward_kernel", sm, "bf16", variant, num_stages=tiles.stages)
 
@@ -64,14 +68,16 @@ def compile_around_forward(kernel: str, sm: int) -> Row:
     constants = EPILOGUE_CONSTANTS[kernel] | (
         {"HAS_SOFTCAP": False} if "HAS_SOFTCAP" in function.arg_names else {}
     )
-    source = _epilogue_source(function, constants, EPILOGUE_POINTERS)
+    pointers = EPILOGUE_POINTERS | {"ids": "*i64" if kernel == "gather_kernel" else "*i32"}
+    source = _epilogue_source(function, constants, pointers)
     return triton_row(source, 8 if kernel == "dlogits_kernel" else 4, kernel, sm, "bf16", "epilogue")
 
 
 def _epilogue_source(
     function: triton.JITFunction, constants: Mapping[str, object], pointers: dict[str, str]
 ) -> ASTSource:
-    types = pointers | {"first": "i32", "rows": "i32", "H": "i32", "col_tiles": "i32", "sample": "i32"}
+    numbers = ("first", "rows", "N", "H", "col_tiles", "sample", "keep_places")
+    types = pointers | dict.fromkeys(numbers, "i32")
     aligned = [name for name in function.arg_names if types.get(name, "").startswith("*")]
     attributes = {
         (i,): [["tt.divisibility", 16]]
@@ -83,6 +89,7 @@ def _epilogue_source(
 
 def epilogue_jobs() -> list[Callable[[], Row]]:
     """Compilations for the architectures that the engine has tiles for."""
-    variants = [(90, "small"), (90, "large"), (90, "softcap"), (100, "small")]
+    kinds = ("lean small", "lean large", "full small", "full large", "not kept small", "full softcap")
+    variants = [(90, kind) for kind in kinds] + [(100, "full small")]
     jobs: list[Callable[[], Row]] = [partial(compile_forward, *variant) for variant in variants]
     return jobs + [partial(compile_around_forward, kernel, 90) for kernel in EPILOGUE_CONSTANTS]

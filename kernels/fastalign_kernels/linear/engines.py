@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 from .. import native
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
 from .epilogue import EpilogueStatistics, architecture, serves
-from .gpu_plan import gpu_workspace_mib, select_engine
+from .gpu_plan import gpu_saved_mib, gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
 from .token_tiles import TOKEN_TILES
 
@@ -19,13 +22,15 @@ OVERWRITING = ("kept_softmax", "epilogue")
 
 
 class Selection(NamedTuple):
-    """The engine of a call, and the workspace that it has if the call does not say."""
+    """The engine of a call, and the memory that it has if the call does not say."""
 
     name: str
     workspace_mib: float
+    saved_mib: float = 0.0  # for what is kept between the passes, if all of it fits
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _card_bytes(index: int | None) -> int:
     """The memory of a CUDA device."""
     return torch.cuda.get_device_properties(index).total_memory
@@ -36,20 +41,21 @@ def select(inputs: HeadInputs, needs: NeedsGrad) -> Selection:
     if not inputs.hidden.is_cuda or native.triton_missing:
         return Selection("token_tiles", 0.0)
     index = inputs.hidden.device.index
-    workspace_mib = gpu_workspace_mib(_card_bytes(index))
+    card_bytes = _card_bytes(index)
+    workspace_mib = gpu_workspace_mib(card_bytes)
     name = select_engine(inputs.gpu_call(needs, workspace_mib))
     if name == "kept_softmax" and serves(inputs, architecture(index)):
         name = "epilogue"  # an H200 was 5 to 14 % faster with it (2026-11-27)
-    return Selection(name, workspace_mib)
+    return Selection(name, workspace_mib, gpu_saved_mib(card_bytes))
 
 
 def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
     """The engine of a call."""
-    name, workspace_mib = select(inputs, needs)
+    name, workspace_mib, saved_mib = select(inputs, needs)
     if name == "token_tiles":
         return TOKEN_TILES
     if name == "epilogue":
-        return EpilogueStatistics(workspace_mib)
+        return EpilogueStatistics(workspace_mib, saved_mib=saved_mib)
     # here, because triton is absent on macOS and Windows
     from .kept_softmax import KeptSoftmax
     from .vocab_slices import VocabSlices
@@ -62,14 +68,22 @@ def overwrites_saved(inputs: HeadInputs, needs: NeedsGrad) -> bool:
     return select(inputs, needs).name in OVERWRITING
 
 
-def _no_autocast(inputs: HeadInputs) -> torch.autocast:
-    """Engines choose dtypes themselves; autocast would cast the factors of some GEMMs again."""
-    return torch.autocast(inputs.hidden.device.type, enabled=False)
+@contextmanager
+def _of_engine(inputs: HeadInputs) -> Iterator[None]:
+    """Without autocast, which would cast the factors of some GEMMs again, and on the tensors' GPU, since
+    Triton launches on the current one. Entered only where needed: a context costs the host microseconds."""
+    device = inputs.hidden.device
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            stack.enter_context(torch.cuda.device(device))
+        yield
 
 
 def statistics(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
     """`Engine.statistics`."""
-    with _no_autocast(inputs):
+    with _of_engine(inputs):
         return engine_for(inputs, needs).statistics(inputs, needs)
 
 
@@ -77,7 +91,7 @@ def gradients(
     inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
 ) -> Gradients:
     """`Engine.gradients`."""
-    with _no_autocast(inputs):
+    with _of_engine(inputs):
         return engine_for(inputs, needs).gradients(inputs, stats, saved, coefficients, needs)
 
 
@@ -87,7 +101,7 @@ def statistics_and_gradients(
     """`Engine.statistics_and_gradients`; without a gradient to compute, the statistics alone."""
     if not any(needs):
         return statistics(inputs, needs)[0], empty_gradients(inputs, needs)
-    with _no_autocast(inputs):
+    with _of_engine(inputs):
         return engine_for(inputs, needs).statistics_and_gradients(inputs, token_coefficients, needs)
 
 
@@ -95,5 +109,5 @@ def of_sequences(
     inputs: HeadInputs, coefficients: SequenceCoefficients, sequences: Sequences, needs: NeedsGrad
 ) -> tuple[Tensor, Gradients]:
     """`Engine.of_sequences`."""
-    with _no_autocast(inputs):
+    with _of_engine(inputs):
         return engine_for(inputs, needs).of_sequences(inputs, coefficients, sequences, needs)

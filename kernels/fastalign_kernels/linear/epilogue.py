@@ -27,13 +27,14 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .engine import Engine, Gradients, TokenCoefficients, empty_stats
-from .epilogue_call import BlockGradients, EpilogueCall, Tiles
-from .gpu_plan import GRANULE, MOST_MIB
+from .epilogue_call import BlockGradients, CallTiles, EpilogueCall, Tiles, state_size
+from .gpu_plan import GRANULE, MOST_MIB, MOST_SAVED_MIB
 from .inputs import HeadInputs, NeedsGrad
 
 # Tokens of a block where the head needs no gradient. dX is finished block by block, so a larger one gains
@@ -44,17 +45,36 @@ LEAN_TOKENS = 32768
 # forward kernel would spill.
 LARGEST_CAP = 40.0
 
-# By compute capability: (largest H, tiles). Those that no GPU has measured are compiled, and not used.
-TILES: dict[int, list[tuple[float, Tiles]]] = {
-    90: [(3071, Tiles(group=32)), (math.inf, Tiles(stages=3, group=32, parts=2, branch=False))],
-    100: [(math.inf, Tiles(bn=128, warps=4, stages=3))],
+
+class TileChoice(NamedTuple):
+    """Tiles for hidden states of at most `largest_hidden` numbers."""
+
+    largest_hidden: float
+    lean: Tiles  # two statistics are not used, e is kept
+    full: Tiles  # all statistics, e is kept
+    not_kept: Tiles
+
+
+# By compute capability. Those that no GPU has measured are compiled, and not used. The forward kernel on an
+# H200 (2026-11-27), times cuBLAS's GEMM: the lean tiles take 1.14 at H 2048, 1.29 at H 896 and 1.39 at H 576,
+# where the tiles for all statistics take 1.19, 1.37 and 1.41. With all statistics the lean tiles would spill.
+# Where e is not kept, its tiles take 1.05, 1.09, 1.21 and 1.26 at H 4096, 2048, 896 and 576.
+_LARGE = Tiles(stages=3, group=32, parts=2, branch=False)
+_NOT_KEPT = Tiles(stages=3, parts=2, branch=False)
+_SM_100 = Tiles(bn=128, warps=4, stages=3)
+TILES: dict[int, list[TileChoice]] = {
+    90: [
+        TileChoice(3071, lean=Tiles(stages=3, parts=2), full=Tiles(group=32), not_kept=_NOT_KEPT),
+        TileChoice(math.inf, lean=_LARGE, full=_LARGE, not_kept=_NOT_KEPT),
+    ],
+    100: [TileChoice(math.inf, lean=_SM_100, full=_SM_100, not_kept=_SM_100)],
 }
 MEASURED = {90}
 
 
-def tiles_for(architecture: int, hidden_size: int) -> Tiles:
+def tiles_for(architecture: int, hidden_size: int) -> TileChoice:
     """The tiles of an architecture in TILES."""
-    return next(tiles for largest, tiles in TILES[architecture] if hidden_size <= largest)
+    return next(choice for choice in TILES[architecture] if hidden_size <= choice.largest_hidden)
 
 
 # For dW the hidden states are multiplied by their row's factor, which rounds them once more than other
@@ -95,38 +115,45 @@ def _row_elements(vocab_size: int) -> int:
 
 
 class EpilogueStatistics(Engine):
-    """See the top of this file. workspace_mib: for calls that do not say. `tiles` replaces the table's."""
+    """See the top of this file.
 
-    def __init__(self, workspace_mib: float = MOST_MIB, *, tiles: Tiles | None = None) -> None:
-        self.workspace_mib, self.tiles = workspace_mib, tiles
+    workspace_mib: for calls that do not say. saved_mib: likewise, for e that is kept until the backward pass,
+    if all of it fits. `tiles` replaces the table's.
+    """
+
+    def __init__(
+        self,
+        workspace_mib: float = MOST_MIB,
+        *,
+        saved_mib: float = MOST_SAVED_MIB,
+        tiles: Tiles | None = None,
+    ) -> None:
+        self.workspace_mib, self.saved_mib, self.tiles = workspace_mib, saved_mib, tiles
 
     def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
         """The table, and what `gradients` uses once; see `empty_saved`."""
-        call, stats = self._call(inputs), empty_stats(inputs).zero_()
         saved = self.empty_saved(inputs, needs)
+        kept, state, order = saved or (None, None, None)
+        call, stats = self._call(inputs, order), empty_stats(inputs)
         first = 0
-        if saved:
-            kept, tiles, state = saved
+        if kept is not None and kept.shape[0]:
             first = kept.shape[0]
-        if first:
-            block = call.forward(0, first, stats, kept[:, : call.V])
-            tiles.copy_(block.tiles[0])
-            state.copy_(block.state)
+            call.forward(0, first, stats, kept[:, : call.V], state)
         for begin in range(first, call.N, LEAN_TOKENS):  # a block beyond the last token is an empty loop
             call.forward(begin, min(LEAN_TOKENS, call.N - begin), stats, None)
         return stats, saved
 
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
-        """e [K, V] of the first K tokens, which `gradients` overwrites, their tiles' maxima [tiles of V, K]
-        and their state [4, K]."""
+        """e [K, V] of the first K tokens, which `gradients` overwrites, their state, and the order of the
+        tokens [N + 1]."""
         if not self.saves(inputs, needs):
             return []
         hidden, V = inputs.hidden, inputs.vocab_size
-        K = self._kept(inputs)
+        K = self._saved(inputs)
         return [
             hidden.new_empty(K, _row_elements(V)),
-            hidden.new_empty(-(-V // self._tiles(inputs).bn), K, dtype=torch.float32),
-            hidden.new_empty(4, K, dtype=torch.float32),
+            hidden.new_empty(state_size(inputs, self._tiles(inputs), K), dtype=torch.float32),
+            hidden.new_empty(hidden.shape[0] + 1, dtype=torch.int32),
         ]
 
     def gradients(
@@ -142,64 +169,75 @@ class EpilogueStatistics(Engine):
         def of_tokens(_: Tensor, tokens: Tensor | slice) -> Tensor:
             return coefficients[:, tokens]
 
-        call = self._call(inputs)
-        K = self._kept(inputs)
-        gradients = BlockGradients(call, needs, single=K == call.N)
-        first = 0
-        if K and saved:
-            kept, tiles, state = saved
-            block = call.gather(0, K, kept[:, : call.V], (tiles[None], state))
-            gradients.add(block, stats, of_tokens)
-            first = K
-        _add_blocks(gradients, (K, first), torch.empty_like(stats), stats, of_tokens)
+        if saved and saved[0].shape[0]:
+            kept, state, order = saved
+            K = kept.shape[0]
+            call = self._call(inputs, order, filled=True)
+            gradients = BlockGradients(call, needs, single=K == call.N)
+            gradients.add(call.gather(0, K, kept[:, : call.V], state), stats, of_tokens)
+            _add_blocks(gradients, (K, K), kept, torch.empty_like(stats), stats, of_tokens)
+        else:
+            call, K = self._call(inputs), self._kept(inputs)
+            gradients = BlockGradients(call, needs, single=K == call.N)
+            _add_blocks(gradients, (K, 0), None, torch.empty_like(stats), stats, of_tokens)
         return gradients.finish()
 
     def statistics_and_gradients(
         self, inputs: HeadInputs, token_coefficients: TokenCoefficients, needs: NeedsGrad
     ) -> tuple[Tensor, Gradients]:
         """3 GEMMs, 2 where the head is frozen."""
-        call, stats = self._call(inputs), empty_stats(inputs).zero_()
+        call, stats = self._call(inputs), empty_stats(inputs)
         K = self._kept(inputs)
         K = K if needs.head else min(K, FROZEN_TOKENS)
         gradients = BlockGradients(call, needs, single=K == call.N)
-        _add_blocks(gradients, (K, 0), stats, stats, token_coefficients)
+        _add_blocks(gradients, (K, 0), None, stats, stats, token_coefficients)
         return stats, gradients.finish()
 
     def _kept(self, inputs: HeadInputs) -> int:
         workspace_mib = inputs.options.workspace_mib or self.workspace_mib
         return tokens_kept(inputs.hidden.shape[0], inputs.vocab_size, workspace_mib)
 
-    def _tiles(self, inputs: HeadInputs) -> Tiles:
-        if self.tiles is not None:
-            return self.tiles
-        return tiles_for(architecture(inputs.hidden.device.index), inputs.hidden.shape[1])
+    def _saved(self, inputs: HeadInputs) -> int:
+        """Tokens whose e is kept between the passes."""
+        workspace_mib = inputs.options.workspace_mib or self.saved_mib
+        N = inputs.hidden.shape[0]
+        return N if tokens_kept(N, inputs.vocab_size, workspace_mib) == N else self._kept(inputs)
 
-    def _call(self, inputs: HeadInputs) -> EpilogueCall:
-        tiles = self._tiles(inputs)
-        return EpilogueCall(inputs, tiles, tiles.per_sm * _multiprocessors(inputs.hidden.device))
+    def _tiles(self, inputs: HeadInputs) -> CallTiles:
+        if self.tiles is not None:
+            return CallTiles(self.tiles, self.tiles)
+        choice = tiles_for(architecture(inputs.hidden.device.index), inputs.hidden.shape[1])
+        return CallTiles(choice.lean if inputs.options.lean else choice.full, choice.not_kept)
+
+    def _call(self, inputs: HeadInputs, order: Tensor | None = None, *, filled: bool = False) -> EpilogueCall:
+        """See EpilogueCall."""
+        tiles, device = self._tiles(inputs), inputs.hidden.device
+        return EpilogueCall(inputs, tiles, _multiprocessors(device), order, filled=filled)
 
 
 def _add_blocks(
     gradients: BlockGradients,
     size_and_first: tuple[int, int],
+    memory: Tensor | None,
     forward_stats: Tensor,
     stats: Tensor,
     coefficients: TokenCoefficients,
 ) -> None:
     """Add the gradients of all blocks from `first` on, through one memory for e.
 
+    memory: for e of a block, which may be overwritten; None: it is allocated.
     forward_stats: where the forward pass writes its statistics; stats: those that the gradients follow from.
     """
     call = gradients.call
-    kept: Tensor | None = None
     for begin, rows in call.blocks(*size_and_first):
-        if kept is None:
-            kept = call.inputs.hidden.new_empty(rows, _row_elements(call.V))[:, : call.V]
-        block = call.forward(begin, rows, forward_stats, kept[:rows])
+        if memory is None:
+            memory = call.inputs.hidden.new_empty(rows, _row_elements(call.V))
+        block = call.forward(begin, rows, forward_stats, memory[:rows, : call.V])
         gradients.add(block, stats, coefficients)
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def architecture(index: int | None) -> int:
     """The compute capability of a CUDA device, 90 for an H100."""
     major, minor = torch.cuda.get_device_capability(index)

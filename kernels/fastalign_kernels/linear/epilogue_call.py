@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..gemm import mm
+from .chunks import capturing
 from .engine import Gradients, TokenCoefficients, empty_gradients
 from .inputs import HeadInputs, NeedsGrad
 from .token_losses import TokenCrossEntropy
@@ -29,6 +29,13 @@ class Tiles(NamedTuple):
     branch: bool = True  # look for targets only in parts that hold one
     flatten: bool = True  # load the next tile's first blocks during the epilogue
     per_sm: int = 1  # programs
+
+
+class CallTiles(NamedTuple):
+    """Tiles of a call's blocks; they have the same `bn`."""
+
+    kept: Tiles  # where e is kept
+    not_kept: Tiles
 
 
 class Scales(NamedTuple):
@@ -56,22 +63,66 @@ class Block(NamedTuple):
 
     first: int
     rows: int
-    ids: Tensor  # [rows] int64
+    ids: Tensor  # [rows] int32
     hidden: Tensor  # [rows, H], gathered
     kept: Tensor  # [rows, V] e, or of size 0
-    tiles: Tensor  # [.., tiles of V, rows] fp32
-    state: Tensor  # [4, rows] fp32
+    state: Tensor  # fp32: four numbers a row, and those of its tiles; see forward_kernel
+
+
+class _Count:
+    """The number of tokens that are not ignored, which a kernel writes into the host's memory.
+
+    The host waits only for what was queued before `written`. Under graph capture nothing can be asked, so
+    all tokens count.
+    """
+
+    def __init__(self, order: Tensor, n_tokens: int) -> None:
+        self.n_tokens, self.event = n_tokens, None
+        self.captured = capturing(order)
+        self.known = n_tokens == 0 or self.captured
+        self.on_gpu = order.is_cuda and not self.captured
+        device = order.device if self.captured else None  # under capture nobody reads it
+        self.memory = torch.empty(1, dtype=torch.int32, device=device, pin_memory=self.on_gpu)
+
+    def written(self) -> None:
+        """The kernel is queued."""
+        if self.on_gpu and self.event is None:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def __call__(self) -> int:
+        if not self.known:
+            if self.event is not None:
+                self.event.synchronize()
+            self.n_tokens, self.known = int(self.memory[0]), True
+        return self.n_tokens
+
+
+def state_size(inputs: HeadInputs, tiles: CallTiles, rows: int) -> int:
+    """Numbers of a block's state: 4 a row, and 2 a row and tile, or 4 unless lean."""
+    planes = 2 if inputs.options.lean else 4
+    return (4 + planes * -(-inputs.vocab_size // tiles.kept.bn)) * rows
 
 
 class EpilogueCall:
     """What the blocks of a call share, and the launches of a block.
 
-    order [N] holds the tokens that are not ignored first; `how_many()` waits for their number.
+    order [N + 1] holds the tokens that are not ignored first, and their number last. The first block's kernel
+    fills it, unless the forward pass has saved it. `how_many()` waits for the number.
     """
 
-    def __init__(self, inputs: HeadInputs, tiles: Tiles, programs: int) -> None:
+    def __init__(
+        self,
+        inputs: HeadInputs,
+        tiles: CallTiles,
+        multiprocessors: int,
+        order: Tensor | None = None,
+        *,
+        filled: bool = False,
+    ) -> None:
+        """order: memory for it; `filled` if the forward pass has saved the order there."""
         hidden, weight, ids, bias, options = inputs
-        self.inputs, self.tiles, self.programs = inputs, tiles, programs
+        self.inputs, self.tiles, self.multiprocessors = inputs, tiles, multiprocessors
         self.scales = Scales.of(inputs)
         self.weight = _readable_by_tma(weight.to(hidden.dtype))
         self.N, (self.V, self.H) = hidden.shape[0], weight.shape
@@ -80,11 +131,13 @@ class EpilogueCall:
         self.one_reference = hidden.dtype != torch.float16 and not options.softcap
         self.kept_scale = 2.0**15 if hidden.dtype == torch.float16 else 1.0
         self.statistics = {"ENTROPY": not options.lean, "MEAN": not options.lean}
-        self.order, self.count, self.how_many = _compacted(ids)
+        self.filled = self.ordered = filled
+        self.order = torch.empty(self.N + 1, dtype=torch.int32, device=ids.device) if order is None else order
+        self.how_many = _Count(self.order, self.N)
 
     def tokens(self, block: Block, rows: int) -> Tensor | slice:
         """The indices of a block's first tokens."""
-        if self.how_many() == self.N:
+        if self.how_many() == self.N and not (self.filled and self.how_many.captured):
             return slice(block.first, block.first + rows)
         return self.order[block.first : block.first + rows].long()
 
@@ -98,52 +151,59 @@ class EpilogueCall:
             if first < end:
                 end = self.how_many()
 
-    def forward(self, first: int, rows: int, stats: Tensor, kept: Tensor | None) -> Block:
-        """Statistics of a block into the table [7, N], and e into kept [rows, V]."""
+    def forward(
+        self, first: int, rows: int, stats: Tensor, kept: Tensor | None, state: Tensor | None = None
+    ) -> Block:
+        """Statistics of a block into the table [7, N], and e into kept [rows, V].
+
+        state: memory for the block's, if it is to outlast the block. The call's first block must be that of
+        the first tokens: it also fills the rest of the table with 0.
+        """
         hidden, _, _, bias, _ = self.inputs
-        block = self.gather(first, rows, hidden.new_empty(0) if kept is None else kept)
-        tiles, kernels = self.tiles, _kernels()
-        kernels.forward_kernel[(self.programs,)](
+        tiles, kernels = self.tiles.not_kept if kept is None else self.tiles.kept, _kernels()
+        programs = tiles.per_sm * self.multiprocessors
+        if state is None:
+            state = torch.empty(
+                state_size(self.inputs, self.tiles, rows), dtype=torch.float32, device=stats.device
+            )
+        block = self.gather(first, rows, state if kept is None else kept, state, stats)
+        kernels.forward_kernel[(programs,)](
             _descriptor(block.hidden, tiles.bm, tiles.bk),
             _descriptor(self.weight, tiles.bn, tiles.bk),
             # a descriptor needs memory, even if nobody writes
             _descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
-            block.ids, bias, self.count, block.state, block.tiles,
-            first, rows, self.V, self.H, self.scales.inner, self.scales.outer,
+            block.ids, bias, self.order, state,
+            first, rows, self.N, self.V, self.H, self.scales.inner, self.scales.outer,
             **self.flags, **self.statistics,
             KEEP=kept is not None, KEPT_SCALE=self.kept_scale, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
-            GROUP=tiles.group, PARTS=tiles.parts, PROGRAMS=self.programs, FLATTEN=tiles.flatten,
+            GROUP=tiles.group, PARTS=tiles.parts, PROGRAMS=programs, FLATTEN=tiles.flatten,
             BRANCH=tiles.branch,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         kernels.merge_kernel[(-(-rows // 32),)](
-            block.tiles, block.ids, self.order, self.count, stats, block.state,
-            first, rows, self.N, self.V, block.tiles.shape[1], **self.statistics, ROWS=32, TILES=32,
+            block.ids, self.order, stats, state,
+            first, rows, self.N, self.V, -(-self.V // tiles.bn), **self.statistics, ROWS=32, TILES=32,
         )  # fmt: skip
         return block
 
     def gather(
-        self, first: int, rows: int, kept: Tensor, saved: tuple[Tensor, Tensor] | None = None
+        self, first: int, rows: int, kept: Tensor, state: Tensor, stats: Tensor | None = None
     ) -> Block:
-        """A block before the forward kernel, or with `saved` tiles and state after it."""
+        """A block before the forward kernel; without `stats` [7, N] after it, when its state is known."""
         hidden, _, ids, bias, _ = self.inputs
-        block_ids = torch.empty(rows, dtype=torch.int64, device=ids.device)
+        block_ids = torch.empty(rows, dtype=torch.int32, device=ids.device)
         gathered = torch.empty(rows, self.H, dtype=hidden.dtype, device=hidden.device)
-        if saved is None:
-            planes = 2 + sum(self.statistics.values())
-            tiles = torch.empty(
-                planes, -(-self.V // self.tiles.bn), rows, dtype=torch.float32, device=ids.device
-            )
-            state = torch.empty(4, rows, dtype=torch.float32, device=ids.device)
-        else:
-            tiles, state = saved
-        _row_kernels().gather_kernel[(-(-rows // 32),)](
-            hidden, self.weight, ids, bias, self.order, self.count, gathered, block_ids, state,
-            first, rows, self.V, self.H, *hidden.stride(), self.weight.stride(0), self.V // 2,
-            self.scales.inner, self.scales.outer, **self.flags,
-            ONE_REFERENCE=self.one_reference, NEW=saved is None, BM=32, SAMPLE=64, BK=64,
+        push = not self.ordered
+        _row_kernels().gather_kernel[(-(-(self.N if push else rows) // 32),)](
+            hidden, self.weight, ids, bias, self.order, self.how_many.memory, stats, gathered, block_ids,
+            state, first, rows, self.N, self.V, self.H, *hidden.stride(), self.weight.stride(0), self.V // 2,
+            int(self.how_many.captured), self.scales.inner, self.scales.outer, **self.flags,
+            PUSH=push, REFERENCE=self.one_reference,
+            NEW=stats is not None, BM=32, SAMPLE=64, BK=64, BLOCK=2048,
         )  # fmt: skip
-        return Block(first, rows, block_ids, gathered, kept, tiles, state)
+        self.how_many.written()
+        self.ordered = True
+        return Block(first, rows, block_ids, gathered, kept, state)
 
     def dlogits(
         self, block: Block, rows: int, stats: Tensor, coefficients: TokenCoefficients, needs: NeedsGrad
@@ -160,12 +220,12 @@ class EpilogueCall:
             tokens = self.tokens(block, rows)
             table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
         _row_kernels().dlogits_kernel[(rows,)](
-            block.kept, block.tiles, block.state, block.ids, stats, self.order, table, block.hidden,
+            block.kept, block.state, block.ids, stats, self.order, table, block.hidden,
             row_scale, block.first, block.rows, self.N, self.V, self.H, block.kept.stride(0), rows,
             label_smoothing, z_loss, self.scales.slope, self.scales.outer, CROSS_ENTROPY=loss is not None,
             HAS_SOFTCAP=self.flags["HAS_SOFTCAP"], ONE_REFERENCE=self.one_reference,
             SCALE_HIDDEN=needs.head, KEPT_SCALE=self.kept_scale,
-            BN=self.tiles.bn, TILES=max(1, 4096 // self.tiles.bn), BLOCK=1024, num_warps=8,
+            BN=self.tiles.kept.bn, TILES=max(1, 4096 // self.tiles.kept.bn), BLOCK=1024, num_warps=8,
         )  # fmt: skip
         return row_scale
 
@@ -175,10 +235,17 @@ class BlockGradients:
 
     def __init__(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> None:
         self.call, self.needs, self.single = call, needs, single
-        self.out = empty_gradients(call.inputs, needs)
+        self._out: Gradients | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.empty = True
+
+    @property
+    def out(self) -> Gradients:
+        """The results' memory. It is allocated after the first launches, which the device waits for."""
+        if self._out is None:
+            self._out = empty_gradients(self.call.inputs, self.needs)
+        return self._out
 
     def add(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> None:
         """Add a block's tokens, whose statistics are in the table [7, N]."""
@@ -242,34 +309,6 @@ class BlockGradients:
         mm(grad.t(), factor, sums)
         total = sums[:, 0] + sums[:, 1]
         self.bias = total if self.bias is None else self.bias + total
-
-
-def _compacted(ids: Tensor) -> tuple[Tensor, Tensor, Callable[[], int]]:
-    """order [N] and count [1], int32, and a function that tells the count.
-
-    On a GPU it waits for no more than what was queued before this call. Under graph capture nothing can be
-    asked, so all tokens count.
-    """
-    N = ids.numel()
-    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-        order = torch.arange(N, dtype=torch.int32, device=ids.device)
-        return order, torch.full((1,), N, dtype=torch.int32, device=ids.device), lambda: N
-    order = torch.empty(N, dtype=torch.int32, device=ids.device)
-    count = torch.empty(1, dtype=torch.int32, device=ids.device)
-    _row_kernels().compact_kernel[(1,)](ids, order, count, N, BLOCK=4096, num_warps=8)
-    if not count.is_cuda:
-        return order, count, functools.cache(lambda: int(count))
-    on_host = torch.empty(1, dtype=torch.int32, pin_memory=True)
-    on_host.copy_(count, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    @functools.cache
-    def how_many() -> int:
-        copied.synchronize()
-        return int(on_host[0])
-
-    return order, count, how_many
 
 
 def _readable_by_tma(weight: Tensor) -> Tensor:

@@ -14,101 +14,116 @@ from ..triton_options import as_scalar
 from .epilogue_triton import LIFT, LN2, LOWEST, WINDOW, base2
 
 
-@triton.jit
-def compact_kernel(
-    ids,  # [N] int64, negative: ignored
-    order,  # [N] int32: the tokens that are not ignored first, in order; then the rest
-    count,  # [1] int32: how many are not ignored
-    N,
-    BLOCK: tl.constexpr,
-):
-    """One program: N is a few thousand, and a sort would take four launches."""
-    kept = tl.full((), 0, tl.int32)
-    for begin in range(0, N, BLOCK):
-        token = begin + tl.arange(0, BLOCK)
-        inside = token < N
-        keep = (tl.load(ids + token, mask=inside, other=-1) >= 0).to(tl.int32)
-        rank = kept + tl.cumsum(keep, 0) - keep  # kept tokens before this one
-        position = tl.where(keep > 0, rank, N - 1 - (token - rank))
-        tl.store(order + position, token, mask=inside)
-        kept += tl.sum(keep, 0)
-    tl.store(count, kept)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["keep_places"])  # no other kernel may be needed under graph capture
 def gather_kernel(
     hidden,  # [N, H], any strides
     weight,  # [V, H], unit stride over H
-    ids,  # [N] int64
+    ids,  # [N] int64, negative: ignored
     bias,  # [V]; read if HAS_BIAS
-    order,  # [N] int32
-    count,  # [1] int32
+    order,  # [N + 1] int32: the tokens that are not ignored first, in order; then the rest; then their number
+    count,  # [1] int32, in the host's memory: their number
+    stats,  # [7, N] fp32; filled with 0 if PUSH
     gathered,  # [rows, H]: hidden states of tokens order[first : first + rows]
-    gathered_ids,  # [rows] int64
+    gathered_ids,  # [rows] int32
     state,  # [4, rows] fp32: the reference, and NaN in row 3 for the z2 of the id
     first,
     rows,
+    N,
     V,
     H,
     token_stride,
     hidden_stride,
     weight_stride,
     sample,
+    keep_places,  # 1: under graph capture ignored tokens keep their places, and all are counted
     scale_in: tl.float64,
     scale_out: tl.float64,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    ONE_REFERENCE: tl.constexpr,
+    PUSH: tl.constexpr,  # find the order: a program takes BM tokens. Else read it: a program takes BM rows
+    REFERENCE: tl.constexpr,
     NEW: tl.constexpr,  # false: the state is there already
     BM: tl.constexpr,
     SAMPLE: tl.constexpr,
     BK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Bring a block's tokens together. Find each a reference from SAMPLE columns, from `sample` on.
 
-    Nothing of an ignored token is read.
+    Nothing of an ignored token is read. With PUSH each program counts the tokens before its own: 4 N^2 / BM
+    bytes from L2, 8 MiB at N 8192. A launch of its own, or a sort, would take longer.
     """
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    inside = row < rows
-    token = tl.load(order + first + row, mask=inside, other=0).to(tl.int64)
-    live = inside & (first + row < tl.load(count))
-    token_id = tl.load(ids + token, mask=live, other=-1)
-    read = live & (token_id >= 0)  # under graph capture no token is left out, but an ignored one is not read
-    cols = sample + tl.arange(0, SAMPLE)
-    acc = tl.zeros((BM, SAMPLE), tl.float32)
-    source = hidden + token[:, None] * token_stride
-    goal = gathered + row[:, None].to(tl.int64) * H
-    for begin in range(0, H, BK):
-        k = begin + tl.arange(0, BK)
-        x = tl.load(source + k[None, :] * hidden_stride, mask=read[:, None] & (k < H)[None, :], other=0.0)
-        tl.store(goal + k[None, :], x, mask=inside[:, None] & (k < H)[None, :])
-        if ONE_REFERENCE and NEW:
-            w = tl.load(
-                weight + cols[:, None].to(tl.int64) * weight_stride + k[None, :],
-                mask=(cols < V)[:, None] & (k < H)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(x, tl.trans(w), acc)
-    reference = tl.full((BM,), LOWEST, tl.float32)
-    if ONE_REFERENCE and NEW:
-        scale_in = as_scalar(scale_in, tl.float32)
-        scale_out = as_scalar(scale_out, tl.float32)
-        z = base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
-        reference = tl.maximum(tl.max(tl.where((cols < V)[None, :], z, LOWEST), 1), LOWEST) + LIFT
-    tl.store(gathered_ids + row, token_id, mask=inside)
-    if NEW:
-        tl.store(state + row, reference, mask=inside)
-        tl.store(state + 3 * rows + row, float("nan"), mask=inside)
+    scale_in = as_scalar(scale_in, tl.float32)
+    scale_out = as_scalar(scale_out, tl.float32)
+    begin_slot = tl.program_id(0) * BM
+    slot = begin_slot + tl.arange(0, BM)
+    if PUSH:
+        token = slot
+        listed = token < N
+        keep = (tl.load(ids + token, mask=listed, other=-1) >= 0) | (listed & (keep_places > 0))
+        keep = keep.to(tl.int32)
+        before = tl.full((), 0, tl.int32)
+        for begin in range(0, begin_slot, BLOCK):
+            earlier = begin + tl.arange(0, BLOCK)
+            earlier_id = tl.load(ids + earlier, mask=earlier < begin_slot, other=-1)
+            before += tl.sum((earlier_id >= 0).to(tl.int32), 0)
+        before = tl.where(keep_places > 0, begin_slot, before)
+        rank = before + tl.cumsum(keep, 0) - keep  # kept tokens before this one
+        position = tl.where(keep > 0, rank, N - 1 - (token - rank))
+        tl.store(order + position, token, mask=listed)
+        if begin_slot + BM >= N:
+            total = before + tl.sum(keep, 0)
+            tl.store(order + N, total)
+            tl.store(count, total)
+        for stat in range(7):
+            tl.store(stats + stat * N + token, 0.0, mask=listed)
+        live = keep > 0
+    else:
+        position = first + slot
+        listed = slot < rows
+        token = tl.load(order + position, mask=listed, other=0)
+        total = tl.load(order + N)
+        live = position < total
+        if begin_slot == 0:
+            tl.store(count, total)
+    row = position - first
+    inside = listed & (row >= 0) & (row < rows)
+    if tl.max(inside.to(tl.int32), 0) > 0:
+        live = live & inside
+        token_id = tl.load(ids + token, mask=live, other=-1).to(tl.int32)
+        read = live & (token_id >= 0)  # under graph capture an ignored token has a place, but is not read
+        cols = sample + tl.arange(0, SAMPLE)
+        acc = tl.zeros((BM, SAMPLE), tl.float32)
+        source = hidden + token[:, None].to(tl.int64) * token_stride
+        goal = gathered + row[:, None].to(tl.int64) * H
+        for begin in range(0, H, BK):
+            k = begin + tl.arange(0, BK)
+            x = tl.load(source + k[None, :] * hidden_stride, mask=read[:, None] & (k < H)[None, :], other=0.0)
+            tl.store(goal + k[None, :], x, mask=inside[:, None] & (k < H)[None, :])
+            if REFERENCE and NEW:
+                w = tl.load(
+                    weight + cols[:, None].to(tl.int64) * weight_stride + k[None, :],
+                    mask=(cols < V)[:, None] & (k < H)[None, :],
+                    other=0.0,
+                )
+                acc = tl.dot(x, tl.trans(w), acc)
+        reference = tl.full((BM,), LOWEST, tl.float32)
+        if REFERENCE and NEW:
+            z = base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
+            reference = tl.maximum(tl.max(tl.where((cols < V)[None, :], z, LOWEST), 1), LOWEST) + LIFT
+        tl.store(gathered_ids + row, token_id, mask=inside)
+        if NEW:
+            tl.store(state + row, reference, mask=inside)
+            tl.store(state + 3 * rows + row, float("nan"), mask=inside)
 
 
 @triton.jit
 def dlogits_kernel(
     kept,  # [rows, V] e of forward_kernel, kept_stride apart; becomes dlogits / row_scale
-    tiles,  # [.., col_tiles, rows] fp32 of forward_kernel
-    state,  # [4, rows] fp32 of merge_kernel
-    ids,  # [rows] int64
+    state,  # [4, rows] fp32 of merge_kernel, then the tiles' max [col_tiles, rows]
+    ids,  # [rows] int32
     stats,  # [7, N] fp32, order of rows.Stat
-    order,  # [N] int32
+    order,  # [N + 1] int32
     coefficients,  # [4, rows], order of rows.Coefficient; with CROSS_ENTROPY [N], each token's loss scale
     gathered,  # [rows, H] hidden states; become row_scale times them with SCALE_HIDDEN
     row_scale,  # [rows] fp32
@@ -139,7 +154,7 @@ def dlogits_kernel(
 
     A row needs a pass over all its columns if its tiles differ in reference, if its coefficients have a
     plogp or uniform part, with a softcap (its slope differs by column), and in fp16. There log2 e and z
-    come from the rounded e, so they are off by 2^-9 / ln 2, or 0.003 in base 2.
+    come from the rounded e, so they are off by up to 2^-8 / ln 2, or 0.006 in base 2.
     """
     n = tl.program_id(0)
     slope = as_scalar(slope, tl.float32)
@@ -164,11 +179,6 @@ def dlogits_kernel(
         prob = tl.load(coefficients + coefficient_stride + n)
         plogp = tl.load(coefficients + 2 * coefficient_stride + n)
         uniform = tl.load(coefficients + 3 * coefficient_stride + n)
-    if token_id < 0:  # only under graph capture; its e is finite, since its hidden state counted as zeros
-        onehot = 0.0
-        prob = 0.0
-        plogp = 0.0
-        uniform = 0.0
     log_p = tl.load(stats + token, mask=token_id >= 0, other=0.0)
     p_less_1 = tl.where(log_p > -0.02, log_p * (1 + log_p * (0.5 + log_p * (1.0 / 6))), tl.exp(log_p) - 1.0)
     finite = tl.maximum(log_p, LOWEST)
@@ -181,7 +191,12 @@ def dlogits_kernel(
     # The target's element is onehot / prob / P at most: it and the scale stay far inside of bf16's range.
     in_range = (tl.abs(prob) * 1048576.0 >= tl.abs(onehot)) & ((tl.abs(scale) > 1e-30) | (prob == 0))
     simple = (plogp == 0) & (uniform == 0) & in_range & (row_max <= reference + WINDOW)
-    if ONE_REFERENCE and simple:
+    if token_id < 0:  # has a place only under graph capture; its e may be anything
+        scale = tl.full((), 0.0, tl.float32)
+        for begin in range(0, V, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            tl.store(row + at, 0.0, mask=at < V)
+    elif ONE_REFERENCE and simple:
         kept_id = (at_id * slope / scale).to(kept.dtype.element_ty)
         exact = valid & (tl.abs(at_id) > 0.5 * tl.abs(prob)) & (scale != 0)
         tl.store(row + token_id, kept_id, mask=valid & (scale != 0))
@@ -196,7 +211,8 @@ def dlogits_kernel(
             at_id *= (1.0 - tanh_id) * (1.0 + tanh_id)
         for begin in range(0, tl.cdiv(V, BN), TILES):
             tile = begin + slot
-            tile_max = tl.load(tiles + tile.to(tl.int64) * rows + n, mask=tile < tl.cdiv(V, BN), other=LOWEST)
+            maximum = state + (4 + tile.to(tl.int64)) * rows + n
+            tile_max = tl.load(maximum, mask=tile < tl.cdiv(V, BN), other=LOWEST)
             r = tl.where(tile_max > reference + WINDOW, tile_max, reference)
             cols = tile[:, None] * BN + col[None, :]
             inside = cols < V
@@ -223,7 +239,7 @@ def dlogits_kernel(
 def scatter_kernel(
     source,  # [rows, H] fp32, or hidden's dtype
     row_scale,  # [rows] fp32; read if SCALED
-    order,  # [N] int32
+    order,  # [N + 1] int32
     out,  # [N, H]
     first,
     H,

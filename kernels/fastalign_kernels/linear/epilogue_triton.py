@@ -139,13 +139,14 @@ def forward_kernel(
     hidden,  # [rows, H], a descriptor of blocks [BM, BK]
     weight,  # [V, H], a descriptor of blocks [BN, BK]
     kept,  # [rows, V], a descriptor of blocks [BM, BN / PARTS]; written with KEEP
-    ids,  # [rows] int64
+    ids,  # [rows] int32
     bias,  # [V]; read if HAS_BIAS
-    count,  # [1] int32
+    order,  # [N + 1] int32; the last is the number of tokens that are not ignored
     state,  # [4, rows] fp32: the reference (in), and in row 3 the z2 of the id (out)
-    tiles,  # [2 + ENTROPY + MEAN, tiles of V, rows] fp32: max, sum, weighted, total
+    # then [2 + ENTROPY + MEAN, tiles of V, rows]: max, sum, weighted, total
     first,
     rows,
+    N,
     V,
     H,
     scale_in: tl.float64,
@@ -168,7 +169,7 @@ def forward_kernel(
     """z2 = hidden weight^T, persistent; tiles of one GROUP of rows go over all columns before the next."""
     scale_in = as_scalar(scale_in, tl.float32)
     scale_out = as_scalar(scale_out, tl.float32)
-    live = tl.minimum(tl.load(count) - first, rows)
+    live = tl.minimum(tl.load(order + N) - first, rows)
     row_tiles = tl.cdiv(tl.maximum(live, 0), BM)
     col_tiles = tl.cdiv(V, BN)
     group_tiles = GROUP * col_tiles
@@ -188,7 +189,7 @@ def forward_kernel(
         token_id = tl.load(ids + row, mask=inside, other=-1)
         r = tl.load(state + row, mask=inside, other=0.0)
         found = (token_id >= col0) & (token_id < col0 + BN)
-        at = tiles + col_tile.to(tl.int64) * rows + row
+        at = state + (4 + col_tile.to(tl.int64)) * rows + row
         cols = col0 + tl.arange(0, BN)
         z = base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
         if MEAN:
@@ -199,22 +200,21 @@ def forward_kernel(
         top = tl.max(z, 1)
         base = tl.maximum(top, LOWEST)
         r = tl.where(top > r + WINDOW, top, r)
-        at_col = token_id.to(tl.int32)
         if PARTS == 2:
             total, weighted, z_id = _two_parts(
-                z, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
+                z, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
             )
         else:
             left, right = _halves(z)
             total, weighted, z_id = _two_parts(
-                left, kept, r, base, at_col, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
+                left, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
             )
             total1, weighted1, z_id1 = _two_parts(
                 right,
                 kept,
                 r,
                 base,
-                at_col,
+                token_id,
                 row0,
                 col0 + BN // 2,
                 KEPT_SCALE,
@@ -237,12 +237,11 @@ def forward_kernel(
 
 @triton.jit
 def merge_kernel(
-    tiles,  # [2 + ENTROPY + MEAN, col_tiles, rows] fp32 of forward_kernel
-    ids,  # [rows] int64
-    order,  # [N] int32
-    count,  # [1] int32
+    ids,  # [rows] int32
+    order,  # [N + 1] int32
     stats,  # [7, N], order of rows.Stat; those of ignored tokens are not written
-    state,  # [4, rows] fp32: the reference, the row's largest z2 and log2 of its sum (out), the z2 of the id
+    state,  # [4, rows] fp32: reference, largest z2 (out), log2 of the sum (out), the id's z2
+    # then [2 + ENTROPY + MEAN, col_tiles, rows]: the tiles' max, sum, weighted, total
     first,
     rows,
     N,
@@ -254,8 +253,9 @@ def merge_kernel(
     TILES: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (row < rows) & (first + row < tl.load(count))
+    inside = (row < rows) & (first + row < tl.load(order + N))
     reference = tl.load(state + row, mask=inside, other=0.0)
+    tiles = state + 4 * rows
     plane = as_scalar(col_tiles, tl.int64) * rows
     top = tl.full((TILES, ROWS), float("-inf"), tl.float32)
     for begin in range(0, col_tiles, TILES):

@@ -20,6 +20,9 @@ FEWEST_KEPT = 768
 # e^-SMALLEST_LOGP is about the smallest P that is kept with some of its digits.
 SMALLEST_LOGP = {torch.bfloat16: 85.0, torch.float16: 26.0}
 MOST_MIB = 2560.0
+# Where all of what is kept between the passes fits in this, a fourth GEMM for the rest would cost more: at
+# 16384 tokens and V 151936 it is 4748 MiB, and half of it with dW's fp32 sum beside it 3561.
+MOST_SAVED_MIB = 5120.0
 CARD_SHARE = 16
 
 
@@ -66,6 +69,11 @@ class GpuCall(NamedTuple):
 def gpu_workspace_mib(card_bytes: int | None) -> float:
     """The default workspace of a card with that much memory: a sixteenth, at most 2.5 GiB (None: that)."""
     return MOST_MIB if card_bytes is None else min(MOST_MIB, card_bytes / CARD_SHARE / 2**20)
+
+
+def gpu_saved_mib(card_bytes: int | None) -> float:
+    """The default for what is kept between the passes if all of it fits: a sixteenth, at most 5 GiB."""
+    return MOST_SAVED_MIB if card_bytes is None else min(MOST_SAVED_MIB, card_bytes / CARD_SHARE / 2**20)
 
 
 def select_engine(call: GpuCall) -> str:
