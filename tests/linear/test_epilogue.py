@@ -3,8 +3,11 @@
 Its kernels run in Triton's interpreter without a GPU. That reads bf16 tensor descriptors wrongly, so the
 tests run in fp32, which takes bf16's way through the engine, and in fp16, which takes the other."""
 
+from collections import defaultdict
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalign_kernels.linear import epilogue, epilogue_call
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
@@ -224,4 +227,71 @@ def test_fp16_rows_take_a_pass_each(no_worse_than_eager, device, options, monkey
     coefs = upstream(inputs, Stat.LOGP)
     engine = epilogue.EpilogueStatistics(tiles=TILES)
     stats, gradients = engine.statistics_and_gradients(inputs, coefs, ALL)
+    check(no_worse_than_eager, inputs, coefs, stats, gradients)
+
+
+class _Launches:
+    """In place of a kernels' module: notes the name of each kernel that is launched, and runs none."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def __getattr__(self, name):
+        return defaultdict(lambda: lambda *args, **kwargs: self.names.append(name))
+
+
+class _Operations(TorchDispatchMode):
+    """Notes what ATen operations write: each is a launch on a GPU."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        if name not in ("empty", "new_empty", "empty_like", "slice", "t", "detach", "_local_scalar_dense"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_launches_of_a_call(device, monkeypatch, ignored):
+    """5 kernels and 2 GEMMs, whether tokens are ignored or not: no copies, no fills, no index_put."""
+    names: list[str] = []
+    for module in ("_kernels", "_row_kernels"):
+        monkeypatch.setattr(epilogue_call, module, lambda: _Launches(names))
+    inputs = HeadInputs(*make(device, ignored=ignored), None, HeadOptions(lean=True))
+    counted = int((inputs.ids >= 0).sum())
+    monkeypatch.setattr(epilogue_call._Count, "__call__", lambda count: counted)
+    scale = torch.ones(inputs.ids.numel(), device=device)
+    loss = TokenCrossEntropy(scale, 0.0, 0.0, inputs.vocab_size)
+    monkeypatch.setattr(epilogue_call, "mm", lambda left, right, out, **_: names.append("mm"))
+    with _Operations(names):
+        epilogue.EpilogueStatistics(tiles=TILES).statistics_and_gradients(inputs, loss, ALL)
+    launches = [
+        "gather_kernel",
+        "forward_kernel",
+        "merge_kernel",
+        "dlogits_kernel",
+        "mm",
+        "scatter_kernel",
+        "mm",
+    ]
+    if ignored:
+        launches.insert(3, "zero_")  # dX of the ignored tokens
+    # empty memory is poisoned here by fill_
+    assert [name for name in names if name != "fill_"] == launches
+
+
+@pytest.mark.parametrize("captured", ["forward", "backward"])
+def test_one_pass_under_graph_capture(no_worse_than_eager, device, monkeypatch, captured):
+    """There ignored tokens keep their places; the other pass takes the order that was saved."""
+    inputs = HeadInputs(*make(device), None, HeadOptions())
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
+    coefs = upstream(inputs, Stat.LOGP)
+    now = {"captured": captured == "forward"}
+    monkeypatch.setattr(epilogue_call, "capturing", lambda tensor: now["captured"])
+    stats, saved = engine.statistics(inputs, ALL)
+    now["captured"] = captured == "backward"
+    gradients = engine.gradients(inputs, stats, saved, coefs(stats, slice(None)), ALL)
     check(no_worse_than_eager, inputs, coefs, stats, gradients)

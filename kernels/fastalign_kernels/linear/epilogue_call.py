@@ -77,7 +77,8 @@ class _Count:
     """
 
     def __init__(self, order: Tensor, n_tokens: int) -> None:
-        self.n_tokens, self.event = n_tokens, None
+        self.n_tokens = n_tokens
+        self.event: torch.cuda.Event | None = None
         self.captured = capturing(order)
         self.known = n_tokens == 0 or self.captured
         self.on_gpu = order.is_cuda and not self.captured
