@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fastalign_kernels.linear.engine import Engine, Gradients
-from fastalign_kernels.linear.epilogue import EpilogueStatistics, serves
+from fastalign_kernels.linear.epilogue import EpilogueStatistics
+from fastalign_kernels.linear.gpu_plan import epilogue_serves
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
@@ -130,7 +131,8 @@ def check(case: Case, engine_name: str) -> None:
         workspace = 2560.0
     inputs = inputs._replace(options=inputs.options._replace(workspace_mib=workspace))
     V, N = inputs.weight.shape[0], inputs.hidden.shape[0]
-    if isinstance(engine, EpilogueStatistics) and not serves(inputs, ARCHITECTURE):
+    call = inputs.gpu_call(TRAINED, 2560.0, architecture=ARCHITECTURE)
+    if isinstance(engine, EpilogueStatistics) and not epilogue_serves(call):
         return
     needs = TRAINED._replace(bias=inputs.bias is not None)
     generator = torch.Generator(DEVICE).manual_seed(1)

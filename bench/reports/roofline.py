@@ -15,13 +15,16 @@ import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fastalign_kernels import native
-from fastalign_kernels.linear.plan import HeadPlan, capacity, default_workspace_mib, plan_head
+from fastalign_kernels.linear.gpu_plan import GpuCall, gpu_workspace_mib
+from fastalign_kernels.linear.gpu_work import RATES, Rates, gpu_work
+from fastalign_kernels.linear.plan import capacity, default_workspace_mib, plan_head
 
 from ..core.operation import OURS, Shape
 from ..core.shapes import GPU_TOKENS, HEADS
@@ -29,6 +32,7 @@ from ..methods.preference import PAIRS, ROWS
 from ..methods.steps import Layers
 
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
+MEMORY_MIB = 81920.0  # of a GPU here: 80 GiB
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,6 +46,12 @@ class Machine(NamedTuple):
     gemm_share: float
     byte_share: float
     kind: str = "cuda"
+    architecture: int = 0  # compute capability; 0: one that runs what every GPU can
+
+    @property
+    def rates(self) -> Rates | None:
+        """What the package knows of this architecture."""
+        return RATES.get(self.architecture) if self.kind == "cuda" else None
 
     def rate(self, dtype: str) -> float:
         return (self.fp32_flops if dtype == "fp32" else self.low_flops) * self.gemm_share
@@ -51,9 +61,9 @@ class Machine(NamedTuple):
 # an H100 was measured at 728 TFLOP/s in the bare GEMMs of a head (huggingface/trl#7244) and at 3.0 TB/s in
 # cross-entropy (quack's README); assumed of all three.
 GPUS = (
-    Machine("H100", 989e12, 67e12, 3.35e12, 0.708, 0.9),
-    Machine("A100", 312e12, 19.5e12, 2.039e12, 0.708, 0.9),
-    Machine("B200", 2250e12, 75e12, 8.0e12, 0.708, 0.9),
+    Machine("H100", 989e12, 67e12, 3.35e12, 0.708, 0.9, architecture=90),
+    Machine("A100", 312e12, 19.5e12, 2.039e12, 0.708, 0.9, architecture=80),
+    Machine("B200", 2250e12, 75e12, 8.0e12, 0.708, 0.9, architecture=100),
 )
 
 
@@ -63,6 +73,8 @@ class Work(NamedTuple):
     gemms: tuple[tuple[float, int, int, int], ...]
     pass_bytes: float
     held_bytes: float
+    launches: int = 0  # of a head on a GPU
+    epilogue_logits: float = 0.0  # whose GEMM also computes their statistics (linear/gpu_work.py)
 
 
 class Prediction(NamedTuple):
@@ -83,32 +95,29 @@ def predict(work: Work, machine: Machine, dtype: str) -> Prediction:
         times * max(2 * m * n * k / rate, (m * k + k * n + m * n) * SIZES[dtype] / bandwidth)
         for times, m, n, k in work.gemms
     )
-    return Prediction(seconds, work.pass_bytes / bandwidth, work.held_bytes / 2**20)
+    passes = work.pass_bytes / bandwidth
+    if machine.rates is not None:
+        seconds += work.epilogue_logits * machine.rates.epilogue
+        passes += work.launches * machine.rates.launch
+    return Prediction(seconds, passes, work.held_bytes / 2**20)
 
 
-def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind: str) -> Work | None:
+def count(
+    operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind: str, architecture: int = 0
+) -> Work | None:
     """The work of our row on that kind of device; None for a filtered draw: its bytes depend on logits."""
+    head = partial(_head, dtype, shape, kind, architecture=architecture)
     base = operation.partition(",")[0]
     if base.endswith(" step"):
-        return _step(base.removesuffix(" step"), dtype, shape, kind)
+        return _step(base.removesuffix(" step"), dtype, shape, kind, architecture)
     if base in ("linear_cross_entropy", "linear_logprobs"):
-        return _head(
-            dtype,
-            shape,
-            kind,
-            "hidden" in trained,
-            "weight" in trained,
-            "scalar" if base == "linear_cross_entropy" else "logp",
-        )
+        upstream = "scalar" if base == "linear_cross_entropy" else "logp"
+        return head("hidden" in trained, "weight" in trained, upstream)
     if base in ("linear_dpo", "linear_kto"):  # the reference's pass, which saves nothing, and the policy's
         units = PAIRS if base == "linear_dpo" else ROWS
-        reference, policy = (
-            _head(dtype, shape, kind, False, False, "scalar"),
-            _sequences_head(dtype, shape, kind, units),
-        )
-        return Work(
-            reference.gemms + policy.gemms, reference.pass_bytes + policy.pass_bytes, policy.held_bytes
-        )
+        reference = head(False, False, "scalar")
+        policy = _sequences_head(dtype, shape, kind, units, architecture)
+        return _both(reference, policy)
     size, logits = SIZES[dtype], shape.N * shape.V
     if base == "token_stats":
         return Work((), size * logits, 28 * shape.N)
@@ -129,10 +138,21 @@ def count(operation: str, dtype: str, trained: Sequence[str], shape: Shape, kind
     return None
 
 
-def _sequences_head(dtype: str, shape: Shape, kind: str, units: int) -> Work:
+def _both(first: Work, second: Work) -> Work:
+    """One after the other; the second holds more."""
+    return Work(
+        first.gemms + second.gemms,
+        first.pass_bytes + second.pass_bytes,
+        second.held_bytes,
+        first.launches + second.launches,
+        first.epilogue_logits + second.epilogue_logits,
+    )
+
+
+def _sequences_head(dtype: str, shape: Shape, kind: str, units: int, architecture: int) -> Work:
     """The work of a head whose loss takes whole sequences; linear/sequences.py explains its GEMMs."""
     if kind != "cpu":
-        return _head(dtype, shape, kind, True, True, "logp")
+        return _head(dtype, shape, kind, True, True, "logp", architecture=architecture)
     mib = default_workspace_mib("cpu", weight_grad=False)
     work = _head(dtype, shape, kind, True, True, "logp", mib)
     room, _ = capacity(shape.V, DTYPES[dtype], kind, True, True, None, mib)
@@ -149,19 +169,29 @@ def _head(
     weight_grad: bool,
     upstream: str,
     workspace_mib: float | None = None,
+    architecture: int = 0,
 ) -> Work:
     N, H, V = shape
     plan = plan_head(
         N, H, V, dtype=DTYPES[dtype], device=kind,
         hidden_grad=hidden_grad, weight_grad=weight_grad, upstream=upstream,
-        workspace_mib=workspace_mib,
+        workspace_mib=workspace_mib, architecture=architecture, memory_mib=MEMORY_MIB,
     )  # fmt: skip
     size = SIZES[dtype]
     dX, dW = int(hidden_grad), int(weight_grad)
-    gemms = [(float(plan.gemms - dX - dW), N, V, H)] + [(1.0, N, H, V)] * dX + [(1.0, V, H, N)] * dW
+    gradients = [(1.0, N, H, V)] * dX + [(1.0, V, H, N)] * dW
     if plan.engine != "token_tiles":
-        passes, held = _gpu_head(plan, shape, size, dX, dW)
-        return Work(tuple(gemms), passes, held + 28 * N)
+        mib = gpu_workspace_mib(None) if workspace_mib is None else workspace_mib
+        call = GpuCall(N, H, V, DTYPES[dtype], mib, hidden_grad, weight_grad)
+        work = gpu_work(plan, call)
+        return Work(
+            ((work.forwards, N, V, H), *gradients),
+            work.pass_bytes,
+            work.held_bytes + 28 * N,
+            work.launches,
+            work.epilogue_logits,
+        )
+    gemms = [(float(plan.gemms - dX - dW), N, V, H), *gradients]
     # fp32 logits are read once for the statistics; for the gradient read again and overwritten, on a GPU in
     # the inputs' dtype.
     passes = 4 + (4 + (size if kind == "cuda" else 4)) * (dX or dW)
@@ -173,36 +203,7 @@ def _head(
     return Work(tuple(gemms), float(passes * N * V), float(held))
 
 
-def _gpu_head(plan: HeadPlan, shape: Shape, size: int, dX: int, dW: int) -> tuple[float, float]:
-    """Bytes of the passes beside the GEMMs, and bytes held, of kept softmax and of vocabulary slices."""
-    N, H, V = shape
-    # An fp32 tile is written where the bare GEMM would write `size` bytes, and read once for the statistics.
-    statistics = 4 - size + 4
-    gradients = size * N * H * dX + size * V * H * dW
-    if not (dX or dW):
-        return float(statistics * N * V), float(plan.workspace_bytes)
-    if plan.engine == "vocab_slices":
-        slices = -(-V // plan.slice_columns)
-        # the tile is recomputed, read, and dlogits are written; dX's fp32 sum is read and written once a
-        # slice
-        per_logit = statistics + 4 - size + 4 + size
-        return (
-            float(per_logit * N * V + 8 * N * H * dX * slices),
-            float(plan.workspace_bytes + gradients + (4 - size) * N * H * dX),
-        )
-    per_logit = statistics + 4 + size + (2 * size if plan.way == "general" else 0)
-    blocks = -(-N // plan.kept_tokens)
-    if not dW or blocks == 1:  # the tile's memory is free when the gradients are made
-        tile = 4 * plan.chunk * V
-        return float(per_logit * N * V), plan.workspace_bytes - tile + float(max(tile, gradients))
-    # dW's fp32 sum is written by the first block, read and written by the others, and converted
-    return (
-        float(per_logit * N * V + (8 * blocks - 4 + 4 + size) * V * H),
-        float(plan.workspace_bytes + gradients + 4 * V * H),
-    )
-
-
-def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
+def _step(stage: str, dtype: str, shape: Shape, kind: str, architecture: int) -> Work:
     """The work of a training step: the backbone's GEMMs without attention's, the head, and AdamW.
 
     AdamW reads four tensors of the weights' size and writes three.
@@ -211,18 +212,17 @@ def _step(stage: str, dtype: str, shape: Shape, kind: str) -> Work:
     number, heads, key_heads, inner = Layers.of(H)
     body = number * (2 * H * H + 2 * H * (H // heads) * key_heads + 3 * H * inner)
     body_passes = 3.0  # forward, and backward two GEMMs for each of forward's
+    head = partial(_head, dtype, shape, kind, architecture=architecture)
     heads_run: list[Work] = []
     if stage != "reward":
-        heads_run = [
-            _head(dtype, shape, kind, True, True, "scalar" if stage in ("pretrain", "sft") else "logp")
-        ]
+        heads_run = [head(True, True, "scalar" if stage in ("pretrain", "sft") else "logp")]
     if stage in (
         "dpo",
         "kto",
     ):  # the reference's pass; for KTO of twice the sequences, and the policy's on the mismatched ones
         extra = 1 if stage == "dpo" else 3
         body_passes += extra
-        heads_run += [_head(dtype, shape, kind, False, False, "scalar")] * extra
+        heads_run += [head(False, False, "scalar")] * extra
     weights, size = body + V * H, SIZES[dtype]
     gemms = ((body_passes, N, body // H, H), *(gemm for head in heads_run for gemm in head.gemms))
     held = weights * size + max((head.held_bytes for head in heads_run), default=0.0)
@@ -289,7 +289,9 @@ def table(results: Mapping[str, Any] | None) -> str:
             continue  # left out on that machine
         cells = []
         for machine in machines:
-            work = count(case["operation"], case["dtype"], case["trained"], shape, machine.kind)
+            work = count(
+                case["operation"], case["dtype"], case["trained"], shape, machine.kind, machine.architecture
+            )
             cells.append(
                 _cell(
                     *(predict(work, machine, case["dtype"]).seconds, work.held_bytes / 2**20)

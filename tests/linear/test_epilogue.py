@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastalign_kernels.linear import epilogue, epilogue_call
+from fastalign_kernels.linear import epilogue, epilogue_call, gpu_plan
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
@@ -194,19 +194,35 @@ def test_few_tokens(device, kept):
     assert bool(gradients.weight.any()) == bool(kept)
 
 
-def test_plan_of_blocks():
-    assert epilogue.tokens_kept(8192, 151936, 2560.0) == 8192
-    assert epilogue.tokens_kept(16384, 151936, 2560.0) == 8192
-    assert epilogue.tokens_kept(10000, 151936, 2560.0) == 5120
-    assert epilogue.tokens_kept(100, 151936, 2560.0) == 100
-    assert epilogue.tokens_kept(8192, 151936, 1.0) == 256
+@pytest.mark.parametrize(
+    "n_tokens, workspace_mib, head_grad, tokens",
+    [
+        (8192, 2560.0, True, 8192),
+        (16384, 2560.0, True, 8192),
+        (10000, 2560.0, True, 5120),
+        (100, 2560.0, True, 100),
+        (8192, 1.0, True, 256),
+        (8192, 2560.0, False, 2048),  # a frozen head
+    ],
+)
+def test_tokens_of_a_block(n_tokens, workspace_mib, head_grad, tokens):
+    call = gpu_plan.GpuCall(n_tokens, 4096, 151936, torch.bfloat16, workspace_mib, True, head_grad)
+    assert gpu_plan.epilogue_tokens(call) == tokens
+
+
+def test_all_is_saved_where_it_fits():
+    """16,384 tokens take 4,748 MiB; with a workspace that the call gives, nothing is added to it."""
+    call = gpu_plan.GpuCall(16384, 2048, 151936, torch.bfloat16, 2560.0, True, True)
+    assert gpu_plan.epilogue_saved(call) == 8192
+    assert gpu_plan.epilogue_saved(call._replace(saved_mib=5120.0)) == 16384
+    assert gpu_plan.epilogue_saved(call._replace(saved_mib=4096.0)) == 8192
 
 
 def test_serves_what_it_can():
     def served(dtype=torch.bfloat16, N=1024, H=64, options=OPTIONS["plain"], architecture=90, V=512):
         hidden, weight = torch.empty(N, H, dtype=dtype), torch.empty(V, H, dtype=dtype)
         inputs = HeadInputs(hidden, weight, torch.zeros(N, dtype=torch.int64), None, options)
-        return epilogue.serves(inputs, architecture)
+        return gpu_plan.epilogue_serves(inputs.gpu_call(ALL, 2560.0, architecture=architecture))
 
     assert served() and served(torch.float16) and served(options=HeadOptions(softcap=30.0))
     assert not served(torch.float32) and not served(torch.float64)

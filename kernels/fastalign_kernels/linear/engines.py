@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import native
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
-from .epilogue import EpilogueStatistics, architecture, serves
+from .epilogue import EpilogueStatistics, architecture
 from .gpu_plan import gpu_saved_mib, gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
 from .token_tiles import TOKEN_TILES
@@ -43,9 +43,7 @@ def select(inputs: HeadInputs, needs: NeedsGrad) -> Selection:
     index = inputs.hidden.device.index
     card_bytes = _card_bytes(index)
     workspace_mib = gpu_workspace_mib(card_bytes)
-    name = select_engine(inputs.gpu_call(needs, workspace_mib))
-    if name == "kept_softmax" and serves(inputs, architecture(index)):
-        name = "epilogue"  # an H200 was 5 to 14 % faster with it (2026-11-27)
+    name = select_engine(inputs.gpu_call(needs, workspace_mib, architecture=architecture(index)))
     return Selection(name, workspace_mib, gpu_saved_mib(card_bytes))
 
 
@@ -60,7 +58,7 @@ def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
     from .kept_softmax import KeptSoftmax
     from .vocab_slices import VocabSlices
 
-    return KeptSoftmax(workspace_mib) if name == "kept_softmax" else VocabSlices(workspace_mib)
+    return KeptSoftmax(workspace_mib, saved_mib) if name == "kept_softmax" else VocabSlices(workspace_mib)
 
 
 def overwrites_saved(inputs: HeadInputs, needs: NeedsGrad) -> bool:

@@ -34,16 +34,17 @@ from torch import Tensor
 
 from .engine import Engine, Gradients, TokenCoefficients, empty_stats
 from .epilogue_call import BlockGradients, CallTiles, EpilogueCall, Tiles, state_size
-from .gpu_plan import GRANULE, MOST_MIB, MOST_SAVED_MIB
+from .gpu_plan import (
+    MOST_MIB,
+    MOST_SAVED_MIB,
+    GpuCall,
+    epilogue_saved,
+    epilogue_tokens,
+    row_elements,
+)
 from .inputs import HeadInputs, NeedsGrad
 
-# Tokens of a block where the head needs no gradient. dX is finished block by block, so a larger one gains
-# nothing; without any gradient a token takes only 2 H + V / 16 bytes.
-FROZEN_TOKENS = 2048
-LEAN_TOKENS = 32768
-# softcap / temperature up to which e of all logits of a row fits bf16's exponents. With a bias beside it the
-# forward kernel would spill.
-LARGEST_CAP = 40.0
+LEAN_TOKENS = 32768  # of a block without any gradient: a token takes only 2 H + V / 16 bytes
 
 
 class TileChoice(NamedTuple):
@@ -69,49 +70,11 @@ TILES: dict[int, list[TileChoice]] = {
     ],
     100: [TileChoice(math.inf, lean=_SM_100, full=_SM_100, not_kept=_SM_100)],
 }
-MEASURED = {90}
 
 
 def tiles_for(architecture: int, hidden_size: int) -> TileChoice:
     """The tiles of an architecture in TILES."""
     return next(choice for choice in TILES[architecture] if hidden_size <= choice.largest_hidden)
-
-
-# For dW the hidden states are multiplied by their row's factor, which rounds them once more than other
-# engines do. On an H200 (2026-11-27) dW was within twice PyTorch's error at 253 to 1,024 tokens, but not in
-# the tests of a few dozen tokens, where one token decides an element. With so few tokens the launches
-# decide the time anyway.
-FEWEST_TOKENS = 1024
-
-
-def serves(inputs: HeadInputs, architecture: int) -> bool:
-    """Whether this engine can run a call on a GPU of this compute capability (90 for an H100)."""
-    hidden, weight, _, bias, options = inputs
-    softcap, temperature = options.softcap, options.temperature
-    return (
-        architecture in MEASURED
-        and hidden.dtype in (torch.bfloat16, torch.float16)
-        and hidden.shape[0] >= FEWEST_TOKENS
-        and hidden.shape[1] % 8 == 0  # TMA takes rows of whole 16 bytes
-        and GRANULE <= weight.shape[0] < 2**31
-        and options.tail_eps is None
-        and (not softcap or (softcap / temperature <= LARGEST_CAP and bias is None))
-    )
-
-
-def tokens_kept(n_tokens: int, vocab_size: int, workspace_mib: float) -> int:
-    """Tokens of a block whose e is kept: what the workspace holds, in even multiples of 256.
-
-    2560 MiB hold 8,834 tokens at V = 151936.
-    """
-    most = int(workspace_mib * 2**20) // (2 * _row_elements(vocab_size)) // GRANULE * GRANULE or GRANULE
-    blocks = -(-n_tokens // most) or 1
-    return min(n_tokens, -(-n_tokens // blocks // GRANULE) * GRANULE)
-
-
-def _row_elements(vocab_size: int) -> int:
-    """Elements between two rows of e: TMA takes multiples of 16 bytes."""
-    return -(-vocab_size // 8) * 8
 
 
 class EpilogueStatistics(Engine):
@@ -149,9 +112,9 @@ class EpilogueStatistics(Engine):
         if not self.saves(inputs, needs):
             return []
         hidden, V = inputs.hidden, inputs.vocab_size
-        K = self._saved(inputs)
+        K = epilogue_saved(self._plan(inputs, needs))
         return [
-            hidden.new_empty(K, _row_elements(V)),
+            hidden.new_empty(K, row_elements(V)),
             hidden.new_empty(state_size(inputs, self._tiles(inputs), K), dtype=torch.float32),
             hidden.new_empty(hidden.shape[0] + 1, dtype=torch.int32),
         ]
@@ -177,7 +140,7 @@ class EpilogueStatistics(Engine):
             gradients.add(call.gather(0, K, kept[:, : call.V], state), stats, of_tokens)
             _add_blocks(gradients, (K, K), kept, torch.empty_like(stats), stats, of_tokens)
         else:
-            call, K = self._call(inputs), self._kept(inputs)
+            call, K = self._call(inputs), self._kept(inputs, needs)
             gradients = BlockGradients(call, needs, single=K == call.N)
             _add_blocks(gradients, (K, 0), None, torch.empty_like(stats), stats, of_tokens)
         return gradients.finish()
@@ -187,21 +150,16 @@ class EpilogueStatistics(Engine):
     ) -> tuple[Tensor, Gradients]:
         """3 GEMMs, 2 where the head is frozen."""
         call, stats = self._call(inputs), empty_stats(inputs)
-        K = self._kept(inputs)
-        K = K if needs.head else min(K, FROZEN_TOKENS)
+        K = self._kept(inputs, needs)
         gradients = BlockGradients(call, needs, single=K == call.N)
         _add_blocks(gradients, (K, 0), None, stats, stats, token_coefficients)
         return stats, gradients.finish()
 
-    def _kept(self, inputs: HeadInputs) -> int:
-        workspace_mib = inputs.options.workspace_mib or self.workspace_mib
-        return tokens_kept(inputs.hidden.shape[0], inputs.vocab_size, workspace_mib)
+    def _plan(self, inputs: HeadInputs, needs: NeedsGrad) -> GpuCall:
+        return inputs.gpu_call(needs, self.workspace_mib, saved_mib=self.saved_mib)
 
-    def _saved(self, inputs: HeadInputs) -> int:
-        """Tokens whose e is kept between the passes."""
-        workspace_mib = inputs.options.workspace_mib or self.saved_mib
-        N = inputs.hidden.shape[0]
-        return N if tokens_kept(N, inputs.vocab_size, workspace_mib) == N else self._kept(inputs)
+    def _kept(self, inputs: HeadInputs, needs: NeedsGrad) -> int:
+        return epilogue_tokens(self._plan(inputs, needs))
 
     def _tiles(self, inputs: HeadInputs) -> CallTiles:
         if self.tiles is not None:
@@ -231,7 +189,7 @@ def _add_blocks(
     call = gradients.call
     for begin, rows in call.blocks(*size_and_first):
         if memory is None:
-            memory = call.inputs.hidden.new_empty(rows, _row_elements(call.V))
+            memory = call.inputs.hidden.new_empty(rows, row_elements(call.V))
         block = call.forward(begin, rows, forward_stats, memory[:rows, : call.V])
         gradients.add(block, stats, coefficients)
 

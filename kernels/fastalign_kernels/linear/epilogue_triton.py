@@ -188,7 +188,11 @@ def forward_kernel(
         inside = row < live
         token_id = tl.load(ids + row, mask=inside, other=-1)
         r = tl.load(state + row, mask=inside, other=0.0)
-        found = (token_id >= 0) & (token_id // BN == col_tile)  # two comparisons with col0 would spill
+        # Two forms of one question: with the other one ptxas spills 8 bytes.
+        if BRANCH:
+            found = (token_id >= 0) & (token_id // BN == col_tile)
+        else:
+            found = (token_id >= col0) & (token_id < col0 + BN)
         at = state + (4 + col_tile.to(tl.int64)) * rows + row
         cols = col0 + tl.arange(0, BN)
         z = base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)

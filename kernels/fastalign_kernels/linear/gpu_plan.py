@@ -25,6 +25,20 @@ MOST_MIB = 2560.0
 MOST_SAVED_MIB = 5120.0
 CARD_SHARE = 16
 
+# The engine `epilogue` (linear/epilogue.py): compute capabilities on which a GPU has measured it.
+EPILOGUE_MEASURED = (90,)
+# For dW its hidden states are multiplied by their row's factor, which rounds them once more than other
+# engines do. On an H200 (2026-11-27) dW was within twice PyTorch's error at 253 to 1,024 tokens, but not in
+# the tests of a few dozen tokens, where one token decides an element. With so few tokens the launches
+# decide the time anyway.
+FEWEST_EPILOGUE_TOKENS = 1024
+# softcap / temperature up to which e of all logits of a row fits bf16's exponents. With a bias beside it the
+# forward kernel would spill.
+LARGEST_CAP = 40.0
+# Tokens of a block where the head needs no gradient: dX is finished block by block, so a larger one gains
+# nothing.
+FROZEN_TOKENS = 2048
+
 
 class TileSizes(NamedTuple):
     """Tokens of a tile of logits, tokens of a block whose dlogits are in memory together, bytes of both."""
@@ -45,6 +59,12 @@ class GpuCall(NamedTuple):
     hidden_grad: bool
     head_grad: bool  # of weight or bias
     tail: bool = False  # tail_eps is given
+    cap: float = 0.0  # softcap / temperature; 0: no softcap
+    bias: bool = False
+    architecture: int = 0  # compute capability, 90 for an H100; 0: not known
+    saved_mib: float | None = (
+        None  # for what is kept between the passes, if all of it fits; None: workspace_mib
+    )
 
     @property
     def grad(self) -> bool:
@@ -77,17 +97,18 @@ def gpu_saved_mib(card_bytes: int | None) -> float:
 
 
 def select_engine(call: GpuCall) -> str:
-    """token_tiles, kept_softmax or vocab_slices.
+    """token_tiles, kept_softmax, epilogue or vocab_slices.
 
     Token tiles serve fp64 and the tail. Kept softmax serves all else if the workspace holds a tile of 256
     tokens and, with a gradient of the head, blocks of FEWEST_KEPT tokens or all tokens. With less memory the
-    vocabulary is processed in slices, or by token tiles if not even a slice of 256 columns fits.
+    vocabulary is processed in slices, or by token tiles if not even a slice of 256 columns fits. `epilogue`
+    takes the place of kept softmax where it serves.
     """
     if call.dtype == torch.float64 or (call.tail and call.grad):
         return "token_tiles"
     sizes = tile_sizes(call)
     if sizes.block >= min(FEWEST_KEPT if call.head_grad else TILES[-1], call.n_tokens):
-        return "kept_softmax"
+        return "epilogue" if epilogue_serves(call) else "kept_softmax"  # an H200 was 5 to 14 % faster with it
     if slice_width(call):
         return "vocab_slices"
     return "token_tiles"
@@ -119,6 +140,54 @@ def tile_sizes(call: GpuCall, *, even: bool = True) -> TileSizes:
         return _sizes(call, min(N, room // (tile_bytes + kept_bytes)), None)
     _, tile, block = best
     return _sizes(call, _even(N, tile), _even(N, block) if even else min(N, block))
+
+
+def saved_sizes(call: GpuCall) -> TileSizes:
+    """Sizes for kept softmax where P is kept between the passes: as if all gradients were needed, since
+    without the head's a block would be a tile, but here all tokens may be kept."""
+    call = call._replace(hidden_grad=True, head_grad=True)
+    if call.saved_mib is not None:
+        sizes = tile_sizes(call._replace(workspace_mib=call.saved_mib), even=False)
+        if sizes.block >= call.n_tokens:
+            return sizes
+    return tile_sizes(call, even=False)
+
+
+def epilogue_serves(call: GpuCall) -> bool:
+    """Whether the engine `epilogue` can run a call on its GPU."""
+    return (
+        call.architecture in EPILOGUE_MEASURED
+        and call.dtype in LOW_PRECISION
+        and call.n_tokens >= FEWEST_EPILOGUE_TOKENS
+        and call.hidden_size % 8 == 0  # TMA takes rows of whole 16 bytes
+        and GRANULE <= call.vocab_size < 2**31
+        and not call.tail
+        and (not call.cap or (call.cap <= LARGEST_CAP and not call.bias))
+    )
+
+
+def epilogue_tokens(call: GpuCall) -> int:
+    """Tokens of a block of `epilogue`: what the workspace holds of e, in even multiples of 256.
+
+    2560 MiB hold 8,834 tokens at V = 151936.
+    """
+    most = int(call.workspace_mib * 2**20) // (2 * row_elements(call.vocab_size)) // GRANULE * GRANULE
+    if not call.head_grad and call.hidden_grad:
+        most = min(most, FROZEN_TOKENS)
+    blocks = -(-call.n_tokens // (most or GRANULE)) or 1
+    return min(call.n_tokens, -(-call.n_tokens // blocks // GRANULE) * GRANULE)
+
+
+def epilogue_saved(call: GpuCall) -> int:
+    """Tokens whose e is kept between the passes: all, if they fit `saved_mib`."""
+    call = call._replace(hidden_grad=True, head_grad=True)
+    all_fit = call._replace(workspace_mib=call.workspace_mib if call.saved_mib is None else call.saved_mib)
+    return call.n_tokens if epilogue_tokens(all_fit) == call.n_tokens else epilogue_tokens(call)
+
+
+def row_elements(vocab_size: int) -> int:
+    """Elements between two rows of e: TMA takes multiples of 16 bytes."""
+    return -(-vocab_size // 8) * 8
 
 
 def slice_width(call: GpuCall) -> int:

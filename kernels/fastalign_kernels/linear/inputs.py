@@ -137,9 +137,16 @@ class HeadInputs(NamedTuple):
             requires_grad(hidden), requires_grad(weight), bias is not None and requires_grad(bias)
         )
 
-    def gpu_call(self, needs: NeedsGrad, workspace_mib: float) -> GpuCall:
-        """What the plan on a GPU depends on; workspace_mib: if the call does not say."""
-        mib = self.options.workspace_mib
+    def gpu_call(
+        self,
+        needs: NeedsGrad,
+        workspace_mib: float,
+        *,
+        saved_mib: float | None = None,
+        architecture: int = 0,
+    ) -> GpuCall:
+        """What the plan on a GPU depends on; workspace_mib, saved_mib: if the call does not say."""
+        softcap, temperature, mib = self.options.softcap, self.options.temperature, self.options.workspace_mib
         return GpuCall(
             n_tokens=self.hidden.shape[0],
             hidden_size=self.hidden.shape[1],
@@ -149,6 +156,10 @@ class HeadInputs(NamedTuple):
             hidden_grad=needs.hidden,
             head_grad=needs.head,
             tail=self.options.tail_eps is not None,
+            cap=softcap / temperature,
+            bias=self.bias is not None,
+            architecture=architecture,
+            saved_mib=saved_mib if mib is None else None,
         )
 
     def mode(self, upstream: str) -> str:

@@ -44,15 +44,13 @@ from ..softmax.tile_rows_triton import (
 )
 from . import gpu_plan
 from .engine import Engine, Gradients, TokenCoefficients
-from .gpu_plan import TileSizes, keeps_softmax, tile_sizes
+from .gpu_plan import TileSizes, keeps_softmax, saved_sizes, tile_sizes
 from .gpu_tokens import Tokens
 from .head_call import HeadCall, product
 from .inputs import HeadInputs, NeedsGrad
 from .token_losses import TokenCrossEntropy
 
 SOFTMAX_SCALE = {torch.bfloat16: 1.0, torch.float16: 2.0**15}
-
-ALL = NeedsGrad(hidden=True, weight=True, bias=True)
 
 # logits of a tile, its rows, where its dlogits go
 Write = Callable[[Tensor, Rows, "tuple[int, int]", Tensor], None]
@@ -119,18 +117,18 @@ class _Sums:
 class KeptSoftmax(Engine):
     """The engine `kept_softmax`; see engine.py."""
 
-    def __init__(self, workspace_mib: float) -> None:
-        """workspace_mib: MiB of the tile and of what is kept, where the call does not say."""
-        self.workspace_mib = workspace_mib
+    def __init__(self, workspace_mib: float, saved_mib: float | None = None) -> None:
+        """workspace_mib: MiB of the tile and of what is kept, where the call does not say; saved_mib:
+        likewise, for what is kept between the passes if all of it fits."""
+        self.workspace_mib, self.saved_mib = workspace_mib, saved_mib
 
     def sizes(self, inputs: HeadInputs, needs: NeedsGrad) -> TileSizes:
         """The sizes of a call."""
         return tile_sizes(inputs.gpu_call(needs, self.workspace_mib))
 
-    def saved_sizes(self, inputs: HeadInputs) -> TileSizes:
-        """The sizes where P is kept, as if all gradients were needed: without the head's a block would be a
-        tile, but here all tokens may be kept."""
-        return tile_sizes(inputs.gpu_call(ALL, self.workspace_mib), even=False)
+    def saved_sizes(self, inputs: HeadInputs, needs: NeedsGrad) -> TileSizes:
+        """The sizes where P is kept between the passes."""
+        return saved_sizes(inputs.gpu_call(needs, self.workspace_mib, saved_mib=self.saved_mib))
 
     def saves(self, inputs: HeadInputs, needs: NeedsGrad) -> bool:
         options = inputs.options
@@ -141,7 +139,7 @@ class KeptSoftmax(Engine):
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
         if not self.saves(inputs, needs):
             return []
-        return [inputs.hidden.new_empty(self.saved_sizes(inputs).block, inputs.vocab_size)]
+        return [inputs.hidden.new_empty(self.saved_sizes(inputs, needs).block, inputs.vocab_size)]
 
     def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
         saved = self.empty_saved(inputs, needs)
@@ -150,7 +148,7 @@ class KeptSoftmax(Engine):
             call.run_statistics(self.sizes(inputs, NeedsGrad()))
             return call.table, saved
         kept = saved[0]
-        sizes = self.saved_sizes(inputs)
+        sizes = self.saved_sizes(inputs, needs)
         scale = SOFTMAX_SCALE.get(kept.dtype, 0.0)
 
         def write(logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
@@ -174,7 +172,7 @@ class KeptSoftmax(Engine):
         tokens = call.tokens
         done = 0
         sums: _Sums | None = None
-        sizes = self.saved_sizes(inputs) if saved else self.sizes(inputs, needs)
+        sizes = self.saved_sizes(inputs, needs) if saved else self.sizes(inputs, needs)
         if saved:
             kept = saved[0]
             call.write_kept(kept, coefficients)

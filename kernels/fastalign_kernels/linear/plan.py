@@ -12,7 +12,19 @@ from typing import NamedTuple
 import torch
 
 from .. import checks
-from .gpu_plan import GpuCall, gpu_workspace_mib, select_engine, slice_width, tile_sizes
+from .gpu_budgets import HeadBudget, budget_table, card_of, gpu_budgets
+from .gpu_plan import (
+    GpuCall,
+    epilogue_saved,
+    epilogue_tokens,
+    gpu_saved_mib,
+    gpu_workspace_mib,
+    row_elements,
+    saved_sizes,
+    select_engine,
+    slice_width,
+    tile_sizes,
+)
 
 # Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V
 # = 49152) run their GEMMs 9 % faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak
@@ -36,11 +48,17 @@ class HeadPlan(NamedTuple):
     chunk: int  # tokens whose logits are in memory together
     workspace_bytes: int  # of these logits and what is kept of them
     gemms: int  # of N x H x V, in forward and backward together
-    # token_tiles, or on a GPU kept_softmax or vocab_slices. The card itself is not known here: an H100 or
-    # H200 runs many calls of kept_softmax in the engine `epilogue` (linear/engines.py).
-    engine: str = "token_tiles"
-    kept_tokens: int = 0  # kept_softmax: tokens whose dlogits or softmax are in memory together
+    engine: str = "token_tiles"  # or on a GPU kept_softmax, epilogue or vocab_slices
+    kept_tokens: int = 0  # kept_softmax, epilogue: tokens whose dlogits or softmax are in memory together
     slice_columns: int = 0  # vocab_slices: ids of a slice; `chunk` is then all tokens
+    held_bytes: int = 0  # on a GPU: peak beyond the inputs, gradients included
+    predicted_ms: float | None = None  # on a GPU, forward and backward: a roofline, not a measurement
+    budgets: tuple[HeadBudget, ...] = ()  # on a GPU: what more or less workspace_mib would buy
+
+    def __str__(self) -> str:
+        """The plan in a line, and on a GPU a table of its budgets."""
+        work = f"{self.way} by {self.engine}: {self.gemms} GEMMs, {self.workspace_bytes / 2**20:,.0f} MiB"
+        return "\n".join([work, *budget_table(self.budgets)])
 
 
 def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
@@ -66,20 +84,29 @@ def plan_head(
     upstream: str = "scalar",
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
+    architecture: int | None = None,
+    memory_mib: float | None = None,
 ) -> HeadPlan:
     """How a head call runs: a pure function of shapes, dtype, needed gradients and the workspace.
 
     Args:
         n_tokens, hidden_size, vocab_size: N (ignored tokens not counted), H, V.
         dtype: of the hidden states.
-        device: only its type matters.
+        device: its type matters; on a GPU also what `architecture` and `memory_mib` say.
         hidden_grad, weight_grad: which gradients are needed. weight_grad also stands for the bias.
         upstream: what the backward pass brings: "scalar" (a loss that this package reduces), "logp" (any
             gradient of logp alone), or "table" (any gradient of logp, entropy and lse).
         tail_eps: if given, backward GEMMs leave columns out (see `linear_cross_entropy`), and `gemms` is an
             upper bound.
         workspace_mib: MiB for logits and what is made of them. Default on a CPU 96, or 72 with weight_grad;
-            on a GPU a sixteenth of the card's memory and at most 2560, which is assumed here.
+            on a GPU a sixteenth of the card's memory and at most 2560.
+        architecture: compute capability of the GPU, 90 for an H100. Default: that of `device` where it is a
+            GPU of this machine; else 0, and the plan is one that any GPU can run, without predicted times.
+        memory_mib: the GPU's memory. Default: likewise; else as much as the default workspace needs.
+
+    Returns:
+        The plan. print(plan) shows what more or less `workspace_mib` would buy on a GPU: engine, GEMMs,
+        memory, and milliseconds that a roofline predicts.
 
     Raises:
         ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small for
@@ -97,16 +124,30 @@ def plan_head(
         checks.tail_eps(tail_eps)
     if workspace_mib is not None:
         checks.above_zero("workspace_mib", workspace_mib)
+    if architecture is not None:
+        checks.whole("architecture", architecture, 0, expected="a compute capability such as 90")
+    if memory_mib is not None:
+        checks.above_zero("memory_mib", memory_mib)
     way = select_mode(dtype, hidden_grad, weight_grad, upstream)
     gradients = int(hidden_grad) + int(weight_grad)
     gemms = 2 + gradients if way == "general" else 1 + gradients
     if kind == "cuda":
-        mib = gpu_workspace_mib(None) if workspace_mib is None else workspace_mib
-        tail = tail_eps is not None
-        call = GpuCall(n_tokens, hidden_size, vocab_size, dtype, mib, hidden_grad, weight_grad, tail)
+        card = card_of(device, architecture, memory_mib)
+        call = GpuCall(
+            n_tokens=n_tokens,
+            hidden_size=hidden_size,
+            vocab_size=vocab_size,
+            dtype=dtype,
+            workspace_mib=gpu_workspace_mib(card.bytes) if workspace_mib is None else workspace_mib,
+            hidden_grad=hidden_grad,
+            head_grad=weight_grad,
+            tail=tail_eps is not None,
+            architecture=card.architecture,
+            saved_mib=gpu_saved_mib(card.bytes) if workspace_mib is None else None,
+        )
         plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
         if plan is not None:
-            return plan
+            return gpu_budgets(plan, call, card, lambda call: _gpu_plan(call, HeadPlan(way, 0, 0, gemms)))
     tokens, per_token = token_chunk(
         n_tokens, vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib
     )
@@ -116,10 +157,19 @@ def plan_head(
 def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
     """The plan with what a GPU's engines add; None: token tiles."""
     engine = select_engine(call)
+    # any upstream gradient: as much as possible is kept between the passes, whatever gradients are needed
+    general = plan.way == "general"
+    if engine == "epilogue":
+        kept = 0 if not call.grad else epilogue_saved(call) if general else epilogue_tokens(call)
+        return plan._replace(
+            chunk=kept or call.n_tokens,
+            workspace_bytes=2 * kept * row_elements(call.vocab_size),
+            gemms=plan.gemms - int(general and kept >= call.n_tokens),
+            engine=engine,
+            kept_tokens=kept,
+        )
     if engine == "kept_softmax":
-        general = plan.way == "general"
-        # any upstream gradient: P is kept for as many tokens as possible, whatever gradients are needed
-        sizes = tile_sizes(call._replace(head_grad=True) if general else call, even=not general)
+        sizes = saved_sizes(call) if general else tile_sizes(call)
         gemms = plan.gemms - int(general and sizes.block >= call.n_tokens)
         kept = sizes.block if call.grad else 0
         return plan._replace(
