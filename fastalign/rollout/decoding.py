@@ -5,6 +5,7 @@ CUDA graph can replay it.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +21,15 @@ from .static_cache import check_written, static_cache
 # Steps on the stream of the capture before it. The first compiles and loads kernels and allocates cuBLAS
 # workspace. The second recompiles what torch.compile had specialised.
 WARM_UP = 2
+# Classes of models whose step could not be captured in this process.
+_not_captured: set[str] = set()
 
 
 class Decoding:
     """The state of a rollout on the device: what is drawn so far, and what the next step needs.
 
-    `options` are `sample`'s, pad_id included. `seen`, `finished` and `positions` are `generate`'s.
+    `options` are `sample`'s, pad_id included. `seen`, `finished`, `positions` and `compile_step` (compile)
+    are `generate`'s.
     """
 
     def __init__(
@@ -41,9 +45,12 @@ class Decoding:
         seen: Tensor | None = None,
         finished: Tensor | None = None,
         positions: Tensor | None = None,
+        compile_step: bool = False,
     ) -> None:
         (B, T), device = input_ids.shape, input_ids.device
+        # The prefill runs once, so it is not compiled. torch finds what earlier rollouts of a model compiled.
         self.model, self.options = model, options
+        self.step_model = torch.compile(model) if compile_step else model
         self.accepted = inspect.signature(base.forward).parameters
         self.cache = static_cache(base, T + max_new_tokens - 1)  # the model never reads the last token
         self.attention = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens - 1)), 1)
@@ -60,7 +67,7 @@ class Decoding:
         )
         self.failed = torch.full((B,), -1, device=device)  # the column of a row's first failure
 
-        logits = self.forward(input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
+        logits = self.forward(model, input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
         check_written(base, self.cache, T)
         self.logs = torch.empty(
             4, B, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device
@@ -78,15 +85,15 @@ class Decoding:
             self.seen = None if self.seen is None else self.seen | seen
         self.draw(logits)
 
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits [B, V] after the last of the ids [B, t] at positions [B, t]."""
+    def forward(self, model: Any, ids: Tensor, positions: Tensor) -> Tensor:
+        """Logits [B, V] of the model after the last of the ids [B, t] at positions [B, t]."""
         optional = {"position_ids": positions, "logits_to_keep": 1}
         given = {name: value for name, value in optional.items() if name in self.accepted}
         given |= {"attention_mask": self.attention, CACHE: self.cache, "use_cache": True}
-        return self.model(input_ids=ids, return_dict=True, **given).logits[:, -1]
+        return model(input_ids=ids, return_dict=True, **given).logits[:, -1]
 
     def step(self) -> None:
-        self.draw(self.forward(self.token, self.position[:, None]))
+        self.draw(self.forward(self.step_model, self.token, self.position[:, None]))
 
     def draw(self, logits: Tensor) -> None:
         self.position.add_(1)
@@ -122,13 +129,15 @@ class Decoding:
         return ended
 
 
-def run_steps(step: Callable[[], None], *, capture: bool) -> Iterator[None]:
+def run_steps(step: Callable[[], None], *, capture: bool, name: str) -> Iterator[None]:
     """Take one step per item.
 
     With `capture`, the first steps run eagerly on a side stream. Later ones replay a CUDA graph of the same
-    function.
+    function. A step that cannot be captured, because its model copies from the host, say, goes on running
+    eagerly. A warning says so once for each `name` of a model, and its next rollouts do not try.
     """
-    if capture:
+    if capture and name not in _not_captured:
+        main = torch.cuda.current_stream()
         stream = torch.cuda.Stream()
         for _ in range(WARM_UP):
             stream.wait_stream(torch.cuda.current_stream())
@@ -149,12 +158,16 @@ def run_steps(step: Callable[[], None], *, capture: bool) -> Iterator[None]:
             with cast, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 step()
         except RuntimeError as error:
-            error.add_note(
-                "fastalign: the decode step cannot be captured in a CUDA graph; cuda_graph=False runs it "
-                "eagerly"
+            torch.cuda.set_stream(main)  # a capture that CUDA ended leaves its own stream current
+            _not_captured.add(name)
+            reason = (str(error).splitlines() or [""])[0]
+            warnings.warn(
+                f"model: the decode step of {name} cannot be captured in a CUDA graph, so every step runs "
+                f"eagerly ({reason})",
+                stacklevel=4,
             )
-            raise
-        step = graph.replay
+        else:
+            step = graph.replay
     while True:
         step()
         yield

@@ -71,6 +71,7 @@ def generate(
     check: bool = False,
     progress: bool = False,
     cuda_graph: bool = True,
+    compile: bool = False,  # noqa: A002 - torch's name
 ) -> Rollout:
     """Draw up to max_new_tokens tokens for every prompt, in evaluation mode and without gradient.
 
@@ -100,7 +101,12 @@ def generate(
             Default: every 8th step.
         progress: show a progress bar of the steps.
         cuda_graph: False runs every step eagerly on a GPU. A model that transformers does not declare fit
-            for one graph, or whose RoPE depends on the length, runs eagerly anyway.
+            for one graph, or whose RoPE depends on the length, runs eagerly anyway, and so does one that
+            cannot be captured, which a warning names once.
+        compile: run the model through torch.compile in the steps after the prefill, so that a step launches
+            fewer kernels. The first rollout compiles, and the first of another shape once more for all
+            shapes: seconds to a minute each. Later rollouts of the model find both. The logits differ from
+            eager ones by rounding. On a CPU it needs a C++ compiler.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; a prompt is empty or not padded
@@ -141,9 +147,11 @@ def generate(
             max_new_tokens=max_new_tokens,
             eos=eos,
             options=options | {"pad_id": pad_id},
+            compile_step=compile,
             **rows,
         )
-        steps = run_steps(state.step, capture=cuda_graph and can_capture(base, state.logs))
+        capture = cuda_graph and can_capture(base, state.logs)
+        steps = run_steps(state.step, capture=capture, name=type(base).__name__)
         poll = 1 if check else POLL
         for done in range(1, max_new_tokens):
             if done % poll == 0:

@@ -182,6 +182,7 @@ def _draw(
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
+        compile=options.compile_rollout,
         sequence_ids=torch.arange(first_id, first_id + len(prompts), device=model.device),
     )
     completions = [

@@ -203,6 +203,9 @@ class PPOOptions:
     """Draw among the likeliest tokens that hold this probability."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Draw among tokens at least this fraction as likely as the likeliest."""
+    compile_rollout: bool = False
+    """Run the policy through torch.compile where it draws: fewer kernels a token, after a minute of
+    compiling."""
     rescore: bool = False
     """Take the old log-probabilities from a pass of the trainer over the rollout; false: as the rollout
     returned them."""

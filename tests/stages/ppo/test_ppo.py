@@ -42,6 +42,23 @@ def lengths(prompts: Any, completions: Any) -> torch.Tensor:
     return torch.tensor([float(sum(token % 7 for token in ids)) for ids in completions])
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compile_rollout_compiles_the_policy_where_it_draws(
+    base: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiles: list[Any] = []
+
+    def compile_nothing(model: Any) -> Any:
+        compiles.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    model = actor_critic(base)
+    options = PPOOptions(max_new_tokens=3, compile_rollout=compiled)
+    rollout(model, PROMPTS[:2], lengths, options, **ENDS)
+    assert compiles == [model.policy] * compiled
+
+
 # TRL's defects
 
 
