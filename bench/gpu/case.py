@@ -32,6 +32,7 @@ class GpuCase(NamedTuple):
     make(shape, device) allocates the inputs on the device and returns the calls. shape: N, H (0 for an
     operation on logits), V. tiny: the shape of a dry run on a CPU. compiles: `Calls.compiled` is worth half a
     minute here. queued: time the device alone, not the host's launches (fastalign.measure.interleaved).
+    fewest: rounds at least.
     """
 
     name: str
@@ -41,3 +42,4 @@ class GpuCase(NamedTuple):
     tiny: Shape = TINY
     compiles: bool = False
     queued: bool = False
+    fewest: int = 5

@@ -17,10 +17,12 @@ from .case import Call, GpuCase
 
 
 class Rounds(NamedTuple):
-    """How long the rounds of a case may take in seconds, and how many there are at least and at most."""
+    """How long the rounds of a case may take in seconds, and how many there are at most.
+
+    `GpuCase.fewest` is how many there are at least, up to `most`.
+    """
 
     seconds: float = 1.5
-    fewest: int = 5
     most: int = 20
 
 
@@ -58,7 +60,7 @@ def measure(case: GpuCase, device: str, rounds: Rounds, *, compiled: bool = Fals
         rows |= {row: Row(f"absent: {reason}") for row, reason in calls.absent.items()}
     warm = time.perf_counter()
     try:
-        rows |= _timed(rows, ready, rounds, queued=case.queued)
+        rows |= _timed(rows, ready, rounds, case)
     except Exception as error:  # each call has run before: this is the device's failure, not one call's
         rows |= {row: rows[row]._replace(refused=_reason(error)) for row in ready}
     notes = [f"first calls took {warm - begin:.1f} s, rounds {time.perf_counter() - warm:.1f} s"]
@@ -101,16 +103,18 @@ def _peak_mib(call: Call) -> float:
 
 
 def _timed(
-    rows: Mapping[str, Row], calls: Mapping[str, Call], rounds: Rounds, *, queued: bool
+    rows: Mapping[str, Row], calls: Mapping[str, Call], rounds: Rounds, case: GpuCase
 ) -> dict[str, Row]:
     """The rows of the calls with the times of as many interleaved rounds as the seconds allow."""
     if not calls:
         return {}
-    first = interleaved(calls, 1, warmup=0, queued=queued)
+    first = interleaved(calls, 1, warmup=0, queued=case.queued)
     number = rounds.seconds / sum(timing.median for timing in first.values())
-    number = int(min(max(number, rounds.fewest), rounds.most))
-    timings = interleaved(calls, number, warmup=0, queued=queued)
-    return {name: rows[name]._replace(timing=timing) for name, timing in timings.items()}
+    number = int(min(max(number, case.fewest), rounds.most))
+    if number > 1:
+        rest = interleaved(calls, number - 1, warmup=0, queued=case.queued)
+        first = {name: Timing.of([*first[name].seconds, *rest[name].seconds]) for name in calls}
+    return {name: rows[name]._replace(timing=timing) for name, timing in first.items()}
 
 
 def _reason(error: Exception) -> str:

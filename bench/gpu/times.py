@@ -1,8 +1,8 @@
 """Times of every operation on this GPU, each beside its ceiling and its peers: `python -m bench.gpu.times`.
 
 Sections run in the order of SECTIONS, and each may take an equal share of the time that is left. What
-compiles comes last. A case that fails, or for which no time is left, is written down, and the next begins.
-The exit status is 1 if one of our rows has no figures.
+compiles comes last. A case that fails, that ends its process, or for which no time is left is written down,
+and the next begins. The exit status is 1 if one of our rows has no figures.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -26,8 +28,11 @@ SECTIONS = {
     "heads": "head_cases",
     "logits": "logits_cases",
     "sampling": "sampling_cases",
+    "rollouts": "rollout_cases",
 }
 OUT_OF_TIME = "not run: out of time"
+DIED = "failed: the process ended in this case"
+BROKEN = 3  # exit status: after an error the device serves no other case of this process
 
 
 def cases_of(section: str) -> list[GpuCase]:
@@ -44,10 +49,27 @@ def sections(pattern: str) -> dict[str, list[GpuCase]]:
     return {section: cases for section, cases in found.items() if cases}
 
 
+class Begun:
+    """The names of the cases that were begun, in a file that outlives the process. The last may have died."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.earlier = path.read_text().splitlines() if path and path.exists() else []
+
+    def add(self, name: str) -> None:
+        if self.path:
+            with self.path.open("a") as file:
+                file.write(f"{name}\n")
+
+
 def timed(
-    parts: dict[str, list[GpuCase]], device: str, rounds: Rounds, seconds: float
+    parts: dict[str, list[GpuCase]], device: str, rounds: Rounds, seconds: float, begun: Begun | None = None
 ) -> Iterator[MeasuredCase]:
-    """Each case, measured or left out, then those with compiled peers once more."""
+    """Each case, measured or left out, then those with compiled peers once more.
+
+    begun: the cases that an earlier process began are left out, but for the one in which it died.
+    """
+    begun = begun or Begun(None)
     end = time.monotonic() + seconds
     phases = [(cases, False) for cases in parts.values()]
     phases.append(([case for cases in parts.values() for case in cases if case.compiles], True))
@@ -55,10 +77,57 @@ def timed(
         now = time.monotonic()
         deadline = now + (end - now) / (len(phases) - number)
         for case in cases:
-            if time.monotonic() < deadline:
+            name = f"{case.name}, compiled" if compiled else case.name
+            if name in begun.earlier:
+                if name == begun.earlier[-1]:
+                    yield left_out(name, case, DIED)
+            elif time.monotonic() < deadline:
+                begun.add(name)
                 yield measure(case, device, rounds, compiled=compiled)
             else:
-                yield left_out(f"{case.name}, compiled" if compiled else case.name, case, OUT_OF_TIME)
+                yield left_out(name, case, OUT_OF_TIME)
+
+
+def measure_all(given: argparse.Namespace) -> int:
+    """Measure the cases in this process; the exit status."""
+    device, rounds = ("cpu", Rounds(0.0, 1)) if given.dry_run else ("cuda", Rounds())
+    results = Results(given.output) if given.output else None
+    failed = 0
+    for measured in timed(sections(given.only), device, rounds, given.seconds, Begun(given.begun)):
+        failed += bool(measured.failed)
+        print(line(measured), flush=True)
+        if results:
+            results.add("cases", as_json(measured))
+        if device == "cuda" and _broken():
+            return BROKEN
+    return 1 if failed else 0
+
+
+def _broken() -> bool:
+    """Whether an earlier error, such as an illegal access, has ended this process's use of the device."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"the device does not answer: {error}", flush=True)
+        return True
+    return False
+
+
+def supervise(arguments: Collection[str], seconds: float) -> int:
+    """Run `measure_all` in a process of its own, and in another one after the case in which one died."""
+    end, died = time.monotonic() + seconds, False
+    with tempfile.TemporaryDirectory() as folder:
+        begun = ("--begun", str(Path(folder, "begun")))
+        while True:
+            left = ("--seconds", f"{max(end - time.monotonic(), 0):.0f}")
+            command = (sys.executable, "-m", "bench.gpu.times", *arguments, *left, *begun)
+            status = subprocess.run(command).returncode
+            if status in (0, 1):
+                return 1 if died else status
+            died = True
+            print(f"the process ended with status {status}; the next case begins in another", flush=True)
+            if time.monotonic() > end:
+                return 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,26 +141,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cases or sections whose name has TEXT")
     parser.add_argument("--list", action="store_true", help="print the cases and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, one round each")
+    parser.add_argument("--begun", type=Path, help=argparse.SUPPRESS)  # of a process that `supervise` began
     given = parser.parse_args(argv)
-    device, rounds = "cuda", Rounds()
     if given.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
-        device, rounds = "cpu", Rounds(0.0, 1, 1)
     elif not given.list and not torch.cuda.is_available():
         parser.error("device: got no GPU, expected one; --dry-run takes a CPU")
-    parts = sections(given.only)
     if given.list:
-        for section, cases in parts.items():
+        for section, cases in sections(given.only).items():
             print(*(f"{section}: {case.name}; {tuple(case.shape)}" for case in cases), sep="\n")
         return 0
-    results = Results(given.output) if given.output else None
-    failed = 0
-    for measured in timed(parts, device, rounds, given.seconds):
-        failed += bool(measured.failed)
-        print(line(measured), flush=True)
-        if results:
-            results.add("cases", as_json(measured))
-    return 1 if failed else 0
+    if given.dry_run or given.begun:
+        return measure_all(given)
+    return supervise(sys.argv[1:] if argv is None else argv, given.seconds)
 
 
 if __name__ == "__main__":

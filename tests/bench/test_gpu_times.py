@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from bench.gpu.rounds import Rounds, as_json, line, measure
 from bench.reports import readme
 from bench.reports.compare import changes
 
-ONE_ROUND = Rounds(0.0, 1, 1)
+ONE_ROUND = Rounds(0.0, 1)
 
 
 def calls(shape: Shape, device: str) -> Calls:
@@ -43,7 +44,7 @@ SMALL = GpuCase("sum", Shape(2**40, 0, 0), calls, "fp32", tiny=Shape(4, 0, 0), c
 
 
 def test_a_case_has_times_of_what_ran_and_reasons_for_the_rest() -> None:
-    measured = measure(SMALL, "cpu", Rounds(0.0, 3, 3))
+    measured = measure(SMALL, "cpu", Rounds(0.0, 3))
     seconds = {name: row.timing and len(row.timing.seconds) for name, row in measured.rows.items()}
     assert seconds == {
         "one read": 3, "fastalign": 3, "fastalign, twice": 3, "PyTorch": 3,
@@ -86,7 +87,7 @@ def test_a_slow_section_leaves_the_others_their_share_and_what_did_not_run_is_na
 def test_the_file_holds_each_row_as_soon_as_it_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "gpu" / "results.json"
     results = Results(path)
-    for entry in (as_json(measure(SMALL, "cpu", Rounds(0.0, 2, 2))), {"name": "tests", "status": "ok"}):
+    for entry in (as_json(measure(SMALL, "cpu", Rounds(0.0, 2))), {"name": "tests", "status": "ok"}):
         results.add("cases" if "rows" in entry else "checks", entry)
     Results(path).add("checks", {"name": "tests", "status": "failed"})  # the second call of a check
     found = json.loads(path.read_text())
@@ -137,3 +138,29 @@ def test_half_a_file_fills_the_tables_of_readme() -> None:
     nothing = {kind: table(page | {"cases": []}) for kind, table in readme.KINDS.items()}
     assert all("NVIDIA H200" in nothing[kind] for kind in ("summary", "head", "losses", "steps"))
     assert whole["sampling"] == nothing["sampling"] == "Not measured.\n"
+
+
+def test_after_a_case_that_ends_its_process_the_next_ones_run(tmp_path: Path) -> None:
+    path = tmp_path / "begun"
+    cases = {"a": [SMALL._replace(name=name, compiles=False) for name in ("first", "dying", "last")]}
+    rounds = times.timed(cases, "cpu", ONE_ROUND, 60, times.Begun(path))
+    assert next(rounds).name == "first"
+    times.Begun(path).add("dying")  # and the process dies
+    rest = list(times.timed(cases, "cpu", ONE_ROUND, 60, times.Begun(path)))
+    assert [(case.name, case.failed) for case in rest] == [("dying", ["fastalign"]), ("last", [])]
+    assert rest[0].rows["fastalign"].refused == times.DIED
+
+
+def test_a_process_that_dies_is_followed_by_another(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[tuple[str, ...]] = []
+
+    def run(command: tuple[str, ...]) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=-6 if len(commands) == 1 else 0)
+
+    monkeypatch.setattr(times.subprocess, "run", run)
+    assert times.supervise(["--only", "head"], 60) == 1  # a case died
+    assert len(commands) == 2 and commands[0][-1] == commands[1][-1]
+    assert "ended with status -6" in capfd.readouterr().out
