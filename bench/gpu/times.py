@@ -26,6 +26,7 @@ from .rounds import MeasuredCase, Rounds, as_json, left_out, line, measure
 # Modules of this package with CASES: Sequence[GpuCase], the most important first.
 SECTIONS = {
     "heads": "head_cases",
+    "engines": "engine_cases",
     "logits": "logits_cases",
     "sampling": "sampling_cases",
     "rollouts": "rollout_cases",

@@ -42,7 +42,7 @@ from .rows import TokenLoss, Transform
 from .rows_triton import Launch, launch_options, transform_flags
 
 # (BLOCK_SIZE, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]:
-# `python -m bench.gpu.head_times --tune`. "lean" computes lse and logp alone, "full" all statistics. Other
+# `python -m bench.gpu.tune_tiles`. "lean" computes lse and logp alone, "full" all statistics. Other
 # architectures are taken to be alike.
 LAUNCH = {
     "stats_lean": {80: Launch(2048, 8)},  # 0.205 ms: 3.0 TB/s
