@@ -1,4 +1,4 @@
-"""The head's engines by themselves in bf16, beside bare GEMMs: what a call of a public function asks of them."""
+"""The head's engines by themselves in bf16, beside bare GEMMs: what public functions ask of them."""
 
 from __future__ import annotations
 

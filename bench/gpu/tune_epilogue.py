@@ -1,9 +1,9 @@
 """Time tilings of the epilogue's forward kernel on a GPU: `python -m bench.gpu.tune_epilogue [--json FILE]`.
 
-At each shape it prints the tilings of GRID, best first, as multiples of cuBLAS's GEMM in the same interleaved
-rounds: with e kept and two statistics (lean) or all (full), and with nothing kept. What is best fills TILES of
-linear/epilogue.py by hand, if `bench.gpu.aot` compiles it without spills. The compilations come first, in
-processes side by side.
+At each shape it prints the tilings of GRID, best first, as multiples of cuBLAS's GEMM in the same
+interleaved rounds: with e kept and two statistics (lean) or all (full), and with nothing kept. What is best
+fills TILES of linear/epilogue.py by hand, if `bench.gpu.aot` compiles it without spills. The compilations
+come first, in processes side by side.
 """
 
 from __future__ import annotations

@@ -109,7 +109,9 @@ def _add_block(
     x, b, inside = _load(row_logits, bias, cols, V, dtype, HAS_BIAS, MASKED, EVICT)
     z, _ = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
     if HAS_MEAN:
-        lane_total += tl.sum(tl.where(inside, z, 0.0) if MASKED else z, 1)
+        # Subtracted: Triton 3.6 aborts (OptimizeThreadLocality, loopResult.hasOneUse) where a loop adds up a
+        # sum and its result is used twice, here by the masked block and past it.
+        lane_total -= tl.sum(tl.where(inside, -z, 0.0) if MASKED else -z, 1)
     if MASKED:
         z = tl.where(inside, z, float("-inf"))
     new_max = tl.maximum(lane_max, tl.max(z, 1))
