@@ -125,6 +125,8 @@ def count(
         return Work((), 3 * size * logits, size * logits)
     if base == "reward":
         return Work((), 4 * size * shape.N, 2 * size * shape.N)
+    if base == "dpo_loss":  # four log-probabilities of a pair, two gradients
+        return Work((), 6 * size * shape.N, 2 * size * shape.N)
     # N sequences of V tokens with a mask of one byte. PPO: four inputs, two gradients, and these times the
     # upstream gradient. GAE and whitening: inputs and outputs.
     if base == "ppo":

@@ -69,6 +69,8 @@ assert weight.grad.abs().sum() > 0
 from fastalign.stages.stage_configs import DPOConfig
 assert "made_up" in get_args(DPOConfig.__annotations__["loss_type"])
 assert "made_up" in dpo_loss.__doc__
+from bench.cases.bench_dpo_loss import CASES
+assert "dpo_loss, made_up fp32" in CASES
 print("served")
 """
 
