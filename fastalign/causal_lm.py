@@ -133,8 +133,8 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
         _patch(base, heads, declared_transforms(base)[0])
     elif any(parameter.is_meta for parameter in base.parameters()):
         raise ValueError(
-            f"model: {type(base).__name__} has weights on the meta device, so its logits cannot be verified; "
-            "materialise it first or pass verify=False"
+            f"model: got {type(base).__name__} with weights on the meta device, expected values, to verify "
+            "its logits: materialise it first or pass verify=False"
         )
     else:
         with probing(base), ExitStack() as undo:
@@ -157,8 +157,8 @@ def unfuse_head(model: Model) -> Model:
     base = causal_lm_of(model)
     if "_fastalign_transform" in base.__dict__ and not _is_ours(base):
         raise ValueError(
-            f"model: the forward of {type(base).__name__} was replaced after fuse_head; undo that first "
-            "(accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+            f"model: got {type(base).__name__}, whose forward was replaced after fuse_head, expected the "
+            "fused forward: undo that first (accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
         )
     for module in base.modules():
         if _is_ours(module):
@@ -199,8 +199,8 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if unlabelled and options_given:
             asked = f"token_stats={token_stats}, ppo={ppo and sorted(ppo)}, keep_hidden={keep_hidden}"
             raise ValueError(
-                f"{asked}, temperature={temperature}, workspace_mib={workspace_mib}: need labels or "
-                "shift_labels"
+                f"labels: got None with {asked}, temperature={temperature}, workspace_mib={workspace_mib}, "
+                "expected labels or shift_labels"
             )
         if not options_given and needs_full_logits(
             self, labelled=not unlabelled, unservable_head=explain_unservable(self)
@@ -232,7 +232,8 @@ def _fastalign_head_forward(
         return F.linear(hidden, self.weight, self.bias)
     if isinstance(self.weight, DTensor):
         raise UnsupportedModelError(
-            "lm_head.weight is a DTensor inside lm_head's own call: a tensor-parallel head is not served"
+            "lm_head.weight: got a DTensor inside lm_head's call, expected a whole weight: a tensor-parallel "
+            "head is not served"
         )
     return head(hidden, self.weight, targets, bias=self.bias, **options)
 
@@ -256,7 +257,11 @@ def _run(
         )
     refuse_router_loss(model, arguments.get("output_router_logits"))
     if not all(_is_ours(head) for head in plain_heads(model)):
-        raise unsupported(model, "had its lm_head replaced after fuse_head; call fuse_head again")
+        raise unsupported(
+            model,
+            "had its lm_head replaced after fuse_head",
+            expected="the same lm_head: call fuse_head again",
+        )
     if targets is None:
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     ids = arguments.get("input_ids")

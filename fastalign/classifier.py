@@ -29,7 +29,9 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.base_model is model:
         raise unsupported(
-            model, "has no linear layer `score` on a backbone, as transformers' classifiers of decoders have"
+            model,
+            "has no linear layer `score` on a backbone",
+            expected="one of transformers' classifiers of decoders",
         )
     model.__dict__["forward"] = MethodType(_forward, model)
     padding = model.config.get_text_config().pad_token_id
@@ -41,11 +43,11 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
     if not (plain - packed).abs().max() <= allowed:
         del model.__dict__["forward"]
         if wrong := find_not_finite(model.state_dict().items()):
-            raise ValueError(f"model: {type(model).__name__}'s {wrong}; expected finite numbers")
+            raise ValueError(f"model: got {type(model).__name__}, of which {wrong}, expected finite numbers")
         raise unsupported(
             model,
-            f"scores a sequence as {plain.tolist()}, not by its layer `score` at the last token, "
-            f"{packed.tolist()}",
+            f"scores a sequence as {plain.tolist()}",
+            expected=f"the output of its layer `score` at the last token, {packed.tolist()}",
         )
     return model
 

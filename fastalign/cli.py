@@ -67,8 +67,8 @@ def _unknown(command: str) -> str:
     import difflib
 
     close = difflib.get_close_matches(command, COMMANDS, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(COMMANDS)}"
-    return f"unknown command {command!r}; {hint}"
+    known = " or ".join(close) if close else f"one of {', '.join(COMMANDS)}"
+    return f"command: got {command!r}, expected {known}"
 
 
 def environment() -> str:

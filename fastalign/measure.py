@@ -238,8 +238,7 @@ def peak_memories(
         return [_peak_cuda(target, arguments, warmup) for arguments in every]
     if not _CLEAR_REFS.exists():
         raise PeakMemoryUnavailable(
-            f"peak memory on {platform.system()}: {_CLEAR_REFS} is missing, which Linux has; measure on "
-            "Linux or on a GPU"
+            f"peak memory: got {platform.system()} without {_CLEAR_REFS}, expected Linux or a GPU"
         )
     request = {
         "target": target,
@@ -256,7 +255,8 @@ def peak_memories(
     )
     if child.returncode:
         raise RuntimeError(
-            f"{target} failed in its own process:\n" + "\n".join(child.stderr.splitlines()[-5:])
+            f"target: got a failure of {target} in a process of its own, expected a result:\n"
+            + "\n".join(child.stderr.splitlines()[-5:])
         )
     return [float(peak) for peak in json.loads(child.stdout)]
 

@@ -29,9 +29,13 @@ class UnsupportedModelError(ValueError):
     """The fused head cannot compute the model's loss exactly. The message says why."""
 
 
-def unsupported(model: nn.Module, why: str) -> UnsupportedModelError:
-    """The UnsupportedModelError that names the model's class, and packages newer than those tested."""
-    return UnsupportedModelError("; ".join([f"model: {type(model).__name__} {why}", *newer_than_tested()]))
+def unsupported(model: nn.Module, fault: str, *, expected: str) -> UnsupportedModelError:
+    """The UnsupportedModelError that names the model's class, and packages newer than those tested.
+
+    `fault` continues "got a Llama, which".
+    """
+    refusal = f"model: got {type(model).__name__}, which {fault}, expected {expected}"
+    return UnsupportedModelError("; ".join([refusal, *newer_than_tested()]))
 
 
 class LogitTransform(NamedTuple):
@@ -98,16 +102,16 @@ def explain_loss(model: PreTrainedModel, head: nn.Linear) -> Explained:
     logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
     if len(calls) != 1 or loss is None or logits is None or logits.shape != calls[0].used.shape:
         raise _inexact(
-            model, f"{len(calls)} calls of lm_head, and not one that ends in a loss and logits of its shape"
+            model, f"{len(calls)} calls of lm_head, not one that ends in a loss and logits of its shape"
         )
     [call] = calls
     differences = {t: _largest_difference(t(_exact(call.used)), logits) for t in declared_transforms(model)}
     served = [t for t, difference in differences.items() if difference <= 4 * _eps(logits) * _LARGEST]
     if not served:
         tried = ", ".join(f"{difference:.3g} from {t}" for t, difference in differences.items())
-        raise _inexact(model, f"its logits, given lm_head outputs up to {_LARGEST:g}, differ by {tried}")
+        raise _inexact(model, f"logits that differ by {tried}, given lm_head outputs up to {_LARGEST:g}")
     explained = Explained(inputs, call.hidden, call.output, served[0])
-    what = "its loss from the cross-entropy of its logits"
+    what = "a loss that differs from the cross-entropy of its logits"
     _compare(model, what, loss, _nll(logits, explained.targets), _loss_rounding(_LARGEST))
     return explained
 
@@ -118,16 +122,17 @@ def check_fused(model: PreTrainedModel, explained: Explained) -> None:
         try:
             fused = model(**explained.inputs)
         except ValueError as error:  # for example hidden states of another width
-            raise _inexact(model, f"the head does not take its backbone's output: {error}") from error
+            raise _inexact(model, f"a head that does not take its backbone's output: {error}") from error
     # The backbone ran twice and must repeat itself.
-    what, size = "lm_head's input from its backbone's output", explained.hidden.abs().max().item()
+    what = "an lm_head whose input differs from its backbone's output"
+    size = explained.hidden.abs().max().item()
     _compare(model, what, explained.hidden, calls[0].hidden, _eps(explained.hidden) * size)
     expected, size = (
         _nll(explained.transform(_exact(explained.output)), explained.targets),
         explained.output.abs().max().item(),
     )
     rounding = 8 * _eps(explained.output) * size + _loss_rounding(size + expected.item())
-    _compare(model, "the fused loss from its own", fused.loss, expected, rounding)
+    _compare(model, "a fused loss that differs from its plain one", fused.loss, expected, rounding)
 
 
 def _arguments(model: PreTrainedModel, head: nn.Linear) -> dict[str, Any]:
@@ -174,13 +179,13 @@ def _recorded_head(model: PreTrainedModel, *, randomize: bool = False) -> Iterat
 def _compare(model: PreTrainedModel, what: str, found: Tensor, expected: Tensor, rounding: float) -> None:
     difference = _largest_difference(found, expected)
     if not difference <= rounding:  # NaN is a mismatch
-        raise _inexact(model, f"{what} differs by {difference:.3g}; rounding explains {rounding:.3g}")
+        raise _inexact(model, f"{what} by {difference:.3g}, of which rounding explains {rounding:.3g}")
 
 
 def _inexact(model: PreTrainedModel, why: str) -> ValueError:
     if wrong := find_not_finite(model.state_dict().items()):
-        return ValueError(f"model: {type(model).__name__}'s {wrong}; expected finite numbers")
-    return unsupported(model, f"cannot be served exactly by the fused head: {why}")
+        return ValueError(f"model: got {type(model).__name__}, of which {wrong}, expected finite numbers")
+    return unsupported(model, f"has {why}", expected="one that the fused head serves exactly")
 
 
 def _largest_difference(found: Tensor, expected: Tensor) -> float:

@@ -28,14 +28,17 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     unwrap = getattr(model, "get_base_model", None)  # PEFT's wrappers have it
     base = model if unwrap is None else unwrap()
     if isinstance(base, nn.DataParallel):
-        raise unsupported(base, "copies a module without its fused forward; use DistributedDataParallel")
+        raise unsupported(
+            base, "copies a module without its fused forward", expected="DistributedDataParallel"
+        )
     if not isinstance(base, PreTrainedModel):
         raise unsupported(
             base,
-            "is no transformers PreTrainedModel; fuse the head before DDP or torch.compile wraps the model",
+            "is no transformers PreTrainedModel",
+            expected="one: fuse the head before DDP or torch.compile wraps the model",
         )
     if base.config.is_encoder_decoder:
-        raise unsupported(base, "is an encoder-decoder, not a causal LM")
+        raise unsupported(base, "is an encoder-decoder", expected="a causal LM")
     return base
 
 
@@ -43,7 +46,7 @@ def plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
     """The nn.Linear modules that calling the output embeddings may run: one, or PEFT's copies of it."""
     head = model.get_output_embeddings()
     if head is None or backbone_of(model) is model:
-        raise unsupported(model, "has no output embeddings on a backbone, so it is no causal LM")
+        raise unsupported(model, "has no output embeddings on a backbone", expected="a causal LM")
     copies = getattr(head, "modules_to_save", None)  # PEFT's ModulesToSaveWrapper passes all arguments on
     modules = [head] if copies is None else [head.original_module, *copies.values()]
     for module in modules:
@@ -51,11 +54,16 @@ def plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
         if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
             raise unsupported(
                 model,
-                f"has a {kind.__module__}.{kind.__qualname__} as its lm_head; served is a plain nn.Linear: "
-                "not quantised, and not among PEFT's target_modules (modules_to_save is served)",
+                f"has a {kind.__module__}.{kind.__qualname__} as its lm_head",
+                expected="a plain nn.Linear: not quantised, and not among PEFT's target_modules "
+                "(modules_to_save is served)",
             )
         if type(weight) is not nn.Parameter and not isinstance(weight, DTensor):
-            raise unsupported(model, f"has a {type(weight).__name__} as its lm_head.weight (quantised?)")
+            raise unsupported(
+                model,
+                f"has a {type(weight).__name__} as its lm_head.weight (quantised?)",
+                expected="an nn.Parameter",
+            )
     return modules
 
 
@@ -71,14 +79,16 @@ def explain_unservable(model: PreTrainedModel) -> str | None:
 def refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
     refuse_router_loss(model, None)
     if (model.tp_size or 1) > 1:
-        raise unsupported(model, f"is tensor-parallel over {model.tp_size} ranks, and its lm_head with it")
+        raise unsupported(
+            model, f"is tensor-parallel over {model.tp_size} ranks", expected="a whole lm_head on each rank"
+        )
     for module in (model, *heads):
         if "forward" in module.__dict__:
             raise unsupported(
                 model,
                 f"has the forward of its {type(module).__name__} replaced by {_name_of(module.forward)} "
-                "already "
-                "(accelerate's device_map? another fused loss?); undo that first",
+                "(accelerate's device_map? another fused loss?)",
+                expected="the forward of its class: undo that first",
             )
 
 
@@ -93,6 +103,6 @@ def refuse_router_loss(model: PreTrainedModel, asked: bool | None) -> None:
     if configured if asked is None else asked:
         raise unsupported(
             model,
-            "with output_router_logits=True adds an auxiliary router loss, which the fused head would lose; "
-            "set config.output_router_logits=False",
+            "adds an auxiliary router loss (output_router_logits=True), which the fused head would lose",
+            expected="config.output_router_logits=False",
         )

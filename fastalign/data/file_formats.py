@@ -27,12 +27,12 @@ from .strict_json import Fault, decode_object, skip_space
 
 # A file that begins so is not what one of READERS' endings promises.
 MAGIC = {
-    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
-    b"\x1f\x8b": "compressed by gzip: name it .gz",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd: name it .zst",
-    b"PAR1": "Parquet: name it .parquet",
-    b"PK\x03\x04": "a zip archive: unpack it",
+    b"\xff\xfe": ("UTF-16 text", "save it as UTF-8"),
+    b"\xfe\xff": ("UTF-16 text", "save it as UTF-8"),
+    b"\x1f\x8b": ("data compressed by gzip", "name it .gz"),
+    b"\x28\xb5\x2f\xfd": ("data compressed by zstd", "name it .zst"),
+    b"PAR1": ("Parquet", "name it .parquet"),
+    b"PK\x03\x04": ("a zip archive", "unpack it"),
 }
 LINE_END = b"\n"
 DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)  # what decompressors raise
@@ -80,11 +80,23 @@ def _open(path: str) -> Any:
     """The file's bytes, decompressed. Refuses a file that is not of the kind that its name says."""
     file = COMPRESSED.get(Path(path).suffix.lower(), open)(path, "rb")
     begin = file.peek(4)
-    for magic, what in MAGIC.items():
+    for magic, (found, remedy) in MAGIC.items():
         if begin.startswith(magic):
             file.close()
-            raise DataError(f"{path}: is {what}")
+            raise DataError(f"{path}: got {found}, expected the kind that the name says: {remedy}")
     return file
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"got bytes that are not UTF-8 ({error.reason}), expected UTF-8"
+
+
+def _not_json(error: json.JSONDecodeError, expected: str) -> str:
+    return f"got no JSON ({error.msg} at column {error.colno}), expected {expected}"
+
+
+def _unreadable(error: BaseException) -> str:
+    return f"got a file that cannot be read ({one_line(error)}), expected a whole one"
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
@@ -99,9 +111,9 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
                     number += 1
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, row {number}: not UTF-8: {error.reason}") from error
+        raise DataError(f"{path}, row {number}: {_not_utf8(error)}") from error
     except DAMAGE as error:
-        raise DataError(f"{path}, after row {number}: cannot be read: {one_line(error)}") from error
+        raise DataError(f"{path}, after row {number}: {_unreadable(error)}") from error
 
 
 # JSON
@@ -119,7 +131,7 @@ def _holds_array(path: str) -> bool:
                 begin = file.read(4096)
             return bool(begin.lstrip().startswith(b"["))
     except DAMAGE as error:
-        raise DataError(f"{path}, after row 0: cannot be read: {one_line(error)}") from error
+        raise DataError(f"{path}, after row 0: {_unreadable(error)}") from error
 
 
 def _read_objects(path: str) -> TextPart:
@@ -134,14 +146,8 @@ def _read_objects(path: str) -> TextPart:
             if end < len(line):
                 raise json.JSONDecodeError("Extra data", line, end)
         except json.JSONDecodeError as error:
-            hint = (
-                ""
-                if row > 1 or not path.endswith(".json")
-                else "; a .json file must be an array of objects, or have one a line"
-            )
-            raise DataError(
-                f"{path}, row {row}: not JSON: {error.msg} at column {error.colno}{hint}"
-            ) from error
+            forms = "an object a line" + ", or an array of objects" * path.endswith(".json")
+            raise DataError(f"{path}, row {row}: {_not_json(error, forms)}") from error
         except Fault as fault:
             raise DataError(f"{path}, row {row}: {fault}") from fault
         part.add(row, record, line.encode())
@@ -158,10 +164,10 @@ def _read_array(path: str) -> TextPart:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}, line {data.count(LINE_END, 0, error.start) + 1}: not UTF-8: {error.reason}"
+            f"{path}, line {data.count(LINE_END, 0, error.start) + 1}: {_not_utf8(error)}"
         ) from error
     except DAMAGE as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
+        raise DataError(f"{path}: {_unreadable(error)}") from error
     del data
     row = 0
     try:
@@ -179,9 +185,7 @@ def _read_array(path: str) -> TextPart:
         if skip_space(text, place + 1) < len(text):
             raise json.JSONDecodeError("Extra data", text, skip_space(text, place + 1))
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}"
-        ) from error
+        raise DataError(f"{path}, line {error.lineno}: {_not_json(error, 'one array')}") from error
     except Fault as fault:
         raise DataError(f"{path}, row {row}: {fault}") from fault
     return part
@@ -202,7 +206,9 @@ def _read_csv(path: str) -> TextPart:
             reader = csv.reader(file, strict=True)
             header = next(reader, [])
             if len(set(header)) < len(header):
-                raise Fault(f"column {max(header, key=header.count)!r} comes twice in the header")
+                raise Fault(
+                    f"got column {max(header, key=header.count)!r} twice in the header, expected it once"
+                )
             while True:
                 row = reader.line_num + 1
                 values = next(reader, None)
@@ -217,11 +223,11 @@ def _read_csv(path: str) -> TextPart:
     except Fault as fault:
         raise DataError(f"{path}, row {row}: {fault}") from fault
     except csv.Error as error:
-        raise DataError(f"{path}, row {row}: not CSV: {error}") from error
+        raise DataError(f"{path}, row {row}: got a line that is not CSV ({error}), expected CSV") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after row {row - 1}: not UTF-8: {error.reason}") from error
+        raise DataError(f"{path}, after row {row - 1}: {_not_utf8(error)}") from error
     except DAMAGE as error:
-        raise DataError(f"{path}, after row {row - 1}: cannot be read: {one_line(error)}") from error
+        raise DataError(f"{path}, after row {row - 1}: {_unreadable(error)}") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -258,11 +264,14 @@ def _read_parquet(path: str) -> TablePart:
             first += rows
         table = pa.concat_tables(tables) if tables else file.schema_arrow.empty_table()
     except (pa.ArrowException, OSError, ValueError) as error:
-        where = f", rows {first} to {first + rows - 1}: damaged" if rows else ": not Parquet"
-        raise DataError(f"{path}{where}: {one_line(error)}") from error
+        where, found = (
+            (f", rows {first} to {first + rows - 1}", "damaged rows") if rows else ("", "no Parquet")
+        )
+        found += f" ({one_line(error)})"
+        raise DataError(f"{path}{where}: got {found}, expected a whole Parquet file") from error
     names = table.column_names
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise DataError(f"{path}: column {twice[0]!r} comes {names.count(twice[0])} times")
+        raise DataError(f"{path}: got column {twice[0]!r} {names.count(twice[0])} times, expected it once")
     return TablePart(path, table)
 
 

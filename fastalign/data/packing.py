@@ -143,8 +143,8 @@ def check_packing(
     )
     if difference := beyond_rounding(packed, alone):
         raise ValueError(
-            f"{type(model).__name__} with {attention} attention cannot be trained on packed rows: the logits "
-            f"of a packed sequence are {difference}: turn packing off"
+            f"packing: got {type(model).__name__} with {attention} attention, whose logits of a packed "
+            f"sequence are {difference}, expected a model that packing does not change: turn packing off"
         )
 
 

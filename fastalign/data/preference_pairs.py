@@ -76,11 +76,11 @@ def tokenize_pairs(
     def both(row: Row) -> list[Any]:
         if implicit and not (isinstance(row["chosen"], list) and isinstance(row["rejected"], list)):
             raise DataError(
-                "columns 'chosen' and 'rejected' must both be lists of messages where there is no column "
-                "'prompt'"
+                "columns 'chosen' and 'rejected': got a text, expected lists of messages where there is no "
+                "column 'prompt'"
             )
         if row["chosen"] == row["rejected"]:
-            raise DataError("columns 'chosen' and 'rejected' are the same")
+            raise DataError("columns 'chosen' and 'rejected': got the same answer, expected different ones")
         return convert(row)
 
     margins: Sequence[float | None] = [None] * len(rows)
@@ -134,8 +134,8 @@ def mismatch(rows: Sequence[Unpaired], *, seed: int, step: int, max_length: int)
         groups.setdefault(rows[number].completion, []).append(int(number))
     if len(groups) < 2:
         raise ValueError(
-            "rows must have two different completions at least, as each prompt meets another row's; got "
-            f"{len(rows)} rows of one"
+            f"rows: got {len(rows)} with the same completion, expected at least two different ones, because "
+            "each prompt meets another row's"
         )
     # Equal completions lie side by side in a ring. Each place meets the one `shift` places further: past
     # the end of its own group, whatever the group, but before its beginning, which the modulo ensures for a

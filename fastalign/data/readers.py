@@ -49,7 +49,7 @@ def load_rows(source: str, *, split: str = "train") -> Rows:
     else:
         rows = _load_named(source, name, config or None, split)
     if len(rows) == 0:
-        raise DataError(f"{source}: no rows")
+        raise DataError(f"{source}: got no rows, expected at least one")
     _fingerprints[source, split] = rows.fingerprint
     return rows
 
@@ -72,7 +72,7 @@ def _find_files(source: str) -> list[str]:
     if glob.has_magic(source):
         if found := [path for path in sorted(glob.glob(source, recursive=True)) if Path(path).is_file()]:
             return found
-        raise DataError(f"{source}: no such file; the pattern matches none")
+        raise DataError(f"{source}: got a pattern that matches no file, expected at least one file")
     if (
         file_kind(source) in READERS
         or source.startswith(("/", "./", "../", "~"))
@@ -81,7 +81,8 @@ def _find_files(source: str) -> list[str]:
         folder = Path(source).parent
         there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         close = difflib.get_close_matches(Path(source).name, there, n=1)
-        raise DataError(f"{source}: no such file" + (f"; did you mean {folder / close[0]}?" if close else ""))
+        hint = f"; did you mean {folder / close[0]}?" if close else ""
+        raise DataError(f"{source}: got no such file, expected one{hint}")
     return []
 
 
@@ -102,7 +103,7 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
         }
         named = [name for name in files if re.search(rf"\b{re.escape(name)}\b", split)]
         if not named:
-            raise DataError(f"{folder}: no split {split!r}; there are: {', '.join(files)}")
+            raise DataError(f"split of {folder}: got {split!r}, expected one of {', '.join(files)}")
         _warn_left(folder, [path for paths in files.values() for path in paths])
         if any(file_kind(path) not in READERS for paths in files.values() for path in paths):
             return Rows([DatasetPart(datasets.load_dataset(folder, config, split=split))])
@@ -116,7 +117,7 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
         raise
     except (OSError, ValueError, LookupError, AssertionError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{folder}: {one_line(error.__cause__ or error)}; expected {expected_files()}"
+            f"{folder}: got the error {one_line(error.__cause__ or error)!r}, expected {expected_files()}"
         ) from error
 
 
@@ -153,14 +154,16 @@ def _load_named(source: str, name: str, config: str | None, split: str) -> Rows:
             datasets.config.HF_HUB_OFFLINE = True
         return Rows([DatasetPart(datasets.load_dataset(name, config, split=split))])
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        expected = "a file, a folder or a data set"
         reason = f"`datasets` cannot load it: {one_line(error.__cause__ or error)}"
-        if isinstance(error, OSError):
-            absent = (
+        if not isinstance(error, OSError):
+            raise DataError(f"{source}: got a name, expected {expected}; {reason}") from error
+        if unreachable:
+            reason = (
                 "no data set of this name is in the cache of `datasets`, and its hub cannot be reached: "
                 f"{unreachable}"
             )
-            reason = f"no such file or folder; {absent if unreachable else reason}"
-        raise DataError(f"{source}: {reason}") from error
+        raise DataError(f"{source}: got no such file or folder, expected {expected}; {reason}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = offline
 

@@ -121,7 +121,8 @@ class TablePart:
                 f"not UTF-8: {error.reason}" if isinstance(error, UnicodeDecodeError) else one_line(error)
             )
             raise DataError(
-                f"{self.path}, row {begin + 1}: column {name!r} cannot be read: {reason}"
+                f"{self.path}, row {begin + 1}: column {name!r}: got a value that cannot be read ({reason}), "
+                "expected one that Python can hold"
             ) from error
         return _clean(self._cleaners[name], values)
 

@@ -134,9 +134,7 @@ def need_columns(rows: Any, *columns: str) -> None:
             "conversations" in rows.column_names
         )
         there = ", ".join(rows.column_names)
-        raise DataError(
-            f"{name_rows(rows)}no column {' and no column '.join(missing)}; there are: {there}{hint}"
-        )
+        raise DataError(f"{name_rows(rows)}columns: got {there}, expected {' and '.join(missing)} too{hint}")
 
 
 def name_rows(rows: Any, indices: Sequence[int] = ()) -> str:

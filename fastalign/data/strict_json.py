@@ -22,19 +22,19 @@ def _to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise Fault(f"key {name!r} comes twice in one object")
+        raise Fault(f"got key {name!r} twice in one object, expected it once")
     return made
 
 
 def _to_float(written: str) -> float:
     value = float(written)
     if math.isinf(value) or (value == 0 and NOT_ZERO.match(written)):
-        raise Fault(f"number {written[:20]} is beyond the range of doubles")
+        raise Fault(f"got number {written[:20]}, expected one in the range of doubles")
     return value
 
 
 def _refuse_constant(written: str) -> None:
-    raise Fault(f"{written} is not JSON: write null")
+    raise Fault(f"got {written}, expected JSON: write null")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_to_dict, parse_float=_to_float, parse_constant=_refuse_constant)
@@ -50,9 +50,11 @@ def decode_object(text: str, begin: int) -> tuple[dict[str, Any], int]:
     except (json.JSONDecodeError, Fault):
         raise
     except RecursionError as error:
-        raise Fault(f"nested deeper than {NESTING} levels") from error
+        raise Fault(f"got more than {NESTING} nested levels, expected at most {NESTING}") from error
     except ValueError as error:
-        raise Fault("a whole number has too many digits; Python reads 4300") from error
+        raise Fault(
+            "got a whole number of too many digits, expected at most 4300, as Python reads"
+        ) from error
     if not isinstance(record, dict):
         raise Fault(f"got {type(record).__name__}, expected a JSON object")
     if text.count("{", begin, end) + text.count("[", begin, end) > NESTING:
@@ -61,7 +63,7 @@ def decode_object(text: str, begin: int) -> tuple[dict[str, Any], int]:
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise Fault(f"not Unicode: {error.reason}") from error
+            raise Fault(f"got a text that is not Unicode ({error.reason}), expected Unicode") from error
     return record, end
 
 
@@ -76,6 +78,6 @@ def _check_nesting(record: Any) -> None:
     while level:
         depth += 1
         if depth > NESTING:
-            raise Fault(f"nested deeper than {NESTING} levels")
+            raise Fault(f"got more than {NESTING} nested levels, expected at most {NESTING}")
         values = (value for one in level for value in (one.values() if isinstance(one, dict) else one))
         level = [value for value in values if isinstance(value, dict | list)]

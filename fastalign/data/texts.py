@@ -43,11 +43,11 @@ def overlapping(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
 def read_text(column: str, text: Any, *, blank: bool = False) -> str:
     """`text`. Raises DataError if it is no text or empty; white space counts as empty unless `blank`."""
     if text is None:
-        raise DataError(f"column {column!r} is missing or null")
+        raise DataError(f"column {column!r}: got null or no such column, expected text")
     if not isinstance(text, str):
         raise DataError(f"column {column!r}: got {type(text).__name__}, expected text")
     if not (text if blank else text.strip()):
-        raise DataError(f"column {column!r} is empty")
+        raise DataError(f"column {column!r}: got an empty text, expected one that is not")
     return text
 
 

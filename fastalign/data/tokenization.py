@@ -86,7 +86,7 @@ def tokenize_sft(
     whole = [column for column in WHOLE if column in rows.column_names]
     if whole and "completion" in rows.column_names:
         raise DataError(
-            f"{name_rows(rows)}columns {whole[0]!r} and 'completion' exclude each other: remove one"
+            f"{name_rows(rows)}columns: got both {whole[0]!r} and 'completion', expected one of them"
         )
     for column in ("prompt", *whole[1:]) if whole else ():
         if column in rows.column_names:

@@ -210,9 +210,9 @@ def align(
         desirable = sum(row["label"] for row in labels)
         if not pairs or not 0 < desirable < len(labels):
             raise DataError(
-                f"{len(samples)} completions by the tuned model: {len(pairs)} pairs to learn from, "
-                f"{desirable} good ones and "
-                f"{len(labels) - desirable} others; at least 1, 1 and 1 are needed: take more --steps"
+                f"completions of the tuned model: got {len(samples)} with {len(pairs)} pairs to learn from, "
+                f"{desirable} good ones and {len(labels) - desirable} bad ones, expected at least 1 of each: "
+                "take more --steps"
             )
         write_rows(folder / "rows" / "pairs.jsonl", pairs)
         write_rows(

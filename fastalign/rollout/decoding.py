@@ -123,8 +123,8 @@ class Decoding:
             first = min(column for column in columns if column >= 0)
             rows = [row for row, column in enumerate(columns) if column == first]
             raise FloatingPointError(
-                f"model: NaN, +inf or no finite allowed logit at step {first} (from 0) in {len(rows)} rows, "
-                f"{rows[:8]} first"
+                f"model: got NaN, +inf or no finite allowed logit at step {first} (from 0) in {len(rows)} "
+                f"rows, {rows[:8]} first, expected finite logits"
             )
         return ended
 

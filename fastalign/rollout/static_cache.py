@@ -30,15 +30,17 @@ def static_cache(base: Any, length: int) -> StaticCache:
     try:
         cache = StaticCache(config=base.config, max_cache_len=length)
     except KeyError as error:
-        raise unsupported(base, f"has layers of type {error}, which have no static cache") from error
+        raise unsupported(
+            base, f"has layers of type {error}", expected="layers that have a static cache"
+        ) from error
     kinds = [type(layer).__name__ for layer in cache.layers]
     # A DummyLayer reads the keys and values of another layer.
     unknown = set(kinds) - {"StaticLayer", "StaticSlidingWindowLayer", "DummyLayer"}
     if unknown:
         raise unsupported(
             base,
-            f"keeps more than keys and values ({', '.join(sorted(unknown))}), which padding on the left "
-            "would enter",
+            f"keeps {', '.join(sorted(unknown))}, which padding on the left would enter",
+            expected="keys and values alone",
         )
     cache.layers = [
         layer if kind == "DummyLayer" else _Layer(length)
@@ -53,6 +55,6 @@ def check_written(base: Any, cache: StaticCache, tokens: int) -> None:
     if not lengths or any(length != tokens for length in lengths):
         raise unsupported(
             base,
-            f"was given {tokens} tokens and wrote {[int(n) for n in lengths]} into the layers of its static "
-            "cache",
+            f"wrote {[int(n) for n in lengths]} tokens into the layers of its static cache",
+            expected=f"the {tokens} that it was given in each",
         )

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from ..data.errors import one_line
 from ..finite import find_not_finite
 from .config import TrainConfig
 from .hub_names import check_name
@@ -54,8 +55,8 @@ def find_source(name: str, *, argument: str = "model") -> Source:
     while has_adapters(name):
         if str(Path(name).resolve()) in [str(Path(folder).resolve()) for folder in adapters]:
             raise ValueError(
-                f"{argument}: the adapters in {name!r} are their own base, expected the folder of a model "
-                "below them"
+                f"{argument}: got adapters in {name!r} that name themselves as their base, expected the "
+                "folder of a model there"
             )
         adapters.append(name)
         name = _base_of(name, argument)
@@ -68,8 +69,8 @@ def _base_of(folder: str, argument: str) -> str:
     named = _read(Path(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
     if not named:
         raise ValueError(
-            f"{argument}: {ADAPTER_CONFIG} in {folder!r} has no base_model_name_or_path, expected the "
-            "folder of the base model"
+            f"{argument}: got adapters in {folder!r} without base_model_name_or_path in {ADAPTER_CONFIG}, "
+            "expected the folder of the base model there"
         )
     candidates = [named, str(Path(folder, named))]  # as PEFT reads it, and seen from the folder
     if Path(folder, RELATIVE_BASE).is_file():
@@ -78,11 +79,10 @@ def _base_of(folder: str, argument: str) -> str:
         if Path(candidate).is_dir():
             return candidate
     if Path(named).is_absolute() or named.startswith(".") or named.count("/") > 1:
-        looked = " and ".join(repr(candidate) for candidate in dict.fromkeys(candidates))
+        looked = " or ".join(repr(candidate) for candidate in dict.fromkeys(candidates))
         raise ValueError(
-            f"{argument}: got the adapters in {folder!r}, whose base model is neither of {looked}; expected "
-            "its folder there: "
-            f"move it back, or write its path into {ADAPTER_CONFIG} as base_model_name_or_path"
+            f"{argument}: got adapters in {folder!r} whose base model is no folder, expected {looked}: move "
+            f"it back, or write its path into {ADAPTER_CONFIG} as base_model_name_or_path"
         )
     return str(named)  # of a hub
 
@@ -126,14 +126,14 @@ def _labels(folder: str, argument: str) -> int:
     """The number of labels of the head in a classifier's adapters."""
     if not Path(folder, ADAPTER_WEIGHTS).is_file():
         raise ValueError(
-            f"{argument}: no {ADAPTER_WEIGHTS} in {folder!r}, expected the adapters' weights there"
+            f"{argument}: got {folder!r} without {ADAPTER_WEIGHTS}, expected the adapters' weights there"
         )
     with safe_open(Path(folder, ADAPTER_WEIGHTS), framework="pt") as weights:
         heads = [name for name in weights.keys() if name.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
         if not heads:
             raise ValueError(
-                f"{argument}: the classifier's adapters in {folder!r} bring no weight of its head, expected "
-                "score.weight"
+                f"{argument}: got adapters of a classifier in {folder!r} without a weight of its head, "
+                "expected score.weight"
             )
         return int(weights.get_slice(heads[0]).get_shape()[0])
 
@@ -158,8 +158,8 @@ def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedMode
     config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning:
         raise ValueError(
-            f"{argument}: the adapters in {folder!r} are of type {config.peft_type.value}, expected ones "
-            "that can be merged"
+            f"{argument}: got adapters in {folder!r} of type {config.peft_type.value}, expected ones that "
+            "can be merged"
         )
     # A causal LM's adapters are also put on a classifier, which PEFT's task types would refuse.
     config.task_type, config.inference_mode = None, True
@@ -170,16 +170,19 @@ def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedMode
         loaded = adapted.load_adapter(folder, "default")
     except (ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
-            f"{argument}: the adapters in {folder!r} do not fit their base {model.name_or_path!r}: {error}"
+            f"{argument}: got adapters in {folder!r} ({one_line(error)}), expected ones that fit their base "
+            f"{model.name_or_path!r}"
         ) from error
     if broken := find_not_finite(adapted.named_parameters()):
-        raise ValueError(f"{argument}: in the adapters in {folder!r}, {broken}; expected finite numbers")
+        raise ValueError(
+            f"{argument}: got adapters in {folder!r}, of which {broken}, expected finite numbers"
+        )
     # A classifier has no lm_head, so an adapter of the lm_head has nothing to act on.
     extra = [name for name in loaded.unexpected_keys if hasattr(model, "lm_head") or "lm_head" not in name]
     if wrong := [*loaded.missing_keys, *extra]:
         raise ValueError(
-            f"{argument}: the adapters in {folder!r} do not fit their base {model.name_or_path!r}: "
-            f"{len(wrong)} weights are missing or left over, {wrong[0]} among them"
+            f"{argument}: got adapters in {folder!r} of which {len(wrong)} weights are missing or left over, "
+            f"{wrong[0]} among them, expected ones that fit their base {model.name_or_path!r}"
         )
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return merged.requires_grad_(True)

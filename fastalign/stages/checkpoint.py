@@ -122,8 +122,8 @@ def latest_whole(output_dir: str, world: World) -> Path | None:
     if damaged and whole is None:
         listed = "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
         raise ValueError(
-            f"resume: no checkpoint in {output_dir!r} is whole ({listed}); bring one back from a copy, or "
-            "name another output_dir"
+            f"resume: got no whole checkpoint in {output_dir!r} ({listed}), expected at least one: bring one "
+            "back from a copy, or name another output_dir"
         )
     for path, damage in damaged.items() if world.main else ():
         aside = path.with_name(path.name + ".damaged")
@@ -167,20 +167,25 @@ def load(
         (n, state[n], extra[n]) for n in extra
     ]:
         if old != new and (name in POSITION or name in extra):
-            raise ValueError(f"resume: {name} is {new!r}, and the run in {path} was started with {old!r}")
+            raise ValueError(
+                f"resume: got {name}={new!r}, expected {old!r}, as when the run in {path} was started"
+            )
         if old != new and name not in SILENT:
             world.say(f"resuming with {name}={new!r} (before: {old!r})")
     _compare_threads(state.get("threads"), world)
     data = fingerprint_of(config.train_data, split=config.train_split)
     if state.get("data") not in (None, data):
         raise ValueError(
-            f"resume: {config.train_data!r} has other rows than when the run in {path} was started: bring "
-            "those back"
+            f"resume: got other rows in {config.train_data!r}, expected those with which the run in {path} "
+            "was started: bring them back"
         )
     tensors = _tensors(model)
     if tensors.keys() != state["tensors"].keys():
         differing = sorted(tensors.keys() ^ state["tensors"].keys())
-        raise ValueError(f"resume: the model and {path} differ in {', '.join(differing[:5])}")
+        raise ValueError(
+            f"resume: got a model that differs from {path} in {', '.join(differing[:5])}, expected the same "
+            "weights"
+        )
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(state["tensors"][name])

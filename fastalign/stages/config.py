@@ -65,7 +65,7 @@ class Options:
         allowed = [field.name for field in dataclasses.fields(cls)]
         for key in (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given:
             if key == "fp16" and "bf16" in allowed:
-                raise ValueError(f"fp16: {NO_FP16}")
+                raise ValueError(f"fp16: got the key fp16, {NO_FP16}")
             if key not in allowed:
                 raise ValueError(unknown_key(key, allowed))
         return given
@@ -192,8 +192,8 @@ Config = TypeVar("Config", bound=Options)
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
     """The message for a key that does not exist: the closest keys, or else all that are allowed."""
     close = difflib.get_close_matches(key, allowed, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(sorted(allowed))}"
-    return f"unknown key {key!r}; {hint}"
+    known = " or ".join(close) if close else f"one of {', '.join(sorted(allowed))}"
+    return f"got the unknown key {key!r}, expected {known}"
 
 
 def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) -> Config:
@@ -216,7 +216,7 @@ def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) 
         for argument in arguments.values:
             key, separator, value = argument.partition("=")
             if not separator:
-                raise ValueError(f"{argument!r} is not of the form key=value")
+                raise ValueError(f"arguments: got {argument!r}, expected key=value")
             values[key] = _value(value)
         return stage(**values)
     except ValidationError as error:
@@ -229,15 +229,19 @@ def read_config(path: str) -> dict[str, Any]:
     """The fields in a YAML or JSON file. Raises ValueError if the file is missing or holds anything else."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"config: no file {path!r}")
+        raise ValueError(f"config: got {path!r}, which is no file, expected a YAML or JSON file")
     try:
         values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"config: {path!r} is not YAML: {error}") from error
+        raise ValueError(
+            f"config: got {path!r}, which is no YAML ({error}), expected YAML or JSON"
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"config: {path!r} holds a {type(values).__name__}, not fields with their values")
+        raise ValueError(
+            f"config: got a {type(values).__name__} in {path!r}, expected fields with their values"
+        )
     return dict(values)
 
 
@@ -295,7 +299,7 @@ def _value(text: str) -> Any:
         try:
             return None if text in ("None", "none") else yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ValueError(f"{text!r} is not YAML: {error}") from error
+            raise ValueError(f"arguments: got {text!r}, expected YAML: {error}") from error
     return text
 
 

@@ -37,7 +37,9 @@ def check_name(field: str, name: str) -> None:
         if field != "tokenizer" and not any(Path(name, file).is_file() for file in _FILES[:2]):
             inside = Path(name, "model")
             hint = f"; did you mean {str(inside)!r}?" if inside.is_dir() else ""
-            raise ValueError(f"{field}: folder {name!r} holds no config.json, so no model{hint}")
+            raise ValueError(
+                f"{field}: got folder {name!r} without config.json, expected a model's folder{hint}"
+            )
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -50,27 +52,27 @@ def check_name(field: str, name: str) -> None:
     try:
         cached = any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES)
     except HFValidationError:
-        raise ValueError(f"{field}: {name!r} is no folder here, and no name of a model on the hub") from None
-    missing = f"{field}: {name!r} is no folder here, is not in the cache, and"
+        raise ValueError(
+            f"{field}: got {name!r}, expected a folder here, or the name of a model on the hub"
+        ) from None
+    refusal = f"{field}: got {name!r}, expected a folder here, or a model in the cache or on the hub"
     try:
         get_hf_file_metadata(hf_hub_url(name, _FILES[0]), timeout=SECONDS)
     except GatedRepoError:
         if not cached:
-            raise ValueError(
-                f"{missing} the hub gives it to those who were granted access only: log in with `hf auth "
-                "login`"
-            ) from None
+            reason = "the hub gives it to those who were granted access only; log in with `hf auth login`"
+            raise ValueError(f"{refusal}: {reason}") from None
     except RepositoryNotFoundError:
         if not cached:
-            raise ValueError(
-                f"{missing} the hub has no such model (if it is private: `hf auth login`)"
-            ) from None
+            reason = "the hub has no such model (if it is private: `hf auth login`)"
+            raise ValueError(f"{refusal}: {reason}") from None
     except HfHubHTTPError:
         return  # the hub can be reached; what it has against this is transformers' to tell
     except Exception as error:
         # Of a class that depends on huggingface_hub's version: requests', httpx's or its own.
         if not cached:
-            raise ValueError(f"{missing} the hub cannot be reached ({error})") from None
+            reason = f"the hub cannot be reached ({error})"
+            raise ValueError(f"{refusal}: {reason}") from None
         _go_offline()
 
 

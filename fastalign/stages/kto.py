@@ -132,10 +132,10 @@ def check_steps(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int
         picked = rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
         if len({completions[number] for number in picked}) < 2:
             raise ValueError(
-                f"batch_size ({config.batch_size}): all rows of step {step + 1} have the same completion, "
-                "and KTO pairs a prompt "
-                f"with another one; {len(numbers)} of the {len(rows)} rows' completions differ: a larger "
-                "batch_size or another seed may do"
+                f"batch_size: got {config.batch_size}, with which all rows of step {step + 1} have the same "
+                "completion, expected different ones, because KTO pairs a prompt with another row's; "
+                f"{len(numbers)} of the {len(rows)} rows' completions differ: a larger batch_size or another "
+                "seed may do"
             )
 
 

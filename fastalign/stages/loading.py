@@ -113,19 +113,15 @@ def scratch_config(
     """
     if isinstance(model_config, str):
         if not Path(model_config).is_file():
-            raise ValueError(f"model_config: no file {model_config!r}")
+            raise ValueError(f"model_config: got {model_config!r}, which is no file, expected a config.json")
         config: PretrainedConfig = AutoConfig.from_pretrained(model_config, trust_remote_code=False)
         return config
     fields = dict(model_config)
     model_type = fields.pop("model_type", None)
     if model_type not in CONFIG_MAPPING:
         close = difflib.get_close_matches(str(model_type), CONFIG_MAPPING, n=3)
-        hint = (
-            f"did you mean {' or '.join(close)}?"
-            if close
-            else "allowed: what transformers knows, such as llama or gpt2"
-        )
-        raise ValueError(f"model_config: model_type is {model_type!r}; {hint}")
+        known = " or ".join(close) if close else "one that transformers knows, such as llama or gpt2"
+        raise ValueError(f"model_config: got model_type {model_type!r}, expected {known}")
     default: PretrainedConfig = CONFIG_MAPPING[model_type]()
     _check_fields(fields, default)
     text = default.get_text_config()
@@ -144,7 +140,7 @@ def scratch_config(
     try:
         config = CONFIG_MAPPING[model_type](**fields)
     except StrictDataclassError as error:
-        raise ValueError(f"model_config: {error}") from error
+        raise ValueError(f"model_config: got {fields}, expected fields of {model_type}: {error}") from error
     return config
 
 
@@ -178,8 +174,8 @@ def check_fit(
     length = max(lengths)
     if positions is not None and length > positions:
         raise ValueError(
-            f"a sequence of {length} tokens does not fit the model's {positions} (max_position_embeddings): "
-            f"lower {lower}"
+            f"{lower}: got a sequence of {length} tokens, expected at most the model's {positions} "
+            "(max_position_embeddings): lower it"
         )
     if not alone:
         choice = "" if alone is None else ", or set packing=false and micro_batch_size=1"
@@ -192,9 +188,9 @@ def _check_ids(vocab_size: int, tokenizer: PreTrainedTokenizerBase, sequences: S
     if foreign:
         wrong = next(token for token in foreign[0] if token >= vocab_size)
         raise ValueError(
-            f"tokenizer: {len(tokenizer)} tokens do not fit the model's vocab_size {vocab_size}, and "
-            f"{len(foreign)} sequences use such: "
-            f"{tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong}) is in the row that begins "
+            f"tokenizer: got {len(tokenizer)} tokens, expected at most the model's vocab_size {vocab_size}: "
+            f"{len(foreign)} sequences use ids beyond it, such as "
+            f"{tokenizer.convert_ids_to_tokens(wrong)!r} (id {wrong}) in the row that begins "
             f"{tokenizer.decode(foreign[0])[:80]!r}"
         )
 

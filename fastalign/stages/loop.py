@@ -70,8 +70,8 @@ def start(config: TrainConfig) -> Iterator[World]:
             )
         if not config.resume and Path(config.output_dir, "metrics.jsonl").exists():
             raise ValueError(
-                f"output_dir: {config.output_dir!r} already holds a run; continue it with resume=true or "
-                "name another folder"
+                f"output_dir: got {config.output_dir!r}, which holds a run, expected a new folder: continue "
+                "the run with resume=true or name another folder"
             )
         _check_free(config)
         yield world
@@ -84,8 +84,8 @@ def _check_free(config: TrainConfig) -> None:
     for folder in (Path(config.output_dir, part) for part in ("model", "value")):
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(
-                f"output_dir: {str(folder)!r} is no run's and holds files, which the run would replace; "
-                "name another folder"
+                f"output_dir: got files in {str(folder)!r} that no run left and this run would replace, "
+                "expected a new folder"
             )
 
 
@@ -265,8 +265,8 @@ def _check_weights(model: nn.Module, step: int) -> None:
     trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
     if wrong := find_not_finite(itertools.chain(trained, model.named_buffers())):
         raise FloatingPointError(
-            f"step {step}: {wrong}; neither a checkpoint nor a model of this step is saved, and those "
-            "before it stay"
+            f"step {step}: got weights of which {wrong}, expected finite numbers; neither a checkpoint nor a "
+            "model of this step is saved, and those before it stay"
         )
 
 
@@ -277,7 +277,7 @@ def _check_metrics(line: Mapping[str, float], model: nn.Module, step: int) -> No
     """
     if wrong := [f"{name} = {value}" for name, value in line.items() if not math.isfinite(value)]:
         _check_weights(model, step)
-        raise FloatingPointError(f"step {step}: {', '.join(wrong)}")
+        raise FloatingPointError(f"step {step}: got {', '.join(wrong)}, expected finite numbers")
 
 
 def _bytes_trained(model: nn.Module) -> int:
@@ -325,7 +325,8 @@ def update(
     wrong = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
         raise FloatingPointError(
-            f"{unit} {number + 1}: {', '.join(wrong)}; the weights are still those of {unit} {number}"
+            f"{unit} {number + 1}: got {', '.join(wrong)}, expected finite numbers; the weights are still "
+            f"those of {unit} {number}"
         )
     optimizer.step()
     optimizer.zero_grad()

@@ -126,6 +126,7 @@ def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     )  # the model cannot draw any other id
     if not found:
         raise ValueError(
-            "tokenizer: no EOS token, and the model's generation_config names none: completions could not end"
+            "tokenizer: got no EOS token, and none in the model's generation_config, expected one, without "
+            "which completions could not end"
         )
     return found

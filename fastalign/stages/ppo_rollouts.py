@@ -120,8 +120,8 @@ def rollout(
 
         if not scores.isfinite().all():
             raise FloatingPointError(
-                f"score: {int((~scores.isfinite()).sum())} of {len(local_prompts)} completions got no "
-                "finite score"
+                f"score: got no finite number for {int((~scores.isfinite()).sum())} of {len(local_prompts)} "
+                "completions, expected one for each"
             )
 
         sequences = [

@@ -129,12 +129,13 @@ def _read_table(path: Path) -> dict[bytes, float]:
             )
     except SafetensorError as error:
         raise ValueError(
-            f"reference: {path} is damaged ({error}); delete it, and its values are computed again"
+            f"reference: got a damaged file {path} ({error}), expected a whole one: delete it, and its "
+            "values are recomputed"
         ) from error
     if written != _digest_tensors(stored):
         raise ValueError(
-            f"reference: {path} is damaged: its hash is not that of its values; delete it, and they are "
-            "computed again"
+            f"reference: got a damaged file {path}, whose hash is not that of its values, expected a whole "
+            "one: delete it, and its values are recomputed"
         )
     return dict(
         zip((bytes(key) for key in stored["sequences"].numpy()), stored["logps"].tolist(), strict=True)

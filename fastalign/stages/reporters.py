@@ -76,7 +76,9 @@ def check_reporters(names: Sequence[str]) -> None:
     specs = {name: importlib.util.find_spec(name) for name in names}
     absent = [name for name, spec in specs.items() if spec is None or spec.origin is None]
     if absent:
-        raise ValueError(f"report_to: {', '.join(absent)} not installed (pip install {' '.join(absent)})")
+        raise ValueError(
+            f"report_to: got {', '.join(absent)}, expected installed packages: pip install {' '.join(absent)}"
+        )
 
 
 class Report:
@@ -115,7 +117,9 @@ class Report:
             self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
         except OSError as error:
-            raise OSError(f"output_dir: {self.file.name} could not be written: {error.strerror}") from error
+            raise OSError(
+                f"output_dir: got {error.strerror!r} for {self.file.name}, expected to write there"
+            ) from error
         metrics = {name: value for name, value in line.items() if name != "step"}
         for reporter in self.reporters:
             reporter.log(metrics, line["step"])
@@ -154,12 +158,12 @@ def _whole_lines(path: Path, world: World) -> list[str]:
         try:
             text = line.decode()
             if not text.endswith("\n") or not isinstance(json.loads(text)["step"], int):
-                raise ValueError("not a whole line")
+                raise ValueError("got half a line, expected a whole one")
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             if number < len(lines):
                 raise ValueError(
-                    f"resume: {path}: line {number} is not one of metrics.jsonl ({error}); mend it or "
-                    "delete it"
+                    f"resume: got line {number} of {path} ({error}), expected a line of metrics.jsonl: mend "
+                    "it or delete it"
                 ) from error
             world.say(f"resume: {path}: line {number}, the last, is not whole and is cut off: {line[:40]!r}")
             break

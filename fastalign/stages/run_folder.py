@@ -32,8 +32,8 @@ def held(field: str, folder: Path, *, name: str = LOCK, wait: bool = False) -> I
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"{field}: {str(folder)!r} is in use by {file.read().strip() or 'another run'}; name "
-                "another folder"
+                f"{field}: got {str(folder)!r}, which is in use by {file.read().strip() or 'another run'}, "
+                "expected a folder that is not in use"
             ) from None
         except OSError as error:
             print(
@@ -51,7 +51,9 @@ def check_room(folder: Path, needed: int, what: str) -> None:
     """Raise OSError if fewer than `needed` bytes are free in the existing `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"output_dir: {what} needs {_size(needed)}, and {str(folder)!r} has {_size(free)} free")
+        raise OSError(
+            f"output_dir: got {_size(free)} free in {str(folder)!r}, expected {_size(needed)} for {what}"
+        )
 
 
 @contextmanager
@@ -69,7 +71,7 @@ def naming(folder: Path, needed: int, what: str) -> Iterator[None]:
             raise
         free = _size(shutil.disk_usage(folder).free)
         raise OSError(
-            f"output_dir: {what} needs {_size(needed)}, and {str(folder)!r} has {free} free: {error}"
+            f"output_dir: got {free} free in {str(folder)!r}, expected {_size(needed)} for {what}: {error}"
         ) from error
 
 

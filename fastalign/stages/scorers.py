@@ -78,12 +78,14 @@ def find_function(reward: str) -> Function:
                 sys.path.insert(0, str(Path.cwd()))  # the command `fastalign` starts without it
             module = importlib.import_module(source)
     except (ImportError, FileNotFoundError) as error:
-        raise ValueError(f"reward: {reward!r}: {error}") from error
+        raise ValueError(
+            f"reward: got {reward!r} ({error}), expected a function that can be imported"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
         functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(
-            f"reward: {source} has no function {name!r}; it has: {', '.join(functions) or 'none'}"
+            f"reward: got {name!r}, expected a function of {source}: {', '.join(functions) or 'it has none'}"
         )
     return Function(reward, function)
 
@@ -130,8 +132,8 @@ def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Rewar
         wrong = [place for place, value in enumerate(scores) if not math.isfinite(value)]
         if wrong:
             raise ValueError(
-                f"reward: {function.name} scored {texts[wrong[0]]!r} as {scores[wrong[0]]}, "
-                "expected a finite number"
+                f"reward: got {scores[wrong[0]]} from {function.name} for {texts[wrong[0]]!r}, expected a "
+                "finite number"
             )
         return torch.tensor(scores, dtype=torch.float64)
 
@@ -143,22 +145,26 @@ def _numbers(name: str, returned: Any, texts: Sequence[str]) -> list[float]:
     expected = f"expected a list of {len(texts)} numbers"
     # The items of a mapping are its keys, and a set has no order.
     if isinstance(returned, str | bytes | Mapping | AbstractSet):
-        raise ValueError(f"reward: {name} returned {_short(returned)}, {expected}")
+        raise ValueError(f"reward: got {_short(returned)} from {name}, {expected}")
     try:
         values = list(returned)
     except TypeError as error:
-        raise ValueError(f"reward: {name} returned {_short(returned)}, {expected}") from error
+        raise ValueError(f"reward: got {_short(returned)} from {name}, {expected}") from error
     if len(values) != len(texts):
-        raise ValueError(f"reward: {name} returned {len(values)} scores for {len(texts)} completions")
+        raise ValueError(
+            f"reward: got {len(values)} scores from {name}, expected {len(texts)}, one a completion"
+        )
     numbers = []
     for place, (value, text) in enumerate(zip(values, texts, strict=True), 1):
         try:
             if isinstance(value, str | bytes | complex):  # float would read some
-                raise TypeError("no number")
+                raise TypeError("got no number, expected one")
             numbers.append(float(value))
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            what = f"scored completion {place} of {len(texts)}, {text[:60]!r}, as {_short(value)}"
-            raise ValueError(f"reward: {name} {what}, expected a finite number") from error
+            where = f"completion {place} of {len(texts)}, {text[:60]!r}"
+            raise ValueError(
+                f"reward: got {_short(value)} from {name} for {where}, expected a finite number"
+            ) from error
     return numbers
 
 
@@ -236,25 +242,26 @@ def check_classifier(
     pad = reader.pad_token_id
     if pad is None or pad >= text.vocab_size:
         raise ValueError(
-            f"{name}: its tokenizer has the pad token id {pad}, expected one in [0, {text.vocab_size}): set "
-            "pad_token and save it"
+            f"{name}: got the pad token id {pad} in its tokenizer, expected one in [0, {text.vocab_size}): "
+            "set pad_token and save it"
         )
     if text.pad_token_id not in (None, pad):
         raise ValueError(
-            f"{name}: its tokenizer pads with id {pad}, and its config's pad_token_id is "
-            f"{text.pad_token_id}; expected the same"
+            f"{name}: got the pad token id {pad} in its tokenizer and {text.pad_token_id} in its config, "
+            "expected the same"
         )
     if isinstance(prompts[0].row["prompt"], list) and not reader.chat_template:
         raise ValueError(
-            f"{name}: its tokenizer has no chat template, expected one, because the prompts are messages"
+            f"{name}: got a tokenizer without a chat template, expected one with it, because the prompts are "
+            "messages"
         )
     limit = text_limit(classifier)
     template = ChatTemplate(reader) if reader.chat_template else None
     longest = max(_encode(reader, template, [prompt], [""], None)["input_ids"].shape[1] for prompt in prompts)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
-            f"{name}: a prompt of {longest} of its tokens and a completion of {max_new_tokens} do not fit "
-            f"its {limit}: lower max_prompt_length or max_new_tokens"
+            f"{name}: got a prompt of {longest} of its tokens and a completion of {max_new_tokens}, expected "
+            f"at most {limit} together: lower max_prompt_length or max_new_tokens"
         )
 
 

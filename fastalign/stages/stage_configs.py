@@ -54,10 +54,13 @@ class PretrainConfig(TrainConfig):
         if (self.model is None) == (self.model_config is None):
             given = "neither" if self.model is None else "both"
             raise ValueError(
-                f"give one of model (to go on training) and model_config (from scratch), got {given}"
+                f"model and model_config: got {given}, expected model (to go on training) or model_config "
+                "(from scratch)"
             )
         if self.model is None and self.tokenizer is None:
-            raise ValueError("tokenizer is needed with model_config: a model from scratch has none")
+            raise ValueError(
+                "tokenizer: got null with model_config, expected one: a model from scratch has none"
+            )
         if self.model is None and self.lora_rank:
             raise ValueError(
                 f"lora_rank: got {self.lora_rank} with model_config, expected 0: the initial weights below "
@@ -111,8 +114,8 @@ class RewardConfig(PreferenceConfig):
     def _check_tail(self) -> Self:
         if self.tail_eps is not None:
             raise ValueError(
-                f"tail_eps ({self.tail_eps}) is for a softmax over a vocabulary, and a reward model has "
-                "none; allowed: null"
+                f"tail_eps: got {self.tail_eps}, expected null, because a reward model has no softmax over a "
+                "vocabulary"
             )
         return self
 
@@ -340,8 +343,8 @@ class PPOConfig(PPOOptions, TrainConfig):
             )
         if self.attention == "flash_attention_2":
             raise ValueError(
-                "attention: flash_attention_2 reads no static cache, which rollouts have; allowed: auto, "
-                "sdpa, eager"
+                "attention: got flash_attention_2, expected auto, sdpa or eager, which read the static cache "
+                "of rollouts"
             )
         return self
 

@@ -49,18 +49,18 @@ def load_whole(name: str, *, task: Task, argument: str, **options: Any) -> PreTr
     unknown = [key for key in sorted(found["unexpected_keys"]) if _lies_inside(model, key)]
     kind = type(model).__name__
     for what, keys in {
-        "lacks weights": missing,
-        "has weights of other shapes": shapes,
-        "has weights that the model has not": unknown,
+        "lacks the weights": missing,
+        "has other shapes of the weights": shapes,
+        "has the unknown weights": unknown,
     }.items():
         if keys:
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
             raise ValueError(
-                f"{argument}: {name!r} {what}: {', '.join(keys[:SHOWN])}{more}; expected those of its "
-                f"config.json's {kind}"
+                f"{argument}: got {name!r}, which {what} {', '.join(keys[:SHOWN])}{more}, expected those of "
+                f"its config.json's {kind}"
             )
     if wrong := find_not_finite([*model.named_parameters(), *model.named_buffers()]):
-        raise ValueError(f"{argument}: in {name!r}, {wrong}; expected finite numbers")
+        raise ValueError(f"{argument}: got {name!r}, of which {wrong}, expected finite numbers")
     return model
 
 

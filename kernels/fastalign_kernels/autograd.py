@@ -166,9 +166,9 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_: Tensor):
         raise RuntimeError(
-            f"{ctx.losses} has no second derivative, because a kernel computes its gradient. Use the "
-            "specifications in its place: the functions of fastalign_kernels' modules whose names end in "
-            "_ref are plain PyTorch and have all derivatives"
+            f"{ctx.losses}: got a second derivative, expected first ones, because a kernel computes its "
+            "gradient. Its specification in fastalign_kernels, whose name ends in _ref, is plain PyTorch and "
+            "has all derivatives"
         )
 
 

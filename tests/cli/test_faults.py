@@ -161,5 +161,5 @@ def sft(folder: Path, *arguments: str) -> tuple[int, str]:
 def test_a_stage_run_as_a_module_tells_in_one_line_too(tmp_path: Path) -> None:
     assert sft(tmp_path, "model=foo", "train_data=x.jsonl", "output_dir=out", "lerning_rate=1") == (
         2,
-        "fastalign sft: error: unknown key 'lerning_rate'; did you mean learning_rate?\n",
+        "fastalign sft: error: got the unknown key 'lerning_rate', expected learning_rate\n",
     )

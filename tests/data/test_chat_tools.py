@@ -63,15 +63,15 @@ def test_arguments_of_calls_are_parsed_from_text_in_whole_columns_or_mixed(
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        ("{", "holds a text that is not JSON: '{'"),
+        ("{", "got '{', expected JSON in a text"),
         ([3], r"got 'tool_calls' \[3\], expected a list of objects"),
-        (call("x")["tool_calls"], "holds a text that is not JSON: 'x'"),
+        (call("x")["tool_calls"], "got 'x', expected JSON in a text"),
         (call("[1]")["tool_calls"], r"got 'arguments' \[1\] of a call, expected an object"),
         (call(3)["tool_calls"], "got 'arguments' 3 of a call, expected an object"),
     ],
 )
 def test_junk_in_calls_is_refused_by_row(tmp_path: Path, calls: Any, message: str) -> None:
-    with pytest.raises(DataError, match=rf"a\.jsonl, row 2: column 'messages'.* {message}"):
+    with pytest.raises(DataError, match=rf"a\.jsonl, row 2: column 'messages': {message}"):
         sft_text(tmp_path, CALLS, {"messages": TALK}, {"messages": [ASKED, GOOD | {"tool_calls": calls}]})
 
 
@@ -88,11 +88,11 @@ def test_tools_are_parsed_from_text_in_whole_columns_or_mixed(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ("junk", "column 'tools' holds a text that is not JSON: 'junk'"),
+        ("junk", "column 'tools': got 'junk', expected JSON in a text"),
         (3, "column 'tools': got int, expected a list of schemas"),
         ({"name": "f"}, "column 'tools': got dict, expected a list of schemas"),
         ([3], "column 'tools': got 3, expected schemas, which are objects"),
-        (["junk"], "column 'tools' holds a text that is not JSON: 'junk'"),
+        (["junk"], "column 'tools': got 'junk', expected JSON in a text"),
         ([{}], r"column 'tools': got \{\}, expected schemas, which are objects"),
     ],
 )
@@ -113,11 +113,12 @@ def test_junk_in_tools_is_one_line_with_file_and_row(tmp_path: Path, tools: Any,
 
 def test_tools_that_reach_no_template_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"row 1: column 'tools' has schemas, and the chat template of .* does not read tools"
+        DataError,
+        match="row 1: column 'tools': got schemas, expected none, because the chat template of",
     ):
         sft_text(tmp_path, CHATML, {"messages": TALK, "tools": [{"name": "f"}]})
     with pytest.raises(
-        DataError, match="row 1: column 'tools' is for messages, and a text goes through no chat template"
+        DataError, match="row 1: column 'tools': got schemas beside a text, expected them beside messages"
     ):
         sft_text(tmp_path, CHATML, {"prompt": "a", "completion": "b", "tools": [{"name": "f"}]})
 
@@ -129,7 +130,7 @@ def test_tools_that_reach_no_template_are_refused(tmp_path: Path) -> None:
 def test_a_column_that_would_change_what_the_model_sees_is_refused(
     tmp_path: Path, column: str, value: Any
 ) -> None:
-    with pytest.raises(DataError, match=f"row 1: column '{column}' is not served"):
+    with pytest.raises(DataError, match=f"row 1: column '{column}': got "):
         sft_text(tmp_path, CHATML, {"messages": TALK, column: value})
 
 
@@ -169,5 +170,5 @@ def test_of_several_templates_the_one_is_taken_that_transformers_would_take(
     assert prompts[0].input_ids == tokenizer.apply_chat_template(
         TALK[:1], tools=tools, add_generation_prompt=True, return_dict=False
     )
-    with pytest.raises(DataError, match=r"row 1: the chat templates of .* have none for it: .*\['rag'\]"):
+    with pytest.raises(DataError, match=r"row 1: chat templates of .*: got none for it .*\['rag'\]"):
         sft_text(tmp_path, {"rag": CHATML}, {"messages": TALK})

@@ -149,7 +149,7 @@ def test_a_classifier_that_pools_otherwise_is_refused() -> None:
         )
     )
     with pytest.raises(
-        UnsupportedModelError, match="BertForSequenceClassification has no linear layer `score`"
+        UnsupportedModelError, match="got BertForSequenceClassification, which has no linear layer `score`"
     ):
         score_packed(bert)
 
@@ -161,7 +161,7 @@ def test_a_classifier_that_pools_otherwise_is_refused() -> None:
     model = MeanPooling(LlamaConfig(**SMALL, num_labels=1))
     with pytest.raises(
         UnsupportedModelError,
-        match="MeanPooling scores a sequence as .* not by its layer `score` at the last token",
+        match="MeanPooling, which scores a sequence as .* expected the output of its layer `score`",
     ):
         score_packed(model)
     assert "forward" not in model.__dict__

@@ -113,20 +113,23 @@ def test_margins_come_along_from_jsonl_and_parquet(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a", "chosen": "b"}], "a.jsonl: no column 'rejected'; there are: prompt, chosen$"),
-        ([{"chosen": "b", "rejected": "c"}], "a.jsonl: no column 'prompt'; there are: chosen, rejected$"),
+        ([{"prompt": "a", "chosen": "b"}], "a.jsonl: columns: got prompt, chosen, expected 'rejected' too$"),
+        (
+            [{"chosen": "b", "rejected": "c"}],
+            "a.jsonl: columns: got chosen, rejected, expected 'prompt' too$",
+        ),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "", "rejected": "c"}],
-            "row 2: column 'chosen' is empty$",
+            "row 2: column 'chosen': got an empty text, expected one that is not$",
         ),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b"}],
-            "row 2: column 'rejected' is missing or null$",
+            "row 2: column 'rejected': got null or no such column, expected text$",
         ),
         ([{"prompt": "a", "chosen": "b", "rejected": 3}], "row 1: column 'rejected': got int, expected text"),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 2,
-            "rows 1, 2: columns 'chosen' and 'rejected' are the same$",
+            "rows 1, 2: columns 'chosen' and 'rejected': got the same answer, expected different ones$",
         ),
         (
             [{"prompt": ASKED, "chosen": GOOD, "rejected": "b"}],
@@ -134,21 +137,24 @@ def test_margins_come_along_from_jsonl_and_parquet(
         ),
         (
             [{"prompt": ASKED, "chosen": GOOD, "rejected": GOOD}],
-            "row 1: columns 'chosen' and 'rejected' are the same$",
+            "row 1: columns 'chosen' and 'rejected': got the same answer, expected different ones$",
         ),
         (
             [{"prompt": ASKED, "chosen": GOOD, "rejected": ASKED}],
-            "row 1: column 'rejected' has no assistant turn$",
+            "row 1: column 'rejected': got no assistant turn, expected at least one$",
         ),
         (
             [{"chosen": GOOD, "rejected": BAD}],
-            "row 1: .* must begin with the same messages where there is no column 'prompt'$",
+            "row 1: columns 'chosen' and 'rejected': got no shared first messages",
         ),
         (
             [{"chosen": GOOD, "rejected": "b"}],
-            "row 1: .* must both be lists of messages where there is no column 'prompt'$",
+            "row 1: columns 'chosen' and 'rejected': got a text, expected lists of messages",
         ),
-        ([{"chosen": ASKED + GOOD, "rejected": ASKED}], "row 1: column 'rejected' has no assistant turn$"),
+        (
+            [{"chosen": ASKED + GOOD, "rejected": ASKED}],
+            "row 1: column 'rejected': got no assistant turn, expected at least one$",
+        ),
         (
             [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": m} for m in (1, "high")],
             "row 2: column 'margin': got 'high', expected ",
@@ -213,7 +219,10 @@ def test_long_pairs_are_cut_with_one_warning_and_refused_where_nothing_is_left_t
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a", "completion": "b"}], "a.jsonl: no column 'label'; there are: prompt, completion$"),
+        (
+            [{"prompt": "a", "completion": "b"}],
+            "a.jsonl: columns: got prompt, completion, expected 'label' too$",
+        ),
         (
             [{"prompt": "a", "completion": "b", "label": label} for label in (True, 1)],
             "row 2: column 'label': got 1, expected true or false",
@@ -222,7 +231,10 @@ def test_long_pairs_are_cut_with_one_warning_and_refused_where_nothing_is_left_t
             [{"prompt": "a", "completion": "b", "label": label} for label in (False, None)],
             "row 2: column 'label': got None, expected ",
         ),
-        ([{"prompt": "a", "completion": " ", "label": True}], "row 1: column 'completion' is empty$"),
+        (
+            [{"prompt": "a", "completion": " ", "label": True}],
+            "row 1: column 'completion': got an empty text, expected one that is not$",
+        ),
     ],
 )
 def test_judged_completions_that_cannot_be_used_are_refused_by_row(
@@ -293,7 +305,7 @@ def test_a_mismatched_sequence_is_cut_and_one_completion_alone_is_refused() -> N
             and row.mismatched.trained == [False, False, True, True]
         )
     for alone in (rows[:1], unpaired([1, 1])):
-        with pytest.raises(ValueError, match=f"two different completions .* got {len(alone)} rows of one"):
+        with pytest.raises(ValueError, match=f"rows: got {len(alone)} with the same completion"):
             mismatch(alone, seed=0, step=0, max_length=64)
 
 

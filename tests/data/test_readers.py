@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import random
+import re
 import string
 from collections.abc import Callable
 from pathlib import Path
@@ -143,87 +144,123 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
         (
             "a.jsonl",
             b'{"text": "x"}\n\n{"text": \n',
-            "a.jsonl, row 3: not JSON: Expecting value at column 10",
+            "a.jsonl, row 3: got no JSON (Expecting value at column 10)",
         ),
         (
             "a.jsonl",
             b'{"text": "x"}\n{"text": "y',
-            "a.jsonl, row 2: not JSON: Unterminated string starting at at column 10",
+            "a.jsonl, row 2: got no JSON (Unterminated string starting at at column 10)",
         ),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\xc3', "a.jsonl, row 2: not UTF-8: unexpected end of data"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "\xc3',
+            "a.jsonl, row 2: got bytes that are not UTF-8 (unexpected end of data)",
+        ),
         ("a.jsonl", b'{"text": "x"}\n["x"]\n', "a.jsonl, row 2: got list, expected a JSON object"),
-        ("a.jsonl", b'{"text": "x"} {"text": "y"}\n', "a.jsonl, row 1: not JSON: Extra data at column 15"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl, row 1: not UTF-8: invalid start byte"),
+        (
+            "a.jsonl",
+            b'{"text": "x"} {"text": "y"}\n',
+            "a.jsonl, row 1: got no JSON (Extra data at column 15)",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "\xff"}\n',
+            "a.jsonl, row 1: got bytes that are not UTF-8 (invalid start byte)",
+        ),
         (
             "a.jsonl",
             b'{"text": "\\ud83d\\ude00"}\n{"text": "\\ud83d"}\n',
-            "a.jsonl, row 2: not Unicode: surrogates not allowed",
+            "a.jsonl, row 2: got a text that is not Unicode (surrogates not allowed)",
         ),
-        ("a.jsonl", b'{"x": 1}\n{"x": 1, "x": 2}\n', "a.jsonl, row 2: key 'x' comes twice in one object"),
+        ("a.jsonl", b'{"x": 1}\n{"x": 1, "x": 2}\n', "a.jsonl, row 2: got key 'x' twice in one object"),
         (
             "a.jsonl",
             b'{"x": [{"y": 1, "z": 1, "y": 1}]}\n',
-            "a.jsonl, row 1: key 'y' comes twice in one object",
+            "a.jsonl, row 1: got key 'y' twice in one object",
         ),
-        ("a.jsonl", b'{"x": NaN}\n', "a.jsonl, row 1: NaN is not JSON: write null"),
-        ("a.jsonl", b'{"x": [-Infinity]}\n', "a.jsonl, row 1: -Infinity is not JSON: write null"),
-        ("a.jsonl", b'{"x": 1e400}\n', "a.jsonl, row 1: number 1e400 is beyond the range of doubles"),
-        ("a.jsonl", b'{"x": -0.5e-400}\n', "a.jsonl, row 1: number -0.5e-400 is beyond the range of doubles"),
+        ("a.jsonl", b'{"x": NaN}\n', "a.jsonl, row 1: got NaN, expected JSON: write null"),
+        ("a.jsonl", b'{"x": [-Infinity]}\n', "a.jsonl, row 1: got -Infinity, expected JSON: write null"),
+        (
+            "a.jsonl",
+            b'{"x": 1e400}\n',
+            "a.jsonl, row 1: got number 1e400, expected one in the range of doubles",
+        ),
+        (
+            "a.jsonl",
+            b'{"x": -0.5e-400}\n',
+            "a.jsonl, row 1: got number -0.5e-400, expected one in the range of doubles",
+        ),
         (
             "a.jsonl",
             b'{"x": ' + b"9" * 5000 + b"}\n",
-            "a.jsonl, row 1: a whole number has too many digits; Python reads 4300",
+            "a.jsonl, row 1: got a whole number of too many digits, expected at most 4300",
         ),
-        ("a.jsonl", b'{"x": 1}\n' + DEEP, "a.jsonl, row 2: nested deeper than 200 levels"),
+        ("a.jsonl", b'{"x": 1}\n' + DEEP, "a.jsonl, row 2: got more than 200 nested levels"),
         (
             "a.jsonl",
             b'{"x": 1}\n' + DEEP.replace(b"[" * 700, b"").replace(b"]" * 700, b""),
-            "row 2: nested deeper than 200 levels",
+            "row 2: got more than 200 nested levels",
         ),
-        ("a.json", b'[{"x": 1},\n' + DEEP + b"]", "a.json, row 2: nested deeper than 200 levels"),
-        ("a.json", b'[{"x": 1}, {"x": NaN}]', "a.json, row 2: NaN is not JSON: write null"),
+        ("a.json", b'[{"x": 1},\n' + DEEP + b"]", "a.json, row 2: got more than 200 nested levels"),
+        ("a.json", b'[{"x": 1}, {"x": NaN}]', "a.json, row 2: got NaN, expected JSON: write null"),
         ("a.json", b'[{"text": "x"}, 3]', "a.json, row 2: got int, expected a JSON object"),
-        ("a.json", b'[{"text": "x"},\n', "a.json, line 2: not JSON: Expecting value at column 1"),
+        ("a.json", b'[{"text": "x"},\n', "a.json, line 2: got no JSON (Expecting value at column 1)"),
         (
             "a.json",
             b'[{"text": "x"}\n{"text": "y"}]',
-            "a.json, line 2: not JSON: Expecting ',' delimiter at column 1",
+            "a.json, line 2: got no JSON (Expecting ',' delimiter at column 1)",
         ),
-        ("a.json", b'[{"text": "x"}]\n[]', "a.json, line 2: not JSON: Extra data at column 1"),
-        ("a.json", b'[{"text": "x"}]]', "a.json, line 1: not JSON: Extra data at column 16"),
-        ("a.json", b'[{"text": "x"},\n{"text": "\xff"}]', "a.json, line 2: not UTF-8: invalid start byte"),
+        ("a.json", b'[{"text": "x"}]\n[]', "a.json, line 2: got no JSON (Extra data at column 1)"),
+        ("a.json", b'[{"text": "x"}]]', "a.json, line 1: got no JSON (Extra data at column 16)"),
+        (
+            "a.json",
+            b'[{"text": "x"},\n{"text": "\xff"}]',
+            "a.json, line 2: got bytes that are not UTF-8 (invalid start byte)",
+        ),
         (
             "a.json.gz",
             gzip.compress(b'[{"x": 1}' + b" " * 20_000, mtime=0)[:-9],
-            "a.json.gz: cannot be read: Compressed file ended before",
+            "a.json.gz: got a file that cannot be read (Compressed file ended before",
         ),
-        ("a.json", b'{\n "data": []\n}', "a .json file must be an array of objects, or have one a line"),
-        ("a.jsonl", b"", "a.jsonl: no rows"),
-        ("a.jsonl", b"\xef\xbb\xbf\n", "a.jsonl: no rows"),
-        ("a.json", b"[ ]", "a.json: no rows"),
-        ("a.csv", b"", "a.csv: no rows"),
-        ("a.csv", b"text\n", "a.csv: no rows"),
-        ("a.txt", b"\n \n", "a.txt: no rows"),
-        ("a.jsonl", '{"x": 1}'.encode("utf-16"), "a.jsonl: is UTF-16 text: save it as UTF-8"),
-        ("a.jsonl", gzip.compress(b'{"x": 1}', mtime=0), "a.jsonl: is compressed by gzip: name it .gz"),
-        ("a.jsonl.gz", b'{"x": 1}\n', "a.jsonl.gz, after row 0: cannot be read: Not a gzipped file"),
+        ("a.json", b'{\n "data": []\n}', "expected an object a line, or an array of objects"),
+        ("a.jsonl", b"", "a.jsonl: got no rows"),
+        ("a.jsonl", b"\xef\xbb\xbf\n", "a.jsonl: got no rows"),
+        ("a.json", b"[ ]", "a.json: got no rows"),
+        ("a.csv", b"", "a.csv: got no rows"),
+        ("a.csv", b"text\n", "a.csv: got no rows"),
+        ("a.txt", b"\n \n", "a.txt: got no rows"),
+        (
+            "a.jsonl",
+            '{"x": 1}'.encode("utf-16"),
+            "a.jsonl: got UTF-16 text, expected the kind that the name says: save it as UTF-8",
+        ),
+        (
+            "a.jsonl",
+            gzip.compress(b'{"x": 1}', mtime=0),
+            "a.jsonl: got data compressed by gzip, expected the kind that the name says: name it .gz",
+        ),
+        (
+            "a.jsonl.gz",
+            b'{"x": 1}\n',
+            "a.jsonl.gz, after row 0: got a file that cannot be read (Not a gzipped file",
+        ),
         (
             "a.jsonl.gz",
             gzip.compress(b'{"x": 1}\n' * 50, mtime=0)[:-9],
-            "a.jsonl.gz, after row .*: cannot be read: Compressed file ended before",
+            "a.jsonl.gz, after row .*: got a file that cannot be read (Compressed file ended before",
         ),
         (
             "a.csv.bz2",
             bz2.compress(b"text\nx\n")[:-9],
-            "a.csv.bz2, after row .*: cannot be read: Compressed file ended before",
+            "a.csv.bz2, after row .*: got a file that cannot be read (Compressed file ended before",
         ),
         ("a.csv", b"text,label\nx,true\n\ny\n", "a.csv, row 4: got 1 values, expected 2, as in the header"),
-        ("a.csv", b"text,text\nx,y\n", "a.csv, row 1: column 'text' comes twice in the header"),
-        ("a.csv", b'text\n"x\n', "a.csv, row 2: not CSV: unexpected end of data"),
-        ("a.csv", b"text\n\xff\n", "a.csv, after row .*: not UTF-8: invalid start byte"),
-        ("a.txt", b"x\n\xff\n", "a.txt, row 2: not UTF-8: invalid start byte"),
-        ("a.parquet", b"PAR", "a.parquet: not Parquet: "),
-        ("a.parquet", b"", "a.parquet: not Parquet: "),
+        ("a.csv", b"text,text\nx,y\n", "a.csv, row 1: got column 'text' twice in the header"),
+        ("a.csv", b'text\n"x\n', "a.csv, row 2: got a line that is not CSV (unexpected end of data"),
+        ("a.csv", b"text\n\xff\n", "a.csv, after row .*: got bytes that are not UTF-8 (invalid start byte)"),
+        ("a.txt", b"x\n\xff\n", "a.txt, row 2: got bytes that are not UTF-8 (invalid start byte)"),
+        ("a.parquet", b"PAR", "a.parquet: got no Parquet ("),
+        ("a.parquet", b"", "a.parquet: got no Parquet ("),
         (
             "a.xlsx",
             b"x",
@@ -238,7 +275,7 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
 def test_what_cannot_be_read_is_refused_in_one_line(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
-    with pytest.raises(DataError, match=message) as refused:
+    with pytest.raises(DataError, match=re.sub(r"([()])", r"\\\1", message)) as refused:
         load_rows(write_bytes(tmp_path / name, content))
     assert str(refused.value).startswith(str(tmp_path / name)) and "\n" not in str(refused.value)
 

@@ -20,12 +20,14 @@ from tests.data.files import parquet, same, write, write_bytes
 
 def test_missing_files_are_told_with_close_names(tmp_path: Path) -> None:
     write(tmp_path / "chats.jsonl.gz", [])
-    with pytest.raises(DataError, match=r"chats.jsonl: no such file; did you mean .*/chats.jsonl.gz\?$"):
+    with pytest.raises(
+        DataError, match=r"chats.jsonl: got no such file, expected one; did you mean .*/chats.jsonl.gz\?$"
+    ):
         load_rows(str(tmp_path / "chats.jsonl"))
     for name, message in (
-        ("x.parquet", "no such file$"),
-        ("*.parquet", "no such file; the pattern matches none"),
-        ("folder/", "no such file"),
+        ("x.parquet", "got no such file, expected one$"),
+        ("*.parquet", "got a pattern that matches no file"),
+        ("folder/", "got no such file"),
     ):
         with pytest.raises(DataError, match=message):
             load_rows(str(tmp_path / name))
@@ -65,7 +67,7 @@ def test_a_folder_is_read_by_its_splits_and_keeps_what_is_written(folder: Path) 
     assert same(load_rows(str(folder))["x"], values)
     assert load_rows(str(folder), split="test")["x"] == ["test"]
     assert same(load_rows(str(folder), split="test+train[1:3]")["x"], ["test", "5", 5])
-    with pytest.raises(DataError, match="set: no split 'dev'; there are: train, test$"):
+    with pytest.raises(DataError, match="set: got 'dev', expected one of train, test$"):
         load_rows(str(folder), split="dev")
 
 
@@ -106,7 +108,8 @@ def test_an_unknown_name_without_network_is_told_at_once(source: str) -> None:
     began = time.monotonic()
     with pytest.raises(
         DataError,
-        match=rf"^{source}: no such file or folder; no data set.*its hub cannot be reached: .*not known$",
+        match=rf"^{source}: got no such file or folder, expected a file, a folder or a data set; "
+        r"no data set.*its hub cannot be reached: .*not known$",
     ):
         load_rows(source)
     assert time.monotonic() - began < 1 and not datasets.config.HF_HUB_OFFLINE
@@ -123,7 +126,9 @@ def test_a_name_in_the_cache_is_read_without_network(folder: Path) -> None:
     (cached / made.name).rename(cached / "other_set-train.arrow")
     assert load_rows("org/other_set")["text"] == ["x"]
     with pytest.raises(
-        DataError, match="^org/other_set: `datasets` cannot load it: Unknown split .dev.. Should be one of"
+        DataError,
+        match="^org/other_set: got a name, expected a file, a folder or a data set; "
+        "`datasets` cannot load it: Unknown split .dev.. Should be one of",
     ):
         load_rows("org/other_set", split="dev")
 

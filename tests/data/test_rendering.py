@@ -22,7 +22,7 @@ def test_a_process_that_is_killed_is_an_error_and_the_next_text_comes_from_anoth
     assert render_hello() == [Rendered("hello")]
     os.kill(rendering._running().process.pid, signal.SIGKILL)
     rendering._running().process.wait()
-    with pytest.raises(DataError, match=r"ends the process that renders it \(status -9\)"):
+    with pytest.raises(DataError, match=r"got the end of the process that renders it \(status -9\)"):
         render_hello()
     assert render_hello() == [Rendered("hello")]
 
@@ -31,7 +31,7 @@ def test_messages_that_are_nested_too_deeply_are_an_error_and_the_next_text_come
     content: list[object] = []
     for _ in range(100_000):
         content = [content]
-    with pytest.raises(DataError, match="gets messages that are nested too deeply"):
+    with pytest.raises(DataError, match="got messages that are nested too deeply"):
         rendering.render(TEMPLATE, {}, [Call([{"role": "user", "content": content}])])
     while content:  # from outside inwards, or freeing it recurses
         content = content.pop()  # type: ignore[assignment]

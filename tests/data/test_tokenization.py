@@ -73,13 +73,16 @@ class TestTokenizeText:
         with pytest.raises(DataError) as caught:
             tokenize_text(load_rows(str(path)), build(), max_length=8)
         assert str(caught.value).splitlines() == [
-            f"{path}, rows 3, 6: column 'text' is empty",
-            f"{path}, row 4: column 'text' is missing or null",
+            f"{path}, rows 3, 6: column 'text': got an empty text, expected one that is not",
+            f"{path}, row 4: column 'text': got null or no such column, expected text",
             f"{path}, row 5: column 'text': got int, expected text",
             f"{path}, row 7: column 'text': got list, expected text",
         ]
         # Shuffled or split, a row keeps its number.
-        with pytest.raises(DataError, match=r"a\.jsonl, rows 6, 3: column 'text' is empty$"):
+        with pytest.raises(
+            DataError,
+            match=r"a\.jsonl, rows 6, 3: column 'text': got an empty text, expected one that is not$",
+        ):
             tokenize_text(load_rows(str(path)).select([4, 0, 1]), build(), max_length=8)
 
     def test_names_few_rows_and_counts_the_others(self, tmp_path: Path) -> None:
@@ -89,13 +92,14 @@ class TestTokenizeText:
             tokenize_text(load_rows(str(tmp_path / "*.parquet")), build(), max_length=8)
         a, b = (str(tmp_path / f"{name}.parquet") for name in ("a", "b"))
         assert str(caught.value).splitlines() == [
-            f"{a}, rows 2, 4, 5; {b}, rows 2, 4 and 1 more: column 'text' is empty",
-            f"{a}, row 3; {b}, row 3: column 'text' is missing or null",
+            f"{a}, rows 2, 4, 5; {b}, rows 2, 4 and 1 more: column 'text': "
+            "got an empty text, expected one that is not",
+            f"{a}, row 3; {b}, row 3: column 'text': got null or no such column, expected text",
         ]
 
     def test_refuses_what_it_cannot_use(self, tmp_path: Path) -> None:
         rows = load_rows(write(tmp_path / "a.jsonl", [{"body": "x", "n": 1}]))
-        with pytest.raises(DataError, match=r"a\.jsonl: no column 'text'; there are: body, n$"):
+        with pytest.raises(DataError, match=r"a\.jsonl: columns: got body, n, expected 'text' too$"):
             tokenize_text(rows, build(), max_length=8)
         with pytest.raises(ValueError, match="max_length: got .*, expected at least 2"):
             tokenize_text(rows, build(), max_length=1, column="body")
@@ -162,7 +166,7 @@ class TestTokenizeSft:
         thoughtful = [*TALK[:2], {"role": "assistant", "content": "<think>Hm.</think>Good."}, *TALK[3:]]
         rows = chats(TALK, thoughtful, thoughtful[:3])
         with pytest.raises(
-            DataError, match=r"^row 2: the chat template of .* renders earlier turns differently"
+            DataError, match=r"^row 2: chat template of .*: got earlier turns rendered differently"
         ):
             tokenize_sft(rows, build(FORGETFUL), max_length=512)
         tokenizer = build(FORGETFUL)
@@ -175,9 +179,8 @@ class TestTokenizeSft:
         thoughtful = [TALK[1], {"role": "assistant", "content": "<think>Hm.</think>Good."}]
         message = (
             (
-                r"^row 2: the answer does not begin with the generation prompt of the chat template of .*: "
-                r"it begins with "
-                r"'<|im_start|>assistant\nIt was great..*', and a model is asked with "
+                r"^row 2: chat template of .*: got an answer that begins with "
+                r"'<|im_start|>assistant\nIt was great..*', expected its generation prompt "
                 r"'<|im_start|>assistant\n<think>'"
             )
             .replace("|", "\\|")
@@ -196,7 +199,7 @@ class TestTokenizeSft:
         template = "{{ messages | length }}" + MARKED
         rows = Dataset.from_dict({"prompt": [TALK[:2], TALK[:4]], "completion": [TALK[2:], TALK[4:]]})
         with pytest.raises(
-            DataError, match=r"^row 2: the chat template of .* renders earlier turns differently"
+            DataError, match=r"^row 2: chat template of .*: got earlier turns rendered differently"
         ):
             tokenize_sft(rows, build(template), max_length=512)
 
@@ -239,20 +242,20 @@ class TestTokenizeSft:
         [
             (None, "column 'messages': got NoneType, expected a list of messages"),
             ("text", "column 'messages': got str, expected a list of messages"),
-            ([], "column 'messages' has no assistant turn"),
-            (TALK[:2], "column 'messages' has no assistant turn"),
+            ([], "column 'messages': got no assistant turn"),
+            (TALK[:2], "column 'messages': got no assistant turn"),
             (
                 [{"from": "human", "value": "x"}],
                 "got the keys from, value, expected messages with a 'role' and a 'content'",
             ),
             ([TALK[1], "text"], "got str, expected messages with a 'role' and a 'content'"),
             ([TALK[1], {"role": "assistant", "content": 3}], "got a 'content' of type int, expected text"),
-            ([TALK[1], {"role": "assistant", "content": " "}], "has assistant turns without content only"),
+            ([TALK[1], {"role": "assistant", "content": " "}], "got only assistant turns without content"),
             (
                 [TALK[1], {"role": "assistant", "content": ["x"]}],
                 "got a part 'x' of a content, expected parts",
             ),
-            ([{"role": "other"}, TALK[2]], "the chat template of .* refuses it: unknown role"),
+            ([{"role": "other"}, TALK[2]], "chat template of .*: got the error unknown role"),
         ],
     )
     def test_refuses_messages_by_row(self, tmp_path: Path, bad: Any, message: str) -> None:
@@ -267,24 +270,26 @@ class TestTokenizeSft:
     @pytest.mark.parametrize(
         ("bad", "message"),
         [
-            ({"prompt": "x"}, "column 'completion' is missing or null"),
-            ({"prompt": "x", "completion": "\n"}, "column 'completion' is empty"),
+            ({"prompt": "x"}, "column 'completion': got null or no such column"),
+            ({"prompt": "x", "completion": "\n"}, "column 'completion': got an empty text"),
             ({"prompt": "x", "completion": 3}, "column 'completion': got int, expected text"),
-            ({"prompt": "", "completion": "x"}, "column 'prompt' is empty"),
+            ({"prompt": "", "completion": "x"}, "column 'prompt': got an empty text"),
             ({"prompt": TALK[:2], "completion": "x"}, "column 'prompt': got list, expected text"),
         ],
     )
     def test_refuses_texts_by_row(self, tmp_path: Path, bad: Any, message: str) -> None:
         rows = load_rows(write(tmp_path / "a.jsonl", [{"prompt": "The", "completion": " film"}, bad]))
-        with pytest.raises(DataError, match=rf"a\.jsonl, row 2: {message}$"):
+        with pytest.raises(DataError, match=rf"a\.jsonl, row 2: {message}"):
             tokenize_sft(rows, build(), max_length=64)
 
     def test_refuses_what_it_cannot_use(self, tmp_path: Path) -> None:
         rows = load_rows(write(tmp_path / "a.jsonl", [{"prompt": "x"}]))
-        with pytest.raises(DataError, match=r"a\.jsonl: no column 'completion'; there are: prompt$"):
+        with pytest.raises(DataError, match=r"a\.jsonl: columns: got prompt, expected 'completion' too$"):
             tokenize_sft(rows, build(), max_length=8)
         both = load_rows(write(tmp_path / "b.jsonl", [{"messages": TALK, "completion": "x"}]))
-        with pytest.raises(DataError, match="'messages' and 'completion' exclude each other"):
+        with pytest.raises(
+            DataError, match="columns: got both 'messages' and 'completion', expected one of them"
+        ):
             tokenize_sft(both, build(CHATML), max_length=8)
         beside = load_rows(write(tmp_path / "c.jsonl", [{"messages": TALK, "prompt": "x"}]))
         with pytest.warns(UserWarning, match=r"c\.jsonl: column 'prompt' is not used beside 'messages'"):

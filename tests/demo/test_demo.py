@@ -130,10 +130,10 @@ def test_the_head_comparison_shows_a_wrong_gradient(monkeypatch: pytest.MonkeyPa
     [
         (["--step", "3"], "unrecognized arguments: --step"),
         (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
-        (["--steps", "0"], "argument --steps: '0' is not a whole number from 1 on"),
-        (["--threads", "two"], "argument --threads: 'two' is not a whole number from 1 on"),
+        (["--steps", "0"], "argument --steps: got '0', expected a whole number of at least 1"),
+        (["--threads", "two"], "argument --threads: got 'two', expected a whole number of at least 1"),
         (["--seed", "-1"], "argument --seed: "),
-        (["--data", "absent.zip"], "absent.zip: no such file"),
+        (["--data", "absent.zip"], "absent.zip: got no such file"),
     ],
 )
 def test_wrong_options_are_refused(
@@ -156,7 +156,7 @@ def test_a_folder_with_anything_else_is_left_alone(
     (tmp_path / "sft" / "weights").write_text("mine")
     with pytest.raises(SystemExit):
         command.main(["--output-dir", str(tmp_path)])
-    assert "holds something else than an earlier demo" in capsys.readouterr().err
+    assert "which holds files, expected a new folder or that of an earlier demo" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["sft", "weights"]
 
 
@@ -194,7 +194,7 @@ def test_sentences_without_positive_ones_are_refused_before_anything_is_trained(
     file.write_bytes(lines_of([sentence for sentence in SENTENCES if sentence.rating < 0.5]))
     with pytest.raises(
         data.DataError,
-        match=r"sentences.txt: 0 sentences to tune on, 0 held out and \d+ prompts; at least 1, 1 and 2",
+        match=r"sentences.txt: got 0 positively rated sentences to tune on, 0 held out and \d+ prompts",
     ):
         command.prepare(command.Settings(tmp_path / "out", data=file, held_out=20))
 
@@ -206,7 +206,7 @@ def test_sentences_without_negative_ones_and_samples_without_sentiment_are_refus
     file.write_bytes(lines_of([sentence for sentence in SENTENCES if sentence.rating > -0.5]))
     with pytest.raises(
         data.DataError,
-        match=r"0 pairs of positively and negatively rated sentences to train on, 0 held out and \d+ prompts",
+        match=r"got 0 pairs of positively and negatively rated sentences to train on, 0 held out and \d+",
     ):
         command.prepare(command.Settings(tmp_path / "out", data=file, held_out=20))
     monkeypatch.setattr(alignment.reward, "run", lambda config: {})
@@ -217,7 +217,7 @@ def test_sentences_without_negative_ones_and_samples_without_sentiment_are_refus
     (settings.output_dir / "rows").mkdir()
     with pytest.raises(
         data.DataError,
-        match="2 completions by the tuned model: 0 pairs to learn from, 0 good ones and 2 others",
+        match="completions of the tuned model: got 2 with 0 pairs to learn from, 0 good ones and 2 bad ones",
     ):
         alignment.align(settings, tokenizer, [], [], {})
 

@@ -29,28 +29,29 @@ def test_sentences_are_read_from_the_archive_and_from_the_file_in_it(tmp_path: P
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        (b"7\t1.5", "line 3 has 2 fields, not id, rating and text"),
-        (b"7\t1.5\tone\ttwo", "line 3 has 4 fields"),
-        (b"7\thigh\ttext", "line 3 has the rating 'high', not a number"),
-        (b"7\tnan\ttext", "line 3 has the rating nan, outside [-4, 4]"),
-        (b"7\t4.5\ttext", "line 3 has the rating 4.5, outside [-4, 4]"),
-        (b"7\t1.5\t  ", "line 3 has no text"),
-        (b"7\t1.5\tTouch\xe9", "line 3 is not UTF-8"),
-        (b"", "line 3 has 1 fields"),
+        (b"7\t1.5", "line 3, which has 2 fields"),
+        (b"7\t1.5\tone\ttwo", "line 3, which has 4 fields"),
+        (b"7\thigh\ttext", "line 3, which has the rating 'high', no number"),
+        (b"7\tnan\ttext", "line 3, which has the rating nan, outside [-4, 4]"),
+        (b"7\t4.5\ttext", "line 3, which has the rating 4.5, outside [-4, 4]"),
+        (b"7\t1.5\t  ", "line 3, which has no text"),
+        (b"7\t1.5\tTouch\xe9", "line 3, which is not UTF-8"),
+        (b"", "line 3, which has 1 fields"),
     ],
 )
 def test_odd_lines_are_refused_by_number(tmp_path: Path, line: bytes, fault: str) -> None:
     path = archive_of(b"1\t1.5\tone\r\n2\t-1.5\ttwo\r\n" + line + b"\r\n4\t0\tfour", tmp_path / "odd.zip")
     with pytest.raises(data.DataError) as refused:
         read_sentences(path)
-    assert f"odd.zip: {fault}" in str(refused.value)
+    assert f"odd.zip: got {fault}, expected id, rating and text" in str(refused.value)
 
 
 def test_of_many_odd_lines_five_are_named_and_the_rest_counted(tmp_path: Path) -> None:
     file = tmp_path / "odd.txt"
     file.write_bytes(b"1\t1\tgood\n" + b"odd\n" * 7)
     with pytest.raises(
-        data.DataError, match=r"line 2 has.*line 6 has 1 fields, not id, rating and text; and 2 more$"
+        data.DataError,
+        match=r"got line 2, which has.*line 6, which has 1 fields; and 2 more, expected id, rating",
     ):
         read_sentences(file)
 
@@ -60,13 +61,16 @@ def test_files_that_hold_no_sentences_are_refused(tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_bytes(b"")
     for path, fault in [
-        (tmp_path / "absent.zip", "no such file"),
-        (empty, "no sentences"),
+        (tmp_path / "absent.zip", "got no such file"),
+        (empty, "got no sentences"),
         (
             archive_of(content, tmp_path / "a.zip", tar_name="other.tar.gz"),
-            "no hutto_ICWSM_2014.tar.gz in it",
+            "got an archive without hutto_ICWSM_2014.tar.gz",
         ),
-        (archive_of(content, tmp_path / "b.zip", name="other.txt"), f"no {sentences.INNER_FILE} in its"),
+        (
+            archive_of(content, tmp_path / "b.zip", name="other.txt"),
+            f"got {sentences.INNER_ARCHIVE} without {sentences.INNER_FILE}",
+        ),
     ]:
         with pytest.raises(data.DataError) as refused:
             read_sentences(path)
@@ -110,13 +114,13 @@ def test_what_cannot_be_fetched_is_refused_in_pips_words(
     with pytest.raises(
         ValueError,
         match=(
-            r"(?s)pip could not fetch vaderSentiment==0.5; give .*--data FILE.*"
+            r"(?s)--data: got no file, and pip could not fetch vaderSentiment==0.5, expected a copy .*"
             r"No matching distribution found"
         ),
     ):
         fetch(tmp_path)
     stand_in_for_pip(monkeypatch, "", b"something else")
-    with pytest.raises(ValueError, match=r"not the vaderSentiment-0.5.zip that the demo knows"):
+    with pytest.raises(ValueError, match=r"got another file, expected vaderSentiment-0.5.zip of SHA-256"):
         fetch(tmp_path)
 
 
@@ -132,7 +136,9 @@ def test_the_split_holds_out_1000_sentences_that_are_not_trained_on() -> None:
     assert held_out != sentences[:1000] and {sentence.text for sentence in held_out} != {
         sentence.text for sentence in sentences[:1000]
     }
-    with pytest.raises(ValueError, match=r"held_out: 1198 of 1198 sentences that occur once leaves none"):
+    with pytest.raises(
+        ValueError, match=r"held_out: got 1198, expected fewer than the 1198 sentences that occur once"
+    ):
         split(sentences, 1198)
 
 

@@ -58,11 +58,11 @@ def test_a_head_that_starts_at_zero_is_served_with_its_softcap() -> None:
 @pytest.mark.parametrize(
     ("bend", "reason"),
     [
-        ("input", "lm_head's input from its backbone's output differs by"),
-        ("softcap", r"up to 64, differ by .* from LogitTransform\(logit_scale=1.0, softcap=None\)"),
+        ("input", "an lm_head whose input differs from its backbone's output by"),
+        ("softcap", r"logits that differ by .* from LogitTransform\(logit_scale=1.0, softcap=None\)"),
         ("masked", "differ by"),
-        ("sliced", "1 calls of lm_head, and not one that ends in a loss and logits of its shape"),
-        ("loss", "its loss from the cross-entropy of its logits differs by 0.125"),
+        ("sliced", "1 calls of lm_head, not one that ends in a loss and logits of its shape"),
+        ("loss", "a loss that differs from the cross-entropy of its logits by 0.125"),
     ],
 )
 def test_a_model_that_cannot_be_served_exactly_is_refused_and_left_alone(
@@ -73,7 +73,7 @@ def test_a_model_that_cannot_be_served_exactly_is_refused_and_left_alone(
         dtype
     )  # an untrained model's logits: a softcap of 30 is within rounding
     model.bend = bend
-    with pytest.raises(UnsupportedModelError, match=f"Tilted cannot be served.*{reason}"):
+    with pytest.raises(UnsupportedModelError, match=f"got Tilted, which has .*{reason}"):
         fuse_head(model)
     assert "forward" not in model.__dict__ and "forward" not in model.lm_head.__dict__
 
@@ -109,36 +109,36 @@ MOE = {"num_local_experts": 2, "output_router_logits": True}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "encoder-decoder": (
         lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
-        "T5ForConditionalGeneration is an encoder-decoder",
+        "T5ForConditionalGeneration, which is an encoder-decoder",
     ),
-    "backbone": (lambda: tf.LlamaModel(tf.LlamaConfig(**GQA)), "LlamaModel has no output embeddings"),
+    "backbone": (lambda: tf.LlamaModel(tf.LlamaConfig(**GQA)), "LlamaModel, which has no output embeddings"),
     "classifier": (
         lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**GQA)),
-        "LlamaForSequenceClassification has no output embeddings",
+        "LlamaForSequenceClassification, which has no output embeddings",
     ),
     "bert": (
         lambda: tf.BertLMHeadModel(tf.BertConfig(**MHA, is_decoder=True)),
-        "BertLMHeadModel cannot be served exactly by the fused head: lm_head's input",
+        "BertLMHeadModel, which has an lm_head whose input",
     ),
     "electra": (
         lambda: tf.ElectraForCausalLM(tf.ElectraConfig(**MHA, is_decoder=True)),
-        "ElectraForCausalLM cannot be served exactly by the fused head: the head does not take",
+        "ElectraForCausalLM, which has a head that does not take",
     ),
     "bart": (
         lambda: tf.BartForCausalLM(tf.BartConfig(vocab_size=VOCAB, d_model=32, decoder_layers=1)),
-        "BartForCausalLM cannot be served exactly by the fused head: its loss",
+        "BartForCausalLM, which has a loss",
     ),
     "lora on the head": (
         lambda: lora(llama(), target_modules=["lm_head"]),
-        "LlamaForCausalLM has a peft.tuners.lora.layer.Linear as its lm_head",
+        "LlamaForCausalLM, which has a peft.tuners.lora.layer.Linear as its lm_head",
     ),
-    "quantised head": (quantised_head, "LlamaForCausalLM has a .*QuantisedLinear as its lm_head"),
+    "quantised head": (quantised_head, "LlamaForCausalLM, which has a .*QuantisedLinear as its lm_head"),
     "router loss": (
         lambda: build(tf.MixtralConfig(**GQA, **MOE)),
-        "MixtralForCausalLM with output_router_logits=True",
+        "MixtralForCausalLM, which adds an auxiliary router loss",
     ),
-    "DataParallel": (lambda: nn.DataParallel(llama()), "DataParallel copies a module"),
-    "not transformers": (lambda: nn.Linear(2, 2), "Linear is no transformers PreTrainedModel"),
+    "DataParallel": (lambda: nn.DataParallel(llama()), "DataParallel, which copies a module"),
+    "not transformers": (lambda: nn.Linear(2, 2), "Linear, which is no transformers PreTrainedModel"),
     "replaced forward": (
         replaced_forward,
         "has the forward of its LlamaForCausalLM replaced by functools.partial",
@@ -154,7 +154,7 @@ def test_refused_by_name(case: str) -> None:
 
 
 def test_a_model_on_the_meta_device_cannot_be_verified() -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device.*verify=False"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM with weights on the meta device.*verify=False"):
         fuse_head(meta())
     model = fuse_head(meta(), verify=False).to_empty(device="cpu")
     twin = fuse_head(llama().float())
@@ -170,7 +170,7 @@ def test_a_resized_vocabulary_wants_fusing_again() -> None:
     model.resize_token_embeddings(VOCAB + 3)
     inputs, labels = batch()
     with pytest.raises(
-        UnsupportedModelError, match="LlamaForCausalLM had its lm_head replaced after fuse_head"
+        UnsupportedModelError, match="LlamaForCausalLM, which had its lm_head replaced after fuse_head"
     ):
         model(**inputs, labels=labels)
     nll = own_nll(model, inputs, shift(labels))
@@ -180,5 +180,5 @@ def test_a_resized_vocabulary_wants_fusing_again() -> None:
 def test_unfusing_a_wrapped_forward_is_refused() -> None:
     model = fuse_head(llama())
     model.forward = partial(model.forward)
-    with pytest.raises(ValueError, match="forward of LlamaForCausalLM was replaced after fuse_head"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM, whose forward was replaced after fuse_head"):
         unfuse_head(model)

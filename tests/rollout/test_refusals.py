@@ -115,25 +115,25 @@ def _ignores_its_cache() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_mamba, "MambaForCausalLM keeps another state"),
+        (_mamba, "MambaForCausalLM, which keeps another state"),
         (
             lambda: build(tf.Lfm2Config(**GQA, layer_types=["conv", "full_attention"])),
-            "Lfm2ForCausalLM keeps .*LinearAttentionLayer",
+            "Lfm2ForCausalLM, which keeps .*LinearAttentionLayer",
         ),
         (
             lambda: tf.T5ForConditionalGeneration(
                 tf.T5Config(vocab_size=VOCAB, d_model=32, num_layers=1, num_heads=4, d_ff=48)
             ),
-            "T5ForConditionalGeneration is an encoder-decoder",
+            "T5ForConditionalGeneration, which is an encoder-decoder",
         ),
-        (lambda: llama().model, "LlamaModel has no language-model head"),
-        (lambda: torch.nn.Sequential(llama()), "Sequential is no transformers PreTrainedModel"),
-        (_flash, "LlamaForCausalLM has attention 'flash_attention_2'"),
+        (lambda: llama().model, "LlamaModel, which has no language-model head"),
+        (lambda: torch.nn.Sequential(llama()), "Sequential, which is no transformers PreTrainedModel"),
+        (_flash, "LlamaForCausalLM, which has attention 'flash_attention_2'"),
         (
             lambda: get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
-            "LlamaForCausalLM has PEFT's virtual tokens",
+            "LlamaForCausalLM, which has PEFT's virtual tokens",
         ),
-        (_ignores_its_cache, r"LlamaForCausalLM was given 9 tokens and wrote \[0, 0\]"),
+        (_ignores_its_cache, r"LlamaForCausalLM, which wrote \[0, 0\] tokens .*, expected the 9"),
     ],
     ids=["mamba", "lfm2", "t5", "headless", "wrapped", "flash", "prompt-tuning", "uncached"],
 )

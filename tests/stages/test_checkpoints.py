@@ -91,13 +91,13 @@ def test_resume_refuses_another_place_in_the_data_and_says_what_else_changed(
     pretrain.run(first)
     again = {"output_dir": first.output_dir, "resume": True}
     for name, value in (("seed", 1), ("batch_size", 2), ("train_data", files["held_out"])):
-        with pytest.raises(ValueError, match=rf"resume: {name} is .*{value!r}.* was started with"):
+        with pytest.raises(ValueError, match=rf"resume: got {name}=.*{value!r}.*, as when the run"):
             pretrain.run(pretraining(**again | {name: value}))
-    with pytest.raises(ValueError, match=r"resume: rows is \d+, and the run .* was started with \d+"):
+    with pytest.raises(ValueError, match=r"resume: got rows=\d+, expected \d+, as when the run"):
         pretrain.run(pretraining(**again, sequence_length=64))
-    with pytest.raises(ValueError, match=r"the model and .* differ in .*layers\.2"):
+    with pytest.raises(ValueError, match=r"resume: got a model that differs from .* in .*layers\.2"):
         pretrain.run(pretraining(**again, model_config=LLAMA | {"num_hidden_layers": 3}))
-    with pytest.raises(ValueError, match="already holds a run; continue it with resume=true"):
+    with pytest.raises(ValueError, match="which holds a run, expected a new folder"):
         pretrain.run(pretraining(output_dir=first.output_dir))
     capsys.readouterr()
     pretrain.run(pretraining(**again, max_steps=3, learning_rate=2e-2))
@@ -133,7 +133,8 @@ def test_resume_refuses_other_rows_in_the_same_file(
     again = dataclasses.replace(first, resume=True, max_steps=3)
     path.write_text("".join(written[::-1]))  # as many rows and tokens
     with pytest.raises(
-        ValueError, match=r"resume: .* has other rows than when the run in .*step-00000002 was started"
+        ValueError,
+        match=r"resume: got other rows in .*, expected those with which the run in .*step-00000002 was",
     ):
         pretrain.run(again)
     path.write_text("".join(written))

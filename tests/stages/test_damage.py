@@ -93,9 +93,10 @@ def test_without_a_whole_checkpoint_a_resume_is_refused(pretraining: Pretraining
     with pytest.raises(ValueError) as refused:
         pretrain.run(dataclasses.replace(config, resume=True))
     assert str(refused.value) == (
-        f"resume: no checkpoint in {config.output_dir!r} is whole (step-00000002: state.pt does not agree "
+        f"resume: got no whole checkpoint in {config.output_dir!r} (step-00000002: state.pt does not agree "
         "with manifest.sha256; "
-        "step-00000001: it has no manifest.sha256, as where an earlier version of fastalign wrote it); "
+        "step-00000001: it has no manifest.sha256, as where an earlier version of fastalign wrote it), "
+        "expected at least one: "
         "bring one back from a copy, or name another output_dir"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"], (
@@ -150,7 +151,7 @@ def test_a_bad_last_line_of_the_metrics_is_cut_off_and_said_and_another_is_refus
     path.write_bytes(written[:10] + b"\n" + written)
     with pytest.raises(
         ValueError,
-        match=r"resume: .*metrics\.jsonl: line 1 is not one of metrics\.jsonl .*mend it or delete it",
+        match=r"resume: .*metrics\.jsonl .*, expected a line of metrics\.jsonl: mend it or delete it",
     ):
         pretrain.run(again)
 
@@ -301,7 +302,9 @@ def test_the_files_of_other_commands_are_renamed_when_they_are_on_the_disk(
 
     path = tmp_path / "dpo" / table
     flip(path, place=path.stat().st_size - 3, bit=2)
-    with pytest.raises(ValueError, match=r"reference: .*safetensors is damaged: its hash .* delete it"):
+    with pytest.raises(
+        ValueError, match=r"reference: .*safetensors, whose hash is not that of its values, .*delete it"
+    ):
         dpo.run(
             dpo.DPOConfig(
                 **options, train_data=pairs, output_dir=str(tmp_path / "dpo2"), max_length=64,
@@ -352,6 +355,6 @@ def test_models_of_no_run_are_not_replaced(pretraining: Pretraining, tmp_path: P
     (tmp_path / "mine" / "model" / "weights").write_text("x")
     with pytest.raises(
         ValueError,
-        match=r"output_dir: '.*mine/model' is no run's and holds files, which the run would replace",
+        match=r"output_dir: got files in '.*mine/model' that no run left and this run would replace",
     ):
         pretrain.run(pretraining(output_dir=str(tmp_path / "mine"), resume=True))

@@ -152,8 +152,8 @@ def test_a_disk_without_room_is_told_before_the_first_step(
     with pytest.raises(
         OSError,
         match=(
-            r"output_dir: 3 checkpoints and the model needs 1\.\d MiB, "
-            rf"and '{config.output_dir}' has 0.1 MiB free"
+            rf"output_dir: got 0.1 MiB free in '{config.output_dir}', "
+            r"expected 1\.\d MiB for 3 checkpoints and the model"
         ),
     ):
         pretrain.run(config)
@@ -176,7 +176,9 @@ def test_a_disk_that_fills_up_is_told_and_the_old_checkpoint_stays(
 
     monkeypatch.setattr(torch, "save", full_at_step_4)
     checkpoints = Path(config.output_dir, "checkpoints")
-    message = rf"output_dir: the checkpoint of step 4 needs 0\.\d MiB, and '{checkpoints}' has \d.* free"
+    message = (
+        rf"output_dir: got \d.* free in '{checkpoints}', expected 0\.\d MiB for the checkpoint of step 4"
+    )
     with pytest.raises(OSError, match=message):
         pretrain.run(config)
     assert checkpoint.latest(config.output_dir) == checkpoints / "step-00000002"
@@ -199,7 +201,7 @@ def test_metrics_that_cannot_be_written_name_their_file(
         return self
 
     monkeypatch.setattr(reporters.Report, "__enter__", enter)
-    with pytest.raises(OSError, match="output_dir: /dev/full could not be written: No space left on device"):
+    with pytest.raises(OSError, match="output_dir: got 'No space left on device' for /dev/full"):
         pretrain.run(pretraining())
 
 
@@ -209,7 +211,8 @@ def test_a_folder_that_another_run_holds_is_refused_with_its_process(pretraining
         pretrain.run(config)
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     assert (
-        str(refused.value) == f"output_dir: {config.output_dir!r} is in use by {holder}; name another folder"
+        str(refused.value) == f"output_dir: got {config.output_dir!r}, which is in use by {holder}, "
+        "expected a folder that is not in use"
     )
     assert pretrain.run(config)["step"] == 7
 

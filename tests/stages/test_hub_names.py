@@ -14,7 +14,7 @@ from fastalign.stages import hub_names
     [
         (
             errors.GatedRepoError.__new__(errors.GatedRepoError),
-            "granted access only: log in with `hf auth login`",
+            "granted access only; log in with `hf auth login`",
         ),
         (errors.RepositoryNotFoundError.__new__(errors.RepositoryNotFoundError), "the hub has no such model"),
         (ConnectionError("no route"), r"the hub cannot be reached \(no route\)"),

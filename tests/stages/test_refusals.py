@@ -26,11 +26,11 @@ from tests.stages.tiny import LLAMA, write
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean learning_rate"),
-        ({"zzz": 1}, "unknown key 'zzz'; allowed: adam_eps, attention"),
-        ({"model_config": None}, "give one of model .* and model_config .*, got neither"),
-        ({"model": "somewhere"}, "give one of model .* and model_config .*, got both"),
-        ({"tokenizer": None}, "tokenizer is needed with model_config"),
+        ({"learning_rat": 1}, "got the unknown key 'learning_rat', expected learning_rate"),
+        ({"zzz": 1}, "got the unknown key 'zzz', expected one of adam_eps, attention"),
+        ({"model_config": None}, "model and model_config: got neither"),
+        ({"model": "somewhere"}, "model and model_config: got both"),
+        ({"tokenizer": None}, "tokenizer: got null with model_config"),
         ({"learning_rate": -1}, "greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         (
@@ -53,21 +53,24 @@ def test_a_wrong_configuration_is_refused_by_name(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"report_to": "wandb"}, "report_to: wandb not installed"),
-        ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
+        ({"report_to": "wandb"}, "report_to: got wandb, expected installed packages"),
+        ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl: got no such file"),
         ({"text_column": "txt"}, "txt"),
-        ({"eval_data": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"model_config": {"model_type": "lama"}}, "model_type is 'lama'; did you mean .*llama"),
-        ({"model_config": LLAMA | {"hiden_size": 3}}, "unknown key 'hiden_size'; did you mean hidden_size"),
+        ({"eval_data": "nowhere.jsonl"}, "nowhere.jsonl: got no such file"),
+        ({"model_config": {"model_type": "lama"}}, "got model_type 'lama', expected .*llama"),
+        (
+            {"model_config": LLAMA | {"hiden_size": 3}},
+            "got the unknown key 'hiden_size', expected hidden_size",
+        ),
         ({"model_config": LLAMA | {"hidden_size": "big"}}, "model_config: .*hidden_size"),
-        ({"model_config": "nowhere.json"}, "model_config: no file 'nowhere.json'"),
+        ({"model_config": "nowhere.json"}, "model_config: got 'nowhere.json', which is no file"),
         (
             {"model_config": LLAMA | {"vocab_size": 100}},
-            r"tokenizer: \d+ tokens do not fit .* vocab_size 100",
+            r"tokenizer: got \d+ tokens, expected at most the model's vocab_size 100",
         ),
         (
             {"model_config": LLAMA | {"max_position_embeddings": 8}},
-            r"a sequence of \d+ tokens does not fit .* 8 \(max_position_embeddings\)",
+            r"got a sequence of \d+ tokens, expected at most the model's 8 \(max_position_embeddings\)",
         ),
         ({"attention": "flash_attention_2"}, "got flash_attention_2, .*a CUDA device and half precision"),
         ({"liger": True}, "liger: got true, expected false without .*a CUDA device"),
@@ -94,7 +97,8 @@ def test_bad_demonstrations_are_refused_before_the_model_loads(
     with pytest.raises(ValueError, match=r"bad\.jsonl.*2"):
         sft.run(tuning(train_data=files["bad"]))
     with pytest.raises(
-        ValueError, match=r"a sequence of \d+ tokens does not fit .* 64 \(max_position_embeddings\)"
+        ValueError,
+        match=r"got a sequence of \d+ tokens, expected at most the model's 64 \(max_position_embeddings\)",
     ):
         sft.run(tuning(train_data=files["long"], max_length=512))
 
@@ -103,7 +107,7 @@ def test_an_adapter_on_lm_head_is_refused_before_the_first_step(
     tuning: Callable[..., sft.SFTConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sft, "train", lambda *arguments, **options: pytest.fail("training began"))
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has a peft.* as its lm_head"):
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel, which has a peft.* as its lm_head"):
         sft.run(tuning(lora_rank=2, lora_targets=["c_attn", "lm_head"]))
 
 
@@ -206,8 +210,8 @@ def test_an_id_that_the_model_lacks_is_refused_only_where_a_row_uses_it(
         {"prompt": "the actor", "completion": " never <tool>"},
     ]
     message = (
-        r"tokenizer: 302 tokens .* vocab_size 300, and 1 sequences use such: "
-        r"'<tool>' \(id 301\) is in the row that begins 'the actor"
+        r"tokenizer: got 302 tokens, expected at most .* vocab_size 300: 1 sequences use ids beyond it, "
+        r"such as '<tool>' \(id 301\) in the row that begins 'the actor"
     )
     with pytest.raises(ValueError, match=message):
         sft.run(tuning(tokenizer=str(tmp_path / "larger"), train_data=write(tmp_path / "rows.jsonl", rows)))
@@ -246,9 +250,9 @@ def test_models_of_several_parts_are_fitted_by_their_language_model(
     assert (
         loading.check_fit(config, tokenizer, [[Tokenized(row[0].input_ids[:40], row[0].trained[:40])]]) == 40
     )
-    with pytest.raises(ValueError, match=r"a sequence of 41 tokens does not fit the model's 40"):
+    with pytest.raises(ValueError, match=r"got a sequence of 41 tokens, expected at most the model's 40"):
         loading.check_fit(config, tokenizer, [row])
-    with pytest.raises(ValueError, match=r"unknown key 'hiden_size'; did you mean hidden_size"):
+    with pytest.raises(ValueError, match=r"got the unknown key 'hiden_size', expected hidden_size"):
         loading.scratch_config({"model_type": kind, "text_config": {"hiden_size": 3}}, tokenizer, length=40)
 
 
@@ -286,8 +290,8 @@ def test_a_name_that_is_nowhere_is_told_at_once(
     with pytest.raises(ValueError) as refused:
         hub_names.check_names(CONFIGS[stage](**given))
     expected = (
-        f"{field}: 'foo/bar' is no folder here, is not in the cache, "
-        "and the hub cannot be reached (Name or service not known)"
+        f"{field}: got 'foo/bar', expected a folder here, or a model in the cache or on the hub: "
+        "the hub cannot be reached (Name or service not known)"
     )
     assert str(refused.value) == expected
     assert len(asked) == 1, "one question, no retries"
@@ -312,12 +316,16 @@ def test_a_name_in_the_cache_is_taken_from_there_where_the_hub_is_away(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("runs/sft/modle", "model: 'runs/sft/modle' is no folder here, and no name of a model on the hub"),
+        (
+            "runs/sft/modle",
+            "model: got 'runs/sft/modle', expected a folder here, or the name of a model on the hub",
+        ),
         (
             "{tmp}/run",
-            "model: folder '{tmp}/run' holds no config.json, so no model; did you mean '{tmp}/run/model'?",
+            "model: got folder '{tmp}/run' without config.json, expected a model's folder; "
+            "did you mean '{tmp}/run/model'?",
         ),
-        ("{tmp}", "model: folder '{tmp}' holds no config.json, so no model"),
+        ("{tmp}", "model: got folder '{tmp}' without config.json, expected a model's folder"),
     ],
 )
 def test_a_folder_that_is_no_models_is_told(

@@ -73,7 +73,7 @@ def test_a_folder_with_files_and_wrong_rows_are_refused(train_data: str, tmp_pat
         ValueError, match="output_dir: got '.*', which holds files, expected a new or empty folder"
     ):
         train(train_data, tmp_path)
-    with pytest.raises(DataError, match="no column 'txt'"):
+    with pytest.raises(DataError, match="columns: got text, expected 'txt' too"):
         train(train_data, tmp_path / "made", text_column="txt")
     with pytest.raises(ValueError, match="vocab_size"):
         train(train_data, tmp_path / "made", vocab_size=100)

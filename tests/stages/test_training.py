@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights(
 
     monkeypatch.setattr(sft, "language_model_loss", poisoned)
     with pytest.raises(
-        FloatingPointError, match=r"step 1: loss = nan, grad_norm = nan; .* still those of step 0"
+        FloatingPointError, match=r"step 1: got loss = nan, grad_norm = nan, .* still those of step 0"
     ):
         sft.run(tuning())
     assert all(weight.isfinite().all() for weight in built[0].parameters())

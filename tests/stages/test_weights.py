@@ -54,27 +54,27 @@ def with_weight(name: str, *shape: int) -> Callable[[Tensors], None]:
 WRONG = {
     "one missing": (
         without(WEIGHT),
-        rf"lacks weights: {WEIGHT}; expected those of its config\.json's GPT2LMHeadModel",
+        rf"lacks the weights {WEIGHT}, expected those of its config\.json's GPT2LMHeadModel",
     ),
     "tied ones missing": (
         without("transformer.wte.weight"),
-        r"lacks weights: lm_head\.weight, transformer\.wte\.weight; expected",
+        r"lacks the weights lm_head\.weight, transformer\.wte\.weight, expected",
     ),
     "another shape": (
         with_weight(NORM, 7),
-        rf"has weights of other shapes: {NORM} \[7\] \(expected \[32\]\); expected",
+        rf"has other shapes of the weights {NORM} \[7\] \(expected \[32\]\), expected",
     ),
     "a layer too many": (
         with_weight("transformer.h.2.ln_1.weight", 32),
-        r"has weights that the model has not: transformer\.h\.2\.ln_1\.weight; exp",
+        r"has the unknown weights transformer\.h\.2\.ln_1\.weight, exp",
     ),
     "NaN": (
         with_value(WEIGHT, math.nan),
-        rf"{WEIGHT} holds 1 values of 4096 that are NaN or inf in torch\.float64; expected finite",
+        rf"{WEIGHT} holds 1 values of 4096 that are NaN or inf in torch\.float64, expected finite",
     ),
     "inf": (
         with_value(NORM, -math.inf),
-        rf"{NORM} holds 1 values of 32 that are NaN or inf in torch\.float64; expected finite",
+        rf"{NORM} holds 1 values of 32 that are NaN or inf in torch\.float64, expected finite",
     ),
 }
 
@@ -110,12 +110,14 @@ def test_another_models_head_is_left_out_and_a_new_classifiers_head_is_drawn(
 
     scorer = f"{tmp_path / 'reward'}/model"
     headless = changed(scorer, tmp_path / "headless", without("score.weight"))
-    with pytest.raises(ValueError, match=r"model: '.*headless' lacks weights: score\.weight; expected"):
+    with pytest.raises(
+        ValueError, match=r"model: got '.*headless', which lacks the weights score\.weight, expected"
+    ):
         reward.run(reward.RewardConfig(model=headless, output_dir=str(tmp_path / "again"), **options))
     three = changed(scorer, tmp_path / "three", with_weight("score.weight", 3, 32))
     with pytest.raises(
         ValueError,
-        match=r"model: '.*three' has weights of other shapes: score\.weight \[3, 32\] \(expected \[1, 32\]\)",
+        match=r"model: got '.*three', which has other shapes of the weights score\.weight \[3, 32\]",
     ):
         reward.run(reward.RewardConfig(model=three, output_dir=str(tmp_path / "again"), **options))
 
@@ -126,9 +128,11 @@ def test_another_models_head_is_left_out_and_a_new_classifiers_head_is_drawn(
         | {"train_data": prompts}
     )
     del scored["max_length"]
-    with pytest.raises(ValueError, match=r"reward: '.*headless' lacks weights: score\.weight"):
+    with pytest.raises(ValueError, match=r"reward: got '.*headless', which lacks the weights score\.weight"):
         ppo.run(ppo.PPOConfig(**scored, reward=headless))
-    with pytest.raises(ValueError, match=r"value_model: '.*headless' lacks weights: score\.weight"):
+    with pytest.raises(
+        ValueError, match=r"value_model: got '.*headless', which lacks the weights score\.weight"
+    ):
         ppo.run(ppo.PPOConfig(**scored, reward=scorer, value_model=headless))
 
 
@@ -143,18 +147,18 @@ def test_wrong_weights_below_and_in_adapters_are_named(
     broken = changed(adapters, tmp_path / "adapters", with_value(name, math.nan), "adapter_model.safetensors")
     with pytest.raises(
         ValueError,
-        match=r"model: in the adapters in '.*adapters', .*lora_A.* holds 1 values of 64 that are NaN or inf",
+        match=r"model: got adapters in '.*adapters', .*lora_A.* holds 1 values of 64 that are NaN or inf",
     ):
         sft.run(tuning(model=broken))
     shutil.rmtree(below)
     changed(base, below, without(NORM))
-    with pytest.raises(ValueError, match=rf"model: '.*base' lacks weights: {NORM}"):
+    with pytest.raises(ValueError, match=rf"model: got '.*base', which lacks the weights {NORM}"):
         merge.run(merge.MergeConfig(model=adapters, output_dir=str(tmp_path / "merged")))
     shutil.rmtree(below)
     changed(base, below, with_value(NORM, 1e6))
     with pytest.raises(
         ValueError,
-        match=rf"model: in '.*base', {NORM} holds 1 values of 32 that are NaN or inf in torch\.float16",
+        match=rf"model: got '.*base', of which {NORM} holds 1 values of 32 that are NaN or inf",
     ):
         merge.run(merge.MergeConfig(model=adapters, output_dir=str(tmp_path / "merged"), dtype="float16"))
     assert not (tmp_path / "merged").exists()
@@ -169,8 +173,8 @@ def test_nan_is_told_as_nan_where_a_head_is_fused_or_a_classifier_packed(base: s
         with torch.no_grad():
             model.get_parameter(WEIGHT)[3, 4] = math.nan
         expected = (
-            rf"model: {type(model).__name__}'s {WEIGHT} holds 1 values of 4096 "
-            r"that are NaN or inf .*; expected finite numbers"
+            rf"model: got {type(model).__name__}, of which {WEIGHT} holds 1 values of 4096 "
+            r"that are NaN or inf .*, expected finite numbers"
         )
         with pytest.raises(ValueError, match=expected):
             prepare(model)
@@ -238,7 +242,10 @@ def test_a_checkpoint_stays_where_a_later_steps_weights_are_not_finite(
             "scale",
         ),
         ({"dtype": "fp16"}, "got fp16, expected bf16=true or dtype=bfloat16"),
-        ({"fp16": True}, "fp16: expected bf16=true or dtype=bfloat16: the stages have no loss scale"),
+        (
+            {"fp16": True},
+            "fp16: got the key fp16, expected bf16=true or dtype=bfloat16: the stages have no loss scale",
+        ),
     ],
 )
 def test_fp16_is_refused_with_what_to_use(
@@ -250,28 +257,40 @@ def test_fp16_is_refused_with_what_to_use(
 
 
 RETURNED: list[tuple[Any, str]] = [
-    (None, r"returned None \(NoneType\), expected a list of 2 numbers"),
-    (0.5, r"returned 0\.5 \(float\), expected a list of 2 numbers"),
-    ("12", r"returned '12' \(str\), expected a list of 2 numbers"),
-    ({0: 1.0, 1: 2.0}, r"returned \{0: 1\.0, 1: 2\.0\} \(dict\), expected a list of 2 numbers"),
-    ({0.5, 1.5}, r"returned \{.*\} \(set\), expected a list of 2 numbers"),
-    (torch.tensor(1.0), r"returned tensor\(1\.\) \(Tensor\), expected a list of 2 numbers"),
-    ([1.0], "returned 1 scores for 2 completions"),
-    ([1.0, 2.0, 3.0], "returned 3 scores for 2 completions"),
-    ([1.0, None], r"scored completion 2 of 2, ' bad', as None \(NoneType\), expected a finite number"),
-    ([1.0, "2"], r"scored completion 2 of 2, ' bad', as '2' \(str\), expected a finite number"),
+    (None, r"got None \(NoneType\) from my\.py:score, expected a list of 2 numbers"),
+    (0.5, r"got 0\.5 \(float\) from my\.py:score, expected a list of 2 numbers"),
+    ("12", r"got '12' \(str\) from my\.py:score, expected a list of 2 numbers"),
+    ({0: 1.0, 1: 2.0}, r"got \{0: 1\.0, 1: 2\.0\} \(dict\) from my\.py:score, expected a list of 2 numbers"),
+    ({0.5, 1.5}, r"got \{.*\} \(set\) from my\.py:score, expected a list of 2 numbers"),
+    (torch.tensor(1.0), r"got tensor\(1\.\) \(Tensor\) from my\.py:score, expected a list of 2 numbers"),
+    ([1.0], r"got 1 scores from my\.py:score, expected 2"),
+    ([1.0, 2.0, 3.0], r"got 3 scores from my\.py:score, expected 2"),
+    (
+        [1.0, None],
+        r"got None \(NoneType\) from my\.py:score for completion 2 of 2, ' bad', expected a finite number",
+    ),
+    (
+        [1.0, "2"],
+        r"got '2' \(str\) from my\.py:score for completion 2 of 2, ' bad', expected a finite number",
+    ),
     (
         [[1.0, 2.0], 3.0],
-        r"scored completion 1 of 2, ' good', as \[1\.0, 2\.0\] \(list\), expected a finite number",
+        r"got \[1\.0, 2\.0\] \(list\) from my\.py:score for completion 1 of 2, ' good', expected",
     ),
     (
         torch.ones(2, 2),
-        r"scored completion 1 of 2, ' good', as tensor\(\[1\., 1\.\]\) \(Tensor\), expected a finite number",
+        r"got tensor\(\[1\., 1\.\]\) \(Tensor\) from my\.py:score for completion 1 of 2, ' good', expected",
     ),
-    ([1j, 1.0], r"scored completion 1 of 2, ' good', as 1j \(complex\), expected a finite number"),
-    ([10**400, 1.0], r"scored completion 1 of 2, ' good', as 1000.* \(int\), expected a finite number"),
-    ([1.0, math.nan], r"scored ' bad' as nan, expected a finite number"),
-    ([1.0, -math.inf], r"scored ' bad' as -inf, expected a finite number"),
+    (
+        [1j, 1.0],
+        r"got 1j \(complex\) from my\.py:score for completion 1 of 2, ' good', expected a finite number",
+    ),
+    (
+        [10**400, 1.0],
+        r"got 1000.* \(int\) from my\.py:score for completion 1 of 2, ' good', expected a finite number",
+    ),
+    ([1.0, math.nan], r"got nan from my\.py:score for ' bad', expected a finite number"),
+    ([1.0, -math.inf], r"got -inf from my\.py:score for ' bad', expected a finite number"),
 ]
 
 
@@ -290,7 +309,7 @@ class Prompt:
 def test_what_a_reward_function_returned_is_named_where_it_is_no_number(returned: Any, message: str) -> None:
     function = scorers.Function("my.py:score", lambda prompts, completions: returned)
     score: Any = scorers.by_function(function, Words())
-    with pytest.raises(ValueError, match=rf"^reward: my\.py:score {message}"):
+    with pytest.raises(ValueError, match=f"^reward: {message}"):
         score([Prompt(), Prompt()], [[0], [1]])
 
 

@@ -86,9 +86,8 @@ def refuse_unserved(row: Row) -> None:
     for column in UNSERVED:
         if row.get(column):
             raise DataError(
-                f"column {column!r} is not served: a chat template gets messages of text, and tools; write "
-                "it into the messages "
-                "or remove the column"
+                f"column {column!r}: got {_show(row[column])}, expected nothing there, because a chat "
+                "template gets messages of text, and tools: write it into the messages or remove the column"
             )
 
 
@@ -97,7 +96,8 @@ def refuse_beside_text(row: Row) -> None:
     refuse_unserved(row)
     if row.get("tools"):
         raise DataError(
-            "column 'tools' is for messages, and a text goes through no chat template: remove the column"
+            "column 'tools': got schemas beside a text, expected them beside messages: "
+            "a text goes through no chat template; remove the column"
         )
 
 
@@ -123,15 +123,18 @@ def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list
         lengths = [_after_text(text, conversation) for conversation in conversations]
         if None in lengths:
             raise DataError(
-                f"{what} must hold whole conversations with the text of column 'prompt' as a user's turn, "
-                "and an answer"
+                f"{what}: got no user's turn with the text of column 'prompt' before an answer, expected "
+                "whole conversations"
             )
         shared = lengths[0] or 0
         if (
             any(conversation[:shared] != conversations[0][:shared] for conversation in conversations)
             or len(set(lengths)) > 1
         ):
-            raise DataError(f"{what} must begin with the same messages up to the text of column 'prompt'")
+            raise DataError(
+                f"{what}: got conversations that differ before the answer, expected the same messages up to "
+                "the text of column 'prompt'"
+            )
     else:
         first, *rest = conversations
         shared = next(
@@ -143,7 +146,9 @@ def separate(row: Row, columns: Sequence[str]) -> tuple[list[Message], list[list
             len(first),
         )
         if not shared:
-            raise DataError(f"{what} must begin with the same messages where there is no column 'prompt'")
+            raise DataError(
+                f"{what}: got no shared first messages, expected them where there is no column 'prompt'"
+            )
     return conversations[0][:shared], [conversation[shared:] for conversation in conversations]
 
 
@@ -159,8 +164,8 @@ def take_weights(column: str, messages: Sequence[Message]) -> tuple[list[Message
             raise DataError(f"column {column!r}: got a 'weight' of {_show(weight)}, expected 0 or 1")
         if weight and not assistant:
             raise DataError(
-                f"column {column!r} has a 'weight' of 1 on a turn of role {message['role']!r}; only the "
-                "assistant's are trained"
+                f"column {column!r}: got a 'weight' of 1 on a turn of role {message['role']!r}, expected it "
+                "on the assistant's turns, which alone are trained"
             )
         trained.append(assistant and weight != 0)
     return [
@@ -243,9 +248,8 @@ def _without(prompt: Sequence[Message], column: str, messages: list[Message]) ->
     first = messages[0]["role"] if messages else "assistant"
     if prompt and first in ("system", "user") and (first == "system" or prompt[-1]["role"] == "user"):
         raise DataError(
-            f"column {column!r} begins with a turn of role {first!r} where column 'prompt' ends in one of "
-            f"role {prompt[-1]['role']!r}: "
-            "it must hold the answer alone, or repeat the whole prompt"
+            f"column {column!r}: got a first turn of role {first!r} after a prompt that ends in one of role "
+            f"{prompt[-1]['role']!r}, expected the answer alone, or the whole prompt and the answer"
         )
     return messages
 
@@ -263,7 +267,7 @@ def _parse(column: str, text: str) -> Any:
     try:
         return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"column {column!r} holds a text that is not JSON: {_show(text)}") from error
+        raise DataError(f"column {column!r}: got {_show(text)}, expected JSON in a text") from error
 
 
 def _show(value: Any) -> str:

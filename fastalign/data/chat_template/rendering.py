@@ -78,11 +78,15 @@ def render(source: str, variables: Mapping[str, Any], calls: Sequence[Call]) -> 
         except (EOFError, OSError) as error:
             status = _end()
             if status == -signal.SIGPROF:
-                raise FatalDataError(f"takes more than {SECONDS:g} s of processor time") from error
-            raise FatalDataError(f"ends the process that renders it (status {status})") from error
+                raise FatalDataError(
+                    f"got no text in {SECONDS:g} s of processor time, expected one"
+                ) from error
+            raise FatalDataError(
+                f"got the end of the process that renders it (status {status}), expected a text"
+            ) from error
         except RecursionError as error:
             _end()
-            raise FatalDataError("gets messages that are nested too deeply") from error
+            raise FatalDataError("got messages that are nested too deeply, expected flatter ones") from error
         except BaseException:
             _end()  # its pending answer would be taken for the next one
             raise

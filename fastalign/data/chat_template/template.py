@@ -41,14 +41,16 @@ class Template:
         try:
             return render(self.source, self.variables, calls)
         except FatalDataError as error:
-            raise FatalDataError(f"the chat template of {self.name} {error}") from error
+            raise FatalDataError(f"chat template of {self.name}: {error}") from error
 
     def render(self, *calls: Call) -> list[Rendered]:
         """As `try_render`, but raises DataError for a call that the template refuses."""
         made = self.try_render(*calls)
         for rendered in made:
             if rendered.error is not None:
-                raise DataError(f"the chat template of {self.name} refuses it: {rendered.error}")
+                raise DataError(
+                    f"chat template of {self.name}: got the error {rendered.error}, expected a text"
+                )
         return made
 
     def fit(self, column: str, messages: Sequence[Message]) -> list[Message]:
@@ -64,8 +66,8 @@ class Template:
         """Raise DataError for tools that the template does not show to the model."""
         if tools and not self.keys.uses("tools"):
             raise DataError(
-                f"column 'tools' has schemas, and the chat template of {self.name} does not read tools: "
-                "remove the column"
+                f"column 'tools': got schemas, expected none, because the chat template of {self.name} does "
+                "not read tools: remove the column"
             )
 
     def _fit(self, column: str, message: Message) -> Message:
@@ -83,9 +85,8 @@ class Template:
                 and value not in ("", [], {})
             ):
                 raise DataError(
-                    f"column {column!r} has messages with the key {key!r}, which the chat template of "
-                    f"{self.name} does not read: "
-                    "remove it, or use a template that reads it"
+                    f"column {column!r}: got messages with the key {key!r}, expected none that the chat "
+                    f"template of {self.name} does not read: remove it, or use a template that reads it"
                 )
             fitted[key] = value
         if content := fitted.get("content"):

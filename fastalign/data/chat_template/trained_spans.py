@@ -70,9 +70,9 @@ class ChatTemplate:
         """
         messages = read_messages("prompt", row["prompt"])
         if not messages:
-            raise DataError("column 'prompt' has no messages")
+            raise DataError("column 'prompt': got no messages, expected at least one")
         if messages[-1]["role"] == "assistant":
-            raise DataError("column 'prompt' ends in an assistant turn, and there is nothing to answer")
+            raise DataError("column 'prompt': got an assistant turn at the end, expected a turn to answer")
         template, tools = self._choose(row)
         messages, _ = take_weights("prompt", messages)
         [rendered] = template.render(Call(template.fit("prompt", messages), tools, prompt=True))
@@ -122,7 +122,9 @@ class ChatTemplate:
         try:
             source = self._tokenizer.get_chat_template(tools=tools)
         except ValueError as error:  # several, and none of them for this row
-            raise DataError(f"the chat templates of {self.name} have none for it: {error}") from error
+            raise DataError(
+                f"chat templates of {self.name}: got none for it ({error}), expected one"
+            ) from error
         if source not in self._templates:
             self._templates[source] = Template(
                 source, name=self.name, variables=self._tokenizer.special_tokens_map
@@ -140,13 +142,17 @@ class ChatTemplate:
         """The text of a conversation, and the trained spans of its messages after the prompt."""
         turns = [message for message in answer if message["role"] == "assistant"]
         if not turns:
-            raise DataError(f"column {column!r} has no assistant turn")
+            raise DataError(f"column {column!r}: got no assistant turn, expected at least one")
         if not any(map(says_something, turns)):
-            raise DataError(f"column {column!r} has assistant turns without content only")
+            raise DataError(
+                f"column {column!r}: got only assistant turns without content, expected one with content"
+            )
         asked, _ = take_weights("prompt", prompt)
         said, trained = take_weights(column, answer)
         if not any(trained):
-            raise DataError(f"column {column!r} has assistant turns of weight 0 only")
+            raise DataError(
+                f"column {column!r}: got only assistant turns of weight 0, expected one of weight 1"
+            )
         messages = template.fit("prompt", asked) + template.fit(column, said)
         trained_turns = [len(prompt) + turn for turn, train in enumerate(trained) if train]
         if not template.has_marks:
@@ -204,19 +210,18 @@ class ChatTemplate:
         [plain] = template.try_render(Call(messages[:-1], tools))
         asked, begins = before.removeprefix(plain.text), after.removeprefix(plain.text)
         if plain.error is None and before.startswith(plain.text) and after.startswith(plain.text):
+            begin = begins[: len(asked) + 10]
             raise DataError(
-                f"the answer does not begin with the generation prompt of the chat template of {self.name}: "
-                "it begins with "
-                f"{begins[: len(asked) + 10]!r}, and a model is asked with {asked!r}; put what is missing "
-                "into the answer, or mark "
-                "what to train on with {% generation %}"
+                f"chat template of {self.name}: got an answer that begins with {begin!r}, "
+                f"expected its generation prompt {asked!r}: put what is missing into the answer, or "
+                "mark what to train on with {% generation %}"
             )
         self._check_prefix(before, after)
 
     def _check_prefix(self, start: str, text: str) -> None:
         if not text.startswith(start):
             raise DataError(
-                f"the chat template of {self.name} renders earlier turns differently when later ones follow "
-                "(it may drop their reasoning), so what to train on cannot be told; mark it with "
-                "{% generation %}"
+                f"chat template of {self.name}: got earlier turns rendered differently when later ones "
+                "follow (it may drop their reasoning), expected the same text, to find what to train on: "
+                "mark that with {% generation %}"
             )

@@ -355,7 +355,7 @@ def test_a_plain_call_says_what_is_wrong(base: str) -> None:
     model, options = actor_critic(base), PPOOptions(max_new_tokens=3, minibatches=3)
     with pytest.raises(ValueError, match=r"score: got shape \[2\], expected \[8\]"):
         rollout(model, PROMPTS, lambda prompts, completions: torch.ones(2), options, **ENDS)
-    with pytest.raises(FloatingPointError, match="score: 2 of 8 completions got no finite score"):
+    with pytest.raises(FloatingPointError, match="score: got no finite number for 2 of 8 completions"):
         rollout(
             model, PROMPTS, lambda prompts, completions: [math.nan, math.inf] + [0.0] * 6, options, **ENDS
         )

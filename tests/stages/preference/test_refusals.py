@@ -37,7 +37,7 @@ from tests.stages.preference.runs import STAGES, Make, run
         ("kto", {"desirable_weight": -1}, "desirable_weight"),
         ("reward", {"center_coefficient": -1}, "center_coefficient"),
         ("reward", {"beta": 0.1}, "unknown key 'beta'"),
-        ("reward", {"tail_eps": 0.01}, r"tail_eps \(0.01\) is for a softmax"),
+        ("reward", {"tail_eps": 0.01}, r"tail_eps: got 0.01, expected null"),
         ("dpo", {"tail_eps": 1.0}, "tail_eps"),
     ],
 )
@@ -53,10 +53,12 @@ def test_rows_that_cannot_be_used_are_refused_before_the_model_loads(
 ) -> None:
     for stage in ("reward", "dpo"):
         with pytest.raises(
-            ValueError, match=r"bad\.jsonl, row 2: columns 'chosen' and 'rejected' are the same"
+            ValueError, match=r"bad\.jsonl, row 2: columns 'chosen' and 'rejected': got the same answer"
         ):
             run(make(stage, train_data=files["bad"]))
-        with pytest.raises(ValueError, match=r"judged\.jsonl: no column 'chosen' and no column 'rejected'"):
+        with pytest.raises(
+            ValueError, match=r"judged\.jsonl: columns: got .*, label, expected 'chosen' and 'rejected' too"
+        ):
             run(make(stage, train_data=files["judged"]))
     with pytest.raises(
         ValueError, match=r"bad_labels\.jsonl, row 2: column 'label': got 'yes', expected true or false"
@@ -64,11 +66,11 @@ def test_rows_that_cannot_be_used_are_refused_before_the_model_loads(
         run(make("kto", train_data=files["bad_labels"]))
     with pytest.raises(
         ValueError,
-        match=r"batch_size \(8\): all rows of step 1 have the same completion.* 1 of the 4 rows' completions",
+        match=r"batch_size: got 8, with which all rows of step 1 have .* 1 of the 4 rows' completions",
     ):
         run(make("kto", train_data=files["alike"]))
     with pytest.raises(
-        ValueError, match="eval_data: rows must have two different completions at least.* got 4 rows of one"
+        ValueError, match="eval_data: rows: got 4 with the same completion, expected at least two different"
     ):
         run(make("kto", eval_data=files["alike"]))
 
