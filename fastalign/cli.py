@@ -57,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif module.startswith("fastalign.stages."):
             from .stages.command import run_stage
 
-            run_stage(given.command, given.arguments)
+            # The stage is imported after its arguments were read: torch and transformers take seconds to
+            # import, and --help does without.
+            run_stage(
+                given.command, lambda config: importlib.import_module(module).run(config), given.arguments
+            )
         else:
-            # On demand: torch and transformers take seconds to import, and --help does without.
             importlib.import_module(module).main(given.arguments)
 
 

@@ -166,6 +166,11 @@ def mismatch_bounds(rows: Sequence[Unpaired], *, max_length: int) -> list[Tokeni
     return bounds
 
 
+def sequences_of(pairs: Sequence[Pair]) -> list[list[Tokenized]]:
+    """The chosen and the rejected sequence of each pair."""
+    return [[pair.chosen, pair.rejected] for pair in pairs]
+
+
 def collate_pairs(pairs: Sequence[Pair], *, packer: Callable[..., Batch]) -> Batch:
     """`both`: the chosen sequences followed by the rejected ones, packed. `margins`: fp32 [pairs], if any.
 

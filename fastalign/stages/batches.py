@@ -1,8 +1,9 @@
 """Which rows a step trains on, and how they are divided among micro-batches and ranks."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -60,6 +61,15 @@ def epoch_batches(
         return [collate(arranged[first : first + size]) for first in starts]
 
     return batches_of
+
+
+def sequences_to_score(
+    held_out: Sequence[Batch], batches_of: Callable[[int], list[Batch]], steps: Sequence[int]
+) -> Iterator[Any]:
+    """What a reference scores: the sequences ("both") of the held-out batches, then of each step's."""
+    for batches in chain([held_out], map(batches_of, steps)):
+        for batch in batches:
+            yield batch["both"]
 
 
 def held_out_batches(

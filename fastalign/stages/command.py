@@ -1,7 +1,8 @@
 """The command line of a stage: read its configuration from files and arguments, then run it."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..faults import told
 from .config import parse
@@ -9,8 +10,8 @@ from .hub_names import check_names
 from .stage_configs import CONFIGS
 
 
-def run_stage(name: str, argv: Sequence[str] | None = None) -> None:
-    """Run `fastalign NAME --config FILE key=value …`.
+def run_stage(name: str, run: Callable[[Any], object], argv: Sequence[str] | None = None) -> None:
+    """Run `fastalign NAME --config FILE key=value …`: `run` gets the configuration.
 
     `fastalign.faults` says how it ends if it fails.
     """
@@ -18,9 +19,6 @@ def run_stage(name: str, argv: Sequence[str] | None = None) -> None:
     config = parse(CONFIGS[name], argv, prog=prog)
     with told(prog):
         check_names(config)
-        importlib.import_module(
-            "torch"
-        )  # where it is missing, that is told; transformers would print a line of its own
-        # After the arguments were read: torch and transformers take seconds to import, and --help does
-        # without.
-        importlib.import_module(f"{__package__}.{name}").run(config)
+        # If torch is missing, this says so. transformers would print another line.
+        importlib.import_module("torch")
+        run(config)

@@ -7,28 +7,22 @@ torchrun --nproc-per-node 8 -m fastalign.stages.dpo --config dpo.yaml
 import math
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastalign_kernels.preference.formulas import PAIR_LOSSES
-from fastalign_kernels.preference.losses import dpo_loss
-
-from ..data.preference_pairs import Pair, collate_pairs, tokenize_pairs
-from ..data.readers import load_rows
+from ..data.preference_pairs import collate_pairs, sequences_of, tokenize_pairs
 from ..data.sequence_batches import sequence_logps
-from ..data.tokenization import turn_ends
 from .adapters import load_architecture
-from .batches import Batch, epoch_batches, held_out_batches, total_steps
+from .batches import Batch, epoch_batches, held_out_batches, sequences_to_score, total_steps
 from .command import run_stage
 from .estimate import announce
 from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .loop import LossFn, start, train
 from .packers import make_packer, pack_rows, without_dropout
+from .pair_loss import pair_loss
 from .reference_model import Reference, make_reference, parts_of
 from .stage_configs import DPOConfig
+from .stage_rows import read_rows
 
 
 def run(config: DPOConfig) -> dict[str, float]:
@@ -41,55 +35,37 @@ def run(config: DPOConfig) -> dict[str, float]:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model)
 
-        ends: list[int] = []
-
-        def rows_of(source: str, split: str) -> list[Pair]:
-            loaded = load_rows(source, split=split)
-            tokenized = tokenize_pairs(
-                loaded, tokenizer, max_length=config.max_length, too_long=config.too_long
-            )
-            ends.extend(turn_ends(loaded, tokenizer))
-            return tokenized
-
-        rows = rows_of(config.train_data, config.train_split)
-        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        longest = check_fit(
-            architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]]
+        tokenize = partial(
+            tokenize_pairs, tokenizer=tokenizer, max_length=config.max_length, too_long=config.too_long
         )
-        collate = partial(
-            pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing
-        )
-        both = [[pair.chosen, pair.rejected] for pair in rows]
-        announce(config, world, parts_of(config, architecture), both, collate=collate, upstream="logp")
+        rows = read_rows(config, tokenizer, tokenize)
+        longest = check_fit(architecture, tokenizer, sequences_of(rows.both))
+        pad_id = padding_id(tokenizer, architecture)
+        collate = partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing)
+        parts = parts_of(config, architecture)
+        announce(config, world, parts, sequences_of(rows.train), collate=collate, upstream="logp")
         if config.dry_run:
             return {}
         model = load_model(
             config, world, architecture, weights=config.model, attention=attention, packed=config.packing
         )
-        stop_at(model, ends)
+        stop_at(model, rows.ends)
         without_dropout(model)
-        packer = make_packer(
-            config,
-            world,
-            model,
-            attention=attention,
-            pad_id=padding_id(tokenizer, architecture),
-            longest=longest,
-        )
+        packer = make_packer(config, world, model, attention=attention, pad_id=pad_id, longest=longest)
         to_batch = partial(collate_pairs, packer=packer)
-        batches_of = epoch_batches(rows, to_batch, config, world)
-        evaluated = held_out_batches(held_out, to_batch, config, world)
+        batches_of = epoch_batches(rows.train, to_batch, config, world)
+        evaluated = held_out_batches(rows.held_out, to_batch, config, world)
         # Later epochs have the rows of the first.
-        first_epoch = range(min(total_steps(config, len(rows)), math.ceil(len(rows) / config.batch_size)))
-        scored = (
-            batch["both"] for batches in chain([evaluated], map(batches_of, first_epoch)) for batch in batches
+        epoch = math.ceil(len(rows.train) / config.batch_size)
+        scored = sequences_to_score(
+            evaluated, batches_of, range(min(total_steps(config, len(rows.train)), epoch))
         )
         return train(
             config,
             world,
             model,
             tokenizer,
-            rows=len(rows),
+            rows=len(rows.train),
             batches_of=batches_of,
             loss_fn=preference_loss(config, make_reference(config, world, model, scored)),
             held_out=evaluated,
@@ -98,22 +74,20 @@ def run(config: DPOConfig) -> dict[str, float]:
         )
 
 
-def check_options(config: DPOConfig) -> None:
-    """Raise ValueError for options of the loss that exclude each other."""
-    logps, lengths = torch.zeros(4, 1), torch.ones(2, 1, dtype=torch.int64)
-    pair_loss(config, *logps, *lengths)
-
-
 def preference_loss(config: DPOConfig, reference: Reference) -> LossFn:
     """The loss, and means over pairs of rewards, their margin and accuracy, and log P in nats."""
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # The reference runs first: switching adapters off and on between a forward pass and its backward
         # pass is a risk.
-        reference_chosen, reference_rejected = reference(batch["both"]).chunk(2)
+        reference_logps = reference(batch["both"]).chunk(2)
         chosen, rejected = sequence_logps(model, batch["both"]).chunk(2)
         output = pair_loss(
-            config, chosen, rejected, reference_chosen, reference_rejected, *batch["both"]["lengths"].chunk(2)
+            [chosen, rejected, *reference_logps],
+            batch["both"]["lengths"].chunk(2),
+            loss_type=config.loss_type,
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
         )
         sums = {
             "rewards/chosen": output.chosen_rewards.sum(),
@@ -128,33 +102,9 @@ def preference_loss(config: DPOConfig, reference: Reference) -> LossFn:
     return loss_fn
 
 
-def pair_loss(
-    config: DPOConfig,
-    chosen: Tensor,
-    rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    chosen_lengths: Tensor,
-    rejected_lengths: Tensor,
-) -> Any:
-    """dpo_loss as configured, summed over pairs, with the lengths (in tokens) if the loss takes them."""
-    lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
-    return dpo_loss(
-        chosen,
-        rejected,
-        reference_chosen,
-        reference_rejected,
-        beta=config.beta,
-        loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
-        reduction="sum",
-        **(lengths if PAIR_LOSSES[config.loss_type].lengths != "refused" else {}),
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run_stage("dpo", argv)
+    run_stage("dpo", run, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ completions: over all rows of a step, whatever its micro-batches and ranks, with
 before the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 
@@ -19,11 +19,17 @@ from torch import Tensor, nn
 from fastalign_kernels.preference.losses import kto_kl, kto_loss
 
 from ..data.preference_pairs import Unpaired, collate_unpaired, mismatch, mismatch_bounds, tokenize_unpaired
-from ..data.readers import load_rows
 from ..data.sequence_batches import sequence_logps
-from ..data.tokenization import turn_ends
+from ..data.tokens import Tokenized
 from .adapters import load_architecture
-from .batches import Batch, epoch_batches, held_out_batches, rows_of_step, total_steps
+from .batches import (
+    Batch,
+    epoch_batches,
+    held_out_batches,
+    rows_of_step,
+    sequences_to_score,
+    total_steps,
+)
 from .command import run_stage
 from .distributed import World
 from .estimate import announce
@@ -32,6 +38,9 @@ from .loop import LossFn, Prepare, start, train
 from .packers import make_packer, pack_rows, without_dropout
 from .reference_model import Reference, make_reference, parts_of
 from .stage_configs import KTOConfig
+from .stage_rows import read_rows
+
+Arrange = Callable[[list[Unpaired], int], list[Unpaired]]
 
 
 def run(config: KTOConfig) -> dict[str, float]:
@@ -44,77 +53,37 @@ def run(config: KTOConfig) -> dict[str, float]:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model)
 
-        ends: list[int] = []
-
-        def rows_of(source: str, split: str) -> list[Unpaired]:
-            loaded = load_rows(source, split=split)
-            tokenized = tokenize_unpaired(
-                loaded, tokenizer, max_length=config.max_length, too_long=config.too_long
-            )
-            ends.extend(turn_ends(loaded, tokenizer))
-            return tokenized
-
-        def arrange(rows: list[Unpaired], step: int) -> list[Unpaired]:
-            if config.loss_type != "kto" or not rows:
-                return rows
-            return mismatch(rows, seed=config.seed, step=step, max_length=config.max_length)
-
-        rows = rows_of(config.train_data, config.train_split)
-        steps = range(total_steps(config, len(rows)))
-        if config.loss_type == "kto":
-            check_steps(config, rows, steps)
-        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        try:
-            held_out = arrange(held_out, 0)
-        except ValueError as error:
-            raise ValueError(f"eval_data: {error}") from error
-        sequences = [row.answered for row in [*rows, *held_out]]
-        mismatches = [
-            made
-            for part in (rows, held_out)
-            if part
-            for made in mismatch_bounds(part, max_length=config.max_length)
-        ]
-        longest = check_fit(architecture, tokenizer, [[*sequences, *mismatches]])
-        collate = partial(
-            pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing
+        tokenize = partial(
+            tokenize_unpaired, tokenizer=tokenizer, max_length=config.max_length, too_long=config.too_long
         )
-        announce(
-            config,
-            world,
-            parts_of(config, architecture),
-            [[row.answered] for row in rows],
-            collate=collate,
-            upstream="logp",
-        )
+        rows = read_rows(config, tokenizer, tokenize)
+        steps = range(total_steps(config, len(rows.train)))
+        arrange = pair_completions(config, rows.train, steps)
+        held_out = arrange_held_out(arrange, rows.held_out)
+        longest = check_fit(architecture, tokenizer, [all_sequences(config, rows.train, held_out)])
+        pad_id = padding_id(tokenizer, architecture)
+        collate = partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing)
+        parts, answered = parts_of(config, architecture), [[row.answered] for row in rows.train]
+        announce(config, world, parts, answered, collate=collate, upstream="logp")
         if config.dry_run:
             return {}
         model = load_model(
             config, world, architecture, weights=config.model, attention=attention, packed=config.packing
         )
-        stop_at(model, ends)
+        stop_at(model, rows.ends)
         without_dropout(model)
-        packer = make_packer(
-            config,
-            world,
-            model,
-            attention=attention,
-            pad_id=padding_id(tokenizer, architecture),
-            longest=longest,
-        )
+        packer = make_packer(config, world, model, attention=attention, pad_id=pad_id, longest=longest)
         to_batch = partial(collate_unpaired, packer=packer)
-        batches_of = epoch_batches(rows, to_batch, config, world, arrange)
+        batches_of = epoch_batches(rows.train, to_batch, config, world, arrange)
         evaluated = held_out_batches(held_out, to_batch, config, world)
-        scored = (
-            batch["both"] for batches in chain([evaluated], map(batches_of, steps)) for batch in batches
-        )
+        scored = sequences_to_score(evaluated, batches_of, steps)
         reference = make_reference(config, world, model, scored)
         return train(
             config,
             world,
             model,
             tokenizer,
-            rows=len(rows),
+            rows=len(rows.train),
             batches_of=batches_of,
             loss_fn=judged_loss(config),
             held_out=evaluated,
@@ -122,6 +91,39 @@ def run(config: KTOConfig) -> dict[str, float]:
             items_name="rows",
             prepare=with_reference(world, model, reference),
         )
+
+
+def pair_completions(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int]) -> Arrange:
+    """A function that adds to each row of a step another row's completion, if the loss has a KL term.
+
+    Raises ValueError for a step in which that is impossible.
+    """
+    if config.loss_type != "kto":
+        return lambda picked, step: picked
+    check_steps(config, rows, steps)
+
+    def arrange(picked: list[Unpaired], step: int) -> list[Unpaired]:
+        return mismatch(picked, seed=config.seed, step=step, max_length=config.max_length) if picked else []
+
+    return arrange
+
+
+def arrange_held_out(arrange: Arrange, held_out: list[Unpaired]) -> list[Unpaired]:
+    """The held-out rows, arranged as those of step 0. Raises ValueError that names eval_data."""
+    try:
+        return arrange(held_out, 0)
+    except ValueError as error:
+        raise ValueError(f"eval_data: {error}") from error
+
+
+def all_sequences(
+    config: KTOConfig, train: Sequence[Unpaired], held_out: Sequence[Unpaired]
+) -> list[Tokenized]:
+    """All sequences that the model may see: each row's own, and the bounds of the mismatched ones."""
+    answered = [row.answered for row in [*train, *held_out]]
+    parts = [part for part in (train, held_out) if part]
+    bounds = (mismatch_bounds(part, max_length=config.max_length) for part in parts)
+    return [*answered, *chain.from_iterable(bounds)]
 
 
 def check_steps(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequence[int]) -> None:
@@ -207,7 +209,7 @@ def judged_loss(config: KTOConfig) -> LossFn:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run_stage("kto", argv)
+    run_stage("kto", run, argv)
 
 
 if __name__ == "__main__":

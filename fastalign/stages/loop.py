@@ -38,7 +38,7 @@ from .distributed import World, join_world
 from .files import new_folder
 from .hub_names import check_names
 from .loading import check_liger
-from .optimization import autocast, distribute, make_optimizer, multiplier, trained_weights
+from .optimization import autocast, distribute, make_optimizer, set_rates, trained_weights
 from .reporters import Report, check_reporters
 from .run_folder import check_room, held, naming
 from .signals import Signals, how_to_resume
@@ -213,22 +213,13 @@ def run_steps(
             line = {"step": 0} | judge()
             _check_metrics(line, model, 0)
             report.write(line)
+        go_on = f"go on with: {how_to_resume(config, world)}"
         if number := signals.agreed():
-            raise Stopped(
-                number, f" after step {done}, before the next; go on with: {how_to_resume(config, world)}"
-            )
+            raise Stopped(number, f" after step {done}, before the next; {go_on}")
         for step in range(done, steps):
             began = time.perf_counter()
             world.at_step(step + 1)
-            fraction = multiplier(
-                step,
-                schedule=config.schedule,
-                steps=steps,
-                warmup_steps=config.warmup_steps,
-                final_fraction=config.final_fraction,
-            )
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * fraction
+            fraction = set_rates(config, optimizer, peaks, step, steps)
             metrics, items = train_step(step)
             items_done += items
             seconds = time.perf_counter() - began
@@ -248,10 +239,7 @@ def run_steps(
                 report.sync()
                 checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=items_done)
             if number:
-                raise Stopped(
-                    number,
-                    f" after step {step + 1}, which is saved; go on with: {how_to_resume(config, world)}",
-                )
+                raise Stopped(number, f" after step {step + 1}, which is saved; {go_on}")
         _check_weights(model, steps)
         if world.main:
             with naming(output_dir, _bytes_trained(model), "the model"):

@@ -51,7 +51,7 @@ def run(config: MergeConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run_stage("merge", argv)
+    run_stage("merge", run, argv)
 
 
 if __name__ == "__main__":

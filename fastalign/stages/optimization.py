@@ -1,7 +1,7 @@
 """The optimizer, the learning rate of a step, and how a model is wrapped for several ranks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -64,3 +64,19 @@ def distribute(config: TrainConfig, world: World, model: nn.Module) -> nn.Module
 def trained_weights(model: nn.Module) -> list[nn.Parameter]:
     """The weights that the optimizer changes."""
     return [weight for weight in model.parameters() if weight.requires_grad]
+
+
+def set_rates(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, peaks: Sequence[float], step: int, steps: int
+) -> float:
+    """Set the groups' learning rates for a step of `steps`. Returns their fraction of the peaks."""
+    fraction = multiplier(
+        step,
+        schedule=config.schedule,
+        steps=steps,
+        warmup_steps=config.warmup_steps,
+        final_fraction=config.final_fraction,
+    )
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * fraction
+    return fraction

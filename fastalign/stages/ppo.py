@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fastalign_kernels import value_loss
 
 from ..actor_critic import ActorCritic
-from ..data.readers import load_rows
-from ..data.tokenization import tokenize_prompts, turn_ends
+from ..data.tokenization import tokenize_prompts
 from ..data.tokens import Prompt, Tokenized
 from .adapters import load_architecture, record_base
 from .batches import Batch, rows_of_step
@@ -43,10 +42,20 @@ from .loading import check_fit, load_model, load_tokenizer, padding_id, stop_at
 from .loop import LossFn, run_steps, start, update
 from .optimization import autocast, distribute, make_optimizer
 from .packers import pack_rows, without_dropout
-from .ppo_models import end_ids, find_value, make_reference, make_reward, make_value, micro_batch, parts_of
+from .ppo_models import (
+    ValueSource,
+    end_ids,
+    find_value,
+    make_reference,
+    make_reward,
+    make_value,
+    micro_batch,
+    parts_of,
+)
 from .ppo_rollouts import Experience, experience_batch, rollout
-from .scorers import Classifier, Reward, check_classifier, find_classifier, find_function
+from .scorers import Classifier, Function, Reward, check_classifier, find_classifier, find_function
 from .stage_configs import PPOConfig, PPOOptions, is_function
+from .stage_rows import StageRows, read_rows
 
 
 def ppo_step(
@@ -188,62 +197,67 @@ def run(config: PPOConfig) -> dict[str, float]:
         attention = "sdpa" if config.attention == "auto" else config.attention
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model)
-        scorer = (
-            find_function(config.reward)
-            if is_function(config.reward)
-            else find_classifier(config.reward, config.reward_label)
-        )
+        scorer = find_scorer(config)
         reader = scorer if isinstance(scorer, Classifier) and scorer.reads(tokenizer) else None
-
-        ends: list[int] = []
-
-        def prompts_of(source: str, split: str) -> list[Prompt]:
-            loaded = load_rows(source, split=split)
-            tokenized = tokenize_prompts(
-                loaded, tokenizer, max_length=config.max_prompt_length, too_long=config.too_long
-            )
-            ends.extend(turn_ends(loaded, tokenizer))
-            return tokenized
-
-        prompts = prompts_of(config.train_data, config.train_split)
-        held_out = prompts_of(config.eval_data, config.eval_split) if config.eval_data else []
-        all_prompts = [*prompts, *held_out]
+        tokenize = partial(
+            tokenize_prompts,
+            tokenizer=tokenizer,
+            max_length=config.max_prompt_length,
+            too_long=config.too_long,
+        )
+        prompts = read_rows(config, tokenizer, tokenize)
         value_source = find_value(config, reader)
-        rows = [Tokenized(prompt.input_ids, []) for prompt in all_prompts]
-        rows += [Tokenized(prompt.input_ids + [0] * config.max_new_tokens, []) for prompt in all_prompts]
-        for read in [
-            architecture,
-            reader and reader.architecture,
-            value_source and value_source.architecture,
-        ]:
-            if read:
-                check_fit(read, tokenizer, [rows], lower="max_prompt_length or max_new_tokens")
+        check_prompts(config, tokenizer, prompts.both, (architecture, reader, value_source))
         if isinstance(scorer, Classifier):
-            check_classifier(scorer, tokenizer, all_prompts, max_new_tokens=config.max_new_tokens)
+            check_classifier(scorer, tokenizer, prompts.both, max_new_tokens=config.max_new_tokens)
 
-        drawn = [[_full(prompt, config.max_new_tokens)] for prompt in prompts]
-        collate = partial(
-            pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing
-        )
-        cached = (
-            config.rollout_batch_size or config.batch_size // world.size,
-            max(len(row[0].input_ids) for row in drawn),
-        )
-        parts = parts_of(config, architecture, scorer, value_source)
+        drawn = [[_full(prompt, config.max_new_tokens)] for prompt in prompts.train]
+        pad_id = padding_id(tokenizer, architecture)
         announce(
-            config, world, parts, drawn, collate=collate, micro=micro_batch(config, world), cached=cached
+            config,
+            world,
+            parts_of(config, architecture, scorer, value_source),
+            drawn,
+            collate=partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing),
+            micro=micro_batch(config, world),
+            cached=(rows_at_once(config, world), max(len(row[0].input_ids) for row in drawn)),
         )
         if config.dry_run:
             return {}
         load = partial(load_model, config, world, attention=attention, packed=config.packing)
         policy = load(architecture, weights=config.model)
-        stop_at(policy, ends)
+        stop_at(policy, prompts.ends)
         reward = make_reward(config, world, scorer, tokenizer, attention)
         model = ActorCritic(policy, make_value(value_source, load), kl_coefficient=config.kl_coef)
         without_dropout(model)
-        return train(
-            config, world, model, make_reference(config, policy), reward, tokenizer, prompts, held_out
-        )
+        return train(config, world, model, make_reference(config, policy), reward, tokenizer, prompts)
+
+
+def find_scorer(config: PPOConfig) -> Function | Classifier:
+    """What `reward` names. Raises ValueError if there is no such function or classifier."""
+    if is_function(config.reward):
+        return find_function(config.reward)
+    return find_classifier(config.reward, config.reward_label)
+
+
+def rows_at_once(config: PPOConfig, world: World) -> int:
+    """Rows of one rollout on one device."""
+    return config.rollout_batch_size or config.batch_size // world.size
+
+
+def check_prompts(
+    config: PPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    readers: tuple[PretrainedConfig, Classifier | None, ValueSource | None],
+) -> None:
+    """Raise ValueError if a prompt, or a prompt and its completion, does not fit a model that reads them."""
+    policy, classifier, value = readers
+    rows = [Tokenized(prompt.input_ids, []) for prompt in prompts]
+    rows += [Tokenized(prompt.input_ids + [0] * config.max_new_tokens, []) for prompt in prompts]
+    for read in [policy, classifier and classifier.architecture, value and value.architecture]:
+        if read:
+            check_fit(read, tokenizer, [rows], lower="max_prompt_length or max_new_tokens")
 
 
 def train(
@@ -253,8 +267,7 @@ def train(
     reference: nn.Module | None,
     reward: Reward,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    held_out: Sequence[Prompt],
+    prompts: StageRows[Prompt],
 ) -> dict[str, float]:
     """Train `model` in place, fill output_dir, and return the last line of metrics.jsonl.
 
@@ -265,28 +278,26 @@ def train(
     rates = {} if config.value_learning_rate is None else {"value.": config.value_learning_rate}
     optimizer = make_optimizer(config, model, rates)
     ends = end_ids(model.policy, tokenizer)
-    at_once = config.rollout_batch_size or config.batch_size // world.size
     shared: dict[str, Any] = {
         "pad_id": padding_id(tokenizer, model.policy.config),
         "packing": config.packing,
         "precision": autocast(config, world),
+        "micro_batch_size": micro_batch(config, world),
+        "world": world,
     }
-    shared |= {"micro_batch_size": micro_batch(config, world), "world": world}
+    drawing: dict[str, Any] = shared | {
+        "eos_id": ends,
+        "reference": reference,
+        "rollout_batch_size": rows_at_once(config, world),
+    }
 
-    def draw(chosen: Sequence[Prompt], **noise: int) -> Experience:
-        options: dict[str, Any] = {
-            "eos_id": ends,
-            "reference": reference,
-            "rollout_batch_size": at_once,
-            **noise,
-            **shared,
-        }
-        return rollout(model, chosen, reward, config, **options)
+    def draw(chosen: Sequence[Prompt], **noise: Any) -> Experience:
+        return rollout(model, chosen, reward, config, **drawing, **noise)
 
     def train_step(step: int) -> tuple[dict[str, float], int]:
         began = time.perf_counter()
-        numbers = rows_of_step(step, rows=len(prompts), batch_size=config.batch_size, seed=config.seed)
-        experience = draw([prompts[number] for number in numbers], seed=config.seed, step=step)
+        numbers = rows_of_step(step, rows=len(prompts.train), batch_size=config.batch_size, seed=config.seed)
+        experience = draw([prompts.train[number] for number in numbers], seed=config.seed, step=step)
         drawn = time.perf_counter()
         order: dict[str, Any] = {"seed": config.seed, "step": step}
         learnt = ppo_step(
@@ -297,21 +308,12 @@ def train(
         return metrics, config.batch_size
 
     def judge() -> dict[str, float]:
-        metrics = draw(held_out, seed=config.seed + 1).metrics  # other noise than that of training
+        metrics = draw(prompts.held_out, seed=config.seed + 1).metrics  # other noise than that of training
         return {
             f"eval/{name}": value
             for name, value in metrics.items()
             if name.startswith(("objective/", "completions/"))
         }
-
-    def save(folder: Path) -> None:
-        parts = {"model": model.policy} if model.shared else {"model": model.policy, "value": model.value}
-        with ExitStack() as stack:
-            unfinished = {name: stack.enter_context(new_folder(folder / name)) for name in parts}
-            model.save_pretrained(unfinished["model"], unfinished.get("value"))
-            for name, part in parts.items():
-                record_base(part, unfinished[name])
-                tokenizer.save_pretrained(str(unfinished[name]))
 
     return run_steps(
         config,
@@ -319,11 +321,22 @@ def train(
         model,
         optimizer,
         train_step=train_step,
-        judge=judge if held_out else None,
-        save=save,
-        rows=len(prompts),
+        judge=judge if prompts.held_out else None,
+        save=partial(save_models, model, tokenizer),
+        rows=len(prompts.train),
         items_name="episode",
     )
+
+
+def save_models(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the policy in folder/model, and a value model of its own in folder/value, with the tokenizer."""
+    parts = {"model": model.policy} if model.shared else {"model": model.policy, "value": model.value}
+    with ExitStack() as stack:
+        unfinished = {name: stack.enter_context(new_folder(folder / name)) for name in parts}
+        model.save_pretrained(unfinished["model"], unfinished.get("value"))
+        for name, part in parts.items():
+            record_base(part, unfinished[name])
+            tokenizer.save_pretrained(str(unfinished[name]))
 
 
 def _full(prompt: Prompt, new_tokens: int) -> Tokenized:
@@ -335,7 +348,7 @@ def _full(prompt: Prompt, new_tokens: int) -> Tokenized:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run_stage("ppo", argv)
+    run_stage("ppo", run, argv)
 
 
 if __name__ == "__main__":

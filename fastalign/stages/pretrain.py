@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ..data.packing import collate, pack
-from ..data.readers import load_rows
+from ..data.rows import Rows
 from ..data.tokenization import tokenize_text
 from ..data.tokens import Tokenized
 from .adapters import load_architecture
@@ -19,6 +19,7 @@ from .estimate import Part, announce
 from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
 from .loop import language_model_loss, start, train
 from .stage_configs import PretrainConfig
+from .stage_rows import read_rows
 
 
 def run(config: PretrainConfig) -> dict[str, float]:
@@ -35,9 +36,9 @@ def run(config: PretrainConfig) -> dict[str, float]:
             else scratch_config(config.model_config or {}, tokenizer, length=config.sequence_length)
         )
 
-        def rows_of(source: str, split: str) -> list[list[Tokenized]]:
+        def tokenize(loaded: Rows) -> list[list[Tokenized]]:
             documents = tokenize_text(
-                load_rows(source, split=split),
+                loaded,
                 tokenizer,
                 max_length=config.sequence_length,
                 column=config.text_column,
@@ -46,14 +47,13 @@ def run(config: PretrainConfig) -> dict[str, float]:
             lengths = [len(document.input_ids) for document in documents]
             return [[documents[number] for number in row] for row in pack(lengths, config.sequence_length)]
 
-        rows = rows_of(config.train_data, config.train_split)
-        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        check_fit(architecture, tokenizer, [*rows, *held_out])
+        rows = read_rows(config, tokenizer, tokenize, generates=False)
+        check_fit(architecture, tokenizer, rows.both)
         length = config.sequence_length if config.compile else None  # one shape is compiled once
         to_batch = partial(
             collate, pad_id=padding_id(tokenizer, architecture), length=length, attention=attention
         )
-        announce(config, world, [Part("model", architecture)], rows, collate=to_batch)
+        announce(config, world, [Part("model", architecture)], rows.train, collate=to_batch)
         if config.dry_run:
             return {}
         model = load_model(
@@ -64,16 +64,16 @@ def run(config: PretrainConfig) -> dict[str, float]:
             world,
             model,
             tokenizer,
-            rows=len(rows),
-            batches_of=epoch_batches(rows, to_batch, config, world),
+            rows=len(rows.train),
+            batches_of=epoch_batches(rows.train, to_batch, config, world),
             loss_fn=language_model_loss,
-            held_out=held_out_batches(held_out, to_batch, config, world),
+            held_out=held_out_batches(rows.held_out, to_batch, config, world),
         )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run_stage("pretrain", argv)
+    run_stage("pretrain", run, argv)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from fastalign_kernels.preference.losses import reward_loss
 
-from ..data.preference_pairs import Pair, collate_pairs, tokenize_pairs
-from ..data.readers import load_rows
+from ..data.preference_pairs import Pair, collate_pairs, sequences_of, tokenize_pairs
 from ..data.sequence_batches import last_tokens
 from ..data.shared_prefix import model_arguments
 from .adapters import load_architecture
@@ -25,6 +24,7 @@ from .loading import check_fit, choose_attention, load_model, load_tokenizer, pa
 from .loop import LossFn, start, train
 from .packers import make_packer, pack_rows, without_dropout
 from .stage_configs import RewardConfig
+from .stage_rows import read_rows
 
 
 def run(config: RewardConfig) -> dict[str, float]:
@@ -39,29 +39,15 @@ def run(config: RewardConfig) -> dict[str, float]:
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model, task="SEQ_CLS")
 
-        def rows_of(source: str, split: str) -> list[Pair]:
-            return tokenize_pairs(
-                load_rows(source, split=split),
-                tokenizer,
-                max_length=config.max_length,
-                too_long=config.too_long,
-            )
-
-        rows = rows_of(config.train_data, config.train_split)
-        held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-        longest = check_fit(
-            architecture, tokenizer, [[pair.chosen, pair.rejected] for pair in [*rows, *held_out]]
+        tokenize = partial(
+            tokenize_pairs, tokenizer=tokenizer, max_length=config.max_length, too_long=config.too_long
         )
-        collate = partial(
-            pack_rows, pad_id=padding_id(tokenizer, architecture), attention=attention, packing=config.packing
-        )
-        announce(
-            config,
-            world,
-            [Part("model", architecture, "SEQ_CLS")],
-            [[pair.chosen, pair.rejected] for pair in rows],
-            collate=collate,
-        )
+        rows = read_rows(config, tokenizer, tokenize, generates=False)
+        longest = check_fit(architecture, tokenizer, sequences_of(rows.both))
+        pad_id = padding_id(tokenizer, architecture)
+        collate = partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing)
+        parts = [Part("model", architecture, "SEQ_CLS")]
+        announce(config, world, parts, sequences_of(rows.train), collate=collate)
         if config.dry_run:
             return {}
         model = load_model(
@@ -77,9 +63,7 @@ def run(config: RewardConfig) -> dict[str, float]:
         if config.zero_head:
             zero_head(model)
         text = model.config.get_text_config()
-        text.pad_token_id = (
-            padding_id(tokenizer, architecture) if text.pad_token_id is None else text.pad_token_id
-        )
+        text.pad_token_id = pad_id if text.pad_token_id is None else text.pad_token_id
         packer = make_packer(
             config, world, model, attention=attention, pad_id=text.pad_token_id, longest=longest
         )
@@ -93,10 +77,10 @@ def run(config: RewardConfig) -> dict[str, float]:
             world,
             model,
             tokenizer,
-            rows=len(rows),
-            batches_of=epoch_batches(rows, to_batch, config, world),
+            rows=len(rows.train),
+            batches_of=epoch_batches(rows.train, to_batch, config, world),
             loss_fn=bradley_terry(config),
-            held_out=held_out_batches(held_out, to_batch, config, world),
+            held_out=held_out_batches(rows.held_out, to_batch, config, world),
             count_items=lambda batch: len(batch["ends"]) // 2,
             items_name="pairs",
         )
@@ -130,7 +114,7 @@ def zero_head(model: PreTrainedModel | PeftModel) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run_stage("reward", argv)
+    run_stage("reward", run, argv)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ from .loading import load_tokenizer, padding_id
 Reward = Callable[
     [Sequence[Prompt], Sequence[list[int]]], Tensor
 ]  # prompts, completions in tokens -> scores [B] fp64, on the CPU
+# Functions of ours that moved, by the name that a config.yaml of an earlier version may hold.
+_MOVED = {"fastalign.demo_ppo:vader": "fastalign.demo.recipes:vader"}
 _NO_LIMIT = 10**9  # transformers writes 10**30 where a tokenizer has no model_max_length
 
 
@@ -66,6 +68,8 @@ def find_function(reward: str) -> Function:
 
     Raises ValueError if there is none.
     """
+    if reward in _MOVED:
+        raise ValueError(f"reward: got {reward!r}, expected its new place {_MOVED[reward]!r}")
     source, _, name = reward.rpartition(":")
     try:
         if source.endswith(".py"):

@@ -163,9 +163,9 @@ class DPOConfig(ReferenceConfig):
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
-        from .dpo import check_options  # here: --help needs no torch
+        from .pair_loss import check_pair_loss  # here: --help needs no torch
 
-        check_options(self)
+        check_pair_loss(loss_type=self.loss_type, beta=self.beta, label_smoothing=self.label_smoothing)
         return self
 
 

@@ -97,7 +97,7 @@ def train_tokenizer(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line: `--config FILE key=value …`."""
-    run_stage("tokenizer", argv)
+    run_stage("tokenizer", run, argv)
 
 
 if __name__ == "__main__":

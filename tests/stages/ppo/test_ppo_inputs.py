@@ -22,7 +22,7 @@ from transformers import (
 
 from fastalign import cli
 from fastalign.data import load_rows, tokenize_prompts
-from fastalign.stages import batches, ppo, reward
+from fastalign.stages import batches, ppo, reward, scorers
 from fastalign.stages.config import describe
 from fastalign.stages.distributed import World
 from fastalign.stages.ppo import PPOConfig
@@ -263,6 +263,17 @@ def test_a_reward_model_of_adapters_scores(
     )
     config = make(reward=str(tmp_path / "r" / "model"))
     assert math.isfinite(ppo.run(config)["objective/scores"])
+
+
+def test_a_function_of_ours_that_moved_is_refused_with_its_new_place() -> None:
+    """As the config.yaml of an earlier demo has it."""
+    new = "fastalign.demo.recipes:vader"
+    with pytest.raises(
+        ValueError, match=f"reward: got 'fastalign.demo_ppo:vader', expected its new place '{new}'"
+    ):
+        scorers.find_function("fastalign.demo_ppo:vader")
+    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
+    assert scorers.find_function(new).name == new
 
 
 def test_scores_that_are_none_are_refused(make: Make, files: dict[str, str]) -> None:
