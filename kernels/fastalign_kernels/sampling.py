@@ -321,11 +321,8 @@ def sample_ref(
     cut_k = torch.where((k > 0) & (k < V), by_value.gather(-1, (k.clamp(1, V) - 1).long()), nothing)
     sorted_mass = torch.where(by_value >= cut_k, mass.gather(-1, order), 0.0)
     above = sorted_mass.cumsum(-1) - sorted_mass
-    within = (
-        ((above < p * sorted_mass.sum(-1, keepdim=True)) & (by_value >= cut_k))
-        .sum(-1, keepdim=True)
-        .clamp(min=1)
-    )
+    before_cut = (above < p * sorted_mass.sum(-1, keepdim=True)) & (by_value >= cut_k)
+    within = before_cut.sum(-1, keepdim=True).clamp(min=1)
     cut_p = torch.where(p < 1, by_value.gather(-1, within - 1), nothing)
     keep = (z > -math.inf) & (z >= cut_k) & (z >= cut_p) & (scaled >= least.log())
     first = torch.zeros_like(keep).scatter_(-1, (z == row_max).int().argmax(-1, keepdim=True), True)

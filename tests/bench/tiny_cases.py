@@ -12,9 +12,21 @@ TINY = Shape(48, 32, 333)
 
 
 FILES = (
-    "linear_cross_entropy", "linear_logprobs", "linear_dpo", "linear_kto", "linear_ppo", "token_stats",
-    "cross_entropy", "ppo_loss", "gae", "whiten", "reward", "dpo_loss", "steps", "tail",
-)  # fmt: skip
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "linear_dpo",
+    "linear_kto",
+    "linear_ppo",
+    "token_stats",
+    "cross_entropy",
+    "ppo_loss",
+    "gae",
+    "whiten",
+    "reward",
+    "dpo_loss",
+    "steps",
+    "tail",
+)
 
 
 INSTALLED = {

@@ -130,8 +130,10 @@ class TestTokenizeSft:
             assert sequence == (expected["input_ids"], [mask == 1 for mask in expected["assistant_masks"]])
 
     def test_a_turn_without_end_token_is_trained_whole_and_said(self) -> None:
-        tokenizer = build("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-                          "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+        tokenizer = build(
+            "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant: {% endif %}"
+        )
         with pytest.warns(UserWarning, match="no special token is trained"):
             (sequence,) = tokenize_sft(chats(TALK[1:3]), tokenizer, max_length=512)
         assert trained_text(tokenizer, sequence) == "It was great.\n\n"

@@ -101,19 +101,27 @@ def call_of(
         "kto_loss": {"policy_logps": floats(rows), **unpaired},
         "kto_kl": {"policy_mismatched_logps": floats(rows), "reference_mismatched_logps": floats(rows)},
         "reward_loss": {
-            "chosen_scores": floats(rows), "rejected_scores": floats(rows), "margin": floats(rows),
+            "chosen_scores": floats(rows),
+            "rejected_scores": floats(rows),
+            "margin": floats(rows),
         },
         "ppo_loss": {"logp": floats(*tokens), "entropy": floats(*tokens), **policy},
         "value_loss": {
-            "values": floats(*tokens), "old_values": floats(*tokens), "returns": floats(*tokens),
-            "mask": mask, "normalizer": torch.tensor(5.0),
+            "values": floats(*tokens),
+            "old_values": floats(*tokens),
+            "returns": floats(*tokens),
+            "mask": mask,
+            "normalizer": torch.tensor(5.0),
         },
         "gae": {
-            "rewards": floats(*tokens), "values": floats(*tokens), "mask": mask, "bootstrap": floats(rows),
+            "rewards": floats(*tokens),
+            "values": floats(*tokens),
+            "mask": mask,
+            "bootstrap": floats(rows),
         },
         "masked_whiten": {"x": floats(*tokens), "mask": mask},
         "sample": {"logits": floats(rows, vocab_size), "seed": 1, **drawing},
-    }  # fmt: skip
+    }
     return calls[name]
 
 

@@ -307,10 +307,14 @@ def test_the_files_of_other_commands_are_renamed_when_they_are_on_the_disk(
     ):
         dpo.run(
             dpo.DPOConfig(
-                **options, train_data=pairs, output_dir=str(tmp_path / "dpo2"), max_length=64,
-                reference="precomputed", reference_dir=str(tmp_path / "dpo"),
+                **options,
+                train_data=pairs,
+                output_dir=str(tmp_path / "dpo2"),
+                max_length=64,
+                reference="precomputed",
+                reference_dir=str(tmp_path / "dpo"),
             )
-        )  # fmt: skip
+        )
 
 
 def test_a_kill_at_any_rename_of_a_resumed_run_loses_nothing(

@@ -114,8 +114,12 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
         monkeypatch.setattr(auto, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     changes = {"model_config": LLAMA, "sequence_length": 64} if stage == "pretrain" else {}
     module = {"pretrain": pretrain, "sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "ppo": ppo}[stage]
-    module.main([f"{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in
-                 fields_of(stage, data, tmp_path / "out", dry_run="true", **changes).items()])  # fmt: skip
+    module.main(
+        [
+            f"{name}={json.dumps(value) if isinstance(value, dict) else value}"
+            for name, value in fields_of(stage, data, tmp_path / "out", dry_run="true", **changes).items()
+        ]
+    )
     shown = capsys.readouterr().out
     assert re.search(r"^model: [\d,]+ parameters, [\d,]+ of them trained$", shown, re.MULTILINE)
     assert re.search(r"^data: \d+ rows; 2 steps of 8, about [\d,]+ tokens each$", shown, re.MULTILINE)

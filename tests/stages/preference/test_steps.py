@@ -231,9 +231,16 @@ def test_the_first_steps_are_trls(
     # KTO: of two rows each can only meet the other's completion, which is where TRL's rotation leads too.
     rows = 2 if stage == "kto" else 24
     config = make(
-        stage, **options, train_data=files["two" if stage == "kto" else "pairs"], batch_size=rows,
-        max_steps=3, dtype="float32", schedule="constant", adam_eps=1e-6, max_grad_norm=100.0,
-    )  # fmt: skip
+        stage,
+        **options,
+        train_data=files["two" if stage == "kto" else "pairs"],
+        batch_size=rows,
+        max_steps=3,
+        dtype="float32",
+        schedule="constant",
+        adam_eps=1e-6,
+        max_grad_norm=100.0,
+    )
     run(config)
     trainer_class, config_class = {
         "reward": (trl.RewardTrainer, trl.RewardConfig),
@@ -241,11 +248,24 @@ def test_the_first_steps_are_trls(
         "kto": (trl.KTOTrainer, trl.KTOConfig),
     }[stage]
     settings = config_class(
-        output_dir=str(tmp_path / "trl"), per_device_train_batch_size=rows, max_steps=3, max_length=64,
-        learning_rate=config.learning_rate, lr_scheduler_type="constant", adam_beta2=0.95, adam_epsilon=1e-6,
-        max_grad_norm=100.0, logging_steps=1, save_strategy="no", bf16=False, gradient_checkpointing=False,
-        use_cpu=True, report_to="none", disable_tqdm=True, **options,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=rows,
+        max_steps=3,
+        max_length=64,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        max_grad_norm=100.0,
+        logging_steps=1,
+        save_strategy="no",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
     auto = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
     torch.manual_seed(config.seed)
     model = auto.from_pretrained(
