@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 
 from ._version import __version__
-from .faults import Parser, told
+from .faults import Parser, reporting
 
 COMMANDS = {
     "tokenizer": ("fastalign.stages.tokenizer", "train a byte-level BPE tokenizer on plain text"),
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     module, help_line = COMMANDS[given.command]
     if given.command == "env":
         Parser(prog="fastalign env", description=help_line).parse_args(given.arguments)
-    with told(f"fastalign {given.command}"):
+    with reporting(f"fastalign {given.command}"):
         if given.command == "env":
             print(environment())
         elif module.startswith("fastalign.stages."):

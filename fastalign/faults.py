@@ -40,7 +40,7 @@ _TEXTS = (
 
 
 class RankError(RuntimeError):
-    """What happened on another rank, for this rank to tell."""
+    """What happened on another rank, for this rank to report."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -92,7 +92,7 @@ def say(prog: str, message: str) -> None:
 
 
 @contextmanager
-def told(prog: str) -> Iterator[None]:
+def reporting(prog: str) -> Iterator[None]:
     """If the body raises a fault or a signal comes, end the process as the module docstring says."""
     before = signal.signal(signal.SIGTERM, _stop)
     from .versions import noting_newer_packages  # here: --help needs none of it

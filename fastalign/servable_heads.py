@@ -25,18 +25,25 @@ def backbone_of(model: PreTrainedModel) -> Any:
 
 
 def causal_lm_of(model: nn.Module) -> PreTrainedModel:
-    unwrap = getattr(model, "get_base_model", None)  # PEFT's wrappers have it
-    base = model if unwrap is None else unwrap()
+    """The transformers model in `model` whose head is to be fused. Raises UnsupportedModelError."""
+    base = without_peft(model)
     if isinstance(base, nn.DataParallel):
         raise unsupported(
             base, "copies a module without its fused forward", expected="DistributedDataParallel"
         )
+    return transformers_model(model, remedy="fuse the head before DDP or torch.compile wraps the model")
+
+
+def without_peft(model: Any) -> Any:
+    """The model that PEFT's wrapper holds, or the model itself."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def transformers_model(model: Any, *, remedy: str) -> PreTrainedModel:
+    """The transformers decoder in `model`. Raises UnsupportedModelError with `remedy` if there is none."""
+    base = without_peft(model)
     if not isinstance(base, PreTrainedModel):
-        raise unsupported(
-            base,
-            "is no transformers PreTrainedModel",
-            expected="one: fuse the head before DDP or torch.compile wraps the model",
-        )
+        raise unsupported(base, "is no transformers PreTrainedModel", expected=f"one: {remedy}")
     if base.config.is_encoder_decoder:
         raise unsupported(base, "is an encoder-decoder", expected="a causal LM")
     return base

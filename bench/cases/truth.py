@@ -89,7 +89,7 @@ def _widened(tensor: Tensor) -> Tensor:
     )
 
 
-def judge(
+def refusal(
     results: Mapping[str, Tensor],
     errors: Mapping[str, Error],
     eager: Mapping[str, Error],
@@ -128,6 +128,6 @@ def checker(case: Case, tensors: dict[str, Tensor], upstream: Tensor | None) -> 
 
     def check(results: Tensors) -> Verdict:
         errors = largest_error(results, true)
-        return Verdict(errors, judge(results, errors, eager, scales))
+        return Verdict(errors, refusal(results, errors, eager, scales))
 
     return check

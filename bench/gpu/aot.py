@@ -290,6 +290,19 @@ def main() -> int:
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
         rows += pool.map(lambda job: job(), epilogue_jobs())
     rows += sampling.result() if sampling else []
+    show(rows)
+    if not nvcc:
+        print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling/launch.cu is not in the table")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    bad = [row for row in rows if not row.fits]
+    for row in bad:
+        print(f"does not fit: {row}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
     widths = {
         "kernel": 18,
         "target": 6,
@@ -303,14 +316,6 @@ def main() -> int:
     print(" ".join(f"{name:>{width}}" for name, width in widths.items()))
     for row in rows:
         print(" ".join(f"{getattr(row, name):>{width}}" for name, width in widths.items()))
-    if not nvcc:
-        print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling/launch.cu is not in the table")
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    bad = [row for row in rows if not row.fits]
-    for row in bad:
-        print(f"does not fit: {row}", file=sys.stderr)
-    return 1 if bad else 0
 
 
 if __name__ == "__main__":

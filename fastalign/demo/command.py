@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from ..data.errors import DataError
-from ..faults import Parser, told
+from ..faults import Parser, reporting
 from ..stages import pretrain, sft
 from ..stages.tokenizer import train_tokenizer
 from . import report, stage_steps
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=_positive, default=defaults.threads, metavar="N", help=THREADS_HELP)
     settings = Settings(**vars(parser.parse_args(argv)))
-    with told(parser.prog):
+    with reporting(parser.prog):
         prepared = prepare(settings)
         disable_progress_bar()  # bars of loading and saving would interrupt the demo's bars
         run(settings, prepared)

@@ -9,26 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from fastalign_kernels import checks as check
 
 from ..probe import unsupported
 from ..rope import rope_switch
+from ..servable_heads import transformers_model
 from ..transformers_names import CACHE
 
 
 def servable_model(model: Any) -> Any:
     """The transformers model in `model`. Raises UnsupportedModelError if it cannot generate here."""
-    base = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrappers have it
-    if not isinstance(base, PreTrainedModel):
-        raise unsupported(
-            base,
-            "is no transformers PreTrainedModel",
-            expected="one: pass the model inside of DDP or torch.compile",
-        )
-    if base.config.is_encoder_decoder:
-        raise unsupported(base, "is an encoder-decoder", expected="a causal LM")
+    base: Any = transformers_model(model, remedy="pass the model inside of DDP or torch.compile")
     if not base.can_generate():
         raise unsupported(base, "has no language-model head", expected="a causal LM")
     accepted = inspect.signature(base.forward).parameters

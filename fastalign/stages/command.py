@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..faults import told
+from ..faults import reporting
 from .config import parse
 from .hub_names import check_names
 from .stage_configs import CONFIGS
@@ -17,7 +17,7 @@ def run_stage(name: str, run: Callable[[Any], object], argv: Sequence[str] | Non
     """
     prog = f"fastalign {name}"
     config = parse(CONFIGS[name], argv, prog=prog)
-    with told(prog):
+    with reporting(prog):
         check_names(config)
         # If torch is missing, this says so. transformers would print another line.
         importlib.import_module("torch")

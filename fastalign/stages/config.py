@@ -156,7 +156,7 @@ class TrainConfig(Options):
     keep_checkpoints: PositiveInt = 2
     """How many of the latest checkpoints stay on disk."""
     timeout: PositiveFloat = 30.0
-    """Minutes without a sign of life from one process after which the others end, and tell which one it
+    """Minutes without a sign of life from one process after which all ranks end, and report which one it
     was."""
     resume: bool = False
     """Continue from the latest checkpoint of output_dir, or start where there is none."""

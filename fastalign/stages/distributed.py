@@ -35,7 +35,7 @@ class World:
             print(message, flush=True)
 
     def at_step(self, step: int) -> None:
-        """Note the step that this rank is in, counted from 1, for what others tell of it."""
+        """Note the step that this rank is in, counted from 1, for what other ranks report of it."""
         if self.watch is not None:
             self.watch.at_step(step)
 
@@ -78,9 +78,9 @@ class World:
 def join_world(device: str, timeout: float = 30.0) -> Iterator[World]:
     """Join the process group that torchrun's environment describes: nccl on CUDA, gloo on CPUs.
 
-    `device` is auto, cpu or cuda. A rank that gives no sign of life for `timeout` minutes ends the others,
-    and what ends one rank ends all, told once, with rank and step where it is not rank 0's own (watch.py).
-    Raises ValueError where cuda is asked for and there is none.
+    `device` is auto, cpu or cuda. A fault of one rank ends all ranks, as does a rank that gives no sign of
+    life for `timeout` minutes. It is reported once, with rank and step if it is not rank 0's (rank_watch.py).
+    Raises ValueError if device is cuda and there is none.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, expected auto or cpu, because torch sees no CUDA device")
@@ -92,7 +92,7 @@ def join_world(device: str, timeout: float = 30.0) -> Iterator[World]:
         torch.cuda.set_device(local)
     joined = size > 1 and not dist.is_initialized()
     if joined:
-        # Half a minute more, so that the watch, which knows the rank, is the one to tell.
+        # Half a minute more, so that the watch, which knows the rank, reports first.
         limit = timedelta(minutes=timeout, seconds=30)
         dist.init_process_group("nccl" if cuda else "gloo", device_id=local if cuda else None, timeout=limit)
     watch = Watch(rank, size, minutes=timeout) if joined else None

@@ -67,7 +67,7 @@ def check_name(field: str, name: str) -> None:
             reason = "the hub has no such model (if it is private: `hf auth login`)"
             raise ValueError(f"{refusal}: {reason}") from None
     except HfHubHTTPError:
-        return  # the hub can be reached; what it has against this is transformers' to tell
+        return  # the hub can be reached; transformers reports why it refuses this
     except Exception as error:
         # Of a class that depends on huggingface_hub's version: requests', httpx's or its own.
         if not cached:

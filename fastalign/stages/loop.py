@@ -148,7 +148,7 @@ def train(
             number=step,
         )
 
-    def judge() -> dict[str, float]:
+    def evaluate_held_out() -> dict[str, float]:
         return evaluate(config, world, model, held_out, loss_fn, count_items, prepare)
 
     def save(folder: Path) -> None:
@@ -163,7 +163,7 @@ def train(
         model,
         optimizer,
         train_step=train_step,
-        judge=judge if held_out else None,
+        evaluate_held_out=evaluate_held_out if held_out else None,
         save=save,
         rows=rows,
         items_name=items_name,
@@ -177,16 +177,16 @@ def run_steps(
     optimizer: torch.optim.Optimizer,
     *,
     train_step: Callable[[int], tuple[dict[str, float], int]],
-    judge: Callable[[], dict[str, float]] | None,
+    evaluate_held_out: Callable[[], dict[str, float]] | None,
     save: Callable[[Path], None],
     rows: int,
     items_name: str,
 ) -> dict[str, float]:
     """Take the remaining steps of the run, and return the last line of metrics.jsonl.
 
-    `train_step(step)` updates the weights and returns the step's metrics and items. `judge()` returns the
-    held-out metrics. `save(output_dir)` saves the models there. Learning rates start from those of the
-    optimizer's groups.
+    `train_step(step)` updates the weights and returns the step's metrics and items.
+    `evaluate_held_out()` returns the held-out metrics. `save(output_dir)` saves the models there. Learning
+    rates start from those of the optimizer's groups.
 
     Raises Stopped, a KeyboardInterrupt, after Ctrl-C or SIGTERM on any rank, once the step is done and its
     checkpoint is saved.
@@ -209,8 +209,8 @@ def run_steps(
     model.train()
     kept_share()  # resets the share of earlier runs
     with Signals(world) as signals, Report(config, world, step=done, steps=steps) as report:
-        if judge and not done:
-            line = {"step": 0} | judge()
+        if evaluate_held_out and not done:
+            line = {"step": 0} | evaluate_held_out()
             _check_metrics(line, model, 0)
             report.write(line)
         go_on = f"go on with: {how_to_resume(config, world)}"
@@ -229,8 +229,8 @@ def run_steps(
             line |= {} if share is None else {"kept_share": share}  # of this process; tail_eps
             line |= {"learning_rate": config.learning_rate * fraction, items_name: items_done}
             line |= {"seconds": seconds, f"{items_name}_per_second": items / seconds}
-            if judge and _due(step + 1, config.eval_every, steps):
-                line |= judge()
+            if evaluate_held_out and _due(step + 1, config.eval_every, steps):
+                line |= evaluate_held_out()
                 _check_metrics(line, model, step + 1)
             report.write(line)
             number = signals.agreed() if step + 1 < steps else 0  # the last step ends the run anyway

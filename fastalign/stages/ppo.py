@@ -307,7 +307,7 @@ def train(
         metrics |= {"seconds_rollout": drawn - began, "seconds_update": time.perf_counter() - drawn}
         return metrics, config.batch_size
 
-    def judge() -> dict[str, float]:
+    def evaluate_held_out() -> dict[str, float]:
         metrics = draw(prompts.held_out, seed=config.seed + 1).metrics  # other noise than that of training
         return {
             f"eval/{name}": value
@@ -321,7 +321,7 @@ def train(
         model,
         optimizer,
         train_step=train_step,
-        judge=judge if prompts.held_out else None,
+        evaluate_held_out=evaluate_held_out if prompts.held_out else None,
         save=partial(save_models, model, tokenizer),
         rows=len(prompts.train),
         items_name="episode",

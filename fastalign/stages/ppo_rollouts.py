@@ -25,6 +25,9 @@ from .batches import Batch
 from .distributed import World
 from .stage_configs import PPOOptions
 
+# Prompts and completions (tokens) -> a score for each.
+Score = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor | Sequence[float]]
+
 
 class Experience(NamedTuple):
     """The completions of a step's prompts, of all ranks, with what `ppo_step` learns from them.
@@ -50,7 +53,7 @@ class Experience(NamedTuple):
 def rollout(
     model: ActorCritic,
     prompts: Sequence[Prompt],
-    score: Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor | Sequence[float]],
+    score: Score,
     options: PPOOptions,
     *,
     eos_id: int | Sequence[int],
@@ -111,19 +114,7 @@ def rollout(
         lengths = torch.tensor([len(ids) for ids in completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         drawn = _in_rows(torch.cat([logp for _, logp in parts]), mask.to(model.device))
-        scores = torch.as_tensor(score(local_prompts, completions), dtype=torch.float64)
-        if scores.shape != (len(local_prompts),):
-            raise ValueError(
-                f"score: got shape {list(scores.shape)}, expected [{len(local_prompts)}], a score for each "
-                "completion"
-            )
-
-        if not scores.isfinite().all():
-            raise FloatingPointError(
-                f"score: got no finite number for {int((~scores.isfinite()).sum())} of {len(local_prompts)} "
-                "completions, expected one for each"
-            )
-
+        scores = _scores(score, local_prompts, completions)
         sequences = [
             _sequence(prompt.input_ids, ids) for prompt, ids in zip(local_prompts, completions, strict=True)
         ]
@@ -153,6 +144,21 @@ def rollout(
     whole = _gather(world, {name: tensor for name, tensor in named.items() if tensor is not None})
     all_completions = [ids for part in _gather_lists(world, completions) for ids in part]
     return _estimate(model, options, [prompt.input_ids for prompt in prompts], all_completions, whole, eos_id)
+
+
+def _scores(score: Score, prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
+    """fp64 [completions]. Raises if `score` does not return a finite number for each."""
+    scores = torch.as_tensor(score(prompts, completions), dtype=torch.float64)
+    if scores.shape != (len(prompts),):
+        raise ValueError(
+            f"score: got shape {list(scores.shape)}, expected [{len(prompts)}], a score for each completion"
+        )
+    if not scores.isfinite().all():
+        raise FloatingPointError(
+            f"score: got no finite number for {int((~scores.isfinite()).sum())} of {len(prompts)} "
+            "completions, expected one for each"
+        )
+    return scores
 
 
 def _draw(

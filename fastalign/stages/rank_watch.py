@@ -84,15 +84,17 @@ class Watch:
             return error
         # A collective failed because of another rank: one with a fault of its own, or one that is gone.
         posted = self._get("fault", SILENT)
-        told = RankError(self._tell(json.loads(posted)) if posted else self._tell_silent(error))
+        error_of_rank = RankError(
+            self._describe(json.loads(posted)) if posted else self._describe_silent(error)
+        )
         if (
             self.rank != 0
             and not self._wait_for("left", GRACE + 10 * PERIOD)
             and self.rank == min(self._alive(), default=self.rank)
         ):
-            return told
+            return error_of_rank
         self.store.set("left", "")
-        return told if self.rank == 0 else error
+        return error_of_rank if self.rank == 0 else error
 
     def _post(self, error: BaseException) -> dict[str, Any]:
         line = describe(error) or "".join(traceback.format_exception_only(error)).strip()
@@ -103,11 +105,11 @@ class Watch:
             self.store.compare_set("fault", "", json.dumps(fault))
         return fault
 
-    def _tell(self, fault: dict[str, Any]) -> str:
+    def _describe(self, fault: dict[str, Any]) -> str:
         at = f", step {fault['step']}" if fault["step"] else ""
         return f"rank {fault['rank']}{at}: {fault['line']}"
 
-    def _tell_silent(self, error: BaseException) -> str:
+    def _describe_silent(self, error: BaseException) -> str:
         silent = sorted(set(range(self.size)) - set(self._alive()))
         if not silent:
             return f"rank {self.rank}, step {self.step}: {' '.join(str(error).split())}"
@@ -156,7 +158,7 @@ class Watch:
             if self.leaving.is_set():
                 continue
             if posted or left:
-                self._end_soon(self._tell(json.loads(posted)) if posted and self.rank == 0 else None)
+                self._end_soon(self._describe(json.loads(posted)) if posted and self.rank == 0 else None)
                 continue
             late = [rank for rank, (_, since) in self.seen.items() if time.monotonic() - since > self.seconds]
             if late and self.rank == min(set(range(self.size)) - set(late)):

@@ -219,8 +219,8 @@ def test_rounding_one_large_log_prob_is_allowed_for_and_no_more() -> None:
 def test_results_with_nan_are_wrong() -> None:
     nan, fine = Error(float("nan"), float("nan")), Error(1e-6, 1e-6)
     results = {"d logits": torch.zeros(4)}
-    assert truth.judge(results, {"d logits": nan}, {"d logits": fine}, {"d logits": 1.0})
-    assert not truth.judge(results, {"d logits": fine}, {"d logits": fine}, {"d logits": 1.0})
+    assert truth.refusal(results, {"d logits": nan}, {"d logits": fine}, {"d logits": 1.0})
+    assert not truth.refusal(results, {"d logits": fine}, {"d logits": fine}, {"d logits": 1.0})
 
 
 def test_a_single_number_may_be_one_rounding_of_its_own_dtype_off() -> None:
@@ -228,8 +228,8 @@ def test_a_single_number_may_be_one_rounding_of_its_own_dtype_off() -> None:
         {"loss": Error(0.0, 0.0)},
         {"loss": Error(0.0625, 0.0)},
     )  # half a unit in the last place of bf16 at 11 is 0.03125
-    assert not truth.judge({"loss": torch.tensor(11.0, dtype=torch.bfloat16)}, off, exact, {"loss": 11.0})
-    assert truth.judge({"loss": torch.tensor(11.0)}, off, exact, {"loss": 11.0})
+    assert not truth.refusal({"loss": torch.tensor(11.0, dtype=torch.bfloat16)}, off, exact, {"loss": 11.0})
+    assert truth.refusal({"loss": torch.tensor(11.0)}, off, exact, {"loss": 11.0})
 
 
 @pytest.mark.parametrize("name", bench_sampling.CASES)

@@ -14,8 +14,7 @@ TINY = Shape(48, 32, 333)
 FILES = (
     "linear_cross_entropy",
     "linear_logprobs",
-    "linear_dpo",
-    "linear_kto",
+    "linear_preference",
     "linear_ppo",
     "token_stats",
     "cross_entropy",

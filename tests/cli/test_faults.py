@@ -107,7 +107,7 @@ def test_rank_0_alone_tells(
     in_fastalign: None,
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    with pytest.raises(SystemExit) as stop, faults.told("fastalign sft"):
+    with pytest.raises(SystemExit) as stop, faults.reporting("fastalign sft"):
         raise DataError("rows.jsonl: no rows")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "fastalign sft: error: rows.jsonl: no rows\n" * lines
@@ -117,7 +117,7 @@ def test_the_traceback_is_there_on_request(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTALIGN_TRACEBACK", "1")
-    with pytest.raises(SystemExit) as stop, faults.told("fastalign sft"):
+    with pytest.raises(SystemExit) as stop, faults.reporting("fastalign sft"):
         raise DataError("rows.jsonl: no rows")
     shown = capsys.readouterr().err
     assert (
@@ -128,7 +128,7 @@ def test_the_traceback_is_there_on_request(
 
 
 def test_a_bug_keeps_its_traceback() -> None:
-    with pytest.raises(TypeError), faults.told("fastalign sft"):
+    with pytest.raises(TypeError), faults.reporting("fastalign sft"):
         raise TypeError("a bug")
 
 
@@ -140,7 +140,7 @@ def test_a_signal_before_training_ends_at_once_with_one_line(
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupt))
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stop, faults.told("fastalign sft"):
+    with pytest.raises(SystemExit) as stop, faults.reporting("fastalign sft"):
         signal.raise_signal(number)
     assert stop.value.code == status
     name = signal.Signals(number).name

@@ -8,6 +8,26 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+# Texts that a reader may take for something else.
+ODD = (
+    "",
+    "5",
+    "null",
+    "[1]",
+    "4",
+    "3.10",
+    "false",
+    "NaN",
+    "1e5",
+    '{"a": 1}',
+    "\u2028",
+    "é世😀",
+    "\x7f\x00\t",
+    " x\r\n",
+    "-0",
+    "\ufeff",
+)
+
 
 def write(path: Path, rows: Sequence[Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

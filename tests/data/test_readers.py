@@ -16,28 +16,9 @@ import pyarrow as pa
 import pytest
 
 from fastalign.data import DataError, load_rows
-from tests.data.files import parquet, same, write, write_bytes
+from tests.data.files import ODD, parquet, same, write, write_bytes
 
 # JSON
-
-
-ODD = [
-    "",
-    "5",
-    "null",
-    "[1]",
-    "4",
-    "3.10",
-    "false",
-    "NaN",
-    "1e5",
-    '{"a": 1}',
-    "\u2028",
-    "é世😀",
-    "\x7f\x00\t",
-    " x\r\n",
-    "-0",
-]
 
 
 def random_value(generator: random.Random, depth: int) -> Any:
@@ -57,7 +38,7 @@ def random_value(generator: random.Random, depth: int) -> Any:
     if kind == 7:
         return [random_value(generator, depth - 1) for _ in range(generator.randrange(4))]
     return {
-        generator.choice(ODD + ["a", "b", "c"]): random_value(generator, depth - 1)
+        generator.choice([*ODD, "a", "b", "c"]): random_value(generator, depth - 1)
         for _ in range(generator.randrange(4))
     }
 

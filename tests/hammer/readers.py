@@ -20,25 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastalign.data import DataError, load_rows
-from tests.data.files import same
+from tests.data.files import ODD, same
 
-ODD = (
-    "",
-    "5",
-    "null",
-    "[1]",
-    "3.10",
-    "false",
-    "NaN",
-    "1e5",
-    '{"a": 1}',
-    "\u2028",
-    "é世😀",
-    "\x7f\x00\t",
-    " x\r\n",
-    "-0",
-    "\ufeff",
-)
 HOSTILE = (
     *(
         b"\x00",

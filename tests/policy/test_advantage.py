@@ -12,14 +12,10 @@ from fastalign_kernels import native
 from fastalign_kernels.policy import advantages as advantage
 from fastalign_kernels.policy.advantages import gae, masked_whiten
 from fastalign_kernels.policy.reference import gae_ref, masked_whiten_ref
+from tests import marks
 from tests.two_ranks import be_a_rank, run_as_two_ranks
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter
-]
+pytestmark = marks.KERNELS
 
 NAN, INF = float("nan"), float("inf")
 

@@ -9,14 +9,10 @@ from fastalign_kernels import native
 from fastalign_kernels.policy import ops as policy
 from fastalign_kernels.policy.arguments import policy_options
 from fastalign_kernels.policy.losses import ppo_loss, value_loss
+from tests import marks
 from tests.policy.tokens import FULL, NAN, gradients, tokens, values
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter: inf * 0 is not selected
-]
+pytestmark = marks.KERNELS
 
 
 def test_any_number_of_threads_gives_the_same_bits():

@@ -13,14 +13,10 @@ from fastalign_kernels.policy.arguments import AGGREGATIONS
 from fastalign_kernels.policy.losses import ppo_loss, value_loss
 from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.policy.reference import ppo_loss_ref, value_loss_ref
+from tests import marks
 from tests.policy.tokens import FULL, NAN, gradients, tokens, values
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter: inf * 0 is not selected
-]
+pytestmark = marks.KERNELS
 
 
 CLIPS = {

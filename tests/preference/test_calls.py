@@ -18,15 +18,11 @@ from fastalign_kernels.preference.losses import (
     reward_loss,
     simpo_loss,
 )
+from tests import marks
 from tests.preference.sequence_losses import S, lengths, logps, options_of
 from tests.two_ranks import be_a_rank, run_as_two_ranks
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter: overflow to inf is meant
-]
+pytestmark = marks.KERNELS
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,)], ids=str)

@@ -18,14 +18,10 @@ from fastalign_kernels.preference.reference import (
     orpo_loss_ref,
     reward_loss_ref,
 )
+from tests import marks
 from tests.preference.sequence_losses import KTO, PAIRS, S, labelled, lengths, logps, moved
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter: overflow to inf is meant
-]
+pytestmark = marks.KERNELS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

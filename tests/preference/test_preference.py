@@ -23,14 +23,10 @@ from fastalign_kernels.preference.reference import (
     kto_loss_ref,
     reward_loss_ref,
 )
+from tests import marks
 from tests.preference.sequence_losses import KTO, PAIRS, SMOOTHING, S, labelled, lengths, logps, moved
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter: overflow to inf is meant
-]
+pytestmark = marks.KERNELS
 
 
 def assert_same(found, expected, inputs, rtol=1e-12):

@@ -14,14 +14,10 @@ from fastalign_kernels.preference.losses import (
     reward_loss,
     simpo_loss,
 )
+from tests import marks
 from tests.preference.sequence_losses import S, lengths
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter: overflow to inf is meant
-]
+pytestmark = marks.KERNELS
 
 
 ZEROS, LONG = torch.zeros(S), torch.ones(S, dtype=torch.int64)

@@ -12,36 +12,14 @@ import transformers as tf
 from torch import Tensor
 
 from fastalign.rollout import Rollout, generate
-
-VOCAB = 97
-
+from tests.models import tiny_models
+from tests.models.tiny_models import VOCAB
 
 PAD, NEW = 0, 13  # more than POLL steps, and no multiple of it
 
 
-GQA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-
-
-GPT = {
-    "vocab_size": VOCAB,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+GQA = tiny_models.GQA | {"eos_token_id": None}
+GPT = tiny_models.GPT | {"eos_token_id": None}
 
 
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {

@@ -18,18 +18,14 @@ from fastalign_kernels.softmax.rows import (
     row_grad_ref,
     row_stats_ref,
 )
+from tests import marks
 
 columns_triton = pytest.importorskip(
     "fastalign_kernels.softmax.columns_triton", reason="triton is not installed", exc_type=ImportError
 )
 
 TRANSFORMS = {"plain": Transform(), "softcap": Transform(1.0, 5.0, 1.0), "all": Transform(0.7, 30.0, 1.3)}
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter: overflow to inf is meant
-]
+pytestmark = marks.KERNELS
 
 
 @pytest.fixture(params=["native", "triton", "reference"])

@@ -15,6 +15,7 @@ from fastalign_kernels.softmax.rows import (
     row_grad_ref,
     row_stats_ref,
 )
+from tests import marks
 
 rows_triton = pytest.importorskip(
     "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
@@ -22,12 +23,7 @@ rows_triton = pytest.importorskip(
 
 DEVICES = {"native": "cpu", "reference": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 TRANSFORMS = {"plain": Transform(), "softcap": Transform(1.0, 5.0, 1.0), "all": Transform(0.7, 30.0, 1.3)}
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings(
-        "ignore:.*encountered in:RuntimeWarning"
-    ),  # numpy's, inside Triton's interpreter: overflow to inf is meant
-]
+pytestmark = marks.KERNELS
 
 
 def run_stats(implementation, logits, ids, bias, transform):

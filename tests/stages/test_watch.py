@@ -15,14 +15,14 @@ from fastalign.faults import FAULT
 
 SCRIPT = """
 import os, signal, sys, time
-from fastalign.faults import told
+from fastalign.faults import reporting
 from fastalign.stages.signals import Signals
 from fastalign.stages.distributed import join_world
 
 def fail(rank, step):
     {fault}
 
-with told("fastalign sft"):
+with reporting("fastalign sft"):
     import torch
     with join_world("cpu", timeout={minutes}) as world, Signals(world):
         for step in range(1, 4):

@@ -131,3 +131,13 @@ def torchrun(processes: int, module: str, *arguments: str) -> None:
         [*command, "-m", module, *arguments], env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def undescribed(config: type) -> list[str]:
+    """The fields of a configuration whose class has no docstring for them."""
+    return [
+        name
+        for kind in config.__mro__
+        for name in getattr(kind, "__annotations__", {})
+        if name in (fields := getattr(kind, "__pydantic_fields__", {})) and not fields[name].description
+    ]

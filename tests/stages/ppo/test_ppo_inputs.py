@@ -27,7 +27,7 @@ from fastalign.stages.config import describe
 from fastalign.stages.distributed import World
 from fastalign.stages.ppo import PPOConfig
 from fastalign.stages.scorers import find_classifier, load_classifier
-from tests.stages.tiny import CHAT, lines, sentence, write
+from tests.stages.tiny import CHAT, lines, sentence, undescribed, write
 
 ALONE = World(0, 1, torch.device("cpu"))
 Make = Callable[..., PPOConfig]
@@ -377,13 +377,7 @@ def test_what_cannot_be_used_is_refused_before_a_model_loads(
 
 
 def test_every_field_is_described_and_the_command_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
-    for kind in PPOConfig.__mro__:
-        fields = getattr(kind, "__pydantic_fields__", {})
-        assert not [
-            name
-            for name in getattr(kind, "__annotations__", {})
-            if name in fields and not fields[name].description
-        ]
+    assert not undescribed(PPOConfig)
     with pytest.raises(SystemExit):
         cli.main(["ppo", "--help"])
     shown = capsys.readouterr().out

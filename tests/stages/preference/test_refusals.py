@@ -12,6 +12,7 @@ from fastalign.stages.distributed import World
 from fastalign_kernels.preference.arguments import KTO_LOSS_TYPES
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from tests.stages.preference.runs import STAGES, Make, run
+from tests.stages.tiny import undescribed
 
 # Refusals
 
@@ -100,13 +101,7 @@ def test_every_field_is_described_and_the_command_shows_it(
     stage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = STAGES[stage][1]
-    for kind in config.__mro__:
-        fields = getattr(kind, "__pydantic_fields__", {})
-        assert not [
-            name
-            for name in getattr(kind, "__annotations__", {})
-            if name in fields and not fields[name].description
-        ]
+    assert not undescribed(config)
     with pytest.raises(SystemExit):
         cli.main([stage, "--help"])
     shown = capsys.readouterr().out
