@@ -100,9 +100,9 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
     `tail_eps` is that of `linear_cross_entropy`. It holds for all losses of the model until it is fused
     with another.
 
-    The same object is returned, and fusing twice changes nothing else. Fuse before DDP, FSDP2 or
-    torch.compile wraps the model. A deep copy of a fused model is fused, and so is a pickled one
-    (torch.save).
+    The same object is returned, and fusing twice changes nothing else. Fuse before DDP or
+    torch.compile wraps the model; FSDP2's `fully_shard` may come before or after. A deep copy of a fused
+    model is fused, and so is a pickled one (torch.save).
 
     The model's own forward runs, with logits, when transformers' Trainer collects predictions
     (`compute_metrics`, `predict`). It runs with one warning in training without labels, after

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -64,7 +65,11 @@ def declared_transforms(model: PreTrainedModel) -> list[LogitTransform]:
 
 @contextmanager
 def probing(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients. Training flags and RNG are restored afterwards."""
+    """Evaluation mode without gradients. Training flags, RNG and FSDP2's shards are restored afterwards.
+
+    After a forward pass FSDP2 leaves the parameters of its root gathered, for the backward pass. An optimizer
+    made then would hold the gathered copies, and would never train the embedding, the norm and the head.
+    """
     training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
@@ -74,6 +79,9 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 class Explained(NamedTuple):

@@ -64,14 +64,24 @@ def loss_scale(
     return weights
 
 
-def reduced(loss: Tensor, scale: Tensor, reduction: str, shape: torch.Size) -> Tensor:
-    """Token losses [N] times their scale: [...] for "none", else their sum; the mean of no token at all is
-    NaN."""
+def nan_without_tokens(
+    total: Tensor, n_tokens: int, reduction: str, num_items: float | Tensor | None
+) -> Tensor:
+    """total, or NaN for the mean of no token at all.
+
+    With num_items an empty micro-batch adds 0 to the others' sum: NaN would poison a rank's loss.
+    """
+    return total / 0.0 if reduction == "mean" and num_items is None and n_tokens == 0 else total
+
+
+def reduced(
+    loss: Tensor, scale: Tensor, reduction: str, num_items: float | Tensor | None, shape: torch.Size
+) -> Tensor:
+    """Token losses [N] times their scale: [...] for "none", else their sum."""
     scaled = loss * scale
     if reduction == "none":
         return scaled.view(shape)
-    total = ordered_sum(scaled)
-    return total / 0.0 if reduction == "mean" and loss.numel() == 0 else total
+    return nan_without_tokens(ordered_sum(scaled), loss.numel(), reduction, num_items)
 
 
 def loss_options(reduction: str, label_smoothing: float, z_loss: float) -> tuple[float, float]:
@@ -217,10 +227,10 @@ def cross_entropy(
     if reduction != "none" and not inplace_backward and needs_grad and gradient_in_forward(tokens.logits):
         options = [transform.softcap, transform.temperature, label_smoothing, z_loss]
         total = token_loss_op(tokens.logits, tokens.ids, scale, options)[0]
-        return total / 0.0 if reduction == "mean" and targets.numel() == 0 else total
+        return nan_without_tokens(total, targets.numel(), reduction, num_items)
     needs = NeedsStats(mean_logp=label_smoothing != 0, entropy=False)
     table = tokens.table(needs=needs, inplace_backward=inplace_backward)
-    return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
+    return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, num_items, targets.shape)
 
 
 def token_stats(
@@ -312,4 +322,4 @@ def cross_entropy_ref(
     ids = kept_ids(targets, ignore_index)
     table = row_stats_ref(rows, ids, None, Transform(1.0, softcap or 0.0, temperature))
     scale = loss_scale(ids >= 0, reduction, token_weights, num_items, table.dtype)
-    return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, targets.shape)
+    return reduced(token_loss(table, label_smoothing, z_loss), scale, reduction, num_items, targets.shape)

@@ -174,6 +174,7 @@ def test_nothing_to_average_is_nan_with_zero_gradient(device):
     (grad,) = torch.autograd.grad(loss, logits)
     assert (grad == 0).all()
     assert cross_entropy(logits[:0], targets[:0]).isnan()
+    assert cross_entropy(logits[:0], targets[:0], num_items=3) == 0
     assert cross_entropy(logits[:0], targets[:0], reduction="sum") == 0
 
 

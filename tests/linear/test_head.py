@@ -284,6 +284,7 @@ def test_nothing_to_average_is_nan_with_zero_gradients(device, targets):
     ids = torch.full_like(ids, -100)
     loss = linear_cross_entropy(hidden, weight, ids, bias)
     assert loss.isnan()
+    assert linear_cross_entropy(hidden, weight, ids, bias, num_items=3) == 0
     assert linear_cross_entropy(hidden, weight, ids, bias, reduction="sum") == 0
     for grad in grads_of(
         linear_cross_entropy(hidden, weight, ids, bias, reduction="sum"), (hidden, weight, bias)

@@ -96,11 +96,34 @@ def test_two_ranks_equal_one(case: str, token_stats: bool, two_ranks: dict[str, 
     assert_equal_gradients({name: 2 * gradient for name, gradient in found.items()}, expected)
 
 
+@pytest.mark.cpu_only
+def test_every_parameter_trains_when_fused_after_fully_shard(two_ranks: dict[str, Any]) -> None:
+    """`fully_shard`, then `fuse_head`, then the optimizer: it held gathered copies of 3 of 21 tensors."""
+    moved = two_ranks["moved"]
+    assert len(moved) == 21 and all(moved.values()), [name for name, m in moved.items() if not m]
+
+
+def moved_by_a_step(mesh: Any) -> dict[str, bool]:
+    """Which parameters an optimizer changes that was made after `fully_shard` and then `fuse_head`."""
+    model = llama(tie_word_embeddings=False)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    fuse_head(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
+    inputs, labels = batch(rows=4)
+    model(**inputs, labels=labels).loss.backward()
+    optimizer.step()
+    for module in (*model.model.layers, model):
+        module.reshard()
+    return {name: not torch.equal(p.full_tensor(), before[name]) for name, p in model.named_parameters()}
+
+
 def run_rank(folder: Path, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    result = {}
+    result: dict[str, Any] = {"moved": moved_by_a_step(mesh)}
     inputs, labels = batch(rows=4)
     count = int((shift(labels) != -100).sum())
     half = slice(2 * rank, 2 * rank + 2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import register_loss_op
+from ..logits import nan_without_tokens
 from ..logits_ops import token_loss
 from ..ordered_sum import ordered_sum
 from . import engines
@@ -68,7 +69,7 @@ def loss_and_stats(inputs: HeadInputs, options: LossOptions, shape: torch.Size) 
     else:
         numbers = [options.label_smoothing, options.z_loss, *inputs.options.numbers()]
         total, stats, *_ = _head_loss(*inputs.tensors, scale, numbers, list(inputs.needs_grad()))
-        loss = total / 0.0 if options.reduction == "mean" and inputs.ids.numel() == 0 else total
+        loss = nan_without_tokens(total, inputs.ids.numel(), options.reduction, options.num_items)
     return loss, stats.detach()
 
 

@@ -45,7 +45,7 @@ def linear_cross_entropy_ref(
     stats = _stats_ref(hidden, weight, targets, bias, options)
     kept = kept_ids(targets, options.ignore_index) >= 0
     scale = loss_scale(kept, reduction, token_weights, num_items, stats.dtype)
-    return reduced(token_loss(stats, label_smoothing, z_loss), scale, reduction, targets.shape)
+    return reduced(token_loss(stats, label_smoothing, z_loss), scale, reduction, num_items, targets.shape)
 
 
 @head_keywords

@@ -37,7 +37,8 @@ class LossOptions(NamedTuple):
 
     def reduced(self, stats: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
         """The loss of a table [7, N]: a scalar, or of this shape with reduction="none"."""
-        return reduced(token_loss(stats, self.label_smoothing, self.z_loss), scale, self.reduction, shape)
+        loss = token_loss(stats, self.label_smoothing, self.z_loss)
+        return reduced(loss, scale, self.reduction, self.num_items, shape)
 
 
 @dataclass(frozen=True)
