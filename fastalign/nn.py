@@ -22,7 +22,7 @@ from fastalign_kernels import (
     linear_kto_loss,
     linear_ppo_loss,
 )
-from fastalign_kernels.keywords import pick, refuse_unknown
+from fastalign_kernels.keywords import refuse_unknown
 from fastalign_kernels.linear.inputs import (
     HEAD_DEFAULTS,
     HEAD_SETTINGS,
@@ -243,7 +243,7 @@ class LinearPPOLoss(_Loss):
     def __init__(self, **options: Unpack[LinearPolicySettings]) -> None:
         head_options(LinearPPOLoss, options, LINEAR_POLICY_SETTINGS)
         policy = _with_defaults(options, PolicySettings, POLICY_DEFAULTS)
-        policy_options(**pick(policy, POLICY_NUMBERS))
+        policy_options(*[policy[name] for name in POLICY_NUMBERS])
         checks.choice("aggregation", policy["aggregation"], AGGREGATIONS)
         super().__init__(**policy, **_with_defaults(options))
 

@@ -34,7 +34,7 @@ class LinearPolicyArguments(PolicyArguments, HeadArguments, total=False):
     """All keywords of `linear_ppo_loss`."""
 
 
-POLICY_NUMBERS = PolicyNumbers.__optional_keys__
+POLICY_NUMBERS = tuple(PolicyNumbers.__annotations__)  # in the order of `policy_options`
 POLICY_TENSORS = PolicyTensors.__optional_keys__
 POLICY_ARGUMENTS = PolicyArguments.__optional_keys__
 LINEAR_POLICY_SETTINGS = LinearPolicySettings.__optional_keys__
@@ -120,7 +120,7 @@ def policy_call(
     """
     options = head_options(function, given, LINEAR_POLICY_ARGUMENTS)
     keywords = {**POLICY_DEFAULTS, **pick(given, POLICY_ARGUMENTS)}
-    policy = policy_options(**pick(keywords, POLICY_NUMBERS))
+    policy = policy_options(*[keywords[name] for name in POLICY_NUMBERS])
     hidden, _, ids, _ = head
     tokens = tokens.checked(hidden, ids, policy.kl_coefficient)
     inputs = head_inputs(*head, options, mask=tokens.mask)
