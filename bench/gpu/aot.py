@@ -50,6 +50,7 @@ from .aot_row import (
     signature,
     triton_row,
 )
+from .aot_tail import tail_jobs
 
 LARGEST_V = 262144  # of the vocabularies in use
 ROOT = Path(__file__).parents[2]
@@ -288,7 +289,7 @@ def main() -> int:
         rows += pool.map(compile_scale, (*ARCHITECTURES, *AMD))
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
-        rows += pool.map(lambda job: job(), epilogue_jobs())
+        rows += pool.map(lambda job: job(), epilogue_jobs() + tail_jobs())
     rows += sampling.result() if sampling else []
     show(rows)
     if not nvcc:

@@ -27,6 +27,7 @@ from .rounds import MeasuredCase, Rounds, as_json, left_out, line, measure
 SECTIONS = {
     "heads": "head_cases",
     "engines": "engine_cases",
+    "tail": "tail_cases",
     "logits": "logits_cases",
     "sampling": "sampling_cases",
     "rollouts": "rollout_cases",

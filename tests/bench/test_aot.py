@@ -104,3 +104,12 @@ def test_every_triton_kernel_is_in_the_table():
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     source = "".join(path.read_text() for path in (ROOT / "bench" / "gpu").glob("aot*.py"))
     assert kernels and all(f'"{name}"' in source for name in kernels)
+
+
+def test_the_tails_engine_compiles_for_nvidias_architectures_without_spills(table):
+    rows = [row for row in table[0] if row["variant"].startswith("tail")]
+    names = {"columns", "rank", "place", "list", "collect", "thin", "hidden", "weight", "bias"}
+    assert {(row["kernel"], row["sm"]) for row in rows} == {
+        (f"{name}_kernel", sm) for name in names for sm in (80, 90, 100, 120)
+    }
+    assert all(row["spills"] == 0 and 0 < row["registers"] <= 255 for row in rows)

@@ -363,7 +363,9 @@ def test_the_default_workspace_is_a_sixteenth_of_the_card():
         (90, 12, HeadOptions(), "kept_softmax"),  # TMA takes rows of whole 16 bytes
         (90, 16, HeadOptions(softcap=50.0), "kept_softmax"),
         (90, 16, HeadOptions(workspace_mib=300), "vocab_slices"),
-        (90, 16, HeadOptions(tail_eps=1e-3), "token_tiles"),
+        (90, 16, HeadOptions(tail_eps=1e-3), "tail"),
+        (90, 12, HeadOptions(tail_eps=1e-3), "token_tiles"),
+        (80, 16, HeadOptions(tail_eps=1e-3), "token_tiles"),
     ],
 )
 def test_the_engine_on_a_card(monkeypatch, architecture, hidden_size, options, engine):
@@ -376,4 +378,4 @@ def test_the_engine_on_a_card(monkeypatch, architecture, hidden_size, options, e
         inputs = HeadInputs(hidden, weight, torch.empty(8192, dtype=torch.int64), None, options)
         needs = NeedsGrad(hidden=True, weight=True)
         assert engines.select(inputs, needs) == (engine, 2560, 5120)
-        assert engines.overwrites_saved(inputs, needs) == (engine in ("kept_softmax", "epilogue"))
+        assert engines.overwrites_saved(inputs, needs) == (engine in ("kept_softmax", "epilogue", "tail"))

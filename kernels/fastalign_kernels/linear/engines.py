@@ -15,10 +15,11 @@ from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoe
 from .epilogue import EpilogueStatistics, architecture
 from .gpu_plan import gpu_saved_mib, gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
+from .tail_gpu import TailEpilogue
 from .token_tiles import TOKEN_TILES
 
 # Engines whose `gradients` overwrites what `statistics` saved.
-OVERWRITING = ("kept_softmax", "epilogue")
+OVERWRITING = ("kept_softmax", "epilogue", "tail")
 
 
 class Selection(NamedTuple):
@@ -54,6 +55,8 @@ def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
         return TOKEN_TILES
     if name == "epilogue":
         return EpilogueStatistics(workspace_mib, saved_mib=saved_mib)
+    if name == "tail":
+        return TailEpilogue(workspace_mib, saved_mib=saved_mib)
     # here, because triton is absent on macOS and Windows
     from .kept_softmax import KeptSoftmax
     from .vocab_slices import VocabSlices

@@ -136,12 +136,13 @@ class EpilogueStatistics(Engine):
             kept, state, order = saved
             K = kept.shape[0]
             call = self._call(inputs, order, filled=True)
-            gradients = BlockGradients(call, needs, single=K == call.N)
-            gradients.add(call.gather(0, K, kept[:, : call.V], state), stats, of_tokens)
+            gradients = self.new_gradients(call, needs, single=K == call.N)
+            block = call.gather(0, K, kept[:, : call.V], state)
+            gradients.add(gradients.factors(block, stats, of_tokens))
             _add_blocks(gradients, (K, K), kept, torch.empty_like(stats), stats, of_tokens)
         else:
             call, K = self._call(inputs), self._kept(inputs, needs)
-            gradients = BlockGradients(call, needs, single=K == call.N)
+            gradients = self.new_gradients(call, needs, single=K == call.N)
             _add_blocks(gradients, (K, 0), None, torch.empty_like(stats), stats, of_tokens)
         return gradients.finish()
 
@@ -151,9 +152,13 @@ class EpilogueStatistics(Engine):
         """3 GEMMs, 2 where the head is frozen."""
         call, stats = self._call(inputs), empty_stats(inputs)
         K = self._kept(inputs, needs)
-        gradients = BlockGradients(call, needs, single=K == call.N)
+        gradients = self.new_gradients(call, needs, single=K == call.N)
         _add_blocks(gradients, (K, 0), None, stats, stats, token_coefficients)
         return stats, gradients.finish()
+
+    def new_gradients(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> BlockGradients:
+        """Of no block yet."""
+        return BlockGradients(call, needs, single=single)
 
     def _plan(self, inputs: HeadInputs, needs: NeedsGrad) -> GpuCall:
         return inputs.gpu_call(needs, self.workspace_mib, saved_mib=self.saved_mib)
@@ -181,7 +186,8 @@ def _add_blocks(
     stats: Tensor,
     coefficients: TokenCoefficients,
 ) -> None:
-    """Add the gradients of all blocks from `first` on, through one memory for e.
+    """Add the gradients of all blocks from `first` on, through one memory for e. After the last block it is
+    free for the gradients, if their factors do not lie there.
 
     memory: for e of a block, which may be overwritten; None: it is allocated.
     forward_stats: where the forward pass writes its statistics; stats: those that the gradients follow from.
@@ -191,7 +197,11 @@ def _add_blocks(
         if memory is None:
             memory = call.inputs.hidden.new_empty(rows, row_elements(call.V))
         block = call.forward(begin, rows, forward_stats, memory[:rows, : call.V])
-        gradients.add(block, stats, coefficients)
+        factors = gradients.factors(block, stats, coefficients)
+        del block
+        if begin + rows >= call.how_many():
+            memory = None
+        gradients.add(factors)
 
 
 @torch.compiler.assume_constant_result

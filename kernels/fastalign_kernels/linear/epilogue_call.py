@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -169,10 +170,10 @@ class EpilogueCall:
             )
         block = self.gather(first, rows, state if kept is None else kept, state, stats)
         kernels.forward_kernel[(programs,)](
-            _descriptor(block.hidden, tiles.bm, tiles.bk),
-            _descriptor(self.weight, tiles.bn, tiles.bk),
+            descriptor(block.hidden, tiles.bm, tiles.bk),
+            descriptor(self.weight, tiles.bn, tiles.bk),
             # a descriptor needs memory, even if nobody writes
-            _descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
+            descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
             block.ids, bias, self.order, state,
             first, rows, self.N, self.V, self.H, self.scales.inner, self.scales.outer,
             **self.flags, **self.statistics,
@@ -231,6 +232,22 @@ class EpilogueCall:
         return row_scale
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What dX and dW of a block are products of, beside the weight."""
+
+    first: int  # of the block's tokens
+    dlogits: Tensor  # [rows, V]
+    hidden: Tensor  # [rows, H]
+
+
+@dataclass(frozen=True)
+class ScaledFactors(Factors):
+    """dX = row_scale (dlogits W), dW = dlogits^T hidden."""
+
+    row_scale: Tensor  # [rows]: the rows of dlogits are divided by it, those of hidden multiplied
+
+
 class BlockGradients:
     """The gradients of a call, a block at a time. `single`: there is one block, so dW needs no fp32 sum."""
 
@@ -239,38 +256,45 @@ class BlockGradients:
         self._out: Gradients | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.empty = True
 
     @property
     def out(self) -> Gradients:
-        """The results' memory. It is allocated after the first launches, which the device waits for."""
+        """The results' memory. It is allocated after the first launches, which the device waits for. Rows of
+        dX that no block writes, those of ignored tokens, are 0."""
         if self._out is None:
             self._out = empty_gradients(self.call.inputs, self.needs)
+            if self.needs.hidden and self.call.how_many() < self.call.N:
+                self._out.hidden.zero_()
         return self._out
 
-    def add(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> None:
-        """Add a block's tokens, whose statistics are in the table [7, N]."""
-        call, needs = self.call, self.needs
-        rows = max(0, min(block.rows, call.how_many() - block.first))
-        if self.empty and needs.hidden and call.how_many() < call.N:
-            self.out.hidden.zero_()  # rows of ignored tokens are not written
-        self.empty = False
+    def rows(self, block: Block) -> int:
+        """The block's tokens that are not ignored, which are its first."""
+        return max(0, min(block.rows, self.call.how_many() - block.first))
+
+    def factors(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> Factors | None:
+        """Overwrites the block, whose statistics are in the table [7, N]; None if it holds no token."""
+        rows = self.rows(block)
         if rows == 0:
+            return None
+        row_scale = self.call.dlogits(block, rows, stats, coefficients, self.needs)
+        return ScaledFactors(block.first, block.kept[:rows], block.hidden[:rows], row_scale)
+
+    def add(self, factors: Factors | None) -> None:
+        """Add a block's gradients."""
+        needs = self.needs
+        if factors is None:
             return
-        row_scale = call.dlogits(block, rows, stats, coefficients, needs)
-        grad, x = block.kept[:rows], block.hidden[:rows]
+        assert isinstance(factors, ScaledFactors)
         if needs.hidden:
-            self._write_hidden(grad, row_scale, block.first)
+            self._write_hidden(factors.dlogits, factors.row_scale, factors.first)
         if needs.weight:
-            self._add_weight(grad, x)
+            self._add_weight(factors.dlogits, factors.hidden)
         if needs.bias:
-            self._add_bias(grad, row_scale)
+            self._add_bias(factors.dlogits, factors.row_scale)
 
     def finish(self) -> Gradients:
         """The gradients in the dtypes of the inputs."""
-        hidden, weight, bias = self.out
-        if self.needs.hidden and self.empty:
-            hidden.zero_()
+        _, weight, bias = self.out
         if self.needs.weight and self.weight is not weight:
             weight.zero_() if self.weight is None else weight.copy_(self.weight)
         if self.needs.bias:
@@ -291,11 +315,13 @@ class BlockGradients:
         if self.weight is not None:
             mm(grad.t(), x, self.weight, add=True)
             return
-        if self.single:
-            self.weight = self.out.weight
-        else:
-            self.weight = torch.empty(self.out.weight.shape, dtype=torch.float32, device=x.device)
+        self.weight = self.new_weight()
         mm(grad.t(), x, self.weight)
+
+    def new_weight(self) -> Tensor:
+        """Memory for dW: the result, or an fp32 sum where there are several blocks."""
+        weight = self.out.weight
+        return weight if self.single else torch.empty_like(weight, dtype=torch.float32)
 
     def _add_bias(self, grad: Tensor, row_scale: Tensor) -> None:
         """Column sums by a GEMM, whose order is fixed. Its factor has two columns, so that no digits of the
@@ -320,7 +346,8 @@ def _readable_by_tma(weight: Tensor) -> Tensor:
     return weight.clone(memory_format=torch.contiguous_format)
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int):
+def descriptor(matrix: Tensor, rows: int, columns: int):
+    """For the kernels, of blocks [rows, columns]."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton is absent on macOS and Windows
 
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])

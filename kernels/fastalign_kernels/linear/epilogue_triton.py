@@ -53,7 +53,7 @@ def base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS: tl.constexpr, HAS_S
 
 
 @triton.jit
-def _halves(z):
+def halves(z):
     """The left and the right half of a tile."""
     return tl.split(tl.permute(tl.reshape(z, (z.shape[0], 2, z.shape[1] // 2)), (0, 2, 1)))
 
@@ -123,7 +123,7 @@ def _two_parts(
     BRANCH: tl.constexpr,
 ):  # fmt: skip
     """`_part` of both halves of z."""
-    left, right = _halves(z)
+    left, right = halves(z)
     width: tl.constexpr = z.shape[1] // 2
     total, weighted, z_id = _part(
         left, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
@@ -209,7 +209,7 @@ def forward_kernel(
                 z, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
             )
         else:
-            left, right = _halves(z)
+            left, right = halves(z)
             total, weighted, z_id = _two_parts(
                 left, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
             )

@@ -97,15 +97,19 @@ def gpu_saved_mib(card_bytes: int | None) -> float:
 
 
 def select_engine(call: GpuCall) -> str:
-    """token_tiles, kept_softmax, epilogue or vocab_slices.
+    """token_tiles, kept_softmax, epilogue, tail or vocab_slices.
 
-    Token tiles serve fp64 and the tail. Kept softmax serves all else if the workspace holds a tile of 256
+    Token tiles serve fp64. The tail runs as `tail` where `epilogue` would serve without it, else in token
+    tiles. Kept softmax serves all else if the workspace holds a tile of 256
     tokens and, with a gradient of the head, blocks of FEWEST_KEPT tokens or all tokens. With less memory the
     vocabulary is processed in slices, or by token tiles if not even a slice of 256 columns fits. `epilogue`
     takes the place of kept softmax where it serves.
     """
-    if call.dtype == torch.float64 or (call.tail and call.grad):
+    if call.dtype == torch.float64:
         return "token_tiles"
+    if call.tail:
+        exact = select_engine(call._replace(tail=False))
+        return exact if not call.grad else "tail" if exact == "epilogue" else "token_tiles"
     sizes = tile_sizes(call)
     if sizes.block >= min(FEWEST_KEPT if call.head_grad else TILES[-1], call.n_tokens):
         return "epilogue" if epilogue_serves(call) else "kept_softmax"  # an H200 was 5 to 14 % faster with it

@@ -70,8 +70,8 @@ def milliseconds(work: GpuWork, call: GpuCall, rates: Rates) -> float:
 
 
 def gpu_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
-    """The cost of a plan of one of the GPU engines."""
-    if plan.engine == "epilogue":
+    """The cost of a plan of one of the GPU engines; with a tail, if no column is left out."""
+    if plan.engine in ("epilogue", "tail"):
         return _epilogue_work(plan, call)
     if plan.engine == "vocab_slices":
         return _slices_work(plan, call)

@@ -44,12 +44,12 @@ class HeadArguments(HeadSettings, total=False):
         logit_scale, then softcap * tanh(z / softcap), then z / temperature. softcap None: no such step.
     ignore_index: the id of tokens that are skipped. They enter no GEMM. None is -100, as in torch's
         linear_cross_entropy.
-    tail_eps: None for exact gradients. Otherwise a block of tokens (256 on a CPU) takes only the columns of
-        the softmax where some token's probability exceeds tail_eps into its backward GEMMs. A rank-1 matrix
-        with the same row and column sums stands for the rest (tail_columns.py). The loss and the statistics
-        stay exact. On a trained model gradients are off by 0.1 to 0.2 % at 2**-14 and by 0.4 to 0.6 % at
-        2**-12 (`tail_report` measures it). 3 GEMMs become 1 + 2 f, f the share of columns kept. Where
-        f > 0.6, as in an untrained model, a block runs exact.
+    tail_eps: None for exact gradients. Otherwise a block of tokens (256 on a CPU, 1024 on a GPU) takes only
+        the columns of the softmax where some token's probability exceeds tail_eps into its backward GEMMs. A
+        rank-1 matrix with the same row and column sums stands for the rest (tail_columns.py). The loss and
+        the statistics stay exact. On a trained model gradients are off by 0.1 to 0.2 % at 2**-14 and by 0.4
+        to 0.6 % at 2**-12 (`tail_report` measures it). 3 GEMMs become 1 + 2 f, f the share of columns kept.
+        Where f > 0.6, as in an untrained model, a block runs exact.
     workspace_mib: MiB for logits and what is made of them beside the gradients. Default on a GPU: a
         sixteenth of its memory, at most 2560; less makes the call slower (docs/head.md). On a CPU 96, or 72
         beside a gradient of the weight. On a CPU whose products are torch's, low-precision weights are

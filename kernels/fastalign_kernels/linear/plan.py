@@ -31,10 +31,8 @@ from .gpu_plan import (
 # within 96 MiB of the gradients: MKL packs into 25 more.
 WORKSPACE_MIB = {"cuda": (512.0, 512.0), "cpu": (96.0, 72.0)}
 
-TOKENS = {
-    "cpu": 256,
-    "cuda": 4096,
-}  # of a tail's block at most: more keep more columns, fewer make slower GEMMs and more gathers
+# Tokens of a tail's block at most: more keep more columns, fewer make slower GEMMs and more gathers.
+TOKENS = {"cpu": 256, "cuda": 1024}
 
 
 class HeadPlan(NamedTuple):
@@ -48,7 +46,7 @@ class HeadPlan(NamedTuple):
     chunk: int  # tokens whose logits are in memory together
     workspace_bytes: int  # of these logits and what is kept of them
     gemms: int  # of N x H x V, in forward and backward together
-    engine: str = "token_tiles"  # or on a GPU kept_softmax, epilogue or vocab_slices
+    engine: str = "token_tiles"  # or on a GPU kept_softmax, epilogue, tail or vocab_slices
     kept_tokens: int = 0  # kept_softmax, epilogue: tokens whose dlogits or softmax are in memory together
     slice_columns: int = 0  # vocab_slices: ids of a slice; `chunk` is then all tokens
     held_bytes: int = 0  # on a GPU: peak beyond the inputs, gradients included
@@ -159,7 +157,7 @@ def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
     engine = select_engine(call)
     # any upstream gradient: as much as possible is kept between the passes, whatever gradients are needed
     general = plan.way == "general"
-    if engine == "epilogue":
+    if engine in ("epilogue", "tail"):
         kept = 0 if not call.grad else epilogue_saved(call) if general else epilogue_tokens(call)
         return plan._replace(
             chunk=kept or call.n_tokens,

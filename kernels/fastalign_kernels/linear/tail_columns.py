@@ -15,12 +15,10 @@ gradient. The products with q of many blocks are two thin GEMMs.
 GEMMs: 1 + 2 f for f = K / V, and dense (3) where f > DENSE. Kept between the passes: `Kept`, f of the block's
 logits.
 
-Bytes beside the GEMMs: (16 + 6 f) V for each token and 22 f V H for each block (its rows of W and dW gathered
-and put back; on a CPU with our own GEMMs they are gathered while they are packed, 8 f V H), in bf16 with fp32
-logits. Predicted, not measured, for N 8192, H 4096, V 151936 on an H100 (700 TFLOP/s reached, 3.35 TB/s; the
-exact way: 47 ms): 52 ms in the 24 blocks of 353 tokens that 512 MiB hold (f 0.25), 43 ms in the 6 of 2 GiB (f
-0.4). So there it pays where logits would be made twice (62 ms exact), and for cross-entropy with a large
-workspace only; a GEMM that gathers its own rows, as the CPU's does, is the next step.
+On Hopper GPUs linear/tail_gpu.py computes the same with GEMMs that skip columns. This file serves CPUs and
+what that engine does not. Bytes beside the GEMMs: (16 + 6 f) V for each token and 22 f V H for each block
+(its rows of W and dW gathered and put back; on a CPU with our own GEMMs they are gathered while they are
+packed, 8 f V H), in bf16 with fp32 logits.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ TOTALS = tl.constexpr(len(Total))
 MASS, WEIGHTED = (tl.constexpr(int(total)) for total in Total)
 
 NUM_WARPS = 4
-# A tile has 8 logits a thread (16 spill on sm_120). At V = 151936 it gives an H100's 132 multiprocessors 594
-# programs.
-COLUMNS, ROWS = 256, 4
+# A row of a tile lies in one warp, so that its sums need no barrier. Column sums are kept for each element of
+# the tile until the last row. 8 logits a thread; V = 151936 makes 1187 programs.
+COLUMNS, ROWS = 128, 8
 GRAD_COLUMNS = 1024  # of a row at a time
 
 
@@ -67,8 +67,8 @@ def column_sums_kernel(
     b = tl.zeros([BLOCK_SIZE], dtype)
     if HAS_BIAS:
         b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
-    col_max = tl.zeros([BLOCK_SIZE], dtype)
-    col_sum = tl.zeros([BLOCK_SIZE], dtype)
+    col_max = tl.zeros([ROWS, BLOCK_SIZE], dtype)
+    col_sum = tl.zeros([ROWS, BLOCK_SIZE], dtype)
     for begin in range(0, N, ROWS):
         row = begin + tl.arange(0, ROWS).to(tl.int64)
         kept = tl.load(ids + row, mask=row < N, other=-1) >= 0
@@ -82,13 +82,13 @@ def column_sums_kernel(
         p = tl.where(here, tl.exp(logp), 0.0)
         share = p * dz_dx
         weighted = share * tl.where(logp < -1e30, -1e30, logp)
-        col_max = tl.maximum(col_max, tl.max(p, 0))
-        col_sum += tl.sum(share, 0)
+        col_max = tl.maximum(col_max, p)
+        col_sum += share
         row_part = parts + program * TOTALS * N + row
         tl.store(row_part + MASS * N, tl.sum(share, 1), mask=row < N)
         tl.store(row_part + WEIGHTED * N, tl.sum(tl.where(here, weighted, 0.0), 1), mask=row < N)
-    tl.store(largest + col, col_max, mask=inside)
-    tl.store(sums + col, col_sum, mask=inside)
+    tl.store(largest + col, tl.max(col_max, 0), mask=inside)
+    tl.store(sums + col, tl.sum(col_sum, 0), mask=inside)
 
 
 @triton.jit

@@ -1,0 +1,287 @@
+"""The tail's kernels between the logits GEMM and the gradients' GEMMs, in the order of linear/tail_gpu.py.
+
+`kept` is what the engine keeps of the softmax, e in 16 bits with P = e 2^shift: e and the shift of
+linear/epilogue_triton.py. Tokens come in parts, vocabulary ids in column tiles of TILE.
+
+Bytes: `columns_kernel` and `collect_kernel` each read kept once, 2 N V. The latter writes 2 bytes for each
+token and column that it keeps. The rest touch a few numbers a column.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..triton_options import as_scalar
+from .epilogue_triton import LN2, LOWEST, WINDOW
+
+# Largest number of parts of a block: the order of the columns is a number of 15 bits, and the matrices of the
+# rank-1 parts have a row for each part and one for label smoothing.
+MOST_PARTS = 15
+MATRIX_ROWS = tl.constexpr(16)
+
+
+@triton.jit
+def _shift(state, tile, row, inside, rows):
+    """log2(P / e) of rows in a tile of columns."""
+    reference = tl.load(state + row, mask=inside, other=0.0)
+    row_max = tl.load(state + rows + row, mask=inside, other=0.0)
+    logsum = tl.load(state + 2 * rows + row, mask=inside, other=0.0)
+    tile_max = tl.load(state + (4 + tile.to(tl.int64)) * rows + row, mask=inside, other=0.0)
+    return (tl.where(tile_max > reference + WINDOW, tile_max, reference) - row_max) - logsum
+
+
+@triton.jit
+def columns_kernel(
+    # pointers
+    kept,  # [rows, V]
+    state,  # [4, rows] fp32 of merge_kernel, then the largest z2 of each tile of BN columns [tiles, rows]
+    ids,  # [rows] int32
+    stats,  # [7, N] fp32
+    order,  # [N + 1] int32
+    largest,  # [parts, V] fp32: largest P of a part's tokens, 2 for the tokens' ids
+    sums,  # [parts, V] fp32: sum over a part's tokens of P, under a softcap of P times the slope of tanh
+    # sizes
+    first,
+    rows,
+    live,
+    N,
+    V,
+    part_rows,
+    # strides
+    kept_stride,
+    # options
+    inverse_cap: tl.float64,  # temperature / softcap
+    # constants
+    HAS_SOFTCAP: tl.constexpr,
+    KEPT_SCALE: tl.constexpr,
+    BN: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The sums of BN columns over the tokens of a part."""
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    inverse_cap = as_scalar(inverse_cap, tl.float32)
+    col = tile * BN + tl.arange(0, BN)
+    inside = col < V
+    top = tl.zeros((ROWS, BN), tl.float32)
+    total = tl.zeros((ROWS, BN), tl.float32)
+    end = tl.minimum((part + 1) * part_rows, live)
+    for begin in range(part * part_rows, end, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        here = row < end
+        token_id = tl.load(ids + row, mask=here, other=-1)
+        shift = _shift(state, tile, row, here, rows)
+        at = kept + row[:, None].to(tl.int64) * kept_stride + col[None, :]
+        e = tl.load(at, mask=here[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        p = e * (tl.exp2(shift) * (1.0 / KEPT_SCALE))[:, None]
+        top = tl.maximum(top, tl.where(col[None, :] == token_id[:, None], 2.0, p))
+        if HAS_SOFTCAP:
+            token = tl.load(order + first + row, mask=here, other=0)
+            lse = tl.load(stats + 3 * N + token, mask=here, other=0.0)
+            tanh = (tl.log2(p) * LN2 + lse[:, None]) * inverse_cap
+            tanh = tl.minimum(tl.maximum(tanh, -1.0), 1.0)
+            p *= (1.0 - tanh) * (1.0 + tanh)
+        total += p
+    tl.store(largest + as_scalar(part, tl.int64) * V + col, tl.max(top, 0), mask=inside)
+    tl.store(sums + as_scalar(part, tl.int64) * V + col, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
+def rank_kernel(
+    largest,  # [parts, V] fp32
+    ranks,  # [V] int16
+    V,
+    parts,
+    tail_eps: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    """Where a column stands in the Gray code of the parts that keep it, 0 if none does.
+
+    Neighbours in this order are kept by nearly the same parts. Of SmolLM2-135M's columns at 2^-12 with 8
+    parts, tiles of 128 keep 22 % of all elements, where single columns would keep 19 % and the columns that
+    any part keeps are 37 %.
+    """
+    tail_eps = as_scalar(tail_eps, tl.float32)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < V
+    rank = tl.zeros((BLOCK,), tl.int32)
+    for part in range(parts):
+        p = tl.load(largest + as_scalar(part, tl.int64) * V + col, mask=inside, other=0.0)
+        rank |= (p > tail_eps).to(tl.int32) << part
+    rank ^= rank >> 1
+    rank ^= rank >> 2
+    rank ^= rank >> 4
+    rank ^= rank >> 8
+    tl.store(ranks + col, rank.to(tl.int16), mask=inside)
+
+
+@triton.jit
+def _either(left, right):
+    return left | right
+
+
+@triton.jit
+def place_kernel(
+    # pointers
+    ranks,  # [V] int16, descending
+    columns,  # [V] int64, the columns in that order
+    places,  # [V] int32: where a column stands in the order
+    column_parts,  # [V] int32: the parts that keep a column, a bit each
+    tile_parts,  # [tiles, 16] int32: numbers of the parts that keep a tile
+    tile_counts,  # [tiles] int32: how many those are
+    tile_bits,  # [tiles] int32: the same, a bit each
+    sums,  # [parts, V]: becomes 0 where a part keeps the column
+    # sizes
+    V,
+    parts,
+    # constants
+    TILE: tl.constexpr,
+):
+    """A part keeps a tile of columns if it keeps one of them: what the GEMMs take anyway is exact."""
+    tile = tl.program_id(0)
+    at = tile * TILE + tl.arange(0, TILE)
+    inside = at < V
+    rank = tl.load(ranks + at, mask=inside, other=0).to(tl.int32)
+    column = tl.load(columns + at, mask=inside, other=0)
+    bits = tl.reduce(rank ^ (rank >> 1), 0, _either)
+    tl.store(places + column, at, mask=inside)
+    tl.store(column_parts + column, tl.zeros((TILE,), tl.int32) + bits, mask=inside)
+    count = bits * 0
+    for part in range(parts):
+        keeps = (bits >> part) & 1
+        tl.store(tile_parts + tile * 16 + count, part, mask=keeps == 1)
+        zero = tl.zeros((TILE,), tl.float32)
+        tl.store(sums + as_scalar(part, tl.int64) * V + column, zero, mask=inside & (keeps == 1))
+        count += keeps
+    tl.store(tile_counts + tile, count)
+    tl.store(tile_bits + tile, bits)
+
+
+@triton.jit
+def list_kernel(
+    tile_bits,  # [tiles] int32
+    lists,  # [parts, tiles] int32: the tiles that a part keeps
+    counts,  # [parts + 1] int32: how many those are; last, the tiles that some part keeps
+    tiles,
+    parts,
+    BLOCK: tl.constexpr,
+):
+    part = tl.program_id(0)
+    count = tl.full((), 0, tl.int32)
+    for begin in range(0, tiles, BLOCK):
+        tile = begin + tl.arange(0, BLOCK)
+        bits = tl.load(tile_bits + tile, mask=tile < tiles, other=0)
+        keeps = tl.where(part == parts, (bits != 0).to(tl.int32), (bits >> part) & 1)
+        rank = count + tl.cumsum(keeps, 0) - keeps
+        tl.store(lists + part * tiles + rank, tile, mask=(keeps == 1) & (part < parts))
+        count += tl.sum(keeps, 0)
+    tl.store(counts + part, count)
+
+
+@triton.jit
+def collect_kernel(
+    # pointers
+    kept,  # [rows, V]
+    state,  # [4, rows] fp32 of merge_kernel, then the largest z2 of each tile of BN columns [tiles, rows]
+    ids,  # [rows] int32
+    stats,  # [7, N] fp32
+    order,  # [N + 1] int32
+    coefficients,  # [4, live], order of rows.Coefficient; with CROSS_ENTROPY [N], each token's loss scale
+    places,  # [V] int32
+    column_parts,  # [V] int32
+    grad,  # [live, tiles that are kept * TILE] of kept's dtype: dlogits of kept columns, by place
+    dropped,  # [16, live] fp32: by part, the sum of a token's dropped dlogits; last, what smoothing adds
+    # sizes
+    first,
+    rows,
+    live,
+    N,
+    V,
+    part_rows,
+    parts,
+    # strides
+    kept_stride,
+    coefficient_stride,
+    grad_stride,
+    # options
+    label_smoothing: tl.float64,
+    z_loss: tl.float64,
+    slope: tl.float64,  # dz/dx without a softcap
+    inverse_cap: tl.float64,  # temperature / softcap
+    # constants
+    CROSS_ENTROPY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PLOGP: tl.constexpr,  # coefficients may have that part
+    KEPT_SCALE: tl.constexpr,
+    BN: tl.constexpr,
+    TILES: tl.constexpr,  # tiles of BN columns at a time
+    ROWS: tl.constexpr,
+):
+    """dlogits of the kept columns of ROWS tokens of one part, rounded once, and the sums of the rest."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    here = row < live
+    part = tl.program_id(0) * ROWS // part_rows
+    slope = as_scalar(slope, tl.float32)
+    inverse_cap = as_scalar(inverse_cap, tl.float32)
+    token_id = tl.load(ids + row, mask=here, other=-1)
+    token = tl.load(order + first + row, mask=here, other=0)
+    if CROSS_ENTROPY:  # as TokenCrossEntropy has it
+        label_smoothing = as_scalar(label_smoothing, tl.float32)
+        factor = tl.load(coefficients + token, mask=here, other=0.0)
+        onehot = (label_smoothing - 1.0) * factor
+        lse_grad = 2.0 * as_scalar(z_loss, tl.float32) * tl.load(stats + 3 * N + token, mask=here, other=0.0)
+        prob = factor + lse_grad * factor
+        plogp = factor * 0.0
+        uniform = -label_smoothing * factor / V
+    else:
+        onehot = tl.load(coefficients + row, mask=here, other=0.0)
+        prob = tl.load(coefficients + coefficient_stride + row, mask=here, other=0.0)
+        plogp = tl.load(coefficients + 2 * coefficient_stride + row, mask=here, other=0.0)
+        uniform = tl.load(coefficients + 3 * coefficient_stride + row, mask=here, other=0.0)
+    # the target's element from the statistics: P - 1 of a sure token keeps its digits
+    log_p = tl.load(stats + token, mask=here, other=0.0)
+    lse = tl.load(stats + 3 * N + token, mask=here, other=0.0)
+    p_less_1 = tl.where(log_p > -0.02, log_p * (1 + log_p * (0.5 + log_p * (1.0 / 6))), tl.exp(log_p) - 1.0)
+    at_id = prob * p_less_1 + (prob + onehot)
+    if PLOGP:
+        at_id += (1.0 + p_less_1) * plogp * tl.maximum(log_p, LOWEST)
+    if HAS_SOFTCAP:
+        tanh_id = (log_p + lse) * inverse_cap
+        at_id *= (1.0 - tanh_id) * (1.0 + tanh_id)
+    at_id = tl.where(log_p == log_p, at_id * slope, log_p)
+
+    rest = tl.zeros((ROWS, TILES * BN), tl.float32)
+    tile = tl.arange(0, TILES)
+    for begin in range(0, tl.cdiv(V, BN), TILES):
+        # a shift for each row and tile, spread over the tile's columns
+        shift = _shift(
+            state,
+            (begin + tile)[None, :],
+            row[:, None],
+            here[:, None] & (begin + tile < tl.cdiv(V, BN))[None, :],
+            rows,
+        )
+        shift = tl.reshape(tl.broadcast_to(shift[:, :, None], (ROWS, TILES, BN)), (ROWS, TILES * BN))
+        col = begin * BN + tl.arange(0, TILES * BN)
+        inside = col < V
+        place = tl.load(places + col, mask=inside, other=0)
+        keeps = ((tl.load(column_parts + col, mask=inside, other=0) >> part) & 1) == 1
+        at = kept + row[:, None].to(tl.int64) * kept_stride + col[None, :]
+        e = tl.load(at, mask=here[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        p = e * (tl.exp2(shift) * (1.0 / KEPT_SCALE))
+        over_p = tl.zeros_like(p) + (prob * slope)[:, None]
+        if PLOGP or HAS_SOFTCAP:
+            logp = tl.maximum(tl.log2(p), LOWEST) * LN2
+        if PLOGP:
+            over_p += (plogp * slope)[:, None] * logp
+        if HAS_SOFTCAP:
+            tanh = tl.minimum(tl.maximum((logp + lse[:, None]) * inverse_cap, -1.0), 1.0)
+            over_p *= (1.0 - tanh) * (1.0 + tanh)
+        dz = p * over_p
+        rest += tl.where(keeps[None, :], 0.0, dz)
+        dz = tl.where(col[None, :] == token_id[:, None], at_id[:, None], dz)
+        goal = grad + row[:, None].to(tl.int64) * grad_stride + place[None, :]
+        tl.store(goal, dz.to(grad.dtype.element_ty), mask=here[:, None] & keeps[None, :])
+    tl.store(dropped + as_scalar(part, tl.int64) * live + row, tl.sum(rest, 1), mask=here)
+    tl.store(dropped + as_scalar(parts, tl.int64) * live + row, uniform * slope, mask=here)
