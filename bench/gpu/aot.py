@@ -177,18 +177,18 @@ def compile_policy(kernel: str, sm: int, variant: str) -> Row:
     module = advantage_triton if hasattr(advantage_triton, kernel) else policy_triton
     function = getattr(module, kernel)
     constants: dict[str, object] = {
-        name: True for name in function.arg_names if name.startswith(("HAS_", "ENTROPY_", "SHIFT_", "MEAN"))
+        name: True for name in function.arg_names if name.startswith(("HAS_", "ENTROPY_", "SHIFT_"))
     }
     constants["BLOCK_SIZE"] = module.BLOCK_SIZE
-    if "SCALE" in function.arg_names:
-        constants["SCALE"] = "each"
+    if "WEIGHTS" in function.arg_names:
+        constants["WEIGHTS"] = "rows"
     if kernel == "policy_kernel":
         constants["KL_ESTIMATOR"] = KL_ESTIMATORS.index(variant)
     if kernel == "finish_kernel":
         constants |= {"POLICY_LOSS": variant == "policy", "SUMS_AT_ONCE": policy_triton.SUMS_AT_ONCE}
-        constants["BLOCK_SIZE"] = policy_triton.SCALE_BLOCK_SIZE
+        constants |= {"DIVISOR": "rows", "BLOCK_SIZE": policy_triton.SCALE_BLOCK_SIZE}
     types = dict.fromkeys(constants, "constexpr") | {"mask": "*i1"}
-    types |= dict.fromkeys(("N", "T", "P", "count"), "i32")
+    types |= dict.fromkeys(("N", "T", "P", "B", "count"), "i32")
     types |= dict.fromkeys(("sums", "parts", "moments"), "*fp64")
     types |= annotated(function)  # all others are inputs and outputs
     source = ASTSource(

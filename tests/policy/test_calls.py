@@ -9,6 +9,7 @@ from fastalign_kernels import native
 from fastalign_kernels.policy import ops as policy
 from fastalign_kernels.policy.arguments import policy_options
 from fastalign_kernels.policy.losses import ppo_loss, value_loss
+from fastalign_kernels.policy.weights import Weighting
 from tests import marks
 from tests.policy.tokens import FULL, NAN, gradients, tokens, values
 
@@ -139,12 +140,18 @@ def test_opcheck():
     logp, entropy = given["logp"].requires_grad_(), given["entropy"].requires_grad_()
     fixed = (given["old_logp"], given["advantages"], mask)
     options = list(policy_options(0.2, None, None, 0.1, 0.3, "k3"))
-    for scale in (torch.tensor([0.1]), torch.rand(len(mask)), None):
+    weights = [
+        (Weighting.GIVEN, torch.tensor([0.1])),
+        (Weighting.GIVEN, torch.rand(len(mask))),
+        (Weighting.TOKENS, None),
+        (Weighting.DIVISOR, torch.tensor(7)),
+    ]
+    for kind, tensor in weights:
+        numbers = [float(kind), 0.0]
         for of_entropy in (entropy, None):
-            torch.library.opcheck(
-                policy.policy_op.op, (logp, of_entropy, *fixed, scale, given["reference_logp"], options)
-            )
-        torch.library.opcheck(policy.value_op.op, (logp, *fixed, scale, 0.2, 0.0))
+            arguments = (logp, of_entropy, *fixed, tensor, given["reference_logp"], [*options, *numbers])
+            torch.library.opcheck(policy.policy_op.op, arguments)
+        torch.library.opcheck(policy.value_op.op, (logp, *fixed, tensor, [0.2, *numbers]))
 
 
 def test_compiles_without_a_graph_break(device):

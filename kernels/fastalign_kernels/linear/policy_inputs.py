@@ -18,10 +18,10 @@ from ..policy.arguments import (
     check_tokens,
     per_token,
     policy_options,
-    token_scale,
+    token_weights,
 )
 from ..policy.losses import ppo_loss
-from ..policy.ops import PolicyOptions, scale_tensor
+from ..policy.ops import PolicyOptions
 from ..softmax.rows import accumulator_dtype
 from .inputs import HEAD_DEFAULTS, HeadArguments, HeadInputs, HeadSettings, head_inputs, head_options
 
@@ -102,8 +102,8 @@ class PolicyCall(NamedTuple):
             self.keywords[name] for name in ("aggregation", "normalizer", "cu_seqlens")
         )
         dtype = accumulator_dtype(self.inputs.hidden.dtype)
-        mask, scale, weight = token_scale(self.tokens.mask, aggregation, normalizer, cu_seqlens, dtype)
-        return (scale_tensor(weight, mask, dtype) if scale is None else scale).reshape(-1)
+        mask, weights = token_weights(self.tokens.mask, aggregation, normalizer, cu_seqlens, dtype)
+        return weights.as_tensor(mask, dtype).reshape(-1)
 
 
 def policy_call(

@@ -4,7 +4,7 @@ kernels take."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .. import checks
 from ..sequences import check_cu_seqlens, sum_by_sequence
 from ..torch_func import unwrapped
 from .ops import KL_ESTIMATORS, PolicyOptions
+from .weights import TokenWeights, Weighting
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sum")
 ABOVE_ONE = 1 + 2**-23  # the next number after 1 in fp32
@@ -54,25 +55,13 @@ class PolicyArguments(PolicySettings, PolicyTensors, total=False):
     """
 
 
-class TokenScale(NamedTuple):
-    """The mask as bool, and what each of its tokens counts in the loss.
-
-    scale: [1], or of the mask's shape for "sequence_mean". None: the number `weight`, or one over the tokens
-        inside the mask if that is 0, so that the kernel can count them.
-    """
-
-    mask: Tensor
-    scale: Tensor | None
-    weight: float
-
-
-def token_scale(
+def token_weights(
     mask: Tensor,
     aggregation: str,
     normalizer: float | Tensor | None,
     cu_seqlens: Tensor | None,
     dtype: torch.dtype,
-) -> TokenScale:
+) -> tuple[Tensor, TokenWeights]:
     """The mask as bool, and what each of its tokens counts in the loss."""
     checks.choice("aggregation", aggregation, AGGREGATIONS)
     if isinstance(normalizer, Tensor):
@@ -85,28 +74,23 @@ def token_scale(
     inside = as_bool(mask)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, "a mask", inside)
+    divisor = normalizer.detach() if isinstance(normalizer, Tensor) else None
+    number = 0.0 if isinstance(normalizer, Tensor) else normalizer or 0.0
+    if aggregation == "sequence_mean" and inside.dim() == 2:
+        return inside, TokenWeights(Weighting.SEQUENCES, divisor, number)
     if aggregation == "sequence_mean":
-        if inside.dim() == 2:
-            counts = inside.sum(1, keepdim=True)
-            tokens = counts.expand_as(inside)
-        elif cu_seqlens is not None:
-            counts = sum_by_sequence(inside.double(), cu_seqlens)
-            tokens = counts.repeat_interleave(cu_seqlens.diff(), output_size=inside.numel())
-        else:
+        if cu_seqlens is None:
             got = f"'sequence_mean' with a mask {list(inside.shape)} and without cu_seqlens"
             raise ValueError(f"aggregation: got {got}, expected a mask [B, T] or cu_seqlens [S + 1]")
-        divisor = tokens.to(dtype) * (
-            (counts > 0).sum() if normalizer is None else normalizer
-        )  # a number times integers is fp32
-    elif aggregation == "token_mean" and normalizer is None:
-        return TokenScale(inside, None, 0.0)
-    elif isinstance(normalizer, Tensor):
-        divisor = normalizer.detach()
-    else:
-        return TokenScale(inside, None, 1 / (normalizer or 1))
-    # Infinite where there is nothing to average, and then no token to be multiplied with it.
-    scale = divisor.to(dtype).reciprocal()
-    return TokenScale(inside, scale if scale.dim() else scale.view(1), 0.0)
+        counts = sum_by_sequence(inside.double(), cu_seqlens)
+        tokens = counts.repeat_interleave(cu_seqlens.diff(), output_size=inside.numel())
+        total = divisor if divisor is not None else number or (counts > 0).sum()
+        return inside, TokenWeights(Weighting.GIVEN, (tokens.to(dtype) * total).reciprocal())
+    if divisor is not None:
+        return inside, TokenWeights(Weighting.DIVISOR, divisor)
+    if aggregation == "token_mean" and not number:
+        return inside, TokenWeights(Weighting.TOKENS)
+    return inside, TokenWeights(Weighting.NUMBER, number=1 / (number or 1))
 
 
 def as_bool(mask: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import accumulator_of
-from .arguments import check_tokens, per_token, policy_options, token_scale
+from .arguments import check_tokens, per_token, policy_options, token_weights
 from .ops import policy_op, value_op
 
 
@@ -137,13 +137,13 @@ def ppo_loss(
         "reference_logp": reference_logp,
     }
     check_tokens(tensors, mask)
-    inside, scale, weight = token_scale(
+    inside, (kind, weights, number) = token_weights(
         mask, aggregation, normalizer, cu_seqlens, accumulator_of(*tensors.values())
     )
     reference = None if reference_logp is None else reference_logp.detach()
     loss, means, _ = policy_op(
-        *(logp, entropy, old.detach(), advantages.detach(), inside, scale, reference),
-        list(options._replace(weight=weight)),
+        *(logp, entropy, old.detach(), advantages.detach(), inside, weights, reference),
+        [*options, kind, number],
     )
     return policy_metrics(loss, means, entropy is not None, reference_logp is not None)
 
@@ -182,10 +182,11 @@ def value_loss(
     checks.tensors(values=values, old_values=old_values, returns=returns)
     tensors = {"values": values, "old_values": old_values, "returns": returns}
     check_tokens(tensors, mask)
-    inside, scale, weight = token_scale(
+    inside, (kind, weights, number) = token_weights(
         mask, "token_mean", normalizer, None, accumulator_of(*tensors.values())
     )
-    loss, metrics, _ = value_op(values, old_values.detach(), returns.detach(), inside, scale, bound, weight)
+    fixed = (old_values.detach(), returns.detach(), inside, weights)
+    loss, metrics, _ = value_op(values, *fixed, [bound, kind, number])
     return ValueLoss(loss, *metrics.unbind())
 
 

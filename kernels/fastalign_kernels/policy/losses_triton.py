@@ -1,18 +1,22 @@
 """The kernels of policy/ops.py in Triton: two launches give the loss, the metrics and the gradients.
 
 A program of the first launch computes a block of tokens and its sums. A program of the second adds the
-blocks' sums in a fixed order; the first one writes the loss and the metrics. If the loss is a mean over the
-mask, the number of its tokens is known only then, and each program multiplies a block of the gradients by its
-reciprocal. There are no float atomics, so results have the same bits every time. Vectors are contiguous; the
-kernels compute in fp32. Bytes: 3 to 5 N e and N read, N e or 2 N e written, and for a mean 2 or 4 N e more.
-At [64, 1024] tokens these are 2 MB, so the launch is the cost.
+blocks' sums in a fixed order; the first one writes the loss and the metrics. What a mean divides by, such as
+the number of tokens, is known only then, and each program multiplies a block of the gradients by its
+reciprocal. A mean over sequences needs a third launch before these: torch sums the mask of each row. There
+are no float atomics, so results have the same bits every time. Vectors are contiguous; the kernels compute in
+fp32. Bytes: 3 to 5 N e and N read, N e or 2 N e written, and for a mean 2 or 4 N e more. At [64, 1024] tokens
+these are 2 MB, so the launch is the cost.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..triton_options import as_scalar
 from .ops import (
@@ -22,10 +26,10 @@ from .ops import (
     PolicyOutputs,
     PolicySum,
     ValueInputs,
-    ValueOptions,
     ValueOutputs,
     ValueSum,
 )
+from .weights import TokenWeights, Weighting
 
 BLOCK_SIZE = 1024
 SCALE_BLOCK_SIZE = 4096  # gradients that a program of the second launch multiplies
@@ -67,14 +71,15 @@ def _load(pointer, i, token):
 
 
 @triton.jit
-def _scales(scale, weight, i, token, SCALE: tl.constexpr):
-    """What each token counts in the loss. A mean is of 1s: finish_kernel divides by their number."""
-    if SCALE == "each":
-        w = _load(scale, i, token)
-    elif SCALE == "one":
-        w = tl.where(token, tl.load(scale), 0.0)
-    else:
-        w = tl.where(token, as_scalar(weight, tl.float32), 0.0)
+def _weights(weights, number, i, T, token, WEIGHTS: tl.constexpr):
+    """What each token counts in the loss, before finish_kernel divides."""
+    w = tl.where(token, as_scalar(number, tl.float32), 0.0)
+    if WEIGHTS == "each":
+        w = _load(weights, i, token)
+    elif WEIGHTS == "one":
+        w = tl.where(token, tl.load(weights), 0.0)
+    elif WEIGHTS == "rows":
+        w /= tl.maximum(tl.load(weights + i // T, mask=token, other=1), 1).to(tl.float32)
     return w
 
 
@@ -84,19 +89,20 @@ def policy_kernel(
     old_logp,  # [N]
     advantages,  # [N]
     mask,  # [N] bool
-    scale,  # [N] if SCALE == "each", [1] if "one", else None
+    weights,  # [N] if WEIGHTS == "each", [1] if "one", [N / T] tokens of each row if "rows", else None
     entropy,  # [N]; read if HAS_ENTROPY
     reference_logp,  # [N]; read if HAS_REFERENCE
     sums,  # [programs, 8] fp64, order of PolicySum
     grads,  # [2, N], the second row written if ENTROPY_GRADS
     N,
+    T,
     lower: tl.float64,
     upper: tl.float64,
     dual: tl.float64,
     entropy_coefficient: tl.float64,
     kl_coefficient: tl.float64,
-    weight: tl.float64,  # of each token if SCALE == "weight"
-    SCALE: tl.constexpr,
+    number: tl.float64,  # the weight of each token if WEIGHTS == "number", a factor of it if "rows"
+    WEIGHTS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
     ENTROPY_GRADS: tl.constexpr,
@@ -115,7 +121,7 @@ def policy_kernel(
     policy_logp = _load(logp, i, token)
     d = policy_logp - _load(old_logp, i, token)
     minus_a = -_load(advantages, i, token)
-    w = _scales(scale, weight, i, token, SCALE)
+    w = _weights(weights, number, i, T, token, WEIGHTS)
     held = tl.where(d > EXPONENT, EXPONENT, tl.where(d < -EXPONENT, -EXPONENT, d))  # NaN passes
     r = tl.exp(held)
     plain = minus_a * r
@@ -167,13 +173,14 @@ def value_kernel(
     old_values,  # [N]
     returns,  # [N]
     mask,  # [N] bool
-    scale,  # [N] if SCALE == "each", [1] if "one", else None
+    weights,  # [N] if WEIGHTS == "each", [1] if "one", [N / T] tokens of each row if "rows", else None
     sums,  # [programs, 7] fp64, order of ValueSum
     grads,  # [N]
     N,
+    T,
     clip: tl.float64,
-    weight: tl.float64,
-    SCALE: tl.constexpr,
+    number: tl.float64,
+    WEIGHTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -183,7 +190,7 @@ def value_kernel(
     v = _load(values, i, token)
     old = _load(old_values, i, token)
     target = _load(returns, i, token)
-    w = _scales(scale, weight, i, token, SCALE)
+    w = _weights(weights, number, i, T, token, WEIGHTS)
     clip = as_scalar(clip, tl.float32)
     plain = v - target
     held = tl.where(v < old - clip, old - clip, tl.where(v > old + clip, old + clip, v)) - target
@@ -214,11 +221,13 @@ def finish_kernel(
     parts,  # [P, COUNT] fp64, order of PolicySum or ValueSum
     loss,  # scalar
     metrics,  # [8] means over the tokens if POLICY_LOSS, else [2]: clip_fraction, explained_variance
-    grads,  # [count]; read and written if MEAN
+    grads,  # [count]; read and written unless DIVISOR == "none"
+    divisor,  # scalar if DIVISOR == "given", [B] tokens of each row if "rows", else None
     P,
+    B,
     count,
     POLICY_LOSS: tl.constexpr,
-    MEAN: tl.constexpr,  # whether the loss and grads are still to be divided by the number of tokens
+    DIVISOR: tl.constexpr,  # what the loss and grads are divided by: "tokens", rows with tokens, "given"
     SUMS_AT_ONCE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -229,15 +238,23 @@ def finish_kernel(
         p = begin + tl.arange(0, SUMS_AT_ONCE)
         there = (p < P)[:, None] & (which < COUNT)[None, :]
         sums += tl.sum(tl.load(parts + p[:, None] * COUNT + which[None, :], mask=there, other=0.0), 0)
-    tokens = _place(sums, TOKENS if POLICY_LOSS else VALUE_TOKENS)
-    divisor = tl.maximum(tokens, 1.0)
+    tokens = tl.maximum(_place(sums, TOKENS if POLICY_LOSS else VALUE_TOKENS), 1.0)
+    factor = tl.full((), 1.0, tl.float64)
+    if DIVISOR == "tokens":
+        factor /= tokens
+    elif DIVISOR == "rows":
+        rows = tl.zeros([SUMS_AT_ONCE], tl.float64)
+        for begin in range(0, B, SUMS_AT_ONCE):
+            row = begin + tl.arange(0, SUMS_AT_ONCE)
+            rows += (tl.load(divisor + row, mask=row < B, other=0) > 0).to(tl.float64)
+        factor /= tl.maximum(tl.sum(rows, 0), 1.0)
+    elif DIVISOR == "given":
+        given = tl.load(divisor).to(tl.float64)
+        factor /= tl.where(given == 0, 1.0, given)  # 0: the whole batch has no token, and here is none
     program = tl.program_id(0).to(tl.int64)
     if program == 0:
-        total = _place(sums, LOSS if POLICY_LOSS else VALUE_LOSS)
-        if MEAN:
-            total /= divisor
-        tl.store(loss, total.to(tl.float32))
-        means = sums / divisor
+        tl.store(loss, (_place(sums, LOSS if POLICY_LOSS else VALUE_LOSS) * factor).to(tl.float32))
+        means = sums / tokens
         if POLICY_LOSS:
             tl.store(metrics + which, means.to(tl.float32))
         else:
@@ -250,40 +267,63 @@ def finish_kernel(
             explained = tl.where(varies, 1.0 - left / tl.where(varies, spread, 1.0), float("nan"))
             tl.store(metrics, _place(means, VALUE_CLIPPED).to(tl.float32))
             tl.store(metrics + 1, explained.to(tl.float32))
-    if MEAN:
+    if DIVISOR != "none":
         i = program * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-        w = (1.0 / divisor).to(tl.float32)
-        tl.store(grads + i, tl.load(grads + i, mask=i < count, other=0.0) * w, mask=i < count)
+        scaled = tl.load(grads + i, mask=i < count, other=0.0) * factor.to(tl.float32)
+        tl.store(grads + i, scaled, mask=i < count)
+
+
+class _Weights(NamedTuple):
+    """`TokenWeights` as the two kernels take them: _weights' arguments, then finish_kernel's."""
+
+    tensor: Tensor | None
+    number: float
+    how: str
+    divisor: Tensor | None
+    divisor_how: str
+
+    @classmethod
+    def of(cls, weights: TokenWeights, mask: Tensor) -> _Weights:
+        kind, tensor, number = weights
+        if kind == Weighting.GIVEN:
+            assert tensor is not None
+            return cls(tensor.contiguous(), 1.0, "one" if tensor.numel() == 1 else "each", None, "none")
+        if kind == Weighting.SEQUENCES:
+            counts = mask.sum(1)
+            divisor = (None, "none") if number else (counts, "rows") if tensor is None else (tensor, "given")
+            return cls(counts, 1 / (number or 1), "rows", *divisor)
+        divisor_how = {Weighting.TOKENS: "tokens", Weighting.DIVISOR: "given"}.get(kind, "none")
+        return cls(None, number or 1.0, "number", tensor, divisor_how)
 
 
 def _launch(
     kernel: triton.JITFunction,
     inputs: PolicyInputs | ValueInputs,
     out: PolicyOutputs | ValueOutputs,
-    weight: float,
     *numbers: float,
     **flags,
 ) -> None:
-    N = inputs.mask.numel()
     is_policy = isinstance(inputs, PolicyInputs)
+    mask = inputs.mask.contiguous()
+    N, count = mask.numel(), out.grads.numel()
     programs = max(1, triton.cdiv(N, BLOCK_SIZE))
     parts = out.loss.new_empty(programs, len(PolicySum) if is_policy else len(ValueSum), dtype=torch.float64)
-    mean = inputs.scale is None and weight == 0
-    scale = "weight" if inputs.scale is None else "one" if inputs.scale.numel() == 1 else "each"
-    dense = [None if x is None else x.contiguous() for x in inputs]
+    weights = _Weights.of(inputs.weights, mask)
+    first, second, third, *rest = (None if x is None else x.contiguous() for x in inputs.tensors)
+    finishers = 1 if weights.divisor_how == "none" else max(1, triton.cdiv(count, SCALE_BLOCK_SIZE))
     with torch.cuda.device_of(out.loss):  # Triton launches on the current device
         kernel[(programs,)](
-            *(*dense, parts, out.grads, N, *numbers, weight or 1.0),
+            *(first, second, third, mask, weights.tensor, *rest, parts, out.grads),
+            *(N, mask.shape[-1], *numbers, weights.number),
             **flags,
-            SCALE=scale,
+            WEIGHTS=weights.how,
             BLOCK_SIZE=BLOCK_SIZE,
             num_warps=NUM_WARPS,
         )
-        count = out.grads.numel()
-        finish_kernel[(max(1, triton.cdiv(count, SCALE_BLOCK_SIZE)) if mean else 1,)](
-            *(parts, *out, programs, count),
+        finish_kernel[(finishers,)](
+            *(parts, *out, weights.divisor, programs, mask.shape[0], count),
             POLICY_LOSS=is_policy,
-            MEAN=mean,
+            DIVISOR=weights.divisor_how,
             SUMS_AT_ONCE=SUMS_AT_ONCE,
             BLOCK_SIZE=SCALE_BLOCK_SIZE,
             num_warps=NUM_WARPS,
@@ -293,13 +333,9 @@ def _launch(
 def policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
     """See ops.run_policy."""
     out = PolicyOutputs.empty(inputs, options)
-    *numbers, kl_estimator, weight = options
+    *numbers, kl_estimator = options
     _launch(
-        policy_kernel,
-        inputs,
-        out,
-        weight,
-        *numbers,
+        *(policy_kernel, inputs, out, *numbers),
         HAS_ENTROPY=inputs.entropy is not None,
         HAS_REFERENCE=inputs.reference_logp is not None,
         ENTROPY_GRADS=out.grads.shape[0] > 1,
@@ -308,8 +344,8 @@ def policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs
     return out
 
 
-def value_tokens(inputs: ValueInputs, options: ValueOptions) -> ValueOutputs:
+def value_tokens(inputs: ValueInputs, clip: float) -> ValueOutputs:
     """See ops.value_op."""
     out = ValueOutputs.empty(inputs)
-    _launch(value_kernel, inputs, out, options.weight, options.clip)
+    _launch(value_kernel, inputs, out, clip)
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..softmax.rows import Stat, coefficients
 from .ops import PolicyInputs, PolicyOptions, PolicyOutputs, run_policy
+from .weights import TokenWeights, Weighting
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class TokenPolicy:
             old_logp=stats[Stat.LOGP] if self.old_logp is None else self.old_logp[tokens],
             advantages=self.advantages[tokens],
             mask=self.mask[tokens],
-            scale=self.scale if self.scale.numel() == 1 else self.scale[tokens],
             entropy=stats[Stat.ENTROPY],
             reference_logp=None if self.reference_logp is None else self.reference_logp[tokens],
+            weights=TokenWeights(
+                Weighting.GIVEN, self.scale if self.scale.numel() == 1 else self.scale[tokens]
+            ),
         )
         return run_policy(inputs, self.options)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..autograd import register_row_loss
 from ..dispatch import Kernels, accumulator_of, widest
+from .weights import TokenWeights, Weighting
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 LARGEST_EXPONENT = 20.0
@@ -31,7 +32,7 @@ class PolicySum(IntEnum):
     csrc/policy and policy/losses_triton.py write them in this order.
     """
 
-    LOSS = 0  # times the scale
+    LOSS = 0  # times the weight
     POLICY = 1
     ENTROPY = 2
     KL = 3
@@ -44,7 +45,7 @@ class PolicySum(IntEnum):
 class ValueSum(IntEnum):
     """Sums over the mask that value_tokens takes, in fp64."""
 
-    LOSS = 0  # times the scale
+    LOSS = 0  # times the weight
     CLIPPED = 1
     RETURN = 2
     RETURN_SQUARE = 3
@@ -54,7 +55,8 @@ class ValueSum(IntEnum):
 
 
 class PolicyOptions(NamedTuple):
-    """The options in the form that the kernels take, in the order of csrc/policy/api.h's PolicyOption."""
+    """The options in the form that the kernels take, in the order of csrc/policy/api.h's PolicyOption,
+    which has a weight at the end."""
 
     lower: float  # bounds of the ratio, infinite where there is none
     upper: float
@@ -62,13 +64,12 @@ class PolicyOptions(NamedTuple):
     entropy_coefficient: float
     kl_coefficient: float
     kl_estimator: int  # the index in KL_ESTIMATORS
-    weight: float = 0.0  # of each token, if there is no tensor of scales; 0: one over the mask's tokens
 
     @classmethod
     def of(cls, numbers: list[float]) -> PolicyOptions:
         """From a list, as which ops take them: each argument of an op costs some microseconds a call."""
-        lower, upper, dual, entropy_coefficient, kl_coefficient, kl_estimator, weight = numbers
-        return cls(lower, upper, dual, entropy_coefficient, kl_coefficient, int(kl_estimator), weight)
+        lower, upper, dual, entropy_coefficient, kl_coefficient, kl_estimator = numbers
+        return cls(lower, upper, dual, entropy_coefficient, kl_coefficient, int(kl_estimator))
 
 
 class PolicyInputs(NamedTuple):
@@ -78,9 +79,14 @@ class PolicyInputs(NamedTuple):
     old_logp: Tensor
     advantages: Tensor
     mask: Tensor  # bool; what stands outside is not used
-    scale: Tensor | None  # [1], or one for each token, fp32 or fp64; None: the options' weight
     entropy: Tensor | None
     reference_logp: Tensor | None
+    weights: TokenWeights
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those of the tokens, but for the mask."""
+        return self.logp, self.old_logp, self.advantages, self.entropy, self.reference_logp
 
 
 class PolicyOutputs(NamedTuple):
@@ -106,18 +112,17 @@ class PolicyOutputs(NamedTuple):
 
 
 class ValueInputs(NamedTuple):
-    """What the value loss reads of each token, all of values' shape; mask and scale as in PolicyInputs."""
+    """What the value loss reads of each token, all of values' shape; mask as in PolicyInputs."""
 
     values: Tensor
     old_values: Tensor
     returns: Tensor
     mask: Tensor
-    scale: Tensor | None
+    weights: TokenWeights
 
-
-class ValueOptions(NamedTuple):
-    clip: float  # infinite: no clip
-    weight: float  # as in PolicyOptions
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.values, self.old_values, self.returns
 
 
 class ValueOutputs(NamedTuple):
@@ -135,23 +140,23 @@ class ValueOutputs(NamedTuple):
 
 def deciding(inputs: PolicyInputs | ValueInputs) -> Tensor:
     """The tensor whose dtype the kernels compute in (fp32 for less), and whose device they run on."""
-    return widest(*inputs) if inputs.scale is None else inputs.scale
+    kind, tensor, _ = inputs.weights
+    return tensor if tensor is not None and kind == Weighting.GIVEN else widest(*inputs.tensors)
 
 
-def dense(inputs: PolicyInputs | ValueInputs) -> list[Tensor | None]:
-    """Contiguous, and but for the mask in the dtype that the kernels compute in."""
-    dtype = accumulator_of(deciding(inputs))
-    return [x if x is None else (x if x.dtype == torch.bool else x.to(dtype)).contiguous() for x in inputs]
+def dense(inputs: PolicyInputs | ValueInputs, dtype: torch.dtype) -> list[Tensor | None]:
+    """`tensors` contiguous and in this dtype."""
+    return [x if x is None else x.to(dtype).contiguous() for x in inputs.tensors]
 
 
 # The functions in PyTorch.
 
 
 def _policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
-    given = PolicyInputs(*dense(inputs))  # type: ignore[arg-type]
-    mask = given.mask
-    d = torch.where(mask, given.logp - given.old_logp, 0.0)
-    a = torch.where(mask, given.advantages, 0.0)
+    mask, dtype = inputs.mask, accumulator_of(deciding(inputs))
+    logp, old_logp, advantages = (x.to(dtype) for x in inputs[:3])
+    d = torch.where(mask, logp - old_logp, 0.0)
+    a = torch.where(mask, advantages, 0.0)
     r = d.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
     high, low, dual = (
         (a > 0) & (r > options.upper),
@@ -165,36 +170,23 @@ def _policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutput
     grad = torch.where(clipped | (d.abs() > LARGEST_EXPONENT), 0.0, plain)
     loss = policy
     entropy = kl = torch.zeros_like(d)
-    if given.entropy is not None:
-        entropy = torch.where(mask, given.entropy, 0.0)
+    if inputs.entropy is not None:
+        entropy = torch.where(mask, inputs.entropy.to(dtype), 0.0)
         loss = loss - options.entropy_coefficient * entropy
-    if given.reference_logp is not None:
-        kl, d_kl = _kl(torch.where(mask, given.logp - given.reference_logp, 0.0), options.kl_estimator)
+    if inputs.reference_logp is not None:
+        to_reference = torch.where(mask, logp - inputs.reference_logp.to(dtype), 0.0)
+        kl, d_kl = _kl(to_reference, options.kl_estimator)
         loss = loss + options.kl_coefficient * kl
         grad = grad + options.kl_coefficient * d_kl
-    scale = _scale(given, options.weight, d.dtype)
-    grads = [scale * grad]
-    if given.entropy is not None and options.entropy_coefficient:
-        grads.append(scale * -options.entropy_coefficient)
+    weights = torch.where(mask, inputs.weights.as_tensor(mask, dtype), 0.0)
+    grads = [weights * grad]
+    if inputs.entropy is not None and options.entropy_coefficient:
+        grads.append(weights * -options.entropy_coefficient)
     clips = torch.where(policy.isnan(), policy, clipped)  # whether a NaN is clipped is unknown
-    rows = (scale * loss, policy, entropy, kl, torch.where(mask, r, 0.0), clips, 0.5 * d * d, mask)
+    rows = (weights * loss, policy, entropy, kl, torch.where(mask, r, 0.0), clips, 0.5 * d * d, mask)
     sums = torch.stack([row.sum(dtype=torch.float64) for row in rows])
     means = sums / sums[PolicySum.TOKENS].clamp(min=1)
-    return PolicyOutputs(sums[PolicySum.LOSS].to(d.dtype, copy=True), means.to(d.dtype), torch.stack(grads))
-
-
-def scale_tensor(weight: float, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that each token has without a tensor of scales, [1]; see PolicyOptions."""
-    if weight:
-        return torch.full((1,), weight, dtype=dtype, device=mask.device)
-    # Infinite where there is nothing to average, and then no token to be multiplied with it.
-    return mask.sum(dtype=torch.int32).to(dtype).reciprocal().view(1)
-
-
-def _scale(inputs: PolicyInputs | ValueInputs, weight: float, dtype: torch.dtype) -> Tensor:
-    """What each token counts in the loss, of the mask's shape; 0 outside."""
-    scale = scale_tensor(weight, inputs.mask, dtype) if inputs.scale is None else inputs.scale
-    return torch.where(inputs.mask, scale, 0.0)
+    return PolicyOutputs(sums[PolicySum.LOSS].to(dtype, copy=True), means.to(dtype), torch.stack(grads))
 
 
 def _kl(d: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
@@ -207,18 +199,18 @@ def _kl(d: Tensor, estimator: int) -> tuple[Tensor, Tensor]:
     return e + d.clamp(min=-LARGEST_EXPONENT), torch.where(d < -LARGEST_EXPONENT, 0.0, -e)
 
 
-def _value_tokens(inputs: ValueInputs, options: ValueOptions) -> ValueOutputs:
+def _value_tokens(inputs: ValueInputs, clip: float) -> ValueOutputs:
     mask, dtype = inputs.mask, accumulator_of(deciding(inputs))
     v, old, target = (torch.where(mask, x.to(dtype), 0.0) for x in inputs[:3])
-    scale = _scale(inputs, options.weight, v.dtype)
-    plain, held = v - target, torch.clamp(v, old - options.clip, old + options.clip) - target
+    weights = torch.where(mask, inputs.weights.as_tensor(mask, dtype), 0.0)
+    plain, held = v - target, torch.clamp(v, old - clip, old + clip) - target
     clipped = held * held > plain * plain
     # No comparison with a NaN is true, so a NaN in old is passed on by hand.
-    grads = scale * torch.where(old.isnan(), old, torch.where(clipped, 0.0, plain))
+    grads = weights * torch.where(old.isnan(), old, torch.where(clipped, 0.0, plain))
     worse = torch.where(old.isnan(), old, torch.where(clipped, held, plain))
     clips = torch.where(worse.isnan(), worse, clipped)
     squares = (target.double() ** 2, plain.double() ** 2)
-    rows = (0.5 * scale * worse * worse, clips, target, squares[0], plain, squares[1], mask)
+    rows = (0.5 * weights * worse * worse, clips, target, squares[0], plain, squares[1], mask)
     sums = torch.stack([row.sum(dtype=torch.float64) for row in rows])
     means = sums / sums[ValueSum.TOKENS].clamp(min=1)
     target_square = means[ValueSum.RETURN_SQUARE]
@@ -227,18 +219,29 @@ def _value_tokens(inputs: ValueInputs, options: ValueOptions) -> ValueOutputs:
     # At a smaller spread the difference is rounding.
     explained = torch.where(spread > 1e-12 * target_square, 1 - left / spread, torch.nan)
     return ValueOutputs(
-        sums[ValueSum.LOSS].to(v.dtype, copy=True),
-        torch.stack([means[ValueSum.CLIPPED], explained]).to(v.dtype),
+        sums[ValueSum.LOSS].to(dtype, copy=True),
+        torch.stack([means[ValueSum.CLIPPED], explained]).to(dtype),
         grads[None],
     )
 
 
 def _native_policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
-    return PolicyOutputs(*torch.ops.fastalign.policy_tokens.default(*dense(inputs), list(options)))
+    dtype, mask = accumulator_of(deciding(inputs)), inputs.mask.contiguous()
+    tensor, number = inputs.weights.computed(mask, dtype)
+    *tokens, entropy, reference_logp = dense(inputs, dtype)
+    given = (*tokens, mask, _contiguous(tensor), entropy, reference_logp)
+    return PolicyOutputs(*torch.ops.fastalign.policy_tokens.default(*given, [*options, number]))
 
 
-def _native_value_tokens(inputs: ValueInputs, options: ValueOptions) -> ValueOutputs:
-    return ValueOutputs(*torch.ops.fastalign.value_tokens.default(*dense(inputs), *options))
+def _native_value_tokens(inputs: ValueInputs, clip: float) -> ValueOutputs:
+    dtype, mask = accumulator_of(deciding(inputs)), inputs.mask.contiguous()
+    tensor, number = inputs.weights.computed(mask, dtype)
+    given = (*dense(inputs, dtype), mask, _contiguous(tensor), clip, number)
+    return ValueOutputs(*torch.ops.fastalign.value_tokens.default(*given))
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 KERNELS = Kernels(
@@ -263,18 +266,24 @@ def _policy(
     old_logp: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    scale: Tensor | None,
+    weights: Tensor | None,
     reference_logp: Tensor | None,
     options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, the means and the gradients of `run_policy`; options as in PolicyOptions."""
-    inputs = PolicyInputs(logp, old_logp, advantages, mask, scale, entropy, reference_logp)
-    return run_policy(inputs, PolicyOptions.of(options))
+    """`run_policy`; options as in PolicyOptions, then the kind and the number of TokenWeights."""
+    *numbers, kind, number = options
+    inputs = PolicyInputs(
+        *(logp, old_logp, advantages, mask, entropy, reference_logp), TokenWeights.of(weights, kind, number)
+    )
+    return run_policy(inputs, PolicyOptions.of(numbers))
 
 
-def _fake_policy(logp, entropy, old_logp, advantages, mask, scale, reference_logp, options):
-    inputs = PolicyInputs(logp, old_logp, advantages, mask, scale, entropy, reference_logp)
-    return PolicyOutputs.empty(inputs, PolicyOptions.of(options))
+def _fake_policy(logp, entropy, old_logp, advantages, mask, weights, reference_logp, options):
+    *numbers, kind, number = options
+    inputs = PolicyInputs(
+        *(logp, old_logp, advantages, mask, entropy, reference_logp), TokenWeights.of(weights, kind, number)
+    )
+    return PolicyOutputs.empty(inputs, PolicyOptions.of(numbers))
 
 
 policy_op = register_row_loss("policy_loss", _policy, _fake_policy, losses="ppo_loss")
@@ -285,17 +294,19 @@ def _value(
     old_values: Tensor,
     returns: Tensor,
     mask: Tensor,
-    scale: Tensor | None,
-    clip: float,
-    weight: float,
+    weights: Tensor | None,
+    options: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ValueOutputs`; clip and weight as in ValueOptions."""
-    inputs = ValueInputs(values, old_values, returns, mask, scale)
-    return KERNELS.select(deciding(inputs)).value_tokens(inputs, ValueOptions(clip, weight))
+    """`ValueOutputs`; options are the clip, infinite for none, and the kind and number of TokenWeights."""
+    clip, kind, number = options
+    inputs = ValueInputs(values, old_values, returns, mask, TokenWeights.of(weights, kind, number))
+    return KERNELS.select(deciding(inputs)).value_tokens(inputs, clip)
 
 
-def _fake_value(values, old_values, returns, mask, scale, clip, weight):
-    return ValueOutputs.empty(ValueInputs(values, old_values, returns, mask, scale))
+def _fake_value(values, old_values, returns, mask, weights, options):
+    _, kind, number = options
+    given = ValueInputs(values, old_values, returns, mask, TokenWeights.of(weights, kind, number))
+    return ValueOutputs.empty(given)
 
 
 value_op = register_row_loss("value_loss", _value, _fake_value, losses="value_loss")
