@@ -30,7 +30,13 @@ from .results import Results
 RESULTS = ROOT / "bench" / "results" / "gpu"
 
 
-def check(stages: Sequence[Sequence[Part]], results: Results, site: Path, seconds: float = SECONDS) -> int:
+def check(
+    stages: Sequence[Sequence[Part]],
+    results: Results,
+    site: Path,
+    seconds: float = SECONDS,
+    log: Path | None = None,
+) -> int:
     """Run the stages and record each part in the results; how many parts were not ok."""
     end = time.monotonic() + seconds
     path = os.pathsep.join(
@@ -42,7 +48,7 @@ def check(stages: Sequence[Sequence[Part]], results: Results, site: Path, second
         left = end - time.monotonic() - TO_FINISH
         limited = [part.within(left) for part in stage]
         with ThreadPoolExecutor(len(stage)) as pool:
-            for record in pool.map(lambda part: run(part, environment), limited):
+            for record in pool.map(lambda part: run(part, environment, log), limited):
                 records.append(record)
                 results.add("checks", record)
                 _show(record)
@@ -70,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, help="results file (default: bench/results/gpu/check-<date>.json)"
     )
+    parser.add_argument("--log", type=Path, help="append the whole output of each part to this file")
     parser.add_argument(
         "--plan", action="store_true", help="print the parts with their limits and run nothing"
     )
@@ -91,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
                 for stage in stages:
                     print(*(f"{p.limit:4.0f} s  {p.name}: {' '.join(p.command)}" for p in stage), sep="\n")
                 continue
-            bad += check(stages, Results(output), site, given.seconds)
+            bad += check(stages, Results(output), site, given.seconds, given.log)
     return 1 if bad else 0
 
 

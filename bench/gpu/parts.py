@@ -64,8 +64,10 @@ def prepared(wheels: Sequence[Path], site: Path) -> list[list[Part]]:
     peers = [Part("peers", (python, *INSTALL, str(site), *map(str, wheels)), 40)] if wheels else []
     return [
         [Part("GPU and driver", ("nvidia-smi",), 10), Part("nvcc", ("nvcc", "--version"), 10), *peers],
-        [Part("library", (python, "-m", "bench.gpu.library"), 100)],
-        [Part("environment", (python, "-m", "fastalign", "env"), 20)],
+        [
+            Part("library", (python, "-m", "bench.gpu.library"), 100),
+            Part("environment", (python, "-m", "fastalign", "env"), 30),
+        ],
     ]
 
 
@@ -74,7 +76,18 @@ def tests(seconds: float, folder: Path) -> list[list[Part]]:
     python = sys.executable
     report = folder / "tests.json"
     workers = max(1, (os.cpu_count() or 1) - 2)  # two for the sanitizers
-    options = ("-q", "-p", "no:cacheprovider", "-p", "bench.gpu.longest_first", "--seconds-to", str(report))
+    options = (
+        "-q",
+        "-rfE",
+        "--tb",
+        "short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "bench.gpu.longest_first",
+        "--seconds-to",
+        str(report),
+    )
     spread = ("-n", str(workers), "--dist", "load", "--maxschedchunk", "1")
     files = [str(test_file(name)) for name in FILES]
     draw = (python, "-m", "bench.gpu.draw", "cuda")

@@ -39,8 +39,11 @@ class Part(NamedTuple):
         return self._replace(limit=limit, command=tuple(words))
 
 
-def run(part: Part, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Run a part; its record. status: "ok", "failed", "over its limit" or "not found"."""
+def run(part: Part, environment: Mapping[str, str], whole: Path | None = None) -> dict[str, Any]:
+    """Run a part; its record. status: "ok", "failed", "over its limit" or "not found".
+
+    whole: a file to which the part's whole output is appended.
+    """
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
@@ -62,13 +65,16 @@ def run(part: Part, environment: Mapping[str, str]) -> dict[str, Any]:
                 status = "over its limit"
                 _end(child)
         log.seek(0)
-        text = log.read()[-MOST_OUTPUT:]
+        text = log.read()
+    if whole:
+        with whole.open("a") as file:
+            file.write(f"==== {part.name}: {status}\n{text}\n")
     record = {
         "name": part.name,
         "status": status,
         "seconds": round(time.monotonic() - begin, 1),
         "limit": part.limit,
-        "output": text,
+        "output": text[-MOST_OUTPUT:],
     }
     if part.report and part.report.exists():
         record["report"] = json.loads(part.report.read_text())

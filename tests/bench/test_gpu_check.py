@@ -56,7 +56,9 @@ def test_a_failing_a_missing_and_a_slow_part_are_recorded_and_the_next_still_run
     ]
     results = Results(tmp_path / "results.json")
     results.add("cases", {"name": "of the other call"})
-    assert gpu_check.check(stages, results, tmp_path / "site", seconds=90) == 3
+    log = tmp_path / "log.txt"
+    assert gpu_check.check(stages, results, tmp_path / "site", seconds=90, log=log) == 3
+    assert "==== failing: failed\nno such kernel" in log.read_text()
     found = json.loads(results.path.read_text())
     assert found["cases"] == [{"name": "of the other call"}]
     states = {record["name"]: record["status"] for record in found["checks"]}

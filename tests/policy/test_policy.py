@@ -150,7 +150,11 @@ def test_huge_log_ratios(implementation, no_worse_than_eager, device, clip, dtyp
             results.append([out.loss.detach(), *torch.autograd.grad(1e-6 * out.loss, logp)])
         for ours, eager, truth in zip(*results):
             assert ours.isfinite().all()
-            no_worse_than_eager(ours, eager, truth, clip)
+            # The loss adds up k1's terms of ±100, which cancel: its error depends on the order of adding.
+            cancel = estimator == "k1" and truth.dim() == 0
+            no_worse_than_eager(
+                ours, eager, truth, clip, terms=max(1.0, 100 / abs(truth.item())) if cancel else 1
+            )
 
 
 def test_beyond_20_nats_the_ratio_has_no_gradient(implementation, device):
