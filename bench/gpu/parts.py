@@ -3,59 +3,44 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .process import LIMIT, Part
+from .process import LIMIT, ROOT, Part
 
 TESTS, TIMES = "tests", "times"
 SECONDS = 285  # a call of a check; a command on a lent machine ends after 5 minutes
 FOR_TUNE = 40
-FILES = (  # of tests that use the device
-    "softmax/rows",
-    "softmax/columns",
-    "linear/tail",
-    "linear/tail_calls",
-    "kernels/logits",
-    "linear/head",
-    "linear/engine",
-    "linear/epilogue",
-    "linear/gpu_engines",
-    "preference/preference",
-    "preference/numbers",
-    "preference/calls",
-    "preference/refusals",
-    "policy/policy",
-    "policy/calls",
-    "linear/policy_head",
-    "policy/advantage",
-    "linear/sequence_head",
-    "kernels/sampling",
-    "kernels/sampling_distribution",
-    "kernels/derivatives",
-    "kernels/nan",
-    "kernels/native",
-    "kernels/triton_options",
-    "models/nn",
-    "bench/measure",
-    "models/causal_lm",
-    "models/causal_lm_training",
-    "models/causal_lm_refusals",
-    "rollout/rollout",
-    "rollout/steps_on_a_device",
-    "rollout/refusals",
-    "rollout/custom_generate",
-    "stages/training",
+# Test files that use the device where their text does not show it: bench.gpu.parts.files finds the others.
+FILES = (
+    "softmax/test_rows.py",
+    "softmax/test_columns.py",
+    "linear/test_tail.py",
+    "linear/test_tail_calls.py",
+    "preference/test_refusals.py",
+    "kernels/test_derivatives.py",
+    "kernels/test_nan.py",
+    "kernels/test_native.py",
+    "models/test_nn.py",
+    "models/test_causal_lm.py",
+    "models/test_causal_lm_training.py",
+    "models/test_causal_lm_refusals.py",
+    "rollout/test_rollout.py",
+    "rollout/test_refusals.py",
+    "rollout/test_custom_generate.py",
 )
+DEVICE = re.compile(r"def test_\w+\([^)]*\bdevice\b|needs a (CUDA device|GPU)")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
 INSTALL = ("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target")
 
 
-def test_file(name: str) -> Path:
-    """The path of one of FILES from the root."""
-    folder, _, stem = name.rpartition("/")
-    return Path("tests", folder, f"test_{stem}.py")
+def files() -> list[str]:
+    """The test files that use the device, by their paths from the root."""
+    found = {path for path in (ROOT / "tests").rglob("test_*.py") if DEVICE.search(path.read_text())}
+    named = {ROOT / "tests" / name for name in FILES}
+    return sorted(str(path.relative_to(ROOT)) for path in found | named)
 
 
 def prepared(wheels: Sequence[Path], site: Path) -> list[list[Part]]:
@@ -89,11 +74,12 @@ def tests(seconds: float, folder: Path) -> list[list[Part]]:
         str(report),
     )
     spread = ("-n", str(workers), "--dist", "load", "--maxschedchunk", "1")
-    files = [str(test_file(name)) for name in FILES]
     draw = (python, "-m", "bench.gpu.draw", "cuda")
     return [
         [
-            Part("tests on the device", (python, "-m", "pytest", *options, *spread, *files), seconds, report),
+            Part(
+                "tests on the device", (python, "-m", "pytest", *options, *spread, *files()), seconds, report
+            ),
             Part("memcheck of the sampler", (*SANITIZER, "memcheck", *draw), seconds),
             Part("racecheck of the sampler", (*SANITIZER, "racecheck", *draw), seconds),
         ]
