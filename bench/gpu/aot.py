@@ -98,12 +98,15 @@ def compile_columns(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     return triton_row(source, columns_triton.NUM_WARPS, kernel, sm, dtype, "full" if full else "plain")
 
 
-# (kernel, its entry in tile_rows_triton.LAUNCH) -> constants
+# (kernel, its entry in tile_rows_triton.LAUNCH, with _16 for logits in bf16) -> constants
 TILE_KERNELS: dict[tuple[str, str], dict[str, object]] = {
     ("tile_rows_kernel", "stats"): {"STATS": True, "WRITE": tile_rows_triton.NOTHING.value},
     ("tile_rows_kernel", "loss"): {"STATS": True, "WRITE": tile_rows_triton.TOKEN_LOSS.value},
     ("tile_rows_kernel", "given"): {"STATS": False, "WRITE": tile_rows_triton.GIVEN.value},
     ("tile_rows_kernel", "softmax"): {"STATS": True, "WRITE": tile_rows_triton.SOFTMAX.value},
+    ("tile_rows_kernel", "stats_16"): {"STATS": True, "WRITE": tile_rows_triton.NOTHING.value},
+    ("tile_rows_kernel", "loss_16"): {"STATS": True, "WRITE": tile_rows_triton.TOKEN_LOSS.value},
+    ("tile_rows_kernel", "given_16"): {"STATS": False, "WRITE": tile_rows_triton.GIVEN.value},
     ("kept_rows_kernel", "kept"): {},
     ("slice_stats_kernel", "slice"): {},
 }
@@ -118,20 +121,22 @@ TILE_JOBS = [
 
 
 def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Row:
-    """One of TILE_KERNELS on fp32 logits, with bf16 for what it writes; `full` has bias, softcap, scale and
-    temperature."""
+    """One of TILE_KERNELS, with bf16 for what it writes; `full` has bias, softcap, scale and temperature."""
     kernel, entry = names
     module = slice_rows_triton if hasattr(slice_rows_triton, kernel) else tile_rows_triton
     function = getattr(module, kernel)
     launches = tile_rows_triton.LAUNCH
-    table = launches[entry if entry in launches else f"{entry}_{'lean' if lean else 'full'}"]
+    name, _, bits = entry.partition("_")
+    dtype = "bf16" if bits else "fp32"
+    name += "_lean" if lean else "_full"
+    table = launches[entry if entry in launches else f"{name}_{bits}" if bits else name]
     block, warps, _ = rows_triton.launch(table, 90 if sm in AMD else sm, LARGEST_V)
     constants: dict[str, object] = {"LEAN": lean, "PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
     constants |= {"HAS_TOKENS": True, "BLOCK_SIZE": block}
     constants = {k: v for k, v in constants.items() if k in function.arg_names} | TILE_KERNELS[names]
     floats = ("logits", "bias", "stats", "token_scale", "coefficients")
     pointers = dict.fromkeys(floats, TYPES["fp32"]) | {"tokens": "*i64", "ids": "*i64", "running": "*fp64"}
-    pointers |= dict.fromkeys(("out", "softmax"), TYPES["bf16"])
+    pointers |= dict.fromkeys(("out", "softmax"), TYPES["bf16"]) | {"logits": TYPES[dtype]}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, arg in enumerate(function.arg_names)
@@ -141,7 +146,7 @@ def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Ro
         function, signature(function, pointers, constants), constexprs=constants, attrs=attributes
     )
     label = f"{entry} {'full' if full else 'plain'}{' lean' if lean else ''}"
-    return triton_row(source, warps, kernel, sm, "fp32", label)
+    return triton_row(source, warps, kernel, sm, dtype, label)
 
 
 def compile_scale(sm: int) -> Row:

@@ -48,7 +48,7 @@ class Row:
 def signature(
     function: triton.JITFunction, pointers: dict[str, str], constants: Mapping[str, object]
 ) -> dict[str, str]:
-    scalars = {"N": "i32", "T": "i32", "V": "i32"} | annotated(function)
+    scalars = {"N": "i32", "T": "i32", "V": "i32", "C": "i32"} | annotated(function)
     return {
         name: "constexpr" if name in constants else pointers.get(name) or scalars.get(name, "i64")
         for name in function.arg_names

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[2] / "kernels" / "fastalign_kernels"
 # What a kernel takes besides pointers and constexprs: sizes and strides are integers, all else is a float
 # option.
 INTEGERS = {
-    *("N", "B", "T", "V", "K", "S", "P", "H", "first", "rows", "col_tiles", "sample"),
+    *("B", "C", "N", "T", "V", "K", "S", "P", "H", "first", "rows", "col_tiles", "sample"),
     *("V_slice", "first_token", "first_column", "count"),
 }
 

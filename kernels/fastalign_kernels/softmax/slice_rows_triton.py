@@ -60,7 +60,8 @@ def slice_stats_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, token, target = row_token(tokens, ids, first_token, HAS_TOKENS)
+    row = tl.program_id(0).to(tl.int64)
+    token, target = row_token(tokens, ids, row, first_token, HAS_TOKENS)
     dtype: tl.constexpr = stats.dtype.element_ty
     transform = transform_scalars(logit_scale, softcap, temperature, dtype)
     if target >= 0:

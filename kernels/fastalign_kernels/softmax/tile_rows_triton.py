@@ -39,23 +39,30 @@ from .row_passes_triton import (
     zero_row,
 )
 from .rows import TokenLoss, Transform
-from .rows_triton import Launch, launch_options, transform_flags
+from .rows_triton import Launch, grid_size, launch_for, launch_options, transform_flags
 
 # (BLOCK_SIZE, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]:
 # `python -m bench.gpu.tune_tiles`. "lean" computes lse and logp alone, "full" all statistics. Other
 # architectures are taken to be alike.
 LAUNCH = {
-    "stats_lean": {80: Launch(2048, 8)},  # 0.205 ms: 3.0 TB/s
+    "stats_lean": {80: Launch(1024, 4)},
     "stats_full": {80: Launch(2048, 16)},  # 0.237; (4096, 8) takes 0.228 and spills on sm_80
     "loss_lean": {80: Launch(4096, 32)},  # 0.429: 3.6 TB/s
     "loss_full": {80: Launch(1024, 4)},  # 0.473
-    "softmax_lean": {80: Launch(2048, 16)},  # 0.496; (4096, 32) takes 0.482 and spills with all options
+    "softmax_lean": {80: Launch(2048, 8)},
     "softmax_full": {80: Launch(1024, 4)},
     "given_lean": {80: Launch(2048, 8)},  # 0.295: 3.2 TB/s
     "given_full": {80: Launch(4096, 16)},  # 0.320
     "slice_lean": {80: Launch(1024, 4)},  # 0.047 for 8192 columns
     "slice_full": {80: Launch(1024, 4)},
     "kept": {80: Launch(1024, 8)},  # 0.203: 3.1 TB/s
+    # Logits in bf16, over which the gradient is written.
+    "stats_lean_16": {80: Launch(4096, 16)},
+    "stats_full_16": {80: Launch(4096, 8)},
+    "loss_lean_16": {80: Launch(8192, 32, 1)},
+    "loss_full_16": {80: Launch(8192, 32, 1)},
+    "given_lean_16": {80: Launch(4096, 8)},
+    "given_full_16": {80: Launch(4096, 8)},
 }
 
 # What tile_rows_kernel writes beside the statistics.
@@ -64,13 +71,12 @@ WRITES = ("stats", "loss", "given", "softmax")  # their names in LAUNCH
 
 
 @triton.jit
-def row_token(tokens, ids, first_token, HAS_TOKENS: tl.constexpr):
-    """This program's row of the tile, the row's token, and the token's id."""
-    row = tl.program_id(0).to(tl.int64)
+def row_token(tokens, ids, row, first_token, HAS_TOKENS: tl.constexpr):
+    """The token of a row of the tile, and the token's id."""
     token = first_token + row
     if HAS_TOKENS:
         token = tl.load(tokens + row)
-    return row, token, tl.load(ids + token)
+    return token, tl.load(ids + token)
 
 
 @triton.jit
@@ -98,6 +104,7 @@ def tile_rows_kernel(
     # sizes
     first_token,
     first_column,  # id of the tile's first column
+    C,
     N,
     V,
     # strides
@@ -122,52 +129,56 @@ def tile_rows_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, token, target = row_token(tokens, ids, first_token, HAS_TOKENS)
     dtype: tl.constexpr = stats.dtype.element_ty
     transform = transform_scalars(logit_scale, softcap, temperature, dtype)
-    row_logits = logits + row * row_stride
-    out_row = out + row * out_stride
-    if target >= 0:
-        col = target - first_column
-        if STATS:
-            # before read_row's barriers: in place another thread may overwrite it after them
-            z_id = transformed_logit(row_logits, bias, col, V, transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP)
-            row_max, sum_exp, weighted, total = read_row(
-                row_logits, bias, V, transform,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not LEAN, WRITE != NOTHING, BLOCK_SIZE,
-            )  # fmt: skip
-            logsum = store_stats(
-                stats, N, token, V, z_id, row_max, sum_exp, weighted, total, dtype, not LEAN, not LEAN
-            )
-        else:
-            row_max = tl.load(stats + MAX * N + token)
-            logsum = tl.load(stats + LOGSUM * N + token)
-        if WRITE == SOFTMAX:
-            zero = tl.full((), 0.0, dtype)
-            write_row(
-                row_logits, out_row, bias, V, -1, row_max, logsum,
-                zero, as_scalar(softmax_scale, dtype), zero, zero, transform,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK_SIZE,
-            )  # fmt: skip
-        if WRITE == TOKEN_LOSS:
-            # d/dz of -(1 - e) logp - e mean_logp + z_loss lse^2, times the token's scale
-            scale = tl.load(token_scale + token * scale_stride).to(dtype)
-            e = as_scalar(label_smoothing, dtype)
-            lse_grad = 2.0 * as_scalar(z_loss, dtype) * (row_max + logsum)
-            write_row(
-                row_logits, out_row, bias, V, col, row_max, logsum,
-                (e - 1.0) * scale, (1.0 + lse_grad) * scale, lse_grad, -e / V * scale, transform,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, not PLAIN, BLOCK_SIZE,
-            )  # fmt: skip
-        if WRITE == GIVEN:
-            onehot, prob, plogp, uniform = load_coefficients(coefficients, coefficient_stride, row)
-            write_row(
-                row_logits, out_row, bias, V, col, row_max, logsum,
-                onehot, prob, plogp, uniform, transform,
-                dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not PLAIN, BLOCK_SIZE,
-            )  # fmt: skip
-    elif WRITE != NOTHING:
-        zero_row(out_row, V, dtype, BLOCK_SIZE)
+    for program_row in range(tl.program_id(0), C, tl.num_programs(0)):
+        row = tl.full((), 0, tl.int64) + program_row
+        token, target = row_token(tokens, ids, row, first_token, HAS_TOKENS)
+        row_logits = logits + row * row_stride
+        out_row = out + row * out_stride
+        if target >= 0:
+            col = target - first_column
+            if STATS:
+                # before read_row's barriers: in place another thread may overwrite it after them
+                z_id = transformed_logit(
+                    row_logits, bias, col, V, transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP
+                )
+                row_max, sum_exp, weighted, total = read_row(
+                    row_logits, bias, V, transform,
+                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not LEAN, WRITE != NOTHING, BLOCK_SIZE,
+                )  # fmt: skip
+                logsum = store_stats(
+                    stats, N, token, V, z_id, row_max, sum_exp, weighted, total, dtype, not LEAN, not LEAN
+                )
+            else:
+                row_max = tl.load(stats + MAX * N + token)
+                logsum = tl.load(stats + LOGSUM * N + token)
+            if WRITE == SOFTMAX:
+                zero = tl.full((), 0.0, dtype)
+                write_row(
+                    row_logits, out_row, bias, V, -1, row_max, logsum,
+                    zero, as_scalar(softmax_scale, dtype), zero, zero, transform,
+                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK_SIZE,
+                )  # fmt: skip
+            if WRITE == TOKEN_LOSS:
+                # d/dz of -(1 - e) logp - e mean_logp + z_loss lse^2, times the token's scale
+                scale = tl.load(token_scale + token * scale_stride).to(dtype)
+                e = as_scalar(label_smoothing, dtype)
+                lse_grad = 2.0 * as_scalar(z_loss, dtype) * (row_max + logsum)
+                write_row(
+                    row_logits, out_row, bias, V, col, row_max, logsum,
+                    (e - 1.0) * scale, (1.0 + lse_grad) * scale, lse_grad, -e / V * scale, transform,
+                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, not PLAIN, BLOCK_SIZE,
+                )  # fmt: skip
+            if WRITE == GIVEN:
+                onehot, prob, plogp, uniform = load_coefficients(coefficients, coefficient_stride, row)
+                write_row(
+                    row_logits, out_row, bias, V, col, row_max, logsum,
+                    onehot, prob, plogp, uniform, transform,
+                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not PLAIN, BLOCK_SIZE,
+                )  # fmt: skip
+        elif WRITE != NOTHING:
+            zero_row(out_row, V, dtype, BLOCK_SIZE)
 
 
 @triton.jit
@@ -197,7 +208,8 @@ def kept_rows_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    row, token, target = row_token(tokens, ids, first_token, HAS_TOKENS)
+    row = tl.program_id(0).to(tl.int64)
+    token, target = row_token(tokens, ids, row, first_token, HAS_TOKENS)
     dtype: tl.constexpr = stats.dtype.element_ty
     out_row = out + row * row_stride
     if target >= 0:
@@ -275,16 +287,17 @@ def _tile_rows(
     ids, bias, transform, table, lean = softmaxes
     bias = None if bias is None else bias[first_column : first_column + V]
     given = ids if coefficients is None else coefficients
-    kernel = WRITES[write] + ("_lean" if lean else "_full")
+    kernel = WRITES[write] + ("_lean" if lean else "_full") + ("_16" if tile.element_size() == 2 else "")
     scale = TokenLoss(ids, 0.0, 0.0) if loss is None else loss
+    launch = launch_for(LAUNCH[kernel], tile)
     with torch.cuda.device_of(tile):  # Triton launches on the current device
-        tile_rows_kernel[(C,)](
+        tile_rows_kernel[(grid_size(launch.programs, C, tile.device),)](
             tile, out, rows.indices, ids, bias, table, scale.scale, given,
-            rows.first, first_column, ids.shape[0], V,
+            rows.first, first_column, C, ids.shape[0], V,
             tile.stride(0), out.stride(0), scale.scale.stride(0), given.stride(0),
             *transform, scale.label_smoothing, scale.z_loss, softmax_scale,
-            STATS=stats, WRITE=write, HAS_TOKENS=rows.indices is not None,
-            **flags(softmaxes), **launch_options(LAUNCH[kernel], tile),
+            STATS=stats, WRITE=write, HAS_TOKENS=rows.indices is not None, **flags(softmaxes),
+            BLOCK_SIZE=launch.block_size, num_warps=launch.num_warps,
         )  # fmt: skip
 
 
