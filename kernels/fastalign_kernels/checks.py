@@ -115,6 +115,15 @@ def unit_interval(name: str, value: float) -> float:
     return number(name, value, 0, 1, "a number in [0, 1]")
 
 
+def logits_dtype(value: object) -> torch.dtype | None:
+    """The `logits_dtype` of a head: torch.bfloat16, or None for fp32."""
+    if value is None or value is torch.float32:
+        return None
+    if value is not torch.bfloat16:
+        raise ValueError(f"logits_dtype: got {shown(value)}, expected None, torch.float32 or torch.bfloat16")
+    return torch.bfloat16
+
+
 def tail_eps(value: float) -> float:
     return number(
         "tail_eps", value, SMALLEST, 1 - 2**-24, "a probability in (0, 1), or None for the exact gradient"

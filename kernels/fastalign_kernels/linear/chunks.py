@@ -131,6 +131,12 @@ def planned_chunks(inputs: HeadInputs, needs: NeedsGrad) -> Iterator[Tensor | sl
         yield slice(begin, end) if order is None else order[begin:end]
 
 
+def _round(logits: Tensor, dtype: torch.dtype) -> None:
+    """Round logits [C, V] to a dtype, a few rows at a time: the rounded copy is not in the workspace."""
+    for rows in logits.split(max(1, 2**20 // logits.shape[1])):
+        rows.copy_(rows.to(dtype))
+
+
 class ChunkRunner:
     """Makes chunks of a head call: their logits by one GEMM, and their statistics.
 
@@ -154,6 +160,8 @@ class ChunkRunner:
             hidden = hidden.masked_fill((ids < 0)[:, None], 0)
         logits = self._tile(rows)[: ids.numel()]
         mm(hidden, operands.weight.t(), logits)
+        if inputs.options.logits_dtype is not None:
+            _round(logits, inputs.options.logits_dtype)
         if fill_stats:
             self.stats[:, tokens] = row_stats(logits[None], ids, operands.bias, inputs.options.transform)
         return TokenChunk(tokens, ids, hidden, self.stats[:, tokens].contiguous(), logits)

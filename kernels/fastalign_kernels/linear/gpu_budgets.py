@@ -97,7 +97,8 @@ def _budget(plan: HeadPlan, call: GpuCall, card: Card, workspace_mib: float) -> 
 def _workspaces(call: GpuCall) -> Iterator[float]:
     """MiB, the largest first: enough to keep all tokens, the call's, and shares of that."""
     if call.grad:
-        everything = call.n_tokens * call.kept_bytes + (GRANULE + call.n_tokens * (not call.kept_bytes)) * 4
+        tokens = GRANULE + call.n_tokens * (not call.kept_bytes)
+        everything = call.n_tokens * call.kept_bytes + tokens * call.tile_bytes
         yield everything * call.vocab_size / 2**20 + 1
     for share in SHARES:
         yield call.workspace_mib / share

@@ -65,20 +65,26 @@ class GpuCall(NamedTuple):
     saved_mib: float | None = (
         None  # for what is kept between the passes, if all of it fits; None: workspace_mib
     )
+    low_logits: bool = False  # logits are bf16, and the gradient overwrites them
 
     @property
     def grad(self) -> bool:
         return self.hidden_grad or self.head_grad
 
     @property
+    def low_precision(self) -> bool:
+        """Whether hidden states and weight are in 16 bits."""
+        return self.dtype in LOW_PRECISION
+
+    @property
     def tile_bytes(self) -> int:
-        """Bytes of a logit in a tile: fp32, since z in bf16 would be off by 0.03 nats at |z| = 20."""
-        return 4
+        """Bytes of a logit in a tile: fp32 unless bf16, off by 0.03 nats at |z| = 20, is asked for."""
+        return 2 if self.low_logits else 4
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of a dlogit beside its logit; 0 in fp32, where it replaces the logit."""
-        return 2 if self.dtype in LOW_PRECISION else 0
+        """Bytes of a dlogit beside its logit; 0 where it replaces the logit."""
+        return 2 if self.low_precision and not self.low_logits else 0
 
     @property
     def room(self) -> int:
@@ -161,11 +167,12 @@ def epilogue_serves(call: GpuCall) -> bool:
     """Whether the engine `epilogue` can run a call on its GPU."""
     return (
         call.architecture in EPILOGUE_MEASURED
-        and call.dtype in LOW_PRECISION
+        and call.low_precision
         and call.n_tokens >= FEWEST_EPILOGUE_TOKENS
         and call.hidden_size % 8 == 0  # TMA takes rows of whole 16 bytes
         and GRANULE <= call.vocab_size < 2**31
         and not call.tail
+        and not call.low_logits
         and (not call.cap or (call.cap <= LARGEST_CAP and not call.bias))
     )
 
@@ -201,7 +208,7 @@ def slice_width(call: GpuCall) -> int:
     of the workspace.
     """
     per_column = max(1, call.n_tokens) * (call.tile_bytes + (call.kept_bytes if call.grad else 0))
-    sums = 2 * call.n_tokens * call.hidden_size if call.hidden_grad and call.kept_bytes else 0
+    sums = 2 * call.n_tokens * call.hidden_size if call.hidden_grad and call.low_precision else 0
     room = (int(call.workspace_mib * 2**20) - sums) // per_column // GRANULE * GRANULE
     return max(0, min(room, call.vocab_size))
 

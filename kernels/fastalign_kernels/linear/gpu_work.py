@@ -58,7 +58,7 @@ def rates_of(architecture: int, memory_mib: float | None = None) -> Rates | None
 
 def milliseconds(work: GpuWork, call: GpuCall, rates: Rates) -> float:
     """Predicted time of a call on the device alone."""
-    flops = rates.flops if call.kept_bytes else rates.fp32_flops
+    flops = rates.flops if call.low_precision else rates.fp32_flops
     gemm_flops = 2.0 * call.n_tokens * call.hidden_size * call.vocab_size
     gemms = work.forwards + call.hidden_grad + call.head_grad
     return 1e3 * (
@@ -101,7 +101,7 @@ def _blocks(plan: HeadPlan, call: GpuCall) -> int:
 
 def _sum_bytes(call: GpuCall, blocks: int) -> int:
     """Of dW's fp32 sum: each block writes it, all but the first read it, and at last it is converted."""
-    if not call.head_grad or blocks == 1 or not call.kept_bytes:
+    if not call.head_grad or blocks == 1 or not call.low_precision:
         return 0
     return (8 * blocks - 4 + 4 + _size(call)) * call.vocab_size * call.hidden_size
 
@@ -109,17 +109,19 @@ def _sum_bytes(call: GpuCall, blocks: int) -> int:
 def _kept_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
     N, H, V = call.n_tokens, call.hidden_size, call.vocab_size
     size, logits = _size(call), N * V
-    # An fp32 tile is written where the bare GEMM would write `size` bytes, and read once for the statistics.
-    statistics = 4 - size + 4
+    # A tile is written where the bare GEMM would write `size` bytes, and read once for the statistics.
+    statistics = call.tile_bytes - size + call.tile_bytes
     tiles = -(-N // max(1, plan.chunk))
     if not call.grad:
         return GpuWork(_forwards(plan, call), statistics * logits, plan.workspace_bytes, 2 * tiles)
     # read again, and written as dlogits; any upstream gradient turns what is kept into dlogits
     per_logit = statistics + 4 + size + (2 * size if plan.way == "general" else 0)
+    if call.low_logits:  # read again from the caches; with any upstream gradient later, from memory
+        per_logit = statistics + (2 * size if plan.way == "general" else size)
     blocks, gradients = _blocks(plan, call), gradient_bytes(call)
     launches = 2 * tiles + blocks * (call.hidden_grad + call.head_grad)
     if not call.head_grad or blocks == 1:  # the tile's memory is free when the gradients are made
-        tile = 4 * plan.chunk * V
+        tile = 0 if call.low_logits else 4 * plan.chunk * V
         held = plan.workspace_bytes - tile + max(tile, gradients)
         return GpuWork(_forwards(plan, call), per_logit * logits, held, launches)
     held = plan.workspace_bytes + gradients + 4 * V * H
@@ -129,13 +131,14 @@ def _kept_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
 def _slices_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
     N, H, V = call.n_tokens, call.hidden_size, call.vocab_size
     size, logits = _size(call), N * V
-    statistics = 4 - size + 4
+    tile = call.tile_bytes
+    statistics = tile - size + tile
     slices = -(-V // max(1, plan.slice_columns))
     if not call.grad:
         return GpuWork(1.0, statistics * logits, plan.workspace_bytes, 2 * slices)
     # The tile is computed again and read, and dlogits are written. dX's fp32 sum is read and written once a
     # slice.
-    per_logit = statistics + 4 - size + 4 + size
+    per_logit = statistics + tile - size + tile + size
     passes = per_logit * logits + 8 * N * H * call.hidden_grad * slices
     held = plan.workspace_bytes + gradient_bytes(call) + (4 - size) * N * H * call.hidden_grad
     return GpuWork(2.0, passes, held, slices * (4 + call.hidden_grad + call.head_grad))

@@ -27,8 +27,10 @@ class HeadCall:
         """table: the statistics [7, N], if they are there."""
         hidden, weight, ids, bias, options = inputs
         self.inputs = inputs
-        # whether dlogits replace the logits; in 16 bits they need memory of their own
-        self.in_place = hidden.dtype not in (torch.bfloat16, torch.float16)
+        # whether dlogits replace the logits; beside fp32 logits those in 16 bits need memory of their own
+        low = hidden.dtype in (torch.bfloat16, torch.float16)
+        self.in_place = not low or options.logits_dtype is not None
+        self.logits_dtype = options.logits_dtype or accumulator_dtype(hidden.dtype)
         self.w = weight.to(hidden.dtype)
         if table is None:
             table = torch.zeros(

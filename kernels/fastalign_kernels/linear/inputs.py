@@ -31,6 +31,7 @@ class HeadSettings(SoftmaxArguments, total=False):
 
     tail_eps: float | None
     workspace_mib: float | None
+    logits_dtype: torch.dtype | None
 
 
 class HeadArguments(HeadSettings, total=False):
@@ -54,6 +55,11 @@ class HeadArguments(HeadSettings, total=False):
         sixteenth of its memory, at most 2560; less makes the call slower (docs/head.md). On a CPU 96, or 72
         beside a gradient of the weight. On a CPU whose products are torch's, low-precision weights are
         widened once besides (4 V H bytes).
+    logits_dtype: None or torch.float32: logits are fp32 (fp64 for fp64). torch.bfloat16, for bf16 hidden
+        states: they are rounded to bf16, as plain PyTorch's are. A GPU then moves half of the bytes
+        between its GEMMs, which pays where H is small. A CPU rounds them too, which saves it nothing. A
+        logit of 20 is off by up to 0.06, so log-probabilities are off by as much, as PyTorch's own are. Do
+        not use it where they are compared with others: the ratios of PPO, the KL to a reference.
     check: on CUDA, also check the range of ids, which waits for the device. FASTALIGN_CHECK=1 does so
         everywhere.
     """
@@ -70,6 +76,7 @@ class HeadOptions(NamedTuple):
     temperature: float = 1.0
     workspace_mib: float | None = None  # None: the planner's default
     tail_eps: float | None = None  # None: exact gradients
+    logits_dtype: torch.dtype | None = None  # torch.bfloat16, or None: the accumulator's
     lean: bool = False  # MEAN_LOGP and ENTROPY are not used: an engine may leave them 0; no argument
     # what `head_inputs` alone reads
     ignore_index: int = -100
@@ -82,13 +89,22 @@ class HeadOptions(NamedTuple):
 
     def numbers(self) -> list[float]:
         """As one `float[]` for an op: each argument of an op costs microseconds a call. 0 stands for None."""
-        return [*self[:3], self.workspace_mib or 0.0, self.tail_eps or 0.0, float(self.lean)]
+        low = float(self.logits_dtype is not None)
+        return [*self[:3], self.workspace_mib or 0.0, self.tail_eps or 0.0, low, float(self.lean)]
 
     @classmethod
     def of(cls, numbers: list[float]) -> HeadOptions:
         """From `numbers`."""
-        logit_scale, softcap, temperature, workspace_mib, tail_eps, lean = numbers
-        return cls(logit_scale, softcap, temperature, workspace_mib or None, tail_eps or None, lean > 0)
+        logit_scale, softcap, temperature, workspace_mib, tail_eps, low, lean = numbers
+        return cls(
+            logit_scale,
+            softcap,
+            temperature,
+            workspace_mib or None,
+            tail_eps or None,
+            torch.bfloat16 if low else None,
+            lean > 0,
+        )
 
 
 HEAD = ("hidden", "weight", "bias")  # what of a head gets a gradient
@@ -160,6 +176,7 @@ class HeadInputs(NamedTuple):
             bias=self.bias is not None,
             architecture=architecture,
             saved_mib=saved_mib if mib is None else None,
+            low_logits=self.options.logits_dtype is not None,
         )
 
     def mode(self, upstream: str) -> str:
@@ -203,6 +220,7 @@ def head_options(
         *transform,
         None if workspace_mib is None else checks.above_zero("workspace_mib", workspace_mib),
         None if tail_eps is None else checks.tail_eps(tail_eps),
+        checks.logits_dtype(options.logits_dtype),
         ignore_index=checks.ignore_index(options.ignore_index),
         check=options.check,
     )
@@ -243,6 +261,11 @@ def head_inputs(
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device_type))
     checks.dtype("hidden", hidden, checks.FLOATS)
+    if options.logits_dtype not in (None, hidden.dtype):
+        raise ValueError(
+            f"logits_dtype: got {options.logits_dtype} with {hidden.dtype} hidden states, expected None: "
+            "logits in bf16 are those of bf16 hidden states"
+        )
     low_precision = hidden.dtype not in (torch.float32, torch.float64)
     allowed = (hidden.dtype, torch.float32) if low_precision else (hidden.dtype,)
     checks.dtype("weight", weight, allowed)

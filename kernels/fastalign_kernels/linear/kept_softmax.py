@@ -19,7 +19,9 @@ an H200 at 8192 x 4096 x 151936 in bf16: 48.5 ms where three bare GEMMs take 44.
 What is kept of P is bf16 for bf16. For fp16 it is P 2^15 in fp16: P itself would lose digits below 2^-14 and
 vanish below 2^-24, and P 2^15 keeps all digits of P from 2^-29 on. It is off by at most 2^-9 of itself in
 bf16 and 2^-11 in fp16; `kept_grad` says what that does to gradients. fp32 hidden states keep their logits
-instead, and nothing is rounded: 4 bytes a logit, and the gradient overwrites them.
+instead, and nothing is rounded: 4 bytes a logit, and the gradient overwrites them. With
+logits_dtype=torch.bfloat16 the logits' GEMM writes bf16 into the kept memory, where the gradient overwrites
+them: no tile, and 4 bytes a logit beside the GEMMs' own.
 
 Under graph capture ignored tokens keep their places, so forward and backward must both be captured, or
 neither.
@@ -132,8 +134,9 @@ class KeptSoftmax(Engine):
 
     def saves(self, inputs: HeadInputs, needs: NeedsGrad) -> bool:
         options = inputs.options
-        return any(needs) and keeps_softmax(
-            inputs.hidden.dtype, inputs.vocab_size, options.softcap, options.temperature
+        return any(needs) and (
+            options.logits_dtype is not None  # they are kept, not P
+            or keeps_softmax(inputs.hidden.dtype, inputs.vocab_size, options.softcap, options.temperature)
         )
 
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
@@ -149,13 +152,12 @@ class KeptSoftmax(Engine):
             return call.table, saved
         kept = saved[0]
         sizes = self.saved_sizes(inputs, needs)
-        scale = SOFTMAX_SCALE.get(kept.dtype, 0.0)
 
         def write(logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
-            if scale:
-                tile_softmax(logits, rows, call.softmaxes, out, scale)
-            else:
+            if call.in_place:
                 tile_stats(logits, rows, call.softmaxes)
+            else:
+                tile_softmax(logits, rows, call.softmaxes, out, SOFTMAX_SCALE[kept.dtype])
 
         tile = call.new_tile(sizes)
         call.fill(_Block(0, len(kept)), kept, tile, sizes.tile, write)
@@ -234,7 +236,7 @@ class _Call(HeadCall):
 
     def new_rows(self, count: int) -> Tensor:
         V = self.w.shape[0]
-        return torch.empty(count, V, dtype=self.table.dtype, device=self.table.device)
+        return torch.empty(count, V, dtype=self.logits_dtype, device=self.table.device)
 
     def new_tile(self, sizes: TileSizes) -> Tensor | None:
         """Memory of a tile's logits; None where they lie in the memory that is kept."""

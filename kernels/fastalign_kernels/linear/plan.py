@@ -82,6 +82,7 @@ def plan_head(
     upstream: str = "scalar",
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
+    logits_dtype: torch.dtype | None = None,
     architecture: int | None = None,
     memory_mib: float | None = None,
 ) -> HeadPlan:
@@ -98,6 +99,8 @@ def plan_head(
             upper bound.
         workspace_mib: MiB for logits and what is made of them. Default on a CPU 96, or 72 with weight_grad;
             on a GPU a sixteenth of the card's memory and at most 2560.
+        logits_dtype: torch.bfloat16 if the logits are rounded to it (see `linear_cross_entropy`); dtype is
+            then torch.bfloat16.
         architecture: compute capability of the GPU, 90 for an H100. Default: that of `device` where it is a
             GPU of this machine; else 0, and the plan is one that any GPU can run, without predicted times.
         memory_mib: the GPU's memory. Default: likewise; else as much as the default workspace needs.
@@ -122,6 +125,9 @@ def plan_head(
         checks.tail_eps(tail_eps)
     if workspace_mib is not None:
         checks.above_zero("workspace_mib", workspace_mib)
+    low_logits = checks.logits_dtype(logits_dtype) is not None
+    if low_logits and dtype != torch.bfloat16:
+        raise ValueError(f"logits_dtype: got {logits_dtype} with dtype {dtype}, expected None")
     if architecture is not None:
         checks.whole("architecture", architecture, 0, expected="a compute capability such as 90")
     if memory_mib is not None:
@@ -142,6 +148,7 @@ def plan_head(
             tail=tail_eps is not None,
             architecture=card.architecture,
             saved_mib=gpu_saved_mib(card.bytes) if workspace_mib is None else None,
+            low_logits=low_logits,
         )
         plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
         if plan is not None:

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..softmax.rows import accumulator_dtype
 from ..softmax.slice_rows_triton import new_running, slice_stats
 from ..softmax.tile_rows_triton import tile_grad
 from .engine import Engine, Gradients, TokenCoefficients, empty_gradients
@@ -73,7 +72,7 @@ def _slices(call: HeadCall, width: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First column, rows of the weight and logits [count, columns] of each slice. The logits live until the
     next slice, and their rows may be overwritten."""
     tokens, w = call.tokens, call.w
-    memory = torch.empty(tokens.count * width, dtype=accumulator_dtype(w.dtype), device=w.device)
+    memory = torch.empty(tokens.count * width, dtype=call.logits_dtype, device=w.device)
     for first in range(0, w.shape[0], width):
         part = w[first : first + width]
         # rows of `width` numbers, also of the last slice's
