@@ -81,8 +81,7 @@ KERNELS = Kernels(
 )
 
 
-@torch.library.custom_op("fastalign::gae", mutates_args=())
-def gae_op(
+def _gae(
     rewards: Tensor, values: Tensor, mask: Tensor, bootstrap: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Advantages and returns [B, T]: fp32, fp64 if an input is; mask is bool."""
@@ -93,6 +92,9 @@ def gae_op(
     if v.numel():
         KERNELS.select(v).gae_rows(r, v, mask.contiguous(), after, gamma, lam, *out)
     return out
+
+
+gae_op = torch.library.custom_op("fastalign::gae", _gae, mutates_args=())
 
 
 @gae_op.register_fake
@@ -142,7 +144,9 @@ def gae(
         checks.dtype("bootstrap", bootstrap, checks.FLOATS)
         checks.shape("bootstrap", bootstrap, (rewards.shape[0],), "[B]")
         checks.device("bootstrap", bootstrap, "rewards", rewards)
-    return Advantages(*gae_op(rewards, values, as_bool(mask), bootstrap, gamma, lam))
+    # Without tracing the op skips the dispatcher, because its Python layers take longer than the kernel.
+    run = gae_op if traced(rewards) or transforming() else _gae
+    return Advantages(*run(rewards, values, as_bool(mask), bootstrap, gamma, lam))
 
 
 def _moments(x: Tensor, mask: Tensor) -> Tensor:
@@ -213,7 +217,7 @@ def masked_whiten(
     checks.tensor("x", x)
     check_tokens({"x": x}, mask)
     dense, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
-    # Without tracing the ops skip the dispatcher, because its Python layers take longer than the kernels.
+    # As in gae.
     moments_of, whiten = (moments_op, whiten_op) if traced(x) or transforming() else (_moments, _whiten)
     moments = moments_of(dense, inside)
     if group is not None:
