@@ -22,7 +22,7 @@ class Rounds(NamedTuple):
     `GpuCase.fewest` is how many there are at least, up to `most`.
     """
 
-    seconds: float = 1.5
+    seconds: float = 1.0
     most: int = 20
 
 

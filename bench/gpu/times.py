@@ -1,7 +1,7 @@
 """Times of every operation on this GPU, each beside its ceiling and its peers: `python -m bench.gpu.times`.
 
-Sections run in the order of SECTIONS, and each may take an equal share of the time that is left. What
-compiles comes last. A case that fails, that ends its process, or for which no time is left is written down,
+Sections run in the order of SECTIONS, and each may take its share of the time that is left. What compiles
+comes last. A case that fails, that ends its process, or for which no time is left is written down,
 and the next begins. The exit status is 1 if one of our rows has no figures.
 """
 
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,23 +24,32 @@ from .case import GpuCase
 from .results import Results
 from .rounds import MeasuredCase, Rounds, as_json, left_out, line, measure
 
-# Modules of this package with CASES: Sequence[GpuCase], the most important first.
+
+class Section(NamedTuple):
+    """A module of this package with CASES: Sequence[GpuCase], and its share of the time."""
+
+    module: str
+    share: float
+
+
 SECTIONS = {
-    "heads": "head_cases",
-    "engines": "engine_cases",
-    "tail": "tail_cases",
-    "logits": "logits_cases",
-    "sampling": "sampling_cases",
-    "rollouts": "rollout_cases",
+    "heads": Section("head_cases", 12),
+    "engines": Section("engine_cases", 5),
+    "tail": Section("tail_cases", 3),
+    "logits": Section("logits_cases", 3),
+    "sampling": Section("sampling_cases", 2),
+    "rollouts": Section("rollout_cases", 4),
 }
+COMPILED = "compiled"
+COMPILED_SHARE = 5
 OUT_OF_TIME = "not run: out of time"
 DIED = "failed: the process ended in this case"
 BROKEN = 3  # exit status: after an error the device serves no other case of this process
 
 
 def cases_of(section: str) -> list[GpuCase]:
-    """The cases of a section. Its module is imported here, after the dry run has chosen the interpreter."""
-    return list(importlib.import_module(f".{SECTIONS[section]}", __package__).CASES)
+    """The cases of a section."""
+    return list(importlib.import_module(f".{SECTIONS[section].module}", __package__).CASES)
 
 
 def sections(pattern: str) -> dict[str, list[GpuCase]]:
@@ -73,11 +83,12 @@ def timed(
     """
     begun = begun or Begun(None)
     end = time.monotonic() + seconds
-    phases = [(cases, False) for cases in parts.values()]
-    phases.append(([case for cases in parts.values() for case in cases if case.compiles], True))
-    for number, (cases, compiled) in enumerate(phases):
-        now = time.monotonic()
-        deadline = now + (end - now) / (len(phases) - number)
+    phases = dict(parts) | {COMPILED: [case for cases in parts.values() for case in cases if case.compiles]}
+    shares = {name: SECTIONS[name].share if name in SECTIONS else COMPILED_SHARE for name in phases}
+    for phase, cases in phases.items():
+        now, compiled = time.monotonic(), phase == COMPILED
+        deadline = now + (end - now) * shares[phase] / sum(shares.values())
+        del shares[phase]
         for case in cases:
             name = f"{case.name}, compiled" if compiled else case.name
             if name in begun.earlier:
@@ -145,9 +156,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, one round each")
     parser.add_argument("--begun", type=Path, help=argparse.SUPPRESS)  # of a process that `supervise` began
     given = parser.parse_args(argv)
-    if given.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported
-    elif not given.list and not torch.cuda.is_available():
+    arguments = sys.argv[1:] if argv is None else argv
+    if given.dry_run and os.environ.get("TRITON_INTERPRET") != "1":  # it counts when a kernel is imported
+        command = (sys.executable, "-m", "bench.gpu.times", *arguments)
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
+    if not given.dry_run and not given.list and not torch.cuda.is_available():
         parser.error("device: got no GPU, expected one; --dry-run takes a CPU")
     if given.list:
         for section, cases in sections(given.only).items():
@@ -155,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if given.dry_run or given.begun:
         return measure_all(given)
-    return supervise(sys.argv[1:] if argv is None else argv, given.seconds)
+    return supervise(arguments, given.seconds)
 
 
 if __name__ == "__main__":
