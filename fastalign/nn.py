@@ -6,28 +6,34 @@ sharding stay with the model. Options are checked in the constructor, tensors in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from fastalign_kernels import (
     LinearPreferenceLoss,
     LinearUnpairedLoss,
     PolicyLoss,
+    PreferenceLoss,
     checks,
+    cpo_loss,
     cross_entropy,
     linear_cross_entropy,
     linear_dpo_loss,
     linear_kto_loss,
     linear_ppo_loss,
+    orpo_loss,
+    simpo_loss,
 )
-from fastalign_kernels.keywords import refuse_unknown
+from fastalign_kernels.keywords import flat_signature, refuse_unknown
 from fastalign_kernels.linear.inputs import (
     HEAD_DEFAULTS,
     HEAD_SETTINGS,
     HeadSettings,
     check_tail_smoothing,
+    head_inputs,
     head_keywords,
     head_options,
 )
@@ -39,7 +45,7 @@ from fastalign_kernels.linear.policy_inputs import (
     LinearPolicySettings,
     policy_keywords,
 )
-from fastalign_kernels.linear.sequences import SEQUENCE_TENSORS, SequenceTensors, sequence_keywords
+from fastalign_kernels.linear.sequences import SEQUENCE_TENSORS, Rows, SequenceTensors, sequence_keywords
 from fastalign_kernels.logits import loss_options, make_transform
 from fastalign_kernels.policy.arguments import AGGREGATIONS, PolicySettings, PolicyTensors, policy_options
 from fastalign_kernels.preference.arguments import pair_options, unpaired_options
@@ -186,6 +192,106 @@ class LinearDPOLoss(_Loss):
         return linear_dpo_loss(hidden, weight, ids, bias, **tensors, **self.options)
 
 
+class _LinearPairLoss(_Loss):
+    """A loss of pairs without a reference, on the head. A subclass names its function.
+
+    It costs 1 GEMM for the log-probabilities and 2 or 3 for the gradients, as `linear_logprobs` does.
+    """
+
+    function: Callable[..., PreferenceLoss]
+    takes_lengths = True  # of the chosen and the rejected completions
+
+    def __init__(self, options: dict[str, Any], head: HeadSettings) -> None:
+        checked = head_options(type(self), head, HEAD_SETTINGS)
+        self._loss(torch.empty(2, 0), torch.empty(2, 0, dtype=torch.int64), options)  # checks the options
+        super().__init__(**options, **_with_defaults(head))
+        self.head, self.loss_options = checked, options
+
+    @classmethod
+    def _loss(cls, logps: Tensor, lengths: Tensor, options: dict[str, Any]) -> PreferenceLoss:
+        """From log-probabilities and numbers of tokens [2, S], those of the chosen completions first."""
+        named = dict(zip(("chosen_lengths", "rejected_lengths"), lengths)) if cls.takes_lengths else {}
+        return cls.function(*logps, **named, **options)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        bias: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+    ) -> LinearPreferenceLoss:
+        """hidden: [2S, T, H] (chosen rows first), or packed [N, H] with cu_seqlens [2S + 1].
+
+        ids: [2S, T] or [N], ignore_index where a token is not scored. hidden[t] predicts ids[t].
+        """
+        rows = Rows.of(ids, cu_seqlens, group=2, check=self.head.check)
+        inputs = head_inputs(hidden, weight, ids, bias, self.head)
+        logps = rows.logps(inputs).view(2, -1)
+        out = self._loss(logps, rows.lengths(inputs.ids).view(2, -1), self.loss_options)
+        return LinearPreferenceLoss(*out, *logps.detach())
+
+
+class LinearORPOLoss(_LinearPairLoss):
+    """`fastalign.orpo_loss` on the head as a module; returns a LinearPreferenceLoss.
+
+    The call takes hidden [2S, T, H] (chosen rows first) or packed [N, H] with cu_seqlens, weight [V, H], and
+    ids. Tokens are counted there. The constructor takes that function's options and the head's.
+    """
+
+    function = staticmethod(orpo_loss)
+
+    @head_keywords
+    def __init__(
+        self, *, beta: float = 0.1, alpha: float = 1.0, reduction: str = "mean", **head: Unpack[HeadSettings]
+    ) -> None:
+        super().__init__({"beta": beta, "alpha": alpha, "reduction": reduction}, head)
+
+
+class LinearSimPOLoss(_LinearPairLoss):
+    """`fastalign.simpo_loss` on the head as a module; as LinearORPOLoss."""
+
+    function = staticmethod(simpo_loss)
+
+    @head_keywords
+    def __init__(
+        self,
+        *,
+        beta: float = 2.0,
+        gamma: float = 1.0,
+        alpha: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        **head: Unpack[HeadSettings],
+    ) -> None:
+        options = {"beta": beta, "gamma": gamma, "alpha": alpha}
+        super().__init__({**options, "label_smoothing": label_smoothing, "reduction": reduction}, head)
+
+
+class LinearCPOLoss(_LinearPairLoss):
+    """`fastalign.cpo_loss` on the head as a module; as LinearORPOLoss.
+
+    The chosen completion's NLL is the sum over its tokens, as in the paper.
+    """
+
+    function = staticmethod(cpo_loss)
+    takes_lengths = False
+
+    @head_keywords
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        **head: Unpack[HeadSettings],
+    ) -> None:
+        options = {"beta": beta, "alpha": alpha}
+        super().__init__({**options, "label_smoothing": label_smoothing, "reduction": reduction}, head)
+
+
 class LinearKTOLoss(_Loss):
     """`fastalign.linear_kto_loss` as a module; returns a LinearUnpairedLoss.
 
@@ -262,3 +368,19 @@ class LinearPPOLoss(_Loss):
         refuse_unknown(LinearPPOLoss.forward, tensors, POLICY_TENSORS)
         given = (hidden, weight, ids, old_logp, advantages, mask, bias)
         return linear_ppo_loss(*given, **tensors, **self.options)
+
+
+grpo_keywords = flat_signature({**HEAD_DEFAULTS, **POLICY_DEFAULTS, "aggregation": "sequence_mean"})
+
+
+class LinearGRPOLoss(LinearPPOLoss):
+    """LinearPPOLoss with GRPO's mean: over each sequence's tokens, then over the sequences (2402.03300).
+
+    advantages [B], one for each sequence: its reward minus its group's mean, over the group's standard
+    deviation. docs/policy_losses.md has Dr. GRPO's, DAPO's and the other normalisers.
+    """
+
+    @grpo_keywords
+    def __init__(self, **options: Unpack[LinearPolicySettings]) -> None:
+        options.setdefault("aggregation", "sequence_mean")
+        super().__init__(**options)

@@ -1,9 +1,31 @@
 """The modules are the functions with their options in the constructor."""
 
+import inspect
+
+import pytest
 import torch
 
-from fastalign import cross_entropy, linear_cross_entropy, linear_dpo_loss, linear_kto_loss, linear_ppo_loss
-from fastalign.nn import CrossEntropyLoss, LinearCrossEntropyLoss, LinearDPOLoss, LinearKTOLoss, LinearPPOLoss
+from fastalign import (
+    cpo_loss,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_dpo_loss,
+    linear_kto_loss,
+    linear_ppo_loss,
+    orpo_loss,
+    simpo_loss,
+)
+from fastalign.nn import (
+    CrossEntropyLoss,
+    LinearCPOLoss,
+    LinearCrossEntropyLoss,
+    LinearDPOLoss,
+    LinearGRPOLoss,
+    LinearKTOLoss,
+    LinearORPOLoss,
+    LinearPPOLoss,
+    LinearSimPOLoss,
+)
 
 HEAD = {"softcap": 5.0, "logit_scale": 0.5, "workspace_mib": 1.0}
 COMMON = {"ignore_index": 3, "label_smoothing": 0.1, "z_loss": 1e-3, "temperature": 0.8, "reduction": "sum"}
@@ -94,3 +116,76 @@ def test_linear_ppo_loss():
     assert all(map(torch.equal, found, linear_ppo_loss(*given, **options, **tensors)))
     found.loss.backward()
     assert weight.grad.abs().sum() > 0 and "kl_estimator='k2'" in repr(module)
+
+
+REFERENCE_FREE = {
+    LinearORPOLoss: (orpo_loss, {"beta": 0.3, "alpha": 0.5}, True),
+    LinearSimPOLoss: (simpo_loss, {"beta": 1.5, "gamma": 0.7, "alpha": 0.2, "label_smoothing": 0.1}, True),
+    LinearCPOLoss: (cpo_loss, {"beta": 0.3, "alpha": 0.5, "label_smoothing": 0.1}, False),
+}
+
+
+@pytest.mark.parametrize("module", REFERENCE_FREE)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_losses_of_pairs_without_a_reference(module, reduction):
+    """The function on the sums of the head's log-probabilities, padded and packed, with every gradient."""
+    function, options, takes_lengths = REFERENCE_FREE[module]
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 5, 6), (9, 6), (9,))
+    )
+    ids = torch.randint(9, (4, 5))
+    ids[:, 0], ids[1, 3:] = 3, 3
+    options = {**options, "reduction": reduction}
+    loss = module(**options, ignore_index=3, temperature=0.8, **HEAD)
+    logits = 5.0 * torch.tanh((hidden @ weight.T + bias) * 0.5 / 5.0) / 0.8
+    logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * (ids != 3)
+    lengths = dict(zip(("chosen_lengths", "rejected_lengths"), (ids != 3).sum(1).chunk(2)))
+    expected = function(*logp.sum(1).chunk(2), **(lengths if takes_lengths else {}), **options)
+    packed = hidden.flatten(0, 1), weight, ids.flatten(), bias
+    for found in (
+        loss(hidden, weight, ids, bias),
+        loss(*packed, cu_seqlens=torch.arange(0, 21, 5)),
+    ):
+        torch.testing.assert_close(tuple(found[:3]), tuple(expected))
+        torch.testing.assert_close(torch.cat(found[3:]), logp.sum(1).detach())
+        gradients = (
+            torch.autograd.grad(x.loss.sum(), (hidden, weight, bias), retain_graph=True)
+            for x in (found, expected)
+        )
+        torch.testing.assert_close(*gradients)
+    assert f"beta={options['beta']}" in repr(loss) and not list(loss.parameters())
+
+
+@pytest.mark.parametrize(
+    "module, options, message",
+    [
+        (LinearORPOLoss, {"beta": 0.0}, "beta: got 0.0, expected a number above 0"),
+        (LinearSimPOLoss, {"label_smoothing": 0.5}, "label_smoothing: got 0.5"),
+        (LinearCPOLoss, {"alpha": -1.0}, "alpha: got -1.0, expected a number >= 0"),
+        (LinearCPOLoss, {"reduction": "max"}, "reduction: got 'max'"),
+        (LinearORPOLoss, {"temperature": 0.0}, "temperature: got 0.0"),
+        (LinearGRPOLoss, {"aggregation": "mean"}, "aggregation: got 'mean'"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_fails_in_the_constructor(module, options, message):
+    with pytest.raises(ValueError, match=message):
+        module(**options)
+
+
+def test_linear_grpo_loss_is_ppo_by_sequences():
+    hidden, weight = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 6), (9, 6)))
+    given = (
+        hidden,
+        weight,
+        torch.randint(9, (2, 5)),
+        torch.randn(2, 5) - 2,
+        torch.randn(2),
+        torch.ones(2, 5),
+    )
+    found = LinearGRPOLoss(clip_high=0.28)(*given)
+    assert all(
+        map(torch.equal, found[:2], linear_ppo_loss(*given, clip_high=0.28, aggregation="sequence_mean")[:2])
+    )
+    assert inspect.signature(LinearGRPOLoss).parameters["aggregation"].default == "sequence_mean"
+    assert LinearGRPOLoss(aggregation="token_mean").options["aggregation"] == "token_mean"
