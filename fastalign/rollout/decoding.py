@@ -139,21 +139,22 @@ def run_steps(step: Callable[[], None], *, capture: bool, name: str) -> Iterator
     if capture and name not in _not_captured:
         main = torch.cuda.current_stream()
         stream = torch.cuda.Stream()
-        for _ in range(WARM_UP):
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step()
-            torch.cuda.current_stream().wait_stream(stream)
-            yield
-        graph = torch.cuda.CUDAGraph()
-        # Autocast's cache is off: it would keep cast weights in the graph's memory. Errors are thread-
-        # local, so that other threads (which pin batches, for example) may go on calling CUDA.
+        # Autocast's cache is off: it would keep cast weights in the graph's memory. It is off in the warm-up
+        # too, because torch.compile would compile for the change, which a capture does not allow.
         cast = torch.autocast(
             "cuda",
             torch.get_autocast_dtype("cuda"),
             enabled=torch.is_autocast_enabled("cuda"),
             cache_enabled=False,
         )
+        for _ in range(WARM_UP):
+            stream.wait_stream(torch.cuda.current_stream())
+            with cast, torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            yield
+        graph = torch.cuda.CUDAGraph()
+        # Errors are thread-local, so that other threads (which pin batches, say) may go on calling CUDA.
         try:
             with cast, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 step()
