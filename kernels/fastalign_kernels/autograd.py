@@ -29,7 +29,7 @@ def register_op(
     save: Callable[..., None],
     backward: Callable[..., NamedGrads],
     losses: str,
-) -> Callable[..., Any]:
+) -> EagerOp:
     """The op `fastalign::name` of `forward`, with its fake and its backward.
 
     Args:
@@ -46,8 +46,9 @@ def register_op(
         grads = backward(ctx, saved, *upstream)
         return tuple([grads.get(parameter) for parameter in parameters])
 
-    op.register_autograd(first_order(losses, in_order), setup_context=save)
-    return op
+    checked = first_order(losses, in_order)
+    op.register_autograd(checked, setup_context=save)
+    return EagerOp(op, forward, save, checked)
 
 
 def register_loss_op(
@@ -57,7 +58,7 @@ def register_loss_op(
     *,
     differentiable: Sequence[str],
     losses: str,
-) -> Callable[..., Any]:
+) -> EagerOp:
     """An op whose forward returns a loss, numbers without gradient, and the gradients of `differentiable`.
 
     differentiable: names of forward's parameters, in the order of the gradients.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..gemm import mm
+from ..triton_launch import Launcher
 from .chunks import capturing
 from .engine import Gradients, TokenCoefficients, empty_gradients
 from .inputs import HeadInputs, NeedsGrad
@@ -162,29 +164,38 @@ class EpilogueCall:
         the first tokens: it also fills the rest of the table with 0.
         """
         hidden, _, _, bias, _ = self.inputs
-        tiles, kernels = self.tiles.not_kept if kept is None else self.tiles.kept, _kernels()
+        tiles = self.tiles.not_kept if kept is None else self.tiles.kept
         programs = tiles.per_sm * self.multiprocessors
         if state is None:
             state = torch.empty(
                 state_size(self.inputs, self.tiles, rows), dtype=torch.float32, device=stats.device
             )
         block = self.gather(first, rows, state if kept is None else kept, state, stats)
-        kernels.forward_kernel[(programs,)](
-            descriptor(block.hidden, tiles.bm, tiles.bk),
-            descriptor(self.weight, tiles.bn, tiles.bk),
-            # a descriptor needs memory, even if nobody writes
-            descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
-            block.ids, bias, self.order, state,
-            first, rows, self.N, self.V, self.H, self.scales.inner, self.scales.outer,
-            **self.flags, **self.statistics,
-            KEEP=kept is not None, KEPT_SCALE=self.kept_scale, BM=tiles.bm, BN=tiles.bn, BK=tiles.bk,
-            GROUP=tiles.group, PARTS=tiles.parts, PROGRAMS=programs, FLATTEN=tiles.flatten,
-            BRANCH=tiles.branch,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+        launch(
+            "forward_kernel", programs,
+            (
+                descriptor(block.hidden, tiles.bm, tiles.bk),
+                descriptor(self.weight, tiles.bn, tiles.bk),
+                # a descriptor needs memory, even if nobody writes
+                descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
+                block.ids, bias, self.order, state,
+                first, rows, self.N, self.V, self.H, self.scales.inner, self.scales.outer,
+            ),
+            {
+                **self.flags, **self.statistics,
+                "KEEP": kept is not None, "KEPT_SCALE": self.kept_scale,
+                "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": tiles.group, "PARTS": tiles.parts,
+                "PROGRAMS": programs, "FLATTEN": tiles.flatten, "BRANCH": tiles.branch,
+            },
+            {"num_warps": tiles.warps, "num_stages": tiles.stages},
         )  # fmt: skip
-        kernels.merge_kernel[(-(-rows // 32),)](
-            block.ids, self.order, stats, state,
-            first, rows, self.N, self.V, -(-self.V // tiles.bn), **self.statistics, ROWS=32, TILES=32,
+        launch(
+            "merge_kernel", -(-rows // 32),
+            (
+                block.ids, self.order, stats, state,
+                first, rows, self.N, self.V, -(-self.V // tiles.bn),
+            ),
+            {**self.statistics, "ROWS": 32, "TILES": 32},
         )  # fmt: skip
         return block
 
@@ -196,12 +207,17 @@ class EpilogueCall:
         block_ids = torch.empty(rows, dtype=torch.int32, device=ids.device)
         gathered = torch.empty(rows, self.H, dtype=hidden.dtype, device=hidden.device)
         push = not self.ordered
-        _row_kernels().gather_kernel[(-(-(self.N if push else rows) // 32),)](
-            hidden, self.weight, ids, bias, self.order, self.how_many.memory, stats, gathered, block_ids,
-            state, first, rows, self.N, self.V, self.H, *hidden.stride(), self.weight.stride(0), self.V // 2,
-            int(self.how_many.captured), self.scales.inner, self.scales.outer, **self.flags,
-            PUSH=push, REFERENCE=self.one_reference,
-            NEW=stats is not None, BM=32, SAMPLE=64, BK=64, BLOCK=2048,
+        launch(
+            "gather_kernel", -(-(self.N if push else rows) // 32),
+            (
+                hidden, self.weight, ids, bias, self.order, self.how_many.memory, stats, gathered, block_ids,
+                state, first, rows, self.N, self.V, self.H, *hidden.stride(), self.weight.stride(0),
+                self.V // 2, int(self.how_many.captured), self.scales.inner, self.scales.outer,
+            ),
+            {
+                **self.flags, "PUSH": push, "REFERENCE": self.one_reference, "NEW": stats is not None,
+                "BM": 32, "SAMPLE": 64, "BK": 64, "BLOCK": 2048,
+            },
         )  # fmt: skip
         self.how_many.written()
         self.ordered = True
@@ -221,13 +237,20 @@ class EpilogueCall:
         else:
             tokens = self.tokens(block, rows)
             table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
-        _row_kernels().dlogits_kernel[(rows,)](
-            block.kept, block.state, block.ids, stats, self.order, table, block.hidden,
-            row_scale, block.first, block.rows, self.N, self.V, self.H, block.kept.stride(0), rows,
-            label_smoothing, z_loss, self.scales.slope, self.scales.outer, CROSS_ENTROPY=loss is not None,
-            HAS_SOFTCAP=self.flags["HAS_SOFTCAP"], ONE_REFERENCE=self.one_reference,
-            SCALE_HIDDEN=needs.head, KEPT_SCALE=self.kept_scale,
-            BN=self.tiles.kept.bn, TILES=max(1, 4096 // self.tiles.kept.bn), BLOCK=1024, num_warps=8,
+        bn = self.tiles.kept.bn
+        launch(
+            "dlogits_kernel", rows,
+            (
+                block.kept, block.state, block.ids, stats, self.order, table, block.hidden, row_scale,
+                block.first, block.rows, self.N, self.V, self.H, block.kept.stride(0), rows,
+                label_smoothing, z_loss, self.scales.slope, self.scales.outer,
+            ),
+            {
+                "CROSS_ENTROPY": loss is not None, "HAS_SOFTCAP": self.flags["HAS_SOFTCAP"],
+                "ONE_REFERENCE": self.one_reference, "SCALE_HIDDEN": needs.head,
+                "KEPT_SCALE": self.kept_scale, "BN": bn, "TILES": max(1, 4096 // bn), "BLOCK": 1024,
+            },
+            {"num_warps": 8},
         )  # fmt: skip
         return row_scale
 
@@ -307,9 +330,11 @@ class BlockGradients:
         dtype = torch.float32 if call.one_reference else grad.dtype
         dx = torch.empty(grad.shape[0], call.H, dtype=dtype, device=grad.device)
         mm(grad, call.weight, dx)
-        _row_kernels().scatter_kernel[(grad.shape[0],)](
-            dx, row_scale, call.order, self.out.hidden, first, call.H, SCALED=call.one_reference, BLOCK=1024
-        )
+        launch(
+            "scatter_kernel", grad.shape[0],
+            (dx, row_scale, call.order, self.out.hidden, first, call.H),
+            {"SCALED": call.one_reference, "BLOCK": 1024},
+        )  # fmt: skip
 
     def _add_weight(self, grad: Tensor, x: Tensor) -> None:
         if self.weight is not None:
@@ -353,13 +378,20 @@ def descriptor(matrix: Tensor, rows: int, columns: int):
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def _kernels():
-    from . import epilogue_triton
+@functools.cache
+def _launcher(kernel: str) -> Launcher:
+    from . import epilogue_rows_triton, epilogue_triton  # Triton is absent on macOS and Windows
 
-    return epilogue_triton
+    module = epilogue_triton if hasattr(epilogue_triton, kernel) else epilogue_rows_triton
+    return Launcher(getattr(module, kernel))
 
 
-def _row_kernels():
-    from . import epilogue_rows_triton
-
-    return epilogue_rows_triton
+def launch(
+    kernel: str,
+    grid: int,
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+    options: dict[str, int] | None = None,
+) -> None:
+    """See Launcher; `kernel` is of epilogue_triton or epilogue_rows_triton."""
+    _launcher(kernel)(grid, args, constants, options)
