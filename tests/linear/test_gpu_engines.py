@@ -22,7 +22,7 @@ from fastalign_kernels import (  # noqa: E402
     linear_ppo_loss,
     linear_token_stats,
 )
-from fastalign_kernels.linear import engines, gpu_plan, kept_softmax  # noqa: E402
+from fastalign_kernels.linear import engines, gpu_plan, gpu_tokens, kept_softmax  # noqa: E402
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  # noqa: E402
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
@@ -148,6 +148,23 @@ def test_any_upstream_gradient_and_a_second_backward(device, engine, dtype, opti
     without, nothing = engine.statistics(inputs, NeedsGrad())
     assert not nothing
     torch.testing.assert_close(without, table, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("captured", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_one_pass_under_graph_capture(device, engine, monkeypatch, captured, dtype):
+    """There ignored tokens keep their places; the other pass takes the order that was saved."""
+    inputs = make(device, dtype, ignored=(0, 3, 4))
+    needs = needs_of(inputs)
+    upstream = torch.randn(len(Stat), N, generator=torch.Generator().manual_seed(1)).to(device)
+    upstream[[Stat.MEAN_LOGP, Stat.ENTROPY]] = 0
+    _, expected = truth(inputs, lambda table: coefficients(upstream.double(), table, V))
+    now = {"captured": captured == "forward"}
+    monkeypatch.setattr(gpu_tokens, "capturing", lambda tensor: now["captured"])
+    table, saved = engine.statistics(inputs, needs)
+    now["captured"] = captured == "backward"
+    found = engine.gradients(inputs, table, saved, coefficients(upstream, table, V), needs)
+    assert_close(found, expected, dtype)
 
 
 @pytest.mark.parametrize("n_tokens, ignored", [(0, ()), (1, ()), (9, range(9)), (9, range(8)), (9, ())])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..softmax.tile_rows_triton import Rows
-from .tail_columns import first_true
-from .token_tiles import capturing
+from .chunks import capturing
 
 
 class Tokens:
@@ -18,19 +18,33 @@ class Tokens:
     which the tokens that are not ignored come first, and `count` is N. Settle after the first tile is queued:
     the host then waits for work that was queued before, and the device never idles. If no token is ignored
     nothing is gathered. Under graph capture nothing can be asked, so all tokens enter, ignored ones as zeros.
+
+    `order` [N + 1] int64 is what a backward pass needs to find the same positions: the tokens, then their
+    count, or N + 1 if the forward pass was captured.
     """
 
-    def __init__(self, hidden: Tensor, ids: Tensor) -> None:
+    def __init__(self, hidden: Tensor, ids: Tensor, order: Tensor | None = None) -> None:
+        """order: of the forward pass, if that has saved it."""
         self.hidden, self.ids = hidden, ids
         self.count = ids.shape[0]
         self.indices: Tensor | None = None
         self._how_many: Callable[[], int] | None = None
         if capturing(ids):
-            self.hidden = hidden.masked_fill((ids < 0)[:, None], 0)
+            if order is None:
+                order = torch.arange(self.count + 1, device=ids.device)
+                order[-1:] = self.count + 1
+                self.hidden = self._masked()
+            else:
+                self.indices = order[:-1]
+                self.hidden = self._masked().index_select(0, self.indices)
         else:
-            self.indices, self._how_many = first_true(ids >= 0)
+            if order is None:
+                kept = ids >= 0
+                order = torch.cat([torch.argsort(~kept, stable=True), kept.sum().view(1)])
+            self.indices, self._how_many = order[:-1], _on_host(order[-1:])
             if not ids.is_cuda:
                 self.settle()
+        self.order = order
 
     def settle(self) -> None:
         """Ask for the count."""
@@ -39,7 +53,9 @@ class Tokens:
         N, self.count = self.count, self._how_many()
         self._how_many = None
         assert self.indices is not None
-        if self.count == N:
+        if self.count > N:  # the forward pass was captured
+            self.count, self.indices, self.hidden = N, None, self._masked()
+        elif self.count == N:
             self.indices = None
         else:
             self.indices = self.indices[: self.count]
@@ -61,3 +77,22 @@ class Tokens:
         index = self.indices[begin:end]
         # an ignored token's gradient is 0, but 0 times a NaN hidden state would reach dW
         return self.hidden.index_select(0, index).masked_fill((self.ids[index] < 0)[:, None], 0)
+
+    def _masked(self) -> Tensor:
+        return self.hidden.masked_fill((self.ids < 0)[:, None], 0)
+
+
+def _on_host(count: Tensor) -> Callable[[], int]:
+    """A function that tells a count [1]; on a GPU it waits for no more than what was queued before now."""
+    if not count.is_cuda:
+        return lambda: int(count)
+    memory = torch.empty(1, dtype=count.dtype, pin_memory=True)
+    memory.copy_(count, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def how_many() -> int:
+        copied.synchronize()
+        return int(memory[0])
+
+    return how_many

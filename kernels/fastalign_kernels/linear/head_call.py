@@ -23,8 +23,8 @@ def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> N
 class HeadCall:
     """One call of an engine."""
 
-    def __init__(self, inputs: HeadInputs, table: Tensor | None = None) -> None:
-        """table: the statistics [7, N], if they are there."""
+    def __init__(self, inputs: HeadInputs, table: Tensor | None = None, order: Tensor | None = None) -> None:
+        """table: the statistics [7, N], if they are there. order: see Tokens."""
         hidden, weight, ids, bias, options = inputs
         self.inputs = inputs
         # whether dlogits replace the logits; beside fp32 logits those in 16 bits need memory of their own
@@ -39,4 +39,4 @@ class HeadCall:
         self.table = table
         bias = None if bias is None else bias.to(table.dtype)
         self.softmaxes = Softmaxes(ids, bias, options.transform, table, options.lean)
-        self.tokens = Tokens(hidden, ids)
+        self.tokens = Tokens(hidden, ids, order)

@@ -17,14 +17,14 @@ own: 12 a logit (the tile is written in place of bf16 logits and read twice; dlo
 an H200 at 8192 x 4096 x 151936 in bf16: 48.5 ms where three bare GEMMs take 44.5 and token tiles took 65.6.
 
 What is kept of P is bf16 for bf16. For fp16 it is P 2^15 in fp16: P itself would lose digits below 2^-14 and
-vanish below 2^-24, and P 2^15 keeps all digits of P from 2^-29 on. It is off by at most 2^-9 of itself in
+vanish below 2^-24, and P 2^15 keeps all digits of P from 2^-29 on. It is off by at most 2^-8 of itself in
 bf16 and 2^-11 in fp16; `kept_grad` says what that does to gradients. fp32 hidden states keep their logits
 instead, and nothing is rounded: 4 bytes a logit, and the gradient overwrites them. With
 logits_dtype=torch.bfloat16 the logits' GEMM writes bf16 into the kept memory, where the gradient overwrites
 them: no tile, and 4 bytes a logit beside the GEMMs' own.
 
-Under graph capture ignored tokens keep their places, so forward and backward must both be captured, or
-neither.
+Under graph capture ignored tokens keep their places. The order of the tokens is saved with P, so that a
+forward pass that was captured and a backward pass that is not agree, and the other way round.
 """
 
 from __future__ import annotations
@@ -142,16 +142,19 @@ class KeptSoftmax(Engine):
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
         if not self.saves(inputs, needs):
             return []
-        return [inputs.hidden.new_empty(self.saved_sizes(inputs, needs).block, inputs.vocab_size)]
+        hidden = inputs.hidden
+        return [
+            hidden.new_empty(self.saved_sizes(inputs, needs).block, inputs.vocab_size),
+            hidden.new_empty(hidden.shape[0] + 1, dtype=torch.int64),
+        ]
 
     def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
-        saved = self.empty_saved(inputs, needs)
         call = _Call(inputs)
-        if not saved:
+        if not self.saves(inputs, needs):
             call.run_statistics(self.sizes(inputs, NeedsGrad()))
-            return call.table, saved
-        kept = saved[0]
+            return call.table, []
         sizes = self.saved_sizes(inputs, needs)
+        kept = inputs.hidden.new_empty(sizes.block, inputs.vocab_size)
 
         def write(logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
             if call.in_place:
@@ -164,13 +167,13 @@ class KeptSoftmax(Engine):
         if len(kept) < call.tokens.count:
             rest = call.new_rows(sizes.tile) if tile is None else tile
             call.fill(_Block(len(kept), call.tokens.count), None, rest, sizes.tile, call.write_stats)
-        return call.table, saved
+        return call.table, [kept, call.tokens.order]
 
     def gradients(
         self, inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
     ) -> Gradients:
         """Overwrites `saved`. Without it, as in a second backward pass, all logits are recomputed."""
-        call = _Call(inputs, stats)
+        call = _Call(inputs, stats, saved[1] if saved else None)
         tokens = call.tokens
         done = 0
         sums: _Sums | None = None
