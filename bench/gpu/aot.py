@@ -30,7 +30,7 @@ from unittest import mock
 
 from triton.compiler import ASTSource
 
-from fastalign_kernels import scale_triton
+from fastalign_kernels import scale_triton, token_ids_triton
 from fastalign_kernels.policy import advantages_triton as advantage_triton
 from fastalign_kernels.policy import losses_triton as policy_triton
 from fastalign_kernels.policy.ops import KL_ESTIMATORS
@@ -155,6 +155,15 @@ def compile_scale(sm: int) -> Row:
     signature = {"x": TYPES["bf16"], "factor": TYPES["fp32"], "count": "i64", "BLOCK_SIZE": "constexpr"}
     source = ASTSource(scale_triton.scale_kernel, signature, constexprs=constants)
     return triton_row(source, scale_triton.NUM_WARPS, "scale_kernel", sm, "bf16", "")
+
+
+def compile_token_ids(kernel: str, sm: int) -> Row:
+    """One of token_ids_triton's kernels."""
+    function = getattr(token_ids_triton, kernel)
+    constants: dict[str, object] = {"BLOCK_SIZE": token_ids_triton.BLOCK_SIZE}
+    types = {"ids": "*i64", "kept": "*i64", "scale": "*fp32", "ignore_index": "i32", "N": "i32"}
+    source = ASTSource(function, signature(function, types, constants), constexprs=constants)
+    return triton_row(source, token_ids_triton.NUM_WARPS, kernel, sm, "fp32", "")
 
 
 def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
@@ -292,6 +301,8 @@ def main() -> int:
         )
         rows += pool.map(lambda job: compile_tiles(*job), TILE_JOBS)
         rows += pool.map(compile_scale, (*ARCHITECTURES, *AMD))
+        kernels = ("kept_ids_kernel", "mean_scale_kernel")
+        rows += pool.map(lambda job: compile_token_ids(*job), product(kernels, (*ARCHITECTURES, *AMD)))
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
         rows += pool.map(lambda job: job(), epilogue_jobs() + tail_jobs())

@@ -13,16 +13,17 @@ writes and keeps a tensor of the logits' size.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, native
 from .logits_ops import gradient_in_forward, token_loss, token_loss_op, token_table
 from .ordered_sum import ordered_sum
 from .softmax.rows import NeedsStats, Stat, Transform, accumulator_dtype, row_stats_ref
-from .torch_func import requires_grad, transforming
+from .torch_func import requires_grad, traced, transforming
 
 
 class TokenStats(NamedTuple):
@@ -39,8 +40,25 @@ class TokenStats(NamedTuple):
 
 def kept_ids(ids: Tensor, ignore_index: int | None) -> Tensor:
     """Flat int64 ids with -1, the row kernels' mark, in place of ignore_index (None: -100)."""
-    flat = ids.reshape(-1).long()
-    return torch.where(flat == (-100 if ignore_index is None else ignore_index), -1, flat)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    flat = ids.reshape(-1)
+    if launches(flat) and abs(ignore_index) < 2**31:
+        return on_gpu().kept_ids(flat.contiguous(), ignore_index)
+    flat = flat.long()
+    return torch.where(flat == ignore_index, -1, flat)
+
+
+def launches(tensor: Tensor) -> bool:
+    """Whether a Triton kernel may be launched on the tensor in place of some of PyTorch's: on a GPU where
+    nothing traces."""
+    return tensor.is_cuda and not native.triton_missing and not traced(tensor) and not transforming()
+
+
+def on_gpu() -> ModuleType:
+    """The kernels of token ids; Triton is absent on macOS and Windows."""
+    from . import token_ids_triton
+
+    return token_ids_triton
 
 
 def loss_scale(

@@ -2,7 +2,8 @@
 
 That binds the arguments, derives what Triton specialises on, and compares the globals that the kernel reads:
 40 to 100 us of the host for 25 arguments, where the device may work for 20. `Launcher` keeps the compiled
-kernel that it returned, by a key that is at least as fine as Triton's own, and launches that.
+kernel that it returned, by a key that is at least as fine as Triton's own, and launches that. The key holds
+an int's value and a tensor's dtype, alignment and device.
 """
 
 from __future__ import annotations
@@ -30,7 +31,17 @@ class Launcher:
         options: num_warps and num_stages.
         """
         options = options or {}
-        key = (*map(_key, args), *constants.values(), *options.values())
+        key = tuple(
+            [
+                argument
+                if type(argument) is int
+                else (argument.dtype, argument.data_ptr() % 16, argument.get_device())
+                if isinstance(argument, Tensor)
+                else _key(argument)
+                for argument in args
+            ]
+            + [*constants.values(), *options.values()]
+        )
         kept = self._kept.get(key)
         if kept is not None:
             compiled, last = kept
@@ -46,11 +57,7 @@ class Launcher:
 
 
 def _key(argument: Any) -> object:
-    """What a compiled kernel may depend on: an int's value, a tensor's dtype, alignment and device."""
-    if type(argument) is int:
-        return argument
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16, argument.device
+    """What a compiled kernel may depend on of a float, None, or a TensorDescriptor."""
     if argument is None or type(argument) is float:
         return type(argument)
-    return argument.base.dtype, *argument.block_shape  # a TensorDescriptor
+    return argument.base.dtype, *argument.block_shape

@@ -56,7 +56,7 @@ def upstream(inputs, *statistics):
 
 
 def expected(inputs, token_coefficients, dtype):
-    """Statistics and gradients of the specification in this dtype, from logits in it."""
+    """Statistics, gradients and dlogits of the specification in this dtype, from logits in it."""
     hidden, weight, ids, bias, options = inputs
     hidden = torch.where((ids >= 0)[:, None], hidden, 0).to(dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -64,16 +64,26 @@ def expected(inputs, token_coefficients, dtype):
     stats = row_stats_ref(logits, ids, bias, options.transform)
     given = token_coefficients(stats, slice(None))
     grad = row_grad_ref(logits, ids, bias, options.transform, stats, given)[0].to(dtype)
-    return stats, (grad @ weight, grad.t() @ hidden, grad.sum(0))
+    return stats, (grad @ weight, grad.t() @ hidden, grad.sum(0)), grad
+
+
+def without(error_bound, ours, truth):
+    """ours, as much nearer to truth as the bound allows."""
+    error = ours.double() - truth
+    return truth + error.sign() * (error.abs() - error_bound).clamp(min=0)
 
 
 def check(no_worse_than_eager, inputs, token_coefficients, stats, gradients):
-    truth, true_gradients = expected(inputs, token_coefficients, torch.float64)
-    eager, eager_gradients = expected(inputs, token_coefficients, inputs.hidden.dtype)
+    """dW may be off by what its docstring says beside: a second rounding of the hidden states in bf16."""
+    truth, true_gradients, dlogits = expected(inputs, token_coefficients, torch.float64)
+    eager, eager_gradients, _ = expected(inputs, token_coefficients, inputs.hidden.dtype)
     for stat in Stat:
         no_worse_than_eager(stats[stat], eager[stat], truth[stat], stat.name, terms=16)
     names = ("hidden", "weight", "bias")
     for name, ours, plain, true in zip(names, gradients, eager_gradients, true_gradients):
+        if name == "weight" and ours.numel() and ours.dtype == torch.bfloat16:
+            hidden = torch.where((inputs.ids >= 0)[:, None], inputs.hidden, 0).double()
+            ours = without(2**-8 * (dlogits.abs().t() @ hidden.abs()), ours, true)
         if ours.numel():
             no_worse_than_eager(ours, plain, true, name, terms=16)
 

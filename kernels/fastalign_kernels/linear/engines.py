@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from .inputs import HeadInputs, NeedsGrad
 from .tail_gpu import TailEpilogue
 from .token_tiles import TOKEN_TILES
 
+_NOTHING = nullcontext()
 # Engines whose `gradients` overwrites what `statistics` saved.
 OVERWRITING = ("kept_softmax", "epilogue", "tail")
 
@@ -69,17 +69,20 @@ def overwrites_saved(inputs: HeadInputs, needs: NeedsGrad) -> bool:
     return select(inputs, needs).name in OVERWRITING
 
 
-@contextmanager
-def _of_engine(inputs: HeadInputs) -> Iterator[None]:
+def _of_engine(inputs: HeadInputs) -> AbstractContextManager[object]:
     """Without autocast, which would cast the factors of some GEMMs again, and on the tensors' GPU, since
-    Triton launches on the current one. Entered only where needed: a context costs the host microseconds."""
+    Triton launches on the current one. Nothing is entered where that is so already: it costs microseconds."""
     device = inputs.hidden.device
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            stack.enter_context(torch.cuda.device(device))
-        yield
+    autocast = torch.is_autocast_enabled(device.type)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not autocast and not elsewhere:
+        return _NOTHING
+    stack = ExitStack()
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))
+    return stack
 
 
 def statistics(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:

@@ -371,11 +371,16 @@ def _readable_by_tma(weight: Tensor) -> Tensor:
     return weight.clone(memory_format=torch.contiguous_format)
 
 
-def descriptor(matrix: Tensor, rows: int, columns: int):
+def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     """For the kernels, of blocks [rows, columns]."""
+    return _descriptor_type()(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+
+
+@functools.cache
+def _descriptor_type() -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor  # Triton is absent on macOS and Windows
 
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+    return TensorDescriptor
 
 
 @functools.cache

@@ -62,9 +62,7 @@ class GpuCall(NamedTuple):
     cap: float = 0.0  # softcap / temperature; 0: no softcap
     bias: bool = False
     architecture: int = 0  # compute capability, 90 for an H100; 0: not known
-    saved_mib: float | None = (
-        None  # for what is kept between the passes, if all of it fits; None: workspace_mib
-    )
+    saved_mib: float | None = None  # if it holds all that is kept between the passes; None: workspace_mib
     low_logits: bool = False  # logits are bf16, and the gradient overwrites them
 
     @property

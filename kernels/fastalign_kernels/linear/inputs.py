@@ -162,21 +162,22 @@ class HeadInputs(NamedTuple):
         architecture: int = 0,
     ) -> GpuCall:
         """What the plan on a GPU depends on; workspace_mib, saved_mib: if the call does not say."""
-        softcap, temperature, mib = self.options.softcap, self.options.temperature, self.options.workspace_mib
+        hidden, weight, _, bias, options = self
+        mib = options.workspace_mib
         return GpuCall(
-            n_tokens=self.hidden.shape[0],
-            hidden_size=self.hidden.shape[1],
-            vocab_size=self.vocab_size,
-            dtype=self.hidden.dtype,
-            workspace_mib=workspace_mib if mib is None else mib,
-            hidden_grad=needs.hidden,
-            head_grad=needs.head,
-            tail=self.options.tail_eps is not None,
-            cap=softcap / temperature,
-            bias=self.bias is not None,
-            architecture=architecture,
-            saved_mib=saved_mib if mib is None else None,
-            low_logits=self.options.logits_dtype is not None,
+            hidden.shape[0],
+            hidden.shape[1],
+            weight.shape[0],
+            hidden.dtype,
+            workspace_mib if mib is None else mib,
+            needs.hidden,
+            needs.weight or needs.bias,
+            options.tail_eps is not None,
+            options.softcap / options.temperature,
+            bias is not None,
+            architecture,
+            saved_mib if mib is None else None,
+            options.logits_dtype is not None,
         )
 
     def mode(self, upstream: str) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..logits import check_loss_tensors, loss_options, loss_scale, reduced
+from ..logits import check_loss_tensors, launches, loss_options, loss_scale, on_gpu, reduced
 from ..logits_ops import token_loss
 from ..softmax.rows import TokenLoss, accumulator_dtype, loss_coefficients
 from .inputs import HeadInputs, HeadOptions, check_tail_smoothing
@@ -33,6 +33,9 @@ class LossOptions(NamedTuple):
     def scale(self, inputs: HeadInputs) -> Tensor:
         """What each token's loss is multiplied by, [N] of the accumulator's dtype."""
         dtype = accumulator_dtype(inputs.hidden.dtype)
+        plain = self.reduction == "mean" and self.token_weights is None and self.num_items is None
+        if plain and dtype == torch.float32 and launches(inputs.ids):
+            return on_gpu().mean_scale(inputs.ids)
         return loss_scale(inputs.ids >= 0, self.reduction, self.token_weights, self.num_items, dtype)
 
     def reduced(self, stats: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:

@@ -338,10 +338,10 @@ def kept_grad(
     """Turn P times softmax_scale [C, V] into the gradient for coefficients [4, C], in the same memory `out`.
 
     The target's P and log P come from the table, so that P - 1 of a sure token keeps its digits. The other
-    columns' P is off by the rounding of what was kept, at most 2^-9 of itself in bf16 and 2^-11 in fp16. The
+    columns' P is off by the rounding of what was kept, at most 2^-8 of itself in bf16 and 2^-11 in fp16. The
     entropy's term P plogp log P takes log P from the same number: besides P's relative error, log P is off by
-    at most 2^-9, so the term by at most 2^-9 |plogp| P. PyTorch's own logits in bf16 put log P off by up to
-    2^-9 |z|. A softcap's slope 1 - h^2 is off by 2^-8 temperature / softcap.
+    at most 2^-8, so the term by at most 2^-8 |plogp| P. PyTorch's own logits in bf16 put log P off by up to
+    2^-8 |z|. A softcap's slope 1 - h^2 is off by 2^-7 temperature / softcap.
     """
     C, V = kept.shape
     if C == 0:
