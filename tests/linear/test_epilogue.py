@@ -291,7 +291,7 @@ def test_launches_of_a_call(device, monkeypatch, ignored):
         "mm",
     ]
     if ignored:
-        launches.insert(3, "zero_")  # dX of the ignored tokens
+        launches.insert(5, "zero_")  # dX of the ignored tokens
     # empty memory is poisoned here by fill_
     assert [name for name in names if name != "fill_"] == launches
 

