@@ -57,10 +57,11 @@ def prepared(wheels: Sequence[Path], site: Path) -> list[list[Part]]:
 
 
 def tests(seconds: float, folder: Path) -> list[list[Part]]:
-    """The tests that use the device, the longest first, with the sanitizers beside them."""
+    """The tests that use the device, the longest first, with head_check and the sanitizers beside them."""
     python = sys.executable
-    report = folder / "tests.json"
-    workers = max(1, (os.cpu_count() or 1) - 2)  # two for the sanitizers
+    report, heads = folder / "tests.json", folder / "heads.json"
+    workers = max(1, (os.cpu_count() or 1) - 3)
+    head_check = (python, "-m", "bench.gpu.head_check", "--json", str(heads), "--seconds", LIMIT)
     options = (
         "-q",
         "-rfE",
@@ -80,6 +81,7 @@ def tests(seconds: float, folder: Path) -> list[list[Part]]:
             Part(
                 "tests on the device", (python, "-m", "pytest", *options, *spread, *files()), seconds, report
             ),
+            Part("engines of the head against fp64", head_check, seconds, heads),
             Part("memcheck of the sampler", (*SANITIZER, "memcheck", *draw), seconds),
             Part("racecheck of the sampler", (*SANITIZER, "racecheck", *draw), seconds),
         ]

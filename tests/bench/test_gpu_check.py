@@ -29,7 +29,8 @@ def test_the_plan_has_two_calls_of_five_minutes(tmp_path: Path, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     names = [re.sub(r"^ *\d+ s  |:.*", "", line) for line in lines]
     begin = ["GPU and driver", "nvcc", "peers", "library", "environment"]
-    tests = ["tests on the device", "memcheck of the sampler", "racecheck of the sampler"]
+    tests = ["tests on the device", "engines of the head against fp64", "memcheck of the sampler"]
+    tests.append("racecheck of the sampler")
     assert names == [*begin, *tests, *begin, "times", "tune"]
     assert str(wheel) in lines[names.index("peers")] and parts.SECONDS < 300
     assert gpu_check.main(["--plan", "--part", "times", "--wheels", str(tmp_path / "none")]) == 0
