@@ -48,7 +48,6 @@ def _fake_table(logits, ids, softcap, temperature, needs, inplace_backward):
     return logits.new_empty(len(Stat), ids.shape[0], dtype=accumulator_dtype(logits.dtype))
 
 
-@torch.library.custom_op("fastalign::token_table_grad", mutates_args=())
 def _token_table_grad(
     logits: Tensor,
     ids: Tensor,
@@ -64,12 +63,16 @@ def _token_table_grad(
     return out
 
 
-@_token_table_grad.register_fake
+_token_table_grad_op = torch.library.custom_op(
+    "fastalign::token_table_grad", _token_table_grad, mutates_args=()
+)
+
+
+@_token_table_grad_op.register_fake
 def _fake_table_grad(logits, ids, stats, coefficients, softcap, temperature, needs):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastalign::token_table_grad_", mutates_args={"logits"})
 def _token_table_grad_(
     logits: Tensor,
     ids: Tensor,
@@ -92,11 +95,13 @@ def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> NamedGrads:
     logits, ids, stats = saved
     of_rows = coefficients(grad, stats, logits.shape[-1])
     arguments = (ids, stats, of_rows, ctx.softcap, ctx.temperature, ctx.needs)
-    if ctx.inplace_backward and not traced(grad):
-        grad_logits = logits.detach()
-        _token_table_grad_(grad_logits, *arguments)
-    else:
-        grad_logits = _token_table_grad(logits, *arguments)
+    if traced(grad):
+        return {"logits": _token_table_grad_op(logits, *arguments)}
+    if not ctx.inplace_backward:
+        return {"logits": _token_table_grad(logits, *arguments)}
+    grad_logits = logits.detach()
+    _token_table_grad_(grad_logits, *arguments)
+    torch.autograd.graph.increment_version(grad_logits)  # whoever saved the logits is told so by autograd
     return {"logits": grad_logits}
 
 
