@@ -301,15 +301,15 @@ def kto_kl(
     )
     # In fp64: counts are exact, and a sum of many sequences of -10^4 nats loses nothing.
     total = (policy_mismatched_logps.double() - reference_mismatched_logps.double()).sum()
-    sums = torch.stack([total, torch.full_like(total, policy_mismatched_logps.numel())])
-    if group is not None:
+    number = policy_mismatched_logps.numel()
+    if group is None:
+        mean = total / number
+    else:
+        sums = torch.stack([total, torch.full_like(total, number)])
         torch.distributed.all_reduce(sums, group=group)
-    kl = (sums[0] / sums[1]).clamp(min=0)
-    return kl.to(
-        accumulator_dtype(
-            torch.promote_types(policy_mismatched_logps.dtype, reference_mismatched_logps.dtype)
-        )
-    )
+        mean = sums[0] / sums[1]
+    dtype = torch.promote_types(policy_mismatched_logps.dtype, reference_mismatched_logps.dtype)
+    return mean.clamp(min=0).to(accumulator_dtype(dtype))
 
 
 def reward_loss(
