@@ -106,7 +106,7 @@ def test_importing_fastalign_imports_no_torch_until_a_name_is_used():
 
 @pytest.mark.parametrize(
     "module",
-    ["nn", "rollout", "causal_lm", "data", "measure", "actor_critic", "classifier", "stages"],
+    ["nn", "rollout", "causal_lm", "data", "measure", "actor_critic", "classifier", "stages", "integrations"],
 )
 def test_a_module_needs_no_import_of_its_own(module):
     assert getattr(fastalign, module).__name__ == f"fastalign.{module}"

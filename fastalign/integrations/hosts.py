@@ -1,0 +1,163 @@
+"""What all integrations share: a check of the host, and the handle that counts calls and undoes a patch."""
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+_ABSENT = object()
+_PATCHED: dict[str, "PatchedHost"] = {}
+
+
+class UnsupportedHostError(ValueError):
+    """The installed host is not the one that the integration was written for. The message says how."""
+
+
+def check_version(host: str, tested: Sequence[str]) -> str:
+    """Return the installed version of `host`.
+
+    Args:
+        host: the name of its distribution.
+        tested: the releases that the integration serves, such as "1.16"; a patch number may follow.
+    Raises:
+        UnsupportedHostError: another version.
+        ModuleNotFoundError: the host is not installed.
+    """
+    try:
+        installed = version(host)
+    except PackageNotFoundError:
+        raise ModuleNotFoundError(
+            f"{host}: got no installed package, expected {' or '.join(tested)}: {_pip(host, tested)}",
+            name=host,
+        ) from None
+    if not any(re.match(rf"{re.escape(release)}(?!\d)", installed) for release in tested):
+        raise UnsupportedHostError(
+            f"{host}: got version {installed}, expected {' or '.join(tested)}, tested with fastalign: "
+            f"{_pip(host, tested)}"
+        )
+    return installed
+
+
+def check_parameters(host: str, name: str, owner: Any, expected: Sequence[str]) -> Any:
+    """Return what the dotted `name` finds in `owner`, a callable with the parameters `expected`, in order.
+
+    Args:
+        host: the name of its distribution.
+        name: such as "Function.forward", looked up in `owner`.
+        owner: a module or class of the host.
+    Raises:
+        UnsupportedHostError: there is no such callable, or its parameters are others.
+    """
+    where = f"{host}: got {getattr(owner, '__name__', owner)}"
+    found = owner
+    for part in name.split("."):
+        found = getattr(found, part, _ABSENT)
+        if found is _ABSENT:
+            raise UnsupportedHostError(f"{where} without {name}, expected {name}({', '.join(expected)})")
+    got = list(inspect.signature(found).parameters)
+    if got != [*expected]:
+        raise UnsupportedHostError(
+            f"{where}.{name}({', '.join(got)}), expected ({', '.join(expected)}): this build of {host} "
+            f"{version(host)} is not the one that fastalign was tested with"
+        )
+    return found
+
+
+class PatchedHost:
+    """What `patch()` returns. `calls` counts the host's calls of fastalign. Leaving a `with` block undoes it.
+
+    A call inside a compiled graph is counted once, when it is traced.
+    """
+
+    def __init__(self, host: str, options: dict[str, Any] | None = None) -> None:
+        self.host = host
+        self.options = options or {}
+        self.calls = 0
+        self._undo: list[Callable[[], None]] = []
+        self._warned: set[str] = set()
+
+    @classmethod
+    def current(cls, host: str, options: dict[str, Any] | None = None) -> "PatchedHost | None":
+        """The handle of a host that is patched already, so that a second `patch()` changes nothing.
+
+        Raises:
+            ValueError: it was patched with other options.
+        """
+        handle = _PATCHED.get(host)
+        if handle is not None and handle.options != (options or {}):
+            raise ValueError(
+                f"patch: got {options} for {host}, which is patched with {handle.options}; unpatch() first"
+            )
+        return handle
+
+    @property
+    def active(self) -> bool:
+        """Whether the host is patched by this handle."""
+        return _PATCHED.get(self.host) is self
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of the host until `unpatch`."""
+        original = getattr(owner, name)
+
+        def undo() -> None:
+            if getattr(owner, name) is not value:
+                raise ValueError(
+                    f"unpatch: got another {owner.__name__}.{name}, expected fastalign's: {self.host} was "
+                    "patched again by someone else; undo that first"
+                )
+            setattr(owner, name, original)
+
+        setattr(owner, name, value)
+        self._undo.append(undo)
+        _PATCHED[self.host] = self
+
+    def on_unpatch(self, undo: Callable[[], None]) -> None:
+        """Call `undo` when the host is unpatched."""
+        self._undo.append(undo)
+        _PATCHED[self.host] = self
+
+    def unpatch(self) -> None:
+        """Give the host its functions back, the last replaced first. Does nothing the second time."""
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
+        if self.active:
+            del _PATCHED[self.host]
+
+    def count(self) -> None:
+        """Count a call of fastalign."""
+        if torch.compiler.is_compiling():
+            self._count_in_trace()
+        else:
+            self.calls += 1
+
+    @torch.compiler.assume_constant_result
+    def _count_in_trace(self) -> None:
+        """Count while a call is traced: a graph that changed `calls` would be compiled again each step."""
+        self.calls += 1
+
+    def warn_once(self, message: str) -> None:
+        """Warn, unless this handle gave the same warning before."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
+
+    def __enter__(self) -> "PatchedHost":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unpatch()
+
+
+def unpatch(host: str) -> None:
+    """Undo the patch of a host. Does nothing if it is not patched."""
+    if host in _PATCHED:
+        _PATCHED[host].unpatch()
+
+
+def _pip(host: str, tested: Sequence[str]) -> str:
+    return f"pip install '{host}=={tested[-1]}.*'"

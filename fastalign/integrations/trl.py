@@ -1,0 +1,142 @@
+"""TRL's trainers through fastalign's head.
+
+    from fastalign.integrations import trl
+    trl.patch()
+
+TRL's SFT, DPO, KTO, GRPO and RLOO trainers score tokens by one function, which `patch()` replaces. The reward
+trainer has no head over the vocabulary and runs as before. TRL scores ignored positions too, on a CPU, and
+sets what it logs of them to 0. They are skipped here, so the logged numbers are the same.
+
+TRL's own function still runs, with one warning, on a device that fastalign has no kernels for, and for a
+weight that DeepSpeed's ZeRO-3 shards, which is whole in the forward pass only.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign_kernels.linear.token_outputs import linear_token_outputs
+
+from . import hosts
+from .hosts import PatchedHost
+
+HOST = "trl"
+TESTED = ("1.16",)
+PARAMETERS = (
+    "ctx",
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# The arguments of the trainers that score tokens.
+CONFIGS = ("SFTConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig")
+DEVICES = ("cpu", "cuda")
+
+
+def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) -> PatchedHost:
+    """Let TRL's trainers score tokens by fastalign's head. Patching twice changes nothing.
+
+    Args:
+        tail_eps, workspace_mib: those of `linear_token_stats`, for every call.
+    Returns:
+        A handle: `calls` counts TRL's calls, `unpatch()` or the end of a `with` block undoes the patch.
+    Raises:
+        UnsupportedHostError: a version of TRL that fastalign was not tested with, or other parameters.
+        ModuleNotFoundError: TRL is not installed.
+    """
+    options = {"tail_eps": tail_eps, "workspace_mib": workspace_mib}
+    if (handle := PatchedHost.current(HOST, options)) is not None:
+        return handle
+    hosts.check_version(HOST, TESTED)
+    utils: Any = importlib.import_module("trl.trainer.utils")
+    hosts.check_parameters(HOST, "_ChunkedLogProbFunction.forward", utils, PARAMETERS)
+    uses_triton = hosts.check_parameters(HOST, "_use_triton", utils, ("device",))
+
+    from .trainer_end import warn_if_unused
+
+    handle = PatchedHost(HOST, options)
+    handle.replace(utils, "_ChunkedLogProbFunction", _LogProbs(handle, utils._ChunkedLogProbFunction))
+    # TRL asks this only to know whether to score all positions or those that are not ignored.
+    handle.replace(utils, "_use_triton", lambda device: device.type in DEVICES or uses_triton(device))
+    warn_if_unused(handle, CONFIGS)
+    return handle
+
+
+def unpatch() -> None:
+    """Give TRL its own function back. Does nothing if TRL is not patched."""
+    hosts.unpatch(HOST)
+
+
+class _LogProbs:
+    """Stands in for TRL's autograd function."""
+
+    def __init__(self, handle: PatchedHost, original: Any) -> None:
+        self.handle = handle
+        self.original = original
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Sequence[str] = OPTIONAL_OUTPUTS,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """TRL's five outputs [N] of hidden [N, H], weight [V, H], bias [V], targets [N]."""
+        if (reason := _unserved(hidden, weight)) is not None:
+            self.handle.warn_once(
+                f"trl: got {reason}: TRL's own function runs, and the fused head does nothing"
+            )
+            return self.original.apply(
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                chunk_size,
+                final_logit_softcapping,
+                logit_scale,
+                outputs,
+            )
+        self.handle.count()
+        if weight.dtype not in (hidden.dtype, torch.float32):  # TRL casts each tile of it
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        scored = linear_token_outputs(
+            hidden,
+            weight,
+            targets,
+            bias,
+            entropy="entropy" in outputs,
+            log_sum_sq_probs="log_sum_sq_probs" in outputs,
+            mean_logit="mean_logits" in outputs,
+            top1="is_top1" in outputs,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            **self.handle.options,
+        )
+        return scored.logp, scored.entropy, scored.log_sum_sq_probs, scored.mean_logit, scored.top1
+
+
+def _unserved(hidden: Tensor, weight: Tensor) -> str | None:
+    """Why fastalign's head cannot serve a call; None if it can."""
+    if hidden.device.type not in DEVICES:
+        return f"hidden states on {hidden.device.type}, expected one of {', '.join(DEVICES)}"
+    if hasattr(weight, "ds_id"):
+        return "an lm_head sharded by DeepSpeed's ZeRO-3, expected a whole weight"
+    return None

@@ -1,0 +1,128 @@
+"""The frame of the integrations: the check of a host, the count of calls, and the way back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastalign.integrations import hosts
+from fastalign.integrations.hosts import PatchedHost, UnsupportedHostError
+
+
+def score(hidden: Any, weight: Any) -> int:
+    return 1
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    monkeypatch.setattr(hosts, "version", lambda name: "1.16.2")
+    return SimpleNamespace(__name__="host.utils", score=score)
+
+
+@pytest.fixture
+def handle(host: SimpleNamespace) -> Iterator[PatchedHost]:
+    handle = PatchedHost("host")
+    handle.replace(host, "score", lambda hidden, weight: handle.count())
+    yield handle
+    handle.unpatch()
+
+
+def test_importing_the_package_imports_no_host() -> None:
+    code = (
+        "import sys; from fastalign.integrations import transformers, trl; "
+        "print([name for name in ('trl', 'transformers', 'liger_kernel', 'peft') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("tested", [("1.16",), ("1.15", "1.16"), ("1",)])
+def test_a_tested_version_is_accepted(host: Any, tested: tuple[str, ...]) -> None:
+    assert hosts.check_version("host", tested) == "1.16.2"
+
+
+@pytest.mark.parametrize("tested", [("1.1",), ("1.17",), ("1.16.20",)])
+def test_another_version_is_refused_by_name(host: Any, tested: tuple[str, ...]) -> None:
+    with pytest.raises(
+        UnsupportedHostError, match=rf"^host: got version 1\.16\.2, expected {tested[0]}, "
+    ) as refusal:
+        hosts.check_version("host", tested)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_host_that_is_not_installed_is_refused_with_the_command() -> None:
+    with pytest.raises(ModuleNotFoundError, match="pip install 'no-such-host==1.16.*'"):
+        hosts.check_version("no-such-host", ("1.16",))
+
+
+def test_a_function_with_the_expected_parameters_is_returned(host: Any) -> None:
+    assert hosts.check_parameters("host", "score", host, ("hidden", "weight")) is score
+
+
+def test_other_parameters_are_refused_by_name(host: Any) -> None:
+    with pytest.raises(
+        UnsupportedHostError,
+        match=r"^host: got host.utils.score\(hidden, weight\), expected \(hidden, bias\)",
+    ):
+        hosts.check_parameters("host", "score", host, ("hidden", "bias"))
+
+
+def test_an_absent_function_is_refused_by_name(host: Any) -> None:
+    with pytest.raises(
+        UnsupportedHostError, match=r"^host: got host.utils without draw, expected draw\(logits\)"
+    ):
+        hosts.check_parameters("host", "draw", host, ("logits",))
+
+
+def test_calls_are_counted_until_unpatched(host: Any, handle: PatchedHost) -> None:
+    host.score(0, 0)
+    host.score(0, 0)
+    assert handle.calls == 2 and handle.active
+    hosts.unpatch("host")
+    assert host.score(0, 0) == 1 and handle.calls == 2 and not handle.active
+    hosts.unpatch("host")
+
+
+def test_a_with_block_undoes_the_patch(host: Any) -> None:
+    handle = PatchedHost("host")
+    handle.replace(host, "score", None)
+    with handle:
+        assert host.score is None
+    assert host.score is score
+
+
+def test_the_second_patch_is_the_first_unless_its_options_differ(handle: PatchedHost) -> None:
+    assert PatchedHost.current("host") is handle and PatchedHost.current("another") is None
+    with pytest.raises(ValueError, match="unpatch\\(\\) first"):
+        PatchedHost.current("host", {"tail_eps": 0.5})
+
+
+def test_a_patch_over_ours_is_not_undone_silently(host: Any, handle: PatchedHost) -> None:
+    ours, host.score = host.score, score
+    with pytest.raises(ValueError, match=r"unpatch: got another host.utils.score, expected fastalign's"):
+        handle.unpatch()
+    assert handle.active
+    host.score = ours
+
+
+def test_a_warning_is_given_once(handle: PatchedHost) -> None:
+    with pytest.warns(UserWarning, match="falls back") as warned:
+        handle.warn_once("falls back")
+        handle.warn_once("falls back")
+    assert len(warned) == 1
+
+
+def test_a_compiled_call_is_counted_when_it_is_traced(handle: PatchedHost) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        handle.count()
+        return x + 1
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for _ in range(3):
+        compiled(torch.zeros(2))
+    assert handle.calls == 1
