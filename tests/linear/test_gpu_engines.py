@@ -150,6 +150,17 @@ def test_any_upstream_gradient_and_a_second_backward(device, engine, dtype, opti
     torch.testing.assert_close(without, table, rtol=1e-5, atol=1e-4)
 
 
+def test_a_wide_gradient_of_the_hidden_states_is_not_rounded(device, engine):
+    """linear_logprobs of a frozen head multiplies it by the upstream gradient, and rounds the product."""
+    inputs = make(device, torch.float16, ignored=(3,))
+    loss = cross_entropy(inputs)
+    rounded = engine.statistics_and_gradients(inputs, loss, NeedsGrad(hidden=True))[1].hidden
+    wide = inputs._replace(options=inputs.options._replace(wide=True))
+    found = engine.statistics_and_gradients(wide, loss, NeedsGrad(hidden=True))[1].hidden
+    assert found.dtype == torch.float32 and not torch.equal(found, rounded.float())
+    torch.testing.assert_close(found.half(), rounded, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("captured", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_one_pass_under_graph_capture(device, engine, monkeypatch, captured, dtype):

@@ -87,11 +87,17 @@ def empty_stats(inputs: HeadInputs) -> Tensor:
     return hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))
 
 
+def hidden_grad_dtype(inputs: HeadInputs) -> torch.dtype:
+    """The dtype of dX."""
+    dtype = inputs.hidden.dtype
+    return accumulator_dtype(dtype) if inputs.options.wide else dtype
+
+
 def empty_gradients(inputs: HeadInputs, needs: NeedsGrad) -> Gradients:
     """Gradients, uninitialised."""
     hidden, weight, _, bias, _ = inputs
     return Gradients(
-        torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        torch.empty_like(hidden, dtype=hidden_grad_dtype(inputs), memory_format=torch.contiguous_format)
         if needs.hidden
         else hidden.new_empty(0),
         torch.empty_like(weight, memory_format=torch.contiguous_format)

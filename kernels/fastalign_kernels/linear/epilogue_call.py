@@ -327,7 +327,7 @@ class BlockGradients:
     def _write_hidden(self, grad: Tensor, row_scale: Tensor, first: int) -> None:
         """dX; where rows have a factor it comes in fp32, so that it is rounded once."""
         call = self.call
-        dtype = torch.float32 if call.one_reference else grad.dtype
+        dtype = torch.float32 if call.one_reference else self.out.hidden.dtype
         dx = torch.empty(grad.shape[0], call.H, dtype=dtype, device=grad.device)
         mm(grad, call.weight, dx)
         launch(

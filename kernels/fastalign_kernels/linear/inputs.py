@@ -78,6 +78,7 @@ class HeadOptions(NamedTuple):
     tail_eps: float | None = None  # None: exact gradients
     logits_dtype: torch.dtype | None = None  # torch.bfloat16, or None: the accumulator's
     lean: bool = False  # MEAN_LOGP and ENTROPY are not used: an engine may leave them 0; no argument
+    wide: bool = False  # a GPU engine gives dX in the accumulator's dtype; no argument
     # what `head_inputs` alone reads
     ignore_index: int = -100
     check: bool = False
@@ -90,12 +91,19 @@ class HeadOptions(NamedTuple):
     def numbers(self) -> list[float]:
         """As one `float[]` for an op: each argument of an op costs microseconds a call. 0 stands for None."""
         low = float(self.logits_dtype is not None)
-        return [*self[:3], self.workspace_mib or 0.0, self.tail_eps or 0.0, low, float(self.lean)]
+        return [
+            *self[:3],
+            self.workspace_mib or 0.0,
+            self.tail_eps or 0.0,
+            low,
+            float(self.lean),
+            float(self.wide),
+        ]
 
     @classmethod
     def of(cls, numbers: list[float]) -> HeadOptions:
         """From `numbers`."""
-        logit_scale, softcap, temperature, workspace_mib, tail_eps, low, lean = numbers
+        logit_scale, softcap, temperature, workspace_mib, tail_eps, low, lean, wide = numbers
         return cls(
             logit_scale,
             softcap,
@@ -104,6 +112,7 @@ class HeadOptions(NamedTuple):
             tail_eps or None,
             torch.bfloat16 if low else None,
             lean > 0,
+            wide > 0,
         )
 
 

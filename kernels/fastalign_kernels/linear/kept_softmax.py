@@ -45,7 +45,7 @@ from ..softmax.tile_rows_triton import (
     tile_stats,
 )
 from . import gpu_plan
-from .engine import Engine, Gradients, TokenCoefficients
+from .engine import Engine, Gradients, TokenCoefficients, hidden_grad_dtype
 from .gpu_plan import TileSizes, keeps_softmax, saved_sizes, tile_sizes
 from .gpu_tokens import Tokens
 from .head_call import HeadCall, product
@@ -79,7 +79,7 @@ class _Sums:
         self.d_hidden = nothing
         if needs.hidden:
             allocate = torch.empty if tokens.count == N and N else torch.zeros
-            self.d_hidden = allocate(N, H, dtype=hidden.dtype, device=hidden.device)
+            self.d_hidden = allocate(N, H, dtype=hidden_grad_dtype(inputs), device=hidden.device)
         self.d_weight = weight.new_empty(0)
         if needs.weight:
             sum_dtype = weight.dtype if self.single else torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..autograd import NamedGrads, register_op
 from ..softmax.rows import Stat, accumulator_dtype
 from . import engines
-from .engine import empty_stats
+from .engine import empty_gradients, empty_stats
 from .head_stats import head_stats
 from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
 from .token_losses import TokenCrossEntropy
@@ -32,7 +32,7 @@ def _frozen(
     options: list[float],
     origin: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The table [7, N], and D [N, H] in hidden's dtype.
+    """The table [7, N], and D [N, H]: in hidden's dtype, or in fp32 if the options say `wide`.
 
     origin: an empty tensor with hidden's graph, to which the error of a second derivative is attached.
         Hidden itself is not saved, which would be [N, H] for nothing.
@@ -47,8 +47,8 @@ def _frozen(
 
 
 def _fake_frozen(hidden, weight, ids, bias, options, origin):
-    d_logp = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    return empty_stats(HeadInputs.of(hidden, weight, ids, bias, options)), d_logp
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    return empty_stats(inputs), empty_gradients(inputs, _HIDDEN_ALONE).hidden
 
 
 def _save(ctx, inputs, output) -> None:
@@ -56,13 +56,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(d_logp)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_logp, inputs[-1])
+    ctx.dtype = inputs[0].dtype
 
 
 def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> NamedGrads:
     d_logp = saved[0]
     if grad is None:
         return {}
-    return {"hidden": (grad[Stat.LOGP][:, None] * d_logp).to(d_logp.dtype)}
+    return {"hidden": (grad[Stat.LOGP][:, None] * d_logp).to(ctx.dtype)}
 
 
 _head_frozen = register_op(
@@ -76,6 +77,10 @@ def logprobs(inputs: HeadInputs) -> Tensor:
     if inputs.mode("logp") == "frozen_head":
         # A clone: a view would keep all of hidden.
         origin = inputs.hidden[:0].clone()
+        # On a GPU dX in fp16 would be rounded twice, as PyTorch's is not. An fp32 D takes 2 N H bytes more.
+        fp16 = inputs.hidden.is_cuda and inputs.hidden.dtype == torch.float16
+        if fp16 and inputs.options.tail_eps is None:
+            inputs = inputs._replace(options=inputs.options._replace(wide=True))
         stats, _ = _head_frozen(*inputs.tensors, inputs.options.numbers(), origin)
     else:
         stats = head_stats(inputs)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..softmax.slice_rows_triton import new_running, slice_stats
 from ..softmax.tile_rows_triton import tile_grad
-from .engine import Engine, Gradients, TokenCoefficients, empty_gradients
+from .engine import Engine, Gradients, TokenCoefficients, empty_gradients, hidden_grad_dtype
 from .gpu_plan import GRANULE, slice_width
 from .head_call import HeadCall, product
 from .inputs import HeadInputs, NeedsGrad
@@ -116,7 +116,8 @@ def _run_gradients(call: HeadCall, width: int, coefficients: Tensor, needs: Need
         return grads
     assert sums is not None
     del logits, dlogits, low  # dX takes their memory
+    dtype = hidden_grad_dtype(call.inputs)
     if tokens.indices is None:
-        return grads._replace(hidden=sums.to(hidden.dtype))
-    d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device)
-    return grads._replace(hidden=d_hidden.index_copy_(0, tokens.indices, sums.to(hidden.dtype)))
+        return grads._replace(hidden=sums.to(dtype))
+    d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    return grads._replace(hidden=d_hidden.index_copy_(0, tokens.indices, sums.to(dtype)))
