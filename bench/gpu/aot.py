@@ -36,7 +36,13 @@ from fastalign_kernels.policy import losses_triton as policy_triton
 from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.preference import losses_triton as preference_triton
 from fastalign_kernels.preference.formulas import PAIR_LOSSES
-from fastalign_kernels.softmax import columns_triton, rows_triton, slice_rows_triton, tile_rows_triton
+from fastalign_kernels.softmax import (
+    coefficients_triton,
+    columns_triton,
+    rows_triton,
+    slice_rows_triton,
+    tile_rows_triton,
+)
 
 from .aot_epilogue import epilogue_jobs
 from .aot_row import (
@@ -157,13 +163,15 @@ def compile_scale(sm: int) -> Row:
     return triton_row(source, scale_triton.NUM_WARPS, "scale_kernel", sm, "bf16", "")
 
 
-def compile_token_ids(kernel: str, sm: int) -> Row:
-    """One of token_ids_triton's kernels."""
-    function = getattr(token_ids_triton, kernel)
-    constants: dict[str, object] = {"BLOCK_SIZE": token_ids_triton.BLOCK_SIZE}
-    types = {"ids": "*i64", "kept": "*i64", "scale": "*fp32", "ignore_index": "i32", "N": "i32"}
+def compile_of_tokens(kernel: str, sm: int) -> Row:
+    """One of token_ids_triton's and coefficients_triton's kernels."""
+    module = token_ids_triton if hasattr(token_ids_triton, kernel) else coefficients_triton
+    function = getattr(module, kernel)
+    constants: dict[str, object] = {"BLOCK_SIZE": module.BLOCK_SIZE}
+    types = {"ids": "*i64", "kept": "*i64", "ignore_index": "i32", "N": "i32"}
+    types |= dict.fromkeys(("scale", "grad", "stats", "out"), "*fp32")
     source = ASTSource(function, signature(function, types, constants), constexprs=constants)
-    return triton_row(source, token_ids_triton.NUM_WARPS, kernel, sm, "fp32", "")
+    return triton_row(source, module.NUM_WARPS, kernel, sm, "fp32", "")
 
 
 def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
@@ -301,8 +309,8 @@ def main() -> int:
         )
         rows += pool.map(lambda job: compile_tiles(*job), TILE_JOBS)
         rows += pool.map(compile_scale, (*ARCHITECTURES, *AMD))
-        kernels = ("kept_ids_kernel", "mean_scale_kernel")
-        rows += pool.map(lambda job: compile_token_ids(*job), product(kernels, (*ARCHITECTURES, *AMD)))
+        kernels = ("kept_ids_kernel", "mean_scale_kernel", "coefficients_kernel")
+        rows += pool.map(lambda job: compile_of_tokens(*job), product(kernels, (*ARCHITECTURES, *AMD)))
         rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
         rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
         rows += pool.map(lambda job: job(), epilogue_jobs() + tail_jobs())

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .torch_func import traced, transforming
 
 
 @cache  # once for each reason
@@ -34,6 +35,12 @@ def _warn(reason: str) -> None:
 
 if native.missing:
     _warn(native.missing)
+
+
+def launches(tensor: Tensor) -> bool:
+    """Whether a Triton kernel may be launched on the tensor in place of several of PyTorch's operations: on a
+    GPU, where nothing traces."""
+    return tensor.is_cuda and not native.triton_missing and not traced(tensor) and not transforming()
 
 
 class Kernels:

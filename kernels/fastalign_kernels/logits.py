@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, native
+from . import checks
+from .dispatch import launches
 from .logits_ops import gradient_in_forward, token_loss, token_loss_op, token_table
 from .ordered_sum import ordered_sum
 from .softmax.rows import NeedsStats, Stat, Transform, accumulator_dtype, row_stats_ref
-from .torch_func import requires_grad, traced, transforming
+from .torch_func import requires_grad, transforming
 
 
 class TokenStats(NamedTuple):
@@ -46,12 +47,6 @@ def kept_ids(ids: Tensor, ignore_index: int | None) -> Tensor:
         return on_gpu().kept_ids(flat.contiguous(), ignore_index)
     flat = flat.long()
     return torch.where(flat == ignore_index, -1, flat)
-
-
-def launches(tensor: Tensor) -> bool:
-    """Whether a Triton kernel may be launched on the tensor in place of some of PyTorch's: on a GPU where
-    nothing traces."""
-    return tensor.is_cuda and not native.triton_missing and not traced(tensor) and not transforming()
 
 
 def on_gpu() -> ModuleType:

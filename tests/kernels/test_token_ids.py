@@ -1,4 +1,4 @@
-"""Ids as the kernels take them, and launches of what was compiled before."""
+"""Kernels that take the place of several launches of PyTorch's, and launches of what was compiled before."""
 
 import pytest
 import torch
@@ -22,6 +22,17 @@ def test_one_launch_gives_what_pytorch_gives(device, dtype, kept):
     assert torch.equal(found, torch.where(ids.long() == -7, -1, ids.long()))
     expected = logits.loss_scale(found >= 0, "mean", None, None, torch.float32)
     assert torch.equal(token_ids_triton.mean_scale(found).nan_to_num(-1), expected.nan_to_num(-1))
+
+
+def test_coefficients_in_one_launch_are_those_of_pytorch(device):
+    from fastalign_kernels.softmax import coefficients_triton, rows
+
+    grad, stats = torch.randn(2, 7, 1500, generator=torch.Generator().manual_seed(0)).to(device)
+    few = slice(0, 1100)
+    for given, table in ((grad, stats), (grad[:, few], stats[:, few]), (grad[:, :1].expand(7, 1500), stats)):
+        expected = rows.coefficients(given.double(), table.double(), 1000).float()
+        found = coefficients_triton.coefficients(given, table, 1000)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 class Compiled:

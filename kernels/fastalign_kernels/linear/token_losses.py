@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..logits import check_loss_tensors, launches, loss_options, loss_scale, on_gpu, reduced
+from ..dispatch import launches
+from ..logits import check_loss_tensors, loss_options, loss_scale, on_gpu, reduced
 from ..logits_ops import token_loss
 from ..softmax.rows import TokenLoss, accumulator_dtype, loss_coefficients
 from .inputs import HeadInputs, HeadOptions, check_tail_smoothing

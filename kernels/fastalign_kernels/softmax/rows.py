@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import Kernels
+from ..dispatch import Kernels, launches
 
 
 class Stat(IntEnum):
@@ -95,6 +95,10 @@ def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
     d logp = onehot - P;  d mean_logp = 1/V - P;  d lse = P;  d entropy = -P (log P + entropy).
     MAX, LOGSUM and TOP1 carry no gradient.
     """
+    if launches(grad) and grad.dtype == stats.dtype == torch.float32:
+        from . import coefficients_triton  # Triton is absent on macOS and Windows
+
+        return coefficients_triton.coefficients(grad, stats, vocab_size)
     logp, mean_logp, entropy, lse = grad[Stat.LOGP], grad[Stat.MEAN_LOGP], grad[Stat.ENTROPY], grad[Stat.LSE]
     prob = lse - logp - mean_logp - entropy * stats[Stat.ENTROPY]
     return torch.stack([logp, prob, -entropy, mean_logp / vocab_size])
