@@ -36,6 +36,7 @@ KERNELS = (
     *("row_stats", "row_grad", "row_loss", "column_sums", "column_grad", "pairs", "unpaired", "scores"),
     *("policy", "value", "gae", "moments", "merge", "whiten"),
     *("tile_rows", "kept_rows", "slice_stats", "scale"),
+    *("kept_ids", "mean_scale", "coefficients"),
 )
 
 
