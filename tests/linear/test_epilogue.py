@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastalign_kernels.linear import epilogue, epilogue_call, gpu_plan
+from fastalign_kernels.linear import epilogue, epilogue_call, gpu_plan, host_count
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
@@ -275,7 +275,7 @@ def test_launches_of_a_call(device, monkeypatch, ignored):
     monkeypatch.setattr(epilogue_call, "launch", lambda kernel, *rest: names.append(kernel))
     inputs = HeadInputs(*make(device, ignored=ignored), None, HeadOptions(lean=True))
     counted = int((inputs.ids >= 0).sum())
-    monkeypatch.setattr(epilogue_call._Count, "__call__", lambda count: counted)
+    monkeypatch.setattr(epilogue_call.HostCount, "__call__", lambda count: counted)
     scale = torch.ones(inputs.ids.numel(), device=device)
     loss = TokenCrossEntropy(scale, 0.0, 0.0, inputs.vocab_size)
     monkeypatch.setattr(epilogue_call, "mm", lambda left, right, out, **_: names.append("mm"))
@@ -303,7 +303,7 @@ def test_one_pass_under_graph_capture(no_worse_than_eager, device, monkeypatch, 
     engine = epilogue.EpilogueStatistics(tiles=TILES)
     coefs = upstream(inputs, Stat.LOGP)
     now = {"captured": captured == "forward"}
-    monkeypatch.setattr(epilogue_call, "capturing", lambda tensor: now["captured"])
+    monkeypatch.setattr(host_count, "capturing", lambda tensor: now["captured"])
     stats, saved = engine.statistics(inputs, ALL)
     now["captured"] = captured == "backward"
     gradients = engine.gradients(inputs, stats, saved, coefs(stats, slice(None)), ALL)

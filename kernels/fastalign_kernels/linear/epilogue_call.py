@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..gemm import mm
 from ..triton_launch import Launcher
-from .chunks import capturing
 from .engine import Gradients, TokenCoefficients, empty_gradients
+from .host_count import HostCount
 from .inputs import HeadInputs, NeedsGrad
 from .token_losses import TokenCrossEntropy
 
@@ -72,36 +72,6 @@ class Block(NamedTuple):
     state: Tensor  # fp32: four numbers a row, and those of its tiles; see forward_kernel
 
 
-class _Count:
-    """The number of tokens that are not ignored, which a kernel writes into the host's memory.
-
-    The host waits only for what was queued before `written`. Under graph capture nothing can be asked, so
-    all tokens count.
-    """
-
-    def __init__(self, order: Tensor, n_tokens: int) -> None:
-        self.n_tokens = n_tokens
-        self.event: torch.cuda.Event | None = None
-        self.captured = capturing(order)
-        self.known = n_tokens == 0 or self.captured
-        self.on_gpu = order.is_cuda and not self.captured
-        device = order.device if self.captured else None  # under capture nobody reads it
-        self.memory = torch.empty(1, dtype=torch.int32, device=device, pin_memory=self.on_gpu)
-
-    def written(self) -> None:
-        """The kernel is queued."""
-        if self.on_gpu and self.event is None:
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def __call__(self) -> int:
-        if not self.known:
-            if self.event is not None:
-                self.event.synchronize()
-            self.n_tokens, self.known = int(self.memory[0]), True
-        return self.n_tokens
-
-
 def state_size(inputs: HeadInputs, tiles: CallTiles, rows: int) -> int:
     """Numbers of a block's state: 4 a row, and 2 a row and tile, or 4 unless lean."""
     planes = 2 if inputs.options.lean else 4
@@ -137,7 +107,7 @@ class EpilogueCall:
         self.statistics = {"ENTROPY": not options.lean, "MEAN": not options.lean}
         self.filled = self.ordered = filled
         self.order = torch.empty(self.N + 1, dtype=torch.int32, device=ids.device) if order is None else order
-        self.how_many = _Count(self.order, self.N)
+        self.how_many = HostCount(self.order, self.N)
 
     def tokens(self, block: Block, rows: int) -> Tensor | slice:
         """The indices of a block's first tokens."""
