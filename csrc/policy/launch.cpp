@@ -3,6 +3,7 @@
 #include "launch.h"
 
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -31,10 +32,16 @@ void check_mask(const Tensor& mask, const Tensor& like) {
          "contiguous bool of the shape of ", describe(like));
 }
 
+// Eight bools at a time: a bool is a byte of 0 or 1.
 int64_t tokens_in(const Tensor& mask) {
-  const bool* inside = static_cast<const bool*>(mask.const_data_ptr());
-  int64_t count = 0;
-  for (int64_t n = 0; n < mask.numel(); ++n) count += inside[n];
+  const char* bytes = static_cast<const char*>(mask.const_data_ptr());
+  const int64_t total = mask.numel();
+  int64_t n = 0, count = 0;
+  for (uint64_t word; n + 8 <= total; n += 8) {
+    std::memcpy(&word, bytes + n, 8);
+    count += (word * 0x0101010101010101u) >> 56;  // the sum of the bytes
+  }
+  for (; n < total; ++n) count += bytes[n];
   return count;
 }
 

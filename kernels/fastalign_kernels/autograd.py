@@ -17,6 +17,7 @@ from torch import Tensor
 from . import native
 from .torch_func import traced, transforming
 
+SMALL = 2**20  # elements below which the launch costs more than the pass
 InputGrads = tuple[Tensor | None, ...]
 NamedGrads = Mapping[str, Tensor | None]  # from the names of an op's inputs to their gradients
 
@@ -119,38 +120,37 @@ def register_row_loss(
     fake: Callable[..., tuple[Tensor, ...]],
     *,
     losses: str,
-    divisor: Callable[..., int] = lambda *inputs: 1,
+    divisor: Callable[..., int] | None = None,
 ) -> EagerOp:
-    """The op of an O(N) loss whose forward returns (loss, ... without gradient, grads).
+    """The op of an O(N) loss whose forward returns (loss, numbers without gradient, grads).
 
-    grads has one row for each differentiable input, which are the first inputs. The backward pass multiplies
-    it by the upstream gradient over `divisor`, out of place: a second backward finds it as it was.
+    grads has one row for each differentiable input, which are the first inputs.
 
     Args:
-        divisor: of forward's inputs. What the loss was divided by and grads was not.
+        divisor: of forward's inputs: what the loss was divided by and grads was not. The upstream gradient
+            may be a vector, and grads are scaled out of place. None: grads are those of the loss, and they
+            are scaled in place and given away, as `scale_saved_grads` says.
         losses: as in `register_op`.
     """
     op = torch.library.custom_op(f"fastalign::{name}", forward, mutates_args=())
     op.register_fake(fake)
 
-    def save(ctx, inputs, output) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # else autograd writes zeros as the gradients of the other outputs
-        ctx.save_for_backward(output[-1], *inputs[: output[-1].shape[0]])
-        ctx.divisor, ctx.inputs = divisor(*inputs), len(inputs)
-
     def backward(ctx, saved: Sequence[Tensor], upstream: Tensor | None, *_: None) -> InputGrads:
-        none = (None,) * ctx.inputs
+        inputs = saved_inputs(ctx, saved)
+        none = (None,) * len(inputs)
         if upstream is None:
             return none
-        grads, *inputs = saved
-        factor = upstream if ctx.divisor == 1 else upstream / ctx.divisor
-        scaled = (grads * factor).unbind()
-        return *[row.to(x.dtype) for row, x in zip(scaled, inputs)], *none[len(inputs) :]
+        if divisor is None:
+            (grads,) = scale_saved_grads(ctx, upstream, lambda: forward(*inputs)[-1:])
+        else:
+            divided_by = divisor(*inputs)
+            grads = ctx.grads[-1] * (upstream if divided_by == 1 else upstream / divided_by)
+        rows = [row.to(x.dtype) for row, x in zip(grads.unbind(), inputs)]
+        return *rows, *none[len(rows) :]
 
     checked = first_order(losses, backward)
-    op.register_autograd(checked, setup_context=save)
-    return EagerOp(op, forward, save, checked)
+    op.register_autograd(checked, setup_context=save_loss)
+    return EagerOp(op, forward, save_loss, checked)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -238,8 +238,12 @@ def scale_saved_grads(ctx, grad: Tensor, recompute: Callable[[], Sequence[Tensor
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a scalar. The usual 1 saves a pass over x; on a GPU the device looks, not the host."""
-    if x.is_cuda and x.is_contiguous() and not native.triton_missing:
+    """x *= factor, a scalar. The usual 1 saves a pass over x; on a GPU the device looks, not the host.
+
+    A small x is multiplied there by torch, whose launch takes the host less time than Triton's.
+    """
+    large = x.numel() >= SMALL or x.dtype != factor.dtype
+    if x.is_cuda and large and x.is_contiguous() and not native.triton_missing:
         # here, because triton is absent on macOS and Windows
         from .scale_triton import scale_in_place
 
