@@ -20,6 +20,7 @@ from functools import cache
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -35,7 +36,7 @@ from fastalign_kernels import (
 )
 from fastalign_kernels.ordered_sum import ordered_sum
 
-from .full_logits import LOSS_FUNCTION, needs_full_logits
+from .full_logits import LOSS_FUNCTION, needs_full_logits, warn_if_trl_scores
 from .probe import (
     LogitTransform,
     UnsupportedModelError,
@@ -162,7 +163,8 @@ def unfuse_head(model: Model) -> Model:
         )
     for module in base.modules():
         if _is_ours(module):
-            del module.__dict__["forward"], module.__dict__["__reduce_ex__"]
+            for name in ("forward", "__reduce_ex__", "get_output_embeddings"):
+                module.__dict__.pop(name, None)
     for name in [name for name in base.__dict__ if name.startswith("_fastalign_")]:
         del base.__dict__[name]
     return model
@@ -238,6 +240,13 @@ def _fastalign_head_forward(
     return head(hidden, self.weight, targets, bias=self.bias, **options)
 
 
+def _fastalign_output_embeddings(self: PreTrainedModel) -> Any:
+    """The model's output embeddings. Whoever replaced the fused forward and reads them is noticed here."""
+    if not torch.compiler.is_compiling():
+        warn_if_trl_scores(self)
+    return type(self).get_output_embeddings(self)
+
+
 def _run(
     model: PreTrainedModel,
     arguments: dict[str, Any],
@@ -304,6 +313,7 @@ def _run(
 def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTransform) -> None:
     model.__dict__["_fastalign_transform"] = transform
     model.__dict__[LOSS_FUNCTION] = model.loss_function
+    model.__dict__["get_output_embeddings"] = _embeddings_of(model)
     for module in (model, *heads):
         module.__dict__["forward"] = _forward_of(module)
         module.__dict__["__reduce_ex__"] = _reduce_of(module)
@@ -319,6 +329,10 @@ def _forward_of(module: nn.Module) -> MethodType:
     return MethodType(function, module)
 
 
+def _embeddings_of(model: nn.Module) -> MethodType:
+    return MethodType(_fastalign_output_embeddings, model)
+
+
 def _reduce_of(module: nn.Module) -> MethodType:
     return MethodType(_reduce, module)
 
@@ -331,6 +345,8 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     reduced: Any = type(self).__reduce_ex__(self, protocol)
     made, arguments, state, *rest = reduced
     ours = {"forward": _Rebound(_forward_of, self)} if _is_ours(self) else {}
+    if "get_output_embeddings" in state:
+        ours["get_output_embeddings"] = _Rebound(_embeddings_of, self)
     return made, arguments, state | ours | {"__reduce_ex__": _Rebound(_reduce_of, self)}, *rest
 
 

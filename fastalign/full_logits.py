@@ -11,6 +11,9 @@ import warnings
 import torch
 from transformers import PreTrainedModel
 
+from .integrations import hosts
+from .servable_heads import scored_by_trl
+
 # The attribute in which a fused model keeps the loss_function that it had when it was fused.
 LOSS_FUNCTION = "_fastalign_loss_function"
 _WARNED = "_fastalign_warned"
@@ -64,13 +67,37 @@ def _trainer_collects_predictions(compiling: bool) -> bool:
     return False
 
 
+def warn_if_trl_scores(model: PreTrainedModel) -> None:
+    """Warn once if a TRL trainer replaced a fused model's forward and does not score tokens as it would."""
+    if not scored_by_trl(model):
+        return
+    handle, tail_eps = hosts.patched("trl"), model.__dict__.get("_fastalign_tail_eps")
+    if handle is None:
+        _warn_once(
+            model,
+            f"model: got a fused {type(model).__name__} in a TRL trainer, which scores tokens by a function "
+            "of its own, so the fused head does nothing: call fastalign.integrations.trl.patch()",
+        )
+    elif handle.options["tail_eps"] != tail_eps:
+        _warn_once(
+            model,
+            f"tail_eps: got {tail_eps} from fuse_head, expected {handle.options['tail_eps']} as given to "
+            "fastalign.integrations.trl.patch(), which holds in a TRL trainer",
+        )
+
+
 def _warn(model: PreTrainedModel, why: str) -> None:
     message = f"model: {type(model).__name__} {why}: it makes full logits, and the fused head does nothing"
     if torch.compiler.is_compiling():
         _say_in_trace(message)
-    elif message not in (warned := model.__dict__.setdefault(_WARNED, [])):
+    else:
+        _warn_once(model, message)
+
+
+def _warn_once(model: PreTrainedModel, message: str) -> None:
+    if message not in (warned := model.__dict__.setdefault(_WARNED, [])):
         warned.append(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=5)
 
 
 @torch.compiler.assume_constant_result

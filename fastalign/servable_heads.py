@@ -89,6 +89,12 @@ def refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
         raise unsupported(
             model, f"is tensor-parallel over {model.tp_size} ranks", expected="a whole lm_head on each rank"
         )
+    if scored_by_trl(model):
+        raise unsupported(
+            model,
+            "got a forward of its own from a TRL trainer",
+            expected="a model to fuse before that: fastalign.integrations.trl.patch() needs no fusing",
+        )
     for module in (model, *heads):
         if "forward" in module.__dict__:
             raise unsupported(
@@ -97,6 +103,11 @@ def refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
                 "(accelerate's device_map? another fused loss?)",
                 expected="the forward of its class: undo that first",
             )
+
+
+def scored_by_trl(model: PreTrainedModel) -> bool:
+    """Whether a TRL trainer replaced the model's forward. functools.wraps hides that from its name."""
+    return getattr(model.__dict__.get("forward"), "__globals__", {}).get("__name__") == "trl.trainer.utils"
 
 
 def _name_of(function: Any) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ class Sizes(NamedTuple):
 
 
 TINY = Sizes()
+NEAR_ZERO = re.compile(r"(eval_)?(rewards/(chosen|rejected|margins)|kl)$")
 
 
 def tokenizer(vocab: int) -> tf.PreTrainedTokenizerFast:
@@ -122,8 +124,8 @@ def loaded(built: tf.PreTrainedModel, path: str) -> tf.PreTrainedModel:
 
 
 def letters(completions: list[str], **_: Any) -> list[float]:
-    """The reward of a rollout: how many letters e it has."""
-    return [float(completion.count("e")) for completion in completions]
+    """The reward of a completion: how many letters it has."""
+    return [float(len(completion)) for completion in completions]
 
 
 @contextmanager
@@ -154,7 +156,8 @@ def train(
     sizes: Sizes = TINY,
     config: Mapping[str, Any] | None = None,
     lora: Any = None,
-    prepare: Any = None,
+    prepare: Callable[[Any], Any] | None = None,
+    patch: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Run:
     """Train, with fastalign's head if `patched`.
@@ -163,6 +166,7 @@ def train(
         trainer: one of TRAINERS.
         config: more of the model's config; a final_logit_softcapping makes it a Gemma 2.
         lora: a LoraConfig.
+        patch: arguments of `patch()`.
         prepare: is given the model before the trainer gets it, such as fuse_head.
         **options: of the trainer's config.
     """
@@ -181,7 +185,7 @@ def train(
             "disable_tqdm": True,
             "bf16": False,
             "gradient_checkpointing": False,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-4,
             "lr_scheduler_type": "constant",
         }
         if trainer in ("GRPO", "RLOO"):
@@ -194,7 +198,7 @@ def train(
         policy = loaded(model(trainer, sizes, config or {}), f"{folder}/model")
         if prepare is not None:
             prepare(policy)
-        handle = integration.patch() if patched else None
+        handle = integration.patch(**(patch or {})) if patched else None
         try:
             trained = getattr(trl, f"{trainer}Trainer")(
                 model=policy,
@@ -221,16 +225,29 @@ def train(
     return Run(logs, len(trl_calls), handle.calls if handle else 0, seconds)
 
 
-def worst_difference(a: Run, b: Run, floor: float = 0.1) -> tuple[float, str]:
-    """The largest difference of a logged number, relative to the number or to `floor`, and its name.
+class Difference(NamedTuple):
+    """The largest relative difference of a number and its name; the same of values near 0, absolute."""
 
-    Rewards, margins and KL are differences of log-probabilities. In the first steps they are 0 to rounding.
+    relative: float
+    name: str
+    absolute: float
+    absolute_name: str
+
+
+def largest_difference(a: Run, b: Run) -> Difference:
+    """The largest differences of the numbers that two trainings logged.
+
+    Rewards, margins and KL are differences of log-probabilities, and the loss of GRPO and RLOO is a sum of
+    advantages times ratios. They are 0 to rounding in the first steps, so their absolute difference counts.
     """
-    worst = (0.0, "")
+    relative, absolute = (0.0, ""), (0.0, "")
     assert len(a.logs) == len(b.logs)
     for ours, theirs in zip(a.logs, b.logs, strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
-            scale = max(abs(value), abs(theirs[name]), floor)
-            worst = max(worst, (abs(value - theirs[name]) / scale, name))
-    return worst
+            error = abs(value - theirs[name])
+            if NEAR_ZERO.match(name) or (name.endswith("loss") and "reward" in a.logs[0]):
+                absolute = max(absolute, (error, name))
+            elif error:
+                relative = max(relative, (error / max(abs(value), abs(theirs[name])), name))
+    return Difference(*relative, *absolute)

@@ -87,7 +87,7 @@ class PatchedHost:
         Raises:
             ValueError: it was patched with other options.
         """
-        handle = _PATCHED.get(host)
+        handle = patched(host)
         if handle is not None and handle.options != (options or {}):
             raise ValueError(
                 f"patch: got {options} for {host}, which is patched with {handle.options}; unpatch() first"
@@ -151,6 +151,11 @@ class PatchedHost:
 
     def __exit__(self, *_: object) -> None:
         self.unpatch()
+
+
+def patched(host: str) -> PatchedHost | None:
+    """The handle of a host that is patched now, or None."""
+    return _PATCHED.get(host)
 
 
 def unpatch(host: str) -> None:
