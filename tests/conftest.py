@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 from tests.tolerance import assert_no_worse_than_eager  # noqa: E402
 
 try:
+    import triton.language as tl
     from triton.runtime import interpreter
 except ImportError:  # triton is absent on macOS and Windows
     interpreter = None
@@ -44,8 +45,25 @@ def _round_floats_as_a_gpu_does() -> None:
     interpreter.GridExecutor.__call__ = rounding_launch
 
 
+def _multiply_bf16() -> None:
+    """Let Triton's interpreter multiply bf16: it takes the bits of such numbers for integers."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(factor):
+        if factor.dtype.scalar != tl.bfloat16:
+            return factor
+        bits = np.ascontiguousarray(factor.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def dot(self, a, b, *rest):
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
 if interpreter is not None and not GPU:
     _round_floats_as_a_gpu_does()
+    _multiply_bf16()
 
 
 @pytest.fixture(scope="session")

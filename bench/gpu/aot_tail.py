@@ -18,14 +18,14 @@ POINTERS = {
     **dict.fromkeys(("ids", "order", "places", "column_parts", "tile_parts", "tile_counts"), "*i32"),
     **dict.fromkeys(("tile_bits", "lists", "counts"), "*i32"),
     **dict.fromkeys(("state", "stats", "largest", "sums", "coefficients"), "*fp32"),
-    **dict.fromkeys(("dropped", "towards", "shares", "left"), "*fp32"),
+    **dict.fromkeys(("dropped", "towards", "shares", "left", "by_place"), "*fp32"),
     "ranks": "*i16",
 }
 TILE = tail_gpu.TILE
 # kernel -> constants, and how many warps
 KERNELS: dict[str, tuple[dict[str, Any], int]] = {
     "columns_kernel": (
-        {"KEPT_SCALE": 1.0, "BN": 256, "ROWS": tail_gpu.COLUMNS.rows},
+        {"KEPT_SCALE": 1.0, "BN": 256, "ROWS": tail_gpu.COLUMNS.rows, "STAGES": tail_gpu.COLUMNS.stages},
         tail_gpu.COLUMNS.warps,
     ),
     "rank_kernel": ({"BLOCK": 1024}, 4),
@@ -35,10 +35,11 @@ KERNELS: dict[str, tuple[dict[str, Any], int]] = {
         {
             "KEPT_SCALE": 1.0,
             "BN": 256,
-            "TILES": tail_gpu.COLLECT.columns // 256,
-            "ROWS": tail_gpu.COLLECT.rows,
+            "COLUMNS": tail_gpu.COLLECT_FULL.columns,
+            "ROWS": tail_gpu.COLLECT_FULL.rows,
+            "STAGES": tail_gpu.COLLECT_FULL.stages,
         },
-        tail_gpu.COLLECT.warps,
+        tail_gpu.COLLECT_FULL.warps,
     ),
     "thin_kernel": ({"BK": 64, "BH": 128}, 4),
     "hidden_kernel": ({"TILE": TILE, "PROGRAMS": 132}, 0),  # the rest by architecture
@@ -59,18 +60,32 @@ def compile_tail(kernel: str, sm: int, variant: str = "full") -> Row:
     constants, warps = KERNELS[kernel]
     constants = constants | {k: v for k, v in VARIANTS[variant].items() if k in function.arg_names}
     pointers, stages = dict(POINTERS), {}
+    if kernel == "collect_kernel" and variant == "lean":
+        constants["ROWS"], constants["COLUMNS"], warps, constants["STAGES"] = tail_gpu.COLLECT
     if not warps:
         bm, bh, bk, warps, stages["num_stages"] = tail_gpu.tiles_for(sm)
         constants |= {"BM": bm, "BH": bh, "BK": bk} if kernel == "hidden_kernel" else {"BH": bh, "BK": bk}
-        blocks = {"grad": (bm, bk), "weight": (bk, bh)}
+        blocks = {"grad": (bk, bm), "weight": (bk, bh)}
         if kernel == "weight_kernel":
-            blocks = {"grad": (bk, TILE), "hidden": (bk, bh)}
+            blocks = {"grad": (TILE, bk), "hidden": (bk, bh)}
         pointers |= {name: f"tensordesc<bf16[{rows}, {columns}]>" for name, (rows, columns) in blocks.items()}
     if kernel in ("bias_kernel", "thin_kernel") or (kernel == "weight_kernel" and constants["ADD"]):
         pointers["out"] = "*fp32"
-    sizes = dict.fromkeys(("first", "rows", "live", "part_rows", "parts", "tiles", "H", "K", "chunk"), "i32")
+    sizes = dict.fromkeys(
+        ("first", "rows", "live", "part_rows", "parts", "tiles", "H", "K", "chunk", "slice_columns"), "i32"
+    )
     types = sizes | pointers
-    aligned = ("H", "V", "K", "rows", "part_rows", "right_stride", "kept_stride", "grad_stride")
+    aligned = (
+        "H",
+        "V",
+        "K",
+        "rows",
+        "part_rows",
+        "slice_columns",
+        "right_stride",
+        "kept_stride",
+        "grad_stride",
+    )
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(function.arg_names)

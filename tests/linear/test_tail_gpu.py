@@ -47,6 +47,9 @@ def tiny(monkeypatch):
     if not GPU:
         monkeypatch.setattr(tail_gpu, "PART", 16)
         monkeypatch.setattr(tail_gpu, "TILE", 16)
+        for name in ("COLLECT", "COLLECT_FULL"):
+            monkeypatch.setattr(tail_gpu, name, tail_gpu.RowTiles(rows=16, columns=64, warps=4, stages=1))
+        monkeypatch.setattr(tail_gpu, "PROGRAMS", 4)
         monkeypatch.setattr(tail_gpu, "TILES", {90: tail_gpu.TailTiles(16, 32, 16)})
 
 

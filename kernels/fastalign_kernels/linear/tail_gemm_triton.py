@@ -1,7 +1,7 @@
 """The tail's GEMMs: dX and dW of the column tiles that a part of the tokens keeps, with the rank-1 parts of
 the rest in the epilogue, and the thin products these need.
 
-`grad` [tokens, columns] holds dlogits by the columns' place in an order (tail_gpu_triton.py: `rank_kernel`).
+`grad` [columns, tokens] holds dlogits by the columns' place in an order (tail_gpu_triton.py: `rank_kernel`).
 Only tiles that a token's part keeps are read. Left and right are summed in fp32.
 
 Bytes: dX and dW are each written once, in their final dtype. `thin_kernel` reads its right factor once.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_options import as_scalar
 from .epilogue_triton import halves
 from .tail_gpu_triton import MATRIX_ROWS
 
@@ -54,7 +53,7 @@ def thin_kernel(
 @triton.jit
 def hidden_kernel(
     # descriptors
-    grad,  # [live, columns] in blocks [BM, BK]
+    grad,  # [columns, live] in blocks [BK, BM]
     weight,  # [columns, H] in blocks [BK, BH]: the weight's rows by place
     # pointers
     lists,  # [parts, tiles] int32
@@ -77,7 +76,7 @@ def hidden_kernel(
     BK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """dX = grad W over the tiles that a token's part keeps + dropped towards, rounded once."""
+    """dX = grad^T W over the tiles that a token's part keeps + dropped towards, rounded once."""
     h_tiles = tl.cdiv(H, BH)
     per_tile: tl.constexpr = TILE // BK
     for tile in range(tl.program_id(0), tl.cdiv(live, BM) * h_tiles, PROGRAMS):
@@ -87,7 +86,7 @@ def hidden_kernel(
         acc = tl.zeros((BM, BH), tl.float32)
         for step in range(tl.load(counts + part) * per_tile):
             col = tl.load(lists + part * tiles + step // per_tile) * TILE + step % per_tile * BK
-            acc = tl.dot(grad.load([row0, col]), weight.load([col, h0]), acc)
+            acc = tl.dot(grad.load([col, row0]).T, weight.load([col, h0]), acc)
         row = row0 + tl.arange(0, BM)
         h = h0 + tl.arange(0, BH)
         here = row < live
@@ -101,24 +100,9 @@ def hidden_kernel(
 
 
 @triton.jit
-def _add_rank1(
-    acc,  # [TILE, width]
-    shares,
-    sums,
-    out,
-    column,  # [TILE]
-    inside,  # [TILE]
-    h0,
-    V,
-    H,
-    parts,
-    ADD: tl.constexpr,
-):
+def _store(acc, out, column, inside, h0, H, ADD: tl.constexpr):
     """Columns h0, h0 + 1, ... of weight_kernel's result."""
     h = h0 + tl.arange(0, acc.shape[1])
-    for part in range(parts + 1):
-        share = tl.load(shares + as_scalar(part, tl.int64) * V + column, mask=inside, other=0.0)
-        acc += share[:, None] * tl.load(sums + part * H + h, mask=h < H, other=0.0)[None, :]
     goal = out + column[:, None] * H + h[None, :]
     mask = inside[:, None] & (h < H)[None, :]
     if ADD:
@@ -129,20 +113,19 @@ def _add_rank1(
 @triton.jit
 def weight_kernel(
     # descriptors
-    grad,  # [live, columns] in blocks [BK, TILE]
+    grad,  # [columns, live] in blocks [TILE, BK]
     hidden,  # [live, H] in blocks [BK, BH]
     # pointers
     columns,  # [V] int64, by place
     tile_parts,  # [tiles, 16] int32
     tile_counts,  # [tiles] int32
-    shares,  # [16, V] fp32: q / sum(q) of each part, 0 where it keeps the column; last, ones
-    sums,  # [16, H] fp32: dropped X
+    shares,  # [V, 16] fp32, by place: q of each part, 0 where it keeps the column; then 1
+    sums,  # [16, H] fp32: dropped X / sum(q); then dropped X
     out,  # [V, H]
     # sizes
     V,
     H,
     part_rows,
-    parts,
     # constants
     ADD: tl.constexpr,  # to what out holds
     TILE: tl.constexpr,
@@ -150,7 +133,7 @@ def weight_kernel(
     BK: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """dW (+)= grad^T X over the parts that keep a tile + shares^T sums. Tiles that no part keeps have only
+    """dW (+)= grad X over the parts that keep a tile + shares sums. Tiles that no part keeps have only
     the latter."""
     h_tiles = tl.cdiv(H, BH)
     per_part = part_rows // BK
@@ -161,28 +144,38 @@ def weight_kernel(
         for step in range(tl.load(tile_counts + column_tile) * per_part):
             part = tl.load(tile_parts + column_tile * 16 + step // per_part)
             row = part * part_rows + step % per_part * BK
-            acc = tl.dot(grad.load([row, column_tile * TILE]).T, hidden.load([row, h0]), acc)
+            acc = tl.dot(grad.load([column_tile * TILE, row]), hidden.load([row, h0]), acc)
         at = column_tile * TILE + tl.arange(0, TILE)
         inside = at < V
         column = tl.load(columns + at, mask=inside, other=0)
-        left, right = halves(acc)  # the sums of a whole tile would spill
-        _add_rank1(left, shares, sums, out, column, inside, h0, V, H, parts, ADD)
-        _add_rank1(right, shares, sums, out, column, inside, h0 + BH // 2, V, H, parts, ADD)
+        number = tl.arange(0, MATRIX_ROWS)
+        h = h0 + tl.arange(0, BH)
+        share = tl.load(
+            shares + at[:, None].to(tl.int64) * MATRIX_ROWS + number[None, :], mask=inside[:, None], other=0.0
+        )
+        dropped = tl.load(sums + number[:, None] * H + h[None, :], mask=(h < H)[None, :], other=0.0)
+        # as sums of two factors in bf16, whose exponents are fp32's
+        high, dropped_high = share.to(tl.bfloat16), dropped.to(tl.bfloat16)
+        acc = tl.dot(high, dropped_high, acc)
+        acc = tl.dot((share - high.to(tl.float32)).to(tl.bfloat16), dropped_high, acc)
+        acc = tl.dot(high, (dropped - dropped_high.to(tl.float32)).to(tl.bfloat16), acc)
+        left, right = halves(acc)  # what out holds of a whole tile would spill
+        _store(left, out, column, inside, h0, H, ADD)
+        _store(right, out, column, inside, h0 + BH // 2, H, ADD)
 
 
 @triton.jit
 def bias_kernel(
-    grad,  # [live, columns], grad_stride apart
+    grad,  # [columns, live], grad_stride apart
     columns,  # [V] int64, by place
     tile_parts,  # [tiles, 16] int32
     tile_counts,  # [tiles] int32
-    shares,  # [16, V] fp32
-    sums,  # [16] fp32: the sums over tokens of dropped
+    shares,  # [V, 16] fp32, by place
+    sums,  # [16] fp32: sums over tokens of dropped / sum(q); then of dropped
     out,  # [V] fp32
     live,
     V,
     part_rows,
-    parts,
     grad_stride,
     ADD: tl.constexpr,
     TILE: tl.constexpr,
@@ -192,19 +185,19 @@ def bias_kernel(
     column_tile = tl.program_id(0)
     at = column_tile * TILE + tl.arange(0, TILE)
     inside = at < V
-    acc = tl.zeros((BK, TILE), tl.float32)
+    acc = tl.zeros((TILE, BK), tl.float32)
     per_part = part_rows // BK
     for step in range(tl.load(tile_counts + column_tile) * per_part):
         part = tl.load(tile_parts + column_tile * 16 + step // per_part)
         row = part * part_rows + step % per_part * BK + tl.arange(0, BK)
-        goal = grad + row[:, None].to(tl.int64) * grad_stride + at[None, :]
-        acc += tl.load(goal, mask=(row < live)[:, None], other=0.0).to(tl.float32)
-    total = tl.sum(acc, 0)
+        source = grad + at[:, None].to(tl.int64) * grad_stride + row[None, :]
+        acc += tl.load(source, mask=inside[:, None] & (row < live)[None, :], other=0.0).to(tl.float32)
+    number = tl.arange(0, MATRIX_ROWS)
+    share = tl.load(
+        shares + at[:, None].to(tl.int64) * MATRIX_ROWS + number[None, :], mask=inside[:, None], other=0.0
+    )
+    total = tl.sum(acc, 1) + tl.sum(share * tl.load(sums + number)[None, :], 1)
     column = tl.load(columns + at, mask=inside, other=0)
-    for part in range(parts + 1):
-        total += tl.load(shares + as_scalar(part, tl.int64) * V + column, mask=inside, other=0.0) * tl.load(
-            sums + part
-        )
     if ADD:
         total += tl.load(out + column, mask=inside, other=0.0)
     tl.store(out + column, total, mask=inside)

@@ -7,7 +7,7 @@ TILE. A part keeps all columns of a tile if it keeps one: these are exact at no 
 
     forward    logits GEMM, its statistics, e = P 2^(lse - r) in 16 bits (epilogue.py)
     columns    the largest P and the sum of each column over each part; one read of e
-    collect    dlogits of kept columns, [tokens, columns kept by some part]; one read of e, which is free then
+    collect    dlogits of kept columns, [columns kept by some part, tokens]; one read of e, which is free then
     dX, dW     a GEMM each that skips the tiles that a part does not keep. It adds the rank-1 parts and writes
                its result once, in its final dtype
 
@@ -71,10 +71,15 @@ class RowTiles(NamedTuple):
     rows: int
     columns: int
     warps: int
+    stages: int  # of loads
 
 
-COLUMNS = RowTiles(rows=8, columns=256, warps=8)
-COLLECT = RowTiles(rows=8, columns=256, warps=4)
+# On an H200 at N 8192 and V 151936: 0.79 ms for the columns (8 rows in 8 warps without stages: 0.93), 1.2 to
+# 1.3 ms for collecting (with 3 stages: 2.1).
+COLUMNS = RowTiles(rows=16, columns=256, warps=4, stages=3)
+COLLECT = RowTiles(rows=64, columns=64, warps=4, stages=1)
+COLLECT_FULL = RowTiles(rows=64, columns=64, warps=8, stages=1)  # with logarithms; 4 warps would spill
+PROGRAMS = 2048  # of collect_kernel at least
 
 
 class KeptTiles(NamedTuple):
@@ -89,7 +94,9 @@ class KeptTiles(NamedTuple):
     tile_counts: Tensor  # [tiles] int32, how many
     lists: Tensor  # [parts, tiles] int32: the tiles of each part
     counts: Tensor  # [parts + 1] int32: how many; last, the tiles of any part
-    shares: Tensor  # [16, V] fp32: q / sum(q) of each part, then ones
+    q: Tensor  # [16, V] fp32: of each part, 0 where it keeps the column; then ones
+    q_by_place: Tensor  # [V, 16]: the same, by place
+    scale: Tensor  # [16, 1]: 1 / sum(q) of each part; then 1
 
 
 class TailEpilogue(EpilogueStatistics):
@@ -101,11 +108,11 @@ class TailEpilogue(EpilogueStatistics):
 
 @dataclass(frozen=True)
 class TailFactors(Factors):
-    """dlogits [rows, columns] of the tiles that some part keeps, in the order of kept.columns; the rest as
+    """dlogits [columns, rows] of the tiles that some part keeps, in the order of kept.columns; the rest as
     rank-1 matrices."""
 
     dropped: Tensor  # [16, rows] fp32: by part, sums of dlogits that are dropped; then what smoothing adds
-    towards: Tensor  # [16, H] fp32: kept.shares times the weight; of size 0 without a gradient of hidden
+    towards: Tensor  # [16, H] fp32: kept.scale q W; of size 0 without a gradient of hidden
     kept: KeptTiles
 
 
@@ -125,7 +132,7 @@ class TailGradients(BlockGradients):
         kept, how_many = select_tiles(call, block, rows, stats)
         towards = stats.new_empty(0)
         if self.needs.hidden:  # queued before the host waits
-            towards = thin_product(kept.shares, call.weight)
+            towards = thin_product(kept.q, call.weight) * kept.scale
         counts = how_many()
         if not _count(kept, counts, rows, call.V):
             return super().factors(block, stats, coefficients)
@@ -146,10 +153,10 @@ class TailGradients(BlockGradients):
     def _write_tiles_hidden(self, factors: TailFactors) -> None:
         call, tiles = self.call, self.tail_tiles
         grad, kept = factors.dlogits, factors.kept
-        rows, columns = grad.shape
+        columns, rows = grad.shape
         weight = call.weight.index_select(0, kept.columns[:columns])
         _gemms().hidden_kernel[(call.multiprocessors,)](
-            descriptor(grad, tiles.bm, tiles.bk), descriptor(weight, tiles.bk, tiles.bh),
+            descriptor(grad, tiles.bk, tiles.bm), descriptor(weight, tiles.bk, tiles.bh),
             kept.lists, kept.counts, factors.dropped, factors.towards, call.order, self.out.hidden,
             factors.first, rows, call.H, kept.part_rows, kept.parts, kept.lists.shape[1],
             TILE=TILE, BM=tiles.bm, BH=tiles.bh, BK=tiles.bk, PROGRAMS=call.multiprocessors,
@@ -163,10 +170,10 @@ class TailGradients(BlockGradients):
         if self.weight is None:
             self.weight = self.new_weight()
         _gemms().weight_kernel[(call.multiprocessors,)](
-            descriptor(grad, tiles.bk, TILE), descriptor(hidden, tiles.bk, tiles.bh),
-            kept.columns, kept.tile_parts, kept.tile_counts, kept.shares,
-            thin_product(factors.dropped, hidden), self.weight,
-            call.V, call.H, kept.part_rows, kept.parts,
+            descriptor(grad, TILE, tiles.bk), descriptor(hidden, tiles.bk, tiles.bh),
+            kept.columns, kept.tile_parts, kept.tile_counts, kept.q_by_place,
+            thin_product(factors.dropped, hidden) * kept.scale, self.weight,
+            call.V, call.H, kept.part_rows,
             ADD=add, TILE=TILE, BH=tiles.bh, BK=tiles.bk, PROGRAMS=call.multiprocessors,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
@@ -177,9 +184,9 @@ class TailGradients(BlockGradients):
         if self.bias is None:
             self.bias = torch.empty(call.V, dtype=torch.float32, device=grad.device)
         _gemms().bias_kernel[(len(kept.tile_counts),)](
-            grad, kept.columns, kept.tile_parts, kept.tile_counts, kept.shares,
-            factors.dropped.sum(1), self.bias,
-            grad.shape[0], call.V, kept.part_rows, kept.parts, grad.stride(0),
+            grad, kept.columns, kept.tile_parts, kept.tile_counts, kept.q_by_place,
+            factors.dropped.sum(1) * kept.scale[:, 0], self.bias,
+            grad.shape[1], call.V, kept.part_rows, grad.stride(0),
             ADD=add, TILE=TILE, BK=self.tail_tiles.bk,
         )  # fmt: skip
 
@@ -204,13 +211,14 @@ def select_tiles(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     largest = torch.empty(parts, V, dtype=torch.float32, device=device)
-    shares = torch.zeros(MATRIX_ROWS, V, dtype=torch.float32, device=device)
+    q = torch.zeros(MATRIX_ROWS, V, dtype=torch.float32, device=device)
+    q_by_place = torch.empty(V, MATRIX_ROWS, dtype=torch.float32, device=device)
     kernels.columns_kernel[(-(-V // call.tiles.kept.bn), parts)](
-        block.kept, block.state, block.ids, stats, call.order, largest, shares,
+        block.kept, block.state, block.ids, stats, call.order, largest, q,
         block.first, block.rows, rows, call.N, V, part_rows, block.kept.stride(0),
         options.temperature / options.softcap if options.softcap else 0.0,
         HAS_SOFTCAP=call.flags["HAS_SOFTCAP"], KEPT_SCALE=call.kept_scale,
-        BN=call.tiles.kept.bn, ROWS=COLUMNS.rows, num_warps=COLUMNS.warps,
+        BN=call.tiles.kept.bn, ROWS=COLUMNS.rows, STAGES=COLUMNS.stages, num_warps=COLUMNS.warps,
     )  # fmt: skip
     ranks = torch.empty(V, dtype=torch.int16, device=device)
     assert options.tail_eps is not None
@@ -219,18 +227,20 @@ def select_tiles(
     places, column_parts, tile_parts = numbers(V), numbers(V), numbers(tiles, MATRIX_ROWS)
     tile_counts, tile_bits = numbers(tiles), numbers(tiles)
     kernels.place_kernel[(tiles,)](
-        ranks, columns, places, column_parts, tile_parts, tile_counts, tile_bits, shares, V, parts, TILE=TILE
-    )
+        ranks, columns, places, column_parts, tile_parts, tile_counts, tile_bits, q, q_by_place,
+        V, parts, TILE=TILE,
+    )  # fmt: skip
     lists, counts = numbers(parts, tiles), numbers(parts + 1)
     kernels.list_kernel[(parts + 1,)](tile_bits, lists, counts, tiles, parts, BLOCK=1024)
     how_many = on_host(counts)
     # of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope
-    total = shares[:parts].sum(1, keepdim=True)
-    shares[:parts] /= torch.where(total == 0, 1.0, total)
-    shares[parts] = 1
+    total = q.sum(1, keepdim=True)
+    scale = torch.where(total == 0, 0.0, 1 / total)
+    scale[parts] = 1
     kept = KeptTiles(
-        part_rows, parts, columns, places, column_parts, tile_parts, tile_counts, lists, counts, shares
-    )
+        part_rows, parts, columns, places, column_parts, tile_parts, tile_counts, lists, counts,
+        q, q_by_place, scale,
+    )  # fmt: skip
     return kept, how_many
 
 
@@ -243,7 +253,7 @@ def collect(
     kept: KeptTiles,
     tiles: int,
 ) -> tuple[Tensor, Tensor]:
-    """dlogits [rows, columns] of the tiles that some part keeps, and the sums [16, rows] of the rest."""
+    """dlogits [columns, rows] of the tiles that some part keeps, and the sums [16, rows] of the rest."""
     loss = coefficients if isinstance(coefficients, TokenCrossEntropy) else None
     if loss is not None:
         table, label_smoothing, z_loss = loss.scale.contiguous(), loss.label_smoothing, loss.z_loss
@@ -251,20 +261,26 @@ def collect(
         tokens = call.tokens(block, rows)
         table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
     options = call.inputs.options
-    memory = torch.empty(rows, tiles * TILE, dtype=block.kept.dtype, device=stats.device)
-    dropped = torch.zeros(MATRIX_ROWS, rows, dtype=torch.float32, device=stats.device)
-    _kernels().collect_kernel[(-(-rows // COLLECT.rows),)](
+    plogp = loss is None and not options.lean
+    launch = COLLECT_FULL if plogp or options.softcap else COLLECT
+    line = -(-rows // 16) * 16  # TMA takes rows of whole 16 bytes
+    memory = torch.empty(tiles * TILE, line, dtype=block.kept.dtype, device=stats.device)
+    grid = -(-rows // launch.rows)
+    width = -(-call.V // -(-PROGRAMS // grid) // call.tiles.kept.bn) * call.tiles.kept.bn
+    slices = -(-call.V // width)
+    dropped = torch.zeros(slices, MATRIX_ROWS, rows, dtype=torch.float32, device=stats.device)
+    _kernels().collect_kernel[(grid, slices)](
         block.kept, block.state, block.ids, stats, call.order, table,
         kept.places, kept.column_parts, memory, dropped,
-        block.first, block.rows, rows, call.N, call.V, kept.part_rows, kept.parts,
-        block.kept.stride(0), rows, memory.stride(0), label_smoothing, z_loss, call.scales.slope,
+        block.first, block.rows, rows, call.N, call.V, kept.part_rows, kept.parts, width,
+        block.kept.stride(0), rows, line, label_smoothing, z_loss, call.scales.slope,
         options.temperature / options.softcap if options.softcap else 0.0,
         CROSS_ENTROPY=loss is not None, HAS_SOFTCAP=call.flags["HAS_SOFTCAP"],
-        PLOGP=loss is None and not options.lean, KEPT_SCALE=call.kept_scale,
-        BN=call.tiles.kept.bn, TILES=max(1, COLLECT.columns // call.tiles.kept.bn),
-        ROWS=COLLECT.rows, num_warps=COLLECT.warps,
+        PLOGP=plogp, KEPT_SCALE=call.kept_scale,
+        BN=call.tiles.kept.bn, COLUMNS=min(launch.columns, call.tiles.kept.bn), ROWS=launch.rows,
+        STAGES=launch.stages, num_warps=launch.warps,
     )  # fmt: skip
-    return memory[:, : min(tiles * TILE, call.V)], dropped
+    return memory[: min(tiles * TILE, call.V), :rows], dropped.sum(0)
 
 
 def thin_product(left: Tensor, right: Tensor) -> Tensor:
