@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..core import smollm2
 from .cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, LINEAR_LOGPROBS, TOKEN_STATS
+from .distillation import DISTILLATION
 from .pairs import PAIRS
 from .policy import POLICY
 from .ppo import PPO
@@ -18,6 +19,7 @@ OPERATIONS = {
     "linear_logprobs": LINEAR_LOGPROBS,
     "token_stats": TOKEN_STATS,
     "cross_entropy": CROSS_ENTROPY,
+    **DISTILLATION,
     **PREFERENCE,
     **PAIRS,
     **POLICY,

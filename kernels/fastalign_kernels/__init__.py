@@ -3,6 +3,7 @@ on."""
 
 from .linear.cross_entropy import linear_cross_entropy
 from .linear.cross_entropy_stats import CrossEntropyStats, linear_cross_entropy_stats
+from .linear.distillation import linear_distillation_loss
 from .linear.dpo import LinearPreferenceLoss, linear_dpo_loss
 from .linear.kto import LinearUnpairedLoss, linear_kto_loss
 from .linear.logprobs import linear_logprobs
@@ -42,6 +43,7 @@ __all__ = [
     "kto_loss",
     "linear_cross_entropy",
     "linear_cross_entropy_stats",
+    "linear_distillation_loss",
     "linear_dpo_loss",
     "linear_kto_loss",
     "linear_logprobs",

@@ -14,6 +14,7 @@ TINY = Shape(48, 32, 333)
 FILES = (
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_distillation",
     "linear_preference",
     "linear_ppo",
     "token_stats",

@@ -8,6 +8,7 @@ from tests.hammer.case import DTYPES, Case, Random, check
 from tests.hammer.head_cases import (
     cross_entropy,
     linear_cross_entropy,
+    linear_distillation,
     linear_dpo,
     linear_kto,
     linear_ppo,
@@ -23,6 +24,7 @@ CASES: dict[str, Callable[[Random, torch.dtype], Case]] = {
             cross_entropy,
             token_stats,
             linear_cross_entropy,
+            linear_distillation,
             linear_token_stats,
             linear_ppo,
             linear_dpo,

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 import fastalign_kernels as k
-from fastalign_kernels.linear.reference import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.linear.outcomes import DIVERGENCES
+from fastalign_kernels.linear.reference import (
+    linear_cross_entropy_ref,
+    linear_distillation_loss_ref,
+    linear_token_stats_ref,
+)
 from fastalign_kernels.logits import cross_entropy_ref, token_stats_ref
 from fastalign_kernels.policy.reference import ppo_loss_ref
 from fastalign_kernels.preference.formulas import PAIR_LOSSES
@@ -66,8 +71,10 @@ def reading(specification: Callable[..., Any], name: str) -> Callable[..., Any]:
     read."""
 
     def read(**given: Any) -> Any:
-        ids = given["targets"] if "targets" in given else given["ids"]
+        ids = next(given[name] for name in ("targets", "ids", "teacher_ids") if name in given)
         ignored = ids.long() == (-100 if given["ignore_index"] is None else given["ignore_index"])
+        if "teacher_ids" in given:
+            ignored = ignored.all(-1)
         if "mask" in given:
             ignored = ignored | (given["mask"] == 0)
         return specification(**{**given, name: torch.where(ignored[..., None], 0.0, given[name])})
@@ -123,6 +130,30 @@ def linear_cross_entropy(r: Random, dtype: torch.dtype) -> Case:
         reading(linear_cross_entropy_ref, "hidden"),
         ours_only,
         exact="tail_eps" not in ours_only,
+    )
+
+
+def linear_distillation(r: Random, dtype: torch.dtype) -> Case:
+    shape = lead(r)
+    tensors, options, trained, ours_only = head(r, dtype, shape)
+    ids, V = tensors.pop("ids"), tensors["weight"].shape[0]
+    K = min(V, size(r, 20))
+    logits = floats(r, (*shape, V), torch.float64, r.choice((0.1, 3, 30)))
+    logp, teacher_ids = logits.log_softmax(-1).topk(K)
+    value = -100 if options["ignore_index"] is None else options["ignore_index"]
+    ignored = (ids.long() == value)[..., None]
+    tensors |= {"teacher_ids": teacher_ids.masked_fill(ignored, value), "teacher_logp": logp}
+    options |= loss_of_tokens(r, shape, dtype, tensors)
+    for name in ("label_smoothing", "z_loss"):
+        options.pop(name)
+    options["divergence"] = r.choice(list(DIVERGENCES))
+    return Case(
+        tensors,
+        options,
+        trained,
+        k.linear_distillation_loss,
+        reading(linear_distillation_loss_ref, "hidden"),
+        ours_only,
     )
 
 

@@ -122,6 +122,14 @@ def call_of(
         "masked_whiten": {"x": floats(*tokens), "mask": mask},
         "sample": {"logits": floats(rows, vocab_size), "seed": 1, **drawing},
     }
+    teacher = floats(*tokens, vocab_size).log_softmax(-1).topk(min(3, vocab_size))
+    calls["linear_distillation_loss"] = {
+        **head,
+        "teacher_ids": teacher.indices,
+        "teacher_logp": teacher.values,
+        "token_weights": cross_entropy["token_weights"],
+        "num_items": torch.tensor(3.0),
+    }
     return calls[name]
 
 

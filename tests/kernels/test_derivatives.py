@@ -14,6 +14,7 @@ from fastalign_kernels import (
     kto_kl,
     kto_loss,
     linear_cross_entropy,
+    linear_distillation_loss,
     linear_dpo_loss,
     linear_kto_loss,
     linear_logprobs,
@@ -29,7 +30,7 @@ from fastalign_kernels import (
     token_stats,
     value_loss,
 )
-from fastalign_kernels.linear.reference import linear_cross_entropy_ref
+from fastalign_kernels.linear.reference import linear_cross_entropy_ref, linear_distillation_loss_ref
 from fastalign_kernels.logits import cross_entropy_ref
 from fastalign_kernels.policy.reference import ppo_loss_ref, value_loss_ref
 from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref, reward_loss_ref
@@ -47,6 +48,7 @@ def fixed(*shape: int) -> torch.Tensor:
 
 
 LOGITS, HIDDEN, WEIGHT, TOKENS, PAIRS = fixed(4, 5), fixed(4, 3), fixed(5, 3), fixed(2, 2), fixed(2)
+TEACHER = fixed(4, 5).log_softmax(-1).topk(2)[::-1]
 TRAINED = WEIGHT.clone().requires_grad_()
 WITH_GRADIENT: dict = {  # a loss of one of its inputs, and that input
     "cross_entropy": (lambda x: cross_entropy(x, IDS), LOGITS),
@@ -64,6 +66,11 @@ WITH_GRADIENT: dict = {  # a loss of one of its inputs, and that input
     "linear_logprobs frozen": (lambda x: linear_logprobs(x, WEIGHT, IDS).mean(), HIDDEN),
     "linear_logprobs trained": (lambda x: linear_logprobs(HIDDEN, x, IDS).mean(), WEIGHT),
     "linear_logprobs tail": (lambda x: linear_logprobs(HIDDEN, x, IDS, tail_eps=0.1).mean(), WEIGHT),
+    "linear_distillation_loss": (lambda x: linear_distillation_loss(x, WEIGHT, *TEACHER), HIDDEN),
+    "linear_distillation_loss none": (
+        lambda x: linear_distillation_loss(HIDDEN, x, *TEACHER, reduction="none").mean(),
+        WEIGHT,
+    ),
     "linear_token_stats": (lambda x: linear_token_stats(x, WEIGHT, IDS).lse.mean(), HIDDEN),
     "linear_ppo_loss": (
         lambda x: linear_ppo_loss(x.view(2, 2, 3), WEIGHT, ROWS, TOKENS, TOKENS, MASK).loss,
@@ -239,6 +246,7 @@ def test_vmap_over_ids_checks_them():
     [
         (lambda x: cross_entropy_ref(x, IDS), LOGITS),
         (lambda x: linear_cross_entropy_ref(x, WEIGHT, IDS), HIDDEN),
+        (lambda x: linear_distillation_loss_ref(x, WEIGHT, *TEACHER, divergence="jsd"), HIDDEN),
         (lambda x: ppo_loss_ref(x, TOKENS + 0.1, TOKENS, MASK).loss, TOKENS),
         (lambda x: value_loss_ref(x, TOKENS, TOKENS + 0.1, MASK).loss, TOKENS),
         (lambda x: dpo_loss_ref(x, PAIRS, PAIRS + 0.1, PAIRS).loss, PAIRS),

@@ -12,6 +12,7 @@ from fastalign_kernels import (
     kto_kl,
     kto_loss,
     linear_cross_entropy,
+    linear_distillation_loss,
     linear_dpo_loss,
     linear_kto_loss,
     linear_logprobs,
@@ -27,7 +28,11 @@ from fastalign_kernels import (
     token_stats,
     value_loss,
 )
-from fastalign_kernels.linear.reference import linear_cross_entropy_ref, linear_token_stats_ref
+from fastalign_kernels.linear.reference import (
+    linear_cross_entropy_ref,
+    linear_distillation_loss_ref,
+    linear_token_stats_ref,
+)
 from fastalign_kernels.logits import cross_entropy_ref
 from fastalign_kernels.policy import advantages as advantage
 from fastalign_kernels.policy import ops as policy
@@ -54,6 +59,8 @@ MASK = torch.ones(B, T, dtype=torch.bool).index_put(
 COUNTED, ELSEWHERE = (1, 17), (1, 18)
 IDS = torch.randint(V, (B, T), generator=GENERATOR).masked_fill(~MASK, -100)
 PACKED = torch.tensor([0, T, 2 * T])
+TEACHER_IDS = torch.stack([IDS, (IDS + 1) % V], -1).masked_fill(~MASK[..., None], -100)
+TEACHER_LOGP = torch.tensor([0.5, 0.3]).log().expand(B, T, 2)
 
 
 TOKENS = {name: normal(B, T) for name in ("logp", "old_logp", "advantages", "entropy", "reference_logp")}
@@ -110,6 +117,26 @@ OF_TOKENS: dict = {
         HEAD | {"token_weights": normal(B, T)},
     ),
     "linear_logprobs": (lambda **x: linear_logprobs(**x, ids=IDS).sum(), HEAD),
+    "linear_distillation_loss": (
+        lambda **x: linear_distillation_loss(**x, teacher_ids=TEACHER_IDS, teacher_logp=TEACHER_LOGP),
+        HEAD,
+    ),
+    "linear_distillation_loss jsd": (
+        lambda **x: linear_distillation_loss(
+            **x, teacher_ids=TEACHER_IDS, teacher_logp=TEACHER_LOGP, divergence="jsd", reduction="sum"
+        ),
+        HEAD,
+    ),
+    "linear_distillation_loss_ref": (
+        lambda **x: linear_distillation_loss_ref(
+            hidden=torch.where(MASK[..., None], x["hidden"], 0.0),
+            weight=x["weight"],
+            bias=x["bias"],
+            teacher_ids=TEACHER_IDS,
+            teacher_logp=TEACHER_LOGP,
+        ),
+        HEAD,
+    ),
     "linear_token_stats_ref": (lambda **x: linear_token_stats_ref(**x, ids=IDS).logp.sum(), HEAD),
     "linear_token_stats": (lambda **x: linear_token_stats(**x, ids=IDS).lse.sum(), HEAD),
     "linear_ppo_loss": (

@@ -32,6 +32,13 @@ class _Rank1(NamedTuple):
     hidden_sum: Tensor  # [H], dropped^T hidden
 
 
+class ColumnGrads(NamedTuple):
+    """Elements of a chunk's dlogits that a loss computes itself."""
+
+    columns: Tensor  # [C, K] int64; a row's equal columns have equal values
+    values: Tensor  # [C, K]
+
+
 class GradAccumulator:
     """Sums dX, dW and the bias's gradient in the accumulator's dtype.
 
@@ -68,8 +75,11 @@ class GradAccumulator:
             self.tile = torch.empty(rows * columns, dtype=self.tile.dtype, device=self.tile.device)
         return self.tile[: rows * columns].view(rows, columns)
 
-    def add_dense(self, chunk: TokenChunk, coefficients: Tensor) -> None:
-        """All columns: dlogits in place (on a GPU from fp32 to the GEMMs' dtype), a GEMM for dX and dW."""
+    def add_dense(self, chunk: TokenChunk, coefficients: Tensor, replaced: ColumnGrads | None = None) -> None:
+        """All columns: dlogits in place (on a GPU from fp32 to the GEMMs' dtype), a GEMM for dX and dW.
+
+        replaced: elements of dlogits that replace those of the coefficients.
+        """
         operands, needs, logits = self.operands, self.needs, chunk.logits
         grad = logits if operands.grad == operands.accumulator else self._tile(*logits.shape)
         row_grad(
@@ -81,6 +91,8 @@ class GradAccumulator:
             coefficients,
             grad[None],
         )
+        if replaced is not None:
+            grad.scatter_(1, replaced.columns, replaced.values.to(grad.dtype))
         if needs.hidden:
             d_hidden = torch.empty(chunk.hidden.shape, dtype=operands.grad, device=logits.device)
             mm(grad, operands.weight, d_hidden)

@@ -69,7 +69,7 @@ def overwrites_saved(inputs: HeadInputs, needs: NeedsGrad) -> bool:
     return select(inputs, needs).name in OVERWRITING
 
 
-def _of_engine(inputs: HeadInputs) -> AbstractContextManager[object]:
+def engine_context(inputs: HeadInputs) -> AbstractContextManager[object]:
     """Without autocast, which would cast the factors of some GEMMs again, and on the tensors' GPU, since
     Triton launches on the current one. Nothing is entered where that is so already: it costs microseconds."""
     device = inputs.hidden.device
@@ -87,7 +87,7 @@ def _of_engine(inputs: HeadInputs) -> AbstractContextManager[object]:
 
 def statistics(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
     """`Engine.statistics`."""
-    with _of_engine(inputs):
+    with engine_context(inputs):
         return engine_for(inputs, needs).statistics(inputs, needs)
 
 
@@ -95,7 +95,7 @@ def gradients(
     inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
 ) -> Gradients:
     """`Engine.gradients`."""
-    with _of_engine(inputs):
+    with engine_context(inputs):
         return engine_for(inputs, needs).gradients(inputs, stats, saved, coefficients, needs)
 
 
@@ -105,7 +105,7 @@ def statistics_and_gradients(
     """`Engine.statistics_and_gradients`; without a gradient to compute, the statistics alone."""
     if not any(needs):
         return statistics(inputs, needs)[0], empty_gradients(inputs, needs)
-    with _of_engine(inputs):
+    with engine_context(inputs):
         return engine_for(inputs, needs).statistics_and_gradients(inputs, token_coefficients, needs)
 
 
@@ -113,5 +113,5 @@ def of_sequences(
     inputs: HeadInputs, coefficients: SequenceCoefficients, sequences: Sequences, needs: NeedsGrad
 ) -> tuple[Tensor, Gradients]:
     """`Engine.of_sequences`."""
-    with _of_engine(inputs):
+    with engine_context(inputs):
         return engine_for(inputs, needs).of_sequences(inputs, coefficients, sequences, needs)

@@ -296,6 +296,14 @@ def head_inputs(
     return HeadInputs(hidden.reshape(-1, H), weight, kept, bias, options)
 
 
+def check_no_tail(options: HeadOptions, served: str) -> None:
+    """Refuse tail_eps where gradients are exact alone; `served` says of what."""
+    if options.tail_eps is not None:
+        raise ValueError(
+            f"tail_eps: got {options.tail_eps}, expected None: {served} has exact gradients alone"
+        )
+
+
 def check_tail_smoothing(options: HeadOptions, label_smoothing: float) -> None:
     """Refuse what the tail cannot serve."""
     if options.tail_eps is not None and label_smoothing and options.softcap:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from ..logits import TokenStats, kept_ids, loss_scale, reduced, stats_of
 from ..logits_ops import token_loss
-from ..softmax.rows import row_stats_ref
+from ..softmax.rows import row_stats_ref, transform_ref
 from .inputs import SOFTMAX_ARGUMENTS, HeadOptions, SoftmaxArguments, head_keywords, head_options
+from .outcomes import Teacher, with_floor
 
 
 def logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,3 +64,53 @@ def linear_token_stats_ref(
     """The specification of `linear_token_stats`, and by its first field of `linear_logprobs`."""
     options = head_options(linear_token_stats_ref, head, SOFTMAX_ARGUMENTS)
     return stats_of(_stats_ref(hidden, weight, ids, bias, options), ids.shape, entropy)
+
+
+def kl_ref(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a | b) over the last dimension. A mass of 0 in a counts 0."""
+    counted = log_a != -math.inf
+    log_a, log_b = torch.where(counted, log_a, 0.0), torch.where(counted, log_b, 0.0)
+    return torch.where(counted, log_a.exp() * (log_a - log_b), 0.0).sum(-1)
+
+
+def divergence_ref(divergence: str, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The divergence of a teacher q and a student p over the last dimension."""
+    if divergence == "forward_kl":
+        return kl_ref(log_q, log_p)
+    if divergence == "reverse_kl":
+        return kl_ref(log_p, log_q)
+    neither = (log_p == -math.inf) & (log_q == -math.inf)
+    log_m = torch.logaddexp(torch.where(neither, 0.0, log_p), torch.where(neither, 0.0, log_q)) - math.log(2)
+    return (kl_ref(log_q, log_m) + kl_ref(log_p, log_m)) / 2
+
+
+@head_keywords
+def linear_distillation_loss_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logp: Tensor,
+    bias: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    **head: Unpack[SoftmaxArguments],
+) -> Tensor:
+    """The specification of `linear_distillation_loss`."""
+    options = head_options(linear_distillation_loss_ref, head, SOFTMAX_ARGUMENTS)
+    z = transform_ref(logits_ref(hidden, weight, bias)[0], None, options.transform)
+    V, K = weight.shape[0], teacher_ids.shape[-1]
+    ids = kept_ids(teacher_ids, options.ignore_index).view(-1, K)
+    teacher = Teacher.of(ids, teacher_logp.detach().reshape(-1, K), V)
+    # Padding repeats a column: it is an outcome of mass 0.
+    outside = torch.ones_like(z, dtype=torch.bool).scatter_(1, teacher.columns, False)
+    tail = torch.where(outside, z, -math.inf).logsumexp(1, keepdim=True)
+    of_ids = torch.where(teacher.given, z.gather(1, teacher.columns), -math.inf)
+    log_p = torch.cat([of_ids, tail], 1).log_softmax(1)
+    losses = divergence_ref(divergence, log_p, with_floor(divergence, teacher, V).to(z.dtype))
+    counted = teacher.given.any(1)
+    losses = torch.where(counted, losses, 0.0)
+    scale = loss_scale(counted, reduction, token_weights, num_items, z.dtype)
+    return reduced(losses, scale, reduction, num_items, teacher_ids.shape[:-1])
