@@ -70,9 +70,12 @@ def other_losses(shape: Shape) -> Iterator[GpuCase]:
     yield untrained(_named("linear_cross_entropy", shape, ", no gradients"), trained=(), ceilings=gemms(1))
 
 
+SMALL = Shape(8192, 576, 49152)  # SmolLM2-135M's
 CASES = (
     cross_entropy(MAIN),
+    cross_entropy(SMALL),
     *other_losses(MAIN),
-    *(cross_entropy(shape) for shape in (*SHAPES[1:], LARGEST)),
-    *(case for shape in SHAPES[1:] for case in other_losses(shape)),
+    *other_losses(SMALL),
+    *(cross_entropy(shape) for shape in (*SHAPES, LARGEST) if shape not in (MAIN, SMALL)),
+    *(case for shape in SHAPES if shape not in (MAIN, SMALL) for case in other_losses(shape)),
 )

@@ -244,6 +244,8 @@ def main() -> int:
     for name, function, given in jobs:
         if time.perf_counter() - begin > arguments.seconds:
             results[name] = "not run: out of time"
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1))
             continue
         try:
             function(*given)

@@ -1,13 +1,15 @@
 """A pytest plugin for the tests of a GPU check: `-p bench.gpu.longest_first`.
 
-It leaves out the tests marked cpu_only. It runs the longest first, so that no worker is left with one of
-them at the end; the seconds come from an earlier run's file, and tests that are not in it come last. It
-writes a file of this run: the outcomes, and for each slow test its seconds and whether it used the GPU.
+It leaves out tests that do not use the device, and those marked cpu_only. It runs the longest first, so that
+no worker is left with one of them at the end; the seconds come from an earlier run's file, and tests that are
+not in it come last. It writes a file of this run: the outcomes, and for each slow test its seconds and
+whether it used the GPU.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -19,6 +21,11 @@ import torch
 EARLIER = Path(__file__).parents[1] / "results" / "gpu" / "test-seconds.json"
 EVERY = 5.0  # seconds between two writes
 LEAST = 0.5  # seconds of a test that the file names
+NEEDS = re.compile("needs a (CUDA device|GPU)")
+# The same of a file's text; `DEVICES` is a table of implementations and their devices.
+OF_DEVICE = re.compile(
+    rf"def test_\w+\([^)]*\bdevice\b|reason=\"{NEEDS.pattern}|^DEVICES = |columns_triton", re.MULTILINE
+)
 ALLOCATIONS = pytest.StashKey[int]()
 ON_GPU = "on_gpu"
 
@@ -36,10 +43,19 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     earlier = json.loads(EARLIER.read_text())["tests"] if EARLIER.exists() else {}
-    left_out = [item for item in items if item.get_closest_marker("cpu_only")]
-    kept = [item for item in items if not item.get_closest_marker("cpu_only")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = sorted(kept, key=lambda item: -earlier.get(item.nodeid, {}).get("seconds", 0.0))
+    config.hook.pytest_deselected(items=[item for item in items if not uses_device(item)])
+    items[:] = sorted(
+        filter(uses_device, items), key=lambda item: -earlier.get(item.nodeid, {}).get("seconds", 0.0)
+    )
+
+
+def uses_device(item: pytest.Item) -> bool:
+    """Whether the test takes the fixture `device`, says that it needs a GPU, or runs Triton's kernels."""
+    if item.get_closest_marker("cpu_only"):
+        return False
+    reasons = [str(mark.kwargs.get("reason")) for mark in item.iter_markers("skipif")]
+    fixtures = getattr(item, "fixturenames", ())
+    return "device" in fixtures or "triton" in item.name or any(map(NEEDS.search, reasons))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .longest_first import OF_DEVICE
 from .process import LIMIT, ROOT, Part
 
 TESTS, TIMES = "tests", "times"
 SECONDS = 285  # a call of a check; a command on a lent machine ends after 5 minutes
 FOR_TUNE = 40
-# Test files that use the device where their text does not show it: bench.gpu.parts.files finds the others.
-FILES = (
-    "softmax/test_rows.py",
-    "softmax/test_columns.py",
-    "linear/test_tail.py",
-    "linear/test_tail_calls.py",
-    "preference/test_refusals.py",
-    "kernels/test_derivatives.py",
-    "kernels/test_nan.py",
-    "kernels/test_native.py",
-    "models/test_nn.py",
-    "models/test_causal_lm.py",
-    "models/test_causal_lm_training.py",
-    "models/test_causal_lm_refusals.py",
-    "rollout/test_rollout.py",
-    "rollout/test_refusals.py",
-    "rollout/test_custom_generate.py",
-)
-DEVICE = re.compile(r"def test_\w+\([^)]*\bdevice\b|needs a (CUDA device|GPU)")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
 INSTALL = ("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target")
 
 
 def files() -> list[str]:
-    """The test files that use the device, by their paths from the root."""
-    found = {path for path in (ROOT / "tests").rglob("test_*.py") if DEVICE.search(path.read_text())}
-    named = {ROOT / "tests" / name for name in FILES}
-    return sorted(str(path.relative_to(ROOT)) for path in found | named)
+    """The files that have tests of the device, by their paths from the root: few of them import transformers,
+    which takes each worker seconds."""
+    found = (path for path in (ROOT / "tests").rglob("test_*.py") if OF_DEVICE.search(path.read_text()))
+    return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 def prepared(wheels: Sequence[Path], site: Path) -> list[list[Part]]:

@@ -12,8 +12,8 @@ from ..methods.policy import LIGER_GRPO
 from ..methods.preference import LIGER_DPO, LIGER_KTO
 from .case import TINY, Call, Calls, GpuCase
 
-# These compile for half a minute at their first call.
-COMPILE = (COMPILED, LIGER_DPO, LIGER_KTO, LIGER_GRPO)
+# These compile, or try launch parameters, for half a minute at their first call.
+COMPILE = (COMPILED, LIGER_DPO, LIGER_KTO, LIGER_GRPO, "Apple CCE")
 
 
 def operation_case(

@@ -33,15 +33,15 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "heads": Section("head_cases", 12),
-    "engines": Section("engine_cases", 5),
-    "tail": Section("tail_cases", 3),
+    "heads": Section("head_cases", 10),
     "logits": Section("logits_cases", 3),
-    "sampling": Section("sampling_cases", 2),
-    "rollouts": Section("rollout_cases", 4),
+    "sampling": Section("sampling_cases", 3),
+    "tail": Section("tail_cases", 4),
+    "rollouts": Section("rollout_cases", 5),
+    "engines": Section("engine_cases", 4),
 }
 COMPILED = "compiled"
-COMPILED_SHARE = 5
+COMPILED_SHARE = 4
 OUT_OF_TIME = "not run: out of time"
 DIED = "failed: the process ended in this case"
 BROKEN = 3  # exit status: after an error the device serves no other case of this process

@@ -39,11 +39,9 @@ def test_the_plan_has_two_calls_of_five_minutes(tmp_path: Path, capsys: pytest.C
 
 def test_the_files_with_tests_of_the_device_are_found() -> None:
     found = parts.files()
-    assert {"tests/kernels/test_sampling.py", "tests/linear/test_head.py"} < set(found)
-    assert all((ROOT / path).is_file() for path in found)
-    assert not set(parts.FILES) & {
-        path.removeprefix("tests/") for path in found if parts.DEVICE.search((ROOT / path).read_text())
-    }
+    used = {"kernels/test_sampling", "linear/test_head", "softmax/test_rows", "softmax/test_columns"}
+    assert {f"tests/{name}.py" for name in used | {"stages/test_training"}} < set(found)
+    assert "tests/data/test_chat.py" not in found and all((ROOT / path).is_file() for path in found)
 
 
 def test_a_failing_a_missing_and_a_slow_part_are_recorded_and_the_next_still_runs(tmp_path: Path) -> None:
@@ -119,9 +117,11 @@ def test_the_longest_tests_run_first_and_those_of_the_cpu_not_at_all(tmp_path: P
     """pytest with the plugin, in a process of its own."""
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
-        "def test_short(): pass\n"
-        "def test_long(): assert False\n"
-        "@pytest.mark.cpu_only\ndef test_of_the_cpu(): pass\n"
+        "@pytest.fixture\ndef device(): pass\n"
+        "def test_short(device): pass\n"
+        "def test_of_the_host(): assert False\n"
+        "@pytest.mark.skipif(False, reason='needs a GPU')\ndef test_long(): assert False\n"
+        "@pytest.mark.cpu_only\ndef test_of_the_cpu(device): assert False\n"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = cpu_only\n")
     earlier = tmp_path / "earlier.json"
@@ -134,7 +134,7 @@ def test_the_longest_tests_run_first_and_those_of_the_cpu_not_at_all(tmp_path: P
     done = subprocess.run(
         python(script), cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
-    assert "1 failed, 1 passed, 1 deselected" in done.stdout, done.stdout + done.stderr
+    assert "1 failed, 1 passed, 2 deselected" in done.stdout, done.stdout + done.stderr
     assert done.stdout.lstrip().startswith("F.")
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["failures"] == ["test_some.py::test_long"] and found["passed"] == 1

@@ -121,12 +121,11 @@ def test_opcheck(tail_eps):
     )
 
 
-def test_triton_runs_the_whole_loop(monkeypatch):
+def test_triton_runs_the_whole_loop(device, monkeypatch):
     """The chunk loop over the Triton kernels, in the interpreter where there is no GPU."""
     rows_triton = pytest.importorskip(
         "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden, weight, ids, bias = make(device, torch.float32, N=9)
     monkeypatch.setattr(rows.KERNELS, "select", lambda logits: rows_triton)
     found = linear_cross_entropy(hidden, weight, ids, bias, softcap=5.0, z_loss=0.01, workspace_mib=0.002)

@@ -55,7 +55,7 @@ def test_opcheck() -> None:
     )
 
 
-def test_triton_and_the_reference_run_the_whole_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_and_the_reference_run_the_whole_loop(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton kernels, in the interpreter where there is no GPU, and what serves without a native
     library."""
     rows_triton = pytest.importorskip(
@@ -63,7 +63,6 @@ def test_triton_and_the_reference_run_the_whole_loop(monkeypatch: pytest.MonkeyP
     )
     from fastalign_kernels.softmax import columns, columns_triton
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     given = make(torch.float32)
     args = [given[name].detach().to(device) for name in ("hidden", "weight", "ids", "bias")]
     leaves = [x.requires_grad_() for x in args if x.is_floating_point()]
