@@ -83,7 +83,9 @@ def timed(
     """
     begun = begun or Begun(None)
     end = time.monotonic() + seconds
-    phases = dict(parts) | {COMPILED: [case for cases in parts.values() for case in cases if case.compiles]}
+    # Backwards, since the rollouts' compiled row is ours and the heads' are peers'.
+    compiling = [case for cases in reversed(parts.values()) for case in cases if case.compiles]
+    phases = dict(parts) | {COMPILED: compiling}
     shares = {name: SECTIONS[name].share if name in SECTIONS else COMPILED_SHARE for name in phases}
     for phase, cases in phases.items():
         now, compiled = time.monotonic(), phase == COMPILED
