@@ -230,6 +230,9 @@ def check_scale() -> None:
             torch.testing.assert_close(y, (x.float() * factor).to(dtype))
 
 
+OUT_OF_TIME = "not run: out of time"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.head_check")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -243,7 +246,7 @@ def main() -> int:
     results: dict[str, str] = {}
     for name, function, given in jobs:
         if time.perf_counter() - begin > arguments.seconds:
-            results[name] = "not run: out of time"
+            results[name] = OUT_OF_TIME
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=1))
             continue
@@ -259,9 +262,10 @@ def main() -> int:
         print(f"{time.perf_counter() - begin:6.1f} s  {name}: {results[name]}", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
-    bad = [name for name, result in results.items() if result != "ok"]
-    print(f"{len(results) - len(bad)} of {len(results)} are right")
-    return 1 if bad else 0
+    wrong = sum(result not in ("ok", OUT_OF_TIME) for result in results.values())
+    left_out = sum(result == OUT_OF_TIME for result in results.values())
+    print(f"{len(results) - wrong - left_out} are right, {wrong} wrong, {left_out} not run: out of time")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

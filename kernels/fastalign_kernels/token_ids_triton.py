@@ -63,11 +63,10 @@ def kept_ids(ids: Tensor, ignore_index: int) -> Tensor:
     return kept
 
 
-def mean_scale(ids: Tensor) -> Tensor:
-    """[N] fp32: 1 over the number of ids [N] int64 that are not negative; 0 for those that are."""
+def mean_scale(ids: Tensor, scale: Tensor) -> None:
+    """Write scale [N] fp32: 1 over the number of ids [N] int64 that are not negative; 0 for those that
+    are."""
     N = ids.shape[0]
-    scale = torch.empty(N, dtype=torch.float32, device=ids.device)
     if N:
         with torch.cuda.device_of(ids):
             _MEAN_SCALE(triton.cdiv(N, BLOCK_SIZE), (ids, scale, N), _CONSTANTS, _OPTIONS)
-    return scale

@@ -110,7 +110,7 @@ def test_opcheck(tail_eps):
     head, ops = (hidden, weight, ids, bias), torch.ops.fastalign
     torch.library.opcheck(ops.head_stats.default, (*head, options, needs))
     scale = torch.rand(6, dtype=torch.float64)
-    torch.library.opcheck(ops.head_loss.default, (*head, scale, [0.1, 0.01, *options], needs))
+    torch.library.opcheck(ops.head_loss.default, (*head, scale, [0.0, 0.1, 0.01, *options], needs))
     frozen = (hidden, weight.detach(), ids, bias.detach())
     torch.library.opcheck(ops.head_frozen.default, (*frozen, options, hidden[:0].clone()))
     with torch.no_grad():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastalign_kernels import logits
 from fastalign_kernels.linear import epilogue, epilogue_call, gpu_plan, host_count
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
@@ -149,6 +150,27 @@ def test_cross_entropy_computes_its_coefficients_in_the_kernel(device, label_smo
     assert not lean_stats[unused].any()
     stats[unused] = 0
     assert torch.equal(lean_stats, stats)
+
+
+def test_a_mean_is_written_when_the_logits_are_queued(device, monkeypatch):
+    """The same gradients as of a scale that was there before; it is written after the forward kernel."""
+    inputs = HeadInputs(*make(device), None, HeadOptions(lean=True))
+    scale = logits.loss_scale(inputs.ids >= 0, "mean", None, None, torch.float32)
+    before = TokenCrossEntropy(scale, 0.0, 0.0, inputs.vocab_size)
+    memory = torch.full_like(scale, torch.nan)
+    later = TokenCrossEntropy.of_mean(memory, inputs.ids, 0.0, 0.0, inputs.vocab_size)
+    launch, empty_at = epilogue_call.launch, {}
+
+    def noted(kernel, *rest):
+        empty_at[kernel] = bool(memory.isnan().all())
+        launch(kernel, *rest)
+
+    monkeypatch.setattr(epilogue_call, "launch", noted)
+    engine = epilogue.EpilogueStatistics(tiles=TILES)
+    expected = engine.statistics_and_gradients(inputs, before, ALL)[1]
+    found = engine.statistics_and_gradients(inputs, later, ALL)[1]
+    assert torch.equal(found.hidden, expected.hidden) and torch.equal(found.weight, expected.weight)
+    assert empty_at["forward_kernel"] and not empty_at["dlogits_kernel"]
 
 
 @pytest.mark.parametrize("tiles", [TILES._replace(parts=2, branch=False), TILES._replace(flatten=False)])

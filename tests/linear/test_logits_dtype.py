@@ -190,7 +190,7 @@ def test_compile_and_opcheck(device):
         ids,
         None,
         torch.rand(N, device=device),
-        [0.0, 0.0, *numbers],
+        [0.0, 0.0, 0.0, *numbers],
         [True, True, False],
     )
     torch.library.opcheck(torch.ops.fastalign.head_loss.default, arguments)

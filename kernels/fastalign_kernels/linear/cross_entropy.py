@@ -37,19 +37,21 @@ def _loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum over tokens of scale [N] times cross-entropy, the table [7, N], and gradients.
 
-    options: label_smoothing, z_loss, and those of the head.
+    options: 1 if scale is memory for that of a mean, else 0; label_smoothing, z_loss, and those of the head.
     """
-    label_smoothing, z_loss, *numbers = options
+    mean, label_smoothing, z_loss, *numbers = options
     inputs = HeadInputs.of(hidden, weight, ids, bias, numbers)
-
-    of_tokens = TokenCrossEntropy(scale, label_smoothing, z_loss, inputs.vocab_size)
+    of_loss = (label_smoothing, z_loss, inputs.vocab_size)
+    of_tokens = (
+        TokenCrossEntropy.of_mean(scale, ids, *of_loss) if mean else TokenCrossEntropy(scale, *of_loss)
+    )
     stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
     d_scale = token_loss(stats, label_smoothing, z_loss)
-    return ordered_sum(d_scale * scale), stats, *grads, d_scale
+    return ordered_sum(d_scale * of_tokens.filled_scale()), stats, *grads, d_scale
 
 
 def _fake_loss(hidden, weight, ids, bias, scale, options, needs):
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options[2:])
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options[3:])
     stats = empty_stats(inputs)
     grads = empty_gradients(inputs, NeedsGrad(*needs))
     return stats.new_empty(()), stats, *grads, torch.empty_like(scale)
@@ -62,12 +64,15 @@ _head_loss = register_loss_op(
 
 def loss_and_stats(inputs: HeadInputs, options: LossOptions, shape: torch.Size) -> tuple[Tensor, Tensor]:
     """The loss of targets of this shape, and the table [7, N] without gradient."""
-    scale = options.scale(inputs)
     if options.reduction == "none" or inputs.mode("scalar") == "general":
+        scale = options.scale(inputs)
         stats = head_stats(inputs)
         loss = options.reduced(stats, scale, shape)
     else:
-        numbers = [options.label_smoothing, options.z_loss, *inputs.options.numbers()]
+        mean = options.mean_comes_later(inputs)
+        N = inputs.ids.shape
+        scale = inputs.hidden.new_empty(N, dtype=torch.float32) if mean else options.scale(inputs)
+        numbers = [float(mean), options.label_smoothing, options.z_loss, *inputs.options.numbers()]
         total, stats, *_ = _head_loss(*inputs.tensors, scale, numbers, list(inputs.needs_grad()))
         loss = nan_without_tokens(total, inputs.ids.numel(), options.reduction, options.num_items)
     return loss, stats.detach()

@@ -203,7 +203,11 @@ class EpilogueCall:
         row_scale = torch.empty(rows, dtype=torch.float32, device=stats.device)
         loss = coefficients if isinstance(coefficients, TokenCrossEntropy) else None
         if loss is not None:
-            table, label_smoothing, z_loss = loss.scale.contiguous(), loss.label_smoothing, loss.z_loss
+            table, label_smoothing, z_loss = (
+                loss.filled_scale().contiguous(),
+                loss.label_smoothing,
+                loss.z_loss,
+            )
         else:
             tokens = self.tokens(block, rows)
             table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0

@@ -208,7 +208,7 @@ class KeptSoftmax(Engine):
         def write(logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
             if isinstance(token_coefficients, TokenCrossEntropy):
                 ce = token_coefficients
-                loss = TokenLoss(ce.scale, ce.label_smoothing, ce.z_loss)
+                loss = TokenLoss(ce.filled_scale(), ce.label_smoothing, ce.z_loss)
                 tile_loss(logits, rows, softmaxes, loss, out)
                 return
             tile_stats(logits, rows, softmaxes)

@@ -256,7 +256,7 @@ def collect(
     """dlogits [columns, rows] of the tiles that some part keeps, and the sums [16, rows] of the rest."""
     loss = coefficients if isinstance(coefficients, TokenCrossEntropy) else None
     if loss is not None:
-        table, label_smoothing, z_loss = loss.scale.contiguous(), loss.label_smoothing, loss.z_loss
+        table, label_smoothing, z_loss = loss.filled_scale().contiguous(), loss.label_smoothing, loss.z_loss
     else:
         tokens = call.tokens(block, rows)
         table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,12 +33,15 @@ class LossOptions(NamedTuple):
         check_loss_tensors(targets, self.reduction, self.token_weights, self.num_items)
         return LossOptions(label_smoothing, z_loss, *self[2:])
 
+    def mean_comes_later(self, inputs: HeadInputs) -> bool:
+        """Whether one launch can write the scale when the logits' GEMM is queued: the device waits for that
+        GEMM, and not for the scale."""
+        plain = self.reduction == "mean" and self.token_weights is None and self.num_items is None
+        return plain and inputs.hidden.dtype != torch.float64 and launches(inputs.ids)
+
     def scale(self, inputs: HeadInputs) -> Tensor:
         """What each token's loss is multiplied by, [N] of the accumulator's dtype."""
         dtype = accumulator_dtype(inputs.hidden.dtype)
-        plain = self.reduction == "mean" and self.token_weights is None and self.num_items is None
-        if plain and dtype == torch.float32 and launches(inputs.ids):
-            return on_gpu().mean_scale(inputs.ids)
         return loss_scale(inputs.ids >= 0, self.reduction, self.token_weights, self.num_items, dtype)
 
     def reduced(self, stats: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
@@ -58,8 +63,23 @@ class TokenCrossEntropy:
     label_smoothing: float
     z_loss: float
     vocab_size: int
+    fill: Callable[[], None] | None = None  # writes `scale` when it is first called
+
+    @classmethod
+    def of_mean(
+        cls, scale: Tensor, ids: Tensor, label_smoothing: float, z_loss: float, vocab_size: int
+    ) -> TokenCrossEntropy:
+        """Of a mean over ids [N] that are not negative; `scale` is memory for what each is multiplied by."""
+        fill = functools.cache(lambda: on_gpu().mean_scale(ids, scale))
+        return cls(scale, label_smoothing, z_loss, vocab_size, fill)
+
+    def filled_scale(self) -> Tensor:
+        """`scale`, written if it was not."""
+        if self.fill is not None:
+            self.fill()
+        return self.scale
 
     def __call__(self, stats: Tensor, tokens: Tensor | slice) -> Tensor:
         """Coefficients [4, C] from statistics [7, C] of these tokens."""
-        loss = TokenLoss(self.scale[tokens], self.label_smoothing, self.z_loss)
+        loss = TokenLoss(self.filled_scale()[tokens], self.label_smoothing, self.z_loss)
         return loss_coefficients(loss, stats, self.vocab_size)
