@@ -240,6 +240,12 @@ def test_tokens_of_a_block(n_tokens, workspace_mib, head_grad, tokens):
     assert gpu_plan.epilogue_tokens(call) == tokens
 
 
+@pytest.mark.parametrize("vocab_size, tokens", [(49152, 4096), (151936, 2048), (248320, 2048)])
+def test_a_frozen_heads_blocks_are_few_where_the_vocabulary_is_small(vocab_size, tokens):
+    call = gpu_plan.GpuCall(8192, 576, vocab_size, torch.bfloat16, 2560.0, True, False)
+    assert gpu_plan.epilogue_tokens(call) == tokens
+
+
 def test_all_is_saved_where_it_fits():
     """16,384 tokens take 4,748 MiB; with a workspace that the call gives, nothing is added to it."""
     call = gpu_plan.GpuCall(16384, 2048, 151936, torch.bfloat16, 2560.0, True, True)
