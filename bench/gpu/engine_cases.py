@@ -82,6 +82,10 @@ def _make(name: str, shape: Shape, device: str) -> Calls:
         "kept softmax": (KeptSoftmax(2560.0), inputs),
         f"slices in {SLICES_MIB:.0f} MiB": (VocabSlices(SLICES_MIB), small),
     }
+    if device == "cuda":  # in bf16
+        options = inputs.options._replace(logits_dtype=torch.bfloat16)
+        low = (KeptSoftmax(2560.0), inputs._replace(options=options))
+        engines = {**engines, "kept softmax, bf16 logits": low}
     ours: dict[str, Call] = {}
     absent: dict[str, str] = {}
     for engine_name, (engine, given) in engines.items():

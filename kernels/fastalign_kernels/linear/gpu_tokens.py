@@ -46,6 +46,11 @@ class Tokens:
                 self.settle()
         self.order = order
 
+    @property
+    def settled(self) -> bool:
+        """Whether the count is known."""
+        return self._how_many is None
+
     def settle(self) -> None:
         """Ask for the count."""
         if self._how_many is None:

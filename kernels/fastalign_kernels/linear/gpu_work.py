@@ -119,6 +119,8 @@ def _kept_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
     if call.low_logits:  # read again from the caches; with any upstream gradient later, from memory
         per_logit = statistics + (2 * size if plan.way == "general" else size)
     blocks, gradients = _blocks(plan, call), gradient_bytes(call)
+    if call.low_logits:  # a block is one tile, but that its first tokens are one of their own
+        tiles = min(tiles, blocks + 1)
     launches = 2 * tiles + blocks * (call.hidden_grad + call.head_grad)
     if not call.head_grad or blocks == 1:  # the tile's memory is free when the gradients are made
         tile = 0 if call.low_logits else 4 * plan.chunk * V

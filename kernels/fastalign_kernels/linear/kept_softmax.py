@@ -269,14 +269,15 @@ class _Call(HeadCall):
         """Logits of the block's tokens, a tile at a time, each handed to `write` with the rows of `kept` that
         belong to it. Settles the tokens after the first tile, and stops where they end.
 
-        tile: memory for the logits of `size` tokens; None: they are computed in `kept`.
+        tile: memory for the logits of `size` tokens; None: they are computed in `kept`, where there is room
+            for all of them: those that follow the first tile, whose number is then known, are one more.
         """
         tokens = self.tokens
         begin = block.begin
         while begin < min(block.end, tokens.count):
             used = begin - block.begin
             memory = tile if tile is None or kept is None else _larger_tile(kept, used, tile)
-            rows = size if memory is None else len(memory)
+            rows = len(memory) if memory is not None else size if not tokens.settled else len(tokens.ids)
             end = min(begin + rows, block.end, tokens.count)
             out = None if kept is None else kept[used : used + end - begin]
             logits = out if memory is None else memory[: end - begin]

