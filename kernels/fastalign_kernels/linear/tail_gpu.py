@@ -36,7 +36,7 @@ from .tail_columns import COUNTER, DENSE
 from .token_losses import TokenCrossEntropy
 
 PART = TOKENS["cuda"]  # tokens that share their kept columns
-MOST_PARTS = 15  # of a block, as in tail_gpu_triton.py
+MOST_PARTS = 15  # of a block: the order of the columns is a number of so many bits
 TILE = 128  # columns
 MATRIX_ROWS = 16  # MOST_PARTS and one for label smoothing
 
@@ -51,7 +51,7 @@ class TailTiles(NamedTuple):
     stages: int = 7  # 4 buffers: the tile numbers that the loop reads take the rest
 
 
-# By compute capability. Those that no GPU has measured are compiled, and not used (epilogue.py: MEASURED).
+# By compute capability. Those that no GPU has measured are compiled, and not used (gpu_plan.py).
 TILES = {
     80: TailTiles(bh=128, bk=32, stages=4),
     90: TailTiles(),

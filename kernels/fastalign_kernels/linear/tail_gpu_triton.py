@@ -15,9 +15,7 @@ import triton.language as tl
 from ..triton_options import as_scalar
 from .epilogue_triton import LN2, LOWEST, WINDOW
 
-# Largest number of parts of a block: the order of the columns is a number of 15 bits, and the matrices of the
-# rank-1 parts have a row for each part and one for label smoothing.
-MOST_PARTS = 15
+# Of the matrices of the rank-1 parts: one for each part of a block, at most 15, and one for label smoothing.
 MATRIX_ROWS = tl.constexpr(16)
 
 
