@@ -6,22 +6,24 @@
     dX, dW     one cuBLAS GEMM each
 
 The engine moves 0.1 bytes a logit beside the GEMMs' own, where kept softmax moves 12. Memory: the
-gradients, 2 V bytes a kept token, and for K tokens 8 H bytes (hidden states, dX in fp32) and V / 16 bytes
-(the tiles' sums). Without gradients it needs only the hidden states and the tiles' sums.
+gradients, 2 V bytes a kept token, and for K tokens 8 H bytes (hidden states, dX in fp32) and V / 32 bytes
+(the tiles' sums; V / 16 with all statistics). Without gradients it needs only the hidden states and the
+tiles' sums.
 
 Errors: the statistics are those of fp32 logits. e is rounded once, as dlogits are in other engines. In bf16
 the hidden states are rounded again when they take over a row's factor in dW: an element dW[v, h] is off by
-up to 2^-8 sum_t |dlogits[t, v] x[t, h]| more than in other engines. Measured on an H200 in bf16,
-relative to the norm: dX was off by 2.3e-3 and dW by 2.9e-3. PyTorch in bf16 is off by 2.3e-3 to 3.0e-3, and
-by 2.4e-2 with logits of 30 and more. Since then a row's factor takes up the rounding of the target's
-element, which makes that element exact. Simulated, dX is now off by 1.7e-3 and dW by 2.3e-3. The gradient
-of an entropy and the slope of a softcap take z from the rounded e, which is off by at most 0.004 nats.
+up to 2^-8 sum_t |dlogits[t, v] x[t, h]| more than in other engines. A row's factor takes up the rounding of
+the target's element, which makes that element exact. Measured on an H200 in bf16 (2026-11-27), relative to
+the norm: dX is off by 1.7e-3 and dW by 2.3e-3. PyTorch in bf16 is off by 2.3e-3 to 3.0e-3, and by 2.4e-2
+with logits of 30 and more. The gradient of an entropy and the slope of a softcap take z from the rounded e,
+which is off by at most 0.004 nats.
 PyTorch's bf16 logits are off by up to 2^-8 |z|, so below |z| = 1 the gradient of an entropy alone is less
 exact here.
 
 Ignored tokens enter no GEMM. The device counts the remaining tokens. The host reads that count after it has
 queued the forward kernel, so it waits only for what was queued before. Under graph capture all tokens run.
-The ignored ones then have hidden states and coefficients of zero.
+The ignored ones then have hidden states and dlogits of zero. The order of the tokens is saved with e, so that
+a pass that was captured and one that was not agree.
 """
 
 from __future__ import annotations
