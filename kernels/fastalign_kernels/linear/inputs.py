@@ -56,10 +56,11 @@ class HeadArguments(HeadSettings, total=False):
         beside a gradient of the weight. On a CPU whose products are torch's, low-precision weights are
         widened once besides (4 V H bytes).
     logits_dtype: None or torch.float32: logits are fp32 (fp64 for fp64). torch.bfloat16, for bf16 hidden
-        states: they are rounded to bf16, as plain PyTorch's are. A GPU then moves half of the bytes
-        between its GEMMs, which pays where H is small. A CPU rounds them too, which saves it nothing. A
-        logit of 20 is off by up to 0.06, so log-probabilities are off by as much, as PyTorch's own are. Do
-        not use it where they are compared with others: the ratios of PPO, the KL to a reference.
+        states: they are rounded to bf16, as plain PyTorch's are. A GPU then needs no tile of fp32 logits,
+        and the gradient overwrites them. On Hopper the default was faster (docs/gpu.md). A CPU rounds them
+        too, which saves it nothing. A logit of 20 is off by up to 0.06, so log-probabilities are off by as
+        much, as PyTorch's own are. Do not use it where they are compared with others: the ratios of PPO,
+        the KL to a reference.
     check: on CUDA, also check the range of ids, which waits for the device. FASTALIGN_CHECK=1 does so
         everywhere.
     """
