@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
 
 
 TINY = Sizes()
-NEAR_ZERO = re.compile(r"(eval_)?(rewards/(chosen|rejected|margins)|kl)$")
+NEAR_ZERO = re.compile(r"(eval_)?(rewards/(chosen|rejected|margins)|kl|mean_token_accuracy)$")
 
 
 def tokenizer(vocab: int) -> tf.PreTrainedTokenizerFast:
@@ -238,7 +238,8 @@ def largest_difference(a: Run, b: Run) -> Difference:
     """The largest differences of the numbers that two trainings logged.
 
     Rewards, margins and KL are differences of log-probabilities, and the loss of GRPO and RLOO is a sum of
-    advantages times ratios. They are 0 to rounding in the first steps, so their absolute difference counts.
+    advantages times ratios. They are 0 to rounding in the first steps, as is the accuracy of a random model,
+    so their absolute difference counts.
     """
     relative, absolute = (0.0, ""), (0.0, "")
     assert len(a.logs) == len(b.logs)

@@ -1,0 +1,91 @@
+"""docs/integrations.md: the two columns of its tables of calls are equal, and its examples run."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.loss import loss_utils
+
+import fastalign
+from fastalign.causal_lm import fuse_head
+from fastalign.integrations import transformers as for_transformers
+from tests.models.tiny_models import VOCAB, llama
+
+PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
+MOVING = PAGE[PAGE.index("\n## Moving code") :]
+CALL = r"`([^`]+)`(?:, after `([^`]+)`)?"
+
+
+def calls(host: str) -> list[tuple[str, ...]]:
+    """The rows of a host's table: their expression, its preparation, ours, its preparation."""
+    table = re.search(rf"^\| {host} \| fastalign \|\n(?:\|.*\n)+", MOVING, re.MULTILINE)
+    assert table is not None
+    return re.findall(rf"^\| {CALL} \| {CALL} \|$", table[0], re.MULTILINE)
+
+
+def names() -> dict[str, Any]:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 8), 0.3 * torch.randn(VOCAB, 8)
+    tokens = torch.randint(VOCAB, (2, 7))
+    tensors = {"h": hidden, "w": weight, "z": hidden @ weight.T, "ids": torch.randint(VOCAB, (6,))}
+    numbers = {"T": 0.7, "cap": 1.5, "V": VOCAB}
+    labels = {"x": tokens, "y": tokens.where(tokens > 20, -100), "model": llama().float()}
+    return tensors | numbers | labels
+
+
+def value(expression: str, before: str, known: dict[str, Any]) -> tuple[Tensor, ...]:
+    scope = names() | known
+    if before:
+        eval(before, scope)
+    result = eval(expression, scope)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def assert_equal_values(row: tuple[str, ...], host: dict[str, Any]) -> None:
+    theirs, after_theirs, ours, after_ours = row
+    known = {name: getattr(fastalign, name) for name in fastalign.__all__}
+    known |= {"loss_function": for_transformers.loss_function, "fuse_head": partial(fuse_head, verify=False)}
+    torch.testing.assert_close(
+        value(ours, after_ours, known), value(theirs, after_theirs, host), rtol=1e-5, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("row", calls("TRL"), ids=lambda row: row[0])
+def test_a_call_of_trl_and_ours_give_the_same(row: tuple[str, ...]) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    import trl.trainer.utils as utils
+
+    assert_equal_values(row, {"utils": utils, **vars(utils)})
+
+
+@pytest.mark.parametrize("row", calls("transformers"), ids=lambda row: row[0])
+def test_a_call_of_transformers_and_ours_give_the_same(row: tuple[str, ...]) -> None:
+    assert_equal_values(row, vars(loss_utils))
+
+
+def test_all_rows_are_read() -> None:
+    rows = [line for line in MOVING.splitlines() if line.startswith("| `")]
+    assert len(rows) == len(calls("TRL")) + len(calls("transformers"))
+
+
+def test_the_example_of_trl_counts_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from bench.experiments.trl_runs import TINY, dataset, model, tokenizer
+
+    (example,) = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, bf16=False, save_strategy="no"
+    )
+    given = {
+        "model": model("SFT", TINY, {}),
+        "dataset": dataset("SFT", 6),
+        "tokenizer": tokenizer(TINY.vocab),
+    }
+    exec(example, given | {"SFTTrainer": trl.SFTTrainer, "args": args})
+    assert capsys.readouterr().out.endswith("2\n")
