@@ -225,3 +225,18 @@ def test_a_training_without_a_call_warns_at_its_end(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(integration, "_unserved", lambda hidden, weight: "a test")
     with pytest.warns(UserWarning, match="^trl: got 0 calls of fastalign in a training with SFTConfig"):
         assert train("SFT", patched=True, steps=1).fastalign_calls == 0
+
+
+def test_a_compiled_call_has_no_graph_break(call: dict[str, Any]) -> None:
+    import trl.trainer.utils as utils
+
+    def score(hidden: torch.Tensor, weight: torch.Tensor) -> Any:
+        arguments = call | {"hidden": hidden, "weight": weight, "outputs": integration.OPTIONAL_OUTPUTS}
+        return utils._ChunkedLogProbFunction.apply(*arguments.values())
+
+    with integration.patch() as handle:
+        plain = score(call["hidden"], call["weight"])
+        compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(call["hidden"], call["weight"]), plain)
+    assert handle.calls == 2, "one eager, one traced"
