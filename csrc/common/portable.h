@@ -6,9 +6,11 @@
 
 // Marked functions are static and forced inline: a linker must never keep a weak copy that was compiled for other instructions.
 #ifdef __CUDACC__
-#define FA_HD static __host__ __device__ __forceinline__
+#define FA_HD_MEMBER __host__ __device__ __forceinline__
+#define FA_HD static FA_HD_MEMBER
 #else
-#define FA_HD static inline __attribute__((always_inline))
+#define FA_HD_MEMBER inline __attribute__((always_inline))
+#define FA_HD static FA_HD_MEMBER
 #endif
 
 namespace fastalign {

@@ -1,106 +1,101 @@
-// The filters of a row, by a block of threads: which values top_k, top_p and min_p keep.
+// The thresholds of a row's filters: in the list that its blocks collected, or by one block that goes over the row.
 #pragma once
 
-#include "block_row.h"
+#include "block_search.h"
 
 namespace fastalign {
 namespace FASTALIGN_TARGET {
 
-// Lists the chunks that hold a kept value. If `zeroed` is given, it gets a 0 for each chunk.
-FA_HD void list_survivors(Shared& shared, const Summaries& s, int64_t chunks, const Keep& keep, float* zeroed) {
-  FA_THREADS(t) {
-    if (t == 0) shared.chunks = 0;
-  }
-  barrier();
-  FA_THREADS(t) {
-    for (int64_t c = t; c < chunks; c += THREADS) {
-      if (keeps(keep, fresh(s.top + c))) shared.survivors[take_slot(&shared.chunks)] = uint16_t(c);
-      if (zeroed) zeroed[c] = 0;
-    }
-  }
-  barrier();
+constexpr int BINS = 1024;
+
+struct FilterShared : ListShared {
+  SplitSum masses[BINS];
+  float values[CANDIDATES];  // in any order
+  uint32_t candidates;       // how many there are, also if they do not fit
+  uint32_t low, high, slot;
+  uint64_t above;
+};
+
+// What a threshold is asked for: the lowest value for which the values above it have less mass than `target`.
+struct Search {
+  bool unit;  // every value has mass 1 (top_k), not its probability (top_p)
+  double target;
+  uint64_t above;           // mass of values that are not at hand, all of them above the threshold
+  uint32_t low_key, high_key;  // between which the threshold lies
+};
+FA_HD uint64_t mass_of(const Search& search, const Keep& keep, float z) {
+  return search.unit ? 1 : fixed_mass(exp2_of((z - keep.top) * keep.per_bit));
 }
 
 // Where the values of a threshold lie.
-enum Source { CHUNK_TOPS, SHARED_VALUES, SURVIVORS };
+enum Source { SHARED_VALUES, SURVIVORS };
 
 // Calls f(t, z) for each kept value z of the source, t being the thread that holds it. The order does not matter.
 template <class T, class F>
-FA_HD void for_values(Shared& shared, Source source, const BlockRow<T>& row, const Summaries& s, int64_t chunks, const Keep& keep, F f) {
-  FA_THREADS(t) {
-    if (source == CHUNK_TOPS) {
-      for (int64_t c = t; c < chunks; c += THREADS)
-        if (keeps(keep, fresh(s.top + c))) f(t, fresh(s.top + c));
-    } else if (source == SHARED_VALUES) {
+FA_HD void for_values(FilterShared& shared, Source source, const BlockRow<T>& row, const ChunkSummary* s, const Keep& keep, F f) {
+  if (source == SHARED_VALUES) {
+    FA_THREADS(t) {
       for (uint32_t i = t; i < shared.candidates; i += THREADS)
         if (keeps(keep, shared.values[i])) f(t, shared.values[i]);
-    } else {
-      for (uint32_t i = t / WARP; i < shared.chunks; i += WARPS) {
-        const int64_t id = int64_t(shared.survivors[i]) * CHUNK + t % WARP;
-        float z[CHUNK / CHUNK_LANES];
-        for (int j = 0; j < CHUNK / CHUNK_LANES; ++j) z[j] = raw_logit(row, id + j * CHUNK_LANES);
-        for (int j = 0; j < CHUNK / CHUNK_LANES; ++j) z[j] = masked_logit(row, id + j * CHUNK_LANES, z[j]);
-        for (int j = 0; j < CHUNK / CHUNK_LANES; ++j)
-          if (keeps(keep, z[j])) f(t, z[j]);
-      }
     }
+    return;
+  }
+  FA_WARPS(w) {
+    for_chunks_of_warp(row, s, shared.survivors, int(shared.chunks), w, [&](int, float, PerThread<float[PER_LANE]>& z) {
+      FA_LANES(w, t) {
+        uint32_t in = 0;
+        FA_UNROLL
+        for (int j = 0; j < PER_LANE; ++j) in |= uint32_t(keeps(keep, z[t][j])) << j;
+        FA_ONE_COPY
+        for (; in; in &= in - 1) f(t, value_at(z[t], lowest_bit(in)));
+      }
+    });
   }
 }
 
 // As `threshold` in rows.h. Here the range of keys narrows and the values stay in place. The result lies at or below the lowest kept value and
 // above every dropped one, so as a cut it is the same.
 template <class T>
-FA_HD float block_threshold(Shared& shared, Source source, const BlockRow<T>& row, const Summaries& s, int64_t chunks, const Keep& keep, bool unit,
-                            double target) {
+FA_HD float block_threshold(FilterShared& shared, Source source, const BlockRow<T>& row, const ChunkSummary* s, const Keep& keep, const Search& search) {
   FA_THREADS(t) {
     if (t == 0) {
-      // No kept value lies below: `least` is met from top + least / per_bit on, up to rounding.
-      shared.low = key_of(larger_of(keep.cut, keep.top + 1.01f * keep.least / keep.per_bit));
-      shared.high = key_of(keep.top);
-      shared.above = 0;
+      shared.low = search.low_key;
+      shared.high = search.high_key;
+      shared.above = search.above;
     }
   }
   barrier();
   while (shared.low != shared.high) {
     const uint32_t low = shared.low, high = shared.high;
     int shift = 0;
-    while ((high - low) >> shift >= BUCKETS) ++shift;
+    while ((high - low) >> shift >= BINS) ++shift;
     barrier();  // every thread has read the range before thread 0 writes it
     FA_THREADS(t) {
-      for (int b = t; b < BUCKETS; b += THREADS) shared.masses[b] = {0, 0};
+      for (int b = t; b < BINS; b += THREADS) shared.masses[b] = {0, 0};
     }
     barrier();
-    for_values(shared, source, row, s, chunks, keep, [&](int, float z) {
+    for_values(shared, source, row, s, keep, [&](int, float z) {
       const uint32_t key = key_of(z);
-      if (key >= low && key <= high) atomic_add(&shared.masses[(key - low) >> shift], unit ? 1 : fixed_mass(exp2_of((z - keep.top) * keep.per_bit)));
+      if (key >= low && key <= high) atomic_add(&shared.masses[(key - low) >> shift], mass_of(search, keep, z));
     });
     barrier();
-    constexpr int PART = BUCKETS / THREADS, GROUP = THREADS / WARP;
+    constexpr int PART = BINS / THREADS;
+    const uint64_t above = shared.above;
+    PerThread<uint64_t> part;
     FA_THREADS(t) {
-      uint64_t sum = 0;
-      for (int b = 0; b < PART; ++b) sum += value_of(shared.masses[t * PART + b]);
-      shared.part_masses[t] = sum;
+      part[t] = 0;
+      for (int b = 0; b < PART; ++b) part[t] += value_of(shared.masses[t * PART + b]);
     }
-    barrier();
+    PerThread<uint64_t> behind_part = part;
+    sum_behind(behind_part, shared.totals);
     FA_THREADS(t) {
-      if (t < WARP) {
-        uint64_t sum = 0;
-        for (int p = 0; p < GROUP; ++p) sum += shared.part_masses[t * GROUP + p];
-        shared.group_masses[t] = sum;
-      }
-    }
-    barrier();
-    FA_THREADS(t) {
-      if (t == 0) {  // from the top down: groups, then parts of one, then its buckets
-        uint64_t above = shared.above;
-        int group = WARP - 1;
-        while (group > 0 && double(above + shared.group_masses[group]) < target) above += shared.group_masses[group--];
-        int part = group * GROUP + GROUP - 1;
-        while (part > group * GROUP && double(above + shared.part_masses[part]) < target) above += shared.part_masses[part--];
-        int bucket = part * PART + PART - 1;
-        while (bucket > part * PART && double(above + value_of(shared.masses[bucket])) < target) above += value_of(shared.masses[bucket--]);
-        shared.above = above;
-        const uint32_t first = low + (uint32_t(bucket) << shift), end = first + ((1u << shift) - 1);
+      uint64_t behind = above + behind_part[t];
+      // The lowest bin takes a target that is not reached.
+      if (double(behind) < search.target && (double(behind + part[t]) >= search.target || t == 0)) {
+        int bin = t * PART + PART - 1;
+        while (bin > t * PART && double(behind + value_of(shared.masses[bin])) < search.target) behind += value_of(shared.masses[bin--]);
+        shared.above = behind;
+        const uint32_t first = low + (uint32_t(bin) << shift), end = first + ((1u << shift) - 1);
         shared.low = first;
         shared.high = end < high ? end : high;
       }
@@ -112,14 +107,54 @@ FA_HD float block_threshold(Shared& shared, Source source, const BlockRow<T>& ro
   return cut;
 }
 
-// Lists the kept values in shared memory if they fit.
-template <class T> FA_HD Source collect(Shared& shared, const BlockRow<T>& row, const Summaries& s, int64_t chunks, const Keep& keep) {
-  list_survivors(shared, s, chunks, keep, nullptr);
+// The mass of the kept values of the source.
+template <class T>
+FA_HD uint64_t total_mass(FilterShared& shared, Source source, const BlockRow<T>& row, const ChunkSummary* s, const Keep& keep, const Search& search) {
+  PerThread<uint64_t> sum;
+  FA_THREADS(t) { sum[t] = 0; }
+  for_values(shared, source, row, s, keep, [&](int t, float z) { sum[t] += mass_of(search, keep, z); });
+  FA_THREADS(t) { shared.totals[t] = sum[t]; }
+  return over_block(shared.totals, [](uint64_t a, uint64_t b) { return a + b; });
+}
+
+// The threshold among the kept values of shared.values: whether it is there, and `cut`.
+template <class T>
+FA_HD bool list_threshold(FilterShared& shared, const BlockRow<T>& row, const ChunkSummary* s, const Keep& keep, const Search& search, float& cut) {
+  const int n = int(shared.candidates);
+  if (n > THREADS) {
+    const double total = double(search.above + total_mass(shared, SHARED_VALUES, row, s, keep, search));
+    if (!(double(search.above) < search.target && total >= search.target)) return false;
+    cut = block_threshold(shared, SHARED_VALUES, row, s, keep, search);
+    return true;
+  }
+  PerThread<Lowest> lowest;  // few values: a thread a value, which sums the mass above its value
+  FA_THREADS(t) {
+    const float z = t < n ? shared.values[t] : -INFINITY;
+    lowest[t] = {keeps(keep, z) ? mass_of(search, keep, z) : 0, z, 0};
+    shared.totals[t] = lowest[t].mass;
+  }
+  barrier();
+  FA_THREADS(t) {
+    uint64_t above = search.above;
+    for (int i = 0; i < n; ++i) above += shared.values[i] > lowest[t].z ? shared.totals[i] : 0;
+    if (lowest[t].mass == 0 || !(double(above) < search.target)) lowest[t].z = INFINITY;
+  }
+  barrier();
+  FA_THREADS(t) { shared.lowest[t] = lowest[t]; }
+  const Lowest whole = over_block(shared.lowest, [](const Lowest& a, const Lowest& b) { return Lowest{a.mass + b.mass, smaller_of(a.z, b.z), 0}; });
+  cut = whole.z;
+  return cut < INFINITY && double(search.above + whole.mass) >= search.target;
+}
+
+// Lists the kept values of a row in shared memory if they fit.
+template <class T>
+FA_HD Source collect_row(FilterShared& shared, const BlockRow<T>& row, ChunkSummary* s, int chunks, const Keep& keep) {
+  list_survivors<false>(shared, s, 0, chunks, keep);
   FA_THREADS(t) {
     if (t == 0) shared.candidates = 0;
   }
   barrier();
-  for_values(shared, SURVIVORS, row, s, chunks, keep, [&](int, float z) {
+  for_values(shared, SURVIVORS, row, s, keep, [&](int, float z) {
     const uint32_t slot = take_slot(&shared.candidates);
     if (slot < CANDIDATES) shared.values[slot] = z;
   });
@@ -127,39 +162,52 @@ template <class T> FA_HD Source collect(Shared& shared, const BlockRow<T>& row, 
   return shared.candidates <= CANDIDATES ? SHARED_VALUES : SURVIVORS;
 }
 
-// A lower bound of `per_bit (z - top)` under top_p alone: V values of that size together hold no more than 1 - top_p of the mass.
-FA_HD float simple_floor(int64_t V, double top_p, double sum) {
-  const double budget = sum * ((1.0 - top_p) * 0.999 - 4e-6);
-  return budget > 0 ? float(log_of(budget / double(V)) / LN2) - 0.01f : -INFINITY;
+// The cut of a row whose list does not tell: one block goes over the row, several times. Correct for every row, and slow.
+template <class T>
+FA_HD float cut_by_one_block(FilterShared& shared, const BlockRow<T>& row, const RowOptions& o, ChunkSummary* s, const RowState& known) {
+  const int chunks = (row.V + CHUNK - 1) / CHUNK;
+  Keep keep = everything(known.drawn.top, known.per_bit);
+  Search search = {true, double(top_k_target(o, known.finite)), 0, key_of(-INFINITY), key_of(keep.top)};
+  const Source source = collect_row(shared, row, s, chunks, keep);
+  FA_ONE_COPY
+  for (search.unit = o.top_k > 0;; search.unit = false) {
+    if (!search.unit) {
+      const double total = o.top_k > 0 ? double(total_mass(shared, source, row, s, keep, search)) : known.drawn.sum * 0x1p40;
+      search.target = top_p_target(o, total);
+    }
+    keep.cut = block_threshold(shared, source, row, s, keep, search);
+    if (!search.unit || o.top_p >= 1) return keep.cut;
+  }
 }
 
+// The cut of a row, given the list of values between its edges: whether the list tells.
 template <class T>
-FA_HD Keep block_filtered(Shared& shared, const BlockRow<T>& row, const RowOptions& o, const Summaries& s, int64_t chunks, float top, float k,
-                          double sum) {
-  Keep keep = everything(top, k);
-  Source source = SURVIVORS;
-  double total = sum * 1099511627776.0;
-  if (o.top_k > 0) {
-    if (o.top_k <= chunks) keep.cut = block_threshold(shared, CHUNK_TOPS, row, s, chunks, keep, true, o.top_k);
-    source = collect(shared, row, s, chunks, keep);
-    keep.cut = block_threshold(shared, source, row, s, chunks, keep, true, o.top_k);
+FA_HD bool cut_by_list(FilterShared& shared, const BlockRow<T>& row, const RowOptions& o, const ChunkSummary* s, const RowState& known, const float* list, float& cut) {
+  Keep keep = everything(known.drawn.top, known.per_bit);
+  const bool both = o.top_k > 0 && o.top_p < 1;
+  Search search = {o.top_k > 0, double(top_k_target(o, known.finite)), known.above, known.low_key, known.high_key};
+  if (o.top_k == 0) {
+    search.target = top_p_target(o, known.drawn.sum * 0x1p40);
+    search.above = known.mass_above;
   }
-  if (o.top_p < 1) {
-    if (o.top_k > 0) {
-      FA_THREADS(t) { shared.totals[t] = 0; }
-      barrier();
-      for_values(shared, source, row, s, chunks, keep, [&](int t, float z) { shared.totals[t] += fixed_mass(exp2_of((z - top) * k)); });
-      total = double(over_block(shared.totals, [](uint64_t a, uint64_t b) { return a + b; }));
-    } else {
-      const float floor = simple_floor(row.V, o.top_p, sum);
-      keep.least = floor < 0 ? floor : -INFINITY;
-      source = collect(shared, row, s, chunks, keep);
-    }
-    keep.cut = block_threshold(shared, source, row, s, chunks, keep, false, top_p_target(o, total));
-    keep.least = -INFINITY;
+  if (known.inside > CANDIDATES) {  // ties alone need no list
+    cut = logit_of(known.low_key);
+    const double with = double(search.above + known.inside * mass_of(search, keep, cut));
+    return known.low_key == known.high_key && !both && double(search.above) < search.target && with >= search.target;
   }
-  if (o.min_p > 0) keep.least = float(log_of(o.min_p) / LN2);
-  return keep;
+  FA_THREADS(t) {
+    for (uint32_t i = t; i < known.inside; i += THREADS) shared.values[i] = fresh(list + i);
+    if (t == 0) shared.candidates = known.inside;
+  }
+  barrier();
+  FA_ONE_COPY
+  while (true) {
+    if (!list_threshold(shared, row, s, keep, search, cut)) return false;
+    if (!search.unit || !both) return true;
+    keep.cut = cut;  // the list holds all that top_k keeps
+    search.unit = false;
+    search.target = top_p_target(o, double(total_mass(shared, SHARED_VALUES, row, s, keep, search)));
+  }
 }
 
 }  // namespace FASTALIGN_TARGET

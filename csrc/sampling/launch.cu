@@ -1,4 +1,4 @@
-// `fastalign::sample` on CUDA: one kernel. A row's chunks are split over blocks, and the block that finishes last draws (block.h).
+// `fastalign::sample` on CUDA: one launch, or three where a filter needs a threshold (block_search.h). A row's chunks are split over blocks.
 #define FASTALIGN_TARGET device
 #include "block.h"
 #include "arguments.h"
@@ -16,39 +16,95 @@ namespace {
 
 using namespace device;
 
-// Three blocks on a multiprocessor leave 80 registers a thread; by itself nvcc takes 64 and spills. Their loads in flight (8 logits a thread) are
-// 24 KiB of fp32 or 12 of bf16 on a multiprocessor. By Little's law an H100 needs 15 to reach its memory's speed (predicted).
-constexpr int RESIDENT = 3;
+// Blocks that share a multiprocessor, and with that the registers of a thread: 64 for four, 128 for two. Loads in flight are 8 logits a thread:
+// 32 KiB of fp32 on a multiprocessor with four. By Little's law an H100 needs 15 to reach its memory's speed (predicted).
+constexpr int TO_SUMMARISE = 4, TO_COUNT = 4, TO_COLLECT = 2;
 
-template <class T>
-__global__ void __launch_bounds__(THREADS, RESIDENT)
-    sample_kernel(SampleJob job, float* workspace, uint32_t* tickets, int64_t chunks_per_block, uint32_t blocks_per_row) {
-  __shared__ Shared shared;
+// A call's memory on the device.
+struct Memory {
+  ChunkSummary* summaries;  // [B, chunks]
+  uint32_t* tickets;        // [B], 0: blocks of a row that have summarised
+  RowState* states;         // [B]
+  uint32_t* histograms;     // [B, BUCKETS]
+  float* lists;             // [B, CANDIDATES]
+};
+// How a launch splits rows, which changes no result.
+struct Split {
+  int chunks, chunks_per_block;
+  uint32_t blocks_per_row;
+};
+struct Share {  // of a block
+  int64_t row;
+  int first, last;
+};
+__device__ Share share_of(const Split& split) {
+  const int first = int(blockIdx.x % split.blocks_per_row) * split.chunks_per_block;
+  return {blockIdx.x / split.blocks_per_row, first, min(first + split.chunks_per_block, split.chunks)};
+}
+// Whether this block is the last of its row to come here. It then sees what the others wrote.
+__device__ bool last_of_row(uint32_t* ticket, const Split& split) {
   __shared__ bool last;
-  const int64_t row = blockIdx.x / blocks_per_row, first = blockIdx.x % blocks_per_row * chunks_per_block;
-  const int64_t chunks = (job.V + CHUNK - 1) / CHUNK;
-  if (job.finished && job.finished[row]) {
-    if (first == 0 && threadIdx.x == 0) write_unread(job, row, true);
+  if (split.blocks_per_row == 1) {
+    __syncthreads();
+    return true;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // publish what this block wrote before the ticket
+    last = atomicAdd(ticket, 1u) == split.blocks_per_row - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+// From Hopper on, the blocks of a launch can take their places while the last blocks of the launch before still run.
+__device__ void let_the_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ void wait_for_the_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <class T> __global__ void __launch_bounds__(THREADS, TO_SUMMARISE) summarise_kernel(SampleJob job, Memory memory, Split split) {
+  __shared__ Shared shared;
+  let_the_next_launch_begin();
+  const Share share = share_of(split);
+  if (job.finished && job.finished[share.row]) {
+    if (share.first == 0 && threadIdx.x == 0) write_unread(job, share.row, true);
     return;
   }
-  float* const memory = workspace + row * 6 * chunks;
-  const Summaries s = {memory, memory + chunks, memory + 2 * chunks, memory + 3 * chunks, memory + 4 * chunks,
-                       reinterpret_cast<int32_t*>(memory + 5 * chunks)};
-  summarise_chunks<T>(job, row, first, min(first + chunks_per_block, chunks), s);
-  if (blocks_per_row > 1) {
-    __threadfence();  // publish the summaries before the ticket
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      last = atomicAdd(tickets + row, 1u) == blocks_per_row - 1;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!last) return;
-  } else {
-    __threadfence_block();
-    __syncthreads();
-  }
-  draw_row<T>(shared, job, row, s);
+  ChunkSummary* const s = memory.summaries + share.row * split.chunks;
+  summarise_chunks<T>(job, share.row, share.first, share.last, s);
+  if (!last_of_row(memory.tickets + share.row, split)) return;
+  end_summaries<T>(shared, job, share.row, s, memory.states ? memory.states + share.row : nullptr, memory.histograms + share.row * BUCKETS);
+}
+
+template <class T> __global__ void __launch_bounds__(THREADS, TO_COUNT) count_kernel(SampleJob job, Memory memory, Split split) {
+  __shared__ CountShared shared;
+  let_the_next_launch_begin();
+  wait_for_the_launch_before();
+  const Share share = share_of(split);
+  RowState* const state = memory.states + share.row;
+  if ((job.finished && job.finished[share.row]) || state->step != RowState::SEARCH) return;
+  uint32_t* const histogram = memory.histograms + share.row * BUCKETS;
+  count_chunks<T>(shared, job, share.row, share.first, share.last, memory.summaries + share.row * split.chunks, *state, histogram);
+  if (last_of_row(&state->tickets[0], split)) find_edges(shared, options_of(job, share.row), histogram, state);
+}
+
+template <class T> __global__ void __launch_bounds__(THREADS, TO_COLLECT) collect_kernel(SampleJob job, Memory memory, Split split) {
+  __shared__ FilterShared shared;
+  wait_for_the_launch_before();
+  const Share share = share_of(split);
+  RowState* const state = memory.states + share.row;
+  if ((job.finished && job.finished[share.row]) || state->step == RowState::DRAWN) return;
+  ChunkSummary* const s = memory.summaries + share.row * split.chunks;
+  float* const list = memory.lists + share.row * CANDIDATES;
+  collect_chunks<T>(shared, job, share.row, share.first, share.last, s, state, list);
+  if (last_of_row(&state->tickets[1], split)) end_collection<T>(shared, job, share.row, s, state, list);
 }
 
 #define CUDA_CHECK(call)                                                                                  \
@@ -56,6 +112,23 @@ __global__ void __launch_bounds__(THREADS, RESIDENT)
     const cudaError_t status = call;                                                                      \
     STD_TORCH_CHECK(status == cudaSuccess, "sample: ", cudaGetErrorString(status), " (" #call ")");       \
   } while (0)
+
+// Splits rows so that the blocks fill the GPU once, or a whole number of times.
+Split split_of(const SampleJob& job, int64_t resident) {
+  const int64_t chunks = (job.V + CHUNK - 1) / CHUNK, most = (chunks + WARPS - 1) / WARPS;  // a chunk for each warp
+  int64_t blocks = 1;
+  double filled = 0;
+  for (int64_t waves = 1; waves <= 8; ++waves) {
+    const int64_t fits = resident * waves / job.B < most ? resident * waves / job.B : most;
+    const double fraction = double(fits * job.B) / double(resident * waves);
+    if (fits >= 1 && fraction > filled + 0.03) {
+      filled = fraction;
+      blocks = fits;
+    }
+  }
+  const int64_t of_warp = (chunks + blocks * WARPS - 1) / (blocks * WARPS), of_block = of_warp * WARPS;
+  return {int(chunks), int(of_block), uint32_t((chunks + of_block - 1) / of_block)};
+}
 
 void launch(const SampleJob& job, SampleDtype dtype, const Tensor& logits) {
   const int32_t index = logits.get_device();
@@ -66,20 +139,49 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor& logits) {
   const auto stream = static_cast<cudaStream_t>(handle);
   int processors = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-  // Twice the blocks that the GPU holds at once, and chunks for whole warps. How a row is split changes no result.
-  const int64_t chunks = (job.V + CHUNK - 1) / CHUNK, least = job.B * chunks / (processors * RESIDENT * 2) + 1;
-  const int64_t chunks_per_block = (least + WARPS - 1) / WARPS * WARPS;
-  const int64_t blocks_per_row = (chunks + chunks_per_block - 1) / chunks_per_block;
-  Tensor workspace = torch::stable::new_empty(logits, {job.B * 6 * chunks}, ScalarType::Float);
-  // Counters of a row's finished blocks, from torch's allocator and zeroed for each launch. Memory kept between launches would have to be
+  int major = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  Memory memory = {};
+  const Split split = split_of(job, int64_t(processors) * TO_SUMMARISE);
+  const auto floats = [&](int64_t n) { return torch::stable::new_empty(logits, {n}, ScalarType::Float); };
+  Tensor summaries = floats(job.B * split.chunks * int64_t(sizeof(ChunkSummary) / sizeof(float)));
+  memory.summaries = static_cast<ChunkSummary*>(summaries.mutable_data_ptr());
+  // Counters of a row's finished blocks, from torch's allocator and zeroed for each call. Memory kept between calls would have to be
   // separate for each stream and graph. The memset takes about 2 us (predicted) of the stream's time and none of the host's.
-  Tensor tickets = torch::stable::new_empty(logits, {job.B}, ScalarType::Int);
-  if (blocks_per_row > 1) CUDA_CHECK(cudaMemsetAsync(tickets.mutable_data_ptr(), 0, job.B * sizeof(uint32_t), stream));
-  const auto kernel = dtype == SAMPLE_F32 ? sample_kernel<float> : dtype == SAMPLE_BF16 ? sample_kernel<bf16> : sample_kernel<fp16>;
-  kernel<<<dim3(uint32_t(job.B * blocks_per_row)), THREADS, 0, stream>>>(job, static_cast<float*>(workspace.mutable_data_ptr()),
-                                                                     static_cast<uint32_t*>(tickets.mutable_data_ptr()), chunks_per_block,
-                                                                     uint32_t(blocks_per_row));
-  CUDA_CHECK(cudaGetLastError());
+  Tensor tickets = floats(job.B);
+  memory.tickets = static_cast<uint32_t*>(tickets.mutable_data_ptr());
+  if (split.blocks_per_row > 1) CUDA_CHECK(cudaMemsetAsync(memory.tickets, 0, job.B * sizeof(uint32_t), stream));
+  // The device decides row by row what a filter needs; the host knows whether any row can have one.
+  const bool searches = job.table || job.numbers[1] > 0 || job.numbers[2] < 1, filters = searches || job.numbers[3] > 0;
+  constexpr int64_t STATE = sizeof(RowState) / sizeof(float);
+  std::optional<Tensor> search;
+  if (filters) {
+    search = floats(job.B * (STATE + BUCKETS + CANDIDATES));
+    float* const p = static_cast<float*>(search->mutable_data_ptr());
+    memory.states = reinterpret_cast<RowState*>(p);
+    memory.histograms = reinterpret_cast<uint32_t*>(p + job.B * STATE);
+    memory.lists = p + job.B * (STATE + BUCKETS);
+  }
+  const auto run = [&](auto* kernel, const Split& split, bool overlaps) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(uint32_t(job.B * split.blocks_per_row));
+    config.blockDim = dim3(THREADS);
+    config.stream = stream;
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = overlaps && major >= 9;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, job, memory, split));
+  };
+  const auto launch_all = [&]<class T>(T) {
+    run(summarise_kernel<T>, split, false);
+    if (searches) run(count_kernel<T>, split_of(job, int64_t(processors) * TO_COUNT), true);
+    if (filters) run(collect_kernel<T>, split_of(job, int64_t(processors) * TO_COLLECT), true);
+  };
+  if (dtype == SAMPLE_F32) launch_all(float());
+  else if (dtype == SAMPLE_BF16) launch_all(bf16());
+  else launch_all(fp16());
 }
 
 SampleResult sample_cuda(Tensor logits, int64_t seed, std::optional<Tensor> table, double temperature, double top_k, double top_p, double min_p,

@@ -6,6 +6,7 @@
 #include "../../csrc/sampling/rows.h"
 #endif
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -25,25 +26,52 @@ struct Memory {
   Summaries summaries;
 };
 
-template <class T> void blocks(const SampleJob& job, int64_t chunks_per_block) {
-  const int64_t chunks = chunks_of(job);
-  const Memory memory(chunks);
-  const auto shared = std::make_unique<emulated::Shared>();
+template <class T>
+bool list_tells(emulated::FilterShared& shared, const SampleJob& job, int64_t row, const emulated::ChunkSummary* s, const emulated::RowState& state,
+                const std::vector<float>& list) {
+  const emulated::RowOptions options = emulated::options_of(job, row);
+  float cut;
+  return emulated::cut_by_list(shared, emulated::block_row<T>(job, row, options.penalty), options, s, state, list.data(), cut);
+}
+
+// The launches of launch.cu, each block after another. Returns how many rows one block had to search by itself.
+template <class T> int64_t blocks(const SampleJob& job, int chunks_per_block) {
+  const int chunks = int(chunks_of(job));
+  std::vector<emulated::ChunkSummary> summaries(chunks);
+  emulated::ChunkSummary* const s = summaries.data();
+  const auto counting = std::make_unique<emulated::CountShared>();
+  const auto filtering = std::make_unique<emulated::FilterShared>();
+  std::vector<uint32_t> histogram(emulated::BUCKETS);
+  std::vector<float> list(emulated::CANDIDATES);
+  const auto for_shares = [&](auto f) {
+    for (int first = 0; first < chunks; first += chunks_per_block) f(first, std::min(first + chunks_per_block, chunks));
+  };
+  int64_t alone = 0;
   for (int64_t row = 0; row < job.B; ++row) {
     if (job.finished && job.finished[row]) {
       emulated::write_unread(job, row, true);
       continue;
     }
-    for (int64_t first = 0; first < chunks; first += chunks_per_block)
-      emulated::summarise_chunks<T>(job, row, first, first + chunks_per_block < chunks ? first + chunks_per_block : chunks, memory.summaries);
-    emulated::draw_row<T>(*shared, job, row, memory.summaries);
+    emulated::RowState state;
+    for_shares([&](int first, int last) { emulated::summarise_chunks<T>(job, row, first, last, s); });
+    emulated::end_summaries<T>(*counting, job, row, s, &state, histogram.data());
+    if (state.step == emulated::RowState::SEARCH) {
+      for_shares([&](int first, int last) { emulated::count_chunks<T>(*counting, job, row, first, last, s, state, histogram.data()); });
+      emulated::find_edges(*counting, emulated::options_of(job, row), histogram.data(), &state);
+    }
+    if (state.step != emulated::RowState::DRAWN) {
+      for_shares([&](int first, int last) { emulated::collect_chunks<T>(*filtering, job, row, first, last, s, &state, list.data()); });
+      if (state.step == emulated::RowState::SEARCH) alone += !list_tells<T>(*filtering, job, row, s, state, list);
+      emulated::end_collection<T>(*filtering, job, row, s, &state, list.data());
+    }
   }
+  return alone;
 }
 
 }  // namespace
 
-extern "C" void by_blocks(int dtype, const SampleJob* job, int64_t chunks_per_block) {
-  (dtype == SAMPLE_F32 ? blocks<float> : dtype == SAMPLE_BF16 ? blocks<bf16> : blocks<fp16>)(*job, chunks_per_block);
+extern "C" int64_t by_blocks(int dtype, const SampleJob* job, int64_t chunks_per_block) {
+  return (dtype == SAMPLE_F32 ? blocks<float> : dtype == SAMPLE_BF16 ? blocks<bf16> : blocks<fp16>)(*job, int(chunks_per_block));
 }
 
 #ifndef __CUDACC__

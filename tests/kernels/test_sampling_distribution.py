@@ -1,9 +1,8 @@
-"""The sampler's distribution, the CUDA block run on the host, and mutants that must be caught."""
+"""The sampler's distribution, and mutants that must be caught."""
 
 import ctypes
 import math
 import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign_kernels.sampling import Sample, sample
-from tests.kernels.sampling_cases import OPTIONS, ROOT, needs_native, same
-from tests.kernels.sampling_checks import bit_masks, hostile, kept_mass, surprise
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-
+from fastalign_kernels.sampling import sample
+from tests.kernels.sampling_cases import ROOT, needs_native
+from tests.kernels.sampling_checks import kept_mass, surprise
+from tests.kernels.sampling_library import compiled, job_of, needs_compiler
 
 # Distribution: draws of one row under 2 * 10^6 sequence ids.
 
@@ -70,129 +67,7 @@ def test_the_distribution(case: str, device: str, request: pytest.FixtureRequest
     assert -5 < deviate < 4, f"{deviate:.1f} standard deviations"
 
 
-# The same code without torch, by g++ and by nvcc: the CUDA block on the host.
-
-
-class Job(ctypes.Structure):
-    """SampleJob of csrc/sampling/api.h."""
-
-    _fields_ = [
-        ("logits", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("B", "V", "row_stride")),
-        ("table", ctypes.c_void_p),
-        ("numbers", ctypes.c_double * 5),
-        ("seed", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("sequence_ids", "positions", "seen", "allowed", "finished")),
-        ("pad_id", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("token", "logs", "kept", "valid")),
-    ]
-
-
-def job_of(x, seed, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, **tensors):
-    """A job, and the Sample that running it fills."""
-    B, V = x.shape
-    token, kept = torch.zeros(B, dtype=torch.int64), torch.zeros(B, dtype=torch.int64)
-    logs, valid = torch.zeros(4, B), torch.zeros(B, dtype=torch.bool)
-    job = Job(
-        x.data_ptr(),
-        B,
-        V,
-        x.stride(0),
-        None,
-        (temperature, top_k, top_p, min_p, repetition_penalty),
-        seed,
-        pad_id=-1,
-    )
-    for name, tensor in [
-        *tensors.items(),
-        *zip(("token", "logs", "kept", "valid"), (token, logs, kept, valid)),
-    ]:
-        setattr(job, name, tensor.data_ptr())
-    return job, Sample(token, logs[0], logs[1], logs[2], logs[3], kept, valid)
-
-
-COMPILERS = {
-    "g++": [
-        "g++",
-        "-std=c++20",
-        "-O2",
-        "-fPIC",
-        "-shared",
-        "-Wno-psabi",
-        "-Wno-maybe-uninitialized",
-        "-ffp-contract=off",
-    ],
-    "nvcc": [
-        "nvcc",
-        "-std=c++20",
-        "-O2",
-        "-fmad=false",
-        "-Xcompiler",
-        "-fPIC,-ffp-contract=off",
-        "-x",
-        "cu",
-        "-shared",
-    ],
-}
-
-
-def compiled(compiler: str, folder: Path, *flags: str, root: Path = ROOT) -> ctypes.CDLL:
-    library = folder / f"{compiler}.so"
-    command = [
-        *COMPILERS[compiler],
-        *flags,
-        str(root / "tests" / "kernels" / "sampling_emulator.cpp"),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
-    return ctypes.CDLL(str(library))
-
-
-@pytest.mark.cpu_only
-@needs_native
-@pytest.mark.parametrize("compiler", COMPILERS)
-def test_the_cuda_block_gives_the_same_bits(compiler: str, tmp_path: Path) -> None:
-    """csrc/sampling/block.h on the host, whatever the split of a row over blocks, equals
-    csrc/sampling/rows.h."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    library = compiled(compiler, tmp_path)
-    for V, scale, dtype in [
-        (1, 1.0, torch.float32),
-        (300, 0.3, torch.bfloat16),
-        (5003, 4.0, torch.float32),
-        (5003, 1.0, torch.float16),
-    ]:
-        x = hostile(V, scale, dtype, "cpu")
-        masks = {
-            "seen": bit_masks(12, V, "cpu"),
-            "repetition_penalty": 1.2,
-            "allowed": bit_masks(12, V, "cpu"),
-        }
-        for options in [*OPTIONS.values(), masks | {"top_p": 0.9}, {"finished": torch.arange(12) % 3 == 0}]:
-            ours = sample(x, seed=9, **options)
-            for chunks_per_block in (1, 7, 1000):
-                job, found = job_of(x, 9, **options)
-                code = [torch.float32, torch.bfloat16, torch.float16].index(dtype)
-                library.by_blocks(code, ctypes.byref(job), ctypes.c_int64(chunks_per_block))
-                same(ours, found)
-
-
-@pytest.mark.cpu_only
-@needs_native
-@needs_compiler
-def test_a_block_whose_candidates_overflow_gives_the_same_bits(tmp_path: Path) -> None:
-    """A flat row under top_p: more candidates than the block's shared memory lists, so its histogram goes
-    over the row."""
-    x = torch.randn(2, 30011, generator=torch.Generator().manual_seed(0))
-    library = compiled("g++", tmp_path)
-    for options in ({"top_p": 0.9}, {"top_k": 20000}, {"top_k": 9000, "top_p": 0.7}):
-        ours = sample(x, seed=2, **options)
-        assert ours.kept.min() > 4096
-        job, found = job_of(x, 2, **options)
-        library.by_blocks(0, ctypes.byref(job), ctypes.c_int64(16))
-        same(ours, found)
+# The CPU's rows without torch, and mutants of them.
 
 
 def noise_is_right(library: ctypes.CDLL) -> bool:
