@@ -32,21 +32,21 @@ class Mutation(NamedTuple):
 MUTATIONS = [
     # fastalign_kernels in PyTorch
     Mutation(
-        KERNELS + "logits.py",
+        KERNELS + "logits_ops.py",
         "loss = (1 - label_smoothing) * loss - label_smoothing *",
         "loss = loss - label_smoothing *",
         "tests/kernels/test_logits.py",
     ),
     Mutation(
-        KERNELS + "logits.py",
+        KERNELS + "logits_ops.py",
         "table[Stat.LSE] ** 2 if z_loss",
         "table[Stat.LSE] if z_loss",
         "tests/kernels/test_logits.py",
     ),
     Mutation(
         KERNELS + "logits.py",
-        "-100 if ignore_index is None else ignore_index), -1, flat)",
-        "-100), -1, flat)",
+        "torch.where(flat == ignore_index, -1, flat)",
+        "torch.where(flat == -100, -1, flat)",
         "tests/kernels/test_logits.py",
     ),
     Mutation(
@@ -68,21 +68,21 @@ MUTATIONS = [
         "tests/kernels/test_logits.py",
     ),
     Mutation(
-        KERNELS + "linear/token_losses.py",
-        "grad[Stat.LOGP] = (self.label_smoothing - 1) * s",
-        "grad[Stat.LOGP] = -s",
+        KERNELS + "softmax/rows.py",
+        "grad[Stat.LOGP] = (loss.label_smoothing - 1) * loss.scale",
+        "grad[Stat.LOGP] = -loss.scale",
         "tests/linear/test_head.py tests/linear/test_engine.py",
     ),
     Mutation(
-        KERNELS + "linear/token_losses.py",
-        "grad[Stat.LSE] = 2 * self.z_loss * stats[Stat.LSE] * s",
-        "grad[Stat.LSE] = self.z_loss * stats[Stat.LSE] * s",
+        KERNELS + "softmax/rows.py",
+        "grad[Stat.LSE] = 2 * loss.z_loss * stats[Stat.LSE] * loss.scale",
+        "grad[Stat.LSE] = loss.z_loss * stats[Stat.LSE] * loss.scale",
         "tests/linear/test_head.py tests/linear/test_engine.py",
     ),
     Mutation(
         KERNELS + "linear/cross_entropy.py",
-        "return ordered_sum(d_scale * scale), stats, *grads, d_scale",
-        "return ordered_sum(d_scale * scale), stats, *grads, token_loss(stats, 0.0, z_loss)",
+        "filled_scale()), stats, *grads, d_scale",
+        "filled_scale()), stats, *grads, token_loss(stats, 0.0, z_loss)",
         "tests/linear/test_head.py -k token_weights",
     ),
     Mutation(
@@ -122,9 +122,9 @@ MUTATIONS = [
         "tests/kernels/test_gemm.py",
     ),
     Mutation(
-        KERNELS + "policy/arguments.py",
-        "counts = inside.sum(1, keepdim=True)",
-        "counts = inside.sum(1, keepdim=True).clamp(max=3)",
+        KERNELS + "policy/weights.py",
+        "counts = mask.sum(1, keepdim=True)",
+        "counts = mask.sum(1, keepdim=True).clamp(max=3)",
         "tests/policy",
     ),
     Mutation(
@@ -172,9 +172,9 @@ MUTATIONS = [
     ),
     Mutation(
         KERNELS + "softmax/row_passes_triton.py",
-        "dz = tl.exp(logp) * factor + uniform",
-        "dz = tl.exp(logp) * factor",
-        "tests/softmax/test_rows.py",
+        "dz = _exp(z - row_max) * prob + uniform",
+        "dz = _exp(z - row_max) * prob",
+        "tests/kernels/test_loss_in_forward.py",
     ),
     Mutation(
         KERNELS + "policy/advantages_triton.py",
@@ -228,7 +228,7 @@ MUTATIONS = [
     Mutation("fastalign/rollout/decoding.py", "self.seen.gather(1, word) | bit)", "bit)", "tests/rollout"),
     # stages
     Mutation(
-        "fastalign/stages/loop.py",
+        "fastalign/stages/optimization.py",
         'group["lr"] = peak * fraction',
         'group["lr"] = peak',
         "tests/stages/test_schedules.py -k learning_rate",
@@ -247,8 +247,8 @@ MUTATIONS = [
     ),
     Mutation(
         "fastalign/stages/dpo.py",
-        "reference_chosen, reference_rejected = reference(",
-        "reference_rejected, reference_chosen = reference(",
+        "[chosen, rejected, *reference_logps],",
+        "[chosen, rejected, *reversed(reference_logps)],",
         "tests/stages/preference",
     ),
     Mutation(
