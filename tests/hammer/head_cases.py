@@ -12,6 +12,7 @@ from fastalign_kernels.linear.outcomes import DIVERGENCES
 from fastalign_kernels.linear.reference import (
     linear_cross_entropy_ref,
     linear_distillation_loss_ref,
+    linear_kept_stats_ref,
     linear_token_stats_ref,
 )
 from fastalign_kernels.logits import cross_entropy_ref, token_stats_ref
@@ -157,17 +158,24 @@ def linear_distillation(r: Random, dtype: torch.dtype) -> Case:
     )
 
 
+def kept_sets(r: Random, ids: Tensor, V: int) -> tuple[Tensor, Tensor]:
+    """Sets of one to all ids; most have their token's id, some are empty."""
+    share = r.choice((0.02, 0.3, 1.0))
+    kept = truths(r, (ids.numel(), V), share)
+    inside = (ids.reshape(-1) >= 0) & (ids.reshape(-1) < V) & truths(r, (ids.numel(),), 0.9)
+    kept[inside, ids.reshape(-1)[inside].long()] = True
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), kept.sum(1).cumsum(0)])
+    return offsets, kept.nonzero()[:, 1]
+
+
 def linear_token_stats(r: Random, dtype: torch.dtype) -> Case:
     tensors, options, trained, ours_only = head(r, dtype, lead(r))
     if r.random() < 0.5:
-        return Case(
-            tensors,
-            options,
-            trained,
-            k.linear_logprobs,
-            reading(lambda **given: linear_token_stats_ref(**given).logp, "hidden"),
-            ours_only,
-        )
+        specification: Callable[..., Any] = lambda **given: linear_token_stats_ref(**given).logp  # noqa: E731
+        if r.random() < 0.4:
+            options["kept"] = kept_sets(r, tensors["ids"], tensors["weight"].shape[0])
+            specification = lambda **given: linear_kept_stats_ref(**given)[0]  # noqa: E731
+        return Case(tensors, options, trained, k.linear_logprobs, reading(specification, "hidden"), ours_only)
     return Case(
         tensors, options, trained, k.linear_token_stats, reading(linear_token_stats_ref, "hidden"), ours_only
     )

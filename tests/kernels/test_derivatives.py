@@ -49,6 +49,7 @@ def fixed(*shape: int) -> torch.Tensor:
 
 LOGITS, HIDDEN, WEIGHT, TOKENS, PAIRS = fixed(4, 5), fixed(4, 3), fixed(5, 3), fixed(2, 2), fixed(2)
 TEACHER = fixed(4, 5).log_softmax(-1).topk(2)[::-1]
+KEPT = torch.tensor([0, 2, 5, 6, 8]), torch.tensor([0, 4, 1, 2, 3, 1, 3, 0])
 TRAINED = WEIGHT.clone().requires_grad_()
 WITH_GRADIENT: dict = {  # a loss of one of its inputs, and that input
     "cross_entropy": (lambda x: cross_entropy(x, IDS), LOGITS),
@@ -65,6 +66,7 @@ WITH_GRADIENT: dict = {  # a loss of one of its inputs, and that input
     "linear_cross_entropy tail": (lambda x: linear_cross_entropy(HIDDEN, x, IDS, tail_eps=0.1), WEIGHT),
     "linear_logprobs frozen": (lambda x: linear_logprobs(x, WEIGHT, IDS).mean(), HIDDEN),
     "linear_logprobs trained": (lambda x: linear_logprobs(HIDDEN, x, IDS).mean(), WEIGHT),
+    "linear_logprobs kept": (lambda x: linear_logprobs(x, WEIGHT, IDS, kept=KEPT).mean(), HIDDEN),
     "linear_logprobs tail": (lambda x: linear_logprobs(HIDDEN, x, IDS, tail_eps=0.1).mean(), WEIGHT),
     "linear_distillation_loss": (lambda x: linear_distillation_loss(x, WEIGHT, *TEACHER), HIDDEN),
     "linear_distillation_loss none": (

@@ -19,6 +19,7 @@ from . import engines
 from .engine import empty_gradients, empty_stats
 from .head_stats import head_stats
 from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
+from .kept_stats import kept_stats
 from .token_losses import TokenCrossEntropy
 
 _HIDDEN_ALONE = NeedsGrad(hidden=True)
@@ -75,8 +76,7 @@ def logprobs(inputs: HeadInputs) -> Tensor:
     """`linear_logprobs` [N] of checked inputs."""
     inputs = inputs.lean()
     if inputs.mode("logp") == "frozen_head":
-        # A clone: a view would keep all of hidden.
-        origin = inputs.hidden[:0].clone()
+        origin = inputs.hidden[:0].clone()  # a view would keep all of hidden
         # On a GPU dX in fp16 would be rounded twice, as PyTorch's is not. An fp32 D takes 2 N H bytes more.
         fp16 = inputs.hidden.is_cuda and inputs.hidden.dtype == torch.float16
         if fp16 and inputs.options.tail_eps is None:
@@ -93,6 +93,8 @@ def linear_logprobs(
     weight: Tensor,
     ids: Tensor,
     bias: Tensor | None = None,
+    *,
+    kept: tuple[Tensor, Tensor] | None = None,
     **head: Unpack[HeadArguments],
 ) -> Tensor:
     """Log-probability of each id under softmax(hidden @ weight.T + bias), without the logits in memory.
@@ -102,6 +104,9 @@ def linear_logprobs(
 
     Args:
         hidden, weight, ids, bias: [..., H], [V, H], [...], [V], as in `linear_cross_entropy`.
+        kept: (offsets [N + 1], kept_ids [M]), integers: the softmax of token n is over the different
+            kept_ids[offsets[n] : offsets[n + 1]] alone (kept_stats.py). An id outside its set has logp -inf
+            and no gradient; check=True refuses it. tail_eps is refused.
         **head: `HeadArguments` documents these keywords.
 
     Returns:
@@ -111,4 +116,4 @@ def linear_logprobs(
         ValueError: an argument has the wrong shape, dtype, device or range.
     """
     inputs = head_inputs(hidden, weight, ids, bias, head_options(linear_logprobs, head))
-    return logprobs(inputs).view(ids.shape)
+    return (logprobs(inputs) if kept is None else kept_stats(inputs, kept).logp).view(ids.shape)

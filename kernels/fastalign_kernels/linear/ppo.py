@@ -23,6 +23,7 @@ from . import engines
 from .engine import empty_gradients
 from .head_stats import head_stats
 from .inputs import HEAD, HeadInputs, NeedsGrad
+from .kept_stats import kept_stats
 from .policy_inputs import LinearPolicyArguments, TokenTensors, policy_call, policy_keywords
 
 
@@ -70,6 +71,8 @@ def linear_ppo_loss(
     advantages: Tensor,
     mask: Tensor,
     bias: Tensor | None = None,
+    *,
+    kept: tuple[Tensor, Tensor] | None = None,
     **arguments: Unpack[LinearPolicyArguments],
 ) -> PolicyLoss:
     """`ppo_loss` from hidden states, with exact gradients and without the logits in memory.
@@ -81,6 +84,8 @@ def linear_ppo_loss(
             token counts as outside the mask. Tokens outside enter no GEMM, and none of their values is used.
         old_logp, advantages, mask: as in `ppo_loss`, beside ids; old_logp under the same temperature, softcap
             and logit_scale. None: every ratio is 1.
+        kept: as in `linear_logprobs`: the policy is the softmax over each token's kept ids, in its logp and
+            in its entropy. old_logp and reference_logp are then under kept sets too.
         **arguments: `LinearPolicyArguments` documents these keywords.
 
     Returns:
@@ -94,8 +99,11 @@ def linear_ppo_loss(
     tokens = TokenTensors(old_logp, advantages, mask, arguments.get("reference_logp"))
     call = policy_call(linear_ppo_loss, (hidden, weight, ids, bias), tokens, arguments)
     inputs, tokens, keywords, policy = call
-    if inputs.mode("scalar") == "general":
-        logp, entropy, *_ = stats_of(head_stats(inputs), ids.shape, entropy=True)
+    if kept is not None or inputs.mode("scalar") == "general":
+        if kept is None:
+            logp, entropy, *_ = stats_of(head_stats(inputs), ids.shape, entropy=True)
+        else:
+            logp, entropy = (x.view(ids.shape) for x in kept_stats(inputs, kept))
         return ppo_loss(logp, old_logp, tokens.advantages, tokens.mask, entropy=entropy, **keywords)
     old_logp, advantages, reference_logp = tokens.flat()
     of_tokens = (old_logp, advantages, call.scale(), reference_logp)

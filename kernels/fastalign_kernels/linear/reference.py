@@ -114,3 +114,31 @@ def linear_distillation_loss_ref(
     losses = torch.where(counted, losses, 0.0)
     scale = loss_scale(counted, reduction, token_weights, num_items, z.dtype)
     return reduced(losses, scale, reduction, num_items, teacher_ids.shape[:-1])
+
+
+@head_keywords
+def linear_kept_stats_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kept: tuple[Tensor, Tensor],
+    **head: Unpack[SoftmaxArguments],
+) -> tuple[Tensor, Tensor]:
+    """The specification of log-probabilities over kept sets, and of the entropy of these softmaxes: [...]."""
+    options = head_options(linear_kept_stats_ref, head, SOFTMAX_ARGUMENTS)
+    z = transform_ref(logits_ref(hidden, weight, bias)[0], None, options.transform)
+    offsets, kept_ids_ = (x.long() for x in kept)
+    rows = torch.arange(z.shape[0], device=z.device).repeat_interleave(offsets.diff())
+    inside = torch.zeros_like(z, dtype=torch.bool).index_put_((rows, kept_ids_), torch.tensor(True))
+    targets = kept_ids(ids, options.ignore_index)
+    at = targets.clamp(min=0)[:, None]
+    counted = (targets >= 0) & inside.gather(1, at)[:, 0]
+    # An empty set has the softmax over all ids in its place, of which nothing is used.
+    logp = torch.where(inside | ~inside.any(1, keepdim=True), z, -math.inf).log_softmax(1)
+    entropy = -(logp.exp() * torch.where(inside, logp, 0.0).clamp(min=-1e30)).sum(1)
+    missing = torch.where(targets >= 0, -math.inf, 0.0).to(z.dtype)
+    of_ids = torch.where(counted, torch.where(counted[:, None], logp, 0.0).gather(1, at)[:, 0], missing)
+    entropy = torch.where((targets >= 0) & inside.any(1), entropy, 0.0)
+    return of_ids.view(ids.shape), entropy.view(ids.shape)

@@ -1,0 +1,211 @@
+"""Log-probability and entropy of a token under the softmax over its kept ids, from hidden states.
+
+    hidden [N, H], weight [V, H], ids [N], kept sets of M ids in all  ->  logp, entropy [N]
+
+Only the M kept logits are computed, as dot products of gathered rows: 2 M H flops and M H elements of the
+weight in forward, twice as many in backward, in chunks of pairs (token, kept id). No [N, V] exists. Saved for
+backward: the M raw logits. With P the softmax over a token's set and g the upstream gradients,
+
+    dz[m] = g_logp ([id[m] = target] - P[m]) - g_entropy P[m] (log P[m] + entropy).
+
+A target outside its set has logp -inf, whatever the logits are: it gets no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autograd import NamedGrads, register_op
+from ..softmax.rows import accumulator_dtype, slope_ref, transform_ref
+from .engine import Gradients, empty_gradients
+from .engines import engine_context
+from .inputs import HEAD, HeadInputs, NeedsGrad
+from .kept_sets import KeptSets, kept_sets
+from .plan import default_workspace_mib
+
+# On a CPU the gathered rows of a chunk stay in the L2 cache.
+CPU_CHUNK_BYTES = 2**20
+
+
+class KeptStats(NamedTuple):
+    """[N] each, in nats; 0 for ignored tokens."""
+
+    logp: Tensor  # -inf where the target is outside its set
+    entropy: Tensor  # of the softmax over the set; 0 for an empty one
+
+
+class _Pairs(NamedTuple):
+    """Each kept id beside its token, [M]."""
+
+    rows: Tensor  # of the token
+    ids: Tensor  # the kept id
+    raw: Tensor  # the raw logit without bias, in the accumulator's dtype
+
+
+def _chunks(inputs: HeadInputs, pairs: int, needs: NeedsGrad) -> Iterator[slice]:
+    """Slices of the pairs. Two rows of H a pair, and their product, are in memory at a time."""
+    hidden, options = inputs.hidden, inputs.options
+    mib = options.workspace_mib or default_workspace_mib(hidden.device.type, weight_grad=needs.head)
+    available = mib * 2**20 if hidden.is_cuda else min(mib * 2**20, CPU_CHUNK_BYTES)
+    size = max(1, int(available) // (3 * hidden.shape[1] * accumulator_dtype(hidden.dtype).itemsize))
+    for begin in range(0, pairs, size):
+        yield slice(begin, begin + size)
+
+
+def _gather(matrix: Tensor, index: Tensor, ignored: Tensor | None = None) -> Tensor:
+    """Rows of a matrix in the accumulator's dtype; 0 for those that are ignored, which may hold NaN."""
+    rows = matrix.index_select(0, index).to(accumulator_dtype(matrix.dtype))
+    return rows if ignored is None else rows.masked_fill_(ignored[:, None], 0)
+
+
+def _raw_logits(inputs: HeadInputs, rows: Tensor, ids: Tensor) -> Tensor:
+    """hidden[rows] . weight[ids], [M] in the accumulator's dtype."""
+    hidden, weight = inputs.hidden, inputs.weight.to(inputs.hidden.dtype)
+    raw = hidden.new_empty(ids.numel(), dtype=accumulator_dtype(hidden.dtype))
+    ignored = inputs.ids < 0
+    for part in _chunks(inputs, ids.numel(), NeedsGrad()):
+        of_tokens = _gather(hidden, rows[part], ignored[rows[part]])
+        raw[part] = of_tokens.mul_(_gather(weight, ids[part])).sum(1)
+    low = inputs.options.logits_dtype
+    return raw if low is None else raw.to(low).to(raw.dtype)
+
+
+class _Softmax(NamedTuple):
+    """The softmax over each token's set, in fp64: sums over any number of ids have all digits of fp32."""
+
+    logp: Tensor  # [M]
+    is_target: Tensor  # [M] bool
+    target_logp: Tensor  # [N], -inf where the target is not kept
+    entropy: Tensor  # [N]
+
+    @classmethod
+    def of(cls, inputs: HeadInputs, pairs: _Pairs) -> _Softmax:
+        rows, ids, raw = pairs
+        N = inputs.ids.numel()
+        bias = None if inputs.bias is None else inputs.bias[ids].to(raw.dtype)
+        z = transform_ref(raw.double(), bias, inputs.options.transform)
+        row_max = z.new_full((N,), -math.inf).scatter_reduce_(0, rows, z, "amax")
+        # -inf for a set of masked logits alone: exp(-inf - 0) is 0
+        row_max = torch.where(row_max == -math.inf, 0.0, row_max)
+        shifted = z - row_max[rows]
+        logp = shifted - z.new_zeros(N).index_add_(0, rows, shifted.exp()).log()[rows]
+        is_target = ids == inputs.ids[rows]
+        at_target = torch.where(is_target, logp, -math.inf)
+        target_logp = z.new_full((N,), -math.inf).scatter_reduce_(0, rows, at_target, "amax")
+        terms = torch.where(logp == -math.inf, 0.0, logp.exp() * logp)
+        return cls(logp, is_target, target_logp, -z.new_zeros(N).index_add_(0, rows, terms))
+
+
+def _stats(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    kept: Tensor,
+    options: list[float],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """`KeptStats` as [2, N], and the raw logits [M]."""
+    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    rows = KeptSets(offsets, kept).rows()
+    with engine_context(inputs):
+        raw = _raw_logits(inputs, rows, kept)
+    softmax = _Softmax.of(inputs, _Pairs(rows, kept, raw))
+    stats = torch.stack([softmax.target_logp, softmax.entropy])
+    return torch.where(ids >= 0, stats, 0.0).to(raw.dtype), raw
+
+
+def _fake_stats(hidden, weight, ids, bias, offsets, kept, options, needs):
+    dtype = accumulator_dtype(hidden.dtype)
+    return hidden.new_empty(2, ids.shape[0], dtype=dtype), hidden.new_empty(kept.shape[0], dtype=dtype)
+
+
+def _logit_grads(inputs: HeadInputs, pairs: _Pairs, grad: Tensor) -> Tensor:
+    """d loss / d raw [M] for upstream gradients [2, N]."""
+    softmax = _Softmax.of(inputs, pairs)
+    counted = inputs.ids >= 0
+    of_logp = torch.where(counted & (softmax.target_logp != -math.inf), grad[0], 0.0).double()[pairs.rows]
+    of_entropy = torch.where(counted, grad[1], 0.0).double()[pairs.rows]
+    p, finite = softmax.logp.exp(), softmax.logp.clamp(min=-1e30)  # 0 * -1e30 is 0, 0 * -inf NaN
+    dz = of_logp * (softmax.is_target.double() - p)
+    dz -= of_entropy * p * (finite + softmax.entropy[pairs.rows])
+    bias = None if inputs.bias is None else inputs.bias[pairs.ids].to(pairs.raw.dtype)
+    return (dz * slope_ref(pairs.raw.double(), bias, inputs.options.transform)).to(pairs.raw.dtype)
+
+
+@torch.library.custom_op("fastalign::kept_stats_grad", mutates_args=())
+def _kept_stats_grad(
+    grad: Tensor,
+    raw: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    kept: Tensor,
+    options: list[float],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, weight and bias. On a CPU each sum is in the order of the pairs."""
+    inputs, needs_grad = HeadInputs.of(hidden, weight, ids, bias, options), NeedsGrad(*needs)
+    rows = KeptSets(offsets, kept).rows()
+    d_raw = _logit_grads(inputs, _Pairs(rows, kept, raw), grad)
+    d_hidden, d_weight, d_bias = (
+        torch.zeros(x.shape, dtype=raw.dtype, device=x.device) if need and x is not None else None
+        for x, need in zip((hidden, weight, bias), needs_grad)
+    )
+    factor, ignored = weight.to(hidden.dtype), ids < 0
+    with engine_context(inputs):
+        for part in _chunks(inputs, kept.numel(), needs_grad):
+            of_pairs, tokens = d_raw[part, None], rows[part]
+            if d_hidden is not None:
+                d_hidden.index_add_(0, tokens, _gather(factor, kept[part]).mul_(of_pairs))
+            if d_weight is not None:
+                of_tokens = _gather(hidden, tokens, ignored[tokens]).mul_(of_pairs)
+                d_weight.index_add_(0, kept[part], of_tokens)
+        if d_bias is not None:
+            d_bias.index_add_(0, kept, d_raw)
+    grads = zip((d_hidden, d_weight, d_bias), empty_gradients(inputs, needs_grad))
+    return Gradients(*(empty if grad is None else grad.to(empty.dtype) for grad, empty in grads))
+
+
+@_kept_stats_grad.register_fake
+def _fake_stats_grad(grad, raw, hidden, weight, ids, bias, offsets, kept, options, needs):
+    return empty_gradients(HeadInputs.of(hidden, weight, ids, bias, options), NeedsGrad(*needs))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.options, ctx.needs = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> NamedGrads:
+    if grad is None:
+        return {}
+    grads = _kept_stats_grad(grad, *saved, ctx.options, ctx.needs)
+    return {name: value for name, value, need in zip(HEAD, grads, ctx.needs) if need}
+
+
+_kept_stats = register_op(
+    "kept_stats",
+    _stats,
+    _fake_stats,
+    save=_save,
+    backward=_backward,
+    losses="linear_logprobs or linear_ppo_loss with kept sets",
+)
+
+
+def kept_stats(inputs: HeadInputs, kept: object) -> KeptStats:
+    """Statistics of checked inputs, differentiable; `kept` and errors as in `kept_sets`."""
+    sets = kept_sets(kept, inputs)
+    table, _ = _kept_stats(*inputs.tensors, *sets, inputs.options.numbers(), list(inputs.needs_grad()))
+    return KeptStats(*table.unbind())
