@@ -1,0 +1,116 @@
+"""Liger's chunked losses against Liger's own on a CPU, if it is installed, and against formulas in fp64."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastalign.integrations.liger as ours
+from bench.experiments.liger_cases import PAIRED, call, cases, expected_loss, tensors
+
+ALL = (*PAIRED, "KTO", "GRPO")
+
+
+def named(loss: str) -> str:
+    return f"LigerFusedLinear{loss}Loss"
+
+
+def grads(loss: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(2 * loss, [given[name] for name in ("weight", "hidden", "bias")])
+
+
+CASES = [pytest.param(*row, id=f"{row[0]}-{i}") for i, row in enumerate(cases())]
+
+
+@pytest.mark.parametrize(("loss", "options", "extra"), CASES)
+def test_values_and_gradients_are_ligers_own(
+    loss: str, options: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    theirs = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    given = tensors(torch.float32)
+    modules = [getattr(package, named(loss))(**options, compiled=False) for package in (ours, theirs)]
+    results = [call(module, given, **extra) for module in modules]
+    (value, beside), (their_value, their_beside) = results
+    torch.testing.assert_close(value, their_value, rtol=2e-6, atol=2e-6)
+    assert len(beside) == len(their_beside)
+    if "delta" in options:  # the share of clipped tokens includes those that delta clips
+        beside, their_beside = beside[:-1], their_beside[:-1]
+    assert not any(x.requires_grad for x in beside)
+    for mine, other in zip(beside, their_beside, strict=True):
+        torch.testing.assert_close(mine, other.detach(), rtol=2e-5, atol=2e-5, check_dtype=False)
+    torch.testing.assert_close(grads(value, given), grads(their_value, given), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_the_constructors_and_the_call_orders_are_ligers(loss: str) -> None:
+    theirs = pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    mine, original = getattr(ours, named(loss)), getattr(theirs, named(loss))
+    for a, b in ((mine, original), (mine.forward, original.forward)):
+        assert [(p.name, p.default) for p in inspect.signature(a).parameters.values()] == [
+            (p.name, p.default) for p in inspect.signature(b).parameters.values()
+        ]
+
+
+@pytest.mark.parametrize(("loss", "options", "extra"), CASES)
+def test_values_and_gradients_are_the_formulas_in_fp64(
+    loss: str, options: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    given = tensors()
+    extra = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in extra.items()
+    }
+    value, _ = call(getattr(ours, named(loss))(**options), given, **extra)
+    expected = expected_loss(loss, given, options, extra)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grads(value, given), grads(expected, given), rtol=1e-8, atol=1e-10)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("DPO", {"label_smoothing": 0.1}, "^label_smoothing: got 0.1 with loss_type='sigmoid', where Liger ig"),
+    ("DPO", {"loss_type": "ipo"}, "^loss_type: got 'ipo', expected one of sigmoid, hinge"),
+    ("DPO", {"discopop_tau": 0.1}, "^discopop_tau: got 0.1, expected 0.05"),
+    ("GRPO", {"importance_sampling_level": "sequence"}, "^importance_sampling_level: got 'sequence', exp"),
+    ("GRPO", {"use_bias_correction_kl": True}, "^use_bias_correction_kl: got True, expected False"),
+    ("GRPO", {"loss_type": "dr_grpo"}, "^max_completion_length: got None with loss_type='dr_grpo'"),
+    ("GRPO", {"delta": 1.1}, "^delta: got 1.1, expected at least 1 . epsilon_high, 1.2"),
+    *[
+        ("GRPO", {"loss_type": name}, f"^loss_type: got '{name}', expected one of grpo, bnpo, dapo")
+        for name in ("cispo", "sapo", "vespo", "luspo")
+    ],
+]
+
+
+@pytest.mark.parametrize(("loss", "options", "message"), REFUSED)
+def test_what_is_not_served_is_refused_by_name(loss: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(ours, named(loss))(**options)
+
+
+@pytest.mark.parametrize("missing", ["ref_hidden", "ref_weight"])
+@pytest.mark.parametrize("loss", ["DPO", "KTO", "GRPO"])
+def test_a_missing_reference_is_refused_by_name(loss: str, missing: str) -> None:
+    given: dict[str, Any] = {**tensors(), missing: None}
+    name = missing.replace("hidden", "input")
+    with pytest.raises(ValueError, match=f"^{name}: got None "):
+        call(getattr(ours, named(loss))(use_ref_model=True), given)
+
+
+def test_kto_needs_labels() -> None:
+    with pytest.raises(ValueError, match=r"^preference_labels: got None, expected \[S\] bool"):
+        call(ours.LigerFusedLinearKTOLoss(), {**tensors(), "labels": None})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("name", ["LigerFusedLinearJSDLoss", "LigerFusedLinearJSD", "LigerJSD"])
+def test_distillation_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ImportError, match=f"^fastalign.integrations.liger: got {name}, expected one of "):
+        getattr(ours, name)
+
+
+def test_whoever_patches_a_model_is_told_the_line_to_write() -> None:
+    with pytest.raises(ImportError, match="got apply_liger_kernel_to_llama, expected fastalign.causal_lm.fu"):
+        from fastalign.integrations.liger import apply_liger_kernel_to_llama  # noqa: F401
