@@ -16,6 +16,7 @@ from bench.experiments.trl_runs import largest_difference, train  # noqa: E402
 from fastalign.causal_lm import UnsupportedModelError, fuse_head  # noqa: E402
 from fastalign.integrations import trl as integration  # noqa: E402
 from fastalign.integrations.hosts import UnsupportedHostError  # noqa: E402
+from fastalign_kernels.linear.token_outputs import linear_token_outputs  # noqa: E402
 from tests.models.tiny_models import llama  # noqa: E402
 
 SCORING = ["SFT", "DPO", "KTO", "GRPO", "RLOO"]
@@ -219,6 +220,27 @@ def test_a_batch_without_labels_trains_nothing() -> None:
         output = model(input_ids=ids, labels=torch.full_like(ids, -100), fused_lm_head=True)
     output.loss.backward()
     assert output.loss == 0 and not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+def test_ignored_positions_are_skipped_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    scored: list[int] = []
+
+    def recording(hidden: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        scored.append(len(hidden))
+        return linear_token_outputs(hidden, *arguments, **options)
+
+    monkeypatch.setattr(integration, "linear_token_outputs", recording)
+    model = llama().float()
+    add_fused_lm_head(model)
+    ids = torch.arange(10).view(2, 5)
+    labels = ids.where(ids % 3 == 0, -100)  # 0 is first of its row; 3, 6 and 9 are scored
+    plain = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    with integration.patch():
+        patched = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
+    assert scored == [3]
+    torch.testing.assert_close(patched, plain)
 
 
 def test_a_training_without_a_call_warns_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
