@@ -52,17 +52,19 @@ def check_parameters(host: str, name: str, owner: Any, expected: Sequence[str]) 
     Raises:
         UnsupportedHostError: there is no such callable, or its parameters are others.
     """
-    where = f"{host}: got {getattr(owner, '__name__', owner)}"
+    where = getattr(owner, "__name__", owner)
     found = owner
     for part in name.split("."):
         found = getattr(found, part, _ABSENT)
         if found is _ABSENT:
-            raise UnsupportedHostError(f"{where} without {name}, expected {name}({', '.join(expected)})")
+            raise UnsupportedHostError(
+                f"{host}: got {where} without {name}, expected {name}({', '.join(expected)})"
+            )
     got = list(inspect.signature(found).parameters)
     if got != [*expected]:
         raise UnsupportedHostError(
-            f"{where}.{name}({', '.join(got)}), expected ({', '.join(expected)}): this build of {host} "
-            f"{version(host)} is not the one that fastalign was tested with"
+            f"{host}: got {where}.{name}({', '.join(got)}), expected ({', '.join(expected)}): "
+            f"this build of {host} {version(host)} is not the one that fastalign was tested with"
         )
     return found
 
@@ -90,7 +92,8 @@ class PatchedHost:
         handle = patched(host)
         if handle is not None and handle.options != (options or {}):
             raise ValueError(
-                f"patch: got {options} for {host}, which is patched with {handle.options}; unpatch() first"
+                f"patch: got {options} for {host}, expected {handle.options}, with which it is patched: "
+                "call unpatch() first"
             )
         return handle
 
