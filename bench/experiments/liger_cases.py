@@ -87,6 +87,9 @@ def cases() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         ("GRPO", {"use_ref_model": False, "temperature": 0.7}, {"num_items_in_batch": 50}),
         ("GRPO", {}, {"vllm_is_ratio": tensors()["ratio"].float()}),
         ("GRPO", {"loss_type": "grpo"}, {"vllm_is_ratio": tensors()["ratio"][:, 0].float()}),
+        ("GRPO", {"loss_type": "cispo", "epsilon_high": 3.0}, {}),
+        ("GRPO", {"importance_sampling_level": "sequence"}, {"vllm_is_ratio": tensors()["ratio"].float()}),
+        ("GRPO", {"importance_sampling_level": "sequence", "loss_type": "grpo", "delta": 1.5}, {}),
     ]
     return rows
 
@@ -149,20 +152,23 @@ def grpo_formula(
     mask = given["target"] >= 0
     temperature, beta = options.get("temperature", 1.0), options.get("beta", 0.04)
     tokens = logps(given, temperature=temperature)
-    ratio = (tokens - given["old"]).exp()
-    high = options.get("epsilon_high", 0.2)
-    clipped = ratio.clamp(0.8, 1 + high)
-    if "delta" in options:
-        ratio = ratio.clamp(max=options["delta"])
-    advantages = given["advantages"][:, None]
-    losses = -torch.minimum(ratio * advantages, clipped * advantages)
+    log_ratio = tokens - given["old"]
+    if options.get("importance_sampling_level") == "sequence":
+        log_ratio = ((log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)).expand_as(mask)
+    ratio, high = log_ratio.exp(), options.get("epsilon_high", 0.2)
+    advantages, kind = given["advantages"][:, None], options.get("loss_type", "dapo")
+    if kind == "cispo":
+        losses = -ratio.clamp(max=high).detach() * advantages * tokens
+    else:
+        clipped = ratio.clamp(0.8, 1 + high)
+        bounded = ratio.clamp(max=options.get("delta", torch.inf))
+        losses = -torch.minimum(bounded * advantages, clipped * advantages)
     if vllm_is_ratio is not None:
         losses = losses * (vllm_is_ratio if vllm_is_ratio.dim() == 2 else vllm_is_ratio[:, None]).double()
     if beta and options.get("use_ref_model", True):
         d = logps(given, "ref_", temperature) - tokens
         losses = losses + beta * (d.exp() - d - 1)
     losses = losses * mask
-    kind = options.get("loss_type", "dapo")
     if kind == "grpo":
         return (losses.sum(-1) / mask.sum(-1)).mean()
     number = num_items_in_batch or mask.sum()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastalign.integrations.liger as ours
-from bench.experiments.liger_cases import PAIRED, call, cases, expected_loss, tensors
+from bench.experiments.liger_cases import PAIRED, V, call, cases, expected_loss, tensors
 
 ALL = (*PAIRED, "KTO", "GRPO")
 
@@ -74,13 +74,19 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("DPO", {"label_smoothing": 0.1}, "^label_smoothing: got 0.1 with loss_type='sigmoid', where Liger ig"),
     ("DPO", {"loss_type": "ipo"}, "^loss_type: got 'ipo', expected one of sigmoid, hinge"),
     ("DPO", {"discopop_tau": 0.1}, "^discopop_tau: got 0.1, expected 0.05"),
-    ("GRPO", {"importance_sampling_level": "sequence"}, "^importance_sampling_level: got 'sequence', exp"),
+    ("GRPO", {"importance_sampling_level": "word"}, "^importance_sampling_level: got 'word' with loss_type"),
+    (
+        "GRPO",
+        {"importance_sampling_level": "sequence", "loss_type": "cispo", "epsilon_high": 2.0},
+        "^importance_sampling_level: got 'sequence' with loss_type='cispo', expected 'token'",
+    ),
+    ("GRPO", {"loss_type": "cispo"}, "^loss_type: got 'cispo' with epsilon_high=0.2, delta=None, expected"),
     ("GRPO", {"use_bias_correction_kl": True}, "^use_bias_correction_kl: got True, expected False"),
     ("GRPO", {"loss_type": "dr_grpo"}, "^max_completion_length: got None with loss_type='dr_grpo'"),
     ("GRPO", {"delta": 1.1}, "^delta: got 1.1, expected at least 1 . epsilon_high, 1.2"),
     *[
         ("GRPO", {"loss_type": name}, f"^loss_type: got '{name}', expected one of grpo, bnpo, dapo")
-        for name in ("cispo", "sapo", "vespo", "luspo")
+        for name in ("sapo", "vespo", "luspo")
     ],
 ]
 
@@ -114,3 +120,21 @@ def test_distillation_is_refused_by_name(name: str) -> None:
 def test_whoever_patches_a_model_is_told_the_line_to_write() -> None:
     with pytest.raises(ImportError, match="got apply_liger_kernel_to_llama, expected fastalign.causal_lm.fu"):
         from fastalign.integrations.liger import apply_liger_kernel_to_llama  # noqa: F401
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+def test_grpo_reads_nothing_outside_the_mask(loss_type: str) -> None:
+    given = tensors()
+    outside = given["target"] < 0
+    module = ours.LigerFusedLinearGRPOLoss(loss_type=loss_type, epsilon_high=2.0)
+    head = (given["hidden"], given["weight"])
+    beside = {"ref_input": given["ref_hidden"], "ref_weight": given["ref_weight"]}
+
+    def loss(ids: int, value: float) -> Tensor:
+        old = given["old"].masked_fill(outside, value)
+        ratio = given["ratio"].masked_fill(outside, value)
+        tokens = (given["target"].masked_fill(outside, ids), ~outside, given["advantages"])
+        return module(*head, *tokens, old_per_token_logps=old, vllm_is_ratio=ratio, **beside)[0]
+
+    expected = loss(0, 1.0)
+    assert expected.isfinite() and torch.equal(loss(V + 5, float("nan")), expected)

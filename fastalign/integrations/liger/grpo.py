@@ -1,13 +1,27 @@
 """Liger's GRPO on the head."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import fastalign_kernels as fk
 
-SERVED = ("grpo", "bnpo", "dapo", "dr_grpo")
+SERVED = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
+
+
+class _Tokens(NamedTuple):
+    """The tensors of a call beside the head's, [B, T] each; advantages also [B]."""
+
+    old: Tensor | None
+    advantages: Tensor
+    mask: Tensor
+    reference: Tensor | None
+
+    def kl_options(self, beta: float) -> dict[str, Any]:
+        """`ppo_loss`'s options for the KL. Without a reference there is none."""
+        coefficient = 0.0 if self.reference is None else beta
+        return {"reference_logp": self.reference, "kl_coefficient": coefficient}
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -17,10 +31,12 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         beta: the weight of the KL, k3.
         compiled, chunk_size: change no value.
         use_ref_model: False: the KL is 0.
-        epsilon_low, epsilon_high: `linear_ppo_loss`'s clip and clip_high.
-        loss_type: "grpo", "bnpo", "dapo" or "dr_grpo". Liger's cispo, sapo, vespo and luspo are refused.
+        epsilon_low, epsilon_high: `linear_ppo_loss`'s clip and clip_high. cispo bounds the ratio by
+            epsilon_high itself, at least 1.
+        loss_type: "grpo", "bnpo", "dapo", "dr_grpo" or "cispo". Liger's sapo, vespo and luspo are refused.
         max_completion_length: dr_grpo divides by it and by the number of completions.
-        importance_sampling_level: "token". "sequence" (GSPO) is refused.
+        importance_sampling_level: "token", or "sequence" (GSPO). "sequence" and cispo score the tokens first
+            (`linear_logprobs`), which costs one GEMM more.
         sapo_temperature_pos, sapo_temperature_neg, vespo_k_pos, vespo_lambda_pos, vespo_k_neg,
             vespo_lambda_neg: belong to loss types that are refused. They are not read, as in Liger.
         temperature: divides the logits.
@@ -55,10 +71,15 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         super().__init__()
         if loss_type not in SERVED:
             raise ValueError(f"loss_type: got {loss_type!r}, expected one of {', '.join(SERVED)}")
-        if importance_sampling_level != "token":
+        levels = ("token",) if loss_type == "cispo" else ("token", "sequence")
+        if importance_sampling_level not in levels:
             raise ValueError(
-                f"importance_sampling_level: got {importance_sampling_level!r}, expected 'token'"
+                f"importance_sampling_level: got {importance_sampling_level!r} with loss_type={loss_type!r}, "
+                f"expected {' or '.join(repr(level) for level in levels)}"
             )
+        if loss_type == "cispo" and (epsilon_high < 1 or delta is not None):
+            got = f"epsilon_high={epsilon_high}, delta={delta}"
+            raise ValueError(f"loss_type: got 'cispo' with {got}, expected epsilon_high >= 1 and no delta")
         if use_bias_correction_kl:
             raise ValueError("use_bias_correction_kl: got True, expected False")
         if loss_type == "dr_grpo" and max_completion_length is None:
@@ -70,6 +91,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         self.loss_type = loss_type
         self.max_completion_length = max_completion_length
         self.temperature = temperature
+        self.sequence_level = importance_sampling_level == "sequence"
         self.clips: dict[str, Any] = {"clip": epsilon_low, "clip_high": epsilon_high, "dual_clip": delta}
 
     def forward(
@@ -107,25 +129,55 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if self.beta and self.use_ref_model:
             reference = ref_per_token_logps
             if reference is None:
-                reference = self._reference(selected_token_ids, ref_input, ref_weight, ref_bias)
-        scored = fk.linear_ppo_loss(
-            _input,
-            lin_weight,
-            selected_token_ids,
-            old_per_token_logps,
-            advantages,
-            attention_mask,
-            bias,
-            reference_logp=reference,
-            kl_coefficient=0.0 if reference is None else self.beta,
-            temperature=self.temperature,
-            **self.clips,
-            **self._aggregation(attention_mask, num_items_in_batch),
-        )
+                scored_ids = selected_token_ids.where(attention_mask != 0, -100)
+                reference = self._reference(scored_ids, ref_input, ref_weight, ref_bias)
+        head = (_input, lin_weight, selected_token_ids, bias)
+        batch = _Tokens(old_per_token_logps, advantages, attention_mask, reference)
+        aggregation = self._aggregation(attention_mask, num_items_in_batch)
+        if self.sequence_level or self.loss_type == "cispo":
+            loss, kl, clipped = self._from_logps(head, batch, aggregation)
+        else:
+            scored = fk.linear_ppo_loss(
+                _input,
+                lin_weight,
+                selected_token_ids,
+                old_per_token_logps,
+                advantages,
+                attention_mask,
+                bias,
+                temperature=self.temperature,
+                **batch.kl_options(self.beta),
+                **self.clips,
+                **aggregation,
+            )
+            loss, kl, clipped = scored.loss, scored.kl, scored.clip_fraction
         if not self.beta:
-            return scored.loss, (scored.clip_fraction,)
-        kl = scored.loss.new_zeros(()) if scored.kl is None else scored.kl
-        return scored.loss, (kl, scored.clip_fraction)
+            return loss, (clipped,)
+        return loss, (loss.new_zeros(()) if kl is None else kl, clipped)
+
+    def _from_logps(
+        self,
+        head: tuple[Tensor, Tensor, Tensor, Tensor | None],
+        batch: "_Tokens",
+        aggregation: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The loss, the KL and the share of clipped tokens of the losses that need the log-probabilities."""
+        hidden, weight, ids, bias = head
+        inside = batch.mask != 0
+        logp = fk.linear_logprobs(hidden, weight, ids.where(inside, -100), bias, temperature=self.temperature)
+        zeros = torch.zeros_like(logp)
+        old = logp.detach() if batch.old is None else batch.old
+        kl_term = fk.ppo_loss(logp, None, zeros, inside, **batch.kl_options(self.beta), **aggregation)
+        if self.sequence_level:
+            mean, old_mean = (_row_means(values, inside) for values in (logp, old))
+            policy = fk.ppo_loss(mean, old_mean, batch.advantages, inside, **self.clips, **aggregation)
+            return policy.loss + kl_term.loss, kl_term.kl, policy.clip_fraction
+        high = self.clips["clip_high"]
+        counted = fk.ppo_loss(logp.detach(), old, batch.advantages, inside, clip=None, clip_high=high - 1)
+        ratio = (logp.detach() - old).exp().clamp(max=high)
+        weights = (ratio * batch.advantages.view(len(ids), -1)).where(inside, 0)
+        loss = kl_term.loss - (weights * logp).sum() / aggregation["normalizer"]
+        return loss, kl_term.kl, counted.clip_fraction
 
     def _aggregation(self, mask: Tensor, num_items: float | Tensor | None) -> dict[str, Any]:
         """`linear_ppo_loss`'s options for the loss type."""
@@ -147,6 +199,12 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             raise ValueError(f"{name}: got None without ref_per_token_logps, expected a tensor")
         with torch.no_grad():
             return fk.linear_logprobs(hidden, weight, ids, bias, temperature=self.temperature)
+
+
+def _row_means(values: Tensor, inside: Tensor) -> Tensor:
+    """Each row's mean over its tokens, at each of its positions [B, T]."""
+    sums = values.where(inside, 0).sum(-1, keepdim=True)
+    return (sums / inside.sum(-1, keepdim=True).clamp(min=1)).expand_as(values)
 
 
 def _items_a_process(mask: Tensor, num_items: float | Tensor | None) -> Tensor:
