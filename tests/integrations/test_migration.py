@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss import loss_utils
 
 import fastalign
 from fastalign.causal_lm import fuse_head
+from fastalign.integrations import liger as for_liger
 from fastalign.integrations import transformers as for_transformers
 from tests.models.tiny_models import VOCAB, llama
 
@@ -36,7 +40,10 @@ def names() -> dict[str, Any]:
     tensors = {"h": hidden, "w": weight, "z": hidden @ weight.T, "ids": torch.randint(VOCAB, (6,))}
     numbers = {"T": 0.7, "cap": 1.5, "V": VOCAB}
     labels = {"x": tokens, "y": tokens.where(tokens > 20, -100), "model": llama().float()}
-    return tensors | numbers | labels
+    classes = {"b": torch.randn(VOCAB), "cw": torch.rand(VOCAB)}
+    reference = {"ref": torch.randn(2, 7, 8), "rw": 0.3 * torch.randn(VOCAB, 8), "lp": -torch.rand(2, 7)}
+    completions = {"rows": torch.randn(2, 7, 8), "good": torch.tensor([True, False]), "adv": torch.randn(2)}
+    return tensors | numbers | labels | classes | reference | completions | {"kl": torch.tensor(0.2)}
 
 
 def value(expression: str, before: str, known: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -69,9 +76,23 @@ def test_a_call_of_transformers_and_ours_give_the_same(row: tuple[str, ...]) -> 
     assert_equal_values(row, vars(loss_utils))
 
 
+@pytest.mark.parametrize("row", calls("Liger"), ids=lambda row: row[0])
+def test_a_call_of_liger_and_ours_give_the_same(row: tuple[str, ...]) -> None:
+    """Liger's chunked losses if it is installed. Its cross-entropy needs a GPU: ours under its name."""
+    chunked = vars(importlib.import_module("liger_kernel.chunked_loss")) if find_spec("liger_kernel") else {}
+    assert_equal_values(row, {**vars(for_liger), **chunked})
+
+
+@pytest.mark.parametrize("row", calls("torch"), ids=lambda row: row[0])
+def test_a_call_of_torch_and_ours_give_the_same(row: tuple[str, ...]) -> None:
+    if row[0].startswith("linear_") and not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("F.linear_cross_entropy is in torch 2.13 and newer")
+    assert_equal_values(row, vars(F))
+
+
 def test_all_rows_are_read() -> None:
     rows = [line for line in MOVING.splitlines() if line.startswith("| `")]
-    assert len(rows) == len(calls("TRL")) + len(calls("transformers"))
+    assert len(rows) == sum(len(calls(host)) for host in ("TRL", "transformers", "Liger", "torch"))
 
 
 def test_the_example_of_trl_counts_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
