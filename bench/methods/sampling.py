@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign.measure import Error, largest_error
-from fastalign_kernels.sampling import sample
+from fastalign_kernels.sampling import Sample, sample
 
 from ..core import smollm2
 from ..core.operation import OURS, Check, Forward, Operation, Shape, Tensors, Verdict, here, module, needs_gpu
@@ -53,7 +53,8 @@ def trained_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, T
 
 
 def _ours(rule: Filter) -> Callable[[str], Forward]:
-    return here(lambda logits: sample(logits, seed=0, **rule._asdict())._asdict())
+    fields = Sample._fields[:-1]  # kept_ids was not asked for
+    return here(lambda logits: dict(zip(fields, sample(logits, seed=0, **rule._asdict())[:-1])))
 
 
 def multinomial(device: str) -> Forward:

@@ -35,6 +35,8 @@ from torch import Tensor
 
 from . import checks, native
 from .dispatch import Kernels
+from .sampling_kept import KeptIds, kept_of_rows, penalised
+from .sampling_noise import exponential
 from .softmax.rows import accumulator_dtype
 
 CHUNK = 256  # ids of a chunk; part of the specification, as csrc/sampling/arithmetic.h has it
@@ -46,7 +48,7 @@ class Sample(NamedTuple):
     """The drawn tokens and the log-probabilities of the draw.
 
     token: [B] int64. logp, log_kept, logp_raw, entropy: [B] in nats. kept: [B] int64, the number of ids that
-    the filters left. valid: [B] bool.
+    the filters left. valid: [B] bool. kept_ids: those ids, with return_kept=True.
 
     A row is not valid if its logits have NaN or +inf, before or after the penalty, or if no allowed logit is
     finite. Its token is pad_id or -1, kept is 0, and the rest is NaN. A finished row has token pad_id or -1,
@@ -60,6 +62,7 @@ class Sample(NamedTuple):
     entropy: Tensor
     kept: Tensor
     valid: Tensor
+    kept_ids: KeptIds | None = None
 
 
 class _Option(NamedTuple):
@@ -95,6 +98,7 @@ def sample(
     allowed: Tensor | None = None,
     finished: Tensor | None = None,
     pad_id: int | None = None,
+    return_kept: bool = False,
     check: bool = False,
 ) -> Sample:
     """Draws a token from each row of logits, by the formulas at the top of this file.
@@ -111,6 +115,7 @@ def sample(
         seen, allowed: int32 bit masks [B, ceil(V / 32)]. Id v is bit v % 32 of word v // 32.
         finished: [B] bool. Finished rows are not read, and their token is pad_id.
         pad_id: the token of finished and of invalid rows. None: -1.
+        return_kept: also return the ids that the filters left. Waits for the device.
         check: raise for rows that are not valid, and on CUDA check the values of tensor options. Both wait
             for the device.
 
@@ -123,7 +128,7 @@ def sample(
     """
     B, V = _check_logits(logits)
     seed = checks.whole("seed", seed, 0, expected="a whole number in [0, 2^63)")
-    checks.flags(check=check)
+    checks.flags(check=check, return_kept=return_kept)
     look = checks.readable(logits, check)
     numbers = {
         "temperature": temperature,
@@ -184,7 +189,12 @@ def sample(
             f"logits: got NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first, "
             "expected finite logits"
         )
-    return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid)
+    kept_ids = None
+    if return_kept:
+        penalty = _row_values(repetition_penalty, logits)[:, None]
+        z = penalised(logits.detach().to(logp.dtype), penalty, seen, allowed)
+        kept_ids = kept_of_rows(z, kept, token)
+    return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid, kept_ids)
 
 
 def _check_logits(logits: Tensor) -> torch.Size:
@@ -296,12 +306,7 @@ def sample_ref(
 
     T, k, p, least, penalty = map(column, (temperature, top_k, top_p, min_p, repetition_penalty))
     x = logits.to(accumulator_dtype(logits.dtype))
-    z = x
-    if seen is not None:
-        penalised = torch.where(x < 0, x * penalty.to(x.dtype), x / penalty.to(x.dtype))
-        z = torch.where(_bits(seen, V), penalised, x)
-    if allowed is not None:
-        z = torch.where(_bits(allowed, V), z, -math.inf)
+    z = penalised(x, penalty, seen, allowed)
     x, z = x.double(), z.double()
     row_max = z.amax(-1, keepdim=True)
     alive = torch.ones(B, dtype=torch.bool, device=device) if finished is None else ~finished
@@ -334,12 +339,12 @@ def sample_ref(
     chunks = -(-V // CHUNK)
     padded = torch.nn.functional.pad(mass, (0, chunks * CHUNK - V)).view(B, chunks, CHUNK)
     tags = torch.arange(chunks, device=device) | 1 << 31
-    chunk = (_exponential(seed, sequence, position, tags.expand(B, -1)) / padded.sum(-1)).argmin(
+    chunk = (exponential(seed, sequence, position, tags.expand(B, -1)) / padded.sum(-1)).argmin(
         -1, keepdim=True
     )
     ids = chunk * CHUNK + torch.arange(CHUNK, device=device)
     chunk_mass = padded.gather(1, chunk[..., None].expand(-1, -1, CHUNK))[:, 0]
-    token = chunk[:, 0] * CHUNK + (_exponential(seed, sequence, position, ids) / chunk_mass).argmin(-1)
+    token = chunk[:, 0] * CHUNK + (exponential(seed, sequence, position, ids) / chunk_mass).argmin(-1)
     token = torch.where(greedy[:, 0], first.int().argmax(-1), token)
 
     log_sum = scaled.logsumexp(-1)
@@ -361,38 +366,3 @@ def sample_ref(
     )
     token, kept = torch.where(ok, token, pad), torch.where(ok, keep.sum(-1), 0)
     return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid | ~alive)
-
-
-def _bits(mask: Tensor, V: int) -> Tensor:
-    """int32 words [B, ceil(V / 32)] as bool [B, V]."""
-    words = mask.long()[..., None] >> torch.arange(32, device=mask.device)
-    return (words & 1).bool().flatten(-2)[:, :V]
-
-
-def _exponential(seed: int, sequence: Tensor, position: Tensor, index: Tensor) -> Tensor:
-    """E ~ Exp(1), fp64, of Philox4x32-10 with key seed and counter (index, position, sequence); sequence,
-    position [B], index [B, n]."""
-    low = 0xFFFFFFFF
-    counter = [
-        index,
-        *(word[:, None].expand_as(index) for word in (position & low, sequence & low, sequence >> 32 & low)),
-    ]
-    key = [seed & low, seed >> 32 & low]
-    for _ in range(10):  # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011
-        (high0, low0), (high1, low1) = (
-            _multiplied(0xD2511F53, counter[0]),
-            _multiplied(0xCD9E8D57, counter[2]),
-        )
-        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
-        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
-    high, rest = counter[0].double(), (counter[1] | 1).double()
-    u = high * 2**-32 + rest * 2**-64
-    left = (low - high) * 2**-32 + ((low - counter[1]) | 1).double() * 2**-64
-    return torch.where(high < 2**31, -torch.log1p(-u), -left.log())
-
-
-def _multiplied(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of factor * word, both below 2^32, in int64."""
-    part = factor * (word & 0xFFFF)
-    high = factor * (word >> 16) + (part >> 16)
-    return high >> 16, (high << 16 | part & 0xFFFF) & 0xFFFFFFFF

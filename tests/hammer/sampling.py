@@ -126,7 +126,7 @@ def loosened(options: dict[str, Any], sign: int) -> dict[str, Any]:
 
 
 def same(ours: Sample, other: Sample, rows: Tensor) -> None:
-    for name, value, theirs in zip(ours._fields, ours, other):
+    for name, value, theirs in zip(ours._fields[:7], ours[:7], other[:7]):
         theirs = theirs[rows]
         equal = (value == theirs) | ((value != value) & (theirs != theirs))
         assert equal.all(), (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers.generation import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -21,7 +22,7 @@ from bench.core.operation import Shape
 from bench.methods.sampling import trained_inputs
 from fastalign_kernels import native
 from fastalign_kernels.sampling import CHUNK, sample, sample_ref
-from tests.kernels.sampling_cases import OPTIONS, ROOT, needs_native, same
+from tests.kernels.sampling_cases import OPTIONS, ROOT, mapped, needs_native, same
 from tests.kernels.sampling_checks import bit_masks, hostile
 
 NUMBERS = ("logp", "log_kept", "logp_raw", "entropy")
@@ -154,7 +155,7 @@ def test_neither_batch_nor_slot_nor_threads_change_a_bit(case: str, device: str)
     whole = sample(x, seed=4, sequence_ids=ids, positions=positions, **OPTIONS[case])
     order = torch.randperm(17, generator=torch.Generator().manual_seed(0)).to(device)
     shuffled = sample(x[order], seed=4, sequence_ids=ids[order], positions=positions[order], **OPTIONS[case])
-    same(shuffled, type(whole)(*(field[order] for field in whole)))
+    same(shuffled, mapped(whole, lambda field: field[order]))
     for row in (0, 3, 9):
         one = slice(row, row + 1)
         same(
@@ -345,13 +346,16 @@ def test_a_gpu_gives_the_bits_of_a_cpu_also_from_a_graph() -> None:
         for options in OPTIONS.values():
             expected = sample(x, seed=2, **options)
             static = x.cuda()
-            same(type(expected)(*(field.cpu() for field in sample(static, seed=2, **options))), expected)
+            same(
+                mapped(sample(static, seed=2, **options), Tensor.cpu),
+                expected,
+            )
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 drawn = sample(static, seed=2, **options)
             for _ in range(3):
                 graph.replay()
-                same(type(expected)(*(field.cpu() for field in drawn)), expected)
+                same(mapped(drawn, Tensor.cpu), expected)
 
 
 def test_the_specification_of_the_chunks() -> None:

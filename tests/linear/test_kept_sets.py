@@ -129,10 +129,8 @@ def test_a_ratio_under_top_p_is_one():
     mass."""
     hidden, weight, _, _ = make("cpu", torch.float32)
     logits = hidden.detach() @ weight.detach().t()
-    drawn = sample(logits, seed=1, top_p=0.8, temperature=0.7)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), drawn.kept.long().cumsum(0)])
-    order = logits.argsort(1, descending=True)
-    kept = offsets, torch.cat([row[:k] for row, k in zip(order, drawn.kept.tolist())])
+    drawn = sample(logits, seed=1, top_p=0.8, temperature=0.7, return_kept=True)
+    kept = drawn.kept_ids
     logp = linear_logprobs(hidden, weight, drawn.token, kept=kept, temperature=0.7, check=True)
     torch.testing.assert_close(logp, drawn.logp, rtol=1e-5, atol=2e-6)
     whole = linear_logprobs(hidden, weight, drawn.token, temperature=0.7)
@@ -175,6 +173,28 @@ def test_nan_in_an_ignored_token_and_masked_ids_reach_nothing():
     for ours, truth in zip(grads_of(found, trained, upstream), grads_of(expected, trained, upstream)):
         assert not ours.isnan().any()
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_the_kept_ids_of_a_sample():
+    """With top-k and ties, a penalty, an allowed mask, temperature 0, a finished row and one that is not
+    valid."""
+    logits = torch.tensor([[3.0, 1.0, 3.0, 2.0, 0.0]]).repeat(6, 1)
+    logits[1, 3] = 1.0
+    logits[5, 0] = math.nan
+    top_k = torch.tensor([2, 3, 2, 5, 2, 2])
+    seen, allowed = torch.zeros(6, 1, dtype=torch.int32), torch.full((6, 1), -1, dtype=torch.int32)
+    seen[2], allowed[3] = 1, 0b10110  # id 0 is penalised; ids 1, 2 and 4 are allowed
+    temperature = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0])
+    options: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "repetition_penalty": 2.0}
+    drawn = sample(logits, seed=3, seen=seen, allowed=allowed, return_kept=True, **options)
+    offsets, ids = drawn.kept_ids
+    sets = [sorted(ids[a:b].tolist()) for a, b in zip(offsets[:-1], offsets[1:])]
+    assert sets == [[0, 2], [0, 1, 2, 3], [2, 3], [1, 2, 4], [0], []]
+    finished = torch.arange(6) < 5
+    drawn = sample(logits, seed=3, finished=finished, return_kept=True, **options)
+    assert drawn.kept_ids.offsets.tolist() == [0] * 7 and not drawn.kept_ids.ids.numel()
+    assert sample(logits[:5], seed=3).kept_ids is None
+    assert sample(logits[:0], seed=3, return_kept=True).kept_ids.offsets.tolist() == [0]
 
 
 class Largest(TorchDispatchMode):
