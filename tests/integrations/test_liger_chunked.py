@@ -138,3 +138,14 @@ def test_grpo_reads_nothing_outside_the_mask(loss_type: str) -> None:
 
     expected = loss(0, 1.0)
     assert expected.isfinite() and torch.equal(loss(V + 5, float("nan")), expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [("DPO", {"compute_nll_loss": True}), ("KTO", {}), ("GRPO", {"importance_sampling_level": "sequence"})],
+)
+def test_a_compiled_call_is_one_graph(loss: str, options: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    given, module = tensors(), getattr(ours, named(loss))(**options)
+    compiled = torch.compile(lambda: call(module, given)[0], fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(), call(module, given)[0])
