@@ -3,8 +3,8 @@
 import ctypes
 import math
 import shutil
+from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +16,26 @@ from tests.kernels.sampling_checks import bit_masks, hostile
 from tests.kernels.sampling_library import COMPILERS, compiled, job_of, needs_compiler
 
 
+@pytest.fixture(scope="module")
+def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctypes.CDLL]:
+    """The library by a compiler, built once."""
+
+    @cache
+    def build(compiler: str) -> ctypes.CDLL:
+        if shutil.which(compiler) is None:
+            pytest.skip(f"{compiler} is not installed")
+        return compiled(compiler, tmp_path_factory.mktemp("blocks"))
+
+    return build
+
+
 @pytest.mark.cpu_only
 @needs_native
 @pytest.mark.parametrize("compiler", COMPILERS)
-def test_the_cuda_block_gives_the_same_bits(compiler: str, tmp_path: Path) -> None:
+def test_the_cuda_block_gives_the_same_bits(library_of: Callable[[str], ctypes.CDLL], compiler: str) -> None:
     """csrc/sampling/block.h on the host, whatever the split of a row over blocks, equals
     csrc/sampling/rows.h."""
-    if shutil.which(compiler) is None:
-        pytest.skip(f"{compiler} is not installed")
-    library = compiled(compiler, tmp_path)
+    library = library_of(compiler)
     for V, scale, dtype in [
         (1, 1.0, torch.float32),
         (300, 0.3, torch.bfloat16),
@@ -44,11 +55,6 @@ def test_the_cuda_block_gives_the_same_bits(compiler: str, tmp_path: Path) -> No
                 code = [torch.float32, torch.bfloat16, torch.float16].index(dtype)
                 library.by_blocks(code, ctypes.byref(job), ctypes.c_int64(chunks_per_block))
                 same(ours, found)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled("g++", tmp_path_factory.mktemp("blocks"), "-march=native")
 
 
 def rows_searched_alone(library: ctypes.CDLL, x: torch.Tensor, **options: Any) -> int:
@@ -87,7 +93,8 @@ def large_rows() -> dict[str, torch.Tensor]:
 @needs_native
 @needs_compiler
 @pytest.mark.parametrize("row", large_rows())
-def test_no_block_searches_a_row_by_itself(library: ctypes.CDLL, row: str) -> None:
+def test_no_block_searches_a_row_by_itself(library_of: Callable[[str], ctypes.CDLL], row: str) -> None:
+    library = library_of("g++")
     x = large_rows()[row]
     for options in (
         {"top_p": 0.1},
@@ -106,9 +113,11 @@ def test_no_block_searches_a_row_by_itself(library: ctypes.CDLL, row: str) -> No
 @pytest.mark.cpu_only
 @needs_native
 @needs_compiler
-def test_a_block_that_searches_a_row_by_itself_gives_the_same_bits(library: ctypes.CDLL) -> None:
+def test_a_block_that_searches_a_row_by_itself_gives_the_same_bits(
+    library_of: Callable[[str], ctypes.CDLL],
+) -> None:
     """The list holds 4096 values. More lie between the edges where top_p leaves no room for rounding, and
     where top_k keeps more and top_p asks for their mass."""
-    x = large_rows()["trained-like"]
+    library, x = library_of("g++"), large_rows()["trained-like"]
     for options in ({"top_p": 0.9999999}, {"top_k": 9000, "top_p": 0.7}):
         assert rows_searched_alone(library, x, **options) == 1, options
