@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .torch_func import traced, transforming
+from .torch_func import must_see_the_op, traced
 
 SMALL = 2**20  # elements below which the launch costs more than the pass
 InputGrads = tuple[Tensor | None, ...]
@@ -109,7 +109,7 @@ class EagerOp:
         self._apply: Callable[..., Any] = getattr(function, "apply")  # noqa: B009  mypy sees a bare type
 
     def __call__(self, *inputs: Any) -> Any:
-        if traced(inputs[0]) or inputs[0].is_meta or transforming():
+        if must_see_the_op(inputs[0]):
             return self.op(*inputs)
         return self._apply(*inputs) if torch.is_grad_enabled() else self._forward(*inputs)
 

@@ -23,6 +23,15 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def must_see_the_op(tensor: Tensor) -> bool:
+    """Whether torch must see an op of ours as one.
+
+    A compiler traces it, a transform of torch.func or a TorchDispatchMode runs (a counter of flops, selective
+    checkpointing), or the tensor has no values.
+    """
+    return traced(tensor) or tensor.is_meta or transforming() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor below all transforms, for checks of its values: that of all slices under vmap."""
     while transforming() and _functorch.is_functorch_wrapped_tensor(tensor):

@@ -66,7 +66,8 @@ def test_the_sampler_compiles_for_every_architecture_without_spills(table):
     from bench.gpu.aot import ARCHITECTURES, build_rules
 
     kernels = ("summarise_kernel", "count_kernel", "collect_kernel")
-    rows = [row for row in table[0] if row["kernel"] in kernels]
+    # no variant: the tail has a collect_kernel too, in Triton
+    rows = [row for row in table[0] if row["kernel"] in kernels and not row["variant"]]
     nvcc = build_rules()["find_nvcc"]()
     if nvcc is None:
         assert not rows and "nvcc is not found" in table[1]

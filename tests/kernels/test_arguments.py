@@ -43,6 +43,7 @@ NEGATIVE = {  # options that may be below 0; all other numbers may not
     ),
     *((name, "kl_coefficient") for name in (*FUNCTIONS, *MODULES)),
     ("simpo_loss", "gamma"),
+    ("LinearSimPOLoss", "gamma"),
     ("sample", "pad_id"),
 }
 

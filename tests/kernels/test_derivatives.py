@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastalign_kernels import (
@@ -263,3 +264,23 @@ def test_specifications_have_what_the_errors_promise(reference, x):
     torch.testing.assert_close(
         torch.func.grad(reference)(x.detach()), torch.autograd.grad(reference(x), x)[0]
     )
+
+
+class _Ops(TorchDispatchMode):
+    """Names of the operations that torch sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_op_and_not_its_parts():
+    """Selective checkpointing saves what an op returns, and must not save what happens inside."""
+    with _Ops() as seen:
+        loss = linear_cross_entropy(HIDDEN.clone().requires_grad_(), TRAINED, IDS)
+    assert "fastalign.head_loss.default" in seen.names and not any("mm" in name for name in seen.names)
+    assert torch.equal(loss, linear_cross_entropy(HIDDEN.clone().requires_grad_(), TRAINED, IDS))

@@ -49,6 +49,8 @@ def launches(monkeypatch):
         monkeypatch.setattr(owner.KERNELS, "select", lambda _, module=module: module)
     monkeypatch.setattr(checks, "readable", lambda *_: False)
     monkeypatch.setattr(autograd, "_scale", lambda x, factor: x.mul_(factor))
+    for module in (autograd, importlib.import_module("fastalign_kernels.policy.advantages")):
+        monkeypatch.setattr(module, "must_see_the_op", lambda _: False)  # the counter must see into the ops
     counter, launch = Launches(), interpreter.GridExecutor.__call__
 
     def counted(executor, *args, **kwargs):

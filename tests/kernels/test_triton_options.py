@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[2] / "kernels" / "fastalign_kernels"
 INTEGERS = {
     *("B", "C", "N", "T", "V", "K", "S", "P", "H", "first", "rows", "col_tiles", "sample"),
     *("V_slice", "first_token", "first_column", "count", "keep_places"),
-    *("chunk", "live", "part_rows", "parts", "tiles"),  # of the tail's kernels
+    *("chunk", "live", "part_rows", "parts", "slice_columns", "tiles"),  # of the tail's kernels
 }
 
 

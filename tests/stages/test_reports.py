@@ -82,5 +82,5 @@ def test_a_folder_that_has_a_reporters_name_is_not_that_reporter(
 ) -> None:
     (tmp_path / "trackio").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(ValueError, match="report_to: trackio not installed"):
+    with pytest.raises(ValueError, match="report_to: got trackio, expected installed packages"):
         reporters.check_reporters(["trackio"])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Kernels, accumulator_of
-from ..torch_func import traced, transforming
+from ..torch_func import must_see_the_op
 from .arguments import as_bool, check_tokens
 
 
@@ -145,7 +145,7 @@ def gae(
         checks.shape("bootstrap", bootstrap, (rewards.shape[0],), "[B]")
         checks.device("bootstrap", bootstrap, "rewards", rewards)
     # Without tracing the op skips the dispatcher, because its Python layers take longer than the kernel.
-    run = gae_op if traced(rewards) or transforming() else _gae
+    run = gae_op if must_see_the_op(rewards) else _gae
     return Advantages(*run(rewards, values, as_bool(mask), bootstrap, gamma, lam))
 
 
@@ -218,7 +218,7 @@ def masked_whiten(
     check_tokens({"x": x}, mask)
     dense, inside = x.to(accumulator_of(x)).contiguous(), as_bool(mask).contiguous()
     # As in gae.
-    moments_of, whiten = (moments_op, whiten_op) if traced(x) or transforming() else (_moments, _whiten)
+    moments_of, whiten = (moments_op, whiten_op) if must_see_the_op(x) else (_moments, _whiten)
     moments = moments_of(dense, inside)
     if group is not None:
         parts = [torch.empty_like(moments) for _ in range(torch.distributed.get_world_size(group))]
