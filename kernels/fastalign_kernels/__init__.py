@@ -5,9 +5,10 @@ from .linear.cross_entropy import linear_cross_entropy
 from .linear.cross_entropy_stats import CrossEntropyStats, linear_cross_entropy_stats
 from .linear.distillation import linear_distillation_loss
 from .linear.dpo import LinearPreferenceLoss, linear_dpo_loss
+from .linear.head_plan import HeadPlan
 from .linear.kto import LinearUnpairedLoss, linear_kto_loss
 from .linear.logprobs import linear_logprobs
-from .linear.plan import HeadPlan, plan_head
+from .linear.plan import plan_head
 from .linear.ppo import linear_ppo_loss
 from .linear.tail_columns import kept_share
 from .linear.tail_report import TailReport, tail_report

@@ -1,17 +1,15 @@
-"""What more or less workspace buys a head call on a GPU: the table that `plan_head` prints."""
+"""What more or less workspace buys a head call on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from .gpu_plan import GRANULE, GpuCall
 from .gpu_work import gpu_work, milliseconds, rates_of
-
-if TYPE_CHECKING:
-    from .plan import HeadPlan
+from .head_plan import HeadBudget, HeadPlan
 
 SHARES = (1, 2, 4, 8, 16)  # of the default workspace
 
@@ -21,18 +19,6 @@ class Card(NamedTuple):
 
     architecture: int  # compute capability; 0: not known
     bytes: int | None  # of memory; None: not known
-
-
-class HeadBudget(NamedTuple):
-    """A workspace, and the plan that it gives."""
-
-    workspace_mib: float
-    engine: str
-    kept_tokens: int
-    slice_columns: int
-    gemms: int
-    held_mib: float  # peak beyond the inputs, gradients included
-    predicted_ms: float | None  # None: a card whose rates are not known
 
 
 def card_of(device: torch.device | str, architecture: int | None, memory_mib: float | None) -> Card:
@@ -61,22 +47,6 @@ def gpu_budgets(
         predicted_ms=budget.predicted_ms,
         budgets=tuple(sorted(found.values(), key=lambda budget: -budget.workspace_mib)),
     )
-
-
-def budget_table(budgets: tuple[HeadBudget, ...]) -> Iterator[str]:
-    """Lines of a table of budgets, none if there are none."""
-    if not budgets:
-        return
-    yield "workspace_mib  engine        kept                  GEMMs  peak MiB  predicted ms"
-    for budget in budgets:
-        kept = f"{budget.kept_tokens:,} tokens" if budget.kept_tokens else "nothing"
-        if budget.slice_columns:
-            kept = f"{budget.slice_columns:,} columns"
-        ms = "–" if budget.predicted_ms is None else f"{budget.predicted_ms:.3g}"
-        yield (
-            f"{budget.workspace_mib:13,.0f}  {budget.engine:12}  {kept:20}  {budget.gemms:5}  "
-            f"{budget.held_mib:8,.0f}  {ms:>12}"
-        )
 
 
 def _budget(plan: HeadPlan, call: GpuCall, card: Card, workspace_mib: float) -> HeadBudget:

@@ -6,12 +6,10 @@ that the card reaches. They are predictions. Where docs/gpu.md has a measured ti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from .gpu_plan import GpuCall
-
-if TYPE_CHECKING:
-    from .plan import HeadPlan
+from .head_plan import HeadPlan
 
 TILE_COLUMNS = 256  # of the engine `epilogue`
 

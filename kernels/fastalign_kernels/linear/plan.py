@@ -7,12 +7,10 @@ One GEMM here means one N x H x V matrix product, 2 N H V flops; the naive loss 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from .. import checks
-from .gpu_budgets import HeadBudget, budget_table, card_of, gpu_budgets
+from .gpu_budgets import card_of, gpu_budgets
 from .gpu_plan import (
     GpuCall,
     epilogue_saved,
@@ -25,6 +23,7 @@ from .gpu_plan import (
     slice_width,
     tile_sizes,
 )
+from .head_plan import HeadPlan
 
 # Default workspace in MiB without and with a gradient of the weight. On a CPU, 512-token chunks (96 MiB at V
 # = 49152) run their GEMMs 9 % faster than 293-token ones (64 MiB). Beside a weight gradient 72 keeps the peak
@@ -33,30 +32,6 @@ WORKSPACE_MIB = {"cuda": (512.0, 512.0), "cpu": (96.0, 72.0)}
 
 # Tokens of a tail's block at most: more keep more columns, fewer make slower GEMMs and more gathers.
 TOKENS = {"cpu": 256, "cuda": 1024}
-
-
-class HeadPlan(NamedTuple):
-    """How a head call runs.
-
-    For mode "general" the numbers are those of the pass that computes the gradients. On a CPU its forward
-    pass runs as "no_grad".
-    """
-
-    way: str  # the mode: no_grad, gradient_in_forward, frozen_head or general
-    chunk: int  # tokens whose logits are in memory together
-    workspace_bytes: int  # of these logits and what is kept of them
-    gemms: int  # of N x H x V, in forward and backward together
-    engine: str = "token_tiles"  # or on a GPU kept_softmax, epilogue, tail or vocab_slices
-    kept_tokens: int = 0  # kept_softmax, epilogue: tokens whose dlogits or softmax are in memory together
-    slice_columns: int = 0  # vocab_slices: ids of a slice; `chunk` is then all tokens
-    held_bytes: int = 0  # on a GPU: peak beyond the inputs, gradients included
-    predicted_ms: float | None = None  # on a GPU, forward and backward: a roofline, not a measurement
-    budgets: tuple[HeadBudget, ...] = ()  # on a GPU: what more or less workspace_mib would buy
-
-    def __str__(self) -> str:
-        """The plan in a line, and on a GPU a table of its budgets."""
-        work = f"{self.way} by {self.engine}: {self.gemms} GEMMs, {self.workspace_bytes / 2**20:,.0f} MiB"
-        return "\n".join([work, *budget_table(self.budgets)])
 
 
 def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:

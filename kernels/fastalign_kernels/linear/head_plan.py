@@ -1,0 +1,58 @@
+"""What `plan_head` returns, and how it prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class HeadBudget(NamedTuple):
+    """A workspace, and the plan that it gives."""
+
+    workspace_mib: float
+    engine: str
+    kept_tokens: int
+    slice_columns: int
+    gemms: int
+    held_mib: float  # peak beyond the inputs, gradients included
+    predicted_ms: float | None  # None: a card whose rates are not known
+
+
+class HeadPlan(NamedTuple):
+    """How a head call runs.
+
+    For mode "general" the numbers are those of the pass that computes the gradients. On a CPU its forward
+    pass runs as "no_grad".
+    """
+
+    way: str  # the mode: no_grad, gradient_in_forward, frozen_head or general
+    chunk: int  # tokens whose logits are in memory together
+    workspace_bytes: int  # of these logits and what is kept of them
+    gemms: int  # of N x H x V, in forward and backward together
+    engine: str = "token_tiles"  # or on a GPU kept_softmax, epilogue, tail or vocab_slices
+    kept_tokens: int = 0  # kept_softmax, epilogue: tokens whose dlogits or softmax are in memory together
+    slice_columns: int = 0  # vocab_slices: ids of a slice; `chunk` is then all tokens
+    held_bytes: int = 0  # on a GPU: peak beyond the inputs, gradients included
+    predicted_ms: float | None = None  # on a GPU, forward and backward: a roofline, not a measurement
+    budgets: tuple[HeadBudget, ...] = ()  # on a GPU: what more or less workspace_mib would buy
+
+    def __str__(self) -> str:
+        """The plan in a line, and on a GPU a table of its budgets."""
+        work = f"{self.way} by {self.engine}: {self.gemms} GEMMs, {self.workspace_bytes / 2**20:,.0f} MiB"
+        return "\n".join([work, *_budget_table(self.budgets)])
+
+
+def _budget_table(budgets: tuple[HeadBudget, ...]) -> Iterator[str]:
+    """Lines of a table of budgets, none if there are none."""
+    if not budgets:
+        return
+    yield "workspace_mib  engine        kept                  GEMMs  peak MiB  predicted ms"
+    for budget in budgets:
+        kept = f"{budget.kept_tokens:,} tokens" if budget.kept_tokens else "nothing"
+        if budget.slice_columns:
+            kept = f"{budget.slice_columns:,} columns"
+        ms = "–" if budget.predicted_ms is None else f"{budget.predicted_ms:.3g}"
+        yield (
+            f"{budget.workspace_mib:13,.0f}  {budget.engine:12}  {kept:20}  {budget.gemms:5}  "
+            f"{budget.held_mib:8,.0f}  {ms:>12}"
+        )
