@@ -5,6 +5,7 @@ gradient: chosen_logps, rejected_logps [S], chosen_logits_mean, rejected_logits_
 loss adds to it.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -155,7 +156,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         )
 
 
-class _ReferenceFree(nn.Module):
+class _ReferenceFree(nn.Module, ABC):
     """What CPO, ORPO and SimPO share."""
 
     def __init__(self, ignore_index: int, *, alpha: float, compute_nll_loss: bool) -> None:
@@ -164,9 +165,9 @@ class _ReferenceFree(nn.Module):
         self.alpha = alpha
         self.compute_nll_loss = compute_nll_loss
 
+    @abstractmethod
     def pair_loss(self, sums: Tensor, lengths: Tensor) -> tuple[fk.PreferenceLoss, Tensor]:
         """The loss of the pairs without the NLL, and the log-probabilities [2S] that Liger returns."""
-        raise NotImplementedError
 
     def extra(self, scored: fk.PreferenceLoss, logps: Tensor) -> tuple[Tensor, ...]:
         """What the loss adds to Liger's tuple."""
