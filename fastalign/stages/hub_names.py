@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .config import Options
-from .stage_configs import is_function
+from .policy_configs import is_function
 
 FIELDS = ("model", "tokenizer", "reward", "value_model")
 SECONDS = 3.0  # that the hub has to answer

@@ -42,6 +42,7 @@ from .loading import check_fit, load_model, load_tokenizer, padding_id, stop_at
 from .loop import LossFn, run_steps, start, update
 from .optimization import autocast, distribute, make_optimizer
 from .packers import pack_rows, without_dropout
+from .policy_configs import PPOConfig, PPOOptions, is_function
 from .ppo_models import (
     ValueSource,
     end_ids,
@@ -54,7 +55,6 @@ from .ppo_models import (
 )
 from .ppo_rollouts import Experience, experience_batch, rollout
 from .scorers import Classifier, Function, Reward, check_classifier, find_classifier, find_function
-from .stage_configs import PPOConfig, PPOOptions, is_function
 from .stage_rows import StageRows, read_rows
 
 

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from .adapters import find_source, is_classifier, load_architecture
 from .distributed import World
 from .estimate import Part
+from .policy_configs import PPOConfig
 from .reward import zero_head
 from .scorers import Classifier, Function, Reward, by_function, load_classifier
-from .stage_configs import PPOConfig
 
 
 class ValueSource(NamedTuple):

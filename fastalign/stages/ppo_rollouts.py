@@ -23,7 +23,7 @@ from ..data.tokens import Prompt, Tokenized
 from ..rollout.generation import generate
 from .batches import Batch
 from .distributed import World
-from .stage_configs import PPOOptions
+from .policy_configs import PPOOptions
 
 # Prompts and completions (tokens) -> a score for each.
 Score = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor | Sequence[float]]
