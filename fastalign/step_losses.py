@@ -64,7 +64,8 @@ def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
     def pairs() -> Tensor:
         assert reference is not None
         chosen, rejected = (plain_logps(model, batch["both"]) - reference(batch["both"])).chunk(2)
-        return -F.logsigmoid(config.beta * (chosen - rejected)).mean()
+        beta = config.loss_options.get("beta", 0.1)  # DPO's default
+        return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
     def judged() -> Tensor:
         assert reference is not None

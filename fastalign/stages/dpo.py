@@ -1,6 +1,9 @@
 """Direct preference optimisation: a causal LM learns to prefer the chosen completions of pairs.
 
+ORPO, SimPO and CPO (loss_type) take no reference: none is loaded, and no pass of one runs.
+
 fastalign dpo model=runs/sft/model train_data=pairs.jsonl output_dir=runs/dpo beta=0.1 lora_rank=16 bf16=true
+fastalign dpo model=runs/sft/model train_data=pairs.jsonl output_dir=runs/simpo loss_type=simpo beta=2 gamma=1
 torchrun --nproc-per-node 8 -m fastalign.stages.dpo --config dpo.yaml
 """
 
@@ -15,7 +18,7 @@ from ..data.sequence_batches import sequence_logps
 from .adapters import load_architecture
 from .batches import Batch, epoch_batches, held_out_batches, sequences_to_score, total_steps
 from .command import run_stage
-from .estimate import announce
+from .estimate import Part, announce
 from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .loop import LossFn, start, train
 from .packers import make_packer, pack_rows, without_dropout
@@ -42,7 +45,7 @@ def run(config: DPOConfig) -> dict[str, float]:
         longest = check_fit(architecture, tokenizer, sequences_of(rows.both))
         pad_id = padding_id(tokenizer, architecture)
         collate = partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing)
-        parts = parts_of(config, architecture)
+        parts = [Part("model", architecture)] if config.reference_free else parts_of(config, architecture)
         announce(config, world, parts, sequences_of(rows.train), collate=collate, upstream="logp")
         if config.dry_run:
             return {}
@@ -55,11 +58,14 @@ def run(config: DPOConfig) -> dict[str, float]:
         to_batch = partial(collate_pairs, packer=packer)
         batches_of = epoch_batches(rows.train, to_batch, config, world)
         evaluated = held_out_batches(rows.held_out, to_batch, config, world)
-        # Later epochs have the rows of the first.
-        epoch = math.ceil(len(rows.train) / config.batch_size)
-        scored = sequences_to_score(
-            evaluated, batches_of, range(min(total_steps(config, len(rows.train)), epoch))
-        )
+        reference = None
+        if not config.reference_free:
+            # Later epochs have the rows of the first.
+            epoch = math.ceil(len(rows.train) / config.batch_size)
+            scored = sequences_to_score(
+                evaluated, batches_of, range(min(total_steps(config, len(rows.train)), epoch))
+            )
+            reference = make_reference(config, world, model, scored)
         return train(
             config,
             world,
@@ -67,27 +73,26 @@ def run(config: DPOConfig) -> dict[str, float]:
             tokenizer,
             rows=len(rows.train),
             batches_of=batches_of,
-            loss_fn=preference_loss(config, make_reference(config, world, model, scored)),
+            loss_fn=preference_loss(config, reference),
             held_out=evaluated,
             count_items=lambda batch: len(batch["both"]["places"]) // 2,
             items_name="pairs",
         )
 
 
-def preference_loss(config: DPOConfig, reference: Reference) -> LossFn:
+def preference_loss(config: DPOConfig, reference: Reference | None) -> LossFn:
     """The loss, and means over pairs of rewards, their margin and accuracy, and log P in nats."""
+    options = config.loss_options
 
     def loss_fn(model: nn.Module, batch: Batch, items: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # The reference runs first: switching adapters off and on between a forward pass and its backward
         # pass is a risk.
-        reference_logps = reference(batch["both"]).chunk(2)
+        reference_logps = () if reference is None else reference(batch["both"]).chunk(2)
         chosen, rejected = sequence_logps(model, batch["both"]).chunk(2)
         output = pair_loss(
             [chosen, rejected, *reference_logps],
             batch["both"]["lengths"].chunk(2),
-            loss_type=config.loss_type,
-            beta=config.beta,
-            label_smoothing=config.label_smoothing,
+            **options,
         )
         sums = {
             "rewards/chosen": output.chosen_rewards.sum(),

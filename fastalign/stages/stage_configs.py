@@ -17,14 +17,19 @@ from pydantic.dataclasses import dataclass
 from .config import CONFIG, Options, TrainConfig
 from .policy_configs import PPOConfig
 
+REFERENCE_FREE = ("orpo", "simpo", "cpo")  # the keys of pair_loss.REFERENCE_FREE, whose import needs torch
+
 
 def _pair_loss_types() -> tuple[str, ...]:
-    """The names of `dpo_loss`'s losses, read from the table's source: its import would import torch."""
+    """The names of `dpo_loss`'s losses, read from the table's source, and of those without a reference.
+
+    Importing the table would import torch.
+    """
     package = find_spec("fastalign_kernels")
     assert package is not None and package.origin is not None
     source = Path(package.origin).parent.joinpath("preference", "formulas.py").read_text(encoding="utf-8")
     names = re.findall(r'^    "(\w+)": PairLoss\(', source, flags=re.MULTILINE)
-    return tuple(name for name in names if name != "odds_ratio")  # which is orpo_loss's
+    return (*(name for name in names if name != "odds_ratio"), *REFERENCE_FREE)  # odds_ratio is ORPO's
 
 
 if TYPE_CHECKING:
@@ -127,8 +132,6 @@ class ReferenceConfig(PreferenceConfig):
 
     learning_rate: PositiveFloat = 1e-6
     """Peak learning rate of AdamW."""
-    beta: PositiveFloat = 0.1
-    """Strength of the pull to the reference: rewards are beta times the log-ratio of policy and reference."""
     reference: Literal["auto", "copy", "adapters_off", "precomputed"] = "auto"
     """Where the log-probabilities of the model before training come from: a frozen copy of it, the model
     without its LoRA adapters, or one pass before the first step, kept in a file. auto: adapters_off with
@@ -157,17 +160,50 @@ class DPOConfig(ReferenceConfig):
     """Align a causal LM with rows of `prompt`, `chosen` and `rejected`."""
 
     loss_type: PairLossType = "sigmoid"
-    """The loss of a pair: sigmoid is DPO's. ipo and sigmoid_norm take log-probabilities per token."""
+    """The loss of a pair: sigmoid is DPO's. ipo and sigmoid_norm take log-probabilities per token. orpo,
+    simpo and cpo have no reference, and none is loaded."""
+    beta: PositiveFloat | None = None
+    """Strength of the pull to the reference: rewards are beta times the log-ratio of policy and reference.
+    Without a reference, the scale of the log-probabilities (simpo, cpo) or the weight of the odds ratio
+    (orpo). Default: 0.1, and 2 for simpo."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of pairs in the wrong order, for sigmoid (cDPO), sigmoid_norm, robust and exo_pair, which
-    needs one."""
+    """Assumed share of pairs in the wrong order, for sigmoid (cDPO), sigmoid_norm, robust, simpo, cpo and
+    exo_pair, which needs one."""
+    gamma: float | None = None
+    """simpo: by how much beta times the chosen completion's log-probability a token should exceed the
+    rejected one's. Default: 1."""
+    alpha: float | None = Field(default=None, ge=0)
+    """Weight of the chosen completion's NLL, for the losses without a reference. Default: 1 for orpo and cpo,
+    0 for simpo. The NLL is a mean over the completion's tokens; CPO's is a sum."""
+    nll_mean: bool = False
+    """cpo: the NLL is a mean over the completion's tokens too."""
 
     @model_validator(mode="after")
     def _check_loss(self) -> Self:
         from .pair_loss import check_pair_loss  # here: --help needs no torch
 
-        check_pair_loss(loss_type=self.loss_type, beta=self.beta, label_smoothing=self.label_smoothing)
+        check_pair_loss(**self.loss_options)
+        for name, default in (("reference", "auto"), ("reference_dir", None)):
+            value = getattr(self, name)
+            if self.reference_free and value != default:
+                raise ValueError(
+                    f"{name}: got {value} with loss_type={self.loss_type}, which has no reference, expected "
+                    f"{default or 'none'}"
+                )
         return self
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether the loss compares the policy with no reference."""
+        return self.loss_type in REFERENCE_FREE
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """What `pair_loss` takes; a number that was not given has the loss's default."""
+        numbers = {"beta": self.beta, "gamma": self.gamma, "alpha": self.alpha}
+        numbers |= {"label_smoothing": self.label_smoothing or None}
+        given = {name: value for name, value in numbers.items() if value is not None}
+        return {"loss_type": self.loss_type, "nll_mean": self.nll_mean, **given}
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
@@ -177,6 +213,8 @@ class KTOConfig(ReferenceConfig):
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     """kto, or APO-zero's loss, which takes the KL divergence to be zero."""
+    beta: PositiveFloat = 0.1
+    """Strength of the pull to the reference: rewards are beta times the log-ratio of policy and reference."""
     desirable_weight: NonNegativeFloat = 1.0
     """Weight of desirable rows. Weight times number of rows of one kind should be 1 to 4/3 of that of the
     other kind."""

@@ -206,8 +206,8 @@ def cpo_loss(
         The loss, and the rewards beta * c and beta * r.
 
     Differences from TRL 1.16: without chosen_lengths the NLL is the paper's sum over tokens. TRL's is a mean
-    over the batch's tokens, prompts included. For CPO's hinge and ipo, call `dpo_loss` with zeros as
-    references. AlphaPO is missing.
+    over the tokens of all chosen completions of the batch. For CPO's hinge and ipo, call `dpo_loss` with
+    zeros as references. AlphaPO is missing.
     """
     logps = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": None}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastalign.data import Tokenized
-from fastalign.stages import dpo, kto, reward
+from fastalign.stages import batches, dpo, kto, reward
 from fastalign.stages.config import TrainConfig
 
 STAGES: dict[str, tuple[ModuleType, type[TrainConfig], str]] = {
@@ -24,6 +24,13 @@ def run(config: Any) -> dict[str, float]:
     stage = next(module for module, kind, _ in STAGES.values() if type(config) is kind)
     result: dict[str, float] = stage.run(config)
     return result
+
+
+def step_rows(config: Any, rows: list[Any], step: int) -> list[Any]:
+    return [
+        rows[n]
+        for n in batches.rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
+    ]
 
 
 def plain_logps(model: Any, sequences: list[Tokenized]) -> torch.Tensor:

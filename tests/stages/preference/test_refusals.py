@@ -9,6 +9,7 @@ from fastalign import cli
 from fastalign.stages import dpo, kto, loading
 from fastalign.stages.config import describe
 from fastalign.stages.distributed import World
+from fastalign.stages.pair_loss import REFERENCE_FREE
 from fastalign_kernels.preference.arguments import KTO_LOSS_TYPES
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from tests.stages.preference.runs import STAGES, Make, run
@@ -32,6 +33,29 @@ from tests.stages.tiny import undescribed
             "dpo",
             {"reference": "adapters_off"},
             r"reference: got adapters_off without adapters \(lora_rank=0\)",
+        ),
+        (
+            "dpo",
+            {"loss_type": "orpo", "reference": "copy"},
+            "reference: got copy with loss_type=orpo, which has no reference, expected auto",
+        ),
+        (
+            "dpo",
+            {"loss_type": "cpo", "reference": "precomputed", "reference_dir": "x"},
+            "reference: got precomputed with loss_type=cpo",
+        ),
+        (
+            "dpo",
+            {"loss_type": "orpo", "label_smoothing": 0.1},
+            "label_smoothing: got 0.1 with loss_type=orpo",
+        ),
+        ("dpo", {"loss_type": "cpo", "gamma": 1.0}, "gamma: got 1.0 with loss_type=cpo, expected none"),
+        ("dpo", {"alpha": 0.5}, "alpha: got 0.5 with loss_type=sigmoid, expected none"),
+        ("dpo", {"loss_type": "simpo", "alpha": -1.0}, "alpha"),
+        (
+            "dpo",
+            {"loss_type": "simpo", "nll_mean": True},
+            "nll_mean: got True with loss_type=simpo, expected",
         ),
         ("kto", {"reference_dir": "x"}, r"reference_dir: got 'x' with reference=auto, expected precomputed"),
         ("kto", {"batch_size": 1}, "batch_size: got 1, expected at least 2: .* another row of its step"),
@@ -77,7 +101,7 @@ def test_rows_that_cannot_be_used_are_refused_before_the_model_loads(
 
 
 def test_the_loss_types_are_the_kernels() -> None:
-    assert get_args(dpo.DPOConfig.__annotations__["loss_type"]) == DPO_LOSS_TYPES
+    assert get_args(dpo.DPOConfig.__annotations__["loss_type"]) == (*DPO_LOSS_TYPES, *REFERENCE_FREE)
     assert get_args(kto.KTOConfig.__annotations__["loss_type"]) == KTO_LOSS_TYPES
 
 

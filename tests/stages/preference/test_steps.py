@@ -15,19 +15,11 @@ from transformers import (
 )
 
 from fastalign.data import Unpaired, load_rows, preference_pairs, tokenize_pairs, tokenize_unpaired
-from fastalign.stages import batches, loading, optimization
-from tests.stages.preference.runs import Make, plain_logps, run
+from fastalign.stages import loading, optimization
+from tests.stages.preference.runs import Make, plain_logps, run, step_rows
 from tests.stages.tiny import (
     lines,
 )
-
-
-def step_rows(config: Any, rows: list[Any], step: int) -> list[Any]:
-    return [
-        rows[n]
-        for n in batches.rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
-    ]
-
 
 # First losses
 
