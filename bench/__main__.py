@@ -1,7 +1,7 @@
 """`python -m bench`: run the suite and write bench/results/<machine>-<date>.json, a report and plots.
 
 Arguments that are not listed go to pytest: `python -m bench -k token_stats`, `python -m bench --shape
-512,576,49152`.
+512,576,49152`. `python -m bench roofline` predicts instead of measuring (reports/roofline.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from fastalign.measure import available_cores, machine
 
+from .reports import roofline
 from .reports.markdown import render
 from .reports.plots import draw
 
@@ -27,6 +28,10 @@ HERE = Path(__file__).parent
 
 def main(argv: list[str] | None = None) -> int:
     """Run the suite; the exit status is not 0 if a row of ours is wrong. A missed target is only printed."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["roofline"]:
+        roofline.main(argv[1:])
+        return 0
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time, peak memory and error of fastalign and its peers.",

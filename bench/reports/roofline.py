@@ -1,4 +1,4 @@
-"""`python -m bench.reports.roofline [RESULTS.json]`: predicted time and memory of each operation.
+"""`python -m bench roofline [RESULTS.json]`: predicted time and memory of each operation.
 
 Without a file it predicts H100, A100 and B200 at the shapes of real heads. With a file it predicts the file's
 cases on those GPUs and on the file's machine, next to what was measured there. The rates of that machine are
@@ -345,12 +345,23 @@ def _usual_cases() -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.reports.roofline",
+        prog="python -m bench roofline",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", type=Path, nargs="?")
+    parser.add_argument("--mesh", action="store_true", help="a step on 8, 64 and 1,024 H100s, by device mesh")
+    parser.add_argument("--tokens", type=int, help="with --mesh: tokens of a GPU and a step (default: 8192)")
     given = parser.parse_args(argv)
+    if given.tokens is not None and not given.mesh:
+        parser.error(f"tokens: got {given.tokens} without --mesh, expected both")
+    if given.mesh:
+        from . import mesh  # which takes its rates and its counts from this file
+
+        if given.results:
+            parser.error(f"results: got {given.results} with --mesh, expected one of them")
+        print(mesh.table(mesh.TOKENS if given.tokens is None else given.tokens))
+        return
     print(table(json.loads(given.results.read_text()) if given.results else None))
 
 
