@@ -31,6 +31,7 @@ from fastalign_kernels import (
     PolicyLoss,
     checks,
     linear_cross_entropy_stats,
+    linear_logprobs,
     linear_ppo_loss,
     linear_token_stats,
 )
@@ -93,8 +94,11 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
       number of targets that are not `ignore_index` (-100).
     - `token_stats=True` makes logp, entropy and lse differentiable; the loss is -Σ logp divided by their
       number. By default the loss computes its gradient in the forward pass, and the statistics have none.
+      With `kept`, as in `linear_logprobs` over the B T positions of `shift_labels`, logp is over each
+      position's kept ids, and the other statistics are None.
     - `ppo` holds arguments of `linear_ppo_loss` from `old_logp` on, [B, T] as `shift_labels`. The loss is
-      PPO's, the output's `policy` is what that function returns, and there are no other statistics.
+      PPO's, the output's `policy` is what that function returns, and there are no other statistics. With
+      `cu_seqlens`, over the B T positions, its tensors are [B T].
     - `temperature` (1.0) divides the logits. `workspace_mib` bounds the head's memory.
     - `keep_hidden=True` returns the backbone's `last_hidden_state`, for a head of another kind.
 
@@ -184,6 +188,7 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         self: PreTrainedModel,
         *args: Any,
         token_stats: bool = False,
+        kept: tuple[Tensor, Tensor] | None = None,
         ppo: Mapping[str, Any] | None = None,
         keep_hidden: bool = False,
         temperature: float = 1.0,
@@ -210,8 +215,11 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         if token_stats and ppo is not None:
             raise ValueError("token_stats: got both token_stats and ppo, expected one of them")
+        if kept is not None and not token_stats:
+            raise ValueError("kept: got sets without token_stats, expected token_stats=True; ppo has its own")
         return_dict = arguments.pop("return_dict", None)
-        options = {"temperature": temperature, "workspace_mib": workspace_mib}
+        options: dict[str, Any] = {"temperature": temperature, "workspace_mib": workspace_mib}
+        options |= {} if kept is None else {"kept": kept}
         output = _run(self, arguments, token_stats, ppo, keep_hidden, options)
         if return_dict is None:
             return_dict = self.config.return_dict
@@ -295,13 +303,17 @@ def _run(
     kept |= {"last_hidden_state": hidden} if keep_hidden else {}
     head = model.get_output_embeddings()
     if ppo is not None:
+        if ppo.get("cu_seqlens") is not None:
+            hidden, targets = hidden.flatten(0, 1), targets.flatten()
         policy = head(hidden, targets, head=linear_ppo_loss, **options, **ppo)
         return FusedCausalLMOutput(loss=policy.loss, policy=policy, **kept)
     if token_stats:
+        divisor = (targets != ignore_index).sum() if num_items is None else num_items
+        if "kept" in options:
+            logp = head(hidden, targets, head=linear_logprobs, **options)
+            return FusedCausalLMOutput(loss=-ordered_sum(logp) / divisor, logp=logp, **kept)
         stats = head(hidden, targets, head=linear_token_stats, **options)
-        loss = -ordered_sum(stats.logp) / (
-            (targets != ignore_index).sum() if num_items is None else num_items
-        )
+        loss = -ordered_sum(stats.logp) / divisor
     else:
         stats = head(hidden, targets, head=linear_cross_entropy_stats, **options, num_items=num_items)
         loss = stats.loss

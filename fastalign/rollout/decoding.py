@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastalign_kernels import checks as check
 from fastalign_kernels import native, sample
+from fastalign_kernels.sampling_kept import KeptIds
 
 from ..transformers_names import CACHE
 from .static_cache import check_written, static_cache
@@ -28,8 +29,8 @@ _not_captured: set[str] = set()
 class Decoding:
     """The state of a rollout on the device: what is drawn so far, and what the next step needs.
 
-    `options` are `sample`'s, pad_id included. `seen`, `finished`, `positions` and `compile_step` (compile)
-    are `generate`'s.
+    `options` are `sample`'s, pad_id and return_kept included. `seen`, `finished`, `positions` and
+    `compile_step` (compile) are `generate`'s.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Decoding:
             torch.zeros(B, dtype=torch.bool, device=device) if finished is None else finished.clone()
         )
         self.failed = torch.full((B,), -1, device=device)  # the column of a row's first failure
+        self.kept_ids: list[KeptIds] = []  # of each step, with return_kept
 
         logits = self.forward(model, input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
         check_written(base, self.cache, T)
@@ -99,6 +101,8 @@ class Decoding:
         self.position.add_(1)
         positions = self.position if self.noise_shift is None else self.position + self.noise_shift
         drawn = sample(logits, positions=positions, seen=self.seen, finished=self.finished, **self.options)
+        if drawn.kept_ids is not None:
+            self.kept_ids.append(drawn.kept_ids._replace(ids=drawn.kept_ids.ids.int()))
         self.token.copy_(drawn.token[:, None])
         self.tokens.index_copy_(1, self.column, self.token)
         self.mask.index_copy_(1, self.column, ~self.finished[:, None])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastalign_kernels import sample
+from fastalign_kernels import checks, sample
+from fastalign_kernels.sampling_kept import KeptIds
 
 from ..probe import probing
 from ..versions import noting_newer_packages
@@ -37,6 +38,10 @@ class Rollout(NamedTuple):
     them. logp is the token's log-probability under the filtered policy, and logp + log_kept under the
     tempered one. logp_raw and entropy are those of the logits at temperature 1 without a penalty. Outside
     of the mask tokens are pad_id and the numbers are 0.
+
+    kept_ids: with return_kept=True, the ids that the filters left at each token, in CSR over the B R tokens
+    row by row, as `linear_logprobs(..., kept=)` takes them beside hidden states [B, R, H]. Those of token r
+    of row b are ids[offsets[b * R + r] : offsets[b * R + r + 1]], int32. Outside of the mask there are none.
     """
 
     tokens: Tensor
@@ -46,6 +51,7 @@ class Rollout(NamedTuple):
     logp_raw: Tensor
     entropy: Tensor
     lengths: Tensor
+    kept_ids: KeptIds | None = None
 
 
 @noting_newer_packages()
@@ -68,6 +74,7 @@ def generate(
     finished: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     positions: Tensor | None = None,
+    return_kept: bool = False,
     check: bool = False,
     progress: bool = False,
     cuda_graph: bool = True,
@@ -97,6 +104,8 @@ def generate(
             count on from it. Default: the number of tokens in the prompt. With it, a prompt that was cut
             continues with the noise of the whole prompt. The model's own positions always count from the
             prompt's first token.
+        return_kept: also return the ids that the filters left at each token. Every step then waits for the
+            device and runs eagerly. Without a filter these are all V ids of each token.
         check: check the logits after every step, so that a step whose logits are not finite raises at once.
             Default: every 8th step.
         progress: show a progress bar of the steps.
@@ -116,6 +125,7 @@ def generate(
         FloatingPointError: a row that is not finished has NaN, +inf or no finite allowed logit. The message
             names the first such step and its rows. It is raised at the next check.
     """
+    checks.flags(return_kept=return_kept)
     base = servable_model(model)
     eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
     check_prompts(base, input_ids, attention_mask, max_new_tokens, {"eos_id": eos, "pad_id": [pad_id]})
@@ -146,11 +156,11 @@ def generate(
             attention_mask=attention_mask.long(),
             max_new_tokens=max_new_tokens,
             eos=eos,
-            options=options | {"pad_id": pad_id},
+            options=options | {"pad_id": pad_id, "return_kept": return_kept},
             compile_step=compile,
             **rows,
         )
-        capture = cuda_graph and can_capture(base, state.logs)
+        capture = cuda_graph and not return_kept and can_capture(base, state.logs)
         steps = run_steps(state.step, capture=capture, name=type(base).__name__)
         poll = 1 if check else POLL
         for done in range(1, max_new_tokens):
@@ -167,4 +177,15 @@ def generate(
         buffer[..., :longest].contiguous() for buffer in (state.tokens, state.mask, state.logs)
     )
     logp, log_kept, logp_raw, entropy = logs
-    return Rollout(tokens, mask, logp, log_kept, logp_raw, entropy, lengths)
+    kept_ids = _by_token(state.kept_ids, longest) if return_kept else None
+    return Rollout(tokens, mask, logp, log_kept, logp_raw, entropy, lengths, kept_ids)
+
+
+def _by_token(steps: Sequence[KeptIds], R: int) -> KeptIds:
+    """The kept ids of B rows at each of the first R steps, in CSR over the B R tokens row by row."""
+    if R == 0:
+        return KeptIds(steps[0].offsets[:1], steps[0].ids[:0])
+    counts = torch.stack([step.offsets.diff() for step in steps[:R]], 1)
+    sets = [step.ids.split(sizes) for step, sizes in zip(steps, counts.T.tolist(), strict=False)]
+    ids = torch.cat([of_step[row] for row in range(len(counts)) for of_step in sets])
+    return KeptIds(torch.nn.functional.pad(counts.flatten().cumsum(0), (1, 0)), ids)

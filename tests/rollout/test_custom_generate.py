@@ -11,7 +11,18 @@ import transformers as tf
 
 from fastalign.rollout import RolloutOutput, custom_generate, decoding
 from fastalign.transformers_names import CACHE
-from tests.rollout.tiny_rollouts import CONFIGS, NEW, PAD, VOCAB, build, calls_of, draw, llama, prompts
+from tests.rollout.tiny_rollouts import (
+    CONFIGS,
+    NEW,
+    PAD,
+    VOCAB,
+    assert_same,
+    build,
+    calls_of,
+    draw,
+    llama,
+    prompts,
+)
 
 pytestmark = pytest.mark.hosts
 
@@ -91,7 +102,7 @@ def test_custom_generate_samples_with_the_configs_options_and_torchs_seed() -> N
         expected = draw(model, seed=int(torch.randint(2**63 - 1, ())), seen=seen, **options)
         assert isinstance(output, RolloutOutput) and output.rollout is not None
         assert torch.equal(first, torch.cat((ids, expected.tokens), 1))
-        assert all(torch.equal(a, b) for a, b in zip(output.rollout, expected, strict=True))
+        assert_same(output.rollout, expected)
     several = generate(model, do_sample=True, num_return_sequences=3)
     assert several.shape == (12, 9 + NEW) and len(several[:3].unique(dim=0)) == 3
 

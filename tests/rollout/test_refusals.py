@@ -16,7 +16,7 @@ from fastalign.probe import UnsupportedModelError
 from fastalign.rollout import generate, generation
 from fastalign.rollout.generation import POLL
 from fastalign.transformers_names import CACHE
-from tests.rollout.tiny_rollouts import GQA, NEW, VOCAB, build, calls_of, draw, llama, prompts
+from tests.rollout.tiny_rollouts import GQA, NEW, VOCAB, assert_same, build, calls_of, draw, llama, prompts
 
 pytestmark = pytest.mark.hosts
 
@@ -152,7 +152,7 @@ def test_training_flags_and_rng_are_restored_and_checkpointing_does_not_break_th
     with calls_of(model) as calls:
         seen = draw(model)
     assert calls == [9] + [1] * (NEW - 1)
-    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert_same(seen, expected)
     assert [m.training for m in model.modules()] == training and torch.equal(torch.get_rng_state(), rng)
     with pytest.raises(ValueError, match="allowed"):
         draw(model, allowed=torch.zeros(4, 9, dtype=torch.int32))  # seen at the first draw only

@@ -17,7 +17,18 @@ from fastalign import sample, token_stats
 from fastalign.causal_lm import fuse_head
 from fastalign.rollout import Rollout
 from fastalign.rollout.generation import POLL
-from tests.rollout.tiny_rollouts import CONFIGS, GPT, NEW, PAD, build, calls_of, draw, llama, prompts
+from tests.rollout.tiny_rollouts import (
+    CONFIGS,
+    GPT,
+    NEW,
+    PAD,
+    assert_same,
+    build,
+    calls_of,
+    draw,
+    llama,
+    prompts,
+)
 
 pytestmark = pytest.mark.hosts
 
@@ -253,7 +264,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     ids, mask = prompts()
     seen = draw(llama().to(dtype), (ids.int(), mask.bool()))
     expected = draw(llama().to(dtype))
-    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert_same(seen, expected)
     assert {field.dtype for field in seen[2:6]} == {
         torch.promote_types(dtype, torch.float32)
     } and seen.mask.all()

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from fastalign.rollout import decoding
 from fastalign.rollout.decoding import WARM_UP
-from tests.rollout.tiny_rollouts import CONFIGS, PAD, VOCAB, build, draw, prompts
+from tests.rollout.tiny_rollouts import CONFIGS, PAD, VOCAB, assert_same, build, draw, prompts
 
 pytestmark = pytest.mark.hosts
 
@@ -180,7 +180,7 @@ def test_on_a_gpu_a_captured_rollout_equals_an_eager_one(name: str) -> None:
     said = pytest.warns(UserWarning, match="BloomForCausalLM cannot be captured")
     with said if name == "bloom-alibi" else nullcontext():
         captured = draw(model, (ids, mask), **options)
-    assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+    assert_same(captured, eager)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -79,6 +79,12 @@ def draw(model: Any, batch: tuple[Tensor, Tensor] | None = None, **options: Any)
     )
 
 
+def assert_same(one: Rollout, other: Rollout) -> None:
+    """Bitwise the same rollout, without kept ids."""
+    assert one.kept_ids is None and other.kept_ids is None
+    assert all(torch.equal(a, b) for a, b in zip(one[:-1], other[:-1], strict=True))
+
+
 @contextmanager
 def calls_of(model: Any, change: Callable[[Tensor, int], None] = lambda logits, call: None):
     """The number of tokens of each forward; `change` may write into its logits."""
