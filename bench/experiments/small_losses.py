@@ -122,7 +122,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="sequences or pairs (default: 4)")
     parser.add_argument("--length", type=int, default=8, help="tokens of each (default: 8)")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds (default: 7)")
+    parser.add_argument(
+        "--host-only",
+        action="store_true",
+        help="time the host's part of the Triton path on a CPU: nothing is launched (bench/gpu/host_only.py)",
+    )
     arguments = parser.parse_args()
+    if arguments.host_only:
+        from ..gpu.host_only import use_host_only
+
+        use_host_only()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)

@@ -66,7 +66,7 @@ def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
     """One of rows_triton's kernels; `full` has bias, softcap, temperature and all statistics, else none."""
     function = getattr(rows_triton, kernel)
     table = rows_triton.LAUNCH[f"{kernel.removesuffix('_kernel')}_{32 if dtype == 'fp32' else 16}"]
-    block, warps, _ = rows_triton.launch(table, 90 if sm in AMD else sm, LARGEST_V)
+    block, warps, _ = rows_triton.tabled_launch(table, 90 if sm in AMD else sm, LARGEST_V)
     flags = ("PLAIN", "HAS_BIAS", "HAS_SOFTCAP", "HAS_MEAN", "HAS_ENTROPY", "HAS_PLOGP")
     constants: dict[str, object] = {name: full for name in flags if name in function.arg_names}
     constants |= {"PLAIN": not full, "BLOCK_SIZE": block}
@@ -136,7 +136,7 @@ def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Ro
     dtype = "bf16" if bits else "fp32"
     name += "_lean" if lean else "_full"
     table = launches[entry if entry in launches else f"{name}_{bits}" if bits else name]
-    block, warps, _ = rows_triton.launch(table, 90 if sm in AMD else sm, LARGEST_V)
+    block, warps, _ = rows_triton.tabled_launch(table, 90 if sm in AMD else sm, LARGEST_V)
     constants: dict[str, object] = {"LEAN": lean, "PLAIN": not full, "HAS_BIAS": full, "HAS_SOFTCAP": full}
     constants |= {"HAS_TOKENS": True, "BLOCK_SIZE": block}
     constants = {k: v for k, v in constants.items() if k in function.arg_names} | TILE_KERNELS[names]

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_launch import launch
+
 BLOCK_SIZE, NUM_WARPS = 2048, 8
 PROGRAMS = 2048  # where there is nothing to do, they are all that is launched
 
@@ -36,6 +38,5 @@ def scale_in_place(x: Tensor, factor: Tensor) -> None:
     if x.numel() == 0:
         return
     factor = factor.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    grid = (min(PROGRAMS, triton.cdiv(x.numel(), BLOCK_SIZE)),)
-    with torch.cuda.device_of(x):
-        scale_kernel[grid](x, factor, x.numel(), BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)
+    programs = min(PROGRAMS, triton.cdiv(x.numel(), BLOCK_SIZE))
+    launch(scale_kernel, programs, (x, factor), (x.numel(),), BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Launcher
+from .triton_launch import launch
 
 BLOCK_SIZE, NUM_WARPS = 4096, 8
 
@@ -49,8 +49,7 @@ def mean_scale_kernel(
     tl.store(scale + token, tl.div_rn(keep.to(tl.float32), count.to(tl.float32)), mask=token < N)
 
 
-_KEPT_IDS, _MEAN_SCALE = Launcher(kept_ids_kernel), Launcher(mean_scale_kernel)
-_CONSTANTS, _OPTIONS = {"BLOCK_SIZE": BLOCK_SIZE}, {"num_warps": NUM_WARPS}
+_CONSTANTS = {"BLOCK_SIZE": BLOCK_SIZE, "num_warps": NUM_WARPS}
 
 
 def kept_ids(ids: Tensor, ignore_index: int) -> Tensor:
@@ -58,8 +57,7 @@ def kept_ids(ids: Tensor, ignore_index: int) -> Tensor:
     N = ids.shape[0]
     kept = torch.empty(N, dtype=torch.int64, device=ids.device)
     if N:
-        with torch.cuda.device_of(ids):  # Triton launches on the current device
-            _KEPT_IDS(triton.cdiv(N, BLOCK_SIZE), (ids, kept, ignore_index, N), _CONSTANTS, _OPTIONS)
+        launch(kept_ids_kernel, triton.cdiv(N, BLOCK_SIZE), (ids, kept), (ignore_index, N), **_CONSTANTS)
     return kept
 
 
@@ -68,5 +66,4 @@ def mean_scale(ids: Tensor, scale: Tensor) -> None:
     are."""
     N = ids.shape[0]
     if N:
-        with torch.cuda.device_of(ids):
-            _MEAN_SCALE(triton.cdiv(N, BLOCK_SIZE), (ids, scale, N), _CONSTANTS, _OPTIONS)
+        launch(mean_scale_kernel, triton.cdiv(N, BLOCK_SIZE), (ids, scale), (N,), **_CONSTANTS)

@@ -1,9 +1,9 @@
-"""Launching a Triton kernel again, with less of the host's time than `kernel[grid](...)` takes.
+"""Launching a Triton kernel with less of the host's time than `kernel[grid](...)` takes.
 
 That binds the arguments, derives what Triton specialises on, and compares the globals that the kernel reads:
-40 to 100 us of the host for 25 arguments, where the device may work for 20. `Launcher` keeps the compiled
-kernel that it returned, by a key that is at least as fine as Triton's own, and launches that. The key holds
-an int's value and a tensor's dtype, alignment and device.
+40 to 100 us of the host for 25 arguments, where the device may work for 20. `launch` keeps the compiled
+kernel that it returned, by a key that is at least as fine as Triton's, and launches that. The key holds the
+value of each integer, and the dtype, alignment and device of each tensor.
 """
 
 from __future__ import annotations
@@ -11,53 +11,59 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-MOST_KEPT = 1024  # keys of a kernel: token counts differ from batch to batch
+Pointers = Sequence[Any]
+Numbers = Sequence[int | float]
+
+MOST_KEPT = 8192  # keys of all kernels: token counts differ from batch to batch
+_kept: dict[tuple[object, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-class Launcher:
-    """Launches of one kernel. The constants must come last among its parameters."""
+def launch(
+    kernel: Any,
+    grid: int | tuple[int, int],
+    pointers: Pointers,
+    numbers: Numbers,
+    **constants: Any,
+) -> None:
+    """`kernel[grid](*pointers, *numbers, **constants)` on the device of the first pointer.
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self._kept: dict[tuple[object, ...], tuple[Any, tuple[Any, ...]]] = {}
-
-    def __call__(
-        self, grid: int, args: Sequence[Any], constants: dict[str, Any], options: dict[str, int] | None = None
-    ) -> None:
-        """`kernel[(grid,)](*args, **constants, **options)` on the current device.
-
-        options: num_warps and num_stages.
-        """
-        options = options or {}
-        key = tuple(
-            [
-                argument
-                if type(argument) is int
-                else (argument.dtype, argument.data_ptr() % 16, argument.get_device())
-                if isinstance(argument, Tensor)
-                else _key(argument)
-                for argument in args
-            ]
-            + [*constants.values(), *options.values()]
+    Args:
+        kernel: of `@triton.jit`, with pointers, numbers and constants in this order among its parameters.
+        pointers: tensors, TensorDescriptors and None, but for the first.
+        **constants: all of the kernel's; num_warps and num_stages if they are not Triton's defaults.
+    """
+    first = pointers[0]
+    with torch.cuda.device_of(getattr(first, "base", first)):  # Triton launches on the current device
+        key = (
+            kernel,
+            *map(_key, pointers),
+            *[x if type(x) is int else float for x in numbers],
+            *constants.items(),
         )
-        kept = self._kept.get(key)
+        kept = _kept.get(key)
+        columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
         if kept is not None:
             compiled, last = kept
-            compiled[(grid, 1, 1)](*args, *last)
+            compiled[(columns, rows, 1)](*pointers, *numbers, *last)
             return
-        compiled = self.kernel[(grid,)](*args, **constants, **options)
+        # Before the launch, so that a constant that was left out is also seen in Triton's interpreter.
+        names = kernel.arg_names[len(pointers) + len(numbers) :]
+        last = tuple([constants[name] for name in names])
+        compiled = kernel[(columns, rows)](*pointers, *numbers, **constants)
         if compiled is None:
             return  # Triton's interpreter
-        if len(self._kept) >= MOST_KEPT:
-            self._kept.clear()
-        names = self.kernel.arg_names[len(args) :]
-        self._kept[key] = compiled, tuple(constants[name] for name in names)
+        if len(_kept) >= MOST_KEPT:
+            _kept.clear()
+        _kept[key] = compiled, last
 
 
-def _key(argument: Any) -> object:
-    """What a compiled kernel may depend on of a float, None, or a TensorDescriptor."""
-    if argument is None or type(argument) is float:
-        return type(argument)
-    return argument.base.dtype, *argument.block_shape
+def _key(pointer: Any) -> object:
+    """What a compiled kernel may depend on of a tensor, None, or a TensorDescriptor."""
+    if isinstance(pointer, Tensor):
+        return pointer.dtype, pointer.data_ptr() % 16, pointer.get_device()
+    if pointer is None:
+        return None
+    return pointer.base.dtype, *pointer.block_shape

@@ -1,8 +1,16 @@
 """The host times of the small losses: every loss has both rows, and they are the same loss."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
 from bench.experiments.small_losses import measure, small_losses
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_each_loss_equals_its_plain_form():
@@ -21,3 +29,29 @@ def test_a_round_times_every_loss(monkeypatch):
     monkeypatch.setattr("bench.experiments.small_losses.CALLS", 1)
     table = measure(4, 8, "cpu", rounds=1)
     assert len(table) == 10 and all(figure > 0 for _, *figures in table for figure in figures)
+
+
+def test_the_host_only_driver_compiles_and_counts_launches():
+    """In a process of its own: a driver stays for good."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = """
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import fastalign_kernels as kernels
+from bench.gpu.host_only import use_host_only
+driver = use_host_only()
+values, mask = torch.zeros(2, 8), torch.ones(2, 8, dtype=torch.bool)
+for _ in range(2):
+    kernels.gae(values, values, mask)
+print(driver.launches)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["2"], "the first launch compiles, the second uses what it compiled"

@@ -12,7 +12,7 @@ from fastalign_kernels.softmax import rows_triton  # noqa: E402
 def test_a_launch_is_a_function_of_architecture_and_vocabulary() -> None:
     old, new = rows_triton.Launch(2048, 4, 1), rows_triton.Launch(4096, 8)
     found = {
-        (sm, V): rows_triton.launch({80: old, 100: new}, sm, V)
+        (sm, V): rows_triton.tabled_launch({80: old, 100: new}, sm, V)
         for sm in (70, 80, 90, 100, 120)
         for V in (100, 1000, 3000, 151936)
     }

@@ -1,10 +1,9 @@
-"""Kernels that take the place of several launches of PyTorch's, and launches of what was compiled before."""
+"""Kernels that take the place of several launches of PyTorch's."""
 
 import pytest
 import torch
 
 from fastalign_kernels import logits
-from fastalign_kernels.triton_launch import MOST_KEPT, Launcher
 
 pytest.importorskip("triton", reason="triton is not installed", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's: 0 / 0
@@ -35,42 +34,3 @@ def test_coefficients_in_one_launch_are_those_of_pytorch(device):
         expected = rows.coefficients(given.double(), table.double(), 1000).float()
         found = coefficients_triton.coefficients(given, table, 1000)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
-class Compiled:
-    def __init__(self, launches):
-        self.launches = launches
-
-    def __getitem__(self, grid):
-        return lambda *args: self.launches.append((grid, args))
-
-
-class Kernel:
-    """A kernel x, n, A, B whose compiled form notes its launches."""
-
-    arg_names = ("x", "n", "A", "B")
-
-    def __init__(self):
-        self.slow, self.launches = 0, []
-
-    def __getitem__(self, grid):
-        def launch(x, n, *, A, B, num_warps):
-            self.slow += 1
-            return Compiled(self.launches)
-
-        return launch
-
-
-def test_a_compiled_kernel_is_launched_again_only_for_the_same_arguments():
-    kernel = Kernel()
-    launch = Launcher(kernel)
-    x, odd, half = torch.zeros(8), torch.zeros(9)[1:], torch.zeros(8, dtype=torch.float16)
-    calls = [(x, 3, 1), (torch.ones(8), 3, 1), (x, 4, 1), (x, 3, 2), (odd, 3, 1), (half, 3, 1), (None, 3, 1)]
-    for tensor, n, constant in calls:
-        launch(5, (tensor, n), {"B": 7, "A": constant}, {"num_warps": 4})
-    assert kernel.slow == 6, "another tensor of the same dtype and alignment compiles nothing"
-    ((grid, args),) = kernel.launches
-    assert grid == (5, 1, 1) and args[1:] == (3, 1, 7), "constants in the kernel's order"
-    for n in range(MOST_KEPT + 100):
-        launch(5, (x, n), {"B": 7, "A": 1}, {"num_warps": 4})
-    assert len(launch._kept) <= MOST_KEPT

@@ -161,9 +161,9 @@ def test_a_mean_is_written_when_the_logits_are_queued(device, monkeypatch):
     later = TokenCrossEntropy.of_mean(memory, inputs.ids, 0.0, 0.0, inputs.vocab_size)
     launch, empty_at = epilogue_call.launch, {}
 
-    def noted(kernel, *rest):
+    def noted(kernel, *rest, **constants):
         empty_at[kernel] = bool(memory.isnan().all())
-        launch(kernel, *rest)
+        launch(kernel, *rest, **constants)
 
     monkeypatch.setattr(epilogue_call, "launch", noted)
     engine = epilogue.EpilogueStatistics(tiles=TILES)
@@ -300,7 +300,7 @@ class _Operations(TorchDispatchMode):
 def test_launches_of_a_call(device, monkeypatch, ignored):
     """5 kernels and 2 GEMMs, whether tokens are ignored or not: no copies, no fills, no index_put."""
     names: list[str] = []
-    monkeypatch.setattr(epilogue_call, "launch", lambda kernel, *rest: names.append(kernel))
+    monkeypatch.setattr(epilogue_call, "launch", lambda kernel, *_, **constants: names.append(kernel))
     inputs = HeadInputs(*make(device, ignored=ignored), None, HeadOptions(lean=True))
     counted = int((inputs.ids >= 0).sum())
     monkeypatch.setattr(epilogue_call.HostCount, "__call__", lambda count: counted)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import triton_launch
 from ..gemm import mm
-from ..triton_launch import Launcher
+from ..triton_launch import Numbers, Pointers
 from .engine import Gradients, TokenCoefficients, empty_gradients
 from .host_count import HostCount
 from .inputs import HeadInputs, NeedsGrad
@@ -32,6 +33,14 @@ class Tiles(NamedTuple):
     branch: bool = True  # look for targets only in parts that hold one
     flatten: bool = True  # load the next tile's first blocks during the epilogue
     per_sm: int = 1  # programs
+
+    def constants(self) -> dict[str, Any]:
+        """As constants of the kernel."""
+        return {
+            **{"BM": self.bm, "BN": self.bn, "BK": self.bk, "GROUP": self.group, "PARTS": self.parts},
+            **{"FLATTEN": self.flatten, "BRANCH": self.branch},
+            **{"num_warps": self.warps, "num_stages": self.stages},
+        }
 
 
 class CallTiles(NamedTuple):
@@ -141,32 +150,33 @@ class EpilogueCall:
                 state_size(self.inputs, self.tiles, rows), dtype=torch.float32, device=stats.device
             )
         block = self.gather(first, rows, state if kept is None else kept, state, stats)
+        descriptors = (
+            descriptor(block.hidden, tiles.bm, tiles.bk),
+            descriptor(self.weight, tiles.bn, tiles.bk),
+            # a descriptor needs memory, even if nobody writes
+            descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
+        )
         launch(
-            "forward_kernel", programs,
-            (
-                descriptor(block.hidden, tiles.bm, tiles.bk),
-                descriptor(self.weight, tiles.bn, tiles.bk),
-                # a descriptor needs memory, even if nobody writes
-                descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
-                block.ids, bias, self.order, state,
-                first, rows, self.N, self.V, self.H, self.scales.inner, self.scales.outer,
-            ),
-            {
-                **self.flags, **self.statistics,
-                "KEEP": kept is not None, "KEPT_SCALE": self.kept_scale,
-                "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": tiles.group, "PARTS": tiles.parts,
-                "PROGRAMS": programs, "FLATTEN": tiles.flatten, "BRANCH": tiles.branch,
-            },
-            {"num_warps": tiles.warps, "num_stages": tiles.stages},
-        )  # fmt: skip
+            "forward_kernel",
+            programs,
+            (*descriptors, block.ids, bias, self.order, state),
+            (first, rows, self.N, self.V, self.H, self.scales.inner, self.scales.outer),
+            **self.flags,
+            **self.statistics,
+            KEEP=kept is not None,
+            KEPT_SCALE=self.kept_scale,
+            **tiles.constants(),
+            PROGRAMS=programs,
+        )
         launch(
-            "merge_kernel", -(-rows // 32),
-            (
-                block.ids, self.order, stats, state,
-                first, rows, self.N, self.V, -(-self.V // tiles.bn),
-            ),
-            {**self.statistics, "ROWS": 32, "TILES": 32},
-        )  # fmt: skip
+            "merge_kernel",
+            -(-rows // 32),
+            (block.ids, self.order, stats, state),
+            (first, rows, self.N, self.V, -(-self.V // tiles.bn)),
+            **self.statistics,
+            ROWS=32,
+            TILES=32,
+        )
         return block
 
     def gather(
@@ -177,18 +187,22 @@ class EpilogueCall:
         block_ids = torch.empty(rows, dtype=torch.int32, device=ids.device)
         gathered = torch.empty(rows, self.H, dtype=hidden.dtype, device=hidden.device)
         push = not self.ordered
+        of_call = (hidden, self.weight, ids, bias, self.order, self.how_many.memory, stats)
+        sizes = (first, rows, self.N, self.V, self.H, *hidden.stride(), self.weight.stride(0), self.V // 2)
         launch(
-            "gather_kernel", -(-(self.N if push else rows) // 32),
-            (
-                hidden, self.weight, ids, bias, self.order, self.how_many.memory, stats, gathered, block_ids,
-                state, first, rows, self.N, self.V, self.H, *hidden.stride(), self.weight.stride(0),
-                self.V // 2, int(self.how_many.captured), self.scales.inner, self.scales.outer,
-            ),
-            {
-                **self.flags, "PUSH": push, "REFERENCE": self.one_reference, "NEW": stats is not None,
-                "BM": 32, "SAMPLE": 64, "BK": 64, "BLOCK": 2048,
-            },
-        )  # fmt: skip
+            "gather_kernel",
+            -(-(self.N if push else rows) // 32),
+            (*of_call, gathered, block_ids, state),
+            (*sizes, int(self.how_many.captured), self.scales.inner, self.scales.outer),
+            **self.flags,
+            PUSH=push,
+            REFERENCE=self.one_reference,
+            NEW=stats is not None,
+            BM=32,
+            SAMPLE=64,
+            BK=64,
+            BLOCK=2048,
+        )
         self.how_many.written()
         self.ordered = True
         return Block(first, rows, block_ids, gathered, kept, state)
@@ -212,20 +226,22 @@ class EpilogueCall:
             tokens = self.tokens(block, rows)
             table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
         bn = self.tiles.kept.bn
+        sizes = (block.first, block.rows, self.N, self.V, self.H, block.kept.stride(0), rows)
         launch(
-            "dlogits_kernel", rows,
-            (
-                block.kept, block.state, block.ids, stats, self.order, table, block.hidden, row_scale,
-                block.first, block.rows, self.N, self.V, self.H, block.kept.stride(0), rows,
-                label_smoothing, z_loss, self.scales.slope, self.scales.outer,
-            ),
-            {
-                "CROSS_ENTROPY": loss is not None, "HAS_SOFTCAP": self.flags["HAS_SOFTCAP"],
-                "ONE_REFERENCE": self.one_reference, "SCALE_HIDDEN": needs.head,
-                "KEPT_SCALE": self.kept_scale, "BN": bn, "TILES": max(1, 4096 // bn), "BLOCK": 1024,
-            },
-            {"num_warps": 8},
-        )  # fmt: skip
+            "dlogits_kernel",
+            rows,
+            (block.kept, block.state, block.ids, stats, self.order, table, block.hidden, row_scale),
+            (*sizes, label_smoothing, z_loss, self.scales.slope, self.scales.outer),
+            CROSS_ENTROPY=loss is not None,
+            HAS_SOFTCAP=self.flags["HAS_SOFTCAP"],
+            ONE_REFERENCE=self.one_reference,
+            SCALE_HIDDEN=needs.head,
+            KEPT_SCALE=self.kept_scale,
+            BN=bn,
+            TILES=max(1, 4096 // bn),
+            BLOCK=1024,
+            num_warps=8,
+        )
         return row_scale
 
 
@@ -305,10 +321,13 @@ class BlockGradients:
         dx = torch.empty(grad.shape[0], call.H, dtype=dtype, device=grad.device)
         mm(grad, call.weight, dx)
         launch(
-            "scatter_kernel", grad.shape[0],
-            (dx, row_scale, call.order, self.out.hidden, first, call.H),
-            {"SCALED": call.one_reference, "BLOCK": 1024},
-        )  # fmt: skip
+            "scatter_kernel",
+            grad.shape[0],
+            (dx, row_scale, call.order, self.out.hidden),
+            (first, call.H),
+            SCALED=call.one_reference,
+            BLOCK=1024,
+        )
 
     def _add_weight(self, grad: Tensor, x: Tensor) -> None:
         if self.weight is not None:
@@ -358,19 +377,13 @@ def _descriptor_type() -> Any:
 
 
 @functools.cache
-def _launcher(kernel: str) -> Launcher:
+def _kernel(name: str) -> Any:
     from . import epilogue_rows_triton, epilogue_triton  # Triton is absent on macOS and Windows
 
-    module = epilogue_triton if hasattr(epilogue_triton, kernel) else epilogue_rows_triton
-    return Launcher(getattr(module, kernel))
+    module = epilogue_triton if hasattr(epilogue_triton, name) else epilogue_rows_triton
+    return getattr(module, name)
 
 
-def launch(
-    kernel: str,
-    grid: int,
-    args: tuple[Any, ...],
-    constants: dict[str, Any],
-    options: dict[str, int] | None = None,
-) -> None:
-    """See Launcher; `kernel` is of epilogue_triton or epilogue_rows_triton."""
-    _launcher(kernel)(grid, args, constants, options)
+def launch(kernel: str, grid: int, pointers: Pointers, numbers: Numbers, **constants: Any) -> None:
+    """See triton_launch; `kernel` is of epilogue_triton or epilogue_rows_triton."""
+    triton_launch.launch(_kernel(kernel), grid, pointers, numbers, **constants)

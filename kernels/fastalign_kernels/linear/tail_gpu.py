@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..triton_launch import launch
 from .chunks import capturing
 from .engine import TokenCoefficients
 from .epilogue import EpilogueStatistics, architecture
@@ -98,6 +99,11 @@ class KeptTiles(NamedTuple):
     q_by_place: Tensor  # [V, 16]: the same, by place
     scale: Tensor  # [16, 1]: 1 / sum(q) of each part; then 1
 
+    @property
+    def of_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the kernels of dW and of the bias's gradient read of the columns."""
+        return self.columns, self.tile_parts, self.tile_counts, self.q_by_place
+
 
 class TailEpilogue(EpilogueStatistics):
     """See the top of this file."""
@@ -155,13 +161,21 @@ class TailGradients(BlockGradients):
         grad, kept = factors.dlogits, factors.kept
         columns, rows = grad.shape
         weight = call.weight.index_select(0, kept.columns[:columns])
-        _gemms().hidden_kernel[(call.multiprocessors,)](
-            descriptor(grad, tiles.bk, tiles.bm), descriptor(weight, tiles.bk, tiles.bh),
-            kept.lists, kept.counts, factors.dropped, factors.towards, call.order, self.out.hidden,
-            factors.first, rows, call.H, kept.part_rows, kept.parts, kept.lists.shape[1],
-            TILE=TILE, BM=tiles.bm, BH=tiles.bh, BK=tiles.bk, PROGRAMS=call.multiprocessors,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        descriptors = descriptor(grad, tiles.bk, tiles.bm), descriptor(weight, tiles.bk, tiles.bh)
+        rest = (factors.dropped, factors.towards, call.order, self.out.hidden)
+        launch(
+            _gemms().hidden_kernel,
+            call.multiprocessors,
+            (*descriptors, kept.lists, kept.counts, *rest),
+            (factors.first, rows, call.H, kept.part_rows, kept.parts, kept.lists.shape[1]),
+            TILE=TILE,
+            BM=tiles.bm,
+            BH=tiles.bh,
+            BK=tiles.bk,
+            PROGRAMS=call.multiprocessors,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
 
     def _add_tiles_weight(self, factors: TailFactors) -> None:
         call, tiles = self.call, self.tail_tiles
@@ -169,26 +183,37 @@ class TailGradients(BlockGradients):
         add = self.weight is not None
         if self.weight is None:
             self.weight = self.new_weight()
-        _gemms().weight_kernel[(call.multiprocessors,)](
-            descriptor(grad, TILE, tiles.bk), descriptor(hidden, tiles.bk, tiles.bh),
-            kept.columns, kept.tile_parts, kept.tile_counts, kept.q_by_place,
-            thin_product(factors.dropped, hidden) * kept.scale, self.weight,
-            call.V, call.H, kept.part_rows,
-            ADD=add, TILE=TILE, BH=tiles.bh, BK=tiles.bk, PROGRAMS=call.multiprocessors,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        descriptors = descriptor(grad, TILE, tiles.bk), descriptor(hidden, tiles.bk, tiles.bh)
+        rank_one = thin_product(factors.dropped, hidden) * kept.scale
+        launch(
+            _gemms().weight_kernel,
+            call.multiprocessors,
+            (*descriptors, *kept.of_columns, rank_one, self.weight),
+            (call.V, call.H, kept.part_rows),
+            ADD=add,
+            TILE=TILE,
+            BH=tiles.bh,
+            BK=tiles.bk,
+            PROGRAMS=call.multiprocessors,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
 
     def _add_tiles_bias(self, factors: TailFactors) -> None:
         call, grad, kept = self.call, factors.dlogits, factors.kept
         add = self.bias is not None
         if self.bias is None:
             self.bias = torch.empty(call.V, dtype=torch.float32, device=grad.device)
-        _gemms().bias_kernel[(len(kept.tile_counts),)](
-            grad, kept.columns, kept.tile_parts, kept.tile_counts, kept.q_by_place,
-            factors.dropped.sum(1) * kept.scale[:, 0], self.bias,
-            grad.shape[1], call.V, kept.part_rows, grad.stride(0),
-            ADD=add, TILE=TILE, BK=self.tail_tiles.bk,
-        )  # fmt: skip
+        rank_one = factors.dropped.sum(1) * kept.scale[:, 0]
+        launch(
+            _gemms().bias_kernel,
+            len(kept.tile_counts),
+            (grad, *kept.of_columns, rank_one, self.bias),
+            (grad.shape[1], call.V, kept.part_rows, grad.stride(0)),
+            ADD=add,
+            TILE=TILE,
+            BK=self.tail_tiles.bk,
+        )
 
 
 def part_tokens(rows: int) -> int:
@@ -213,25 +238,31 @@ def select_tiles(
     largest = torch.empty(parts, V, dtype=torch.float32, device=device)
     q = torch.zeros(MATRIX_ROWS, V, dtype=torch.float32, device=device)
     q_by_place = torch.empty(V, MATRIX_ROWS, dtype=torch.float32, device=device)
-    kernels.columns_kernel[(-(-V // call.tiles.kept.bn), parts)](
-        block.kept, block.state, block.ids, stats, call.order, largest, q,
-        block.first, block.rows, rows, call.N, V, part_rows, block.kept.stride(0),
-        options.temperature / options.softcap if options.softcap else 0.0,
-        HAS_SOFTCAP=call.flags["HAS_SOFTCAP"], KEPT_SCALE=call.kept_scale,
-        BN=call.tiles.kept.bn, ROWS=COLUMNS.rows, STAGES=COLUMNS.stages, num_warps=COLUMNS.warps,
-    )  # fmt: skip
+    sizes = (block.first, block.rows, rows, call.N, V, part_rows, block.kept.stride(0))
+    launch(
+        kernels.columns_kernel,
+        (-(-V // call.tiles.kept.bn), parts),
+        (block.kept, block.state, block.ids, stats, call.order, largest, q),
+        (*sizes, options.temperature / options.softcap if options.softcap else 0.0),
+        HAS_SOFTCAP=call.flags["HAS_SOFTCAP"],
+        KEPT_SCALE=call.kept_scale,
+        BN=call.tiles.kept.bn,
+        ROWS=COLUMNS.rows,
+        STAGES=COLUMNS.stages,
+        num_warps=COLUMNS.warps,
+    )
     ranks = torch.empty(V, dtype=torch.int16, device=device)
     assert options.tail_eps is not None
-    kernels.rank_kernel[(-(-V // 1024),)](largest, ranks, V, parts, options.tail_eps, BLOCK=1024)
+    launch(kernels.rank_kernel, -(-V // 1024), (largest, ranks), (V, parts, options.tail_eps), BLOCK=1024)
     ranks, columns = torch.sort(ranks, descending=True, stable=True)
     places, column_parts, tile_parts = numbers(V), numbers(V), numbers(tiles, MATRIX_ROWS)
     tile_counts, tile_bits = numbers(tiles), numbers(tiles)
-    kernels.place_kernel[(tiles,)](
-        ranks, columns, places, column_parts, tile_parts, tile_counts, tile_bits, q, q_by_place,
-        V, parts, TILE=TILE,
-    )  # fmt: skip
+    of_tiles = (tile_parts, tile_counts, tile_bits, q, q_by_place)
+    launch(
+        kernels.place_kernel, tiles, (ranks, columns, places, column_parts, *of_tiles), (V, parts), TILE=TILE
+    )
     lists, counts = numbers(parts, tiles), numbers(parts + 1)
-    kernels.list_kernel[(parts + 1,)](tile_bits, lists, counts, tiles, parts, BLOCK=1024)
+    launch(kernels.list_kernel, parts + 1, (tile_bits, lists, counts), (tiles, parts), BLOCK=1024)
     how_many = on_host(counts)
     # of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope
     total = q.sum(1, keepdim=True)
@@ -262,24 +293,34 @@ def collect(
         table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
     options = call.inputs.options
     plogp = loss is None and not options.lean
-    launch = COLLECT_FULL if plogp or options.softcap else COLLECT
+    tiling = COLLECT_FULL if plogp or options.softcap else COLLECT
     line = -(-rows // 16) * 16  # TMA takes rows of whole 16 bytes
     memory = torch.empty(tiles * TILE, line, dtype=block.kept.dtype, device=stats.device)
-    grid = -(-rows // launch.rows)
+    grid = -(-rows // tiling.rows)
     width = -(-call.V // -(-PROGRAMS // grid) // call.tiles.kept.bn) * call.tiles.kept.bn
     slices = -(-call.V // width)
     dropped = torch.zeros(slices, MATRIX_ROWS, rows, dtype=torch.float32, device=stats.device)
-    _kernels().collect_kernel[(grid, slices)](
-        block.kept, block.state, block.ids, stats, call.order, table,
-        kept.places, kept.column_parts, memory, dropped,
-        block.first, block.rows, rows, call.N, call.V, kept.part_rows, kept.parts, width,
-        block.kept.stride(0), rows, line, label_smoothing, z_loss, call.scales.slope,
-        options.temperature / options.softcap if options.softcap else 0.0,
-        CROSS_ENTROPY=loss is not None, HAS_SOFTCAP=call.flags["HAS_SOFTCAP"],
-        PLOGP=plogp, KEPT_SCALE=call.kept_scale,
-        BN=call.tiles.kept.bn, COLUMNS=min(launch.columns, call.tiles.kept.bn), ROWS=launch.rows,
-        STAGES=launch.stages, num_warps=launch.warps,
-    )  # fmt: skip
+    sizes = (block.first, block.rows, rows, call.N, call.V, kept.part_rows, kept.parts, width)
+    strides = (block.kept.stride(0), rows, line)
+    softcap_slope = options.temperature / options.softcap if options.softcap else 0.0
+    launch(
+        _kernels().collect_kernel,
+        (grid, slices),
+        (
+            *(block.kept, block.state, block.ids, stats, call.order, table),
+            *(kept.places, kept.column_parts, memory, dropped),
+        ),
+        (*sizes, *strides, label_smoothing, z_loss, call.scales.slope, softcap_slope),
+        CROSS_ENTROPY=loss is not None,
+        HAS_SOFTCAP=call.flags["HAS_SOFTCAP"],
+        PLOGP=plogp,
+        KEPT_SCALE=call.kept_scale,
+        BN=call.tiles.kept.bn,
+        COLUMNS=min(tiling.columns, call.tiles.kept.bn),
+        ROWS=tiling.rows,
+        STAGES=tiling.stages,
+        num_warps=tiling.warps,
+    )
     return memory[: min(tiles * TILE, call.V), :rows], dropped.sum(0)
 
 
@@ -289,8 +330,15 @@ def thin_product(left: Tensor, right: Tensor) -> Tensor:
     splits = max(1, min(64, K // 256))
     chunk = -(-K // splits // 64) * 64
     out = torch.empty(-(-K // chunk), MATRIX_ROWS, H, dtype=torch.float32, device=left.device)
-    _gemms().thin_kernel[(-(-H // 128), out.shape[0])](
-        left, right, out, K, H, right.stride(0), chunk, BK=64, BH=128, num_warps=4, num_stages=3
+    launch(
+        _gemms().thin_kernel,
+        (-(-H // 128), out.shape[0]),
+        (left, right, out),
+        (K, H, right.stride(0), chunk),
+        BK=64,
+        BH=128,
+        num_warps=4,
+        num_stages=3,
     )
     return out.sum(0)
 

@@ -12,15 +12,16 @@ Whitening: the moments of blocks of tokens, in fp64; a program that merges them;
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import launch
 from ..triton_options import as_scalar
 
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
+_CONSTANTS = {"BLOCK_SIZE": BLOCK_SIZE, "num_warps": NUM_WARPS}
 
 
 @triton.jit
@@ -95,21 +96,15 @@ def gae_rows(
 ) -> None:
     """Fill advantages and returns [B, T]; see advantages.gae."""
     B, T = values.shape
-    with torch.cuda.device_of(values):  # Triton launches on the current device
-        gae_kernel[(B,)](
-            rewards,
-            values,
-            mask,
-            bootstrap,
-            advantages,
-            returns,
-            T,
-            gamma,
-            gamma * lam,
-            HAS_BOOTSTRAP=bootstrap is not None,
-            BLOCK_SIZE=min(BLOCK_SIZE, max(16, triton.next_power_of_2(T))),
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        gae_kernel,
+        B,
+        (rewards, values, mask, bootstrap, advantages, returns),
+        (T, gamma, gamma * lam),
+        HAS_BOOTSTRAP=bootstrap is not None,
+        BLOCK_SIZE=min(BLOCK_SIZE, max(16, triton.next_power_of_2(T))),
+        num_warps=NUM_WARPS,
+    )
 
 
 @triton.jit
@@ -186,10 +181,9 @@ def token_moments(x: Tensor, mask: Tensor, moments: Tensor) -> None:
     """Fill moments [3] of x [N] or [B, T]; see advantages.masked_whiten."""
     N = x.numel()
     parts = moments.new_empty(triton.cdiv(N, BLOCK_SIZE), 3)
-    with torch.cuda.device_of(x):
-        if N:
-            moments_kernel[(len(parts),)](x, mask, parts, N, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)
-        merge_kernel[(1,)](parts, moments, len(parts), BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)
+    if N:
+        launch(moments_kernel, len(parts), (x, mask, parts), (N,), **_CONSTANTS)
+    launch(merge_kernel, 1, (parts, moments), (len(parts),), **_CONSTANTS)
 
 
 def whiten_tokens(
@@ -197,7 +191,5 @@ def whiten_tokens(
 ) -> None:
     """Fill out of x's shape; see advantages.masked_whiten."""
     N = x.numel()
-    with torch.cuda.device_of(x):
-        whiten_kernel[(triton.cdiv(N, BLOCK_SIZE),)](
-            x, mask, moments, out, N, eps, SHIFT_MEAN=shift_mean, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
-        )
+    programs = triton.cdiv(N, BLOCK_SIZE)
+    launch(whiten_kernel, programs, (x, mask, moments, out), (N, eps), SHIFT_MEAN=shift_mean, **_CONSTANTS)

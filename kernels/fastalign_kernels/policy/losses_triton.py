@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import launch
 from ..triton_options import as_scalar
 from .ops import (
     LARGEST_EXPONENT,
@@ -311,23 +312,27 @@ def _launch(
     weights = _Weights.of(inputs.weights, mask)
     first, second, third, *rest = (None if x is None else x.contiguous() for x in inputs.tensors)
     finishers = 1 if weights.divisor_how == "none" else max(1, triton.cdiv(count, SCALE_BLOCK_SIZE))
-    with torch.cuda.device_of(out.loss):  # Triton launches on the current device
-        kernel[(programs,)](
-            *(first, second, third, mask, weights.tensor, *rest, parts, out.grads),
-            *(N, mask.shape[-1], *numbers, weights.number),
-            **flags,
-            WEIGHTS=weights.how,
-            BLOCK_SIZE=BLOCK_SIZE,
-            num_warps=NUM_WARPS,
-        )
-        finish_kernel[(finishers,)](
-            *(parts, *out, weights.divisor, programs, mask.shape[0], count),
-            POLICY_LOSS=is_policy,
-            DIVISOR=weights.divisor_how,
-            SUMS_AT_ONCE=SUMS_AT_ONCE,
-            BLOCK_SIZE=SCALE_BLOCK_SIZE,
-            num_warps=NUM_WARPS,
-        )
+    launch(
+        kernel,
+        programs,
+        (first, second, third, mask, weights.tensor, *rest, parts, out.grads),
+        (N, mask.shape[-1], *numbers, weights.number),
+        **flags,
+        WEIGHTS=weights.how,
+        BLOCK_SIZE=BLOCK_SIZE,
+        num_warps=NUM_WARPS,
+    )
+    launch(
+        finish_kernel,
+        finishers,
+        (parts, *out, weights.divisor),
+        (programs, mask.shape[0], count),
+        POLICY_LOSS=is_policy,
+        DIVISOR=weights.divisor_how,
+        SUMS_AT_ONCE=SUMS_AT_ONCE,
+        BLOCK_SIZE=SCALE_BLOCK_SIZE,
+        num_warps=NUM_WARPS,
+    )
 
 
 def policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..triton_launch import launch
 from ..triton_options import as_scalar
 from .formulas import PAIR_LOSSES
 from .ops import (
@@ -244,14 +245,16 @@ def _launch(
     )
     if S:
         dense = [None if x is None else x.contiguous() for x in inputs]
-        with torch.cuda.device_of(loss):  # Triton launches on the current device
-            kernel[(triton.cdiv(S, block),)](
-                *(*dense, loss, metrics, grads, S, *numbers),
-                **flags,
-                REDUCTION=here,
-                BLOCK_SIZE=block,
-                num_warps=NUM_WARPS,
-            )
+        launch(
+            kernel,
+            triton.cdiv(S, block),
+            (*dense, loss, metrics, grads),
+            (S, *numbers),
+            **flags,
+            REDUCTION=here,
+            BLOCK_SIZE=block,
+            num_warps=NUM_WARPS,
+        )
     if here == reduction:
         return Outputs(loss, metrics, grads)
     return Outputs(reduce_losses(loss, reduction), metrics.mean(1) if is_scores else metrics, grads)

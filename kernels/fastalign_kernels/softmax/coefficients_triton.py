@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import Launcher
+from ..triton_launch import launch
 from .row_passes_triton import ENTROPY, LOGP, LSE, MEAN_LOGP, ONEHOT, PLOGP, PROB, UNIFORM
 from .rows import Coefficient
 
@@ -42,18 +42,17 @@ def coefficients_kernel(
     tl.store(out + UNIFORM * N + token, mean_logp / V, mask=inside)
 
 
-_COEFFICIENTS = Launcher(coefficients_kernel)
-
-
 def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
     """See rows.coefficients; grad and stats are fp32."""
     N = grad.shape[1]
     out = torch.empty(len(Coefficient), N, dtype=torch.float32, device=grad.device)
     if N:
-        strides = (*grad.stride(), *stats.stride())
-        with torch.cuda.device_of(grad):  # Triton launches on the current device
-            _COEFFICIENTS(
-                triton.cdiv(N, BLOCK_SIZE), (grad, stats, out, N, vocab_size, *strides),
-                {"BLOCK_SIZE": BLOCK_SIZE}, {"num_warps": NUM_WARPS},
-            )  # fmt: skip
+        launch(
+            coefficients_kernel,
+            triton.cdiv(N, BLOCK_SIZE),
+            (grad, stats, out),
+            (N, vocab_size, *grad.stride(), *stats.stride()),
+            BLOCK_SIZE=BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+        )
     return out

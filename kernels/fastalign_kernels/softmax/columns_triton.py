@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import launch
 from .columns import ColumnSums, Total
 from .row_passes_triton import LOGSUM, MAX, ONEHOT, PLOGP, PROB, transform_scalars, transformed
 from .rows import RowInputs
@@ -163,11 +164,16 @@ def column_sums(inputs: RowInputs, stats: Tensor, out: ColumnSums) -> None:
     B, T, V = logits.shape
     programs = triton.cdiv(V, COLUMNS)
     parts = torch.empty(programs, *totals.shape, dtype=stats.dtype, device=logits.device)
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
-        column_sums_kernel[(programs,)](
-            logits, ids, bias, stats, largest, sums, parts, B * T, T, V, *logits.stride()[:2], *transform,
-            **transform_flags(bias, transform), BLOCK_SIZE=COLUMNS, ROWS=ROWS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch(
+        column_sums_kernel,
+        programs,
+        (logits, ids, bias, stats, largest, sums, parts),
+        (B * T, T, V, *logits.stride()[:2], *transform),
+        **transform_flags(bias, transform),
+        BLOCK_SIZE=COLUMNS,
+        ROWS=ROWS,
+        num_warps=NUM_WARPS,
+    )
     torch.sum(parts, 0, dtype=totals.dtype, out=totals)
 
 
@@ -184,9 +190,13 @@ def column_grad(
     logits, ids, bias, transform = inputs
     B, T, _ = logits.shape
     K = columns.numel()
-    with torch.cuda.device_of(logits):
-        column_grad_kernel[(B * T,)](
-            logits, columns, ids, bias, stats, coefficients, out, totals, B * T, T, K,
-            *logits.stride()[:2], *out.stride()[:2], *transform, GATHERED=logits.shape[2] == K,
-            **transform_flags(bias, transform), BLOCK_SIZE=GRAD_COLUMNS, num_warps=NUM_WARPS,
-        )  # fmt: skip
+    launch(
+        column_grad_kernel,
+        B * T,
+        (logits, columns, ids, bias, stats, coefficients, out, totals),
+        (B * T, T, K, *logits.stride()[:2], *out.stride()[:2], *transform),
+        GATHERED=logits.shape[2] == K,
+        **transform_flags(bias, transform),
+        BLOCK_SIZE=GRAD_COLUMNS,
+        num_warps=NUM_WARPS,
+    )

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import launch
 from ..triton_options import as_scalar
 from .row_passes_triton import (
     LOGSUM,
@@ -64,7 +65,7 @@ LAUNCH: dict[str, LaunchTable] = {
 SHORTEST = 256  # of a block, in logits
 
 
-def launch(table: LaunchTable, sm: int, columns: int) -> Launch:
+def tabled_launch(table: LaunchTable, sm: int, columns: int) -> Launch:
     """The launch for rows of `columns` logits.
 
     The table's for the newest architecture up to `sm`, or fewer warps, and more programs, if a row is shorter
@@ -80,15 +81,20 @@ def launch(table: LaunchTable, sm: int, columns: int) -> Launch:
 
 def launch_for(table: LaunchTable, logits: Tensor) -> Launch:
     """The launch for the rows of logits [..., V]; `table` is a value of LAUNCH."""
-    # The interpreter runs on a CPU, which has no capability.
-    major, minor = torch.cuda.get_device_capability(logits.device) if logits.is_cuda else (0, 0)
-    return launch(table, 10 * major + minor, logits.shape[-1])
+    return tabled_launch(table, _architecture(logits.device), logits.shape[-1])
 
 
 def launch_options(table: LaunchTable, logits: Tensor) -> dict[str, int]:
     """BLOCK_SIZE and num_warps of `launch_for`."""
     found = launch_for(table, logits)
     return {"BLOCK_SIZE": found.block_size, "num_warps": found.num_warps}
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """Of a GPU. The interpreter runs on a CPU, which has none."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
 
 
 @functools.cache
@@ -277,12 +283,16 @@ def row_stats(inputs: RowInputs, stats: Tensor, needs: NeedsStats = ALL_STATS) -
     B, T, V = logits.shape
     if ids.numel() == 0:
         return
-    with torch.cuda.device_of(logits):  # Triton launches on the current device
-        row_stats_kernel[(B * T,)](
-            logits, ids, bias, stats, B * T, T, V, *logits.stride()[:2], *transform,
-            HAS_MEAN=needs.mean_logp, HAS_ENTROPY=needs.entropy, **transform_flags(bias, transform),
-            **launch_options(_table("row_stats", logits), logits),
-        )  # fmt: skip
+    launch(
+        row_stats_kernel,
+        B * T,
+        (logits, ids, bias, stats),
+        (B * T, T, V, *logits.stride()[:2], *transform),
+        HAS_MEAN=needs.mean_logp,
+        HAS_ENTROPY=needs.entropy,
+        **transform_flags(bias, transform),
+        **launch_options(_table("row_stats", logits), logits),
+    )
 
 
 def row_grad(
@@ -293,12 +303,15 @@ def row_grad(
     B, T, V = logits.shape
     if ids.numel() == 0:
         return
-    with torch.cuda.device_of(logits):
-        row_grad_kernel[(B * T,)](
-            logits, ids, bias, stats, coefficients, out, B * T, T, V, *logits.stride()[:2], *out.stride()[:2],
-            *transform, HAS_PLOGP=needs.entropy, **transform_flags(bias, transform),
-            **launch_options(_table("row_grad", logits), logits),
-        )  # fmt: skip
+    launch(
+        row_grad_kernel,
+        B * T,
+        (logits, ids, bias, stats, coefficients, out),
+        (B * T, T, V, *logits.stride()[:2], *out.stride()[:2], *transform),
+        HAS_PLOGP=needs.entropy,
+        **transform_flags(bias, transform),
+        **launch_options(_table("row_grad", logits), logits),
+    )
 
 
 def row_loss(inputs: RowInputs, loss: TokenLoss, stats: Tensor, out: Tensor, needs: NeedsStats) -> None:
@@ -308,10 +321,15 @@ def row_loss(inputs: RowInputs, loss: TokenLoss, stats: Tensor, out: Tensor, nee
     if ids.numel() == 0:
         return
     block_size, num_warps, programs = launch_for(_table("row_loss", logits), logits)
-    with torch.cuda.device_of(logits):
-        row_loss_kernel[(grid_size(programs, B * T, logits.device),)](
-            logits, ids, loss.scale, stats, out, B * T, T, V, *logits.stride()[:2], *out.stride()[:2],
-            transform.softcap, transform.temperature, loss.label_smoothing, loss.z_loss,
-            HAS_MEAN=needs.mean_logp, PLAIN=transform == Transform(), HAS_SOFTCAP=transform.softcap != 0,
-            BLOCK_SIZE=block_size, num_warps=num_warps,
-        )  # fmt: skip
+    sizes = (B * T, T, V, *logits.stride()[:2], *out.stride()[:2])
+    launch(
+        row_loss_kernel,
+        grid_size(programs, B * T, logits.device),
+        (logits, ids, loss.scale, stats, out),
+        (*sizes, transform.softcap, transform.temperature, loss.label_smoothing, loss.z_loss),
+        HAS_MEAN=needs.mean_logp,
+        PLAIN=transform == Transform(),
+        HAS_SOFTCAP=transform.softcap != 0,
+        BLOCK_SIZE=block_size,
+        num_warps=num_warps,
+    )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import launch
 from .row_passes_triton import read_row, store_stats, transform_scalars, transformed_logit
 from .rows_triton import launch_options
 from .tile_rows_triton import LAUNCH, Rows, Softmaxes, flags, row_token
@@ -110,13 +111,15 @@ def slice_stats(
         return
     ids, bias, transform, table, lean = softmaxes
     bias = None if bias is None else bias[first_column : first_column + width]
-    with torch.cuda.device_of(tile):
-        slice_stats_kernel[(C,)](
-            tile, rows.indices, ids, bias, running, table,
-            rows.first, first_column, ids.shape[0], width, vocab_size, tile.stride(0), *transform,
-            HAS_TOKENS=rows.indices is not None, **flags(softmaxes),
-            **launch_options(LAUNCH["slice_lean" if lean else "slice_full"], tile),
-        )  # fmt: skip
+    launch(
+        slice_stats_kernel,
+        C,
+        (tile, rows.indices, ids, bias, running, table),
+        (rows.first, first_column, ids.shape[0], width, vocab_size, tile.stride(0), *transform),
+        HAS_TOKENS=rows.indices is not None,
+        **flags(softmaxes),
+        **launch_options(LAUNCH["slice_lean" if lean else "slice_full"], tile),
+    )
 
 
 def new_running(ids: Tensor) -> Tensor:

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import launch
 from ..triton_options import as_scalar
 from .row_passes_triton import (
     LOGP,
@@ -290,16 +290,21 @@ def _tile_rows(
     given = ids if coefficients is None else coefficients
     kernel = WRITES[write] + ("_lean" if lean else "_full") + ("_16" if tile.element_size() == 2 else "")
     scale = TokenLoss(ids, 0.0, 0.0) if loss is None else loss
-    launch = launch_for(LAUNCH[kernel], tile)
-    with torch.cuda.device_of(tile):  # Triton launches on the current device
-        tile_rows_kernel[(grid_size(launch.programs, C, tile.device),)](
-            tile, out, rows.indices, ids, bias, table, scale.scale, given,
-            rows.first, first_column, C, ids.shape[0], V,
-            tile.stride(0), out.stride(0), scale.scale.stride(0), given.stride(0),
-            *transform, scale.label_smoothing, scale.z_loss, softmax_scale,
-            STATS=stats, WRITE=write, HAS_TOKENS=rows.indices is not None, **flags(softmaxes),
-            BLOCK_SIZE=launch.block_size, num_warps=launch.num_warps,
-        )  # fmt: skip
+    block_size, num_warps, programs = launch_for(LAUNCH[kernel], tile)
+    sizes = (rows.first, first_column, C, ids.shape[0], V)
+    strides = (tile.stride(0), out.stride(0), scale.scale.stride(0), given.stride(0))
+    launch(
+        tile_rows_kernel,
+        grid_size(programs, C, tile.device),
+        (tile, out, rows.indices, ids, bias, table, scale.scale, given),
+        (*sizes, *strides, *transform, scale.label_smoothing, scale.z_loss, softmax_scale),
+        STATS=stats,
+        WRITE=write,
+        HAS_TOKENS=rows.indices is not None,
+        **flags(softmaxes),
+        BLOCK_SIZE=block_size,
+        num_warps=num_warps,
+    )
 
 
 def tile_stats(tile: Tensor, rows: Rows, softmaxes: Softmaxes) -> None:
@@ -348,11 +353,14 @@ def kept_grad(
     if C == 0:
         return
     ids, _, transform, table, lean = softmaxes
-    with torch.cuda.device_of(kept):
-        kept_rows_kernel[(C,)](
-            kept, out, rows.indices, ids, table, coefficients,
-            rows.first, ids.shape[0], V, kept.stride(0), coefficients.stride(0),
-            *transform, softmax_scale,
-            LEAN=lean, HAS_TOKENS=rows.indices is not None, HAS_SOFTCAP=transform.softcap != 0,
-            **launch_options(LAUNCH["kept"], kept),
-        )  # fmt: skip
+    sizes = (rows.first, ids.shape[0], V, kept.stride(0), coefficients.stride(0))
+    launch(
+        kept_rows_kernel,
+        C,
+        (kept, out, rows.indices, ids, table, coefficients),
+        (*sizes, *transform, softmax_scale),
+        LEAN=lean,
+        HAS_TOKENS=rows.indices is not None,
+        HAS_SOFTCAP=transform.softcap != 0,
+        **launch_options(LAUNCH["kept"], kept),
+    )
