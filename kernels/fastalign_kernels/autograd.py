@@ -208,14 +208,19 @@ def save_loss(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(numbers, *grads)
     # Without this autograd allocates zeros as the gradients of the outputs, for a head a [V, H].
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+    save_inputs(ctx, inputs)
     ctx.grads = grads
 
 
+def save_inputs(ctx, inputs: Sequence[Any], *more: Tensor) -> None:
+    """Save the inputs of an op, and more tensors."""
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *more)
+    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+
+
 def saved_inputs(ctx, saved: Sequence[Tensor]) -> list[Any]:
-    """The inputs of an op that `save_loss` saved; `saved` are the tensors among them."""
+    """The inputs of an op that `save_inputs` saved; `saved` are its tensors, those of the inputs first."""
     tensors = iter(saved)
     return [next(tensors) if is_tensor else x for is_tensor, x in zip(ctx.is_tensor, ctx.inputs)]
 

@@ -2,6 +2,11 @@
 
 import torch
 
+from fastalign_kernels.linear.head_ops import OpCall
+from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
+
+ALL_GRADS = NeedsGrad(hidden=True, weight=True, bias=True)
+
 
 def make(device, dtype=torch.float64, N=37, H=19, V=123, scale=0.5, seed=0):
     """hidden, weight, ids (some -100), bias; half of the tokens are peaked: their hidden state is their
@@ -22,3 +27,9 @@ def make(device, dtype=torch.float64, N=37, H=19, V=123, scale=0.5, seed=0):
 
 def grads_of(output, inputs, upstream=None):
     return torch.autograd.grad(output, inputs, upstream if upstream is not None else torch.ones_like(output))
+
+
+def op_arguments(tensors, *rest, options=HeadOptions(), needs=ALL_GRADS):  # noqa: B008  a tuple
+    """What an op on the head takes; tensors are hidden, weight, ids of ignored tokens -1, and bias."""
+    hidden, weight, ids, bias = tensors
+    return OpCall(HeadInputs(hidden, weight, ids, bias, options=options), needs, rest).arguments()

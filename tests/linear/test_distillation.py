@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign_kernels import linear_distillation_loss
-from fastalign_kernels.linear.inputs import HeadOptions
 from fastalign_kernels.linear.outcomes import DIVERGENCES
 from fastalign_kernels.linear.reference import linear_distillation_loss_ref
-from tests.linear.inputs import grads_of, make
+from tests.linear.inputs import grads_of, make, op_arguments
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -283,14 +282,15 @@ def test_compiles_and_the_ops_check(reduction):
         torch.testing.assert_close(found, eager)
     hidden, weight, ids, logp, bias = given
     first = ids.amax(-1)
-    tensors = (hidden, weight, first, bias, ids.clamp(min=-1), logp)
-    numbers, needs = HeadOptions().numbers(), [True, True, True]
+    head, teacher = (hidden, weight, first, bias), (ids.clamp(min=-1), logp)
     if reduction == "none":
-        torch.library.opcheck(torch.ops.fastalign.head_divergences.default, (*tensors, "jsd", numbers, needs))
+        torch.library.opcheck(
+            torch.ops.fastalign.head_divergences.default, op_arguments(head, *teacher, "jsd")
+        )
     else:
         scale = torch.rand(6, dtype=torch.float64)
         torch.library.opcheck(
-            torch.ops.fastalign.head_distillation.default, (*tensors, scale, "jsd", numbers, needs)
+            torch.ops.fastalign.head_distillation.default, op_arguments(head, *teacher, scale, "jsd")
         )
 
 

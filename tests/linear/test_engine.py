@@ -11,10 +11,10 @@ from fastalign_kernels import (
     native,
     plan_head,
 )
-from fastalign_kernels.linear.inputs import HeadOptions
+from fastalign_kernels.linear.inputs import HeadOptions, NeedsGrad
 from fastalign_kernels.linear.reference import linear_cross_entropy_ref
 from fastalign_kernels.softmax import rows
-from tests.linear.inputs import grads_of, make
+from tests.linear.inputs import grads_of, make, op_arguments
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -106,19 +106,22 @@ def test_compiles_with_a_dynamic_number_of_tokens(device):
 def test_opcheck(tail_eps):
     hidden, weight, ids, bias = make("cpu", N=6, H=4, V=11)
     ids = ids.clamp(min=-1)
-    options, needs = HeadOptions(0.7, 5.0, 1.3, None, tail_eps).numbers(), [True, True, True]
+    options = HeadOptions(0.7, 5.0, 1.3, None, tail_eps)
     head, ops = (hidden, weight, ids, bias), torch.ops.fastalign
-    torch.library.opcheck(ops.head_stats.default, (*head, options, needs))
+    of_stats = op_arguments(head, options=options)
+    torch.library.opcheck(ops.head_stats.default, of_stats)
     scale = torch.rand(6, dtype=torch.float64)
-    torch.library.opcheck(ops.head_loss.default, (*head, scale, [0.0, 0.1, 0.01, *options], needs))
+    torch.library.opcheck(ops.head_loss.default, op_arguments(head, scale, False, 0.1, 0.01, options=options))
     frozen = (hidden, weight.detach(), ids, bias.detach())
-    torch.library.opcheck(ops.head_frozen.default, (*frozen, options, hidden[:0].clone()))
-    with torch.no_grad():
-        stats = ops.head_stats(*head, options, needs)
-    detached = (hidden.detach(), weight.detach(), ids, bias.detach())
+    needs = NeedsGrad(hidden=True)
     torch.library.opcheck(
-        ops.head_stats_grad.default, (torch.randn_like(stats), stats, [], *detached, options, needs)
+        ops.head_frozen.default, op_arguments(frozen, hidden[:0].clone(), options=options, needs=needs)
     )
+    with torch.no_grad():
+        stats = ops.head_stats(*of_stats)
+    detached = (hidden.detach(), weight.detach(), ids, bias.detach())
+    of_backward = op_arguments(detached, torch.randn_like(stats), stats, [], options=options)
+    torch.library.opcheck(ops.head_stats_grad.default, of_backward)
 
 
 def test_triton_runs_the_whole_loop(device, monkeypatch):

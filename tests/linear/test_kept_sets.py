@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalign_kernels import autograd, linear_logprobs, linear_ppo_loss, sample
-from fastalign_kernels.linear.inputs import HeadOptions
 from fastalign_kernels.linear.reference import linear_kept_stats_ref
 from fastalign_kernels.policy.reference import ppo_loss_ref
-from tests.linear.inputs import grads_of, make
+from tests.linear.inputs import grads_of, make, op_arguments
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -253,9 +252,8 @@ def test_compiles_and_the_op_checks():
         logp = function(hidden, weight, ids, bias, *kept)
         results.append([logp, *grads_of(logp, (hidden, weight, bias))])
     torch.testing.assert_close(*results)
-    tensors = (hidden, weight, torch.where(ids < 0, -1, ids), bias, *kept)
-    numbers = HeadOptions().numbers()
-    torch.library.opcheck(torch.ops.fastalign.kept_stats.default, (*tensors, numbers, [True] * 3))
+    tensors = (hidden, weight, torch.where(ids < 0, -1, ids), bias)
+    torch.library.opcheck(torch.ops.fastalign.kept_stats.default, op_arguments(tensors, *kept))
 
 
 GOOD = torch.arange(0, 4 * 37 + 1, 4), torch.arange(4).repeat(37)

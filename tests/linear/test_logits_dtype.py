@@ -23,6 +23,7 @@ from fastalign_kernels.linear.token_tiles import TOKEN_TILES
 from fastalign_kernels.policy.losses import ppo_loss
 from fastalign_kernels.preference.losses import dpo_loss, kto_loss
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
+from tests.linear.inputs import op_arguments
 
 N, H, V = 13, 16, 300
 MIB = 2**20
@@ -184,14 +185,11 @@ def test_compile_and_opcheck(device):
         torch.testing.assert_close(a, b)
     numbers = HeadOptions(logits_dtype=LOW).numbers()
     assert HeadOptions.of(numbers) == HeadOptions(logits_dtype=LOW)
-    arguments = (
-        hidden,
-        weight,
-        ids,
-        None,
-        torch.rand(N, device=device),
-        [0.0, 0.0, 0.0, *numbers],
-        [True, True, False],
+    arguments = op_arguments(
+        (hidden, weight, ids, None),
+        *(torch.rand(N, device=device), False, 0.0, 0.0),
+        options=HeadOptions(logits_dtype=LOW),
+        needs=NeedsGrad(hidden=True, weight=True),
     )
     torch.library.opcheck(torch.ops.fastalign.head_loss.default, arguments)
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastalign_kernels import linear_token_stats, ppo_loss
 from fastalign_kernels.linear import chunks
-from fastalign_kernels.linear.inputs import HeadOptions
 from fastalign_kernels.linear.ppo import linear_ppo_loss
 from fastalign_kernels.linear.reference import linear_token_stats_ref
 from fastalign_kernels.policy.arguments import AGGREGATIONS, policy_options
 from fastalign_kernels.policy.ops import KL_ESTIMATORS
 from fastalign_kernels.policy.reference import ppo_loss_ref
+from tests.linear.inputs import op_arguments
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -241,10 +241,9 @@ def test_opcheck() -> None:
     flat = [given[name].nan_to_num().flatten() for name in ("old_logp", "advantages", "reference_logp")]
     hidden = given["hidden"].detach().nan_to_num().view(-1, H).requires_grad_()
     head = (hidden, given["weight"], ids, given["bias"])
-    head_options = HeadOptions().numbers()
     options = list(policy_options(0.2, None, None, 0.1, 0.3, "k3"))
     for scale in (torch.tensor([0.1]), torch.rand(len(ids), generator=torch.Generator().manual_seed(0))):
-        arguments = (*head, *flat[:2], scale, flat[2], head_options, options, [True, True, True])
+        arguments = op_arguments(head, *flat[:2], scale, flat[2], options)
         torch.library.opcheck(torch.ops.fastalign.head_policy.default, arguments)
     step = torch.compile(
         lambda **tensors: linear_ppo_loss(**tensors, **LOSS, aggregation="sequence_mean"),

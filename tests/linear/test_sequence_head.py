@@ -14,6 +14,7 @@ from fastalign_kernels.linear import chunks
 from fastalign_kernels.linear.inputs import HeadOptions
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref
+from tests.linear.inputs import op_arguments
 
 V, H, T, S = 257, 16, 9, 3
 # One of the rows has no scored token, and a NaN hidden state stands where none is read.
@@ -312,15 +313,14 @@ def test_opcheck_and_compile(tail_eps: float | None) -> None:
         given["weight"],
         ids,
         given["bias"],
-        ends,
-        reference,
     )
-    options, needs = [0.1, 0.0, *HeadOptions(tail_eps=tail_eps).numbers()], [True, True, True]
+    options = HeadOptions(tail_eps=tail_eps)
     ops = torch.ops.fastalign
-    torch.library.opcheck(ops.head_pairs.default, (*head, None, "sigmoid", options, needs))
+    pairs = op_arguments(head, ends, reference, None, "sigmoid", 0.1, 0.0, options=options)
+    torch.library.opcheck(ops.head_pairs.default, pairs)
     desirable, kl = torch.arange(2 * S) % 2 == 0, torch.tensor(0.2)
-    weighted = [0.1, 1.0, 1.5, *options[2:]]
-    torch.library.opcheck(ops.head_unpaired.default, (*head, desirable, kl, weighted, needs))
+    unpaired = op_arguments(head, ends, reference, desirable, kl, [0.1, 1.0, 1.5], options=options)
+    torch.library.opcheck(ops.head_unpaired.default, unpaired)
     step = torch.compile(lambda **tensors: linear_dpo_loss(**tensors), fullgraph=True, backend="aot_eager")
     eager, ours = linear_dpo_loss(**given), step(**given)
     torch.testing.assert_close(tuple(ours), tuple(eager))

@@ -20,6 +20,7 @@ from fastalign_kernels import (
 )
 from fastalign_kernels.linear.inputs import HeadOptions
 from fastalign_kernels.softmax import rows
+from tests.linear.inputs import op_arguments
 from tests.linear.tail_inputs import EPS, N, gradients, make
 
 
@@ -39,8 +40,8 @@ def test_compile(function: Callable[..., Tensor]) -> None:
 def test_opcheck() -> None:
     given = make(torch.float32)
     ids = given["ids"].clamp(min=-1)
-    options, needs = HeadOptions(tail_eps=EPS).numbers(), [True, True, True]
-    head = (given["hidden"], given["weight"], ids, given["bias"], options, needs)
+    options, tensors = HeadOptions(tail_eps=EPS), (given["hidden"], given["weight"], ids, given["bias"])
+    head = op_arguments(tensors, options=options)
     # Beyond what was kept the saved tensors hold whatever memory held, so that two runs differ there;
     # test_compile covers the rest.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -48,11 +49,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.head_stats_saving.default, head, test_utils=checks)
     stats, saved = ops.head_stats_saving(*head)
     saved = [x.detach() for x in saved]
-    inputs = [x.detach() if isinstance(x, Tensor) else x for x in head]
-    torch.library.opcheck(
-        ops.head_stats_grad.default,
-        (torch.randn_like(stats), stats.detach(), saved, *inputs),
-    )
+    detached = [x.detach() for x in tensors]
+    rest = (torch.randn_like(stats), stats.detach(), saved)
+    torch.library.opcheck(ops.head_stats_grad.default, op_arguments(detached, *rest, options=options))
 
 
 def test_triton_and_the_reference_run_the_whole_loop(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

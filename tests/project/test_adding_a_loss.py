@@ -85,42 +85,30 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..autograd import register_loss_op
 from ..ordered_sum import ordered_sum
 from ..softmax.rows import Stat, coefficients
 from . import engines
 from .engine import empty_gradients, empty_stats
-from .inputs import HEAD, HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
+from .head_ops import register_head_loss
+from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
 
 
-def _square(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    options: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
-
+def _square(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, ...]:
     def of_tokens(stats: Tensor, tokens: Tensor | slice) -> Tensor:
         grad = torch.zeros_like(stats)
         grad[Stat.LOGP] = stats[Stat.LOGP]
         return coefficients(grad, stats, inputs.vocab_size)
 
-    stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
+    stats, grads = engines.statistics_and_gradients(inputs, of_tokens, needs)
     return ordered_sum(stats[Stat.LOGP] ** 2) / 2, stats, *grads
 
 
-def _fake_square(hidden, weight, ids, bias, options, needs):
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+def _fake_square(inputs, needs):
     stats = empty_stats(inputs)
-    return stats.new_empty(()), stats, *empty_gradients(inputs, NeedsGrad(*needs))
+    return stats.new_empty(()), stats, *empty_gradients(inputs, needs)
 
 
-_head_square = register_loss_op(
-    "head_square", _square, _fake_square, differentiable=HEAD, losses="linear_square_loss"
-)
+_head_square = register_head_loss("head_square", _square, _fake_square, losses="linear_square_loss")
 
 
 @head_keywords
@@ -129,7 +117,7 @@ def linear_square_loss(
 ) -> Tensor:
     """The sum of logp^2 / 2."""
     inputs = head_inputs(hidden, weight, ids, bias, head_options(linear_square_loss, head)).lean()
-    return _head_square(*inputs.tensors, inputs.options.numbers(), list(inputs.needs_grad()))[0]
+    return _head_square(inputs, inputs.needs_grad())[0]
 '''
 HEAD_REFERENCE = """
 @head_keywords

@@ -52,7 +52,7 @@ class GradAccumulator:
 
     def __init__(self, inputs: HeadInputs, operands: Operands, needs: NeedsGrad) -> None:
         self.inputs, self.operands, self.needs = inputs, operands, needs
-        hidden, weight, *_ = inputs
+        hidden, weight = inputs.hidden, inputs.weight
         accumulator = operands.accumulator
         self.gathers_for_free = uses_native_gemm(hidden.device, hidden.dtype)
         self.d_hidden = hidden.new_empty(0)

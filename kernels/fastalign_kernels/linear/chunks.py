@@ -29,7 +29,7 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(cls, inputs: HeadInputs) -> Operands:
-        hidden, weight, _, bias, _ = inputs
+        hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
         accumulator = accumulator_dtype(hidden.dtype)
         widen = not hidden.is_cuda and not uses_native_gemm(hidden.device, hidden.dtype)
         factor = accumulator if widen else hidden.dtype

@@ -15,50 +15,47 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..autograd import register_loss_op
 from ..logits import nan_without_tokens
 from ..logits_ops import token_loss
 from ..ordered_sum import ordered_sum
 from . import engines
 from .engine import empty_gradients, empty_stats
+from .head_ops import register_head_loss
 from .head_stats import head_stats
-from .inputs import HEAD, HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
+from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
 from .token_losses import LossOptions, TokenCrossEntropy
 
 
 def _loss(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
+    inputs: HeadInputs,
+    needs: NeedsGrad,
     scale: Tensor,
-    options: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mean_comes_later: bool,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, ...]:
     """The sum over tokens of scale [N] times cross-entropy, the table [7, N], and gradients.
 
-    options: 1 if scale is memory for that of a mean, else 0; label_smoothing, z_loss, and those of the head.
+    mean_comes_later: scale is memory alone, for that of a mean.
     """
-    mean, label_smoothing, z_loss, *numbers = options
-    inputs = HeadInputs.of(hidden, weight, ids, bias, numbers)
     of_loss = (label_smoothing, z_loss, inputs.vocab_size)
     of_tokens = (
-        TokenCrossEntropy.of_mean(scale, ids, *of_loss) if mean else TokenCrossEntropy(scale, *of_loss)
+        TokenCrossEntropy.of_mean(scale, inputs.ids, *of_loss)
+        if mean_comes_later
+        else TokenCrossEntropy(scale, *of_loss)
     )
-    stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
+    stats, grads = engines.statistics_and_gradients(inputs, of_tokens, needs)
     d_scale = token_loss(stats, label_smoothing, z_loss)
     return ordered_sum(d_scale * of_tokens.filled_scale()), stats, *grads, d_scale
 
 
-def _fake_loss(hidden, weight, ids, bias, scale, options, needs):
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options[3:])
+def _fake_loss(inputs, needs, scale, *_):
     stats = empty_stats(inputs)
-    grads = empty_gradients(inputs, NeedsGrad(*needs))
-    return stats.new_empty(()), stats, *grads, torch.empty_like(scale)
+    return stats.new_empty(()), stats, *empty_gradients(inputs, needs), torch.empty_like(scale)
 
 
-_head_loss = register_loss_op(
-    "head_loss", _loss, _fake_loss, differentiable=(*HEAD, "scale"), losses="linear_cross_entropy"
+_head_loss = register_head_loss(
+    "head_loss", _loss, _fake_loss, differentiable=["scale"], losses="linear_cross_entropy"
 )
 
 
@@ -72,8 +69,8 @@ def loss_and_stats(inputs: HeadInputs, options: LossOptions, shape: torch.Size) 
         mean = options.mean_comes_later(inputs)
         N = inputs.ids.shape
         scale = inputs.hidden.new_empty(N, dtype=torch.float32) if mean else options.scale(inputs)
-        numbers = [float(mean), options.label_smoothing, options.z_loss, *inputs.options.numbers()]
-        total, stats, *_ = _head_loss(*inputs.tensors, scale, numbers, list(inputs.needs_grad()))
+        of_loss = (scale, mean, options.label_smoothing, options.z_loss)
+        total, stats, *_ = _head_loss(inputs, inputs.needs_grad(), *of_loss)
         loss = nan_without_tokens(total, inputs.ids.numel(), options.reduction, options.num_items)
     return loss, stats.detach()
 

@@ -69,9 +69,9 @@ def linear_distillation_loss(
     K, dtype = ids.shape[-1], accumulator_dtype(inputs.hidden.dtype)
     teacher = ids.view(-1, K), teacher_logp.detach().reshape(-1, K)
     scale = loss_scale(inputs.ids >= 0, reduction, token_weights, num_items, dtype)
-    numbers, needs = inputs.options.numbers(), list(inputs.needs_grad())
+    needs = inputs.needs_grad()
     if reduction == "none" or inputs.mode("scalar") == "general":
-        losses = head_divergences(*inputs.tensors, *teacher, divergence, numbers, needs)
+        losses = head_divergences(inputs, needs, *teacher, divergence)
         return reduced(losses, scale, reduction, num_items, first.shape)
-    total, *_ = head_distillation(*inputs.tensors, *teacher, scale, divergence, numbers, needs)
+    total, *_ = head_distillation(inputs, needs, *teacher, scale, divergence)
     return nan_without_tokens(total, inputs.ids.numel(), reduction, num_items)

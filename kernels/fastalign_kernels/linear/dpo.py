@@ -6,12 +6,12 @@ from typing import NamedTuple, Unpack
 
 from torch import Tensor
 
-from ..autograd import register_loss_op
 from ..preference.arguments import pair_options
 from ..preference.formulas import PAIR_LOSSES
 from ..preference.on_sequences import PairLoss
 from . import engines
-from .inputs import HEAD, HeadInputs, NeedsGrad
+from .head_ops import register_head_loss
+from .inputs import HeadInputs, NeedsGrad
 from .sequences import Rows, SequenceArguments, empty_outputs, sequence_call, sequence_keywords
 
 
@@ -27,37 +27,24 @@ class LinearPreferenceLoss(NamedTuple):
 
 
 def _pairs(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
+    inputs: HeadInputs,
+    needs: NeedsGrad,
     cu_seqlens: Tensor,
     reference: Tensor,
     lengths: Tensor | None,
     loss_type: str,
-    options: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Mean loss over S pairs, log-probabilities [2S], and gradients.
-
-    options: beta, label_smoothing, and those of the head.
-    """
-    beta, label_smoothing, *numbers = options
-    inputs = HeadInputs.of(hidden, weight, ids, bias, numbers).lean()
+    beta: float,
+    label_smoothing: float,
+) -> tuple[Tensor, ...]:
+    """Mean loss over S pairs, log-probabilities [2S], and gradients."""
     rows = Rows(cu_seqlens, reference.shape[0], group=2)
     loss = PairLoss(reference, lengths, loss_type, beta, label_smoothing)
     of_tokens = rows.coefficients(loss, inputs)
-    stats, grads = engines.of_sequences(inputs, of_tokens, rows.sequences(), NeedsGrad(*needs))
+    stats, grads = engines.of_sequences(inputs, of_tokens, rows.sequences(), needs)
     return *rows.loss_and_logps(loss, stats), *grads
 
 
-def _fake_pairs(hidden, weight, ids, bias, cu_seqlens, reference, lengths, loss_type, options, needs):
-    return empty_outputs(HeadInputs.of(hidden, weight, ids, bias, options[2:]), reference, NeedsGrad(*needs))
-
-
-_head_pairs = register_loss_op(
-    "head_pairs", _pairs, _fake_pairs, differentiable=HEAD, losses="linear_dpo_loss"
-)
+_head_pairs = register_head_loss("head_pairs", _pairs, empty_outputs, losses="linear_dpo_loss")
 
 
 @sequence_keywords
@@ -97,13 +84,12 @@ def linear_dpo_loss(
     call = sequence_call(linear_dpo_loss, (hidden, weight, ids, bias), arguments, group=2)
     lengths = call.rows.lengths(call.inputs.ids) if PAIR_LOSSES[loss_type].lengths == "needed" else None
     if call.in_forward:
-        numbers = [beta, label_smoothing, *call.numbers()]
-        needs = list(call.inputs.needs_grad())
-        loss, logps, *_ = _head_pairs(*call.tensors, lengths, loss_type, numbers, needs)
+        of_pairs = (lengths, loss_type, beta, label_smoothing)
+        loss, logps, *_ = _head_pairs(*call.arguments(), *of_pairs)
     else:
-        of_pairs = PairLoss(call.reference, lengths, loss_type, beta, label_smoothing)
+        pair_loss = PairLoss(call.reference, lengths, loss_type, beta, label_smoothing)
         logps = call.logps()
-        loss, logps = of_pairs.mean_loss(logps), logps.detach()
+        loss, logps = pair_loss.mean_loss(logps), logps.detach()
     rewards = beta * (logps - call.reference)
     S = call.rows.number // 2
     return LinearPreferenceLoss(loss, rewards[:S], rewards[S:], logps[:S], logps[S:])

@@ -23,7 +23,10 @@ SequenceCoefficients = Callable[[Tensor, Tensor | slice], Tensor]
 
 
 class Gradients(NamedTuple):
-    """The gradients of a head call, in the dtypes of its inputs; of size 0 where not needed."""
+    """The gradients of a head call, in the dtypes of its inputs; of size 0 where not needed.
+
+    The fields are those of NeedsGrad.
+    """
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -95,7 +98,7 @@ def hidden_grad_dtype(inputs: HeadInputs) -> torch.dtype:
 
 def empty_gradients(inputs: HeadInputs, needs: NeedsGrad) -> Gradients:
     """Gradients, uninitialised."""
-    hidden, weight, _, bias, _ = inputs
+    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
     return Gradients(
         torch.empty_like(hidden, dtype=hidden_grad_dtype(inputs), memory_format=torch.contiguous_format)
         if needs.hidden

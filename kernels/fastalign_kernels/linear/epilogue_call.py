@@ -104,18 +104,20 @@ class EpilogueCall:
         filled: bool = False,
     ) -> None:
         """order: memory for it; `filled` if the forward pass has saved the order there."""
-        hidden, weight, ids, bias, options = inputs
+        hidden, weight, options = inputs.hidden, inputs.weight, inputs.options
         self.inputs, self.tiles, self.multiprocessors = inputs, tiles, multiprocessors
         self.scales = Scales.of(inputs)
         self.weight = _readable_by_tma(weight.to(hidden.dtype))
         self.N, (self.V, self.H) = hidden.shape[0], weight.shape
-        self.flags = {"HAS_BIAS": bias is not None, "HAS_SOFTCAP": options.softcap != 0}
+        self.flags = {"HAS_BIAS": inputs.bias is not None, "HAS_SOFTCAP": options.softcap != 0}
         # One reference a row needs bf16's exponents, and a softcap's slope differs by column.
         self.one_reference = hidden.dtype != torch.float16 and not options.softcap
         self.kept_scale = 2.0**15 if hidden.dtype == torch.float16 else 1.0
         self.statistics = {"ENTROPY": not options.lean, "MEAN": not options.lean}
         self.filled = self.ordered = filled
-        self.order = torch.empty(self.N + 1, dtype=torch.int32, device=ids.device) if order is None else order
+        if order is None:
+            order = torch.empty(self.N + 1, dtype=torch.int32, device=hidden.device)
+        self.order = order
         self.how_many = HostCount(self.order, self.N)
 
     def tokens(self, block: Block, rows: int) -> Tensor | slice:

@@ -25,18 +25,18 @@ class HeadCall:
 
     def __init__(self, inputs: HeadInputs, table: Tensor | None = None, order: Tensor | None = None) -> None:
         """table: the statistics [7, N], if they are there. order: see Tokens."""
-        hidden, weight, ids, bias, options = inputs
+        hidden, options, bias = inputs.hidden, inputs.options, inputs.bias
         self.inputs = inputs
         # whether dlogits replace the logits; beside fp32 logits those in 16 bits need memory of their own
         low = hidden.dtype in (torch.bfloat16, torch.float16)
         self.in_place = not low or options.logits_dtype is not None
         self.logits_dtype = options.logits_dtype or accumulator_dtype(hidden.dtype)
-        self.w = weight.to(hidden.dtype)
+        self.w = inputs.weight.to(hidden.dtype)
         if table is None:
             table = torch.zeros(
                 len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype), device=hidden.device
             )  # those of ignored tokens stay 0
         self.table = table
         bias = None if bias is None else bias.to(table.dtype)
-        self.softmaxes = Softmaxes(ids, bias, options.transform, table, options.lean)
-        self.tokens = Tokens(hidden, ids, order)
+        self.softmaxes = Softmaxes(inputs.ids, bias, options.transform, table, options.lean)
+        self.tokens = Tokens(hidden, inputs.ids, order)

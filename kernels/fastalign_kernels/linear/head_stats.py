@@ -11,111 +11,81 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..autograd import NamedGrads, register_op
+from ..autograd import NamedGrads
 from ..softmax.rows import coefficients
 from ..torch_func import traced, transforming
 from . import engines
-from .engine import empty_gradients, empty_stats
+from .engine import Gradients, empty_gradients, empty_stats
+from .head_ops import OpCall, head_grads, register_head_grads, register_head_op, save_call, saved_call
 from .inputs import HeadInputs, NeedsGrad
 
 
-def _stats(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    options: list[float],
-    needs: list[bool],
-) -> Tensor:
-    """The table [7, N]."""
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+def _stats(inputs: HeadInputs, needs: NeedsGrad) -> Tensor:
+    """The table [7, N]; needs are those of the backward pass."""
     return engines.statistics(inputs, NeedsGrad())[0]
 
 
-def _fake_stats(hidden, weight, ids, bias, options, needs):
-    return empty_stats(HeadInputs.of(hidden, weight, ids, bias, options))
+def _fake_stats(inputs, needs):
+    return empty_stats(inputs)
 
 
-def _stats_and_saved(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    options: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, list[Tensor]]:
+def _stats_and_saved(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
     """The table [7, N], and what the engine saves for `_stats_grad`."""
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
-    return engines.statistics(inputs, NeedsGrad(*needs))
+    return engines.statistics(inputs, needs)
 
 
-def _fake_stats_and_saved(hidden, weight, ids, bias, options, needs):
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
-    needs_grad = NeedsGrad(*needs)
-    return empty_stats(inputs), engines.engine_for(inputs, needs_grad).empty_saved(inputs, needs_grad)
+def _fake_stats_and_saved(inputs, needs):
+    return empty_stats(inputs), engines.engine_for(inputs, needs).empty_saved(inputs, needs)
 
 
 def _stats_grad(
-    grad: Tensor,
-    stats: Tensor,
-    saved: Sequence[Tensor],
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    options: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias for the table's upstream gradient [7, N]."""
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+    inputs: HeadInputs, needs: NeedsGrad, grad: Tensor, stats: Tensor, saved: Sequence[Tensor]
+) -> Gradients:
+    """Gradients for the table's upstream gradient [7, N]."""
     of_tokens = coefficients(grad, stats, inputs.vocab_size)
-    return engines.gradients(inputs, stats, list(saved), of_tokens, NeedsGrad(*needs))
+    return engines.gradients(inputs, stats, list(saved), of_tokens, needs)
 
 
-def _fake_stats_grad(grad, stats, saved, hidden, weight, ids, bias, options, needs):
-    return empty_gradients(HeadInputs.of(hidden, weight, ids, bias, options), NeedsGrad(*needs))
+def _fake_stats_grad(inputs, needs, *_):
+    return empty_gradients(inputs, needs)
 
 
-_head_stats_grad = torch.library.custom_op("fastalign::head_stats_grad", _stats_grad, mutates_args=())
-_head_stats_grad.register_fake(_fake_stats_grad)
+_head_stats_grad = register_head_grads("head_stats_grad", _stats_grad, _fake_stats_grad)
 # The same of an engine that overwrites what it saved.
-_head_stats_grad_once = torch.library.custom_op(
-    "fastalign::head_stats_grad_once", _stats_grad, mutates_args=("saved",)
+_head_stats_grad_once = register_head_grads(
+    "head_stats_grad_once", _stats_grad, _fake_stats_grad, overwrites=["saved"]
 )
-_head_stats_grad_once.register_fake(_fake_stats_grad)
 
 
-def _save(ctx, inputs, output) -> None:
-    hidden, weight, ids, bias, ctx.options, ctx.needs = inputs
+def _save(ctx, call: OpCall, output: Tensor | tuple[Tensor, list[Tensor]]) -> None:
     stats, saved = output if isinstance(output, tuple) else (output, [])
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
     # Autograd refuses saved tensors that were overwritten, so such an engine's are held here.
-    call = HeadInputs.of(hidden, weight, ids, bias, ctx.options)
-    ctx.once = engines.overwrites_saved(call, NeedsGrad(*ctx.needs))
+    ctx.once = engines.overwrites_saved(call.inputs, call.needs)
     ctx.overwritten = saved if ctx.once else []
-    ctx.save_for_backward(hidden, weight, ids, bias, stats, *([] if ctx.once else saved))
+    save_call(ctx, call, stats, *([] if ctx.once else saved))
 
 
 def _backward(ctx, tensors: Sequence[Tensor], grad: Tensor | None, *_: object) -> NamedGrads:
     if grad is None:
         return {}
-    hidden, weight, ids, bias, stats, *saved = tensors
+    (inputs, needs, _), (stats, *saved) = saved_call(ctx, tensors)
     op = _head_stats_grad
     if ctx.once:
         op, saved = _head_stats_grad_once, ctx.overwritten
         if not traced(grad):  # a second backward recomputes the logits; traced code copies what it overwrites
             ctx.overwritten = []
-    grads = op(grad, stats, saved, hidden, weight, ids, bias, ctx.options, ctx.needs)
-    return {name: value for name, value, need in zip(("hidden", "weight", "bias"), grads, ctx.needs) if need}
+    return head_grads(op(inputs, needs, grad, stats, saved), needs)
 
 
 _LOSSES = "linear_logprobs, linear_token_stats or linear_cross_entropy"
-_head_stats = register_op("head_stats", _stats, _fake_stats, save=_save, backward=_backward, losses=_LOSSES)
-_head_stats_saving = register_op(
+_head_stats = register_head_op(
+    "head_stats", _stats, _fake_stats, save=_save, backward=_backward, losses=_LOSSES
+)
+_head_stats_saving = register_head_op(
     "head_stats_saving",
     _stats_and_saved,
     _fake_stats_and_saved,
@@ -128,8 +98,7 @@ _head_stats_saving = register_op(
 def head_stats(inputs: HeadInputs) -> Tensor:
     """The statistics [7, N] of a call, differentiable."""
     needs = inputs.needs_grad()
-    arguments = (*inputs.tensors, inputs.options.numbers(), list(needs))
     # torch.func.vmap serves no op that returns a list of tensors; without one the logits are recomputed.
     if transforming() or not engines.engine_for(inputs, needs).saves(inputs, needs):
-        return _head_stats(*arguments)
-    return _head_stats_saving(*arguments)[0]
+        return _head_stats(inputs, needs)
+    return _head_stats_saving(inputs, needs)[0]

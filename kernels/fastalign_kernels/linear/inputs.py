@@ -117,7 +117,6 @@ class HeadOptions(NamedTuple):
         )
 
 
-HEAD = ("hidden", "weight", "bias")  # what of a head gets a gradient
 SOFTMAX_ARGUMENTS = SoftmaxArguments.__optional_keys__
 HEAD_SETTINGS = HeadSettings.__optional_keys__
 HEAD_ARGUMENTS = HeadArguments.__optional_keys__
@@ -134,18 +133,6 @@ class HeadInputs(NamedTuple):
     bias: Tensor | None  # [V], of hidden's dtype or fp32
     options: HeadOptions
 
-    @classmethod
-    def of(
-        cls, hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, numbers: list[float]
-    ) -> HeadInputs:
-        """From the arguments of an op."""
-        return cls(hidden, weight, ids, bias, HeadOptions.of(numbers))
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The first arguments of every head op."""
-        return self[:4]
-
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0]
@@ -158,9 +145,9 @@ class HeadInputs(NamedTuple):
         """Which gradients autograd will ask for."""
         if not torch.is_grad_enabled():
             return NeedsGrad()
-        hidden, weight, _, bias, _ = self
+        bias = self.bias
         return NeedsGrad(
-            requires_grad(hidden), requires_grad(weight), bias is not None and requires_grad(bias)
+            requires_grad(self.hidden), requires_grad(self.weight), bias is not None and requires_grad(bias)
         )
 
     def gpu_call(
@@ -172,7 +159,7 @@ class HeadInputs(NamedTuple):
         architecture: int = 0,
     ) -> GpuCall:
         """What the plan on a GPU depends on; workspace_mib, saved_mib: if the call does not say."""
-        hidden, weight, _, bias, options = self
+        hidden, weight, options = self.hidden, self.weight, self.options
         mib = options.workspace_mib
         return GpuCall(
             hidden.shape[0],
@@ -184,7 +171,7 @@ class HeadInputs(NamedTuple):
             needs.weight or needs.bias,
             options.tail_eps is not None,
             options.softcap / options.temperature,
-            bias is not None,
+            self.bias is not None,
             architecture,
             saved_mib if mib is None else None,
             options.logits_dtype is not None,
@@ -207,6 +194,9 @@ class NeedsGrad(NamedTuple):
     def head(self) -> bool:
         """Whether the head itself is trained."""
         return self.weight or self.bias
+
+
+HEAD = NeedsGrad._fields  # the names of what gets a gradient
 
 
 def head_options(

@@ -70,7 +70,7 @@ class _Sums:
 
     def __init__(self, inputs: HeadInputs, needs: NeedsGrad, w: Tensor, tokens: Tokens, most: int) -> None:
         """w: the weight in hidden's dtype. most: tokens of a block. The tokens are settled."""
-        hidden, weight, _, bias, _ = inputs
+        hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
         self.inputs, self.needs, self.w, self.tokens = inputs, needs, w, tokens
         self.single = tokens.count <= most
         self.empty = True

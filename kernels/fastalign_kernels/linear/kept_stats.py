@@ -20,11 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import NamedGrads, register_op
+from ..autograd import NamedGrads
 from ..softmax.rows import accumulator_dtype, slope_ref, transform_ref
 from .engine import Gradients, empty_gradients
 from .engines import engine_context
-from .inputs import HEAD, HeadInputs, NeedsGrad
+from .head_ops import OpCall, head_grads, register_head_grads, register_head_op, save_call, saved_call
+from .inputs import HeadInputs, NeedsGrad
 from .kept_sets import KeptSets, kept_sets
 from .plan import default_workspace_mib
 
@@ -101,29 +102,19 @@ class _Softmax(NamedTuple):
         return cls(logp, is_target, target_logp, -z.new_zeros(N).index_add_(0, rows, terms))
 
 
-def _stats(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-    kept: Tensor,
-    options: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """`KeptStats` as [2, N], and the raw logits [M]."""
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
+def _stats(inputs: HeadInputs, needs: NeedsGrad, offsets: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """`KeptStats` as [2, N], and the raw logits [M]; needs are those of the backward pass."""
     rows = KeptSets(offsets, kept).rows()
     with engine_context(inputs):
         raw = _raw_logits(inputs, rows, kept)
     softmax = _Softmax.of(inputs, _Pairs(rows, kept, raw))
     stats = torch.stack([softmax.target_logp, softmax.entropy])
-    return torch.where(ids >= 0, stats, 0.0).to(raw.dtype), raw
+    return torch.where(inputs.ids >= 0, stats, 0.0).to(raw.dtype), raw
 
 
-def _fake_stats(hidden, weight, ids, bias, offsets, kept, options, needs):
-    dtype = accumulator_dtype(hidden.dtype)
-    return hidden.new_empty(2, ids.shape[0], dtype=dtype), hidden.new_empty(kept.shape[0], dtype=dtype)
+def _fake_stats(inputs, needs, offsets, kept):
+    hidden, dtype = inputs.hidden, accumulator_dtype(inputs.hidden.dtype)
+    return hidden.new_empty(2, hidden.shape[0], dtype=dtype), hidden.new_empty(kept.shape[0], dtype=dtype)
 
 
 def _logit_grads(inputs: HeadInputs, pairs: _Pairs, grad: Tensor) -> Tensor:
@@ -139,30 +130,21 @@ def _logit_grads(inputs: HeadInputs, pairs: _Pairs, grad: Tensor) -> Tensor:
     return (dz * slope_ref(pairs.raw.double(), bias, inputs.options.transform)).to(pairs.raw.dtype)
 
 
-@torch.library.custom_op("fastalign::kept_stats_grad", mutates_args=())
-def _kept_stats_grad(
-    grad: Tensor,
-    raw: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    offsets: Tensor,
-    kept: Tensor,
-    options: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias. On a CPU each sum is in the order of the pairs."""
-    inputs, needs_grad = HeadInputs.of(hidden, weight, ids, bias, options), NeedsGrad(*needs)
+def _stats_grad(
+    inputs: HeadInputs, needs: NeedsGrad, offsets: Tensor, kept: Tensor, grad: Tensor, raw: Tensor
+) -> Gradients:
+    """Gradients for the upstream gradient [2, N] of `KeptStats`. On a CPU each sum is in the order of the
+    pairs."""
+    hidden, weight = inputs.hidden, inputs.weight
     rows = KeptSets(offsets, kept).rows()
     d_raw = _logit_grads(inputs, _Pairs(rows, kept, raw), grad)
     d_hidden, d_weight, d_bias = (
         torch.zeros(x.shape, dtype=raw.dtype, device=x.device) if need and x is not None else None
-        for x, need in zip((hidden, weight, bias), needs_grad)
+        for x, need in zip((hidden, weight, inputs.bias), needs)
     )
-    factor, ignored = weight.to(hidden.dtype), ids < 0
+    factor, ignored = weight.to(hidden.dtype), inputs.ids < 0
     with engine_context(inputs):
-        for part in _chunks(inputs, kept.numel(), needs_grad):
+        for part in _chunks(inputs, kept.numel(), needs):
             of_pairs, tokens = d_raw[part, None], rows[part]
             if d_hidden is not None:
                 d_hidden.index_add_(0, tokens, _gather(factor, kept[part]).mul_(of_pairs))
@@ -171,30 +153,32 @@ def _kept_stats_grad(
                 d_weight.index_add_(0, kept[part], of_tokens)
         if d_bias is not None:
             d_bias.index_add_(0, kept, d_raw)
-    grads = zip((d_hidden, d_weight, d_bias), empty_gradients(inputs, needs_grad))
+    grads = zip((d_hidden, d_weight, d_bias), empty_gradients(inputs, needs))
     return Gradients(*(empty if grad is None else grad.to(empty.dtype) for grad, empty in grads))
 
 
-@_kept_stats_grad.register_fake
-def _fake_stats_grad(grad, raw, hidden, weight, ids, bias, offsets, kept, options, needs):
-    return empty_gradients(HeadInputs.of(hidden, weight, ids, bias, options), NeedsGrad(*needs))
+def _fake_stats_grad(inputs, needs, *_):
+    return empty_gradients(inputs, needs)
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.options, ctx.needs = inputs
-    ctx.mark_non_differentiable(output[1])
+_kept_stats_grad = register_head_grads("kept_stats_grad", _stats_grad, _fake_stats_grad)
+
+
+def _save(ctx, call: OpCall, output: tuple[Tensor, Tensor]) -> None:
+    _, raw = output
+    ctx.mark_non_differentiable(raw)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1], *tensors)
+    save_call(ctx, call, raw)
 
 
 def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> NamedGrads:
     if grad is None:
         return {}
-    grads = _kept_stats_grad(grad, *saved, ctx.options, ctx.needs)
-    return {name: value for name, value, need in zip(HEAD, grads, ctx.needs) if need}
+    (inputs, needs, sets), (raw,) = saved_call(ctx, saved)
+    return head_grads(_kept_stats_grad(inputs, needs, *sets, grad, raw), needs)
 
 
-_kept_stats = register_op(
+_kept_stats = register_head_op(
     "kept_stats",
     _stats,
     _fake_stats,
@@ -207,5 +191,5 @@ _kept_stats = register_op(
 def kept_stats(inputs: HeadInputs, kept: object) -> KeptStats:
     """Statistics of checked inputs, differentiable; `kept` and errors as in `kept_sets`."""
     sets = kept_sets(kept, inputs)
-    table, _ = _kept_stats(*inputs.tensors, *sets, inputs.options.numbers(), list(inputs.needs_grad()))
+    table, _ = _kept_stats(inputs, inputs.needs_grad(), *sets)
     return KeptStats(*table.unbind())

@@ -6,12 +6,12 @@ from typing import NamedTuple, Unpack
 
 from torch import Tensor
 
-from ..autograd import register_loss_op
 from ..preference.arguments import scalar_kl, unpaired_options
 from ..preference.losses import kto_loss
 from ..preference.on_sequences import UnpairedLoss
 from . import engines
-from .inputs import HEAD, HeadInputs, NeedsGrad
+from .head_ops import register_head_loss
+from .inputs import HeadInputs, NeedsGrad
 from .sequences import Rows, SequenceArguments, empty_outputs, sequence_call, sequence_keywords
 
 
@@ -25,36 +25,26 @@ class LinearUnpairedLoss(NamedTuple):
 
 
 def _unpaired(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
+    inputs: HeadInputs,
+    needs: NeedsGrad,
     cu_seqlens: Tensor,
     reference: Tensor,
     desirable: Tensor,
     kl: Tensor | None,
-    options: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights: list[float],
+) -> tuple[Tensor, ...]:
     """Mean loss over S completions, log-probabilities [S], and gradients.
 
-    options: beta, desirable_weight, undesirable_weight, and those of the head.
+    weights: beta, desirable_weight, undesirable_weight.
     """
-    loss = UnpairedLoss(reference, desirable, kl, *options[:3])
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options[3:]).lean()
+    loss = UnpairedLoss(reference, desirable, kl, *weights)
     rows = Rows(cu_seqlens, reference.shape[0], group=1)
     of_tokens = rows.coefficients(loss, inputs)
-    stats, grads = engines.of_sequences(inputs, of_tokens, rows.sequences(), NeedsGrad(*needs))
+    stats, grads = engines.of_sequences(inputs, of_tokens, rows.sequences(), needs)
     return *rows.loss_and_logps(loss, stats), *grads
 
 
-def _fake_unpaired(hidden, weight, ids, bias, cu_seqlens, reference, desirable, kl, options, needs):
-    return empty_outputs(HeadInputs.of(hidden, weight, ids, bias, options[3:]), reference, NeedsGrad(*needs))
-
-
-_head_unpaired = register_loss_op(
-    "head_unpaired", _unpaired, _fake_unpaired, differentiable=HEAD, losses="linear_kto_loss"
-)
+_head_unpaired = register_head_loss("head_unpaired", _unpaired, empty_outputs, losses="linear_kto_loss")
 
 
 @sequence_keywords
@@ -110,8 +100,7 @@ def linear_kto_loss(
     mean_loss(call.reference)  # refuses desirable and kl before the head runs
     if call.in_forward:
         local_kl = None if kl is None or loss_type != "kto" else scalar_kl(kl)
-        numbers, needs = [*weights, *call.numbers()], list(call.inputs.needs_grad())
-        loss, logps, *_ = _head_unpaired(*call.tensors, desirable, local_kl, numbers, needs)
+        loss, logps, *_ = _head_unpaired(*call.arguments(), desirable, local_kl, list(weights))
     else:
         logps = call.logps()
         loss, logps = mean_loss(logps), logps.detach()

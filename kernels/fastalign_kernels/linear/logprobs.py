@@ -13,51 +13,41 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ..autograd import NamedGrads, register_op
+from ..autograd import NamedGrads
 from ..softmax.rows import Stat, accumulator_dtype
 from . import engines
 from .engine import empty_gradients, empty_stats
+from .head_ops import OpCall, register_head_op
 from .head_stats import head_stats
 from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
 from .kept_stats import kept_stats
 from .token_losses import TokenCrossEntropy
 
-_HIDDEN_ALONE = NeedsGrad(hidden=True)
 
-
-def _frozen(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    options: list[float],
-    origin: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _frozen(inputs: HeadInputs, needs: NeedsGrad, origin: Tensor) -> tuple[Tensor, Tensor]:
     """The table [7, N], and D [N, H]: in hidden's dtype, or in fp32 if the options say `wide`.
 
     origin: an empty tensor with hidden's graph, to which the error of a second derivative is attached.
         Hidden itself is not saved, which would be [N, H] for nothing.
     """
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
-
+    hidden = inputs.hidden
     # d logp = -d cross-entropy
     minus = hidden.new_full((1,), -1.0, dtype=accumulator_dtype(hidden.dtype)).expand(hidden.shape[0])
     of_logp = TokenCrossEntropy(minus, 0.0, 0.0, inputs.vocab_size)
-    stats, grads = engines.statistics_and_gradients(inputs, of_logp, _HIDDEN_ALONE)
+    stats, grads = engines.statistics_and_gradients(inputs, of_logp, needs)
     return stats, grads.hidden
 
 
-def _fake_frozen(hidden, weight, ids, bias, options, origin):
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
-    return empty_stats(inputs), empty_gradients(inputs, _HIDDEN_ALONE).hidden
+def _fake_frozen(inputs, needs, origin):
+    return empty_stats(inputs), empty_gradients(inputs, needs).hidden
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, call: OpCall, output: tuple[Tensor, Tensor]) -> None:
     _, d_logp = output
     ctx.mark_non_differentiable(d_logp)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(d_logp, inputs[-1])
-    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(d_logp, *call.rest)
+    ctx.dtype = call.inputs.hidden.dtype
 
 
 def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> NamedGrads:
@@ -67,7 +57,7 @@ def _backward(ctx, saved: Sequence[Tensor], grad: Tensor | None, *_: None) -> Na
     return {"hidden": (grad[Stat.LOGP][:, None] * d_logp).to(ctx.dtype)}
 
 
-_head_frozen = register_op(
+_head_frozen = register_head_op(
     "head_frozen", _frozen, _fake_frozen, save=_save, backward=_backward, losses="linear_logprobs"
 )
 
@@ -81,7 +71,7 @@ def logprobs(inputs: HeadInputs) -> Tensor:
         fp16 = inputs.hidden.is_cuda and inputs.hidden.dtype == torch.float16
         if fp16 and inputs.options.tail_eps is None:
             inputs = inputs._replace(options=inputs.options._replace(wide=True))
-        stats, _ = _head_frozen(*inputs.tensors, inputs.options.numbers(), origin)
+        stats, _ = _head_frozen(inputs, inputs.needs_grad(), origin)
     else:
         stats = head_stats(inputs)
     return stats[Stat.LOGP]

@@ -14,52 +14,45 @@ from typing import Unpack
 
 from torch import Tensor
 
-from ..autograd import register_loss_op
 from ..logits import stats_of
 from ..policy.losses import PolicyLoss, policy_metrics, ppo_loss
 from ..policy.on_tokens import TokenPolicy
 from ..policy.ops import PolicyOptions, PolicySum
 from . import engines
 from .engine import empty_gradients
+from .head_ops import register_head_loss
 from .head_stats import head_stats
-from .inputs import HEAD, HeadInputs, NeedsGrad
+from .inputs import HeadInputs, NeedsGrad
 from .kept_stats import kept_stats
 from .policy_inputs import LinearPolicyArguments, TokenTensors, policy_call, policy_keywords
 
 
 def _policy(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
+    inputs: HeadInputs,
+    needs: NeedsGrad,
     old_logp: Tensor | None,
     advantages: Tensor,
     scale: Tensor,
     reference_logp: Tensor | None,
-    options: list[float],
     policy_numbers: list[float],
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, `PolicySum`s over the tokens [8], and gradients. ids are -1 outside the mask."""
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
-    policy = PolicyOptions.of(policy_numbers)
-    of_tokens = TokenPolicy(old_logp, advantages, ids >= 0, scale, reference_logp, policy, inputs.vocab_size)
-    stats, grads = engines.statistics_and_gradients(inputs, of_tokens, NeedsGrad(*needs))
+) -> tuple[Tensor, ...]:
+    """The loss, `PolicySum`s over the tokens [8], and gradients. ids are -1 outside the mask.
+
+    policy_numbers: those of PolicyOptions.
+    """
+    policy, inside = PolicyOptions.of(policy_numbers), inputs.ids >= 0
+    of_tokens = TokenPolicy(old_logp, advantages, inside, scale, reference_logp, policy, inputs.vocab_size)
+    stats, grads = engines.statistics_and_gradients(inputs, of_tokens, needs)
     # Once more over all tokens, so that the loss does not depend on the chunks.
     whole = of_tokens.loss(stats, slice(None))
     return whole.loss, whole.means, *grads
 
 
-def _fake_policy(
-    hidden, weight, ids, bias, old_logp, advantages, scale, reference_logp, options, policy_numbers, needs
-):
-    inputs = HeadInputs.of(hidden, weight, ids, bias, options)
-    return scale.new_empty(()), scale.new_empty(len(PolicySum)), *empty_gradients(inputs, NeedsGrad(*needs))
+def _fake_policy(inputs, needs, old_logp, advantages, scale, *_):
+    return scale.new_empty(()), scale.new_empty(len(PolicySum)), *empty_gradients(inputs, needs)
 
 
-_head_policy = register_loss_op(
-    "head_policy", _policy, _fake_policy, differentiable=HEAD, losses="linear_ppo_loss"
-)
+_head_policy = register_head_loss("head_policy", _policy, _fake_policy, losses="linear_ppo_loss")
 
 
 @policy_keywords
@@ -107,6 +100,5 @@ def linear_ppo_loss(
         return ppo_loss(logp, old_logp, tokens.advantages, tokens.mask, entropy=entropy, **keywords)
     old_logp, advantages, reference_logp = tokens.flat()
     of_tokens = (old_logp, advantages, call.scale(), reference_logp)
-    options, needs = inputs.options.numbers(), list(inputs.needs_grad())
-    loss, means, *_ = _head_policy(*inputs.tensors, *of_tokens, options, list(policy), needs)
+    loss, means, *_ = _head_policy(inputs, inputs.needs_grad(), *of_tokens, list(policy))
     return policy_metrics(loss, means, True, reference_logp is not None)

@@ -155,21 +155,18 @@ class SequenceCall(NamedTuple):
         """
         return self.inputs.needs_grad().head and self.inputs.hidden.dtype != torch.float16
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The first arguments of a loss's op."""
-        dtype = accumulator_dtype(self.inputs.hidden.dtype)
-        return *self.inputs.tensors, self.rows.cu_seqlens, self.reference.to(dtype)
-
-    def numbers(self) -> list[float]:
-        """The head's options for the op.
+    def arguments(self) -> tuple[HeadInputs, NeedsGrad, Tensor, Tensor]:
+        """The first arguments of a loss's op: the last two are cu_seqlens and the reference.
 
         On a CPU the workspace is by default 96 MiB also beside dW: rows of 512 tokens of V = 49152 fit whole.
         """
-        options = self.inputs.options
-        if options.workspace_mib is None and self.inputs.hidden.device.type == "cpu":
-            options = options._replace(workspace_mib=default_workspace_mib("cpu", weight_grad=False))
-        return options.numbers()
+        inputs = self.inputs.lean()
+        options = inputs.options
+        if options.workspace_mib is None and inputs.hidden.device.type == "cpu":
+            workspace_mib = default_workspace_mib("cpu", weight_grad=False)
+            inputs = inputs._replace(options=options._replace(workspace_mib=workspace_mib))
+        reference = self.reference.to(accumulator_dtype(inputs.hidden.dtype))
+        return inputs, inputs.needs_grad(), self.rows.cu_seqlens, reference
 
     def logps(self) -> Tensor:
         """Log-probabilities [R], differentiable."""
@@ -221,8 +218,8 @@ def _reference_logps(
 
 
 def empty_outputs(
-    inputs: HeadInputs, reference: Tensor, needs: NeedsGrad
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs: HeadInputs, needs: NeedsGrad, cu_seqlens: Tensor, reference: Tensor, *_: object
+) -> tuple[Tensor, ...]:
     """The outputs of a loss's op, uninitialised: loss, log-probabilities [R], gradients."""
     loss = inputs.hidden.new_empty((), dtype=accumulator_dtype(inputs.hidden.dtype))
     return loss, loss.new_empty(reference.shape[0]), *empty_gradients(inputs, needs)

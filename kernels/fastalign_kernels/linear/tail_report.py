@@ -86,7 +86,15 @@ def tail_report(
     )
 
     def gradients(tail: float | None) -> tuple[Tensor, ...]:
-        loss = linear_cross_entropy(*sampled.tensors, tail_eps=tail, workspace_mib=workspace_mib, **head)
+        loss = linear_cross_entropy(
+            sampled.hidden,
+            sampled.weight,
+            sampled.ids,
+            sampled.bias,
+            tail_eps=tail,
+            workspace_mib=workspace_mib,
+            **head,
+        )
         return torch.autograd.grad(loss, (sampled.hidden, sampled.weight))
 
     with COUNTER.restored():

@@ -92,10 +92,10 @@ def _mean_logit(inputs: HeadInputs, table: Tensor | None) -> Tensor:
     """
     if table is not None:
         return table[Stat.MEAN_LOGP] + table[Stat.LSE]
-    hidden, weight, ids, bias, options = inputs
+    hidden, weight, bias, options = inputs.hidden, inputs.weight, inputs.bias, inputs.options
     dtype = accumulator_dtype(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
     if bias is not None:
         mean = mean + bias.mean(dtype=dtype)
-    return torch.where(ids < 0, 0.0, mean * (options.logit_scale / options.temperature))
+    return torch.where(inputs.ids < 0, 0.0, mean * (options.logit_scale / options.temperature))
