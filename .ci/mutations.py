@@ -258,13 +258,13 @@ MUTATIONS = [
         "tests/stages/preference",
     ),
     Mutation(
-        "fastalign/stages/ppo_rollouts.py",
+        "fastalign/stages/ppo_experience.py",
         "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) - 1,",
         "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) * 0,",
         "tests/stages/ppo",
     ),
     Mutation(
-        "fastalign/stages/ppo_rollouts.py",
+        "fastalign/stages/rollouts.py",
         "- options.missing_eos_penalty * ~ended",
         "- options.missing_eos_penalty * ended",
         "tests/stages/ppo",

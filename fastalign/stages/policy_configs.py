@@ -9,8 +9,8 @@ from .config import CONFIG, TrainConfig
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class PPOOptions:
-    """How completions are drawn and learnt from: what `rollout` and `ppo_step` take."""
+class RolloutOptions:
+    """How completions are drawn and scored: what `draw_completions` takes."""
 
     max_new_tokens: PositiveInt = 64
     """Longest completion in tokens."""
@@ -22,6 +22,9 @@ class PPOOptions:
     """Draw among the likeliest tokens that hold this probability."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Draw among tokens at least this fraction as likely as the likeliest."""
+    filtered_policy: bool = True
+    """Where top_k, top_p or min_p filter, train the policy that drew: all log-probabilities are over the ids
+    that the filter kept at each token. false: the policy before the filters, over the whole vocabulary."""
     compile_rollout: bool = False
     """Run the policy through torch.compile where it draws: fewer kernels a token, after a minute of
     compiling."""
@@ -41,6 +44,42 @@ class PPOOptions:
     kl_estimator: Literal["auto", "k1", "k2", "k3"] = "auto"
     """With d the log-ratio of policy and reference: k1 is d, k2 d²/2, k3 exp(-d) - 1 + d. auto: k1 in the
     reward, k3 in the loss."""
+
+    minibatches: PositiveInt = 1
+    """Optimizer steps in a pass."""
+    clip: PositiveFloat = 0.2
+    """The ratio of new and old probabilities is held within 1 - clip and 1 + clip."""
+    clip_high: float | None = Field(default=None, gt=0)
+    """Another bound above, 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bounds the loss of a token with a negative advantage by this times its advantage."""
+    entropy_coef: float = 0.0
+    """Weight of the policy's entropy (nats), which is subtracted from the loss."""
+
+    @model_validator(mode="after")
+    def _check_importance(self) -> Self:
+        if self.importance_cap is not None and not self.rescore:
+            raise ValueError(
+                f"importance_cap: got {self.importance_cap} with rescore=false, expected rescore=true, "
+                "which gives the trainer's log-probabilities"
+            )
+        return self
+
+    @property
+    def keeps_sets(self) -> bool:
+        """Whether the ids that the filter kept at each token are handed on."""
+        return self.filtered_policy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def estimator(self) -> str:
+        """kl_estimator, with auto decided."""
+        return self.kl_estimator if self.kl_estimator != "auto" else "k1" if self.kl_in == "reward" else "k3"
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class PPOOptions(RolloutOptions):
+    """How completions are drawn and learnt from: what `rollout` and `ppo_step` take."""
+
     target_kl: float | None = Field(default=None, gt=0)
     """Adapt kl_coef so that the KL divergence comes near this (nats a completion). Default: kl_coef is
     fixed."""
@@ -57,37 +96,16 @@ class PPOOptions:
 
     ppo_epochs: PositiveInt = 4
     """Passes over the completions of a step."""
-    minibatches: PositiveInt = 1
-    """Optimizer steps in a pass."""
-    clip: PositiveFloat = 0.2
-    """The ratio of new and old probabilities is held within 1 - clip and 1 + clip."""
-    clip_high: float | None = Field(default=None, gt=0)
-    """Another bound above, 1 + clip_high."""
-    dual_clip: float | None = Field(default=None, gt=1)
-    """Bounds the loss of a token with a negative advantage by this times its advantage."""
     value_clip: float | None = Field(default=0.2, gt=0)
     """A value counts as moved at most this far from the old one; null: no bound."""
     vf_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
-    """Weight of the policy's entropy (nats), which is subtracted from the loss."""
 
     @model_validator(mode="after")
-    def _check_options(self) -> Self:
-        if self.importance_cap is not None and not self.rescore:
-            raise ValueError(
-                f"importance_cap: got {self.importance_cap} with rescore=false, expected rescore=true, "
-                "which gives "
-                "the trainer's log-probabilities"
-            )
+    def _check_target(self) -> Self:
         if self.target_kl is not None and not self.kl_coef:
             raise ValueError(f"target_kl: got {self.target_kl} with kl_coef=0, expected a kl_coef above 0")
         return self
-
-    @property
-    def estimator(self) -> str:
-        """kl_estimator, with auto decided."""
-        return self.kl_estimator if self.kl_estimator != "auto" else "k1" if self.kl_in == "reward" else "k3"
 
 
 def is_function(reward: str) -> bool:
@@ -96,8 +114,8 @@ def is_function(reward: str) -> bool:
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
-class PPOConfig(PPOOptions, TrainConfig):
-    """Align a causal LM with the scores of its completions of rows of `prompt`."""
+class PolicyConfig(RolloutOptions, TrainConfig):
+    """What the stages that learn from scores of their own completions have."""
 
     model: str
     """Folder or name of the model."""
@@ -107,13 +125,6 @@ class PPOConfig(PPOOptions, TrainConfig):
     and returns a score for each."""
     reward_label: int | None = Field(default=None, ge=0)
     """Which label's logit is the score, where the classifier has several."""
-    value: Literal["own", "shared"] = "own"
-    """A value model of its own, or a linear layer on the hidden states of the policy."""
-    value_model: str | None = None
-    """Folder or name that a value model of its own starts from. Default: the reward model, where it is a
-    classifier with one label that reads the policy's tokens, else the policy, with values of zero."""
-    value_learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of the value model or layer. Default: learning_rate."""
     reference: Literal["auto", "copy", "adapters_off", "none"] = "auto"
     """What the policy is held near: a frozen copy of it as it was, the model without its LoRA adapters, or
     nothing (needs kl_coef=0). auto: adapters_off with LoRA, else copy."""
@@ -123,15 +134,11 @@ class PPOConfig(PPOOptions, TrainConfig):
     """What to do with a longer prompt: refuse it, leave it out or cut it at the left; the log counts them."""
     packing: bool = True
     """Pack sequences that share a forward pass into rows as long as the longest, blind to each other."""
-    batch_size: PositiveInt = 64
-    """Prompts in one step, over all devices; each is completed once."""
     micro_batch_size: int | None = Field(default=None, gt=0)
     """Sequences in one forward pass on one device. Default: batch_size / minibatches / devices, that is, no
     accumulation."""
     rollout_batch_size: int | None = Field(default=None, gt=0)
     """Completions drawn at once on one device. Default: batch_size / devices."""
-    learning_rate: PositiveFloat = 3e-6
-    """Peak learning rate of AdamW."""
 
     @model_validator(mode="after")
     def _check_stage(self) -> Self:
@@ -145,8 +152,11 @@ class PPOConfig(PPOOptions, TrainConfig):
             )
         if self.reference == "none" and self.kl_coef:
             raise ValueError(f"reference: got none with kl_coef={self.kl_coef}, expected kl_coef=0")
-        if self.value_model is not None and self.value == "shared":
-            raise ValueError(f"value_model: got {self.value_model!r} with value=shared, expected value=own")
+        if self.tail_eps is not None and self.keeps_sets:
+            raise ValueError(
+                f"tail_eps: got {self.tail_eps} with top_k, top_p or min_p, expected null or "
+                "filtered_policy=false: a softmax over kept ids has no tail"
+            )
         if self.reward_label is not None and is_function(self.reward):
             raise ValueError(
                 f"reward_label: got {self.reward_label}, expected none, because reward is the function "
@@ -154,7 +164,7 @@ class PPOConfig(PPOOptions, TrainConfig):
             )
         if self.lora_dropout:
             raise ValueError(
-                f"lora_dropout: got {self.lora_dropout}, expected 0, because PPO compares the policy with "
+                f"lora_dropout: got {self.lora_dropout}, expected 0, because the policy is compared with "
                 "its rollout"
             )
         if self.attention == "flash_attention_2":
@@ -162,4 +172,32 @@ class PPOConfig(PPOOptions, TrainConfig):
                 "attention: got flash_attention_2, expected auto, sdpa or eager, which read the static cache "
                 "of rollouts"
             )
+        return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the policy is compared with a reference."""
+        return self.reference != "none"
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class PPOConfig(PPOOptions, PolicyConfig):
+    """Align a causal LM with the scores of its completions of rows of `prompt`."""
+
+    value: Literal["own", "shared"] = "own"
+    """A value model of its own, or a linear layer on the hidden states of the policy."""
+    value_model: str | None = None
+    """Folder or name that a value model of its own starts from. Default: the reward model, where it is a
+    classifier with one label that reads the policy's tokens, else the policy, with values of zero."""
+    value_learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of the value model or layer. Default: learning_rate."""
+    batch_size: PositiveInt = 64
+    """Prompts in one step, over all devices; each is completed once."""
+    learning_rate: PositiveFloat = 3e-6
+    """Peak learning rate of AdamW."""
+
+    @model_validator(mode="after")
+    def _check_value(self) -> Self:
+        if self.value_model is not None and self.value == "shared":
+            raise ValueError(f"value_model: got {self.value_model!r} with value=shared, expected value=own")
         return self

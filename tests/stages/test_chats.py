@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from fastalign import cli
-from fastalign.stages import adapters, dpo, kto, loading, merge, ppo, ppo_rollouts, pretrain, reward, sft
+from fastalign.stages import adapters, dpo, kto, loading, merge, ppo, pretrain, reward, rollouts, sft
 from tests.stages.tiny import LLAMA, lines, save_base, save_tokenizer, sentence, write
 
 CHAT = (
@@ -122,13 +122,13 @@ def test_the_end_of_a_turn_stops_rollouts(
     make: Make, files: dict[str, str], monkeypatch: pytest.MonkeyPatch, data: str, ends: list[int]
 ) -> None:
     seen = []
-    generate = ppo_rollouts.generate
+    generate = rollouts.generate
 
     def see(*given: Any, **options: Any) -> Any:
         seen.append(options["eos_id"])
         return generate(*given, **options)
 
-    monkeypatch.setattr(ppo_rollouts, "generate", see)
+    monkeypatch.setattr(rollouts, "generate", see)
     run("ppo", make("ppo", train_data=files[data]))
     assert seen and all(sorted(given) == ends for given in seen)
 

@@ -10,7 +10,7 @@ import torch
 from fastalign.faults import Stopped
 from fastalign.stages import checkpoint, ppo
 from fastalign.stages.ppo import ppo_step, rollout
-from fastalign.stages.ppo_rollouts import Experience
+from fastalign.stages.ppo_experience import Experience
 from tests.stages.ppo.policies import Make
 from tests.stages.tiny import lines, weights
 

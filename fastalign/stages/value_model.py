@@ -1,0 +1,48 @@
+"""The value model of a PPO run: what it starts from, and how it is made."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from transformers import PretrainedConfig
+
+from .adapters import find_source, is_classifier, load_architecture
+from .policy_configs import PPOConfig
+from .reward import zero_head
+from .scorers import Classifier
+
+
+class ValueSource(NamedTuple):
+    """What a separate value model starts from."""
+
+    argument: str
+    """The field of the configuration that names it."""
+    folder: str
+    architecture: PretrainedConfig
+    scores: bool
+    """Whether it is a classifier, whose head is kept."""
+
+
+def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | None:
+    """The source of a separate value model; None for a shared one.
+
+    `reader` is the reward model, if it reads the policy's tokens.
+    """
+    if config.value == "shared":
+        return None
+    usable = reader is not None and reader.labels == 1
+    folder = config.value_model or (config.reward if usable else config.model)
+    argument = "value_model" if config.value_model else "reward" if usable else "model"
+    architecture = load_architecture(folder, task="SEQ_CLS", argument=argument)
+    return ValueSource(
+        argument, folder, architecture, is_classifier(find_source(folder, argument=argument), architecture)
+    )
+
+
+def make_value(source: ValueSource | None, load: Callable[..., Any]) -> Any:
+    """The separate value model; None for a shared one."""
+    if source is None:
+        return None
+    value = load(source.architecture, weights=source.folder, task="SEQ_CLS", argument=source.argument)
+    if not source.scores:
+        zero_head(value)
+    return value
