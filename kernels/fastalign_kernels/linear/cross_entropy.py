@@ -21,9 +21,9 @@ from ..ordered_sum import ordered_sum
 from . import engines
 from .engine import empty_gradients, empty_stats
 from .head_ops import register_head_loss
-from .head_stats import head_stats
 from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
 from .token_losses import LossOptions, TokenCrossEntropy
+from .token_stats import head_stats
 
 
 def _loss(

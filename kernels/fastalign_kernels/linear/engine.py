@@ -84,7 +84,7 @@ class Engine(ABC):
         return stats, self.gradients(inputs, stats, saved, coefficients(stats, slice(None)), needs)
 
 
-def empty_stats(inputs: HeadInputs) -> Tensor:
+def empty_stats(inputs: HeadInputs, *_: object) -> Tensor:
     """The table [7, N], uninitialised."""
     hidden = inputs.hidden
     return hidden.new_empty(len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..autograd import EagerOp, NamedGrads, register_loss_op, register_op, save_inputs, saved_inputs
 from ..torch_func import must_see_the_op
-from .engine import Gradients
+from .engine import Gradients, empty_gradients
 from .inputs import HEAD, HeadInputs, HeadOptions, NeedsGrad
 
 _FIELDS = len(HeadInputs._fields)
@@ -155,17 +155,17 @@ def register_head_loss(
 
 
 def register_head_grads(
-    name: str,
-    forward: Callable[..., Gradients],
-    fake: Callable[..., Gradients],
-    *,
-    overwrites: Sequence[str] = (),
+    name: str, forward: Callable[..., Gradients], *, overwrites: Sequence[str] = ()
 ) -> HeadOp:
     """The op of a backward pass: its body returns Gradients. It may overwrite tensors of its rest."""
     function = _with_signature(forward, _tensors(len(HEAD)))
     op = torch.library.custom_op(f"fastalign::{name}", function, mutates_args=overwrites)
-    op.register_fake(_on_arguments(fake))
+    op.register_fake(_on_arguments(_fake_grads))
     return HeadOp(forward, op)
+
+
+def _fake_grads(inputs: HeadInputs, needs: NeedsGrad, *_: object) -> Gradients:
+    return empty_gradients(inputs, needs)
 
 
 def save_call(ctx: Any, call: OpCall, *more: Tensor) -> None:

@@ -157,11 +157,7 @@ def _stats_grad(
     return Gradients(*(empty if grad is None else grad.to(empty.dtype) for grad, empty in grads))
 
 
-def _fake_stats_grad(inputs, needs, *_):
-    return empty_gradients(inputs, needs)
-
-
-_kept_stats_grad = register_head_grads("kept_stats_grad", _stats_grad, _fake_stats_grad)
+_kept_stats_grad = register_head_grads("kept_stats_grad", _stats_grad)
 
 
 def _save(ctx, call: OpCall, output: tuple[Tensor, Tensor]) -> None:

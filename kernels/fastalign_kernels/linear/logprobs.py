@@ -18,10 +18,10 @@ from ..softmax.rows import Stat, accumulator_dtype
 from . import engines
 from .engine import empty_gradients, empty_stats
 from .head_ops import OpCall, register_head_op
-from .head_stats import head_stats
 from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
 from .kept_stats import kept_stats
 from .token_losses import TokenCrossEntropy
+from .token_stats import head_stats
 
 
 def _frozen(inputs: HeadInputs, needs: NeedsGrad, origin: Tensor) -> tuple[Tensor, Tensor]:

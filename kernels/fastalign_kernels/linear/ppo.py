@@ -21,10 +21,10 @@ from ..policy.ops import PolicyOptions, PolicySum
 from . import engines
 from .engine import empty_gradients
 from .head_ops import register_head_loss
-from .head_stats import head_stats
 from .inputs import HeadInputs, NeedsGrad
 from .kept_stats import kept_stats
 from .policy_inputs import LinearPolicyArguments, TokenTensors, policy_call, policy_keywords
+from .token_stats import head_stats
 
 
 def _policy(

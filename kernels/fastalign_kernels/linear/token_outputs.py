@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .. import checks
 from ..softmax.rows import Stat, accumulator_dtype
-from .head_stats import head_stats
 from .inputs import HeadArguments, HeadInputs, head_inputs, head_keywords, head_options
 from .logprobs import logprobs
+from .token_stats import head_stats
 
 
 class TokenOutputs(NamedTuple):
