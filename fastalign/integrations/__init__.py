@@ -6,7 +6,7 @@ Importing this package imports no host.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import axolotl, torch, transformers, trl  # noqa: F401
+    from . import axolotl, llamafactory, openrlhf, torch, transformers, trl, verl  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

@@ -1,13 +1,21 @@
 """What all integrations share: a check of the host, and the handle that counts calls and undoes a patch."""
 
+import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from .published import Published
+
+# What the fused head has kernels for.
+DEVICES = ("cpu", "cuda")
 
 _ABSENT = object()
 _PATCHED: dict[str, "PatchedHost"] = {}
@@ -69,6 +77,28 @@ def check_parameters(host: str, name: str, owner: Any, expected: Sequence[str]) 
     return found
 
 
+def check_published(published: Published) -> None:
+    """Check the installed version of a host and the parameters of its functions. Imports their modules.
+
+    Raises:
+        UnsupportedHostError: another version, or a function that is absent or has other parameters.
+        ModuleNotFoundError: the host is not installed.
+    """
+    check_version(published.host, published.tested)
+    for function in published.functions:
+        module = importlib.import_module(function.module)
+        check_parameters(published.host, function.name, module, function.parameters)
+
+
+def unserved(hidden: Tensor, weight: Any) -> str | None:
+    """Why fastalign's head cannot serve a call; None if it can."""
+    if hidden.device.type not in DEVICES:
+        return f"tensors on {hidden.device.type}, expected one of {', '.join(DEVICES)}"
+    if hasattr(weight, "ds_id"):
+        return "an lm_head sharded by DeepSpeed's ZeRO-3, expected a whole weight"
+    return None
+
+
 class PatchedHost:
     """What `patch()` returns. `calls` counts the host's calls of fastalign. Leaving a `with` block undoes it.
 
@@ -118,6 +148,39 @@ class PatchedHost:
         self._undo.append(undo)
         _PATCHED[self.host] = self
 
+    def replace_item(self, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
+        """Set an entry of a table of the host until `unpatch`."""
+        original = mapping[key]
+        mapping[key] = value
+        self.on_unpatch(lambda: mapping.update({key: original}))
+
+    def warn_without_calls(
+        self, owner: Any, name: str, remedy: str, *, applies: Callable[..., bool] = lambda *_: True
+    ) -> None:
+        """Warn once if the host's `owner.name` ends and fastalign was not called since it ended before.
+
+        Args:
+            owner, name: a function of the host that trains, or ends a step.
+            remedy: what to do about it.
+            applies: takes the call's arguments. False: that training has no head over the vocabulary.
+        """
+        original = getattr(owner, name)
+        seen = self.calls
+
+        @wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            result = original(*args, **kwargs)
+            before, seen = seen, self.calls
+            if self.active and seen == before and applies(*args):
+                self.warn_once(
+                    f"{self.host}: got 0 calls of fastalign before {owner.__name__}.{name} ended, "
+                    f"expected some: the trainer did not use the fused head. {remedy}"
+                )
+            return result
+
+        self.replace(owner, name, watched)
+
     def on_unpatch(self, undo: Callable[[], None]) -> None:
         """Call `undo` when the host is unpatched."""
         self._undo.append(undo)
@@ -148,6 +211,12 @@ class PatchedHost:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=3)
+
+    def warn_unserved(self, reason: str) -> None:
+        """Say once that the host's own function runs, and why."""
+        self.warn_once(
+            f"{self.host}: got {reason}: {self.host}'s own function runs, and the fused head does nothing"
+        )
 
     def __enter__(self) -> "PatchedHost":
         return self

@@ -40,7 +40,6 @@ PARAMETERS = (
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # The arguments of the trainers that score tokens.
 CONFIGS = ("SFTConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig")
-DEVICES = ("cpu", "cuda")
 
 
 def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) -> PatchedHost:
@@ -67,7 +66,7 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     handle = PatchedHost(HOST, options)
     handle.replace(utils, "_ChunkedLogProbFunction", _LogProbs(handle, utils._ChunkedLogProbFunction))
     # TRL asks this only to know whether to score all positions or those that are not ignored.
-    handle.replace(utils, "_use_triton", lambda device: device.type in DEVICES or uses_triton(device))
+    handle.replace(utils, "_use_triton", lambda device: device.type in hosts.DEVICES or uses_triton(device))
     warn_if_unused(handle, CONFIGS)
     return handle
 
@@ -97,10 +96,8 @@ class _LogProbs:
         outputs: Sequence[str] = OPTIONAL_OUTPUTS,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """TRL's five outputs [N] of hidden [N, H], weight [V, H], bias [V], targets [N]."""
-        if (reason := _unserved(hidden, weight)) is not None:
-            self.handle.warn_once(
-                f"trl: got {reason}: TRL's own function runs, and the fused head does nothing"
-            )
+        if (reason := hosts.unserved(hidden, weight)) is not None:
+            self.handle.warn_unserved(reason)
             return self.original.apply(
                 hidden,
                 weight,
@@ -131,12 +128,3 @@ class _LogProbs:
             **self.handle.options,
         )
         return scored.logp, scored.entropy, scored.log_sum_sq_probs, scored.mean_logit, scored.top1
-
-
-def _unserved(hidden: Tensor, weight: Tensor) -> str | None:
-    """Why fastalign's head cannot serve a call; None if it can."""
-    if hidden.device.type not in DEVICES:
-        return f"hidden states on {hidden.device.type}, expected one of {', '.join(DEVICES)}"
-    if hasattr(weight, "ds_id"):
-        return "an lm_head sharded by DeepSpeed's ZeRO-3, expected a whole weight"
-    return None

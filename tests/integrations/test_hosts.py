@@ -35,8 +35,9 @@ def handle(host: SimpleNamespace) -> Iterator[PatchedHost]:
 
 def test_importing_the_package_imports_no_host() -> None:
     code = (
-        "import sys; from fastalign.integrations import transformers, trl; "
-        "print([name for name in ('trl', 'transformers', 'liger_kernel', 'peft') if name in sys.modules])"
+        "import sys; from fastalign.integrations import llamafactory, openrlhf, transformers, "
+        "trl, verl; "
+        "print([name for name in ('trl', 'transformers', 'verl', 'peft') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 

@@ -99,7 +99,7 @@ def test_the_example_of_trl_counts_calls(tmp_path: Path, capsys: pytest.CaptureF
     trl = pytest.importorskip("trl", reason="trl is not installed")
     from bench.experiments.trl_runs import TINY, dataset, model, tokenizer
 
-    (example,) = re.findall(r"```py\n(.*?)```", PAGE, re.DOTALL)
+    example = re.findall(r"## TRL.*?```py\n(.*?)```", PAGE, re.DOTALL)[0]
     args = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, bf16=False, save_strategy="no"
     )

@@ -244,7 +244,7 @@ def test_ignored_positions_are_skipped_on_a_cpu_too(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_training_without_a_call_warns_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integration, "_unserved", lambda hidden, weight: "a test")
+    monkeypatch.setattr("fastalign.integrations.hosts.unserved", lambda hidden, weight: "a test")
     with pytest.warns(UserWarning, match="^trl: got 0 calls of fastalign in a training with SFTConfig"):
         assert train("SFT", patched=True, steps=1).fastalign_calls == 0
 
