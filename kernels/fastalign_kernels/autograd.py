@@ -22,6 +22,18 @@ InputGrads = tuple[Tensor | None, ...]
 NamedGrads = Mapping[str, Tensor | None]  # from the names of an op's inputs to their gradients
 
 
+def with_signature(
+    function: Callable[..., Any], hints: Mapping[str, Any], returns: Any
+) -> Callable[..., Any]:
+    """The function, which takes *arguments, with parameters of these names and types: torch infers the schema
+    of an op from them."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, annotation=hint) for name, hint in hints.items()]
+    signature = inspect.Signature(parameters, return_annotation=returns)
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return function
+
+
 def register_op(
     name: str,
     forward: Callable[..., Any],

@@ -28,12 +28,13 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import checks, native
+from .autograd import with_signature
 from .dispatch import Kernels
 from .sampling_kept import KeptIds, kept_of_rows, penalised
 from .sampling_noise import exponential
@@ -137,14 +138,14 @@ def sample(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    scalars, per_row = [], False
+    scalars = dict.fromkeys(numbers, 0.0)
+    per_row = False
     for name, value in numbers.items():
         if isinstance(value, Tensor):
             _check_rows(name, value, logits, look)
-            scalars.append(0.0)
             per_row = True
         else:
-            scalars.append(_scalar(name, value))
+            scalars[name] = _scalar(name, value)
     for name, ids in (("sequence_ids", sequence_ids), ("positions", positions)):
         if ids is not None:
             checks.tensor(name, ids)
@@ -166,22 +167,26 @@ def sample(
         checks.device(name, finished, "logits", logits)
     pad_id = -1 if pad_id is None else checks.whole("pad_id", pad_id, -1, expected="an id (or -1)")
     table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
-    found = KERNELS.select(logits).sample(
+    inputs = SampleInputs(
         # contiguous() leaves an empty tensor's strides as they are
-        logits.detach()
+        logits=logits.detach()
         if logits.stride(-1) == 1
         else logits.detach().clone(memory_format=torch.contiguous_format),
-        seed,
-        table,
-        *scalars,
-        None if sequence_ids is None else sequence_ids.long().contiguous(),
-        None if positions is None else positions.long().contiguous(),
-        None if seen is None else seen.contiguous(),
-        None if allowed is None else allowed.contiguous(),
-        None if finished is None else finished.contiguous(),
-        pad_id,
+        seed=seed,
+        table=table,
+        temperature=scalars["temperature"],
+        top_k=scalars["top_k"],
+        top_p=scalars["top_p"],
+        min_p=scalars["min_p"],
+        repetition_penalty=scalars["repetition_penalty"],
+        sequence_ids=None if sequence_ids is None else sequence_ids.long().contiguous(),
+        positions=None if positions is None else positions.long().contiguous(),
+        seen=None if seen is None else seen.contiguous(),
+        allowed=None if allowed is None else allowed.contiguous(),
+        finished=None if finished is None else finished.contiguous(),
+        pad_id=pad_id,
     )
-    token, logs, kept, valid = found
+    token, logs, kept, valid = KERNELS.select(logits).sample(*inputs)
     logp, log_kept, logp_raw, entropy = logs.unbind()
     if check and not bool(valid.all()):
         rows = (~valid).nonzero()[:, 0].tolist()
@@ -236,31 +241,32 @@ def _row_values(value: float | Tensor, logits: Tensor) -> Tensor:
     return torch.full(logits.shape[:1], float(value), dtype=torch.float64, device=logits.device)
 
 
-@torch.library.custom_op("fastalign::sample_reference", mutates_args=())
-def _sample_reference(
-    logits: Tensor,
-    seed: int,
-    table: Tensor | None,
-    temperature: float,
-    top_k: float,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    sequence_ids: Tensor | None,
-    positions: Tensor | None,
-    seen: Tensor | None,
-    allowed: Tensor | None,
-    finished: Tensor | None,
-    pad_id: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class SampleInputs(NamedTuple):
+    """What the native op and its reference take."""
+
+    logits: Tensor  # [B, V] with unit stride over V
+    seed: int
+    table: Tensor | None  # [5, B] fp64: the next five numbers of each row, in place of them
+    temperature: float
+    top_k: float
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    sequence_ids: Tensor | None  # [B] int64
+    positions: Tensor | None  # [B] int64
+    seen: Tensor | None  # [B, ceil(V / 32)] int32
+    allowed: Tensor | None  # [B, ceil(V / 32)] int32
+    finished: Tensor | None  # [B] bool
+    pad_id: int
+
+
+def _reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`sample_ref` under the schema of the native op: token [B], logs [4, B], kept [B], valid [B]."""
-    rows = [temperature, top_k, top_p, min_p, repetition_penalty] if table is None else list(table)
-    found = sample_ref(
-        logits, seed=seed,
-        temperature=rows[0], top_k=rows[1], top_p=rows[2], min_p=rows[3], repetition_penalty=rows[4],
-        sequence_ids=sequence_ids, positions=positions,
-        seen=seen, allowed=allowed, finished=finished, pad_id=pad_id,
-    )  # fmt: skip
+    given = SampleInputs(*arguments)._asdict()
+    table = given.pop("table")
+    if table is not None:
+        given.update(zip(_OPTIONS, table))
+    found = sample_ref(**given)
     return found.token, torch.stack(found[1:5]), found.kept, found.valid
 
 
@@ -274,8 +280,13 @@ def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Te
     )
 
 
-KERNELS = Kernels(SimpleNamespace(sample=_sample_reference), native_fp64=False)
+_sample_reference = torch.library.custom_op(
+    "fastalign::sample_reference",
+    with_signature(_reference, get_type_hints(SampleInputs), get_type_hints(_reference)["return"]),
+    mutates_args=(),
+)
 _sample_reference.register_fake(_fake_sample)
+KERNELS = Kernels(SimpleNamespace(sample=_sample_reference), native_fp64=False)
 if not native.missing:
     torch.library.register_fake("fastalign::sample", _fake_sample)
 

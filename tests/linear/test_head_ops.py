@@ -47,5 +47,5 @@ def test_a_name_of_the_head_is_refused_in_the_rest() -> None:
     def body(inputs: HeadInputs, needs: NeedsGrad, options: float) -> tuple[Tensor, ...]:
         raise AssertionError
 
-    with pytest.raises(ValueError, match="duplicate parameter name: 'options'"):
+    with pytest.raises(TypeError, match="body: got parameters {'options'}, expected other names"):
         register_head_loss("never", body, body, losses="none")

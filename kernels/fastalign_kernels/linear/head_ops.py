@@ -20,7 +20,15 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from ..autograd import EagerOp, NamedGrads, register_loss_op, register_op, save_inputs, saved_inputs
+from ..autograd import (
+    EagerOp,
+    NamedGrads,
+    register_loss_op,
+    register_op,
+    save_inputs,
+    saved_inputs,
+    with_signature,
+)
 from ..torch_func import must_see_the_op
 from .engine import Gradients, empty_gradients
 from .inputs import HEAD, HeadInputs, HeadOptions, NeedsGrad
@@ -81,20 +89,16 @@ def _on_arguments(body: Callable[..., Any]) -> Callable[..., Any]:
     return on_arguments
 
 
-def _with_signature(forward: Callable[..., Any], returns: Any) -> Callable[..., Any]:
-    """`forward` with the arguments of the op, and the signature from which torch infers its schema."""
-    hints = {**get_type_hints(HeadInputs), **get_type_hints(forward)}
-    _, _, *rest = inspect.signature(forward).parameters
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    types = {HeadOptions: list[float], NeedsGrad: list[bool]}
-    parameters = [
-        inspect.Parameter(name, kind, annotation=types.get(hints[name], hints[name]))
-        for name in (*HeadInputs._fields, "needs", *rest)
-    ]
-    function = _on_arguments(forward)
-    signature = inspect.Signature(parameters, return_annotation=returns)
-    function.__signature__ = signature  # type: ignore[attr-defined]
-    return function
+def _as_op(forward: Callable[..., Any], returns: Any) -> Callable[..., Any]:
+    """`forward` with the arguments of the op, and their types."""
+    of_head = {**get_type_hints(HeadInputs), "options": list[float], "needs": list[bool]}
+    _, _, *names = inspect.signature(forward).parameters
+    taken = set(names) & set(of_head)
+    if taken:
+        raise TypeError(f"{forward.__name__}: got parameters {taken}, expected other names than the head's")
+    hints = get_type_hints(forward)
+    of_rest = {name: hints[name] for name in names}
+    return with_signature(_on_arguments(forward), {**of_head, **of_rest}, returns)
 
 
 def _tensors(number: int) -> Any:
@@ -124,7 +128,7 @@ def register_head_op(
 
     op = register_op(
         name,
-        _with_signature(forward, get_type_hints(forward)["return"]),
+        _as_op(forward, get_type_hints(forward)["return"]),
         _on_arguments(fake),
         save=save_op,
         backward=backward,
@@ -146,7 +150,7 @@ def register_head_loss(
     grads = (*HEAD, *differentiable)
     op = register_loss_op(
         name,
-        _with_signature(forward, _tensors(2 + len(grads))),
+        _as_op(forward, _tensors(2 + len(grads))),
         _on_arguments(fake),
         differentiable=grads,
         losses=losses,
@@ -158,7 +162,7 @@ def register_head_grads(
     name: str, forward: Callable[..., Gradients], *, overwrites: Sequence[str] = ()
 ) -> HeadOp:
     """The op of a backward pass: its body returns Gradients. It may overwrite tensors of its rest."""
-    function = _with_signature(forward, _tensors(len(HEAD)))
+    function = _as_op(forward, _tensors(len(HEAD)))
     op = torch.library.custom_op(f"fastalign::{name}", function, mutates_args=overwrites)
     op.register_fake(_on_arguments(_fake_grads))
     return HeadOp(forward, op)
