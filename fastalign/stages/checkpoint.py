@@ -1,89 +1,237 @@
 """Checkpoints from which a run continues bitwise: trained weights, optimizer, random states, steps done.
 
-A folder checkpoints/step-00000200 holds
-
-    state.pt: trained weights, buffers, optimizer, step and configuration.
-    random-0.pt: random states of rank 0, and one such file for each further rank.
-    manifest.sha256: hashes of these files, which `sha256sum --check` reads.
+They are torch.distributed.checkpoint's (checkpoint_storage.py has the files, checkpoint_tensors.py what is in
+them): each rank writes its part, and a run may go on on another number of ranks, with FSDP2 or without.
 
 A checkpoint is written to a temporary folder, synced to the disk and renamed. So a kill or a power loss
 leaves no half checkpoint under a name step-…. The hashes show what a disk or a copy changes later: a run
 resumes from the newest checkpoint whose files are as they were written. The position in the data is not
 stored, because it is a function of the step and the seed (batches.py, `rows_of_step`). Learning rates are a
-function of the step.
+function of the step, and the optimizer's other options come from the configuration.
 """
 
 import dataclasses
+import json
 import os
-import random
 import re
 import shutil
 import warnings
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from ..data.readers import fingerprint_of
+from .checkpoint_storage import STATE, Planner, Ranks, Reader, Writer, find_damage, seal
+from .checkpoint_tensors import (
+    describe_layout,
+    local_bytes,
+    model_tensors,
+    optimizer_tensors,
+    random_tensors,
+    set_random_states,
+)
 from .config import TrainConfig
 from .distributed import World
-from .files import find_damage, replace_folder, seal, sync
+from .files import replace_folder, sync
 from .run_folder import check_room, naming
 
 # The position in the data is a function of these fields: with another value, the step means another place.
 POSITION = ("train_data", "train_split", "seed", "batch_size")
 # Fields about where and how a run continues may change freely.
-SILENT = ("output_dir", "resume", "report_to", "project", "save_every", "keep_checkpoints", "timeout")
+WHERE = ("output_dir", "resume", "report_to", "project", "timeout")
+WHEN = ("save_every", "keep_checkpoints", "async_checkpoints")
+SILENT = (*WHERE, *WHEN)
 
 
-def save(
-    config: TrainConfig,
-    world: World,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    step: int,
-    **extra: Any,
-) -> None:
-    """Write the checkpoint after `step` steps, and delete the oldest. Every rank calls it.
+class Training(NamedTuple):
+    """What a checkpoint saves and restores."""
 
-    Raises OSError if the disk has no room for it. Existing checkpoints stay.
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Weights and buffers, and the optimizer's state, by name."""
+        model, optimizer = self
+        return {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
+
+
+class Checkpoints:
+    """The checkpoints of a run. Every rank makes one and calls the same methods in the same order.
+
+    Leave it (`with`) at the end of the run: what is being written is then finished.
     """
-    folder = Path(config.output_dir, "checkpoints")
-    unfinished = folder / "unfinished"
-    needed, what = size(model), f"the checkpoint of step {step}"
-    if world.main:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        check_room(folder, needed, what)
-        unfinished.mkdir()
-    world.barrier()
-    random_path = unfinished / f"random-{world.rank}.pt"
-    torch.save(_random_states(world), random_path)
-    sync(random_path)  # here: another machine's sync would not wait for it
-    if world.main:
-        data = fingerprint_of(config.train_data, split=config.train_split)
-        state = {
+
+    def __init__(self, config: TrainConfig, world: World, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.config, self.world, self.training = config, world, Training(model, optimizer)
+        self.folder = Path(config.output_dir, "checkpoints")
+        self.ranks: Ranks | None = None
+        self.written: Future[None] | None = None
+        self.thread = ThreadPoolExecutor(1, "fastalign-checkpoint") if config.async_checkpoints else None
+        if world.size == 1:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.finish()
+        except Exception as failed:
+            if error is None:
+                raise
+            self.world.say(f"the last checkpoint is not written: {failed}")
+        finally:
+            if self.thread is not None:
+                self.thread.shutdown(wait=False)
+
+    def save(self, *, step: int, **extra: Any) -> None:
+        """Write the checkpoint after `step` steps, and delete the oldest.
+
+        With async_checkpoints, copy the tensors to the host's memory and return: a thread writes them.
+        Raises OSError if the disk has no room for it. Existing checkpoints stay.
+        """
+        self.finish()
+        ranks = self._ranks()
+        unfinished = self.folder / "unfinished"
+        needed, what = self._bytes_on_disk(ranks), f"the checkpoint of step {step}"
+        state = ranks.from_main(self._state(step, extra))
+        if ranks.leads:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            check_room(self.folder, needed, what)
+            unfinished.mkdir()
+            (unfinished / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        ranks.barrier()
+        tensors = self.training.tensors() | {f"random.{self.world.rank}": random_tensors(self.world)}
+        writer = Writer(unfinished, ranks)
+        options: dict[str, Any] = {
+            "storage_writer": writer,
+            "planner": Planner(ranks.disks),
+            "process_group": ranks.group,
+            "no_dist": ranks.group is None,
+        }
+
+        def publish(metadata: Metadata) -> None:
+            with naming(self.folder, needed, what):
+                writer.finish_on_disks(metadata)
+                if ranks.leads:
+                    seal(unfinished)
+            if ranks.leads:
+                replace_folder(unfinished, self.folder / f"step-{step:08d}")
+                sync(self.folder.parent)
+            ranks.barrier()  # no disk deletes its old checkpoint before all have the new one
+            if ranks.leads:
+                _delete_old(self.config)
+
+        if self.thread is None:
+            with naming(self.folder, needed, what), _first_failure():
+                metadata = dcp.save(tensors, **options)
+            publish(metadata)
+            ranks.barrier()
+            return
+        writing: Any = dcp.async_save(tensors, **options)
+
+        def finish_writing() -> None:
+            with naming(self.folder, needed, what), _first_failure():
+                metadata = writing.result()
+            publish(metadata)
+
+        self.written = self.thread.submit(finish_writing)
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Raise what went wrong in a thread. wait: until the checkpoint is written; else only if it is."""
+        if self.written is not None and (wait or self.written.done()):
+            written, self.written = self.written, None
+            written.result()
+
+    def load_latest(self, **extra: Any) -> dict[str, Any] | None:
+        """Restore the newest whole checkpoint; return its state, or None if the run has no checkpoint.
+
+        Raises ValueError if a field on which the position in the data depends, one of `extra` (as given to
+        `save`), or the content of train_data differs. Other fields that differ are printed. Call it last
+        before the loop, because it sets the random states.
+        """
+        ranks = self._ranks()
+        path = latest_whole(self.config.output_dir, self.world, ranks)
+        if path is None:
+            return None
+        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+        _compare(state, self.config, self.world, path, extra)
+        tensors = self.training.tensors()
+        reader = Reader(path, ranks)
+        saved = reader.read_metadata().state_dict_metadata.keys()
+        _check_names(path, tensors["model"], saved)
+        states = tensors["optimizer"]
+        # A weight that had no gradient when the checkpoint was written has no state.
+        tensors["optimizer"] = {name: states[name] for name in states if f"optimizer.{name}" in saved}
+        same_size = state["world_size"] == self.world.size
+        random_states = random_tensors(self.world) if same_size else {}
+        tensors[f"random.{self.world.rank}"] = random_states
+        with _first_failure():
+            dcp.load(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
+        for name, weight in self.training.model.named_parameters():
+            if f"{name}.step" in states and f"{name}.step" not in tensors["optimizer"]:
+                del self.training.optimizer.state[weight]
+        layout = describe_layout(self.training.model, self.world)
+        if same_size:
+            set_random_states(random_states, self.world)
+        if layout != state["layout"] and self.world.main:
+            noise = "" if same_size else "; dropout draws other noise"
+            warnings.warn(
+                f"resuming on {layout} a run of {state['layout']}: the weights will be equal to rounding to "
+                f"those of an uninterrupted run{noise}",
+                stacklevel=2,
+            )
+        if ranks.leads:
+            _delete_old(self.config)  # one that a kill left; a run that is at its last step saves no more
+        self.world.say(f"resume: {path}")
+        return state
+
+    def _ranks(self) -> Ranks:
+        if self.ranks is None:
+            self.ranks = Ranks(self.world, self.folder)
+        return self.ranks
+
+    def _state(self, step: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "step": step,
-            "world_size": world.size,
+            "world_size": self.world.size,
+            "layout": describe_layout(self.training.model, self.world),
             "threads": torch.get_num_threads(),
-            "config": dataclasses.asdict(config),
-            "data": data,
+            "config": dataclasses.asdict(self.config),
+            "data": fingerprint_of(self.config.train_data, split=self.config.train_split),
             **extra,
         }
-        state |= {"tensors": _tensors(model), "optimizer": optimizer.state_dict()}
-        with naming(folder, needed, what):
-            torch.save(state, unfinished / "state.pt")
-    world.barrier()
-    if world.main:
-        with naming(folder, needed, what):
-            seal(unfinished)
-        replace_folder(unfinished, folder / f"step-{step:08d}")
-        sync(folder.parent)
-        _delete_old(config)
-    world.barrier()
+
+    def _bytes_on_disk(self, ranks: Ranks) -> int:
+        """What the ranks of a disk hold together, but no more than the whole: replicas are written once."""
+        whole = size(self.training.model)
+        if len(set(ranks.disks)) == 1:
+            return whole
+        held = ranks.gather(_size(self.training.model, local_bytes))
+        return min(whole, sum(held[rank] for rank in ranks.on_disk))
+
+
+class _first_failure:  # noqa: N801 - a context manager
+    """Raises the error of the lowest rank that failed, in place of torch's list of all with their traces."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, CheckpointException) and error.failures:
+            raise error.failures[min(error.failures)][0] from None
 
 
 def _delete_old(config: TrainConfig) -> None:
@@ -99,40 +247,51 @@ def latest(output_dir: str) -> Path | None:
     return max(_all(output_dir), default=None)
 
 
-def latest_whole(output_dir: str, world: World) -> Path | None:
+def latest_whole(output_dir: str, world: World, ranks: Ranks | None = None) -> Path | None:
     """The newest checkpoint whose files are as they were written; None if a run has no checkpoint.
 
     Every rank calls it. Newer ones that are damaged are named, and renamed to ….damaged. Raises ValueError
-    if all are damaged.
+    if all are damaged, and for one that an earlier version wrote.
     """
-    found: list[Any] = [None, {}]
-    if world.main:
+    ranks = ranks or Ranks(world, Path(output_dir, "checkpoints"))
+    if ranks.leads:
         # What a kill left of a checkpoint that was being written or deleted; a run that is at its last step
         # writes none over it.
         shutil.rmtree(Path(output_dir, "checkpoints", "unfinished"), ignore_errors=True)
-        for path in reversed(_all(output_dir)):
-            damage = find_damage(path)
-            if damage is None:
-                found[0] = path
-                break
-            found[1][path] = damage
-    if world.size > 1:
-        dist.broadcast_object_list(found)
-    whole, damaged = found
+    paths = {path.name: path for path in _all(output_dir)}
+    on_all_disks = set.intersection(*map(set, ranks.gather([*paths])))
+    whole, damaged = None, dict[Path, str]()
+    for name in sorted(on_all_disks, reverse=True):
+        _refuse_old(paths[name])
+        damage = find_damage(paths[name], ranks)
+        if damage is None:
+            whole = paths[name]
+            break
+        damaged[paths[name]] = damage
     if damaged and whole is None:
         listed = "; ".join(f"{path.name}: {damage}" for path, damage in damaged.items())
         raise ValueError(
             f"resume: got no whole checkpoint in {output_dir!r} ({listed}), expected at least one: bring one "
             "back from a copy, or name another output_dir"
         )
-    for path, damage in damaged.items() if world.main else ():
+    for path, damage in damaged.items():
         aside = path.with_name(path.name + ".damaged")
-        replace_folder(path, aside)
+        if ranks.leads:
+            replace_folder(path, aside)
         world.say(
             f"resume: {path} is damaged ({damage}), and now {aside.name}; what was trained after "
-            f"{whole.name} is trained again"
+            f"{whole.name if whole else ''} is trained again"
         )
     return whole
+
+
+def _refuse_old(path: Path) -> None:
+    if (path / "state.pt").exists():
+        raise ValueError(
+            f"resume: got {path}, which fastalign 0.1 before November 27 wrote (state.pt), expected one of "
+            "torch.distributed.checkpoint: finish that run with the version that began it, or train its "
+            "last saved model in a new output_dir"
+        )
 
 
 def count(output_dir: str) -> int:
@@ -142,27 +301,21 @@ def count(output_dir: str) -> int:
 
 def size(model: nn.Module) -> int:
     """Bytes of a checkpoint: what training changes, and AdamW's two moments of the weights."""
-    tensors = _tensors(model)
-    trained = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
-    return sum(tensor.nbytes for tensor in tensors.values()) + 2 * trained
+    return _size(model, lambda tensor: tensor.nbytes)
 
 
-def load(
-    path: Path,
-    config: TrainConfig,
-    world: World,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    **extra: Any,
-) -> dict[str, Any]:
-    """Restore model, optimizer and random states; return the state's other entries.
+def _size(model: nn.Module, bytes_of: Any) -> int:
+    tensors = model_tensors(model)
+    trained = sum(bytes_of(tensor) for tensor in tensors.values() if tensor.requires_grad)
+    return sum(map(bytes_of, tensors.values())) + 2 * trained
 
-    Raises ValueError if a field on which the position in the data depends, one of `extra` (as given to
-    `save`), or the content of train_data differs. Other fields that differ are printed. Call it last before
-    the loop, because it sets the random states.
-    """
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    before, now = state["config"], dataclasses.asdict(config)
+
+def _compare(
+    state: Mapping[str, Any], config: TrainConfig, world: World, path: Path, extra: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint that means another place in the data, and print what else differs."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))  # as the checkpoint has it: lists for tuples
+    before = state["config"]
     for name, old, new in [(n, before.get(n), now[n]) for n in now] + [
         (n, state[n], extra[n]) for n in extra
     ]:
@@ -172,43 +325,28 @@ def load(
             )
         if old != new and name not in SILENT:
             world.say(f"resuming with {name}={new!r} (before: {old!r})")
-    _compare_threads(state.get("threads"), world)
+    _compare_threads(state["threads"], world)
     data = fingerprint_of(config.train_data, split=config.train_split)
-    if state.get("data") not in (None, data):
+    if state["data"] not in (None, data):
         raise ValueError(
             f"resume: got other rows in {config.train_data!r}, expected those with which the run in {path} "
             "was started: bring them back"
         )
-    tensors = _tensors(model)
-    if tensors.keys() != state["tensors"].keys():
-        differing = sorted(tensors.keys() ^ state["tensors"].keys())
+
+
+def _check_names(path: Path, weights: Collection[str], saved: Iterable[str]) -> None:
+    before = {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+    if differing := sorted({*weights} ^ before):
         raise ValueError(
             f"resume: got a model that differs from {path} in {', '.join(differing[:5])}, expected the same "
             "weights"
         )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(state["tensors"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    if state["world_size"] == world.size:
-        _set_random_states(torch.load(path / f"random-{world.rank}.pt", weights_only=True), world)
-    elif world.main:
-        warnings.warn(
-            f"resuming on {world.size} processes a run of {state['world_size']}: dropout draws other noise",
-            stacklevel=2,
-        )
-    if world.main:
-        _delete_old(config)  # one that a kill left; a run that is at its last step saves no more
-    return {name: value for name, value in state.items() if name not in ("tensors", "optimizer", "config")}
 
 
-def _compare_threads(before: int | None, world: World) -> None:
-    """Print a line if the number of CPU threads differs, because PyTorch's sums are split among threads.
-
-    A checkpoint of an earlier version has no number.
-    """
+def _compare_threads(before: int, world: World) -> None:
+    """Print a line if the number of CPU threads differs, because PyTorch's sums are split among threads."""
     now = torch.get_num_threads()
-    if world.device.type == "cpu" and before not in (None, now):
+    if world.device.type == "cpu" and before != now:
         world.say(
             f"resuming with {now} CPU threads (before: {before}): the weights will differ in their last "
             "digits from "
@@ -220,22 +358,3 @@ def _all(output_dir: str) -> list[Path]:
     """The checkpoints of a run, the oldest first, and nothing else that lies beside them."""
     found = Path(output_dir, "checkpoints").glob("step-*")
     return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    # What training changes: frozen weights (LoRA's base) come from where they came from the first time.
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad} | buffers
-
-
-def _random_states(world: World) -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def _set_random_states(states: dict[str, Any], world: World) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(states["torch"])
-    if world.device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], world.device)

@@ -155,6 +155,9 @@ class TrainConfig(Options):
     """Checkpoint every so many steps and after the last. Default: no checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """How many of the latest checkpoints stay on disk."""
+    async_checkpoints: bool = False
+    """Write checkpoints in a thread beside the training. It takes a copy of the weights and the optimizer's
+    state in the host's memory, and a kill may lose the checkpoint that is being written."""
     timeout: PositiveFloat = 30.0
     """Minutes without a sign of life from one process after which all ranks end, and report which one it
     was."""

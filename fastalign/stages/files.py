@@ -1,8 +1,8 @@
 """Files that are whole or absent, whatever ends the process or the machine.
 
 A file or folder is written under another name (`….unfinished`), synced to the disk and renamed. Then its
-parent folder is synced. A sealed folder has a manifest of the SHA-256 of its files, in the format of
-`sha256sum --check`.
+parent folder is synced. Lists of the SHA-256 of files, in the format of `sha256sum --check`, show what a disk
+or a copy changes later.
 """
 
 import errno
@@ -10,8 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,39 +83,32 @@ def replace_folder(whole: Path, path: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of the folder's .pt files, and sync it and them."""
-    paths = sorted(folder.glob("*.pt"))
-    # The disk writes while the processor hashes. SHA-256 runs at 1.5 GB/s per core if the processor has
-    # instructions for it.
-    with ThreadPoolExecutor(1) as disk:
-        synced = [disk.submit(sync, path) for path in paths]
-        text = b"".join(_line(path) for path in paths)
-        for done in synced:
-            done.result()
-    manifest = folder / MANIFEST
-    manifest.write_bytes(text)
-    sync(manifest)
-    sync(folder)
+def write_hashes(folder: Path, listed_in: Path, names: Sequence[str]) -> None:
+    """Write the hashes of files of a folder, in the format of `sha256sum --check`, and sync the list.
+
+    SHA-256 runs at 1.5 GB/s per core if the processor has instructions for it.
+    """
+    listed_in.write_bytes(b"".join(_line(folder / name) for name in names))
+    sync(listed_in)
 
 
-def find_damage(folder: Path) -> str | None:
-    """How a sealed folder differs from its manifest; None if it does not."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return f"it has no {MANIFEST}, as where an earlier version of fastalign wrote it"
-    try:
-        written = manifest.read_bytes()
-        lines = {path.name: _line(path) for path in sorted(folder.glob("*.pt"))}
-    except OSError as error:
-        return f"{Path(error.filename or folder).name} cannot be read: {error.strerror}"
-    if b"".join(lines.values()) == written:
+def list_hashes(listed_in: Path) -> dict[str, str] | None:
+    """The hashes in such a list by the names of the files; None if the list is not whole."""
+    lines = listed_in.read_bytes().split(b"\n")
+    matches = [re.fullmatch(rb"([0-9a-f]{64})  ([\w.-]+)", line) for line in lines[:-1]]
+    if lines[-1] or not all(matches):
         return None
-    listed = [name.decode() for name in re.findall(rb"^[0-9a-f]{64}  ([\w.-]+)$", written, re.MULTILINE)]
-    if missing := [name for name in listed if name not in lines]:
-        return f"{missing[0]}, which {MANIFEST} lists, is missing"
-    changed = [name for name, line in lines.items() if line not in written]
-    return f"{' and '.join(changed) or 'its list of files'} does not agree with {MANIFEST}"
+    return {match[2].decode(): match[1].decode() for match in matches if match}
+
+
+def find_change(folder: Path, listed_in: Path, hashes: Mapping[str, str]) -> str | None:
+    """How the files of a folder differ from these hashes, which are those of a list; None if they do not."""
+    if missing := [name for name in hashes if not (folder / name).exists()]:
+        return f"{missing[0]}, which {listed_in.name} lists, is missing"
+    changed = [
+        name for name, value in hashes.items() if _line(folder / name) != f"{value}  {name}\n".encode()
+    ]
+    return f"{' and '.join(changed)} does not agree with {listed_in.name}" if changed else None
 
 
 def _line(path: Path) -> bytes:

@@ -199,7 +199,8 @@ def run_steps(
     peaks = [group["lr"] for group in optimizer.param_groups]
     random.seed(config.seed + world.rank)
     torch.manual_seed(config.seed + world.rank)
-    done, items_done = _resume(config, world, model, optimizer, rows)
+    checkpoints = checkpoint.Checkpoints(config, world, model, optimizer)
+    done, items_done = _resume(config, world, checkpoints, rows)
     output_dir = Path(config.output_dir)
     if world.main:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -208,7 +209,7 @@ def run_steps(
 
     model.train()
     kept_share()  # resets the share of earlier runs
-    with Signals(world) as signals, Report(config, world, step=done, steps=steps) as report:
+    with Signals(world) as signals, Report(config, world, step=done, steps=steps) as report, checkpoints:
         if evaluate_held_out and not done:
             line = {"step": 0} | evaluate_held_out()
             _check_metrics(line, model, 0)
@@ -237,7 +238,8 @@ def run_steps(
             if number or config.save_every and _due(step + 1, config.save_every, steps):
                 _check_weights(model, step + 1)
                 report.sync()
-                checkpoint.save(config, world, model, optimizer, step=step + 1, rows=rows, tokens=items_done)
+                checkpoints.save(step=step + 1, rows=rows, tokens=items_done)
+            checkpoints.finish(wait=False)
             if number:
                 raise Stopped(number, f" after step {step + 1}, which is saved; {go_on}")
         _check_weights(model, steps)
@@ -370,16 +372,14 @@ def _totals(
 
 
 def _resume(
-    config: TrainConfig, world: World, model: nn.Module, optimizer: torch.optim.Optimizer, rows: int
+    config: TrainConfig, world: World, checkpoints: checkpoint.Checkpoints, rows: int
 ) -> tuple[int, int]:
     """Steps and tokens done by an earlier process, whose state is restored; (0, 0) if there is none."""
-    path = checkpoint.latest_whole(config.output_dir, world) if config.resume else None
-    if path is None:
+    state = checkpoints.load_latest(rows=rows) if config.resume else None
+    if state is None:
         if config.resume:
             world.say(f"resume: no checkpoint in {config.output_dir}, starting at step 0")
         return 0, 0
-    state = checkpoint.load(path, config, world, model, optimizer, rows=rows)
-    world.say(f"resume: {path}")
     return state["step"], state["tokens"]
 
 

@@ -83,7 +83,7 @@ def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
     ("argv", "message"),
     [
         ([*NEEDED, "lerning_rate=1"], "got the unknown key 'lerning_rate', expected learning_rate"),
-        ([*NEEDED, "zzz=1"], "got the unknown key 'zzz', expected one of adam_eps, attention, "),
+        ([*NEEDED, "zzz=1"], "got the unknown key 'zzz', expected one of adam_eps, async_checkpoints, "),
         ([*NEEDED, "sequence_length=8"], "unknown key 'sequence_length'"),  # pretrain's
         ([*NEEDED, "learning_rate=0"], "learning_rate: Input should be greater than 0 (got '0')"),
         ([*NEEDED, "batch_size=2.5"], "batch_size: Input should be a valid integer"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from fastalign.stages import dpo, kto, ppo, pretrain, reward, sft
 from fastalign.stages.config import TrainConfig
-from tests.stages.tiny import LLAMA, lines, save_base, save_tokenizer, sentence, write
+from tests.stages.tiny import LLAMA, lines, read_tensors, save_base, save_tokenizer, sentence, write
 
 SCORE = """
 def count(prompts, completions):
@@ -84,6 +84,9 @@ def kinds(folder: Path) -> dict[str, Kind]:
     lora: dict[str, Any] = {"lora_rank": 4, "lora_dropout": 0.1}
     return {
         "pretrain": Kind(pretrain, partial(pretrain.PretrainConfig, **common | scratch | text)),
+        "pretrain, async": Kind(
+            pretrain, partial(pretrain.PretrainConfig, **common | scratch | text, async_checkpoints=True)
+        ),
         "sft": Kind(sft, partial(sft.SFTConfig, **tuned, train_data=file["completions"], micro_batch_size=4)),
         "sft, LoRA": Kind(sft, partial(sft.SFTConfig, **tuned, **lora, train_data=file["completions"])),
         "reward": Kind(reward, partial(reward.RewardConfig, **tuned | pairs)),
@@ -104,11 +107,8 @@ def differences(expected: TrainConfig, found: TrainConfig) -> list[str]:
     for name in sorted(names & found_names):
         if name.endswith(".safetensors"):
             one, other = (load_file(Path(config.output_dir, name)) for config in (expected, found))
-        elif name.endswith("state.pt"):
-            one, other = (
-                _flat(torch.load(Path(config.output_dir, name), weights_only=True))
-                for config in (expected, found)
-            )
+        elif name.endswith(".metadata"):
+            one, other = (read_tensors(Path(config.output_dir, name).parent) for config in (expected, found))
         else:
             continue
         if one.keys() != other.keys() or not all(
@@ -124,17 +124,3 @@ def _files(config: TrainConfig) -> set[str]:
         for path in Path(config.output_dir).rglob("*")
         if path.is_file()
     }
-
-
-def _flat(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors anywhere in a checkpoint, by their path in it."""
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, (list, tuple))
-        else ()
-    )
-    return {key: tensor for part, inner in items for key, tensor in _flat(inner, f"{name}/{part}").items()}

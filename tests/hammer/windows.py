@@ -13,17 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-from fastalign.stages import checkpoint, loop, ppo, reference_model, reporters
+from fastalign.stages import checkpoint, checkpoint_storage, loop, ppo, reference_model, reporters
 
 AUDITED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 REWRITE = "rewrite of metrics.jsonl"
 # Windows by name, and how the names of the moments that belong to them begin.
 AIMED: dict[str, tuple[str, ...]] = {
     REWRITE: ("open metrics", "os.rename metrics", "os.remove metrics", "os.truncate metrics"),
-    "checkpoint": ("os.mkdir checkpoints", "open checkpoints", "torch.save", "checkpoint.save"),
+    "checkpoint": ("os.mkdir checkpoints", "open checkpoints", "write_hashes", "Checkpoints.save"),
     "rename of a checkpoint": ("os.rename checkpoints", "os.remove checkpoints", "os.rmdir checkpoints"),
     "fsync": ("os.fsync",),
     "reference": ("save_file", "os.rename reference", "open reference"),
@@ -67,10 +66,10 @@ class Moments:
         sys.addaudithook(self._audit)
         wrap = self._wrap
         wrap(os, "fsync")
-        wrap(torch, "save", after=True, tear=lambda value, path, *rest: _halve(path))
+        wrap(checkpoint_storage, "write_hashes", after=True, tear=lambda folder, path, *rest: _halve(path))
         wrap(reference_model, "save_file", after=True, tear=lambda tensors, path, *rest: _halve(path))
         wrap(reporters.Report, "write", after=True, tear=self._tear_line)
-        wrap(checkpoint, "save", name="checkpoint.save", after=True)
+        wrap(checkpoint.Checkpoints, "save", name="Checkpoints.save", after=True)
         wrap(loop, "update", after=True)
         wrap(ppo, "ppo_step", after=True)
         wrap(transformers.PreTrainedModel, "save_pretrained", after=True)
@@ -96,9 +95,7 @@ class Moments:
         tear: Callable[..., None] | None = None,
     ) -> None:
         function = getattr(owner, attribute)
-        label = name or (
-            f"{owner.__name__}.{attribute}" if owner in (os, torch, reporters.Report) else attribute
-        )
+        label = name or (f"{owner.__name__}.{attribute}" if owner in (os, reporters.Report) else attribute)
 
         def watched(*arguments: Any, **options: Any) -> Any:
             self.reach(f"{label}, before")

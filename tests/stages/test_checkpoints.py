@@ -1,15 +1,17 @@
 """Runs that are killed and resumed, and the checkpoints that they leave."""
 
 import dataclasses
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastalign.stages import checkpoint, pretrain, reporters
+from fastalign.stages import checkpoint, checkpoint_storage, pretrain, reporters
+from fastalign.stages.files import write_hashes
 from tests.stages.tiny import LLAMA, lines, weights
 
 
@@ -107,6 +109,23 @@ def test_resume_refuses_another_place_in_the_data_and_says_what_else_changed(
     assert [line["step"] for line in lines(first)] == [0, 1, 2, 3]
 
 
+def test_a_resume_with_another_weight_decay_decays_by_it(
+    pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = pretraining(max_steps=1, save_every=1, weight_decay=0.1)
+    pretrain.run(first)
+    decays: list[list[float]] = []
+    step = torch.optim.AdamW.step
+
+    def record(self: torch.optim.AdamW, **options: Any) -> None:
+        decays.append([group["weight_decay"] for group in self.param_groups])
+        step(self, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    pretrain.run(dataclasses.replace(first, max_steps=2, resume=True, weight_decay=0.3))
+    assert decays[-1] == [0.3, 0.0]
+
+
 def test_a_resume_with_another_number_of_threads_says_so_once(
     pretraining: Callable[..., pretrain.PretrainConfig],
     monkeypatch: pytest.MonkeyPatch,
@@ -169,7 +188,7 @@ def test_a_finished_run_that_resumes_deletes_what_a_kill_left_of_an_old_checkpoi
     unfinished = Path(config.output_dir, "checkpoints", "unfinished")
     shutil.copytree(unfinished.with_name("step-00000002"), unfinished.with_name("step-00000001"))
     unfinished.mkdir()
-    (unfinished / "random-0.pt").write_bytes(b"of a checkpoint that was being deleted")
+    (unfinished / "__0_0.distcp").write_bytes(b"of a checkpoint that was being deleted")
     pretrain.run(dataclasses.replace(config, resume=True))
     assert sorted(path.name for path in unfinished.parent.iterdir()) == ["step-00000002", "step-00000003"]
 
@@ -178,15 +197,16 @@ def test_the_last_checkpoints_stay_and_a_kill_while_writing_leaves_none_in_halve
     pretraining: Callable[..., pretrain.PretrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = pretraining(save_every=1, keep_checkpoints=2, max_steps=5)
-    saved = torch.save
+    saved: list[str] = []
 
-    def killed_at_step_5(value: Any, path: Path) -> None:
-        if "step" in value and value["step"] == 5:
-            Path(path).write_bytes(b"half")
+    def killed_at_step_5(folder: Path, listed_in: Path, names: Sequence[str]) -> None:
+        saved.extend(names if listed_in.name == "rank-0.sha256" else [])
+        if len(saved) == 5:
+            os.truncate(folder / names[0], 1000)
             raise KeyboardInterrupt
-        saved(value, path)
+        write_hashes(folder, listed_in, names)
 
-    monkeypatch.setattr(torch, "save", killed_at_step_5)
+    monkeypatch.setattr(checkpoint_storage, "write_hashes", killed_at_step_5)
     with pytest.raises(KeyboardInterrupt):
         pretrain.run(config)
     folder = Path(config.output_dir, "checkpoints")

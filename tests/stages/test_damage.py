@@ -3,6 +3,7 @@ order."""
 
 import dataclasses
 import os
+import pickle
 import random
 import shutil
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from fastalign.stages import checkpoint, dpo, files, merge, ppo, pretrain, sft
+from fastalign.stages.checkpoint_storage import find_damage, seal
 from fastalign.stages.distributed import World
 from tests.stages.tiny import lines, sentence, weights, write
 
 Pretraining = Callable[..., pretrain.PretrainConfig]
 ALONE = World(0, 1, torch.device("cpu"))
+FILES = ("__0_0.distcp", ".metadata", "state.json", "rank-0.sha256", files.MANIFEST)
 
 
 class Killed(BaseException):
@@ -46,7 +49,7 @@ def test_72_flipped_bits_and_27_cuts_are_all_seen(
         copy = tmp_path / f"copy{trial}"
         shutil.copytree(run / "checkpoints", copy / "checkpoints")
         newest = copy / "checkpoints" / "step-00000002"
-        damaged = newest / ("random-0.pt", "state.pt", files.MANIFEST)[trial % 3]
+        damaged = newest / FILES[trial % len(FILES)]
         if trial < 72:
             flip(damaged, place=draw.randrange(damaged.stat().st_size), bit=draw.randrange(8))
         else:
@@ -55,13 +58,13 @@ def test_72_flipped_bits_and_27_cuts_are_all_seen(
         assert checkpoint.latest_whole(str(copy), ALONE) == newest.with_name("step-00000001"), trial
         said = capsys.readouterr().out
         assert said.count("\n") == 1 and f"resume: {newest} is damaged (" in said, said
-        assert damaged.name in said and files.MANIFEST in said
+        assert damaged.name in said and ".sha256" in said
         assert checkpoint.latest_whole(str(copy), ALONE) == newest.with_name("step-00000001")
         assert capsys.readouterr().out == "", "said once"
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("name", ["state.pt", "random-0.pt", files.MANIFEST])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", files.MANIFEST])
 def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_and_ends_as_if_it_were_whole(
     pretraining: Pretraining, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,16 +91,14 @@ def test_without_a_whole_checkpoint_a_resume_is_refused(pretraining: Pretraining
     config = pretraining(max_steps=2, save_every=1)
     pretrain.run(config)
     folder = Path(config.output_dir, "checkpoints")
-    (folder / "step-00000001" / files.MANIFEST).unlink()  # as an earlier version left them
-    os.truncate(folder / "step-00000002" / "state.pt", 100)
+    (folder / "step-00000001" / files.MANIFEST).unlink()
+    os.truncate(folder / "step-00000002" / "__0_0.distcp", 100)
     with pytest.raises(ValueError) as refused:
         pretrain.run(dataclasses.replace(config, resume=True))
     assert str(refused.value) == (
-        f"resume: got no whole checkpoint in {config.output_dir!r} (step-00000002: state.pt does not agree "
-        "with manifest.sha256; "
-        "step-00000001: it has no manifest.sha256, as where an earlier version of fastalign wrote it), "
-        "expected at least one: "
-        "bring one back from a copy, or name another output_dir"
+        f"resume: got no whole checkpoint in {config.output_dir!r} (step-00000002: __0_0.distcp does not "
+        "agree with rank-0.sha256; step-00000001: it has no manifest.sha256), expected at least one: bring "
+        "one back from a copy, or name another output_dir"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"], (
         "nothing is renamed then"
@@ -108,16 +109,47 @@ def test_a_missing_file_and_one_that_cannot_be_read_are_damage(
     pretraining: Pretraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     newest = two_checkpoints(pretraining) / "checkpoints" / "step-00000002"
-    assert files.find_damage(newest) is None
+    assert find_damage(newest) is None
 
     def broken(path: Path) -> bytes:
         raise OSError(5, "Input/output error", str(path))
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "_line", broken)
-        assert files.find_damage(newest) == "random-0.pt cannot be read: Input/output error"
-    (newest / "random-0.pt").unlink()
-    assert files.find_damage(newest) == "random-0.pt, which manifest.sha256 lists, is missing"
+        assert find_damage(newest) == "rank-0.sha256 cannot be read: Input/output error"
+    (newest / "__0_0.distcp").unlink()
+    assert find_damage(newest) == "__0_0.distcp, which rank-0.sha256 lists, is missing"
+
+
+def test_a_checkpoint_of_the_format_before_is_refused_by_name(pretraining: Pretraining) -> None:
+    config = pretraining(max_steps=1, save_every=1)
+    pretrain.run(config)
+    found = Path(config.output_dir, "checkpoints", "step-00000001")
+    (found / "state.pt").write_bytes(b"as torch.save wrote it")
+    with pytest.raises(
+        ValueError, match=r"resume: got .*step-00000001, which .* wrote \(state\.pt\), expected"
+    ):
+        pretrain.run(dataclasses.replace(config, resume=True))
+    assert found.is_dir(), "it is not renamed"
+
+
+def test_metadata_that_names_a_function_is_not_run(pretraining: Pretraining, tmp_path: Path) -> None:
+    """.metadata is a pickle. One of a stranger's, sealed by the stranger, must not run code."""
+    config = pretraining(max_steps=1, save_every=1)
+    pretrain.run(config)
+    found = Path(config.output_dir, "checkpoints", "step-00000001")
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "done"),)
+
+    (found / ".metadata").write_bytes(pickle.dumps(Evil()))
+    seal(found)
+    with pytest.raises(
+        pickle.UnpicklingError, match=r"\.metadata: got (posix|os)\.mkdir, expected the classes"
+    ):
+        pretrain.run(dataclasses.replace(config, resume=True))
+    assert not (tmp_path / "done").exists()
 
 
 def test_stray_files_beside_and_in_checkpoints_do_not_stop_a_resume(pretraining: Pretraining) -> None:
@@ -222,22 +254,11 @@ def test_every_file_of_a_run_is_synced_then_renamed_then_its_folder_synced(
         *[("sync", "metrics.jsonl.unfinished"), ("rename", "metrics.jsonl"), ("sync", ".")],
         ("sync", "metrics.jsonl"),
     ]
-    assert events[first : first + 9] == [
-        *[
-            ("sync", new + "random-0.pt"),
-            ("sync", new + "random-0.pt"),
-            ("sync", new + "state.pt"),
-            ("sync", new + files.MANIFEST),
-        ],
-        *[
-            ("sync", new[:-1]),
-            ("rename", "checkpoints/step-00000001"),
-            ("sync", "checkpoints"),
-            ("sync", "."),
-        ],
-        events[first + 8],
-    ]
-    assert sorted(events[first + 8 : -3]) == in_model
+    written = ["__0_0.distcp", "rank-0.sha256", ".metadata.tmp", "state.json", ".metadata", files.MANIFEST]
+    saved = [*[("sync", new + name) for name in written], ("sync", new[:-1])]
+    saved += [("rename", "checkpoints/step-00000001"), ("sync", "checkpoints"), ("sync", ".")]
+    assert events[first : first + len(saved)] == saved
+    assert sorted(events[first + len(saved) : -3]) == in_model
     assert events[-3:] == [("sync", "model.unfinished"), ("rename", "model"), ("sync", ".")]
     assert sorted(path.name for path in Path(config.output_dir).iterdir()) == [
         "checkpoints",

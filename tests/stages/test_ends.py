@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from fastalign.faults import Stopped
-from fastalign.stages import checkpoint, pretrain, reporters, run_folder, signals
+from fastalign.stages import checkpoint, checkpoint_storage, pretrain, reporters, run_folder, signals
 from fastalign.stages.config import parse
 from fastalign.stages.distributed import World
+from fastalign.stages.files import write_hashes
 from tests.stages.tiny import LLAMA, lines, weights
 
 Make = Callable[..., pretrain.PretrainConfig]
@@ -165,16 +166,18 @@ def test_a_disk_that_fills_up_is_told_and_the_old_checkpoint_stays(
     pretraining: Make, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     config = pretraining(save_every=2, keep_checkpoints=1)
-    saved, usage = torch.save, shutil.disk_usage
+    usage = shutil.disk_usage
+    lists: list[Path] = []
 
-    def full_at_step_4(value: Any, path: Path) -> None:
-        if how == "write" and value.get("step") == 4:
+    def full_at_step_4(folder: Path, listed_in: Path, names: Sequence[str]) -> None:
+        lists.append(listed_in)  # two of a checkpoint: the rank's, and the manifest
+        if how == "write" and len(lists) == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        saved(value, path)
-        if how == "room" and value.get("step") == 2:
+        write_hashes(folder, listed_in, names)
+        if how == "room" and len(lists) == 2:
             monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**16))
 
-    monkeypatch.setattr(torch, "save", full_at_step_4)
+    monkeypatch.setattr(checkpoint_storage, "write_hashes", full_at_step_4)
     checkpoints = Path(config.output_dir, "checkpoints")
     message = (
         rf"output_dir: got \d.* free in '{checkpoints}', expected 0\.\d MiB for the checkpoint of step 4"
@@ -182,7 +185,7 @@ def test_a_disk_that_fills_up_is_told_and_the_old_checkpoint_stays(
     with pytest.raises(OSError, match=message):
         pretrain.run(config)
     assert checkpoint.latest(config.output_dir) == checkpoints / "step-00000002"
-    monkeypatch.setattr(torch, "save", saved)
+    monkeypatch.setattr(checkpoint_storage, "write_hashes", write_hashes)
     monkeypatch.setattr(shutil, "disk_usage", usage)
     assert (
         pretrain.run(

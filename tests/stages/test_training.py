@@ -67,11 +67,11 @@ def test_two_gloo_ranks_equal_one_process(
     found = checkpoint.latest(together.output_dir)
     assert found is not None
     assert sorted(path.name for path in found.iterdir()) == [
-        "manifest.sha256",
-        "random-0.pt",
-        "random-1.pt",
-        "state.pt",
+        *(".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.sha256"),
+        *("rank-0.sha256", "rank-1.sha256", "state.json"),
     ]
+    sizes = [(found / f"__{rank}_0.distcp").stat().st_size for rank in range(2)]
+    assert max(sizes) < 1.5 * min(sizes), "each rank writes about as much"
 
     # The third step on one process shows that their checkpoint is good too.
     with pytest.warns(UserWarning, match="resuming on 1 processes a run of 2"):

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from tokenizers import ByteLevelBPETokenizer
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastalign.stages import loading
@@ -94,6 +96,17 @@ def weights(config: TrainConfig, part: str = "model") -> dict[str, torch.Tensor]
             config.output_dir, part, "adapter_model.safetensors" if config.lora_rank else "model.safetensors"
         )
     )
+
+
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by name, those of all ranks put together."""
+    reader = FileSystemReader(checkpoint)
+    described: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def lines(config: TrainConfig) -> list[dict[str, Any]]:
