@@ -29,8 +29,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import PlatformError
 
 CSRC = Path(__file__).parent / "csrc"
-# -Wno-maybe-uninitialized: GCC 12 warns of its own intrinsics.
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+# -Wno-uninitialized: GCC 12 warns of its own intrinsics.
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-Wall", "-Wno-psabi", "-Wno-uninitialized"]
 SANITIZED = [
     "-O1",
     "-g1",
@@ -41,7 +41,7 @@ SANITIZED = [
 # csrc/<family>/target.cpp, with the compiler's rule for a * b + c. The sampler gives the same bits on every
 # machine, so its fused operations are written down and the compiler may add none.
 KERNELS = {"softmax": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
-LAUNCHERS = ("ops", "softmax/launch", "gemm/launch", "policy/launch", "sampling/launch")
+LAUNCHERS = ("ops", "softmax/launch", "gemm/launch", "int8/launch", "policy/launch", "sampling/launch")
 # Instruction sets that the kernels are compiled for; csrc/common/targets.h chooses among them at run time.
 TARGETS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -128,8 +128,10 @@ def compile_commands(compiler: str, nvcc: str | None, torch: Path, objects: Path
             source = str(CSRC / family / "target.cpp")
             commands[objects / f"{family}_{target}.o"] = [*compiled, *options, "-c", source]
     if "avx512" in TARGETS:
-        options = [*TARGETS["avx512"], "-mavx512bf16"]
-        commands[objects / "gemm_avx512.o"] = [*compiled, *options, "-c", str(CSRC / "gemm" / "target.cpp")]
+        for family, extension in {"gemm": "-mavx512bf16", "int8": "-mavx512vnni"}.items():
+            source = str(CSRC / family / "target.cpp")
+            options = [*TARGETS["avx512"], extension, "-c", source]
+            commands[objects / f"{family}_avx512.o"] = [*compiled, *options]
     if nvcc is not None:
         options = [*NVCC_FLAGS, *gpu_codes(nvcc), *stable_abi]
         source = str(CSRC / "sampling" / "launch.cu")

@@ -1,6 +1,7 @@
 // Registers the native ops; the families' launch.cpp check and run them. sampling/launch.cu registers `sample` for CUDA, where it is built.
 #define FASTALIGN_TARGET generic
 #include "gemm/launch.h"
+#include "int8/launch.h"
 #include "policy/launch.h"
 #include "sampling/launch.h"
 #include "softmax/launch.h"
@@ -28,6 +29,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
 
 #ifdef FASTALIGN_X86_TARGETS
   m.def("gemm(Tensor left, Tensor right, Tensor(a!) out, bool add, Tensor? right_rows, Tensor? out_rows) -> ()");
+  m.def("cpu_int8_gemm() -> bool");
+  m.def("int8_pack(Tensor x, bool left, int width, int block, Tensor? basis, Tensor(a!) packed, Tensor(b!) norms) -> ()");
+  m.def("int8_gemm(Tensor left, Tensor right, int width, bool low, Tensor(a!) out) -> ()");
 #endif
 
   m.def("policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor? scale, Tensor? entropy, Tensor? reference_logp, "
@@ -50,6 +54,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
   m.impl("column_grad", TORCH_BOX(&fastalign::column_grad));
 #ifdef FASTALIGN_X86_TARGETS
   m.impl("gemm", TORCH_BOX(&fastalign::gemm));
+  m.impl("int8_pack", TORCH_BOX(&fastalign::int8_pack));
+  m.impl("int8_gemm", TORCH_BOX(&fastalign::int8_gemm));
 #endif
   m.impl("policy_tokens", TORCH_BOX(&fastalign::policy_tokens));
   m.impl("value_tokens", TORCH_BOX(&fastalign::value_tokens));
@@ -62,4 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastalign, CompositeExplicitAutograd, m) {
   m.impl("cpu_target", TORCH_BOX(&fastalign::cpu_target));
   m.impl("cpu_own_gemm", TORCH_BOX(&fastalign::cpu_own_gemm));
+#ifdef FASTALIGN_X86_TARGETS
+  m.impl("cpu_int8_gemm", TORCH_BOX(&fastalign::has_int8_gemm));
+#endif
 }

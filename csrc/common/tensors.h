@@ -25,6 +25,7 @@ inline const char* dtype_name(ScalarType dtype) {
     case ScalarType::Half: return "fp16";
     case ScalarType::Long: return "int64";
     case ScalarType::Int: return "int32";
+    case ScalarType::Char: return "int8";
     case ScalarType::Bool: return "bool";
     default: return "another dtype";
   }

@@ -2,24 +2,13 @@
 // bf16 only on machines that have the latter.
 #include "api.h"
 
-#include <immintrin.h>
-
 #include <algorithm>
+
+#include "../common/vectors512.h"
 
 namespace fastalign {
 namespace avx512 {
 namespace {
-
-constexpr int64_t LANES = 16;
-
-__mmask16 first(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
-
-// 16 elements as fp32.
-inline __m512 widened(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
-inline __m512 widened(const fp16* p, int64_t count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p)); }
-inline __m512 widened(const bf16* p, int64_t count) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p)), 16));
-}
 
 // 16 elements as bf16 in the lower halves of 32 bits.
 inline __m512i narrowed(const bf16* p, int64_t count) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p)); }
@@ -42,27 +31,6 @@ template <bool PAIRS, class T> inline __m512 across(const T* p, const T* next, i
   if constexpr (!PAIRS) return widened(p, count);
   const __m512i above = next ? _mm512_slli_epi32(narrowed(next, count), 16) : _mm512_setzero_si512();
   return _mm512_castsi512_ps(_mm512_or_si512(narrowed(p, count), above));
-}
-
-inline void transpose(__m512 (&r)[LANES]) {
-  __m512 s[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; i += 2) s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; i += 4) {
-    const auto low = [&](int a, int b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(s[a]), _mm512_castps_pd(s[b]))); };
-    const auto high = [&](int a, int b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(s[a]), _mm512_castps_pd(s[b]))); };
-    r[i] = low(i, i + 2), r[i + 1] = high(i, i + 2), r[i + 2] = low(i + 1, i + 3), r[i + 3] = high(i + 1, i + 3);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // r[4 g + i]: of rows 4 g to 4 g + 3, the columns i, 4 + i, 8 + i, 12 + i
-    const __m512 a = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
-    const __m512 c = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd), d = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
-    s[i] = _mm512_shuffle_f32x4(a, b, 0x88), s[8 + i] = _mm512_shuffle_f32x4(a, b, 0xdd);
-    s[4 + i] = _mm512_shuffle_f32x4(c, d, 0x88), s[12 + i] = _mm512_shuffle_f32x4(c, d, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) r[i] = s[i];
 }
 
 // While lines of 16 o are read, those of the next 16 are prefetched: they start elsewhere, where the hardware does not prefetch. With this and

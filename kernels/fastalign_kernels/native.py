@@ -46,6 +46,11 @@ def has_gemm() -> bool:
     return not missing and TARGETS[torch.ops.fastalign.cpu_target()] == "AVX-512"
 
 
+def has_int8_gemm() -> bool:
+    """Whether csrc/int8 can multiply 8-bit codes on this CPU: it needs AVX-512 VNNI."""
+    return has_gemm() and bool(torch.ops.fastalign.cpu_int8_gemm())
+
+
 def _choose_gemm() -> bool:
     choice = os.environ.get("FASTALIGN_GEMM") or None
     if choice is None:

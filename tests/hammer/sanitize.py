@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build" / "sanitized"
 SUITE = (
     *("softmax/test_rows", "softmax/test_columns", "policy/test_policy", "policy/test_calls"),
-    *("kernels/test_gemm", "kernels/test_sampling", "kernels/test_native", "kernels/test_logits"),
+    *("kernels/test_gemm", "kernels/test_gemm_int8", "kernels/test_sampling"),
+    *("kernels/test_native", "kernels/test_logits"),
 )
 LEFT_OUT = (
     *("triton", "cuda", "transformers", "SmolLM2"),  # no native code of ours
