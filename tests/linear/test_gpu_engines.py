@@ -1,11 +1,8 @@
 """The head's GPU engines against fp64 and against token tiles, in tiny tiles: on a GPU, or in Triton's
 interpreter."""
 
-import math
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
 
@@ -266,13 +263,6 @@ def test_a_sure_token_keeps_its_gradient_when_the_softmax_is_kept(device):
     assert_close(found, expected, torch.bfloat16)
 
 
-def test_a_softcap_keeps_the_softmax_only_if_no_slope_is_lost():
-    assert gpu_plan.keeps_softmax(torch.bfloat16, 256000, 30.0, 1.0)
-    assert not gpu_plan.keeps_softmax(torch.bfloat16, 256000, 50.0, 1.0)
-    assert not gpu_plan.keeps_softmax(torch.float16, 256000, 30.0, 1.0)
-    assert gpu_plan.keeps_softmax(torch.float16, 256000, 0.0, 1.0)
-
-
 @pytest.mark.parametrize("name", ["all kept", "in blocks", "slices"])
 def test_every_public_loss_runs_on_it(device, monkeypatch, name):
     """Values and gradients are those of token tiles."""
@@ -330,80 +320,3 @@ def test_every_public_loss_runs_on_it(device, monkeypatch, name):
                 ours, right, rtol=2e-4, atol=2e-5, msg=lambda m, loss=loss: f"{loss}: {m}"
             )
     assert calls
-
-
-def call(n_tokens=8192, vocab_size=151936, dtype=torch.bfloat16, workspace_mib=2560.0, **changed):
-    gradients = {"hidden_grad": True, "head_grad": True} | changed
-    return gpu_plan.GpuCall(n_tokens, 4096, vocab_size, dtype, workspace_mib, **gradients)
-
-
-@pytest.mark.parametrize(
-    "given, engine",
-    [
-        (call(), "kept_softmax"),
-        (call(workspace_mib=512), "kept_softmax"),
-        (call(workspace_mib=300), "vocab_slices"),  # blocks of 512 tokens: dW's sum costs more than a GEMM
-        (call(workspace_mib=300, head_grad=False), "kept_softmax"),
-        (call(workspace_mib=100, head_grad=False, hidden_grad=False), "vocab_slices"),
-        (call(workspace_mib=10), "token_tiles"),  # no slice of 256 columns fits
-        (call(n_tokens=100, workspace_mib=100), "kept_softmax"),
-        (call(dtype=torch.float64), "token_tiles"),
-        (call(tail=True), "token_tiles"),
-        (call(tail=True, head_grad=False, hidden_grad=False), "kept_softmax"),
-        (call(n_tokens=0), "kept_softmax"),
-    ],
-)
-def test_the_engine_of_a_call(monkeypatch, given, engine):
-    monkeypatch.undo()  # tiles of their real sizes
-    assert gpu_plan.select_engine(given) == engine
-
-
-@pytest.mark.parametrize(
-    "given, tile, block",
-    [
-        (call(n_tokens=2048), 1024, 2048),
-        (call(), 256, 8192),  # a larger tile would make two blocks of it
-        (call(n_tokens=16384), 256, 8192),
-        (call(n_tokens=10000), 1024, 5120),  # two blocks in any case, so that the tile is large
-        (call(n_tokens=1100, head_grad=False), 768, 768),
-        (call(dtype=torch.float32, n_tokens=4000), 1024, 4000),
-    ],
-)
-def test_sizes_of_tiles_and_blocks(monkeypatch, given, tile, block):
-    monkeypatch.undo()
-    sizes = gpu_plan.tile_sizes(given)
-    assert (sizes.tile, sizes.block) == (tile, block)
-    assert sizes.bytes <= given.workspace_mib * MIB
-
-
-def test_the_default_workspace_is_a_sixteenth_of_the_card():
-    assert gpu_plan.gpu_workspace_mib(24 * 2**30) == 1536
-    assert gpu_plan.gpu_workspace_mib(141 * 2**30) == gpu_plan.gpu_workspace_mib(None) == 2560
-    assert math.isclose(gpu_plan.gpu_workspace_mib(8 * 2**30), 512)
-
-
-@pytest.mark.parametrize(
-    "architecture, hidden_size, options, engine",
-    [
-        (80, 16, HeadOptions(), "kept_softmax"),
-        (100, 16, HeadOptions(), "kept_softmax"),  # no GPU has measured the epilogue there
-        (90, 16, HeadOptions(), "epilogue"),
-        (90, 12, HeadOptions(), "kept_softmax"),  # TMA takes rows of whole 16 bytes
-        (90, 16, HeadOptions(softcap=50.0), "kept_softmax"),
-        (90, 16, HeadOptions(workspace_mib=300), "vocab_slices"),
-        (90, 16, HeadOptions(tail_eps=1e-3), "tail"),
-        (90, 12, HeadOptions(tail_eps=1e-3), "token_tiles"),
-        (80, 16, HeadOptions(tail_eps=1e-3), "token_tiles"),
-    ],
-)
-def test_the_engine_on_a_card(monkeypatch, architecture, hidden_size, options, engine):
-    monkeypatch.undo()
-    monkeypatch.setattr(engines, "architecture", lambda index: architecture)
-    monkeypatch.setattr(engines, "_card_bytes", lambda index: 80 * 2**30)
-    with FakeTensorMode():
-        hidden = torch.empty(8192, hidden_size, dtype=torch.bfloat16, device="cuda")
-        weight = torch.empty(151936, hidden_size, dtype=torch.bfloat16, device="cuda")
-        inputs = HeadInputs(hidden, weight, torch.empty(8192, dtype=torch.int64), None, options)
-        needs = NeedsGrad(hidden=True, weight=True)
-        assert engines.select(inputs, needs) == (engine, 2560, 5120)
-        assert engines.overwrites_saved(inputs, needs) == (engine in ("kept_softmax", "epilogue", "tail"))
