@@ -66,10 +66,15 @@ def decoding(model: Any, rows: int, *, compile_step: bool, prompt: int = 16, new
     ids = torch.randint(0, model.config.vocab_size, (rows, prompt), device=device)
     options = {"seed": 0, "temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "pad_id": 0}
     return Decoding(
-        model, model, input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, eos=[],
+        model,
+        model,
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        eos=[],
         options=options | {"sequence_ids": None, "repetition_penalty": 1.0, "allowed": None},
         compile_step=compile_step,
-    )  # fmt: skip
+    )
 
 
 def kernels(state: Decoding) -> Counter[str]:

@@ -118,9 +118,13 @@ def compare(name: str, ours: tuple[Tensor, Gradients], eager: Any, truth: Any, d
         found = getattr(ours[1], field)
         if found.numel():
             assert_no_worse_than_eager(
-                found, getattr(eager[1], field), getattr(truth[1], field), f"{name} d {field}",
-                rounding=rounding, terms=16,
-            )  # fmt: skip
+                found,
+                getattr(eager[1], field),
+                getattr(truth[1], field),
+                f"{name} d {field}",
+                rounding=rounding,
+                terms=16,
+            )
 
 
 def check(case: Case, engine_name: str) -> None:

@@ -15,8 +15,14 @@ READS = {"two reads, one write (amax, clone)": read_read_write}
 CASES = (
     *(
         operation_case(
-            f"cross_entropy {dtype}", "cross_entropy", shape,
-            dtype=dtype, trained=("logits",), ceilings=READS, tiny=TINY, compiles=dtype == "bf16",
+            f"cross_entropy {dtype}",
+            "cross_entropy",
+            shape,
+            dtype=dtype,
+            trained=("logits",),
+            ceilings=READS,
+            tiny=TINY,
+            compiles=dtype == "bf16",
         )
         for dtype, shape in SHAPES.items()
     ),
@@ -27,15 +33,26 @@ CASES = (
         for dtype, shape in SHAPES.items()
     ),
     operation_case(
-        "ppo_loss fp32", "ppo", TOKENS,
-        dtype="fp32", trained=("logp", "entropy"), ceilings=COPIES, tiny=TINY, compiles=True,
+        "ppo_loss fp32",
+        "ppo",
+        TOKENS,
+        dtype="fp32",
+        trained=("logp", "entropy"),
+        ceilings=COPIES,
+        tiny=TINY,
+        compiles=True,
     ),
     operation_case("gae fp32", "gae", TOKENS, dtype="fp32", trained=(), ceilings=COPIES, tiny=TINY),
     operation_case(
         "masked_whiten fp32", "whiten", TOKENS, dtype="fp32", trained=(), ceilings=COPIES, tiny=TINY
     ),
     operation_case(
-        "reward fp32", "reward", Shape(4096, 0, 0),
-        dtype="fp32", trained=("chosen", "rejected"), ceilings=COPIES, tiny=Shape(8, 0, 0),
+        "reward fp32",
+        "reward",
+        Shape(4096, 0, 0),
+        dtype="fp32",
+        trained=("chosen", "rejected"),
+        ceilings=COPIES,
+        tiny=Shape(8, 0, 0),
     ),
-)  # fmt: skip
+)

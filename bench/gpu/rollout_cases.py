@@ -32,9 +32,7 @@ def _calls(shape: Shape, device: str) -> Calls:
         for _ in range(shape.V):
             weights.amax()
 
-    rollout = partial(
-        generate, model, ids, mask, max_new_tokens=shape.V, seed=0, eos_id=None, pad_id=0
-    )  # fmt: skip
+    rollout = partial(generate, model, ids, mask, max_new_tokens=shape.V, seed=0, eos_id=None, pad_id=0)
     options: dict[str, Any] = {"max_new_tokens": shape.V, "do_sample": True, "top_k": 0, "pad_token_id": 0}
     ours: dict[str, Call] = {OURS: rollout, f"{OURS}, eager steps": partial(rollout, cuda_graph=False)}
     compiled: dict[str, Call] = {f"{OURS}, compile=True": partial(rollout, compile=True)}

@@ -76,9 +76,14 @@ CASES = (
     _case("bf16 [64, 151936]", QWEN, normal_inputs, torch.bfloat16),
     *(
         operation_case(
-            name.replace("sample", "sample fp32", 1), name, QWEN,
-            dtype="fp32", trained=(), ceilings=READ, tiny=TINY,
+            name.replace("sample", "sample fp32", 1),
+            name,
+            QWEN,
+            dtype="fp32",
+            trained=(),
+            ceilings=READ,
+            tiny=TINY,
         )
         for name in ("sample, top_p 0.9 at T 0.7", "sample, top_p 0.9 at T 0.7, trained-like logits")
     ),
-)  # fmt: skip
+)

@@ -31,9 +31,16 @@ from .head_cases import SHAPES
 KINDS = ("lean", "full", "not kept")
 BRANCH, PLAIN = Tiles(stages=3, parts=2), Tiles(stages=3, parts=2, branch=False)
 GRID = (
-    Tiles(), Tiles(group=32), BRANCH, BRANCH._replace(stages=4), BRANCH._replace(group=16),
-    BRANCH._replace(group=32), PLAIN, PLAIN._replace(group=16), PLAIN._replace(group=32),
-)  # fmt: skip
+    Tiles(),
+    Tiles(group=32),
+    BRANCH,
+    BRANCH._replace(stages=4),
+    BRANCH._replace(group=16),
+    BRANCH._replace(group=32),
+    PLAIN,
+    PLAIN._replace(group=16),
+    PLAIN._replace(group=32),
+)
 PROCESSES = 8
 
 

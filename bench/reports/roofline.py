@@ -175,10 +175,18 @@ def _head(
 ) -> Work:
     N, H, V = shape
     plan = plan_head(
-        N, H, V, dtype=DTYPES[dtype], device=kind,
-        hidden_grad=hidden_grad, weight_grad=weight_grad, upstream=upstream,
-        workspace_mib=workspace_mib, architecture=architecture, memory_mib=MEMORY_MIB,
-    )  # fmt: skip
+        N,
+        H,
+        V,
+        dtype=DTYPES[dtype],
+        device=kind,
+        hidden_grad=hidden_grad,
+        weight_grad=weight_grad,
+        upstream=upstream,
+        workspace_mib=workspace_mib,
+        architecture=architecture,
+        memory_mib=MEMORY_MIB,
+    )
     size = SIZES[dtype]
     dX, dW = int(hidden_grad), int(weight_grad)
     gradients = [(1.0, N, H, V)] * dX + [(1.0, V, H, N)] * dW

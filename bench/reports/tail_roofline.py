@@ -61,9 +61,13 @@ def table() -> str:
         for kept in MEASURED:
             found = predict(tail(shape, kept), H200, "bf16")
             cells = (
-                " × ".join(map(str, shape)), kept.name, f"{kept.part:.0%}",
-                f"{found.seconds * 1e3:.3g}", f"{found.seconds / bare:.2f}", f"{found.mib:,.0f}",
-            )  # fmt: skip
+                " × ".join(map(str, shape)),
+                kept.name,
+                f"{kept.part:.0%}",
+                f"{found.seconds * 1e3:.3g}",
+                f"{found.seconds / bare:.2f}",
+                f"{found.mib:,.0f}",
+            )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

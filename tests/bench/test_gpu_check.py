@@ -147,8 +147,13 @@ def test_what_the_sanitizer_runs_draws_the_same_tokens_everywhere() -> None:
 
 def test_make_runs_it_with_the_machines_own_python() -> None:
     command = [
-        "make", "--no-print-directory", "-n", "gpu-check", "PYTHON=python3.12", "PART=tests",
-    ]  # fmt: skip
+        "make",
+        "--no-print-directory",
+        "-n",
+        "gpu-check",
+        "PYTHON=python3.12",
+        "PART=tests",
+    ]
     # `make test` may have started this test
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "python3.12 -m bench.gpu.check --part tests"

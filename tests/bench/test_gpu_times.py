@@ -47,9 +47,14 @@ def test_a_case_has_times_of_what_ran_and_reasons_for_the_rest() -> None:
     measured = measure(SMALL, "cpu", Rounds(0.0, 3))
     seconds = {name: row.timing and len(row.timing.seconds) for name, row in measured.rows.items()}
     assert seconds == {
-        "one read": 3, "fastalign": 3, "fastalign, twice": 3, "PyTorch": 3,
-        "broken": None, "late": None, "FlashInfer": None,
-    }  # fmt: skip
+        "one read": 3,
+        "fastalign": 3,
+        "fastalign, twice": 3,
+        "PyTorch": 3,
+        "broken": None,
+        "late": None,
+        "FlashInfer": None,
+    }
     assert measured.rows["broken"].refused == "failed: RuntimeError: illegal memory access"
     assert measured.rows["late"].refused == "absent: it needs nvcc"
     assert measured.failed == []

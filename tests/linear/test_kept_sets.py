@@ -94,8 +94,9 @@ def policy(given: dict[str, Any], ids: Tensor, kept: Any, **options: Any) -> Any
     old_logp, advantages = (torch.linspace(low, 2, len(ids), dtype=torch.float64) for low in (-3.0, -1.0))
     mask = ids >= 0
     loss: dict[str, Any] = {"entropy_coefficient": 0.3}
-    ours = linear_ppo_loss(**given, ids=ids, old_logp=old_logp, advantages=advantages, mask=mask, kept=kept,
-                           **loss, **options)  # fmt: skip
+    ours = linear_ppo_loss(
+        **given, ids=ids, old_logp=old_logp, advantages=advantages, mask=mask, kept=kept, **loss, **options
+    )
     logp, entropy = linear_kept_stats_ref(**given, ids=ids, kept=kept, **options)
     return ours, ppo_loss_ref(logp, old_logp, advantages, mask, entropy=entropy, **loss)
 

@@ -119,9 +119,15 @@ def planned_chunks(inputs: HeadInputs, needs: NeedsGrad) -> Iterator[Tensor | sl
     N = ids.numel() if ids.is_cuda else how_many()
     options = inputs.options
     chunk, _ = token_chunk(
-        N, inputs.vocab_size, inputs.hidden.dtype, inputs.hidden.device.type,
-        needs.hidden, needs.head, options.tail_eps, options.workspace_mib,
-    )  # fmt: skip
+        N,
+        inputs.vocab_size,
+        inputs.hidden.dtype,
+        inputs.hidden.device.type,
+        needs.hidden,
+        needs.head,
+        options.tail_eps,
+        options.workspace_mib,
+    )
     for begin in range(0, N, chunk):
         if begin and ids.is_cuda:
             N = how_many()

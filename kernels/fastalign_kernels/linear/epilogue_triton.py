@@ -118,10 +118,19 @@ def _part(
 
 @triton.jit
 def _two_parts(
-    z, kept, r, base, token_id, row0, col0,
-    KEPT_SCALE: tl.constexpr, KEEP: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    z,
+    kept,
+    r,
+    base,
+    token_id,
+    row0,
+    col0,
+    KEPT_SCALE: tl.constexpr,
+    KEEP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BRANCH: tl.constexpr,
-):  # fmt: skip
+):
     """`_part` of both halves of z."""
     left, right = halves(z)
     width: tl.constexpr = z.shape[1] // 2

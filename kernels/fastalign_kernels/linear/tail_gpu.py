@@ -269,9 +269,19 @@ def select_tiles(
     scale = torch.where(total == 0, 0.0, 1 / total)
     scale[parts] = 1
     kept = KeptTiles(
-        part_rows, parts, columns, places, column_parts, tile_parts, tile_counts, lists, counts,
-        q, q_by_place, scale,
-    )  # fmt: skip
+        part_rows=part_rows,
+        parts=parts,
+        columns=columns,
+        places=places,
+        column_parts=column_parts,
+        tile_parts=tile_parts,
+        tile_counts=tile_counts,
+        lists=lists,
+        counts=counts,
+        q=q,
+        q_by_place=q_by_place,
+        scale=scale,
+    )
     return kept, how_many
 
 

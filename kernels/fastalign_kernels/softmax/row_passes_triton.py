@@ -81,9 +81,15 @@ def transformed(x, bias, transform, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constex
 
 @triton.jit
 def _load(
-    row_logits, bias, cols, V,
-    dtype: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, EVICT: tl.constexpr,
-):  # fmt: skip
+    row_logits,
+    bias,
+    cols,
+    V,
+    dtype: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
+    EVICT: tl.constexpr,
+):
     """Logits and bias at `cols` in `dtype`, and which of them are in the row; all of them unless MASKED."""
     inside = cols < V
     b = 0.0
@@ -100,10 +106,23 @@ def _load(
 
 @triton.jit
 def _add_block(
-    row_logits, bias, cols, V, lane_max, lane_sum, lane_weighted, lane_total,
-    transform, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, EVICT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    row_logits,
+    bias,
+    cols,
+    V,
+    lane_max,
+    lane_sum,
+    lane_weighted,
+    lane_total,
+    transform,
+    PLAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    EVICT: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The lanes [L] of `read_row` with the logits at `cols` [L, logits of a lane] added."""
     dtype: tl.constexpr = lane_max.dtype
     x, b, inside = _load(row_logits, bias, cols, V, dtype, HAS_BIAS, MASKED, EVICT)
@@ -128,10 +147,19 @@ def _add_block(
 
 @triton.jit
 def read_row(
-    row_logits, bias, V, transform,
-    dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, READ_AGAIN: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+    row_logits,
+    bias,
+    V,
+    transform,
+    dtype: tl.constexpr,
+    PLAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    READ_AGAIN: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
     """row_max, then in fp64 the sums over the row of e^(z - row_max) and of (z - row_max) times that, and the
     sum of z in `dtype`. The last two are 0 without HAS_ENTROPY and HAS_MEAN.
 
@@ -174,9 +202,16 @@ def read_row(
 
 @triton.jit
 def transformed_logit(
-    row_logits, bias, col, V, transform,
-    dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    row_logits,
+    bias,
+    col,
+    V,
+    transform,
+    dtype: tl.constexpr,
+    PLAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
     """z of one logit; NaN if `col` is not in [0, V)."""
     inside = (col >= 0) & (col < V)
     b = 0.0
@@ -189,9 +224,19 @@ def transformed_logit(
 
 @triton.jit
 def store_stats(
-    stats, N, row, V, z_id, row_max, sum_exp, weighted, total,
-    dtype: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr,
-):  # fmt: skip
+    stats,
+    N,
+    row,
+    V,
+    z_id,
+    row_max,
+    sum_exp,
+    weighted,
+    total,
+    dtype: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+):
     """Stores column `row` of the table [7, N] from `read_row`'s sums and the id's z. Returns log(sum_exp).
 
     MEAN_LOGP and ENTROPY are 0 without HAS_MEAN and HAS_ENTROPY.
@@ -222,9 +267,18 @@ def zero_stats(stats, N, row):
 
 @triton.jit
 def _gradient(
-    x, b, row_max, logsum, prob, plogp, uniform,
-    transform, PLAIN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PLOGP: tl.constexpr,
-):  # fmt: skip
+    x,
+    b,
+    row_max,
+    logsum,
+    prob,
+    plogp,
+    uniform,
+    transform,
+    PLAIN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_PLOGP: tl.constexpr,
+):
     """P (prob + plogp log P) + uniform, and dz/dx, of raw logits x.
 
     Without HAS_PLOGP `prob` has e^-logsum in it, so that a logit costs one subtraction less.
@@ -240,10 +294,25 @@ def _gradient(
 
 @triton.jit
 def _write_block(
-    row_logits, out_row, bias, cols, V, row_max, logsum, prob, plogp, uniform, transform,
-    dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_PLOGP: tl.constexpr, HAS_SLOPE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    row_logits,
+    out_row,
+    bias,
+    cols,
+    V,
+    row_max,
+    logsum,
+    prob,
+    plogp,
+    uniform,
+    transform,
+    dtype: tl.constexpr,
+    PLAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_PLOGP: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     x, b, inside = _load(row_logits, bias, cols, V, dtype, HAS_BIAS, MASKED, "evict_first")
     dz, dz_dx = _gradient(
         x, b, row_max, logsum, prob, plogp, uniform, transform,
@@ -259,11 +328,26 @@ def _write_block(
 
 @triton.jit
 def write_row(
-    row_logits, out_row, bias, V, target, row_max, logsum,
-    onehot, prob, plogp, uniform, transform,
-    dtype: tl.constexpr, PLAIN: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_PLOGP: tl.constexpr, HAS_SLOPE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
+    row_logits,
+    out_row,
+    bias,
+    V,
+    target,
+    row_max,
+    logsum,
+    onehot,
+    prob,
+    plogp,
+    uniform,
+    transform,
+    dtype: tl.constexpr,
+    PLAIN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_PLOGP: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
     """Write P (prob + plogp log P) + uniform, and onehot more at the target, times dz/dx if HAS_SLOPE.
 
     The target's element is written again at the end: looking for it at each logit would cost three
