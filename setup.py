@@ -10,6 +10,8 @@ The build needs torch's headers and a C++20 compiler. If one is missing it stops
 
 FASTALIGN_GPUS=90 compiles the CUDA sampler for that architecture alone, or for several: FASTALIGN_GPUS=80,90.
 
+FASTALIGN_OPS=name registers the ops under that name, as .ci/hub.py does for the Hugging Face Hub.
+
 FASTALIGN_SANITIZE=1 compiles AddressSanitizer and UndefinedBehaviorSanitizer in, without CUDA, for `make
 sanitize` (tests/hammer/sanitize.py).
 """
@@ -111,6 +113,8 @@ def compile_commands(compiler: str, nvcc: str | None, torch: Path, objects: Path
     """The command of each object file: launchers against torch, kernels once for each target."""
     compiled = [compiler, *FLAGS, *(SANITIZED if sanitize else [])]
     stable_abi = ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch / 'include'}"]
+    if ops := os.environ.get("FASTALIGN_OPS"):
+        stable_abi.append(f"-DFASTALIGN_OPS={ops}")
     x86 = ["-DFASTALIGN_X86_TARGETS"] if len(TARGETS) > 1 else []
     commands = {
         objects / f"{name.replace('/', '_')}.o": [

@@ -15,7 +15,7 @@ bool cpu_own_gemm() { return prefers_native_gemm(); }
 }  // namespace
 }  // namespace fastalign
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FASTALIGN_OPS, m) {
   m.def("cpu_target() -> int");
   m.def("cpu_own_gemm() -> bool");
 
@@ -47,7 +47,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastalign, m) {
         "Tensor? sequence_ids, Tensor? positions, Tensor? seen, Tensor? allowed, Tensor? finished, int pad_id) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTALIGN_OPS, CPU, m) {
   m.impl("row_stats", TORCH_BOX(&fastalign::row_stats));
   m.impl("row_grad", TORCH_BOX(&fastalign::row_grad));
   m.impl("column_sums", TORCH_BOX(&fastalign::column_sums));
@@ -65,7 +65,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastalign, CPU, m) {
   m.impl("sample", TORCH_BOX(&fastalign::sample));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastalign, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTALIGN_OPS, CompositeExplicitAutograd, m) {
   m.impl("cpu_target", TORCH_BOX(&fastalign::cpu_target));
   m.impl("cpu_own_gemm", TORCH_BOX(&fastalign::cpu_own_gemm));
 #ifdef FASTALIGN_X86_TARGETS

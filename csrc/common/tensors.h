@@ -12,6 +12,11 @@
 
 #include "targets.h"
 
+// The namespace of the ops in torch, as in fastalign_kernels/namespace.py. A build for the Hugging Face Hub has one of its own (.ci/hub.py).
+#ifndef FASTALIGN_OPS
+#define FASTALIGN_OPS fastalign
+#endif
+
 namespace fastalign {
 
 using torch::headeronly::ScalarType;

@@ -194,4 +194,4 @@ SampleResult sample_cuda(Tensor logits, int64_t seed, std::optional<Tensor> tabl
 }  // namespace
 }  // namespace fastalign
 
-STABLE_TORCH_LIBRARY_IMPL(fastalign, CUDA, m) { m.impl("sample", TORCH_BOX(&fastalign::sample_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(FASTALIGN_OPS, CUDA, m) { m.impl("sample", TORCH_BOX(&fastalign::sample_cuda)); }

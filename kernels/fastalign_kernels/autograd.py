@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .namespace import NAMESPACE
 from .torch_func import must_see_the_op, traced
 
 SMALL = 2**20  # elements below which the launch costs more than the pass
@@ -51,7 +52,7 @@ def register_op(
             parameters. The parameters it does not name get no gradient.
         losses: the public functions of the op, for the error of a second derivative.
     """
-    op = torch.library.custom_op(f"fastalign::{name}", forward, mutates_args=())
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
     op.register_fake(fake)
     parameters = list(inspect.signature(forward).parameters)
 
@@ -144,7 +145,7 @@ def register_row_loss(
             are scaled in place and given away, as `scale_saved_grads` says.
         losses: as in `register_op`.
     """
-    op = torch.library.custom_op(f"fastalign::{name}", forward, mutates_args=())
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
     op.register_fake(fake)
 
     def backward(ctx, saved: Sequence[Tensor], upstream: Tensor | None, *_: None) -> InputGrads:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .namespace import ops
 from .torch_func import traced, transforming
 
 
@@ -50,7 +51,7 @@ class Kernels:
         self,
         reference: SimpleNamespace,
         *,
-        native: Any = torch.ops.fastalign,
+        native: Any = ops,
         native_fp64: bool = True,
         triton: str | None = None,
         triton_fp64: bool = True,

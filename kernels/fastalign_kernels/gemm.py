@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .namespace import ops
 
 
 def uses_native_gemm(device: torch.device, dtype: torch.dtype) -> bool:
@@ -56,7 +57,7 @@ def mm(
     if uses_native_gemm(out.device, out.dtype) and not vector:
         if right_rows is not None and right.shape[1] > 1 and right.stride(1) != 1:
             right, right_rows = right.index_select(0, right_rows), None
-        torch.ops.fastalign.gemm(_packable(left), _packable(right), out, add, right_rows, out_rows)
+        ops.gemm(_packable(left), _packable(right), out, add, right_rows, out_rows)
         return
     if right_rows is not None:
         right = right.index_select(0, right_rows)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .namespace import ops
 
 LOW = 16  # rows of a basis
 LEFT, RIGHT = 8, 48  # rows of a panel: csrc/int8/api.h
@@ -71,14 +72,14 @@ def code_rows(x: Tensor, coding: Coding, *, left: bool) -> CodedRows:
         x = x.contiguous()
     packed = x.new_empty(packed_size(x.shape[0], coding, left=left), dtype=torch.int32)
     norms = x.new_empty(2, x.shape[0], dtype=torch.float32)
-    torch.ops.fastalign.int8_pack(x, left, coding.width, coding.block, coding.basis, packed, norms)
+    ops.int8_pack(x, left, coding.width, coding.block, coding.basis, packed, norms)
     return CodedRows(packed, norms[0], norms[1], coding, left)
 
 
 def mm_int8(left: CodedRows, right: CodedRows, out: Tensor) -> None:
     """Write the products of the rows of `left` and `right` into out [M, N] fp32."""
     coding = left.coding
-    torch.ops.fastalign.int8_gemm(left.packed, right.packed, coding.width, coding.basis is not None, out)
+    ops.int8_gemm(left.packed, right.packed, coding.width, coding.basis is not None, out)
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str:

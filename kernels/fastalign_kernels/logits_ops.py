@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import native
 from .autograd import NamedGrads, register_loss_op, register_op
+from .namespace import NAMESPACE
 from .ordered_sum import ordered_sum
 from .softmax.rows import (
     NeedsStats,
@@ -64,7 +65,7 @@ def _token_table_grad(
 
 
 _token_table_grad_op = torch.library.custom_op(
-    "fastalign::token_table_grad", _token_table_grad, mutates_args=()
+    f"{NAMESPACE}::token_table_grad", _token_table_grad, mutates_args=()
 )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from .namespace import NAMESPACE, ops
+
 TARGETS = ("generic vectors", "AVX2", "AVX-512")  # the order of ops.cpp's target indices
 # Ops that write into arguments and give nothing, which is all that a compiler must know of them.
 WRITING = (
@@ -33,7 +35,7 @@ def _load() -> str:
     except OSError as error:
         return f"the native library does not load: {error}"
     for op in WRITING:
-        torch.library.register_fake(f"fastalign::{op}", lambda *arguments: None)
+        torch.library.register_fake(f"{NAMESPACE}::{op}", lambda *arguments: None)
     return ""
 
 
@@ -43,18 +45,18 @@ triton_missing = "" if importlib.util.find_spec("triton") else "triton is not in
 
 def has_gemm() -> bool:
     """Whether csrc/gemm can multiply matrices on this CPU: it needs AVX-512."""
-    return not missing and TARGETS[torch.ops.fastalign.cpu_target()] == "AVX-512"
+    return not missing and TARGETS[ops.cpu_target()] == "AVX-512"
 
 
 def has_int8_gemm() -> bool:
     """Whether csrc/int8 can multiply 8-bit codes on this CPU: it needs AVX-512 VNNI."""
-    return has_gemm() and bool(torch.ops.fastalign.cpu_int8_gemm())
+    return has_gemm() and bool(ops.cpu_int8_gemm())
 
 
 def _choose_gemm() -> bool:
     choice = os.environ.get("FASTALIGN_GEMM") or None
     if choice is None:
-        return not missing and torch.ops.fastalign.cpu_own_gemm()
+        return not missing and ops.cpu_own_gemm()
     if choice not in ("native", "torch"):
         raise ValueError(
             f"FASTALIGN_GEMM: got {choice!r}, expected native (formerly own) or torch, "
@@ -79,7 +81,7 @@ def uses_gemm() -> bool:
 samples_on = frozenset(
     device
     for device, key in (("cpu", "CPU"), ("cuda", "CUDA"))
-    if not missing and torch._C._dispatch_has_kernel_for_dispatch_key("fastalign::sample", key)
+    if not missing and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::sample", key)
 )
 cuda_missing = missing or ("" if "cuda" in samples_on else "the native library was built without nvcc")
 
@@ -97,9 +99,7 @@ def _gemm_status() -> tuple[str, str]:
 
 def status() -> list[tuple[str, str, str]]:
     """(what, state, why) for each piece that can be native or fall back."""
-    native = (
-        f"native, {TARGETS[torch.ops.fastalign.cpu_target()]}" if not missing else "reference, in PyTorch"
-    )
+    native = f"native, {TARGETS[ops.cpu_target()]}" if not missing else "reference, in PyTorch"
     triton = "Triton" if not triton_missing else "reference, in PyTorch"
     unused = "" if torch.cuda.is_available() else "unused: torch sees no CUDA device"
     sampler = native if "cpu" in samples_on else "reference, in PyTorch"

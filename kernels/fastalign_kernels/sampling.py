@@ -36,6 +36,7 @@ from torch import Tensor
 from . import checks, native
 from .autograd import with_signature
 from .dispatch import Kernels
+from .namespace import NAMESPACE
 from .sampling_kept import KeptIds, kept_of_rows, penalised
 from .sampling_noise import exponential
 from .softmax.rows import accumulator_dtype
@@ -281,14 +282,14 @@ def _fake_sample(logits: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 _sample_reference = torch.library.custom_op(
-    "fastalign::sample_reference",
+    f"{NAMESPACE}::sample_reference",
     with_signature(_reference, get_type_hints(SampleInputs), get_type_hints(_reference)["return"]),
     mutates_args=(),
 )
 _sample_reference.register_fake(_fake_sample)
 KERNELS = Kernels(SimpleNamespace(sample=_sample_reference), native_fp64=False)
 if not native.missing:
-    torch.library.register_fake("fastalign::sample", _fake_sample)
+    torch.library.register_fake(f"{NAMESPACE}::sample", _fake_sample)
 
 
 def sample_ref(

@@ -29,6 +29,7 @@ from ..autograd import (
     saved_inputs,
     with_signature,
 )
+from ..namespace import NAMESPACE
 from ..torch_func import must_see_the_op
 from .engine import Gradients, empty_gradients
 from .inputs import HEAD, HeadInputs, HeadOptions, NeedsGrad
@@ -163,7 +164,7 @@ def register_head_grads(
 ) -> HeadOp:
     """The op of a backward pass: its body returns Gradients. It may overwrite tensors of its rest."""
     function = _as_op(forward, _tensors(len(HEAD)))
-    op = torch.library.custom_op(f"fastalign::{name}", function, mutates_args=overwrites)
+    op = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=overwrites)
     op.register_fake(_on_arguments(_fake_grads))
     return HeadOp(forward, op)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import Kernels, accumulator_of
+from ..namespace import NAMESPACE
 from ..torch_func import must_see_the_op
 from .arguments import as_bool, check_tokens
 
@@ -94,7 +95,7 @@ def _gae(
     return out
 
 
-gae_op = torch.library.custom_op("fastalign::gae", _gae, mutates_args=())
+gae_op = torch.library.custom_op(f"{NAMESPACE}::gae", _gae, mutates_args=())
 
 
 @gae_op.register_fake
@@ -167,8 +168,8 @@ def _whiten(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool, eps: flo
     return out
 
 
-moments_op = torch.library.custom_op("fastalign::moments", _moments, mutates_args=())
-whiten_op = torch.library.custom_op("fastalign::whiten", _whiten, mutates_args=())
+moments_op = torch.library.custom_op(f"{NAMESPACE}::moments", _moments, mutates_args=())
+whiten_op = torch.library.custom_op(f"{NAMESPACE}::whiten", _whiten, mutates_args=())
 
 
 @moments_op.register_fake

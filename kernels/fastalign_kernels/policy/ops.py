@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..autograd import register_row_loss
 from ..dispatch import Kernels, accumulator_of, widest
+from ..namespace import ops
 from .weights import TokenWeights, Weighting
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -230,14 +231,14 @@ def _native_policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> Polic
     tensor, number = inputs.weights.computed(mask, dtype)
     *tokens, entropy, reference_logp = dense(inputs, dtype)
     given = (*tokens, mask, _contiguous(tensor), entropy, reference_logp)
-    return PolicyOutputs(*torch.ops.fastalign.policy_tokens.default(*given, [*options, number]))
+    return PolicyOutputs(*ops.policy_tokens.default(*given, [*options, number]))
 
 
 def _native_value_tokens(inputs: ValueInputs, clip: float) -> ValueOutputs:
     dtype, mask = accumulator_of(deciding(inputs)), inputs.mask.contiguous()
     tensor, number = inputs.weights.computed(mask, dtype)
     given = (*dense(inputs, dtype), mask, _contiguous(tensor), clip, number)
-    return ValueOutputs(*torch.ops.fastalign.value_tokens.default(*given))
+    return ValueOutputs(*ops.value_tokens.default(*given))
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

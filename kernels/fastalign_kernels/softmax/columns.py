@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Kernels
+from ..namespace import ops
 from .rows import RowInputs, Stat, Transform, accumulator_dtype, slope_ref, transform_ref
 
 
@@ -130,7 +131,7 @@ def _column_grad(
 
 def _native_column_sums(inputs: RowInputs, stats: Tensor, out: ColumnSums) -> None:
     logits, ids, bias, transform = inputs
-    torch.ops.fastalign.column_sums(logits, ids, bias, *transform, stats, *out)
+    ops.column_sums(logits, ids, bias, *transform, stats, *out)
 
 
 def _native_column_grad(
@@ -143,9 +144,7 @@ def _native_column_grad(
     totals: Tensor,
 ) -> None:
     logits, ids, bias, transform = inputs
-    torch.ops.fastalign.column_grad(
-        logits, columns, ids, bias, *transform, stats, coefficients, vocab_size, out, totals
-    )
+    ops.column_grad(logits, columns, ids, bias, *transform, stats, coefficients, vocab_size, out, totals)
 
 
 KERNELS = Kernels(

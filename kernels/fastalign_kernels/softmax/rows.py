@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Kernels, launches
+from ..namespace import ops
 
 
 class Stat(IntEnum):
@@ -246,14 +247,14 @@ def _row_loss(inputs: RowInputs, loss: TokenLoss, stats: Tensor, out: Tensor, ne
 
 def _native_row_stats(inputs: RowInputs, stats: Tensor, needs: NeedsStats = ALL_STATS) -> None:
     logits, ids, bias, transform = inputs
-    torch.ops.fastalign.row_stats(logits, ids, bias, *transform, stats)
+    ops.row_stats(logits, ids, bias, *transform, stats)
 
 
 def _native_row_grad(
     inputs: RowInputs, stats: Tensor, coefficients: Tensor, out: Tensor, needs: NeedsStats = ALL_STATS
 ) -> None:
     logits, ids, bias, transform = inputs
-    torch.ops.fastalign.row_grad(logits, ids, bias, *transform, stats, coefficients, out)
+    ops.row_grad(logits, ids, bias, *transform, stats, coefficients, out)
 
 
 KERNELS = Kernels(
