@@ -62,6 +62,11 @@ def fingerprint_of(source: str, *, split: str) -> str | None:
     return _fingerprints.get((source, split))
 
 
+def note_fingerprint(source: str, *, split: str, fingerprint: str) -> None:
+    """Let `fingerprint_of` answer for rows that another process read."""
+    _fingerprints[source, split] = fingerprint
+
+
 _fingerprints: dict[tuple[str, str], str] = {}
 
 

@@ -46,7 +46,7 @@ from .run_folder import check_room, naming
 # The position in the data is a function of these fields: with another value, the step means another place.
 POSITION = ("train_data", "train_split", "seed", "batch_size")
 # Fields about where and how a run continues may change freely.
-WHERE = ("output_dir", "resume", "report_to", "project", "timeout")
+WHERE = ("output_dir", "cache_dir", "resume", "report_to", "project", "timeout")
 WHEN = ("save_every", "keep_checkpoints", "async_checkpoints")
 SILENT = (*WHERE, *WHEN)
 

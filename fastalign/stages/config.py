@@ -155,6 +155,10 @@ class TrainConfig(Options):
     """Checkpoint every so many steps and after the last. Default: no checkpoints."""
     keep_checkpoints: PositiveInt = 2
     """How many of the latest checkpoints stay on disk."""
+    cache_dir: str | None = None
+    """Folder of the tokenized rows, which runs may share: rows that were tokenized before, from the same data
+    with the same tokenizer and options, are read from there. Default: output_dir/tokens with several
+    processes, none with one."""
     async_checkpoints: bool = False
     """Write checkpoints in a thread beside the training. It takes a copy of the weights and the optimizer's
     state in the host's memory, and a kill may lose the checkpoint that is being written."""

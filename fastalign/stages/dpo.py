@@ -41,7 +41,7 @@ def run(config: DPOConfig) -> dict[str, float]:
         tokenize = partial(
             tokenize_pairs, tokenizer=tokenizer, max_length=config.max_length, too_long=config.too_long
         )
-        rows = read_rows(config, tokenizer, tokenize)
+        rows = read_rows(config, world, tokenizer, tokenize)
         longest = check_fit(architecture, tokenizer, sequences_of(rows.both))
         pad_id = padding_id(tokenizer, architecture)
         collate = partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing)

@@ -56,7 +56,7 @@ def run(config: KTOConfig) -> dict[str, float]:
         tokenize = partial(
             tokenize_unpaired, tokenizer=tokenizer, max_length=config.max_length, too_long=config.too_long
         )
-        rows = read_rows(config, tokenizer, tokenize)
+        rows = read_rows(config, world, tokenizer, tokenize)
         steps = range(total_steps(config, len(rows.train)))
         arrange = pair_completions(config, rows.train, steps)
         held_out = arrange_held_out(arrange, rows.held_out)
@@ -108,10 +108,10 @@ def pair_completions(config: KTOConfig, rows: Sequence[Unpaired], steps: Sequenc
     return arrange
 
 
-def arrange_held_out(arrange: Arrange, held_out: list[Unpaired]) -> list[Unpaired]:
+def arrange_held_out(arrange: Arrange, held_out: Sequence[Unpaired]) -> list[Unpaired]:
     """The held-out rows, arranged as those of step 0. Raises ValueError that names eval_data."""
     try:
-        return arrange(held_out, 0)
+        return arrange([*held_out], 0)
     except ValueError as error:
         raise ValueError(f"eval_data: {error}") from error
 

@@ -2,7 +2,7 @@
 
 import difflib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,7 @@ def check_fit(
     """
     text = model.get_text_config()
     if len(tokenizer) > text.vocab_size:
-        _check_ids(text.vocab_size, tokenizer, [sequence for row in rows for sequence in row])
+        _check_ids(text.vocab_size, tokenizer, (sequence for row in rows for sequence in row))
     positions = getattr(text, "max_position_embeddings", None)
     lengths = [len(sequence.input_ids) for row in rows for sequence in row]
     length = max(lengths)
@@ -183,7 +183,7 @@ def check_fit(
     return length
 
 
-def _check_ids(vocab_size: int, tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Tokenized]) -> None:
+def _check_ids(vocab_size: int, tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Tokenized]) -> None:
     foreign = [sequence.input_ids for sequence in sequences if max(sequence.input_ids) >= vocab_size]
     if foreign:
         wrong = next(token for token in foreign[0] if token >= vocab_size)

@@ -49,7 +49,7 @@ class PolicyInputs(NamedTuple):
         return scorer if isinstance(scorer, Classifier) and scorer.reads(self.tokenizer) else None
 
 
-def read_inputs(config: PolicyConfig) -> PolicyInputs:
+def read_inputs(config: PolicyConfig, world: World) -> PolicyInputs:
     """Prompts, tokenizer and what scores; raises ValueError for any that cannot be used."""
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     architecture = load_architecture(config.model)
@@ -57,7 +57,7 @@ def read_inputs(config: PolicyConfig) -> PolicyInputs:
     tokenize = partial(
         tokenize_prompts, tokenizer=tokenizer, max_length=config.max_prompt_length, too_long=config.too_long
     )
-    prompts = read_rows(config, tokenizer, tokenize)
+    prompts = read_rows(config, world, tokenizer, tokenize)
     inputs = PolicyInputs(
         "sdpa" if config.attention == "auto" else config.attention,
         tokenizer,

@@ -179,7 +179,7 @@ def run(config: PPOConfig) -> dict[str, float]:
     """
     with start(config) as world:
         micro_batch(config, world)
-        inputs = read_inputs(config)
+        inputs = read_inputs(config, world)
         value_source = find_value(config, inputs.reader)
         parts = parts_of(config, inputs.architecture, inputs.scorer)
         if value_source is not None:

@@ -7,6 +7,9 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..data.packing import collate, pack
 from ..data.rows import Rows
@@ -35,19 +38,14 @@ def run(config: PretrainConfig) -> dict[str, float]:
             if config.model is not None
             else scratch_config(config.model_config or {}, tokenizer, length=config.sequence_length)
         )
-
-        def tokenize(loaded: Rows) -> list[list[Tokenized]]:
-            documents = tokenize_text(
-                loaded,
-                tokenizer,
-                max_length=config.sequence_length,
-                column=config.text_column,
-                too_long=config.too_long,
-            )
-            lengths = [len(document.input_ids) for document in documents]
-            return [[documents[number] for number in row] for row in pack(lengths, config.sequence_length)]
-
-        rows = read_rows(config, tokenizer, tokenize, generates=False)
+        tokenize = partial(
+            pack_text,
+            tokenizer=tokenizer,
+            max_length=config.sequence_length,
+            column=config.text_column,
+            too_long=config.too_long,
+        )
+        rows = read_rows(config, world, tokenizer, tokenize, generates=False)
         check_fit(architecture, tokenizer, rows.both)
         length = config.sequence_length if config.compile else None  # one shape is compiled once
         to_batch = partial(
@@ -69,6 +67,15 @@ def run(config: PretrainConfig) -> dict[str, float]:
             loss_fn=language_model_loss,
             held_out=held_out_batches(rows.held_out, to_batch, config, world),
         )
+
+
+def pack_text(
+    loaded: Rows, tokenizer: PreTrainedTokenizerBase, *, max_length: int, **options: Any
+) -> list[list[Tokenized]]:
+    """Documents packed into rows of at most `max_length` tokens; options are those of `tokenize_text`."""
+    documents = tokenize_text(loaded, tokenizer, max_length=max_length, **options)
+    lengths = [len(document.input_ids) for document in documents]
+    return [[documents[number] for number in row] for row in pack(lengths, max_length)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

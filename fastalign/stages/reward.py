@@ -42,7 +42,7 @@ def run(config: RewardConfig) -> dict[str, float]:
         tokenize = partial(
             tokenize_pairs, tokenizer=tokenizer, max_length=config.max_length, too_long=config.too_long
         )
-        rows = read_rows(config, tokenizer, tokenize, generates=False)
+        rows = read_rows(config, world, tokenizer, tokenize, generates=False)
         longest = check_fit(architecture, tokenizer, sequences_of(rows.both))
         pad_id = padding_id(tokenizer, architecture)
         collate = partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing)

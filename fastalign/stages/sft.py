@@ -7,9 +7,11 @@ torchrun --nproc-per-node 8 -m fastalign.stages.sft --config sft.yaml
 from collections.abc import Sequence
 from functools import partial
 
+from transformers import PreTrainedTokenizerBase
+
 from ..data.packing import collate, pack
 from ..data.rows import Rows
-from ..data.tokenization import tokenize_sft
+from ..data.tokenization import TooLong, tokenize_sft
 from ..data.tokens import Tokenized
 from .adapters import load_architecture
 from .batches import epoch_batches, held_out_batches, micro_batch_size
@@ -30,15 +32,14 @@ def run(config: SFTConfig) -> dict[str, float]:
         attention = choose_attention(config, world)
         tokenizer = load_tokenizer(config.tokenizer or config.model)
         architecture = load_architecture(config.model)
-
-        def tokenize(loaded: Rows) -> list[list[Tokenized]]:
-            examples = tokenize_sft(loaded, tokenizer, max_length=config.max_length, too_long=config.too_long)
-            if not config.packing:
-                return [[example] for example in examples]
-            lengths = [len(example.input_ids) for example in examples]
-            return [[examples[number] for number in row] for row in pack(lengths, config.max_length)]
-
-        rows = read_rows(config, tokenizer, tokenize)
+        tokenize = partial(
+            pack_answers,
+            tokenizer=tokenizer,
+            max_length=config.max_length,
+            too_long=config.too_long,
+            packing=config.packing,
+        )
+        rows = read_rows(config, world, tokenizer, tokenize)
         alone = not config.packing and micro_batch_size(config, world) == 1
         check_fit(architecture, tokenizer, rows.both, alone=alone)
         to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), attention=attention)
@@ -59,6 +60,22 @@ def run(config: SFTConfig) -> dict[str, float]:
             loss_fn=language_model_loss,
             held_out=held_out_batches(rows.held_out, to_batch, config, world),
         )
+
+
+def pack_answers(
+    loaded: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    too_long: TooLong,
+    packing: bool,
+) -> list[list[Tokenized]]:
+    """Demonstrations, each in a row of its own or packed into rows of at most `max_length` tokens."""
+    examples = tokenize_sft(loaded, tokenizer, max_length=max_length, too_long=too_long)
+    if not packing:
+        return [[example] for example in examples]
+    lengths = [len(example.input_ids) for example in examples]
+    return [[examples[number] for number in row] for row in pack(lengths, max_length)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,8 @@
 """What a stage reads before it loads a model: the tokenized rows of train_data and eval_data."""
 
-from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,43 +10,71 @@ from ..data.readers import load_rows
 from ..data.rows import Rows
 from ..data.tokenization import turn_ends
 from .config import TrainConfig
+from .distributed import World
+from .token_cache import TokenCache, TokenizedRows
 
 Row = TypeVar("Row")
+
+
+class Joined(Sequence[Row]):
+    """Two sequences of rows, one after the other, without a copy."""
+
+    def __init__(self, first: Sequence[Row], second: Sequence[Row]) -> None:
+        self.first, self.second = first, second
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    @overload
+    def __getitem__(self, key: int) -> Row: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Row]: ...
+    def __getitem__(self, key: int | slice) -> Row | list[Row]:
+        if isinstance(key, slice):
+            return [self[number] for number in range(len(self))[key]]
+        number = range(len(self))[key]
+        first = len(self.first)
+        return self.first[number] if number < first else self.second[number - first]
 
 
 class StageRows(NamedTuple, Generic[Row]):
     """The tokenized rows of a stage."""
 
-    train: list[Row]
-    held_out: list[Row]  # empty without eval_data
+    train: Sequence[Row]
+    held_out: Sequence[Row]  # empty without eval_data
     ends: list[int]  # the ids that end a turn in either, for `loading.stop_at`
 
     @property
-    def both(self) -> list[Row]:
+    def both(self) -> Sequence[Row]:
         """The rows of train_data, then those of eval_data."""
-        return [*self.train, *self.held_out]
+        return Joined(self.train, self.held_out)
 
 
 def read_rows(
     config: TrainConfig,
+    world: World,
     tokenizer: PreTrainedTokenizerBase,
-    tokenize: Callable[[Rows], list[Row]],
+    tokenize: partial[Any],
     *,
     generates: bool = True,
-) -> StageRows[Row]:
-    """The rows of train_data and eval_data by `tokenize`.
+) -> StageRows[Any]:
+    """The rows of train_data and eval_data by `tokenize`, a function of rows with all its options.
 
+    Several processes, and one with cache_dir, read them from a cache that one process fills (token_cache.py).
     generates: the trained model writes answers, so the ids that end a turn are looked for.
     """
-    ends: list[int] = []
 
-    def rows_of(source: str, split: str) -> list[Row]:
+    def ends_of(loaded: Rows) -> list[int]:
+        return turn_ends(loaded, tokenizer) if generates else []
+
+    def read(source: str, split: str) -> TokenizedRows:
+        if cache is not None:
+            return cache.read(source, split, tokenize, ends_of)
         loaded = load_rows(source, split=split)
-        tokenized = tokenize(loaded)
-        if generates:
-            ends.extend(turn_ends(loaded, tokenizer))
-        return tokenized
+        return TokenizedRows(tokenize(loaded), ends_of(loaded))
 
-    train = rows_of(config.train_data, config.train_split)
-    held_out = rows_of(config.eval_data, config.eval_split) if config.eval_data else []
-    return StageRows(train, held_out, ends)
+    cached = (world.size > 1 or config.cache_dir is not None) and not config.dry_run
+    cache = TokenCache(config, world, tokenizer) if cached else None
+    train = read(config.train_data, config.train_split)
+    held_out = read(config.eval_data, config.eval_split) if config.eval_data else TokenizedRows([], [])
+    return StageRows(train.rows, held_out.rows, train.ends + held_out.ends)

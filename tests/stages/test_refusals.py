@@ -27,7 +27,7 @@ from tests.stages.tiny import LLAMA, write
     ("changes", "message"),
     [
         ({"learning_rat": 1}, "got the unknown key 'learning_rat', expected learning_rate"),
-        ({"zzz": 1}, "got the unknown key 'zzz', expected one of adam_eps, attention"),
+        ({"zzz": 1}, "got the unknown key 'zzz', expected one of adam_eps, async_checkpoints"),
         ({"model_config": None}, "model and model_config: got neither"),
         ({"model": "somewhere"}, "model and model_config: got both"),
         ({"tokenizer": None}, "tokenizer: got null with model_config"),
