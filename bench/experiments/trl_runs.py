@@ -18,23 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fastalign.integrations import trl as integration
 
+from ..core.words import WORDS
+
 TRAINERS = ("SFT", "DPO", "KTO", "GRPO", "RLOO", "Reward")
-WORDS = (
-    "a",
-    "the",
-    "film",
-    "story",
-    "actor",
-    "is",
-    "was",
-    "good",
-    "bad",
-    "dull",
-    "bright",
-    "and",
-    "but",
-    "never",
-)
 CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time", "total_flos"}
 
 

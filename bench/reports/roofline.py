@@ -24,7 +24,7 @@ import torch
 from fastalign_kernels import native
 from fastalign_kernels.linear.gpu_plan import GpuCall, gpu_workspace_mib
 from fastalign_kernels.linear.gpu_work import RATES, Rates, gpu_work
-from fastalign_kernels.linear.plan import capacity, default_workspace_mib, plan_head
+from fastalign_kernels.linear.plan import TileCall, capacity, default_workspace_mib, plan_head
 
 from ..core.operation import OURS, Shape
 from ..core.shapes import GPU_TOKENS, HEADS
@@ -157,7 +157,7 @@ def _sequences_head(dtype: str, shape: Shape, kind: str, units: int, architectur
         return _head(dtype, shape, kind, True, True, "logp", architecture=architecture)
     mib = default_workspace_mib("cpu", weight_grad=False)
     work = _head(dtype, shape, kind, True, True, "logp", mib)
-    room, _ = capacity(shape.V, DTYPES[dtype], kind, True, True, None, mib)
+    room, _ = capacity(TileCall(shape.V, DTYPES[dtype], kind, True, True, None, mib))
     chunks = -(-shape.N // units // room)
     (_, m, n, k), *gradients = work.gemms
     return work._replace(gemms=((2 - 1 / chunks, m, n, k), *gradients))

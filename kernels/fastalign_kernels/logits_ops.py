@@ -74,19 +74,6 @@ def _fake_table_grad(logits, ids, stats, coefficients, softcap, temperature, nee
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _token_table_grad_(
-    logits: Tensor,
-    ids: Tensor,
-    stats: Tensor,
-    coefficients: Tensor,
-    softcap: float,
-    temperature: float,
-    needs: list[bool],
-) -> None:
-    transform = Transform(1.0, softcap, temperature)
-    row_grad(logits, ids, None, transform, stats, coefficients, logits, NeedsStats(*needs))
-
-
 def _setup(ctx, inputs, output) -> None:
     logits, ids, ctx.softcap, ctx.temperature, ctx.needs, ctx.inplace_backward = inputs
     ctx.save_for_backward(logits, ids, output)
@@ -101,7 +88,8 @@ def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> NamedGrads:
     if not ctx.inplace_backward:
         return {"logits": _token_table_grad(logits, *arguments)}
     grad_logits = logits.detach()
-    _token_table_grad_(grad_logits, *arguments)
+    transform = Transform(1.0, ctx.softcap, ctx.temperature)
+    row_grad(grad_logits, ids, None, transform, stats, of_rows, grad_logits, NeedsStats(*ctx.needs))
     torch.autograd.graph.increment_version(grad_logits)  # whoever saved the logits is told so by autograd
     return {"logits": grad_logits}
 

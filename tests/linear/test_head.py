@@ -12,7 +12,7 @@ from fastalign_kernels import (
     native,
 )
 from fastalign_kernels.linear import chunks
-from fastalign_kernels.linear.plan import token_chunk
+from fastalign_kernels.linear.plan import TileCall, token_chunk
 from fastalign_kernels.linear.reference import linear_cross_entropy_ref, linear_token_stats_ref
 from tests.linear.inputs import grads_of, make
 
@@ -191,7 +191,8 @@ def test_weight_gradient_of_low_precision_is_summed_in_fp32(device):
     (expected,) = grads_of(linear_cross_entropy_ref(hidden.detach().double(), w, ids, reduction="sum"), [w])
     one_token = 64 * (6 if device == "cuda" else 4) / 2**20
     loss = linear_cross_entropy(hidden, weight, ids, reduction="sum", workspace_mib=one_token)
-    assert token_chunk(512, 64, torch.bfloat16, device, True, True, None, one_token)[0] == 1
+    call = TileCall(64, torch.bfloat16, device, True, True, None, one_token)
+    assert token_chunk(512, call)[0] == 1
     torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
     (found,) = grads_of(loss, [weight])
     assert (

@@ -10,30 +10,12 @@ import pytest
 import torch
 
 from bench.core.operation import Absent
+from bench.core.words import WORDS
 from bench.experiments import tail_tables, tail_training
 from bench.experiments.tail_training import GradMode, Settings, smoothed
 from bench.reports import readme
 from fastalign_kernels import linear_cross_entropy
 from fastalign_kernels.linear import accumulate as gradients
-
-WORDS = [
-    "a",
-    "film",
-    "story",
-    "of",
-    "warm",
-    "dull",
-    "actors",
-    "and",
-    "scenes",
-    "in",
-    "bright",
-    "lovely",
-    "great",
-    "awful",
-    "fine",
-    "the",
-]
 
 
 def sentences(path: Path) -> Path:

@@ -16,25 +16,10 @@ from tokenizers import ByteLevelBPETokenizer
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from bench.core.words import WORDS as WORDS
 from fastalign.stages import loading
 from fastalign.stages.config import TrainConfig
 
-WORDS = [
-    "the",
-    "a",
-    "film",
-    "story",
-    "actor",
-    "is",
-    "was",
-    "good",
-    "bad",
-    "dull",
-    "bright",
-    "and",
-    "but",
-    "never",
-]
 GPT2 = {
     "model_type": "gpt2",
     "n_embd": 32,

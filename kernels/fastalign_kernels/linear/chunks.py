@@ -117,17 +117,7 @@ def planned_chunks(inputs: HeadInputs, needs: NeedsGrad) -> Iterator[Tensor | sl
     ids = inputs.ids
     order, how_many = _kept_tokens(ids)
     N = ids.numel() if ids.is_cuda else how_many()
-    options = inputs.options
-    chunk, _ = token_chunk(
-        N,
-        inputs.vocab_size,
-        inputs.hidden.dtype,
-        inputs.hidden.device.type,
-        needs.hidden,
-        needs.head,
-        options.tail_eps,
-        options.workspace_mib,
-    )
+    chunk, _ = token_chunk(N, inputs.tile_call(needs))
     for begin in range(0, N, chunk):
         if begin and ids.is_cuda:
             N = how_many()

@@ -14,7 +14,7 @@ from ..logits import kept_ids, make_transform
 from ..softmax.rows import Transform
 from ..torch_func import requires_grad
 from .gpu_plan import GpuCall
-from .plan import select_mode
+from .plan import TileCall, select_mode
 
 
 class SoftmaxArguments(TypedDict, total=False):
@@ -175,6 +175,19 @@ class HeadInputs(NamedTuple):
             architecture,
             saved_mib if mib is None else None,
             options.logits_dtype is not None,
+        )
+
+    def tile_call(self, needs: NeedsGrad) -> TileCall:
+        """What the chunks of token tiles depend on."""
+        options = self.options
+        return TileCall(
+            self.vocab_size,
+            self.hidden.dtype,
+            self.hidden.device.type,
+            needs.hidden,
+            needs.head,
+            options.tail_eps,
+            options.workspace_mib,
         )
 
     def mode(self, upstream: str) -> str:

@@ -7,6 +7,8 @@ One GEMM here means one N x H x V matrix product, 2 N H V flops; the naive loss 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .. import checks
@@ -128,9 +130,8 @@ def plan_head(
         plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
         if plan is not None:
             return gpu_budgets(plan, call, card, lambda call: _gpu_plan(call, HeadPlan(way, 0, 0, gemms)))
-    tokens, per_token = token_chunk(
-        n_tokens, vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib
-    )
+    tiles = TileCall(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib)
+    tokens, per_token = token_chunk(n_tokens, tiles)
     return HeadPlan(way, tokens, tokens * per_token, gemms)
 
 
@@ -169,21 +170,31 @@ def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
     return None
 
 
-def token_chunk(
-    n_tokens: int,
-    vocab_size: int,
-    dtype: torch.dtype,
-    kind: str,
-    hidden_grad: bool,
-    weight_grad: bool,
-    tail_eps: float | None,
-    workspace_mib: float | None,
-) -> tuple[int, int]:
-    """Tokens of a chunk of token tiles, and the bytes of each; arguments as in `capacity`.
+class TileCall(NamedTuple):
+    """What the chunks of token tiles depend on; the fields are arguments of `plan_head`."""
+
+    vocab_size: int
+    dtype: torch.dtype
+    kind: str  # the device's type
+    hidden_grad: bool
+    weight_grad: bool
+    tail_eps: float | None
+    workspace_mib: float | None  # None: the default
+
+    @property
+    def workspace_bytes(self) -> float:
+        mib = self.workspace_mib
+        return 2**20 * (
+            default_workspace_mib(self.kind, weight_grad=self.weight_grad) if mib is None else mib
+        )
+
+
+def token_chunk(n_tokens: int, call: TileCall) -> tuple[int, int]:
+    """Tokens of a chunk of token tiles, and the bytes of each.
 
     Chunks are even: a last sliver of a few tokens would run its GEMMs at a fraction of the speed.
     """
-    largest, per_token = capacity(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib)
+    largest, per_token = capacity(call)
     chunks = -(-n_tokens // largest) or 1
     return max(1, -(-n_tokens // chunks)), per_token
 
@@ -206,43 +217,29 @@ def _device_type(device: torch.device | str) -> str:
     return kind
 
 
-def capacity(
-    vocab_size: int,
-    dtype: torch.dtype,
-    kind: str,
-    hidden_grad: bool,
-    weight_grad: bool,
-    tail_eps: float | None,
-    workspace_mib: float | None,
-) -> tuple[int, int]:
-    """Tokens that a workspace holds, and the bytes of each; arguments as in `plan_head`, `kind` the device's
-    type."""
-    workspace_mib = (
-        default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
-    )
+def capacity(call: TileCall) -> tuple[int, int]:
+    """Tokens that a workspace holds, and the bytes of each."""
+    dtype, any_grad = call.dtype, call.hidden_grad or call.weight_grad
     # A tile of fp32 logits (rounding z to bf16 would cost 0.03 nats at |z| = 20), and its gradient in the
     # GEMMs' dtype beside it: a tile of another dtype cannot be overwritten in place by parallel threads. On a
     # CPU it stays in fp32.
-    low = kind != "cpu" and (hidden_grad or weight_grad) and dtype in (torch.bfloat16, torch.float16)
-    per_token = vocab_size * (8 if dtype == torch.float64 else 6 if low else 4)
-    tail = tail_eps is not None and (hidden_grad or weight_grad)
-    if tail and kind != "cpu":  # beside them the kept columns, and the next chunk's logits
+    low = call.kind != "cpu" and any_grad and dtype in (torch.bfloat16, torch.float16)
+    per_token = call.vocab_size * (8 if dtype == torch.float64 else 6 if low else 4)
+    tail = call.tail_eps is not None and any_grad
+    if tail and call.kind != "cpu":  # beside them the kept columns, and the next chunk's logits
         per_token = per_token * 5 // 2
-    largest = int(workspace_mib * 2**20) // per_token
+    largest = int(call.workspace_bytes) // per_token
     if largest < 1:
         raise ValueError(
-            f"workspace_mib: got {workspace_mib}, expected at least {per_token / 2**20:.3g}: one token's "
-            f"logits at V = {vocab_size}"
+            f"workspace_mib: got {call.workspace_bytes / 2**20}, expected at least "
+            f"{per_token / 2**20:.3g}: one token's logits at V = {call.vocab_size}"
         )
-    return min(largest, TOKENS["cpu"]) if tail and kind == "cpu" else largest, per_token
+    return min(largest, TOKENS["cpu"]) if tail and call.kind == "cpu" else largest, per_token
 
 
-def keeping_bytes(kind: str, weight_grad: bool, workspace_mib: float | None, chunk_bytes: int) -> int:
+def keeping_bytes(call: TileCall, chunk_bytes: int) -> int:
     """What kept columns (linear/tail_columns.py) may take between a forward and a backward pass.
 
     With a chunk's logits it is twice the workspace.
     """
-    workspace_mib = (
-        default_workspace_mib(kind, weight_grad=weight_grad) if workspace_mib is None else workspace_mib
-    )
-    return int(2 * workspace_mib * 2**20) - chunk_bytes
+    return int(2 * call.workspace_bytes) - chunk_bytes

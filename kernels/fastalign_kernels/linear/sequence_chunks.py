@@ -21,15 +21,7 @@ def group_chunks(inputs: HeadInputs, sequences: Sequences, needs: NeedsGrad) -> 
     A group's own chunks are even: a last chunk of a few tokens would run its GEMMs at a fraction of the
     speed.
     """
-    room, _ = capacity(
-        inputs.vocab_size,
-        inputs.hidden.dtype,
-        "cpu",
-        needs.hidden,
-        needs.head,
-        None,
-        inputs.options.workspace_mib,
-    )
+    room, _ = capacity(inputs.tile_call(needs)._replace(tail_eps=None))
     kept = (inputs.ids >= 0).nonzero()[:, 0]
     ends = torch.searchsorted(kept, sequences.cu_seqlens).tolist()
     shared: list[list[Tensor]] = []

@@ -36,15 +36,13 @@ class SavedColumns(NamedTuple):
 
 def empty_saved_columns(inputs: HeadInputs, needs: NeedsGrad) -> SavedColumns:
     """Room for what `save_columns` saves."""
-    hidden, options = inputs.hidden, inputs.options
+    hidden, call = inputs.hidden, inputs.tile_call(needs)
     N, V = hidden.shape[0], inputs.vocab_size
     device_type, dtype = hidden.device.type, accumulator_dtype(hidden.dtype)
-    chunk, per_token = capacity(
-        V, hidden.dtype, device_type, needs.hidden, needs.head, options.tail_eps, options.workspace_mib
-    )
+    chunk, per_token = capacity(call)
     chunks = -(-N // chunk) * -(-chunk // TOKENS["cpu" if device_type == "cpu" else "cuda"])
     most = int(DENSE * V)
-    room = keeping_bytes(device_type, needs.head, options.workspace_mib, chunk * per_token)
+    room = keeping_bytes(call, chunk * per_token)
     return SavedColumns(
         hidden.new_empty(min(room // dtype.itemsize, N * most), dtype=dtype),
         hidden.new_empty(chunks * most, dtype=torch.int64),
