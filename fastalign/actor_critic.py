@@ -109,19 +109,30 @@ class ActorCritic(nn.Module):
             for name, part in parts.items()
         }
 
-    def save_pretrained(self, policy: Path, value: Path | None = None) -> None:
+    def save_pretrained(
+        self, policy: Path, value: Path | None = None, *, state: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Save the policy as a causal LM, and the value model as a classifier.
 
-        The head of a shared value model goes into a file beside the policy.
+        The head of a shared value model goes into a file beside the policy. `state` replaces `state_dict()`,
+        if the weights of this module are shards.
         """
-        self.policy.save_pretrained(str(policy))
+
+        def part(name: str) -> dict[str, Tensor] | None:
+            start = name + "."
+            found = {
+                key.removeprefix(start): tensor
+                for key, tensor in (state or {}).items()
+                if key.startswith(start)
+            }
+            return found or None
+
+        self.policy.save_pretrained(str(policy), state_dict=part("policy"))
         if self.shared:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in self.value.state_dict().items()},
-                policy / VALUE_HEAD,
-            )
+            head = part("value") or self.value.state_dict()
+            save_file({name: tensor.contiguous() for name, tensor in head.items()}, policy / VALUE_HEAD)
         else:
-            self.value.save_pretrained(str(value))
+            self.value.save_pretrained(str(value), state_dict=part("value"))
 
     def load_value_head(self, folder: Path) -> None:
         """The value head that `save_pretrained` left in a policy's folder."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -69,7 +70,10 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
 
     After a forward pass FSDP2 leaves the parameters of its root gathered, for the backward pass. An optimizer
     made then would hold the gathered copies, and would never train the embedding, the norm and the head.
+    A model that is wholly gathered stays so.
     """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = any(isinstance(weight, DTensor) for weight in model.parameters())
     training = [module for module in model.modules() if module.training]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
@@ -79,9 +83,8 @@ def probing(model: PreTrainedModel) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            for module in shards if sharded else ():
+                module.reshard()
 
 
 class Explained(NamedTuple):

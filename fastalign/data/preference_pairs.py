@@ -194,7 +194,7 @@ def collate_unpaired(rows: Sequence[Unpaired], *, packer: Callable[..., Batch]) 
         "answered": packer(answered),
         "both": packer([*answered, *mismatched.values()], [*range(len(rows)), *mismatched]),
     }
-    batch["desirable"] = torch.tensor([row.desirable for row in rows])
+    batch["desirable"] = torch.tensor([row.desirable for row in rows], dtype=torch.bool)
     return batch | ({"mismatched": packer([*mismatched.values()])} if mismatched else {})
 
 

@@ -22,7 +22,7 @@ def last_tokens(packed: dict[str, Any], *, pad_id: int) -> Tensor:
     behind = [
         len(sequence.input_ids) - last_token(sequence, pad_id=pad_id) for sequence in packed["sequences"]
     ]
-    return packed["starts"][packed["places"] + 1] - torch.tensor(behind)
+    return packed["starts"][packed["places"] + 1] - torch.tensor(behind, dtype=torch.int64)
 
 
 Batch = dict[str, Any]
@@ -43,7 +43,8 @@ def pack_sequences(
     if they fit; without `packing` there is one sequence per row, and flash attention's single row holds
     all. `starts` and `places` are int64. The tokens' values [B, T], flattened, belong to segments that
     begin at `starts` [segments + 1]. The sequences are the segments `places` [S]; the remaining segments
-    are padding. `lengths`: int64 [S], scored tokens. `sequences`: as given.
+    are padding. `lengths`: int64 [S], scored tokens. `sequences`: as given. No sequences become one row of
+    a padding token.
 
     Sequences with the same number in `prompts` [S] begin alike. If `hidden_size` is given, that of a model
     that takes masks (`shared_prefix.explain_unshared`), their common prefix is computed once, provided that
@@ -52,6 +53,9 @@ def pack_sequences(
     `prefixes`, int64 [segments], is the segment before each, or itself. `shared_prefix.model_arguments`
     adds the mask to the arguments, as numbers if `additive`, for eager attention.
     """
+    if not sequences:
+        padding = pack_sequences([Tokenized([pad_id], [False])], pad_id=pad_id, attention=attention)
+        return padding | {"places": padding["places"][:0], "lengths": padding["lengths"][:0], "sequences": ()}
     alone = [Family((number,), 0, len(sequence.input_ids)) for number, sequence in enumerate(sequences)]
     if attention == FLASH:
         rows = [alone]

@@ -75,11 +75,16 @@ def sequences_to_score(
 def held_out_batches(
     rows: Sequence[Row], collate: Callable[[Sequence[Row]], Batch], config: TrainConfig, world: World
 ) -> list[Batch]:
-    """This rank's held-out rows in micro-batches. Raises ValueError if a rank would get none."""
+    """This rank's held-out rows in micro-batches. Raises ValueError if a rank would get none.
+
+    Ranks of a sharded model gather its weights together, so each makes as many forward passes as the first:
+    those with fewer rows end with empty micro-batches.
+    """
     if 0 < len(rows) < world.size:
         raise ValueError(
             f"eval_data: got {len(rows)} rows for {world.size} devices, expected at least one for each"
         )
     local = rows[world.rank :: world.size]
     size = micro_batch_size(config, world)
-    return [collate(local[first : first + size]) for first in range(0, len(local), size)]
+    most = len(local) if world.sharding is None else len(rows[:: world.size])
+    return [collate(local[first : first + size]) for first in range(0, most, size)]

@@ -106,6 +106,14 @@ class TrainConfig(Options):
     """Liger's kernels for a model's layers (RMSNorm, RoPE, SwiGLU), never its losses; CUDA and liger-kernel
     needed."""
 
+    dp_shard: PositiveInt = 1
+    """Ranks that share one copy of weights, gradients and optimizer state (FSDP2). 1: each rank has its own
+    (DistributedDataParallel)."""
+    dp_replicate: int | None = Field(default=None, gt=0)
+    """Groups of dp_shard ranks. Default: as many as there are ranks for."""
+    cpu_offload: bool = False
+    """Keep the shards and the optimizer's state in the host's memory, and step there (needs dp_shard)."""
+
     tail_eps: float | None = Field(default=None, gt=0, lt=1)
     """Leave columns of the softmax below this probability out of the head's backward matrix products, but for
     a rank-1 matrix of their sums: faster where the model is sure, with a small error (docs/tail.md). null:
@@ -188,6 +196,10 @@ class TrainConfig(Options):
             )
         if self.bf16 and self.dtype == "float64":
             raise ValueError("dtype: got float64 with bf16, expected float32 or bfloat16")
+        if self.dp_shard == 1 and self.cpu_offload:
+            raise ValueError("cpu_offload: got true with dp_shard=1, expected dp_shard of at least 2")
+        if self.dp_shard > 1 and self.compile:
+            raise ValueError(f"compile: got true with dp_shard={self.dp_shard}, expected false")
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError(f"eval_every: got {self.eval_every} without eval_data, expected both")
         return self

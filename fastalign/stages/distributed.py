@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .rank_watch import Watch
+from .sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class World:
     device: torch.device
     watch: Watch | None = None
     """Of the other ranks, where there are any."""
+    sharding: Sharding | None = None
+    """How models are sharded; None if each rank has whole ones."""
 
     @property
     def main(self) -> bool:

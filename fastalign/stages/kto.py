@@ -152,12 +152,15 @@ def with_reference(world: World, model: nn.Module, reference: Reference) -> Prep
 
     def prepare(batches: Sequence[Batch]) -> Sequence[Batch]:
         references, policy_mismatched, reference_mismatched = [], [], []
+        mismatching = any("mismatched" in batch for batch in batches)
         for batch in batches:
             logps = reference(world.place(batch["both"]))
             references.append(logps[: len(batch["desirable"])])
-            if "mismatched" in batch:
+            if mismatching:
+                # Of an empty micro-batch both are empty.
+                mismatched = batch.get("mismatched", batch["answered"])
                 reference_mismatched.append(logps[len(batch["desirable"]) :])
-                policy_mismatched.append(sequence_logps(model, world.place(batch["mismatched"])))
+                policy_mismatched.append(sequence_logps(model, world.place(mismatched)))
         kl = None
         if policy_mismatched:
             group = dist.group.WORLD if world.size > 1 else None

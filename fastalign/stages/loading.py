@@ -206,7 +206,9 @@ def load_model(
     task: Task = "CAUSAL_LM",
     argument: str = "model",
 ) -> PreTrainedModel | PeftModel:
-    """The model with its head fused, its layers and adapters as configured, on the world's device.
+    """The model with its head fused, its layers and adapters as configured.
+
+    It is on the world's device, or still on the CPU if it is to be sharded: `sharding.shard` moves it.
 
     `task` is PEFT's name of a causal LM, or of a sequence classifier with one label, which scores packed
     sequences. `weights` is a folder or name, which errors call `argument`; None draws initial weights.
@@ -232,16 +234,20 @@ def load_model(
         base, adapters = find_source(weights)
         if adapters:
             world.say(f"model: {' and '.join(adapters)}: adapters, merged into {base}")
-    lm.to(device=world.device)
+    if world.sharding is None:
+        lm.to(device=world.device)
     if classifier:
         score_packed(lm)
     else:
         fuse_head(lm, tail_eps=config.tail_eps)
-    lm.set_attn_implementation(attention)
+    # flash-attn does not run on CPUs: sdpa stands for it in the check of a model that is to be sharded.
+    checked = attention if lm.device.type == world.device.type else str(options["attn_implementation"])
+    lm.set_attn_implementation(checked)
     if packed:
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16):
+        with torch.autocast(lm.device.type, torch.bfloat16, enabled=config.bf16):
             packs = lm.base_model if classifier else lm
-            check_packing(packs, attention=attention, lengths=())  # check_fit has seen the lengths
+            check_packing(packs, attention=checked, lengths=())  # check_fit has seen the lengths
+    lm.set_attn_implementation(attention)
     if config.liger:
         layers = {"rope": True, "rms_norm": True, "swiglu": True}
         apply_liger_kernel(lm, layers | {"cross_entropy": False, "fused_linear_cross_entropy": False})

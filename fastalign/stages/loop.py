@@ -17,12 +17,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastalign_kernels import kept_share
@@ -31,16 +32,16 @@ from fastalign_kernels.ordered_sum import ordered_sum
 from ..faults import Stopped
 from ..finite import find_not_finite
 from . import checkpoint
-from .adapters import record_base
 from .batches import Batch, micro_batch_size, total_steps
 from .config import TrainConfig, save_config
 from .distributed import World, join_world
-from .files import new_folder
 from .hub_names import check_names
 from .loading import check_liger
 from .optimization import autocast, distribute, make_optimizer, set_rates, trained_weights
 from .reporters import Report, check_reporters
 from .run_folder import check_room, held, naming
+from .saving import save_model
+from .sharding import accumulating, clip_gradients, local_part, plan_sharding, reshard
 from .signals import Signals, how_to_resume
 
 # (model, micro-batch, items in the step [int64 scalar]) -> the micro-batch's share of the loss, with
@@ -55,8 +56,9 @@ Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 def start(config: TrainConfig) -> Iterator[World]:
     """Join the other ranks, and refuse what cannot run here.
 
-    Raises ValueError for an absent model, reporter, device or Liger; a batch_size that the devices do not
-    divide; or an output_dir that another run holds, or that already holds a run (resume=true continues it).
+    Raises ValueError for an absent model, reporter, device or Liger; a mesh that does not fit the ranks; a
+    batch_size that the devices do not divide; or an output_dir that another run holds, or that already holds
+    a run (resume=true continues it).
     """
     check_reporters(config.report_to)
     check_names(config)
@@ -74,7 +76,7 @@ def start(config: TrainConfig) -> Iterator[World]:
                 "the run with resume=true or name another folder"
             )
         _check_free(config)
-        yield world
+        yield replace(world, sharding=plan_sharding(config, world.size, world.device))
 
 
 def _check_free(config: TrainConfig) -> None:
@@ -132,6 +134,7 @@ def train(
     wrapped = distribute(config, world, model)
     optimizer = make_optimizer(config, model)
     precision = autocast(config, world)
+    trained = trained_weights(model)
 
     def train_step(step: int) -> tuple[dict[str, float], int]:
         return update(
@@ -141,7 +144,7 @@ def train(
             batches_of(step),
             loss_fn,
             precision=precision,
-            clipped={"grad_norm": trained_weights(model)},
+            clipped={"grad_norm": trained},
             max_grad_norm=config.max_grad_norm,
             count_items=count_items,
             prepare=prepare,
@@ -151,12 +154,6 @@ def train(
     def evaluate_held_out() -> dict[str, float]:
         return evaluate(config, world, model, held_out, loss_fn, count_items, prepare)
 
-    def save(folder: Path) -> None:
-        with new_folder(folder / "model") as unfinished:
-            model.save_pretrained(str(unfinished))
-            record_base(model, unfinished)
-            tokenizer.save_pretrained(str(unfinished))
-
     return run_steps(
         config,
         world,
@@ -164,7 +161,7 @@ def train(
         optimizer,
         train_step=train_step,
         evaluate_held_out=evaluate_held_out if held_out else None,
-        save=save,
+        save=partial(save_model, world, model, tokenizer),
         rows=rows,
         items_name=items_name,
     )
@@ -185,8 +182,8 @@ def run_steps(
     """Take the remaining steps of the run, and return the last line of metrics.jsonl.
 
     `train_step(step)` updates the weights and returns the step's metrics and items.
-    `evaluate_held_out()` returns the held-out metrics. `save(output_dir)` saves the models there. Learning
-    rates start from those of the optimizer's groups.
+    `evaluate_held_out()` returns the held-out metrics. `save(output_dir)`, which all ranks call, saves the
+    models there. Learning rates start from those of the optimizer's groups.
 
     Raises Stopped, a KeyboardInterrupt, after Ctrl-C or SIGTERM on any rank, once the step is done and its
     checkpoint is saved.
@@ -243,16 +240,17 @@ def run_steps(
             if number:
                 raise Stopped(number, f" after step {step + 1}, which is saved; {go_on}")
         _check_weights(model, steps)
-        if world.main:
-            with naming(output_dir, _bytes_trained(model), "the model"):
-                save(output_dir)
+        with naming(output_dir, _bytes_trained(model), "the model"):
+            save(output_dir)
         world.barrier()
     return report.last
 
 
 def _check_weights(model: nn.Module, step: int) -> None:
     """Raise FloatingPointError that names a trained weight or a buffer with NaN or inf after `step` steps."""
-    trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+    trained = (
+        (name, local_part(weight)) for name, weight in model.named_parameters() if weight.requires_grad
+    )
     if wrong := find_not_finite(itertools.chain(trained, model.named_buffers())):
         raise FloatingPointError(
             f"step {step}: got weights of which {wrong}, expected finite numbers; neither a checkpoint nor a "
@@ -311,7 +309,7 @@ def update(
     """
     metrics, items = _totals(precision, world, model, batches, loss_fn, count_items, prepare)
     for name, weights in clipped.items():
-        metrics[name] = float(nn.utils.clip_grad_norm_(weights, max_grad_norm or math.inf))
+        metrics[name] = clip_gradients(weights, max_grad_norm or math.inf)
     wrong = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
     if wrong:
         raise FloatingPointError(
@@ -336,6 +334,7 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         metrics, _ = _totals(autocast(config, world), world, model, held_out, loss_fn, count_items, prepare)
+    reshard(model)
     model.train()
     if "nll" in metrics:
         metrics["perplexity"] = math.exp(min(metrics["nll"], 700.0))
@@ -359,12 +358,11 @@ def _totals(
         batches = prepare(batches)
     totals: dict[str, Tensor] = {}
     for number, batch in enumerate(batches, 1):
-        last = number == len(batches)
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+        with accumulating(model, last=number == len(batches)):
             with precision:
                 loss, metrics = loss_fn(model, world.place(batch), divisor)
             if torch.is_grad_enabled():
-                # DistributedDataParallel averages over the ranks, but these shares must be summed.
+                # DistributedDataParallel and FSDP2 average over the ranks, but these shares must be summed.
                 torch.autograd.backward(loss * world.size)
         for name, share in {"loss": loss, **metrics}.items():
             totals[name] = totals.get(name, 0.0) + share.detach().double()

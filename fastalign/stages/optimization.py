@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
 from .distributed import World
+from .sharding import reshard, shard
 
 
 def multiplier(step: int, *, schedule: str, steps: int, warmup_steps: int, final_fraction: float) -> float:
@@ -55,9 +56,15 @@ def make_optimizer(
 
 
 def distribute(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:
-    """The model to call in training: compiled as configured, its gradients averaged over the ranks."""
+    """The model to call in training: compiled as configured, its gradients averaged over the ranks.
+
+    A model whose parts are not sharded yet is sharded whole, if the world is to.
+    """
     if config.compile:
         model.compile()
+    if world.sharding is not None:
+        reshard(shard(world.sharding, model))
+        return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world.size > 1 else model
 
 

@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.packing import collate
 from ..data.sequence_batches import Batch, pack_sequences
 from ..data.shared_prefix import explain_unshared
 from ..data.tokens import Tokenized
@@ -51,6 +52,11 @@ def make_packer(
         world.say(f"packing: each sequence has its own copy of the prompt ({why})")
         return packer
     return partial(packer, hidden_size=model.config.get_text_config().hidden_size)
+
+
+def collate_rows(rows: Sequence[Sequence[Tokenized]], *, pad_id: int, **options: Any) -> Mapping[str, Any]:
+    """`fastalign.data.collate`'s arguments; for no rows, those of a padding token that is not trained."""
+    return collate(rows or [[Tokenized([pad_id], [False])]], pad_id=pad_id, **options)
 
 
 def pack_rows(rows: Sequence[Sequence[Tokenized]], **options: Any) -> Mapping[str, Any]:

@@ -146,6 +146,8 @@ class PolicyConfig(RolloutOptions, TrainConfig):
             raise ValueError(
                 f"batch_size: got {self.batch_size}, expected a multiple of minibatches ({self.minibatches})"
             )
+        if self.compile_rollout and self.dp_shard > 1:
+            raise ValueError(f"compile_rollout: got true with dp_shard={self.dp_shard}, expected false")
         if self.reference == "adapters_off" and not self.lora_rank:
             raise ValueError(
                 "reference: got adapters_off without adapters (lora_rank=0), expected auto, copy or none"

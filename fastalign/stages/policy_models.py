@@ -28,6 +28,7 @@ from .scorers import (
     find_function,
     load_classifier,
 )
+from .sharding import shard
 from .stage_rows import StageRows, read_rows
 
 
@@ -165,14 +166,14 @@ def make_reward(
     return load_classifier(inputs.scorer, world, inputs.tokenizer, dtype=dtype, **options)
 
 
-def make_reference(config: PolicyConfig, policy: Any) -> nn.Module | None:
-    """The `reference` argument of `draw_completions`."""
+def make_reference(config: PolicyConfig, world: World, policy: Any) -> nn.Module | None:
+    """The `reference` argument of `draw_completions`. The policy is still whole; a copy of it is sharded."""
     if not config.has_reference:
         return None
     if isinstance(policy, PeftModel) and config.reference != "copy":
         return policy
     frozen: nn.Module = copy.deepcopy(policy).requires_grad_(False).eval()
-    return frozen
+    return shard(world.sharding, frozen)
 
 
 def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:

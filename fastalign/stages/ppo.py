@@ -57,6 +57,7 @@ from .policy_models import (
 from .ppo_experience import Experience, experience_batch, rollout
 from .rollouts import kept_of
 from .scorers import Reward
+from .sharding import shard, state_to_save
 from .value_model import find_value, make_value
 
 
@@ -194,7 +195,11 @@ def run(config: PPOConfig) -> dict[str, float]:
         reward = make_reward(config, world, inputs)
         model = ActorCritic(policy, make_value(value_source, load), kl_coefficient=config.kl_coef)
         without_dropout(model)
-        return train(config, world, model, make_reference(config, policy), reward, inputs)
+        reference = make_reference(config, world, policy)
+        # Two models, because a rollout runs each without the other.
+        shard(world.sharding, model.policy)
+        shard(world.sharding, model.value)
+        return train(config, world, model, reference, reward, inputs)
 
 
 def train(
@@ -233,18 +238,24 @@ def train(
         limit = config.max_grad_norm
         return ppo_step(wrapped, optimizer, experience, config, max_grad_norm=limit, **order, **shared)
 
-    save = partial(save_models, model, inputs.tokenizer)
+    save = partial(save_models, world, model, inputs.tokenizer)
     return train_on_rollouts(
         config, world, model, optimizer, inputs.prompts, draw=draw, learn=learn, save=save
     )
 
 
-def save_models(model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save the policy in folder/model, and a value model of its own in folder/value, with the tokenizer."""
+def save_models(world: World, model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save the policy in folder/model, and a value model of its own in folder/value, with the tokenizer.
+
+    All ranks call it, and rank 0 writes.
+    """
+    state = state_to_save(model)
+    if not world.main:
+        return
     parts = {"model": model.policy} if model.shared else {"model": model.policy, "value": model.value}
     with ExitStack() as stack:
         unfinished = {name: stack.enter_context(new_folder(folder / name)) for name in parts}
-        model.save_pretrained(unfinished["model"], unfinished.get("value"))
+        model.save_pretrained(unfinished["model"], unfinished.get("value"), state=state)
         for name, part in parts.items():
             record_base(part, unfinished[name])
             tokenizer.save_pretrained(str(unfinished[name]))

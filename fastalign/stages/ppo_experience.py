@@ -59,7 +59,8 @@ def rollout(
 
     Raises FloatingPointError for logits that are not finite.
     """
-    values = {"values": (model.value, lambda batch: model.values(batch["arguments"], batch["at"]))}
+    read = model if model.shared else model.value
+    values = {"values": (read, lambda batch: model.values(batch["arguments"], batch["at"]))}
     drawn = draw_completions(model.policy, prompts, score, options, **given, further=values)
     return _estimate(model, options, drawn)
 

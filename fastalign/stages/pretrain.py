@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.packing import collate, pack
+from ..data.packing import pack
 from ..data.rows import Rows
 from ..data.tokenization import tokenize_text
 from ..data.tokens import Tokenized
@@ -21,6 +21,7 @@ from .command import run_stage
 from .estimate import Part, announce
 from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
 from .loop import language_model_loss, start, train
+from .packers import collate_rows
 from .stage_configs import PretrainConfig
 from .stage_rows import read_rows
 
@@ -49,7 +50,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
         check_fit(architecture, tokenizer, rows.both)
         length = config.sequence_length if config.compile else None  # one shape is compiled once
         to_batch = partial(
-            collate, pad_id=padding_id(tokenizer, architecture), length=length, attention=attention
+            collate_rows, pad_id=padding_id(tokenizer, architecture), length=length, attention=attention
         )
         announce(config, world, [Part("model", architecture)], rows.train, collate=to_batch)
         if config.dry_run:

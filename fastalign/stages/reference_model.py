@@ -26,6 +26,7 @@ from .estimate import Part
 from .files import new_file
 from .optimization import autocast
 from .run_folder import held
+from .sharding import reshard, shard
 from .stage_configs import ReferenceConfig
 
 Reference = Callable[
@@ -45,19 +46,22 @@ def make_reference(
 ) -> Reference:
     """The reference of `model`, which is not trained yet.
 
-    `scored` are all packed sequences that this rank will ask for.
+    `scored` are all packed sequences that this rank will ask for. The model is still whole; a precomputed
+    reference shards it, and a copy is sharded.
     """
     if config.reference == "precomputed":
         return _precompute(config, world, model, scored)
     if isinstance(model, PeftModel) and config.reference != "copy":
         return lambda packed: _adapters_off(model, packed)
-    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    frozen = shard(world.sharding, copy.deepcopy(model).requires_grad_(False).eval())
     return lambda packed: _score(frozen, packed)
 
 
 def _score(model: nn.Module, packed: Batch) -> Tensor:
     with torch.no_grad():
-        return sequence_logps(model, packed)
+        logps = sequence_logps(model, packed)
+    reshard(model)
+    return logps
 
 
 def _adapters_off(model: PeftModel, packed: Batch) -> Tensor:
@@ -77,11 +81,14 @@ def _precompute(
     path = folder / f"reference-{_digest_model(config, model).hex()}.safetensors"
     table = _read_table(path)
     known = len(table)
+    shard(world.sharding, model)
     score = _adapters_off if isinstance(model, PeftModel) else _score
     with autocast(config, world):
         for packed in scored:
             keys = [_digest(sequence) for sequence in packed["sequences"]]
-            if any(key not in table for key in keys):
+            missing = int(any(key not in table for key in keys))
+            # Ranks of a sharded model run it together.
+            if missing if world.sharding is None else world.max(missing):
                 for key, value in zip(keys, score(model, world.place(packed)).tolist(), strict=True):
                     table.setdefault(key, value)
     if world.size > 1:

@@ -94,6 +94,9 @@ def bradley_terry(config: RewardConfig) -> LossFn:
         scores = model(**model_arguments(batch["both"]), ends=batch["ends"], use_cache=False).logits[:, 0]
         scores = scores if scores.element_size() > 4 else scores.float()
         chosen, rejected = scores.chunk(2)
+        if not len(chosen):  # of an empty micro-batch, whose means would be NaN
+            zero = scores.sum()
+            return zero, dict.fromkeys(("accuracy", "margin", "mean_reward"), zero.detach().double())
         output = reward_loss(
             chosen, rejected, batch.get("margins"), center_coefficient=config.center_coefficient
         )

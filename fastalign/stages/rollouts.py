@@ -23,6 +23,7 @@ from ..rollout.generation import generate
 from .batches import Batch
 from .distributed import World
 from .policy_configs import RolloutOptions
+from .sharding import is_sharded, whole
 
 # Prompts and completions (tokens) -> a score for each.
 Score = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor | Sequence[float]]
@@ -150,29 +151,6 @@ def draw_completions(
     with precision or nullcontext():
         draw = partial(_draw, policy, options=options, eos_id=eos_id, pad_id=pad_id, seed=seed)
         size = rollout_batch_size or len(local_prompts)
-        parts = [
-            draw(local_prompts[at : at + size], step * len(prompts) + first + at)
-            for at in range(0, len(local_prompts), size)
-        ]
-        completions = [ids for part in parts for ids in part.completions]
-        lengths = torch.tensor([len(ids) for ids in completions])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        drawn = _in_rows(torch.cat([part.logp for part in parts]), mask.to(policy.device))
-        kept = [sets for part in parts for sets in part.kept] if options.keeps_sets else None
-        scores = _scores(score, local_prompts, completions)
-        sequences = [
-            _sequence(prompt.input_ids, ids) for prompt, ids in zip(local_prompts, completions, strict=True)
-        ]
-        passes = partial(
-            _passes,
-            world=world,
-            sequences=sequences,
-            kept=kept,
-            mask=mask,
-            rows=micro_batch_size,
-            pad_id=pad_id,
-            packing=packing,
-        )
         scorers: dict[str, tuple[nn.Module, TokenScore]] = dict(further or {})
         if reference is not None:
             adapters_off = reference is policy
@@ -182,7 +160,39 @@ def draw_completions(
             )
         if options.rescore:
             scorers["rescored"] = (policy, partial(_logps, policy, options.temperature))
-        found = {name: passes(scoring) for name, (_, scoring) in scorers.items()}
+        by_policy = {
+            name: scorer
+            for name, scorer in scorers.items()
+            if any(part is policy for part in scorer[0].modules())
+        }
+        # Ranks draw different numbers of tokens and may have different numbers of rows. So a sharded model is
+        # gathered once for all that it does, and then freed.
+        with whole(policy):
+            parts = [
+                draw(local_prompts[at : at + size], step * len(prompts) + first + at)
+                for at in range(0, len(local_prompts), size)
+            ]
+            completions = [ids for part in parts for ids in part.completions]
+            lengths = torch.tensor([len(ids) for ids in completions])
+            mask = torch.arange(int(lengths.max())) < lengths[:, None]
+            drawn = _in_rows(torch.cat([part.logp for part in parts]), mask.to(world.device))
+            kept = [sets for part in parts for sets in part.kept] if options.keeps_sets else None
+            passes = partial(
+                _passes,
+                world=world,
+                sequences=[
+                    _sequence(prompt.input_ids, ids)
+                    for prompt, ids in zip(local_prompts, completions, strict=True)
+                ],
+                kept=kept,
+                mask=mask,
+                rows=micro_batch_size,
+                pad_id=pad_id,
+                packing=packing,
+            )
+            found = {name: passes(*scorer) for name, scorer in by_policy.items()}
+        scores = _scores(score, local_prompts, completions)
+        found |= {name: passes(*scorer) for name, scorer in scorers.items() if name not in by_policy}
 
     gathered = _gather(world, {"mask": mask, "drawn": drawn, "scores": scores, **found})
     all_completions = [ids for part in _gather_lists(world, completions) for ids in part]
@@ -258,6 +268,8 @@ def _draw(
         top_p=options.top_p,
         min_p=options.min_p,
         return_kept=options.keeps_sets,
+        # A graph of a sharded model would capture FSDP2's streams.
+        cuda_graph=not is_sharded(policy),
         compile=options.compile_rollout,
         sequence_ids=torch.arange(first_id, first_id + len(prompts), device=policy.device),
     )
@@ -311,6 +323,7 @@ def kept_of(batch: Batch) -> tuple[Tensor, Tensor] | None:
 
 
 def _passes(
+    model: nn.Module,
     score: TokenScore,
     *,
     world: World,
@@ -321,13 +334,14 @@ def _passes(
     pad_id: int,
     packing: bool,
 ) -> Tensor:
-    """What `score` gives each scored token, [B, R], some rows at a time."""
+    """What `score` gives each scored token by the model, [B, R], some rows at a time."""
     rows = rows or len(sequences)
     found = []
-    for first in range(0, len(sequences), rows):
-        part = slice(first, first + rows)
-        sets = None if kept is None else kept[part]
-        found.append(score(world.place(_pack(sequences[part], sets, pad_id=pad_id, packing=packing))))
+    with whole(model):
+        for first in range(0, len(sequences), rows):
+            part = slice(first, first + rows)
+            sets = None if kept is None else kept[part]
+            found.append(score(world.place(_pack(sequences[part], sets, pad_id=pad_id, packing=packing))))
     return _in_rows(torch.cat(found), mask.to(world.device))
 
 

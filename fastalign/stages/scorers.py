@@ -32,6 +32,7 @@ from ..rope import rope_switch
 from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .distributed import World
 from .loading import load_tokenizer, padding_id
+from .sharding import shard, whole
 
 Reward = Callable[
     [Sequence[Prompt], Sequence[list[int]]], Tensor
@@ -194,10 +195,13 @@ def load_classifier(
     model = load_plain(
         classifier.folder, task="SEQ_CLS", argument="reward", dtype=dtype, num_labels=classifier.labels
     )
-    model.to(device=world.device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if world.sharding is None:
+        model.to(device=world.device)
     of_tokens = classifier.reads(tokenizer) and hasattr(model, "score")
     if of_tokens:
         score_packed(model)
+    shard(world.sharding, model)
     template = ChatTemplate(classifier.tokenizer) if classifier.tokenizer.chat_template else None
     padding = model.config.get_text_config().pad_token_id
     pad_id = padding_id(tokenizer, model.config) if padding is None else padding
@@ -220,7 +224,9 @@ def load_classifier(
     @torch.no_grad()
     def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
         parts = [slice(first, first + rows) for first in range(0, len(prompts), rows)]
-        logits = [model(**world.place(inputs_of(prompts[part], completions[part]))).logits for part in parts]
+        with whole(model):
+            inputs = (world.place(inputs_of(prompts[part], completions[part])) for part in parts)
+            logits = [model(**arguments).logits for arguments in inputs]
         return torch.cat(logits)[:, classifier.label].double().cpu()
 
     return score

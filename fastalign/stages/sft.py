@@ -9,7 +9,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.packing import collate, pack
+from ..data.packing import pack
 from ..data.rows import Rows
 from ..data.tokenization import TooLong, tokenize_sft
 from ..data.tokens import Tokenized
@@ -19,6 +19,7 @@ from .command import run_stage
 from .estimate import Part, announce
 from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .loop import language_model_loss, start, train
+from .packers import collate_rows
 from .stage_configs import SFTConfig
 from .stage_rows import read_rows
 
@@ -42,7 +43,7 @@ def run(config: SFTConfig) -> dict[str, float]:
         rows = read_rows(config, world, tokenizer, tokenize)
         alone = not config.packing and micro_batch_size(config, world) == 1
         check_fit(architecture, tokenizer, rows.both, alone=alone)
-        to_batch = partial(collate, pad_id=padding_id(tokenizer, architecture), attention=attention)
+        to_batch = partial(collate_rows, pad_id=padding_id(tokenizer, architecture), attention=attention)
         announce(config, world, [Part("model", architecture)], rows.train, collate=to_batch)
         if config.dry_run:
             return {}

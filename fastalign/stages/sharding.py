@@ -1,0 +1,229 @@
+"""Models sharded over ranks by torch's FSDP2: from a configuration to its mesh, from a model to its shards.
+
+This is the only file of the stages that knows how weights lie on ranks. `dp_shard` ranks hold one copy of
+the weights, gradients and optimizer state between them, and `dp_replicate` such groups train on other rows:
+a mesh (dp_replicate, dp_shard). With dp_shard=1 nothing here changes a model, and DistributedDataParallel
+averages its gradients.
+
+What is gathered, in one micro-batch with L layers:
+
+    each layer: all-gathered in the forward pass and once more in the backward pass.
+    the embedding, if the head does not share it: all-gathered in the forward pass alone.
+    the head: all-gathered once, for its forward and backward pass and all its chunks.
+    what is left (the last norm, a tied embedding, a classifier's score): all-gathered once.
+
+Gradients are reduce-scattered once a step, in the backward pass of the last micro-batch.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from ..servable_heads import without_peft
+from .config import TrainConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+# What `accelerate launch` sets for engines of its own, which would shard beside ours or instead of it.
+_ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO)",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the models of a run are sharded."""
+
+    mesh: DeviceMesh
+    """(dp_shard), or (dp_replicate, dp_shard) if there are several groups."""
+    precision: MixedPrecisionPolicy
+    offload: OffloadPolicy
+
+
+def refuse_engines() -> None:
+    """Raise ValueError if `accelerate launch` was told to shard, which the stages would not obey."""
+    for variable, engine in _ENGINES.items():
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes", "y", "on", "t"):
+            raise ValueError(
+                f"{variable}: got {os.environ[variable]}, expected a launch without accelerate's {engine}: "
+                "the stages shard with torch's FSDP2 (dp_shard=N) under torchrun or a plain accelerate launch"
+            )
+
+
+def plan_sharding(config: TrainConfig, size: int, device: torch.device) -> Sharding | None:
+    """The sharding of a run on `size` ranks; None if each rank has whole models.
+
+    Raises ValueError with the numbers if the mesh does not fit the ranks.
+    """
+    refuse_engines()
+    shard = config.dp_shard
+    replicate = max(size // shard, 1) if config.dp_replicate is None else config.dp_replicate
+    if replicate * shard != size:
+        fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ValueError(
+            f"dp_shard: got dp_replicate x dp_shard = {replicate} x {shard} = {replicate * shard} ranks, "
+            f"expected the {size} of this run (torchrun's WORLD_SIZE): dp_shard may be {fitting}, with "
+            f"dp_replicate={size} / dp_shard"
+        )
+    if shard == 1:
+        return None
+    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    # Inputs keep their types: PPO's log-probabilities and advantages are fp32, and autocast casts the rest.
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if config.bf16 else {}
+    return Sharding(
+        mesh if replicate > 1 else mesh["dp_shard"],
+        MixedPrecisionPolicy(**half, cast_forward_inputs=False),
+        CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy(),
+    )
+
+
+def shard(sharding: Sharding | None, model: Model) -> Model:
+    """Shard a loaded model in place, layer by layer, and move it to the mesh's device.
+
+    Call it after all checks that run parts of the model: from then on a forward pass is one of the whole
+    model on all ranks. A sharded model stays as it is, and so does any if `sharding` is None.
+    """
+    if sharding is None or is_sharded(model):
+        return model
+    base = without_peft(model)
+    if isinstance(base, PreTrainedModel):
+        _shard_parts(sharding, base)
+    _shard_group(sharding, model, kept=True)
+    return model
+
+
+def _shard_parts(sharding: Sharding, base: PreTrainedModel) -> None:
+    """Make a group of each layer, and of the embedding and the head if they do not share weights."""
+    names = set(base._no_split_modules or ())
+    for module in [module for module in base.modules() if type(module).__name__ in names]:
+        _shard_group(sharding, module, kept=False)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is not None and {*head.parameters()} & {*embedding.parameters()}
+    if not tied:
+        lookup = type(embedding) is nn.Embedding
+        # The gradient of a lookup does not read the table.
+        _shard_group(sharding, embedding, kept=False).set_unshard_in_backward(not lookup)
+        if head is not None:
+            _shard_group(sharding, head, kept=True)
+
+
+def _shard_group(sharding: Sharding, module: nn.Module, *, kept: bool) -> FSDPModule:
+    """Shard the weights of a module that no group inside of it holds.
+
+    kept: they stay gathered between the forward and the backward pass.
+    """
+    fully_shard(
+        module,
+        mesh=sharding.mesh,
+        mp_policy=sharding.precision,
+        offload_policy=sharding.offload,
+        reshard_after_forward=not kept,
+    )
+    sharded: Any = module
+    sharded.fastalign_kept, sharded.fastalign_whole = kept, False
+    return cast(FSDPModule, module)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called on the model or on a part of it."""
+    return bool(_groups(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass left gathered for a backward pass, so that `parameters()` are the shards.
+
+    A forward pass without gradients leaves the head gathered. Whoever takes parameters then, for an
+    optimizer or for a norm, would hold copies that are freed later.
+    """
+    for module in _groups(model):
+        module.reshard()
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside, a sharded model is whole on each rank, and ranks may run it as often as each likes.
+
+    It is gathered once, on all ranks together, in the type of the mesh's mixed precision, and freed
+    afterwards. A model that is not sharded stays as it is, and so does what is whole already.
+    """
+    modules: list[Any] = [module for module in _groups(model) if not cast(Any, module).fastalign_whole]
+    for module in modules:
+        module.fastalign_whole = True
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.fastalign_whole = False
+            module.set_reshard_after_forward(not module.fastalign_kept, recurse=False)
+            module.reshard()
+
+
+@contextmanager
+def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Backward passes inside add to the gradients; those of the last micro-batch are summed over ranks."""
+    for module in _groups(model):
+        module.set_requires_gradient_sync(last, recurse=False)
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+        yield
+
+
+def clip_gradients(weights: Sequence[nn.Parameter], largest: float) -> float:
+    """Scale the gradients down to the L2 norm `largest`, and return their norm before."""
+    norm = nn.utils.clip_grad_norm_(weights, largest)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered on every rank, or the tensor. All ranks call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def state_to_save(model: nn.Module) -> dict[str, Tensor] | None:
+    """What `save_pretrained(state_dict=…)` saves of a sharded model on rank 0; None of one that is whole.
+
+    All ranks call it. The weights are gathered one by one and moved to rank 0's memory. Of adapters alone,
+    the frozen base stays where it is.
+    """
+    if not is_sharded(model):
+        return None
+    alone = isinstance(model, PeftModel)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    # Names of one weight lead to one tensor again, of which safetensors holds one.
+    names: dict[nn.Parameter, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(weight, name)
+        if name in state and first in state:
+            state[name] = state[first]
+    return state
+
+
+def _groups(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

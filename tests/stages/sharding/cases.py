@@ -1,0 +1,108 @@
+"""Small runs of every stage that are to be the same on one process and on ranks that share a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from fastalign.stages import dpo, kto, loading, ppo, pretrain, reward, sft
+from tests.stages.tiny import LLAMA, save_base, save_tokenizer, sentence, write
+
+STAGES: dict[str, Any] = {
+    "pretrain": (pretrain, pretrain.PretrainConfig, "text"),
+    "sft": (sft, sft.SFTConfig, "answers"),
+    "reward": (reward, reward.RewardConfig, "pairs"),
+    "dpo": (dpo, dpo.DPOConfig, "pairs"),
+    "kto": (kto, kto.KTOConfig, "judged"),
+    "ppo": (ppo, ppo.PPOConfig, "prompts"),
+}
+
+
+class Case(NamedTuple):
+    """A run of a stage: its fields, and those of the sharded run alone."""
+
+    stage: str
+    options: Mapping[str, Any] = {}
+    sharded: Mapping[str, Any] = {}
+
+
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+# GPT-2 with a tied embedding in fp64, but for the Llamas, whose norms are in fp32.
+CASES = {
+    "pretrain": Case("pretrain", {"model_config": LLAMA | {"tie_word_embeddings": False}, "model": None}),
+    "sft": Case("sft", {"gradient_checkpointing": True}),
+    "sft, untied, offloaded": Case("sft", {"model": "llama"}, {"cpu_offload": True}),
+    "sft, LoRA": Case("sft", {"lora_rank": 4, "lora_dropout": 0.0}),
+    "reward": Case("reward", {"center_coefficient": 0.1}),
+    "dpo": Case("dpo"),
+    "dpo, LoRA": Case("dpo", {"lora_rank": 4}),
+    "kto": Case("kto"),
+    "kto, LoRA, precomputed": Case("kto", {"lora_rank": 4, "reference": "precomputed"}),
+    "ppo": Case("ppo", {"reward": "reward_model", "rescore": True}),
+    "ppo, shared, LoRA": Case("ppo", {"value": "shared", "lora_rank": 4, "rollout_batch_size": 3}),
+}
+
+
+def make_files(folder: Path) -> dict[str, str]:
+    """Data of all stages, a tied GPT-2, an untied Llama, a reward model and a reward function."""
+    pairs = [
+        {"prompt": sentence(n), "chosen": " good " + sentence(n + 50), "rejected": " bad " + sentence(n + 81)}
+        for n in range(24)
+    ]
+    judged = [
+        {
+            "prompt": row["prompt"],
+            "completion": row["chosen"] if n % 3 else row["rejected"],
+            "label": n % 3 > 0,
+        }
+        for n, row in enumerate(pairs)
+    ]
+    rows: dict[str, list[Any]] = {
+        "text": [{"text": sentence(n)} for n in range(40)],
+        "answers": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs],
+        "pairs": pairs,
+        "judged": judged,
+        "prompts": [{"prompt": row["prompt"]} for row in pairs],
+    }
+    paths = {name: write(folder / f"{name}.jsonl", records) for name, records in rows.items()}
+    # Five rows (sixteen texts are packed into about as many) give ranks different numbers of micro-batches.
+    paths |= {
+        f"held_out_{name}": write(folder / f"held_{name}.jsonl", records[: 16 if name == "text" else 5])
+        for name, records in rows.items()
+    }
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    paths |= {"tokenizer": tokenizer, "gpt2": save_base(folder / "gpt2", tokenizer, length=96, **NO_DROPOUT)}
+    loaded = loading.load_tokenizer(tokenizer)
+    torch.manual_seed(3)
+    untied = loading.scratch_config(LLAMA | {"tie_word_embeddings": False}, loaded, length=96)
+    AutoModelForCausalLM.from_config(untied, dtype=torch.float64).save_pretrained(folder / "llama")
+    loaded.save_pretrained(folder / "llama")
+    (folder / "functions.py").write_text(
+        "def count(prompts, completions):\n    return [float(len(text) % 7) for text in completions]\n"
+    )
+    paths |= {"llama": str(folder / "llama"), "count": f"{folder / 'functions.py'}:count"}
+    made = configure(Case("reward", {"max_steps": 1}), paths, folder / "reward")
+    reward.run(made)
+    return paths | {"reward_model": str(folder / "reward" / "model")}
+
+
+def configure(case: Case, files: Mapping[str, str], output_dir: Path, **more: Any) -> Any:
+    """The configuration of a case: ten steps of eight rows in fp64, with an evaluation after each."""
+    _, config, data = STAGES[case.stage]
+    values: dict[str, Any] = {"train_data": files[data], "output_dir": str(output_dir), "model": "gpt2"}
+    values |= {"eval_data": files["held_out_" + data], "eval_every": 1, "max_steps": 10}
+    values |= {"batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3, "max_grad_norm": 0.5}
+    values |= {"dtype": "float64", "device": "cpu", "adam_eps": 1e-6}
+    if case.stage == "pretrain":
+        values |= {"tokenizer": files["tokenizer"], "sequence_length": 40}
+    elif case.stage == "ppo":
+        values |= {"reward": "count", "max_new_tokens": 8, "ppo_epochs": 1, "max_steps": 5, "minibatches": 2}
+    else:
+        values |= {"max_length": 64}
+    values |= dict(case.options) | more
+    for name in ("model", "reward"):
+        if values.get(name) is not None:
+            values[name] = files[values[name]]
+    return config(**values)
