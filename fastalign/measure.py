@@ -211,7 +211,7 @@ def peak_memory(
 
 def peak_memories(
     target: str,
-    every: Sequence[Mapping[str, Any]],
+    calls: Sequence[Mapping[str, Any]],
     *,
     warmup: Mapping[str, Any] | None = None,
     device: str = "cpu",
@@ -221,7 +221,7 @@ def peak_memories(
     Args:
         target: "module:function". function(**arguments) makes the inputs and returns the call to measure,
             which takes no argument.
-        every: the arguments of each call. They must be JSON, because the calls run in a process of their
+        calls: the arguments of each call. They must be JSON, because the calls run in a process of their
             own. Loading torch and transformers there takes 4 s, so several calls should share one process.
         warmup: arguments of a first call that does not count, so that libraries are loaded and threads
             started. Use small ones, or the same for a target that compiles at its first call.
@@ -235,14 +235,14 @@ def peak_memories(
         RuntimeError: the call failed in its process. The message ends with that process's last lines.
     """
     if torch.device(device).type == "cuda":
-        return [_peak_cuda(target, arguments, warmup) for arguments in every]
+        return [_peak_cuda(target, arguments, warmup) for arguments in calls]
     if not _CLEAR_REFS.exists():
         raise PeakMemoryUnavailable(
             f"peak memory: got {platform.system()} without {_CLEAR_REFS}, expected Linux or a GPU"
         )
     request = {
         "target": target,
-        "every": [dict(arguments) for arguments in every],
+        "calls": [dict(arguments) for arguments in calls],
         "warmup": warmup and dict(warmup),
         "threads": torch.get_num_threads(),
     }
@@ -269,7 +269,7 @@ def _serve() -> None:
     torch.set_num_threads(request["threads"])
     if request["warmup"] is not None:
         _prepared(request["target"], request["warmup"])()
-    peaks = [_peak_here(request["target"], arguments) for arguments in request["every"]]
+    peaks = [_peak_here(request["target"], arguments) for arguments in request["calls"]]
     with os.fdopen(answer, "w") as stream:
         json.dump(peaks, stream)
 

@@ -79,14 +79,14 @@ def main() -> None:
             row(name, {patched: timings[f"{patched}"].median for patched in (False, True)}, peaks)
     for trainer in arguments.trainers:
         for lora in (False, True):
-            every = [
+            of_runs = [
                 {"trainer": trainer, "patched": patched, "lora": lora, "steps": arguments.steps}
                 for patched in (False, True)
             ]
             trainings = [training(trainer, patched, lora, arguments.steps) for patched in (False, True)]
             seconds = [[run() for run in trainings] for _ in range(arguments.rounds)]
             medians = [statistics.median(of_one) for of_one in zip(*seconds)]
-            peaks = peak_memories(f"{here}:training", every, warmup=every[0] | {"steps": 1})
+            peaks = peak_memories(f"{here}:training", of_runs, warmup=of_runs[0] | {"steps": 1})
             row(f"{trainer}{', LoRA' if lora else ''}", {False: medians[0], True: medians[1]}, peaks)
 
 

@@ -181,8 +181,8 @@ def predict_step(model: Model, mesh: Mesh, tokens: int = TOKENS) -> Step:
         34 * H + 3 * BF16 * model.inner
     )  # of one layer, in bf16 (Korthikanti et al. 2022)
     memory = STATE * shard + layer + checkpoints
-    own_state = STATE * embedding / mesh.dp_shard
-    return Step(head, seconds, memory + max(head.memory - own_state, activations))
+    head_state = STATE * embedding / mesh.dp_shard
+    return Step(head, seconds, memory + max(head.memory - head_state, activations))
 
 
 def _data_parallel(mesh: Mesh, weights: float, *, gathers: int) -> float:

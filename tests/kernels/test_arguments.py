@@ -139,7 +139,7 @@ def test_numpy_numbers_are_numbers():
 # Layouts: the same values in other strides.
 
 
-def every_other(x: Tensor) -> Tensor:
+def alternate(x: Tensor) -> Tensor:
     return torch.stack([x, x], -1).flatten(-2)[..., ::2] if x.dim() else x
 
 
@@ -157,7 +157,7 @@ def odd_strides_of_size_one(stride: int) -> Callable[[Tensor], Tensor]:
 
 
 LAYOUTS = {
-    "every_other": every_other,
+    "alternate": alternate,
     "transposed": transposed,
     "stride_0": odd_strides_of_size_one(0),
     "stride_7": odd_strides_of_size_one(7),

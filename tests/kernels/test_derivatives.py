@@ -113,8 +113,8 @@ SUMS = {"sum_by_sequence": (lambda x: sum_by_sequence(x, torch.tensor([0, 1, 4])
 
 
 def cases(*tables: dict) -> pytest.MarkDecorator:
-    every = {name: case for table in tables for name, case in table.items()}
-    return pytest.mark.parametrize(("loss", "x"), every.values(), ids=every.keys())
+    cases = {name: case for table in tables for name, case in table.items()}
+    return pytest.mark.parametrize(("loss", "x"), cases.values(), ids=cases.keys())
 
 
 @cases(WITH_GRADIENT)

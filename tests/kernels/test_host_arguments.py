@@ -78,18 +78,18 @@ def test_no_old_logp_in_the_head(dtype, workspace_mib):
 def test_advantages_of_rows(shape):
     """One number a row, as GRPO has it; also where B = T, which broadcasting would read as T numbers."""
     rows = normal(B)
-    every = rows[:, None].expand(B, T)
-    torch.testing.assert_close(policy(LOGP, advantages=rows.view(shape)), policy(LOGP, advantages=every))
+    expanded = rows[:, None].expand(B, T)
+    torch.testing.assert_close(policy(LOGP, advantages=rows.view(shape)), policy(LOGP, advantages=expanded))
     torch.testing.assert_close(
-        ppo_loss_ref(LOGP, OLD, rows.view(shape), MASK).loss, policy(LOGP, advantages=every)
+        ppo_loss_ref(LOGP, OLD, rows.view(shape), MASK).loss, policy(LOGP, advantages=expanded)
     )
     torch.testing.assert_close(
         head_policy(HIDDEN, WEIGHT, advantages=rows.view(shape)),
-        head_policy(HIDDEN, WEIGHT, advantages=every),
+        head_policy(HIDDEN, WEIGHT, advantages=expanded),
     )
     square = (LOGP[:, :B], OLD[:, :B])
     found = ppo_loss(*square, rows.view(shape), MASK[:, :B])
-    torch.testing.assert_close(found, ppo_loss(*square, every[:, :B], MASK[:, :B]))
+    torch.testing.assert_close(found, ppo_loss(*square, expanded[:, :B], MASK[:, :B]))
     with pytest.raises(ValueError, match=r"advantages: got shape \[4\]"):
         policy(LOGP, advantages=normal(T))
 

@@ -225,8 +225,8 @@ def test_a_longer_pair_takes_no_more_memory(tmp_path: Path, monkeypatch: pytest.
     GEMMs pack."""
     (tmp_path / "long_pairs.py").write_text(TARGET)
     monkeypatch.syspath_prepend(tmp_path)
-    every = [{"tokens": tokens, "workspace_mib": 32} for tokens in (512, 1024, 8192)]
-    fits, twice, long = peak_memories("long_pairs:pair", every, warmup=every[1])
+    calls = [{"tokens": tokens, "workspace_mib": 32} for tokens in (512, 1024, 8192)]
+    fits, twice, long = peak_memories("long_pairs:pair", calls, warmup=calls[1])
     assert 32 < fits < 48 and twice < 48 and long < fits + 8
 
 

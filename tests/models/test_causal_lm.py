@@ -26,7 +26,7 @@ from tests.models.tiny_models import (
     gradients,
     llama,
     lora,
-    own_nll,
+    model_nll,
     shift,
 )
 
@@ -44,7 +44,7 @@ def test_loss_statistics_and_gradients_equal_the_models_own(name: str, token_sta
     targets = shift(labels)
     kept = targets != -100
     plain = model(**inputs, labels=labels)
-    nll = own_nll(model, inputs, targets)
+    nll = model_nll(model, inputs, targets)
     expected = gradients(model, nll.sum() / kept.sum())
 
     out = fuse_head(model)(**inputs, labels=labels, token_stats=token_stats)
@@ -156,7 +156,7 @@ def test_num_items_shift_labels_and_temperature(count: Any, token_stats: bool) -
     model = fuse_head(llama())
     inputs, labels = batch()
     targets = shift(labels).roll(1, 0)  # not what labels would give
-    expected = own_nll(model, inputs, targets, temperature=0.7)
+    expected = model_nll(model, inputs, targets, temperature=0.7)
     expected_grads = gradients(model, expected.sum() / 7)
     out = model(
         **inputs, shift_labels=targets, num_items_in_batch=count, token_stats=token_stats, temperature=0.7
@@ -195,8 +195,8 @@ def test_ppos_loss_and_its_gradients_equal_those_from_logits(name: str) -> None:
     mask = targets != -100
     old, reference, advantages = torch.randn(3, *targets.shape, generator=generator, dtype=torch.float64)
     old, reference = (
-        -own_nll(model, inputs, targets, 0.7).detach() + 0.3 * old,
-        -own_nll(model, inputs, targets, 0.7).detach() + 0.3 * reference,
+        -model_nll(model, inputs, targets, 0.7).detach() + 0.3 * old,
+        -model_nll(model, inputs, targets, 0.7).detach() + 0.3 * reference,
     )
     options = {
         "clip": 0.1,
@@ -366,11 +366,11 @@ def test_peft(options: dict[str, Any], fuse_first: bool) -> None:
             model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
     inputs, labels = batch()
     targets = shift(labels)
-    expected = gradients(model, own_nll(model, inputs, targets).sum() / (targets != -100).sum())
+    expected = gradients(model, model_nll(model, inputs, targets).sum() / (targets != -100).sum())
     assert any("lm_head" in name for name in expected) == bool(options)
     out = model(**inputs, labels=labels)
     assert_equal_gradients(gradients(model, out.loss), expected)
     with model.disable_adapter():
-        nll = own_nll(model, inputs, targets)
+        nll = model_nll(model, inputs, targets)
         torch.testing.assert_close(model(**inputs, labels=labels).logp, -nll, rtol=1e-10, atol=1e-12)
     assert unfuse_head(model)(**inputs, labels=labels).logits is not None

@@ -12,7 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from fastalign.causal_lm import UnsupportedModelError, fuse_head, unfuse_head
-from tests.models.tiny_models import CONFIGS, GQA, MHA, VOCAB, batch, build, llama, lora, own_nll, shift
+from tests.models.tiny_models import CONFIGS, GQA, MHA, VOCAB, batch, build, llama, lora, model_nll, shift
 
 pytestmark = pytest.mark.hosts
 
@@ -50,7 +50,7 @@ def test_a_head_that_starts_at_zero_is_served_with_its_softcap() -> None:
     with torch.no_grad():
         model.lm_head.weight.normal_()
     inputs, labels = batch()
-    nll = own_nll(model, inputs, shift(labels))
+    nll = model_nll(model, inputs, shift(labels))
     torch.testing.assert_close(model(**inputs, labels=labels).logp, -nll, rtol=1e-10, atol=1e-12)
 
 
@@ -173,7 +173,7 @@ def test_a_resized_vocabulary_wants_fusing_again() -> None:
         UnsupportedModelError, match="LlamaForCausalLM, which had its lm_head replaced after fuse_head"
     ):
         model(**inputs, labels=labels)
-    nll = own_nll(model, inputs, shift(labels))
+    nll = model_nll(model, inputs, shift(labels))
     torch.testing.assert_close(fuse_head(model)(**inputs, labels=labels).logp, -nll, rtol=1e-10, atol=1e-12)
 
 

@@ -20,7 +20,7 @@ from tests.models.tiny_models import (
     build,
     gradients,
     llama,
-    own_nll,
+    model_nll,
     shift,
 )
 from tests.two_ranks import be_a_rank, run_as_two_ranks
@@ -89,7 +89,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_ranks_equal_one(case: str, token_stats: bool, two_ranks: dict[str, Any]) -> None:
     model = distributed_model(case)
     inputs, labels = batch(rows=4)
-    nll = own_nll(model, inputs, shift(labels)).sum() / (shift(labels) != -100).sum()
+    nll = model_nll(model, inputs, shift(labels)).sum() / (shift(labels) != -100).sum()
     expected = gradients(model, nll)
     loss, found = two_ranks[f"{case} {token_stats}"]
     torch.testing.assert_close(loss, nll.detach(), rtol=1e-10, atol=0)
@@ -133,8 +133,8 @@ def run_rank(folder: Path, rank: int) -> None:
         if case == "ddp":
             wrapped = nn.parallel.DistributedDataParallel(model)
         else:
-            own_group = [model.lm_head] if case == "fsdp-lm-head" else []
-            for module in (*model.model.layers, *own_group, model):
+            head_group = [model.lm_head] if case == "fsdp-lm-head" else []
+            for module in (*model.model.layers, *head_group, model):
                 fully_shard(module, mesh=mesh)
         for token_stats in (False, True):
             model.zero_grad()  # before the forward: after it, FSDP2's root still holds unsharded parameters

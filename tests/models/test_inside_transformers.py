@@ -27,7 +27,7 @@ from tests.models.tiny_models import (
     gradients,
     llama,
     lora,
-    own_nll,
+    model_nll,
     shift,
 )
 
@@ -183,7 +183,7 @@ def test_a_loss_function_that_is_set_later_is_the_loss() -> None:
         model(**inputs, labels=labels)
     assert out.logits is not None and sum(WARNS in str(one.message) for one in caught) == 1
     torch.testing.assert_close(out.loss, 2 * fused, rtol=1e-10, atol=0)
-    nll = own_nll(model.eval(), inputs, shift(labels))
+    nll = model_nll(model.eval(), inputs, shift(labels))
     torch.testing.assert_close(
         model(**inputs, labels=labels, token_stats=True).logp, -nll, rtol=1e-10, atol=1e-12
     )
@@ -252,7 +252,7 @@ def test_modules_to_save_that_come_later_are_served() -> None:
     model = lora(fuse_head(llama()), modules_to_save=["lm_head"])
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
-    nll = own_nll(model, inputs, shift(labels))
+    nll = model_nll(model, inputs, shift(labels))
     out = model(**inputs, labels=labels)
     torch.testing.assert_close(out.logp, -nll, rtol=1e-10, atol=1e-12)
 

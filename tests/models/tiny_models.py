@@ -134,7 +134,7 @@ def shift(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=-100)[:, 1:]
 
 
-def own_nll(model: Any, inputs: dict[str, Tensor], targets: Tensor, temperature: float = 1.0) -> Tensor:
+def model_nll(model: Any, inputs: dict[str, Tensor], targets: Tensor, temperature: float = 1.0) -> Tensor:
     """[B, T] from the model's own logits in their dtype (its own loss goes through fp32); 0 where ignored."""
     logits = model(**inputs).logits / temperature
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)

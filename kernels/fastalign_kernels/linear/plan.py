@@ -237,7 +237,7 @@ def capacity(call: TileCall) -> tuple[int, int]:
     return min(largest, TOKENS["cpu"]) if tail and call.kind == "cpu" else largest, per_token
 
 
-def keeping_bytes(call: TileCall, chunk_bytes: int) -> int:
+def kept_columns_bytes(call: TileCall, chunk_bytes: int) -> int:
     """What kept columns (linear/tail_columns.py) may take between a forward and a backward pass.
 
     With a chunk's logits it is twice the workspace.

@@ -17,7 +17,7 @@ from ..softmax.rows import accumulator_dtype
 from .accumulate import GradAccumulator
 from .chunks import Operands, TokenChunk
 from .inputs import HeadInputs, NeedsGrad
-from .plan import TOKENS, capacity, keeping_bytes
+from .plan import TOKENS, capacity, kept_columns_bytes
 from .tail_columns import DENSE, KeptColumns, chunks_with_columns
 
 RECOMPUTE = -1  # in place of a number of columns
@@ -42,7 +42,7 @@ def empty_saved_columns(inputs: HeadInputs, needs: NeedsGrad) -> SavedColumns:
     chunk, per_token = capacity(call)
     chunks = -(-N // chunk) * -(-chunk // TOKENS["cpu" if device_type == "cpu" else "cuda"])
     most = int(DENSE * V)
-    room = keeping_bytes(call, chunk * per_token)
+    room = kept_columns_bytes(call, chunk * per_token)
     return SavedColumns(
         hidden.new_empty(min(room // dtype.itemsize, N * most), dtype=dtype),
         hidden.new_empty(chunks * most, dtype=torch.int64),
