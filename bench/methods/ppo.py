@@ -1,9 +1,9 @@
 """One step of PPO, rollout and update, of a Llama of the demo's architecture: ours, and plain PyTorch's.
 
-Both complete the same prompts with top-p 0.9. Both have a frozen reference and a value head on the shared
-backbone, take one pass over the completions, clip the gradient and step AdamW. Scores are given. Plain
-PyTorch draws with transformers' generate and holds the logits of one pass at a time. A step moves the
-weights, so only a method's first step is checked.
+Both complete the same prompts with top-p 0.9, and train the policy over all ids. Both have a frozen reference
+and a value head on the shared backbone, take one pass over the completions, clip the gradient and step AdamW.
+Scores are given. Plain PyTorch draws with transformers' generate and holds the logits of one pass at a time.
+A step moves the weights, so only a method's first step is checked.
 """
 
 from __future__ import annotations
@@ -89,7 +89,13 @@ def _ours(device: str) -> Forward:
         model, reference, optimizer = made[0]
         gradient = _noted(optimizer, model.policy)
         options = PPOOptions(
-            max_new_tokens=len(new), top_p=TOP_P, lam=1.0, clip=CLIP, vf_coef=VF_COEF, ppo_epochs=1
+            max_new_tokens=len(new),
+            top_p=TOP_P,
+            filtered_policy=False,
+            lam=1.0,
+            clip=CLIP,
+            vf_coef=VF_COEF,
+            ppo_epochs=1,
         )
         prompts = [Prompt(row) for row in ids.tolist()]
         with torch.enable_grad():
