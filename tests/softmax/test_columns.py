@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastalign_kernels import native
 from fastalign_kernels.softmax import columns
-from fastalign_kernels.softmax.columns import ColumnSums, column_sums_ref
+from fastalign_kernels.softmax.columns import ColumnGrad, ColumnSums, column_sums_ref
 from fastalign_kernels.softmax.rows import (
     Coefficient,
     RowInputs,
@@ -98,9 +98,8 @@ def run_grad(implementation: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float32 if truncates else logits.dtype
     out = torch.empty(1, logits.shape[0], columns.numel(), dtype=dtype, device=device)
     totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=device)
-    implementation.column_grad(
-        inputs, columns.to(device), stats.to(device), coefficients.to(device), V, out, totals
-    )
+    given = columns.to(device), stats.to(device), coefficients.to(device), V, out, totals
+    implementation.column_grad(inputs, ColumnGrad(*given))
     return out[0].cpu().to(logits.dtype), totals.cpu()
 
 

@@ -40,6 +40,17 @@ class ColumnSums(NamedTuple):
     totals: Tensor  # [2, N], fp64: differences of them are taken
 
 
+class ColumnGrad(NamedTuple):
+    """What the gradient of K columns reads beside the logits, and what it writes."""
+
+    columns: Tensor  # [K]
+    stats: Tensor  # [7, N]
+    coefficients: Tensor  # [4, N]
+    vocab_size: int
+    out: Tensor  # [1, N, K]
+    totals: Tensor  # [2, N]
+
+
 def column_sums(
     logits: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform, stats: Tensor
 ) -> ColumnSums:
@@ -76,7 +87,8 @@ def column_grad(
     """
     totals = torch.empty(2, logits.shape[0], dtype=torch.float64, device=logits.device)
     inputs = RowInputs(logits[None], ids, bias, transform)
-    KERNELS.select(logits).column_grad(inputs, columns, stats, coefficients, vocab_size, out[None], totals)
+    given = ColumnGrad(columns, stats, coefficients, vocab_size, out[None], totals)
+    KERNELS.select(logits).column_grad(inputs, given)
     return totals
 
 
@@ -110,17 +122,10 @@ def _column_sums(inputs: RowInputs, stats: Tensor, out: ColumnSums) -> None:
         written.copy_(value)
 
 
-def _column_grad(
-    inputs: RowInputs,
-    columns: Tensor,
-    stats: Tensor,
-    coefficients: Tensor,
-    vocab_size: int,
-    out: Tensor,
-    totals: Tensor,
-) -> None:
+def _column_grad(inputs: RowInputs, given: ColumnGrad) -> None:
     """The specification of `column_grad`."""
     logits, ids, bias, transform = inputs
+    columns, stats, coefficients, _, out, totals = given
     x = logits[0] if logits.shape[2] == columns.numel() else logits[0].index_select(1, columns)
     _, share, logp, slope = _shares(x, ids, None if bias is None else bias[columns], transform, stats)
     onehot, prob, plogp, _ = coefficients[..., None]
@@ -134,17 +139,10 @@ def _native_column_sums(inputs: RowInputs, stats: Tensor, out: ColumnSums) -> No
     ops.column_sums(logits, ids, bias, *transform, stats, *out)
 
 
-def _native_column_grad(
-    inputs: RowInputs,
-    columns: Tensor,
-    stats: Tensor,
-    coefficients: Tensor,
-    vocab_size: int,
-    out: Tensor,
-    totals: Tensor,
-) -> None:
+def _native_column_grad(inputs: RowInputs, given: ColumnGrad) -> None:
     logits, ids, bias, transform = inputs
-    ops.column_grad(logits, columns, ids, bias, *transform, stats, coefficients, vocab_size, out, totals)
+    columns, *rest = given
+    ops.column_grad(logits, columns, ids, bias, *transform, *rest)
 
 
 KERNELS = Kernels(

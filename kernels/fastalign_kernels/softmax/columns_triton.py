@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_launch import launch
-from .columns import ColumnSums, Total
+from .columns import ColumnGrad, ColumnSums, Total
 from .row_passes_triton import LOGSUM, MAX, ONEHOT, PLOGP, PROB, transform_scalars, transformed
 from .rows import RowInputs
 from .rows_triton import transform_flags
@@ -177,17 +177,10 @@ def column_sums(inputs: RowInputs, stats: Tensor, out: ColumnSums) -> None:
     torch.sum(parts, 0, dtype=totals.dtype, out=totals)
 
 
-def column_grad(
-    inputs: RowInputs,
-    columns: Tensor,
-    stats: Tensor,
-    coefficients: Tensor,
-    vocab_size: int,
-    out: Tensor,
-    totals: Tensor,
-) -> None:
+def column_grad(inputs: RowInputs, given: ColumnGrad) -> None:
     """Write out [B, T, K] and totals [2, B*T]; see columns.column_grad."""
     logits, ids, bias, transform = inputs
+    columns, stats, coefficients, _, out, totals = given
     B, T, _ = logits.shape
     K = columns.numel()
     launch(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from fastalign.data import load_rows, tokenize_pairs
 from fastalign.stages import dpo, loading, optimization
-from tests.stages.preference.runs import Make, plain_logps, run, step_rows
+from tests.stages.preference.runs import OURS_AS_TRL, Make, plain_logps, run, step_rows, trl_settings
 from tests.stages.tiny import lines, write
 
 
@@ -124,30 +124,11 @@ def test_the_first_steps_are_trls(
         **ours,
         loss_type=loss_type,
         train_data=data,
-        max_steps=3,
-        dtype="float32",
-        schedule="constant",
-        adam_eps=1e-6,
-        max_grad_norm=100.0,
+        **OURS_AS_TRL,
     )
     run(config)
     settings = getattr(trl, f"{kind}Config")(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=len(pairs),
-        max_steps=3,
-        max_length=64,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        adam_epsilon=1e-6,
-        max_grad_norm=100.0,
-        logging_steps=1,
-        save_strategy="no",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
+        **trl_settings(config, tmp_path / "trl", len(pairs)),
         beta=config.beta,
         **theirs | ({"label_smoothing": config.label_smoothing} if config.label_smoothing else {}),
     )

@@ -16,7 +16,7 @@ from transformers import (
 
 from fastalign.data import Unpaired, load_rows, preference_pairs, tokenize_pairs, tokenize_unpaired
 from fastalign.stages import loading, optimization
-from tests.stages.preference.runs import Make, plain_logps, run, step_rows
+from tests.stages.preference.runs import OURS_AS_TRL, Make, plain_logps, run, step_rows, trl_settings
 from tests.stages.tiny import (
     lines,
 )
@@ -227,11 +227,7 @@ def test_the_first_steps_are_trls(
         **options,
         train_data=files["two" if stage == "kto" else "pairs"],
         batch_size=rows,
-        max_steps=3,
-        dtype="float32",
-        schedule="constant",
-        adam_eps=1e-6,
-        max_grad_norm=100.0,
+        **OURS_AS_TRL,
     )
     run(config)
     trainer_class, config_class = {
@@ -240,22 +236,7 @@ def test_the_first_steps_are_trls(
         "kto": (trl.KTOTrainer, trl.KTOConfig),
     }[stage]
     settings = config_class(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=rows,
-        max_steps=3,
-        max_length=64,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        adam_epsilon=1e-6,
-        max_grad_norm=100.0,
-        logging_steps=1,
-        save_strategy="no",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
+        **trl_settings(config, tmp_path / "trl", rows),
         **options,
     )
     auto = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
