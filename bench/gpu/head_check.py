@@ -99,7 +99,7 @@ def reference(
     inputs: HeadInputs, hidden: Tensor, dtype: torch.dtype, coefficients_of: Any
 ) -> tuple[Tensor, Gradients]:
     """Statistics and gradients by plain PyTorch whose products are made in `dtype`."""
-    _, weight, ids, bias, options = inputs
+    _, weight, ids, bias, options = inputs[:5]
     accumulator = torch.float64 if dtype == torch.float64 else FP32
     x, w = hidden.to(dtype), weight.to(dtype)
     b = None if bias is None else bias.to(accumulator)
@@ -107,7 +107,8 @@ def reference(
     stats = row_stats_ref(z, ids, b, options.transform)
     grad = row_grad_ref(z, ids, b, options.transform, stats, coefficients_of(stats))[0]
     low = grad.to(dtype)
-    return stats, Gradients(low @ w, low.t() @ x, low.to(accumulator).sum(0))
+    nothing = low.new_empty(0)  # there is no adapter
+    return stats, Gradients(low @ w, low.t() @ x, low.to(accumulator).sum(0), nothing, nothing)
 
 
 def compare(name: str, ours: tuple[Tensor, Gradients], eager: Any, truth: Any, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..core import smollm2
 from .cross_entropy import CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, LINEAR_LOGPROBS, TOKEN_STATS
 from .distillation import DISTILLATION
+from .lora import LORA
 from .pairs import PAIRS
 from .policy import POLICY
 from .ppo import PPO
@@ -20,6 +21,7 @@ OPERATIONS = {
     "token_stats": TOKEN_STATS,
     "cross_entropy": CROSS_ENTROPY,
     **DISTILLATION,
+    **LORA,
     **PREFERENCE,
     **PAIRS,
     **POLICY,

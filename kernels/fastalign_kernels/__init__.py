@@ -8,6 +8,7 @@ from .linear.dpo import LinearPreferenceLoss, linear_dpo_loss
 from .linear.head_plan import HeadPlan
 from .linear.kto import LinearUnpairedLoss, linear_kto_loss
 from .linear.logprobs import linear_logprobs
+from .linear.low_rank import LowRank
 from .linear.plan import plan_head
 from .linear.ppo import linear_ppo_loss
 from .linear.tail_columns import kept_share
@@ -27,6 +28,7 @@ __all__ = [
     "HeadPlan",
     "LinearPreferenceLoss",
     "LinearUnpairedLoss",
+    "LowRank",
     "PolicyLoss",
     "PreferenceLoss",
     "RewardLoss",

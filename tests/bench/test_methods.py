@@ -24,7 +24,11 @@ from fastalign.measure import Error, largest_error
 from tests.bench.tiny_cases import CASES, INSTALLED, TINY, tiny_case
 
 # Peers that have no such operation.
-WITHOUT_METHOD = {("TRL", "linear_ppo"), ("TRL", "linear_distillation"), ("Liger", "linear_distillation")}
+WITHOUT_METHOD = {("TRL", "linear_ppo")} | {
+    (peer, operation)
+    for peer in ("TRL", "Liger")
+    for operation in ("linear_distillation", "linear_cross_entropy with LoRA")
+}
 FIRST = {case.operation: name for name, case in reversed(CASES.items())}
 
 

@@ -15,6 +15,7 @@ FILES = (
     "linear_cross_entropy",
     "linear_logprobs",
     "linear_distillation",
+    "linear_lora",
     "linear_preference",
     "linear_ppo",
     "token_stats",

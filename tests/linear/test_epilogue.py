@@ -58,7 +58,7 @@ def upstream(inputs, *statistics):
 
 def expected(inputs, token_coefficients, dtype):
     """Statistics, gradients and dlogits of the specification in this dtype, from logits in it."""
-    hidden, weight, ids, bias, options = inputs
+    hidden, weight, ids, bias, options = inputs[:5]
     hidden = torch.where((ids >= 0)[:, None], hidden, 0).to(dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     logits = (hidden @ weight.t())[None]

@@ -19,7 +19,7 @@ from fastalign_kernels import (  # noqa: E402
     linear_ppo_loss,
     linear_token_stats,
 )
-from fastalign_kernels.linear import engines, gpu_plan, gpu_tokens, kept_softmax  # noqa: E402
+from fastalign_kernels.linear import engines, gpu_plan, gpu_tokens, head_call, kept_softmax  # noqa: E402
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  # noqa: E402
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
@@ -84,13 +84,14 @@ def make(device, dtype=torch.float32, options=PLAIN, ignored=(0, 5, 12), n_token
 
 def truth(inputs: HeadInputs, coefficients_of) -> tuple[torch.Tensor, Gradients]:
     """Statistics and gradients in fp64."""
-    hidden, weight, ids, bias, options = inputs
+    hidden, weight, ids, bias, options = inputs[:5]
     x, w = hidden.nan_to_num().double(), weight.double()
     b = None if bias is None else bias.double()
     logits = (x @ w.t())[None]
     stats = row_stats_ref(logits, ids, b, options.transform)
     grad = row_grad_ref(logits, ids, b, options.transform, stats, coefficients_of(stats))[0]
-    return stats, Gradients(grad @ w, grad.t() @ x, grad.sum(0))
+    nothing = grad.new_empty(0)  # there is no adapter
+    return stats, Gradients(grad @ w, grad.t() @ x, grad.sum(0), nothing, nothing)
 
 
 def assert_close(found: Gradients, expected: Gradients, dtype: torch.dtype) -> None:
@@ -213,7 +214,8 @@ def test_launches_and_gemms_of_a_call(device, monkeypatch):
         product(left, right, out, **kwargs)
 
     monkeypatch.setattr(tile_rows_triton, "_tile_rows", launched)
-    monkeypatch.setattr(kept_softmax, "product", multiplied)
+    for module in (kept_softmax, head_call):
+        monkeypatch.setattr(module, "product", multiplied)
     inputs = make(device, torch.float16, HeadOptions(lean=True), ignored=())
     needs = needs_of(inputs)
     KeptSoftmax(1.0).statistics_and_gradients(inputs, cross_entropy(inputs), needs)

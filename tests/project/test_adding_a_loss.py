@@ -121,8 +121,8 @@ def linear_square_loss(
 '''
 HEAD_REFERENCE = """
 @head_keywords
-def linear_square_loss_ref(hidden, weight, ids, bias=None, **head: Unpack[SoftmaxArguments]):
-    options = head_options(linear_square_loss_ref, head, SOFTMAX_ARGUMENTS)
+def linear_square_loss_ref(hidden, weight, ids, bias=None, **head: Unpack[ReferenceArguments]):
+    options = head_options(linear_square_loss_ref, head, REFERENCE_ARGUMENTS)
     return _stats_ref(hidden, weight, ids, bias, options)[Stat.LOGP].square().sum() / 2
 
 

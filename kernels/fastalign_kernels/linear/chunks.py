@@ -18,7 +18,8 @@ class Operands(NamedTuple):
     """The head in the dtypes of its GEMMs.
 
     GEMMs take hidden states and weight in hidden's dtype. On a CPU without our own GEMMs torch's would round
-    their output to that dtype, so a chunk's hidden states and, once, the weight are widened.
+    their output to that dtype, so a chunk's hidden states and, once, the weight are widened. A LoRA adapter
+    keeps fp32 where our own GEMMs take it.
     """
 
     weight: Tensor  # [V, H] of `factor`
@@ -26,20 +27,40 @@ class Operands(NamedTuple):
     factor: torch.dtype  # of hidden states and weight in a GEMM
     accumulator: torch.dtype  # of logits, statistics and sums
     grad: torch.dtype  # of dlogits and of a chunk's dX; our own GEMMs round dlogits while they pack
+    lora_weight: Tensor | None  # [V, r]
+    native: bool  # our own GEMMs run, which mix dtypes and gather rows at no cost
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The right factor of each product of the logits: W, and B of a LoRA adapter."""
+        return (self.weight,) if self.lora_weight is None else (self.weight, self.lora_weight)
 
     @classmethod
     def of(cls, inputs: HeadInputs) -> Operands:
-        hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+        hidden, bias, lora = inputs.hidden, inputs.bias, inputs.lora
         accumulator = accumulator_dtype(hidden.dtype)
-        widen = not hidden.is_cuda and not uses_native_gemm(hidden.device, hidden.dtype)
+        native = uses_native_gemm(hidden.device, hidden.dtype)
+        widen = not hidden.is_cuda and not native
         factor = accumulator if widen else hidden.dtype
         return cls(
-            weight.to(factor),
+            inputs.weight.to(factor),
             None if bias is None else bias.to(accumulator),
             factor,
             accumulator,
             grad=factor if hidden.is_cuda else accumulator,
+            lora_weight=None if lora is None else lora.weight if native else lora.weight.to(factor),
+            native=native,
         )
+
+    def states(self, inputs: HeadInputs, tokens: Tensor | slice) -> tuple[Tensor, ...]:
+        """The left factors of some tokens: hidden states, and U of a LoRA adapter."""
+        hidden = inputs.hidden[tokens].to(self.factor)
+        if hidden.is_cuda:  # an ignored token's gradient is 0, but 0 times a NaN hidden state would reach dW
+            hidden = hidden.masked_fill((inputs.ids[tokens] < 0)[:, None], 0)
+        if inputs.lora is None or self.lora_weight is None:
+            return (hidden,)
+        thin = inputs.lora.hidden[tokens]
+        return hidden, thin if self.native else thin.to(self.factor)
 
 
 class TokenChunk(NamedTuple):
@@ -47,7 +68,7 @@ class TokenChunk(NamedTuple):
 
     tokens: Tensor | slice  # their indices
     ids: Tensor  # [C]
-    hidden: Tensor  # [C, H], as they enter a GEMM
+    states: tuple[Tensor, ...]  # [C, H], and [C, r] with a LoRA adapter, as they enter a GEMM
     stats: Tensor  # [7, C]
     logits: Tensor  # [C, V]
 
@@ -60,7 +81,7 @@ class TokenChunk(NamedTuple):
         return TokenChunk(
             tokens,
             self.ids[begin:end],
-            self.hidden[begin:end],
+            tuple(x[begin:end] for x in self.states),
             self.stats[:, begin:end].contiguous(),
             self.logits[begin:end],
         )
@@ -151,16 +172,16 @@ class ChunkRunner:
         """
         inputs, operands = self.inputs, self.operands
         ids = inputs.ids[tokens]
-        hidden = inputs.hidden[tokens].to(operands.factor)
-        if ids.is_cuda:  # an ignored token's gradient is 0, but 0 times a NaN hidden state would reach dW
-            hidden = hidden.masked_fill((ids < 0)[:, None], 0)
+        states = operands.states(inputs, tokens)
         logits = self._tile(rows)[: ids.numel()]
-        mm(hidden, operands.weight.t(), logits)
+        mm(states[0], operands.weight.t(), logits)
+        if operands.lora_weight is not None:
+            mm(states[1], operands.lora_weight.t(), logits, add=True)
         if inputs.options.logits_dtype is not None:
             _round(logits, inputs.options.logits_dtype)
         if fill_stats:
             self.stats[:, tokens] = row_stats(logits[None], ids, operands.bias, inputs.options.transform)
-        return TokenChunk(tokens, ids, hidden, self.stats[:, tokens].contiguous(), logits)
+        return TokenChunk(tokens, ids, states, self.stats[:, tokens].contiguous(), logits)
 
     def _tile(self, rows: int) -> Tensor:
         if not self.tiles:

@@ -31,6 +31,8 @@ class Gradients(NamedTuple):
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
     bias: Tensor  # [V]
+    lora_hidden: Tensor  # [N, r]
+    lora_weight: Tensor  # [V, r]
 
 
 class Sequences(NamedTuple):
@@ -98,13 +100,17 @@ def hidden_grad_dtype(inputs: HeadInputs) -> torch.dtype:
 
 def empty_gradients(inputs: HeadInputs, needs: NeedsGrad) -> Gradients:
     """Gradients, uninitialised."""
-    hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
+    hidden, bias = inputs.hidden, inputs.bias
+
+    def empty_like(x: Tensor | None, need: bool, dtype: torch.dtype | None = None) -> Tensor:
+        if x is None or not need:
+            return (hidden if x is None else x).new_empty(0)
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
     return Gradients(
-        torch.empty_like(hidden, dtype=hidden_grad_dtype(inputs), memory_format=torch.contiguous_format)
-        if needs.hidden
-        else hidden.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format)
-        if needs.weight
-        else weight.new_empty(0),
+        empty_like(hidden, needs.hidden, hidden_grad_dtype(inputs)),
+        empty_like(inputs.weight, needs.weight),
         bias.new_empty(bias.shape) if needs.bias and bias is not None else hidden.new_empty(0),
+        empty_like(inputs.lora_hidden, needs.lora_hidden),
+        empty_like(inputs.lora_weight, needs.lora_weight),
     )

@@ -144,7 +144,7 @@ class EpilogueCall:
         state: memory for the block's, if it is to outlast the block. The call's first block must be that of
         the first tokens: it also fills the rest of the table with 0.
         """
-        hidden, _, _, bias, _ = self.inputs
+        bias = self.inputs.bias
         tiles = self.tiles.not_kept if kept is None else self.tiles.kept
         programs = tiles.per_sm * self.multiprocessors
         if state is None:
@@ -185,7 +185,7 @@ class EpilogueCall:
         self, first: int, rows: int, kept: Tensor, state: Tensor, stats: Tensor | None = None
     ) -> Block:
         """A block before the forward kernel; without `stats` [7, N] after it, when its state is known."""
-        hidden, _, ids, bias, _ = self.inputs
+        hidden, ids, bias = self.inputs.hidden, self.inputs.ids, self.inputs.bias
         block_ids = torch.empty(rows, dtype=torch.int32, device=ids.device)
         gathered = torch.empty(rows, self.H, dtype=hidden.dtype, device=hidden.device)
         push = not self.ordered
@@ -309,7 +309,7 @@ class BlockGradients:
 
     def finish(self) -> Gradients:
         """The gradients in the dtypes of the inputs."""
-        _, weight, bias = self.out
+        weight, bias = self.out.weight, self.out.bias
         if self.needs.weight and self.weight is not weight:
             weight.zero_() if self.weight is None else weight.copy_(self.weight)
         if self.needs.bias:

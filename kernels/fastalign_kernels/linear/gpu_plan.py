@@ -65,10 +65,12 @@ class GpuCall(NamedTuple):
     architecture: int = 0  # compute capability, 90 for an H100; 0: not known
     saved_mib: float | None = None  # if it holds all that is kept between the passes; None: workspace_mib
     low_logits: bool = False  # logits are bf16, and the gradient overwrites them
+    lora_rank: int = 0  # r of a LoRA adapter; 0: none
+    lora_grad: bool = False  # of its thin product
 
     @property
     def grad(self) -> bool:
-        return self.hidden_grad or self.head_grad
+        return self.hidden_grad or self.head_grad or self.lora_grad
 
     @property
     def low_precision(self) -> bool:
@@ -108,7 +110,7 @@ def select_engine(call: GpuCall) -> str:
     tiles. Kept softmax serves all else if the workspace holds a tile of 256
     tokens and, with a gradient of the head, blocks of FEWEST_KEPT tokens or all tokens. With less memory the
     vocabulary is processed in slices, or by token tiles if not even a slice of 256 columns fits. `epilogue`
-    takes the place of kept softmax where it serves.
+    takes the place of kept softmax where it serves; it does not serve LoRA on the head.
     """
     if call.dtype == torch.float64:
         return "token_tiles"
@@ -172,6 +174,7 @@ def epilogue_serves(call: GpuCall) -> bool:
         and GRANULE <= call.vocab_size < 2**31
         and not call.tail
         and not call.low_logits
+        and not call.lora_rank  # its kernel has one product: a second one needs the logits in memory
         and (not call.cap or (call.cap <= LARGEST_CAP and not call.bias))
     )
 

@@ -23,9 +23,10 @@ class Tokens:
     count, or N + 1 if the forward pass was captured.
     """
 
-    def __init__(self, hidden: Tensor, ids: Tensor, order: Tensor | None = None) -> None:
-        """order: of the forward pass, if that has saved it."""
-        self.hidden, self.ids = hidden, ids
+    def __init__(self, factors: tuple[Tensor, ...], ids: Tensor, order: Tensor | None = None) -> None:
+        """factors: hidden states [N, H], and U [N, r] of a LoRA adapter. order: of the forward pass, if that
+        has saved it."""
+        self.factors, self.ids = factors, ids
         self.count = ids.shape[0]
         self.indices: Tensor | None = None
         self._how_many: Callable[[], int] | None = None
@@ -33,10 +34,10 @@ class Tokens:
             if order is None:
                 order = torch.arange(self.count + 1, device=ids.device)
                 order[-1:] = self.count + 1
-                self.hidden = self._masked()
+                self.factors = self._masked()
             else:
                 self.indices = order[:-1]
-                self.hidden = self._masked().index_select(0, self.indices)
+                self.factors = self._selected(self._masked(), self.indices)
         else:
             if order is None:
                 kept = ids >= 0
@@ -59,12 +60,12 @@ class Tokens:
         self._how_many = None
         assert self.indices is not None
         if self.count > N:  # the forward pass was captured
-            self.count, self.indices, self.hidden = N, None, self._masked()
+            self.count, self.indices, self.factors = N, None, self._masked()
         elif self.count == N:
             self.indices = None
         else:
             self.indices = self.indices[: self.count]
-            self.hidden = self.hidden.index_select(0, self.indices)
+            self.factors = self._selected(self.factors, self.indices)
 
     def rows(self, begin: int, end: int) -> Rows:
         """For the row kernels."""
@@ -74,17 +75,23 @@ class Tokens:
         """The tokens at these positions."""
         return slice(begin, end) if self.indices is None else self.indices[begin:end]
 
-    def states(self, begin: int, end: int) -> Tensor:
-        """Their hidden states [end - begin, H]."""
+    def states(self, begin: int, end: int) -> tuple[Tensor, ...]:
+        """Their hidden states [end - begin, H], and [end - begin, r] of a LoRA adapter."""
         if self._how_many is None:
-            return self.hidden[begin:end]
+            return tuple(x[begin:end] for x in self.factors)
         assert self.indices is not None
         index = self.indices[begin:end]
         # an ignored token's gradient is 0, but 0 times a NaN hidden state would reach dW
-        return self.hidden.index_select(0, index).masked_fill((self.ids[index] < 0)[:, None], 0)
+        ignored = (self.ids[index] < 0)[:, None]
+        return tuple(x.masked_fill(ignored, 0) for x in self._selected(self.factors, index))
 
-    def _masked(self) -> Tensor:
-        return self.hidden.masked_fill((self.ids < 0)[:, None], 0)
+    def _masked(self) -> tuple[Tensor, ...]:
+        ignored = (self.ids < 0)[:, None]
+        return tuple(x.masked_fill(ignored, 0) for x in self.factors)
+
+    @staticmethod
+    def _selected(factors: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.index_select(0, index) for x in factors)
 
 
 def _on_host(count: Tensor) -> Callable[[], int]:

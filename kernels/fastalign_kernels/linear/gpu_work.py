@@ -71,9 +71,26 @@ def gpu_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
     """The cost of a plan of one of the GPU engines; with a tail, if no column is left out."""
     if plan.engine in ("epilogue", "tail"):
         return _epilogue_work(plan, call)
-    if plan.engine == "vocab_slices":
-        return _slices_work(plan, call)
-    return _kept_work(plan, call)
+    work = _slices_work(plan, call) if plan.engine == "vocab_slices" else _kept_work(plan, call)
+    return work if not call.lora_rank else _with_lora(work, plan, call)
+
+
+def _with_lora(work: GpuWork, plan: HeadPlan, call: GpuCall) -> GpuWork:
+    """The work with an adapter's thin GEMMs: each reads and writes all logits, or reads all dlogits.
+
+    dU and dB and B's fp32 sum are held besides.
+    """
+    N, V, r, size = call.n_tokens, call.vocab_size, call.lora_rank, _size(call)
+    gradients = 2 * call.lora_grad
+    share = r / call.hidden_size  # of a GEMM's flops
+    pieces = -(-V // plan.slice_columns) if plan.slice_columns else -(-N // max(1, plan.chunk))
+    thin_bytes = (2 * call.tile_bytes * work.forwards + size * gradients) * N * V
+    return work._replace(
+        forwards=work.forwards * (1 + share) + gradients * share,
+        pass_bytes=work.pass_bytes + thin_bytes,
+        held_bytes=work.held_bytes + call.lora_grad * r * (size * (N + V) + 4 * V),
+        launches=work.launches + pieces * (1 + gradients),
+    )
 
 
 def gradient_bytes(call: GpuCall) -> int:

@@ -14,6 +14,7 @@ from ..logits import kept_ids, make_transform
 from ..softmax.rows import Transform
 from ..torch_func import requires_grad
 from .gpu_plan import GpuCall
+from .low_rank import LowRank, ThinProduct, as_low_rank, thin_product
 from .plan import TileCall, select_mode
 
 
@@ -24,6 +25,12 @@ class SoftmaxArguments(TypedDict, total=False):
     softcap: float | None
     logit_scale: float
     ignore_index: int | None
+
+
+class ReferenceArguments(SoftmaxArguments, total=False):
+    """The keywords of the references: what the loss's value depends on."""
+
+    lora: LowRank | tuple[Tensor, Tensor, float] | None
 
 
 class HeadSettings(SoftmaxArguments, total=False):
@@ -61,10 +68,14 @@ class HeadArguments(HeadSettings, total=False):
         too, which saves it nothing. A logit of 20 is off by up to 0.06, so log-probabilities are off by as
         much, as PyTorch's own are. Do not use it where they are compared with others: the ratios of PPO,
         the KL to a reference.
+    lora: None, or (A [r, H], B [V, r], scale), a LoRA adapter of the head: the logits are those of weight +
+        scale * B @ A, which is never formed (low_rank.py). A and B have hidden's dtype or are fp32, and get
+        their gradients. With a frozen weight training takes the GEMMs of a frozen head, and thin ones.
     check: on CUDA, also check the range of ids, which waits for the device. FASTALIGN_CHECK=1 does so
         everywhere.
     """
 
+    lora: LowRank | tuple[Tensor, Tensor, float] | None
     check: bool
 
 
@@ -83,6 +94,7 @@ class HeadOptions(NamedTuple):
     # what `head_inputs` alone reads
     ignore_index: int = -100
     check: bool = False
+    lora: LowRank | None = None
 
     @property
     def transform(self) -> Transform:
@@ -118,6 +130,7 @@ class HeadOptions(NamedTuple):
 
 
 SOFTMAX_ARGUMENTS = SoftmaxArguments.__optional_keys__
+REFERENCE_ARGUMENTS = ReferenceArguments.__optional_keys__
 HEAD_SETTINGS = HeadSettings.__optional_keys__
 HEAD_ARGUMENTS = HeadArguments.__optional_keys__
 HEAD_DEFAULTS = {**HeadOptions._field_defaults, "softcap": None}
@@ -132,10 +145,19 @@ class HeadInputs(NamedTuple):
     ids: Tensor  # [N] int64, -1 where ignored
     bias: Tensor | None  # [V], of hidden's dtype or fp32
     options: HeadOptions
+    lora_hidden: Tensor | None = None  # [N, r] fp32 (fp64 for fp64), of a LoRA adapter (low_rank.py)
+    lora_weight: Tensor | None = None  # [V, r], of hidden's dtype or fp32
 
     @property
     def vocab_size(self) -> int:
         return self.weight.shape[0]
+
+    @property
+    def lora(self) -> ThinProduct | None:
+        """What a LoRA adapter adds to the raw logits."""
+        if self.lora_hidden is None or self.lora_weight is None:
+            return None
+        return ThinProduct(self.lora_hidden, self.lora_weight)
 
     def lean(self) -> HeadInputs:
         """The same for a loss that uses neither MEAN_LOGP nor ENTROPY."""
@@ -145,10 +167,8 @@ class HeadInputs(NamedTuple):
         """Which gradients autograd will ask for."""
         if not torch.is_grad_enabled():
             return NeedsGrad()
-        bias = self.bias
-        return NeedsGrad(
-            requires_grad(self.hidden), requires_grad(self.weight), bias is not None and requires_grad(bias)
-        )
+        of_inputs = (self.hidden, self.weight, self.bias, self.lora_hidden, self.lora_weight)
+        return NeedsGrad(*[x is not None and requires_grad(x) for x in of_inputs])
 
     def gpu_call(
         self,
@@ -159,7 +179,7 @@ class HeadInputs(NamedTuple):
         architecture: int = 0,
     ) -> GpuCall:
         """What the plan on a GPU depends on; workspace_mib, saved_mib: if the call does not say."""
-        hidden, weight, options = self.hidden, self.weight, self.options
+        hidden, weight, bias, options = self.hidden, self.weight, self.bias, self.options
         mib = options.workspace_mib
         return GpuCall(
             hidden.shape[0],
@@ -168,13 +188,15 @@ class HeadInputs(NamedTuple):
             hidden.dtype,
             workspace_mib if mib is None else mib,
             needs.hidden,
-            needs.weight or needs.bias,
+            needs.head,
             options.tail_eps is not None,
             options.softcap / options.temperature,
-            self.bias is not None,
+            bias is not None,
             architecture,
             saved_mib if mib is None else None,
             options.logits_dtype is not None,
+            lora_rank=0 if self.lora_weight is None else self.lora_weight.shape[1],
+            lora_grad=needs.lora,
         )
 
     def tile_call(self, needs: NeedsGrad) -> TileCall:
@@ -184,7 +206,7 @@ class HeadInputs(NamedTuple):
             self.vocab_size,
             self.hidden.dtype,
             self.hidden.device.type,
-            needs.hidden,
+            needs.hidden or needs.lora,
             needs.head,
             options.tail_eps,
             options.workspace_mib,
@@ -193,7 +215,7 @@ class HeadInputs(NamedTuple):
     def mode(self, upstream: str) -> str:
         """How the call runs; `upstream` as in `plan_head`."""
         needs = self.needs_grad()
-        return select_mode(self.hidden.dtype, needs.hidden, needs.head, upstream)
+        return select_mode(self.hidden.dtype, needs.hidden, needs.head or needs.lora, upstream)
 
 
 class NeedsGrad(NamedTuple):
@@ -202,11 +224,18 @@ class NeedsGrad(NamedTuple):
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+    lora_hidden: bool = False  # U of `ThinProduct`
+    lora_weight: bool = False  # B
 
     @property
     def head(self) -> bool:
-        """Whether the head itself is trained."""
+        """Whether the weight or the bias is trained."""
         return self.weight or self.bias
+
+    @property
+    def lora(self) -> bool:
+        """Whether a gradient reaches the adapter's product."""
+        return self.lora_hidden or self.lora_weight
 
 
 HEAD = NeedsGrad._fields  # the names of what gets a gradient
@@ -237,6 +266,7 @@ def head_options(
         checks.logits_dtype(options.logits_dtype),
         ignore_index=checks.ignore_index(options.ignore_index),
         check=options.check,
+        lora=as_low_rank(options.lora),
     )
 
 
@@ -297,7 +327,12 @@ def head_inputs(
     kept = kept_ids(ids, ignore_index)
     if mask is not None:
         kept = torch.where(mask.reshape(-1), kept, -1)
-    return HeadInputs(hidden.reshape(-1, H), weight, kept, bias, options)
+    hidden = hidden.reshape(-1, H)
+    inputs = HeadInputs(hidden, weight, kept, bias, options._replace(lora=None))
+    if options.lora is None:
+        return inputs
+    U, B = thin_product(options.lora, hidden, kept, weight, allowed)
+    return inputs._replace(lora_hidden=U, lora_weight=B)
 
 
 def check_no_tail(options: HeadOptions, served: str) -> None:

@@ -48,8 +48,9 @@ from . import gpu_plan
 from .engine import Engine, Gradients, TokenCoefficients, hidden_grad_dtype
 from .gpu_plan import TileSizes, keeps_softmax, saved_sizes, tile_sizes
 from .gpu_tokens import Tokens
-from .head_call import HeadCall, product
+from .head_call import HeadCall, product, write_logits
 from .inputs import HeadInputs, NeedsGrad
+from .product_grads import Product, gradients_of, products_of
 from .token_losses import TokenCrossEntropy
 
 SOFTMAX_SCALE = {torch.bfloat16: 1.0, torch.float16: 2.0**15}
@@ -65,55 +66,86 @@ class _Block(NamedTuple):
     end: int
 
 
-class _Sums:
-    """dX, dW and the bias's gradient, a block of tokens at a time."""
+class _ProductSums:
+    """The gradients of one product of the logits, a block of tokens at a time."""
 
-    def __init__(self, inputs: HeadInputs, needs: NeedsGrad, w: Tensor, tokens: Tokens, most: int) -> None:
-        """w: the weight in hidden's dtype. most: tokens of a block. The tokens are settled."""
-        hidden, weight, bias = inputs.hidden, inputs.weight, inputs.bias
-        self.inputs, self.needs, self.w, self.tokens = inputs, needs, w, tokens
-        self.single = tokens.count <= most
-        self.empty = True
-        nothing = hidden.new_empty(0)
-        N, H = hidden.shape
-        self.d_hidden = nothing
-        if needs.hidden:
+    def __init__(
+        self,
+        product_of: Product,
+        tokens: Tokens,
+        *,
+        states_dtype: torch.dtype,
+        single: bool,
+    ) -> None:
+        """single: there is one block, so the weight's gradient needs no fp32 sum."""
+        self.product, self.tokens = product_of, tokens
+        states, weight = product_of.states, product_of.weight
+        self.d_states, self.d_weight = states.new_empty(0), weight.new_empty(0)
+        N = len(states)
+        if product_of.states_grad:
             allocate = torch.empty if tokens.count == N and N else torch.zeros
-            self.d_hidden = allocate(N, H, dtype=hidden_grad_dtype(inputs), device=hidden.device)
-        self.d_weight = weight.new_empty(0)
-        if needs.weight:
-            sum_dtype = weight.dtype if self.single else torch.float32
+            self.d_states = allocate(states.shape, dtype=states_dtype, device=states.device)
+        if product_of.weight_grad:
+            sum_dtype = weight.dtype if single else torch.float32
             self.d_weight = torch.empty(weight.shape, dtype=sum_dtype, device=weight.device)
-        self.d_bias = nothing
-        if needs.bias and bias is not None:
-            self.d_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
 
-    def add(self, block: _Block, dlogits: Tensor) -> None:
+    def add(self, block: _Block, dlogits: Tensor, states: Tensor, *, first: bool) -> None:
         begin, end = block
-        if begin == end:
-            return
-        if self.needs.hidden:
+        operand = self.product.operand
+        if self.product.states_grad:
             index = self.tokens.index(begin, end)
             if isinstance(index, slice):
-                product(dlogits, self.w, self.d_hidden[index])
+                product(dlogits, operand, self.d_states[index])
             else:
                 rows = torch.empty(
-                    end - begin, self.w.shape[1], dtype=self.d_hidden.dtype, device=dlogits.device
+                    end - begin, operand.shape[1], dtype=self.d_states.dtype, device=dlogits.device
                 )
-                product(dlogits, self.w, rows)
-                self.d_hidden.index_copy_(0, index, rows)
-        if self.needs.weight:
-            product(dlogits.t(), self.tokens.states(begin, end), self.d_weight, add=not self.empty)
+                product(dlogits, operand, rows)
+                self.d_states.index_copy_(0, index, rows)
+        if self.product.weight_grad:
+            product(dlogits.t(), states, self.d_weight, add=not first)
+
+    def finish(self, *, empty: bool) -> tuple[Tensor, Tensor]:
+        if empty:
+            self.d_weight.zero_()
+        return self.d_states, self.d_weight.to(self.product.weight.dtype)
+
+
+class _Sums:
+    """dX, dW, those of a LoRA adapter and the bias's gradient, a block of tokens at a time."""
+
+    def __init__(self, call: _Call, needs: NeedsGrad, most: int) -> None:
+        """most: tokens of a block. The tokens are settled."""
+        inputs = self.inputs = call.inputs
+        self.needs, self.tokens = needs, call.tokens
+        self.empty = True
+        single = self.tokens.count <= most
+        self.products = [
+            _ProductSums(
+                product_of,
+                self.tokens,
+                states_dtype=product_of.states.dtype if number else hidden_grad_dtype(inputs),
+                single=single,
+            )
+            for number, product_of in enumerate(products_of(inputs, call.weights, needs))
+        ]
+        self.d_bias = inputs.hidden.new_empty(0)
+        if needs.bias and inputs.bias is not None:
+            self.d_bias = torch.zeros(inputs.bias.shape, dtype=torch.float32, device=inputs.bias.device)
+
+    def add(self, block: _Block, dlogits: Tensor) -> None:
+        if block.begin == block.end:
+            return
+        for sums, states in zip(self.products, self.tokens.states(*block)):
+            sums.add(block, dlogits, states, first=self.empty)
         if self.needs.bias:
             self.d_bias += dlogits.sum(0, dtype=torch.float32)
         self.empty = False
 
     def finish(self) -> Gradients:
-        _, weight, _, bias, _ = self.inputs
-        if self.empty:
-            self.d_weight.zero_()
+        bias = self.inputs.bias
         d_bias = self.d_bias if bias is None or not self.needs.bias else self.d_bias.to(bias.dtype)
-        return Gradients(self.d_hidden, self.d_weight.to(weight.dtype), d_bias)
+        return gradients_of([sums.finish(empty=self.empty) for sums in self.products], d_bias)
 
 
 class KeptSoftmax(Engine):
@@ -182,7 +214,7 @@ class KeptSoftmax(Engine):
             kept = saved[0]
             call.write_kept(kept, coefficients)
             tokens.settle()
-            sums = _Sums(inputs, needs, call.w, tokens, len(kept))
+            sums = _Sums(call, needs, len(kept))
             done = min(len(kept), tokens.count)
             sums.add(_Block(0, done), kept[:done])
         else:
@@ -195,7 +227,7 @@ class KeptSoftmax(Engine):
 
             sums = call.run_blocks(needs, kept, sizes, write, sums, done)
         if sums is None:  # all tokens are ignored
-            sums = _Sums(inputs, needs, call.w, tokens, 1)
+            sums = _Sums(call, needs, 1)
         return sums.finish()
 
     def statistics_and_gradients(
@@ -238,7 +270,7 @@ class _Call(HeadCall):
     """The loops over tiles and blocks."""
 
     def new_rows(self, count: int) -> Tensor:
-        V = self.w.shape[0]
+        V = self.inputs.vocab_size
         return torch.empty(count, V, dtype=self.logits_dtype, device=self.table.device)
 
     def new_tile(self, sizes: TileSizes) -> Tensor | None:
@@ -246,7 +278,7 @@ class _Call(HeadCall):
         return None if self.in_place else self.new_rows(sizes.tile)
 
     def new_kept(self, sizes: TileSizes) -> Tensor:
-        return self.inputs.hidden.new_empty(sizes.block, self.w.shape[0])
+        return self.inputs.hidden.new_empty(sizes.block, self.inputs.vocab_size)
 
     def write_stats(self, logits: Tensor, rows: Rows, positions: tuple[int, int], out: Tensor) -> None:
         tile_stats(logits, rows, self.softmaxes)
@@ -282,7 +314,7 @@ class _Call(HeadCall):
             out = None if kept is None else kept[used : used + end - begin]
             logits = out if memory is None else memory[: end - begin]
             assert logits is not None
-            product(tokens.states(begin, end), self.w.t(), logits)
+            write_logits(tokens.states(begin, end), self.weights, logits)
             write(logits, tokens.rows(begin, end), (begin, end), logits if out is None else out)
             tokens.settle()
             begin = end
@@ -306,7 +338,7 @@ class _Call(HeadCall):
             if block.end == tokens.count:
                 tile = None  # its memory is free for the gradients
             if sums is None:
-                sums = _Sums(self.inputs, needs, self.w, tokens, len(kept))
+                sums = _Sums(self, needs, len(kept))
             sums.add(block, kept[: block.end - block.begin])
             begin = block.end
         return sums

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from ..autograd import NamedGrads
 from ..softmax.rows import accumulator_dtype, slope_ref, transform_ref
-from .engine import Gradients, empty_gradients
+from .engine import Gradients
 from .engines import engine_context
 from .head_ops import OpCall, head_grads, register_head_grads, register_head_op, save_call, saved_call
 from .inputs import HeadInputs, NeedsGrad
 from .kept_sets import KeptSets, kept_sets
 from .plan import default_workspace_mib
+from .product_grads import gradients_of, products_of
 
 # On a CPU the gathered rows of a chunk stay in the L2 cache.
 CPU_CHUNK_BYTES = 2**20
@@ -65,13 +66,16 @@ def _gather(matrix: Tensor, index: Tensor, ignored: Tensor | None = None) -> Ten
 
 
 def _raw_logits(inputs: HeadInputs, rows: Tensor, ids: Tensor) -> Tensor:
-    """hidden[rows] . weight[ids], [M] in the accumulator's dtype."""
+    """hidden[rows] . weight[ids], [M] in the accumulator's dtype; a LoRA adapter's product is added."""
     hidden, weight = inputs.hidden, inputs.weight.to(inputs.hidden.dtype)
     raw = hidden.new_empty(ids.numel(), dtype=accumulator_dtype(hidden.dtype))
     ignored = inputs.ids < 0
     for part in _chunks(inputs, ids.numel(), NeedsGrad()):
         of_tokens = _gather(hidden, rows[part], ignored[rows[part]])
         raw[part] = of_tokens.mul_(_gather(weight, ids[part])).sum(1)
+        if inputs.lora is not None:
+            of_tokens = _gather(inputs.lora.hidden, rows[part])
+            raw[part] += of_tokens.mul_(_gather(inputs.lora.weight, ids[part])).sum(1)
     low = inputs.options.logits_dtype
     return raw if low is None else raw.to(low).to(raw.dtype)
 
@@ -135,26 +139,30 @@ def _stats_grad(
 ) -> Gradients:
     """Gradients for the upstream gradient [2, N] of `KeptStats`. On a CPU each sum is in the order of the
     pairs."""
-    hidden, weight = inputs.hidden, inputs.weight
     rows = KeptSets(offsets, kept).rows()
     d_raw = _logit_grads(inputs, _Pairs(rows, kept, raw), grad)
-    d_hidden, d_weight, d_bias = (
-        torch.zeros(x.shape, dtype=raw.dtype, device=x.device) if need and x is not None else None
-        for x, need in zip((hidden, weight, inputs.bias), needs)
-    )
-    factor, ignored = weight.to(hidden.dtype), inputs.ids < 0
+    ignored = inputs.ids < 0
+    # W in the dtype in which the forward pass had it
+    operands = [inputs.weight.to(inputs.hidden.dtype), *([] if inputs.lora is None else [inputs.lora.weight])]
+    grads = []
     with engine_context(inputs):
-        for part in _chunks(inputs, kept.numel(), needs):
-            of_pairs, tokens = d_raw[part, None], rows[part]
-            if d_hidden is not None:
-                d_hidden.index_add_(0, tokens, _gather(factor, kept[part]).mul_(of_pairs))
-            if d_weight is not None:
-                of_tokens = _gather(hidden, tokens, ignored[tokens]).mul_(of_pairs)
-                d_weight.index_add_(0, kept[part], of_tokens)
-        if d_bias is not None:
+        for product in products_of(inputs, operands, needs):
+            d_states, d_weight = (
+                torch.zeros(x.shape if need else 0, dtype=raw.dtype, device=raw.device)
+                for x, need in ((product.states, product.states_grad), (product.weight, product.weight_grad))
+            )
+            for part in _chunks(inputs, kept.numel(), needs):
+                of_pairs, tokens = d_raw[part, None], rows[part]
+                if product.states_grad:
+                    d_states.index_add_(0, tokens, _gather(product.operand, kept[part]).mul_(of_pairs))
+                if product.weight_grad:
+                    of_tokens = _gather(product.states, tokens, ignored[tokens]).mul_(of_pairs)
+                    d_weight.index_add_(0, kept[part], of_tokens)
+            grads.append((d_states.to(product.states.dtype), d_weight.to(product.weight.dtype)))
+        d_bias = raw.new_zeros(0 if inputs.bias is None or not needs.bias else len(inputs.bias))
+        if d_bias.numel():
             d_bias.index_add_(0, kept, d_raw)
-    grads = zip((d_hidden, d_weight, d_bias), empty_gradients(inputs, needs))
-    return Gradients(*(empty if grad is None else grad.to(empty.dtype) for grad, empty in grads))
+    return gradients_of(grads, d_bias if inputs.bias is None else d_bias.to(inputs.bias.dtype))
 
 
 _kept_stats_grad = register_head_grads("kept_stats_grad", _stats_grad)

@@ -37,7 +37,7 @@ TOKENS = {"cpu": 256, "cuda": 1024}
 
 
 def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
-    """The mode for these gradients; arguments as in `plan_head`."""
+    """The mode for these gradients; arguments as in `plan_head`, weight_grad also of a LoRA adapter."""
     if not (hidden_grad or weight_grad):
         return "no_grad"
     # fp16 training scales the loss so that small gradients survive; the scale arrives with the upstream
@@ -60,6 +60,7 @@ def plan_head(
     tail_eps: float | None = None,
     workspace_mib: float | None = None,
     logits_dtype: torch.dtype | None = None,
+    lora_rank: int = 0,
     architecture: int | None = None,
     memory_mib: float | None = None,
 ) -> HeadPlan:
@@ -78,6 +79,8 @@ def plan_head(
             on a GPU a sixteenth of the card's memory and at most 2560.
         logits_dtype: torch.bfloat16 if the logits are rounded to it (see `linear_cross_entropy`); dtype is
             then torch.bfloat16.
+        lora_rank: r of a LoRA adapter on the head, which is trained if a gradient is needed; 0: none. Its
+            GEMMs of rank r are not counted in `gemms`; the predicted time has their flops and bytes.
         architecture: compute capability of the GPU, 90 for an H100. Default: that of `device` where it is a
             GPU of this machine; else 0, and the plan is one that any GPU can run, without predicted times.
         memory_mib: the GPU's memory. Default: likewise; else as much as the default workspace needs.
@@ -105,11 +108,13 @@ def plan_head(
     low_logits = checks.logits_dtype(logits_dtype) is not None
     if low_logits and dtype != torch.bfloat16:
         raise ValueError(f"logits_dtype: got {logits_dtype} with dtype {dtype}, expected None")
+    checks.whole("lora_rank", lora_rank, 0, expected="a whole number >= 0")
     if architecture is not None:
         checks.whole("architecture", architecture, 0, expected="a compute capability such as 90")
     if memory_mib is not None:
         checks.above_zero("memory_mib", memory_mib)
-    way = select_mode(dtype, hidden_grad, weight_grad, upstream)
+    lora_grad = lora_rank > 0 and (hidden_grad or weight_grad)
+    way = select_mode(dtype, hidden_grad, weight_grad or lora_grad, upstream)
     gradients = int(hidden_grad) + int(weight_grad)
     gemms = 2 + gradients if way == "general" else 1 + gradients
     if kind == "cuda":
@@ -126,6 +131,8 @@ def plan_head(
             architecture=card.architecture,
             saved_mib=gpu_saved_mib(card.bytes) if workspace_mib is None else None,
             low_logits=low_logits,
+            lora_rank=lora_rank,
+            lora_grad=lora_grad,
         )
         plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
         if plan is not None:

@@ -11,13 +11,17 @@ from torch import Tensor
 from ..logits import TokenStats, kept_ids, loss_scale, reduced, stats_of
 from ..logits_ops import token_loss
 from ..softmax.rows import row_stats_ref, transform_ref
-from .inputs import SOFTMAX_ARGUMENTS, HeadOptions, SoftmaxArguments, head_keywords, head_options
+from .inputs import REFERENCE_ARGUMENTS, HeadOptions, ReferenceArguments, head_keywords, head_options
+from .low_rank import LowRank
 from .outcomes import Teacher, with_floor
 
 
-def logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Raw logits [1, N, V] in full."""
-    logits = hidden @ weight.to(hidden.dtype).t()
+def logits_ref(hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LowRank | None = None) -> Tensor:
+    """Raw logits [1, N, V] in full; those of weight + scale * B @ A with a LoRA adapter."""
+    weight = weight.to(hidden.dtype)
+    if lora is not None:
+        weight = weight + lora.scale * (lora.B.to(hidden.dtype) @ lora.A.to(hidden.dtype))
+    logits = hidden @ weight.t()
     return (logits if bias is None else logits + bias.to(logits.dtype)).reshape(1, -1, weight.shape[0])
 
 
@@ -26,7 +30,7 @@ def _stats_ref(
 ) -> Tensor:
     """The table [7, N] of softmax/rows.py."""
     kept = kept_ids(ids, options.ignore_index)
-    return row_stats_ref(logits_ref(hidden, weight, bias), kept, None, options.transform)
+    return row_stats_ref(logits_ref(hidden, weight, bias, options.lora), kept, None, options.transform)
 
 
 @head_keywords
@@ -41,10 +45,10 @@ def linear_cross_entropy_ref(
     reduction: str = "mean",
     token_weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
-    **head: Unpack[SoftmaxArguments],
+    **head: Unpack[ReferenceArguments],
 ) -> Tensor:
     """The specification of `linear_cross_entropy`."""
-    options = head_options(linear_cross_entropy_ref, head, SOFTMAX_ARGUMENTS)
+    options = head_options(linear_cross_entropy_ref, head, REFERENCE_ARGUMENTS)
     stats = _stats_ref(hidden, weight, targets, bias, options)
     kept = kept_ids(targets, options.ignore_index) >= 0
     scale = loss_scale(kept, reduction, token_weights, num_items, stats.dtype)
@@ -59,10 +63,10 @@ def linear_token_stats_ref(
     bias: Tensor | None = None,
     *,
     entropy: bool = True,
-    **head: Unpack[SoftmaxArguments],
+    **head: Unpack[ReferenceArguments],
 ) -> TokenStats:
     """The specification of `linear_token_stats`, and by its first field of `linear_logprobs`."""
-    options = head_options(linear_token_stats_ref, head, SOFTMAX_ARGUMENTS)
+    options = head_options(linear_token_stats_ref, head, REFERENCE_ARGUMENTS)
     return stats_of(_stats_ref(hidden, weight, ids, bias, options), ids.shape, entropy)
 
 
@@ -96,11 +100,11 @@ def linear_distillation_loss_ref(
     reduction: str = "mean",
     token_weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
-    **head: Unpack[SoftmaxArguments],
+    **head: Unpack[ReferenceArguments],
 ) -> Tensor:
     """The specification of `linear_distillation_loss`."""
-    options = head_options(linear_distillation_loss_ref, head, SOFTMAX_ARGUMENTS)
-    z = transform_ref(logits_ref(hidden, weight, bias)[0], None, options.transform)
+    options = head_options(linear_distillation_loss_ref, head, REFERENCE_ARGUMENTS)
+    z = transform_ref(logits_ref(hidden, weight, bias, options.lora)[0], None, options.transform)
     V, K = weight.shape[0], teacher_ids.shape[-1]
     ids = kept_ids(teacher_ids, options.ignore_index).view(-1, K)
     teacher = Teacher.of(ids, teacher_logp.detach().reshape(-1, K), V)
@@ -124,11 +128,11 @@ def linear_kept_stats_ref(
     bias: Tensor | None = None,
     *,
     kept: tuple[Tensor, Tensor],
-    **head: Unpack[SoftmaxArguments],
+    **head: Unpack[ReferenceArguments],
 ) -> tuple[Tensor, Tensor]:
     """The specification of log-probabilities over kept sets, and of the entropy of these softmaxes: [...]."""
-    options = head_options(linear_kept_stats_ref, head, SOFTMAX_ARGUMENTS)
-    z = transform_ref(logits_ref(hidden, weight, bias)[0], None, options.transform)
+    options = head_options(linear_kept_stats_ref, head, REFERENCE_ARGUMENTS)
+    z = transform_ref(logits_ref(hidden, weight, bias, options.lora)[0], None, options.transform)
     offsets, kept_ids_ = (x.long() for x in kept)
     rows = torch.arange(z.shape[0], device=z.device).repeat_interleave(offsets.diff())
     inside = torch.zeros_like(z, dtype=torch.bool).index_put_((rows, kept_ids_), torch.tensor(True))

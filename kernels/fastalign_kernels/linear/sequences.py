@@ -9,7 +9,7 @@ log-probabilities of its pair (DPO) or its row (KTO) are summed:
                  or 2 + 2             statistics of all tokens first, then gradients; 1 + 2 for tokens whose
                                       softmax the workspace holds
     tail         1 + 2 f              statistics first; the share f of the columns is saved (tail_saved.py)
-    frozen_head  2                    the head's weight is not trained (`linear_logprobs`)
+    frozen_head  2                    nothing of the head is trained (`linear_logprobs`)
 
 and 1 GEMM for the reference's log-probabilities. All modes but the tail's agree to rounding. None holds more
 logits than the workspace, however long a sequence is.
@@ -45,7 +45,7 @@ class SequenceTensors(TypedDict, total=False):
     """The tensors of a loss of sequences beside those of every head function.
 
     reference_hidden, reference_weight, reference_bias: the reference model's hidden states, laid out as
-        hidden, and its head; or
+        hidden, and its head, to which `lora` adds nothing; or
     reference_logps: [rows], its log-probabilities in nats, where they are known.
     cu_seqlens: [rows + 1], where the rows of packed hidden states [N, H] and ids [N] begin and end. None:
         hidden is [rows, T, H] and ids [rows, T].
@@ -149,11 +149,12 @@ class SequenceCall(NamedTuple):
 
     @property
     def in_forward(self) -> bool:
-        """Whether forward computes the gradients: the head is trained.
+        """Whether forward computes the gradients: the head or its LoRA adapter is trained.
 
         Not in fp16, whose small gradients need the loss scale that arrives with the upstream gradient.
         """
-        return self.inputs.needs_grad().head and self.inputs.hidden.dtype != torch.float16
+        needs = self.inputs.needs_grad()
+        return (needs.head or needs.lora) and self.inputs.hidden.dtype != torch.float16
 
     def arguments(self) -> tuple[HeadInputs, NeedsGrad, Tensor, Tensor]:
         """The first arguments of a loss's op: the last two are cu_seqlens and the reference.
@@ -213,7 +214,8 @@ def _reference_logps(
     if weight is None:
         raise ValueError("reference_weight: got None with reference_hidden, expected [V, H]")
     with torch.no_grad():
-        options = options._replace(check=False)  # the ids' range was checked for the policy
+        # The ids' range was checked for the policy, and the adapter is the policy's.
+        options = options._replace(check=False, lora=None)
         return rows.logps(head_inputs(hidden, weight, ids, reference.get("reference_bias"), options))
 
 

@@ -103,7 +103,7 @@ def add_saved(
         if kept is None:
             recompute.append(tokens)
             continue
-        hidden = inputs.hidden[tokens].to(sums.operands.factor)
-        chunk = TokenChunk(tokens, inputs.ids[tokens], hidden, stats[:, tokens], kept.logits)
+        states = sums.operands.states(inputs, tokens)
+        chunk = TokenChunk(tokens, inputs.ids[tokens], states, stats[:, tokens], kept.logits)
         sums.add_kept(chunk, coefficients[:, tokens].contiguous(), kept)
     return recompute

@@ -96,6 +96,8 @@ def _mean_logit(inputs: HeadInputs, table: Tensor | None) -> Tensor:
     dtype = accumulator_dtype(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
+        if inputs.lora is not None:
+            mean = mean + inputs.lora.hidden.to(dtype) @ inputs.lora.weight.mean(0, dtype=dtype)
     if bias is not None:
         mean = mean + bias.mean(dtype=dtype)
     return torch.where(inputs.ids < 0, 0.0, mean * (options.logit_scale / options.temperature))

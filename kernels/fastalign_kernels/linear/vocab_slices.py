@@ -17,6 +17,7 @@ took 44.5 ms.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from ..softmax.slice_rows_triton import new_running, slice_stats
 from ..softmax.tile_rows_triton import tile_grad
 from .engine import Engine, Gradients, TokenCoefficients, empty_gradients, hidden_grad_dtype
 from .gpu_plan import GRANULE, slice_width
-from .head_call import HeadCall, product
+from .head_call import HeadCall, product, write_logits
 from .inputs import HeadInputs, NeedsGrad
 
 
@@ -68,56 +69,81 @@ class VocabSlices(Engine):
         return call.table, _run_gradients(call, width, given, needs)
 
 
-def _slices(call: HeadCall, width: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First column, rows of the weight and logits [count, columns] of each slice. The logits live until the
-    next slice, and their rows may be overwritten."""
-    tokens, w = call.tokens, call.w
-    memory = torch.empty(tokens.count * width, dtype=call.logits_dtype, device=w.device)
-    for first in range(0, w.shape[0], width):
-        part = w[first : first + width]
+class _Slice(NamedTuple):
+    """Columns of the vocabulary."""
+
+    columns: slice
+    weights: tuple[Tensor, ...]  # their rows of the weight, and of a LoRA adapter's B
+    logits: Tensor  # [count, columns]; they live until the next slice, and may be overwritten
+
+
+def _slices(call: HeadCall, width: int) -> Iterator[_Slice]:
+    """The slices one after another."""
+    tokens, V = call.tokens, call.inputs.vocab_size
+    memory = torch.empty(tokens.count * width, dtype=call.logits_dtype, device=call.table.device)
+    for first in range(0, V, width):
+        columns = slice(first, min(first + width, V))
         # rows of `width` numbers, also of the last slice's
-        logits = memory[: tokens.count * width].view(tokens.count, width)[:, : part.shape[0]]
-        product(tokens.states(0, tokens.count), part.t(), logits)
-        yield first, part, logits
+        logits = memory[: tokens.count * width].view(tokens.count, width)[:, : columns.stop - first]
+        weights = tuple(weight[columns] for weight in call.weights)
+        write_logits(tokens.states(0, tokens.count), weights, logits)
+        yield _Slice(columns, weights, logits)
 
 
 def _run_statistics(call: HeadCall, width: int) -> None:
     """Fill the table."""
-    tokens, V = call.tokens, call.w.shape[0]
+    tokens, V = call.tokens, call.inputs.vocab_size
     running = new_running(call.inputs.ids)
-    for first, _, logits in _slices(call, width):
-        slice_stats(logits, tokens.rows(0, logits.shape[0]), call.softmaxes, running, first, V)
+    for columns, _, logits in _slices(call, width):
+        rows = tokens.rows(0, logits.shape[0])
+        slice_stats(logits, rows, call.softmaxes, running, columns.start, V)
         tokens.settle()
 
 
 def _run_gradients(call: HeadCall, width: int, coefficients: Tensor, needs: NeedsGrad) -> Gradients:
     """Gradients for coefficients [4, N], from the table."""
     hidden, tokens, device = call.inputs.hidden, call.tokens, call.table.device
-    grads = empty_gradients(call.inputs, needs._replace(hidden=False))
+    grads = empty_gradients(call.inputs, needs._replace(hidden=False, lora_hidden=False))
+    d_weights = (grads.weight, grads.lora_weight)
+    states_grad, weight_grad = (needs.hidden, needs.lora_hidden), (needs.weight, needs.lora_weight)
     low = torch.empty(0 if call.in_place else tokens.count * width, dtype=hidden.dtype, device=device)
-    sums: Tensor | None = None
-    for first, part, logits in _slices(call, width):
-        count, columns = logits.shape
-        dlogits = logits if call.in_place else low[: count * width].view(count, width)[:, :columns]
+    sums: list[Tensor] = []  # of dX and dU
+    for part in _slices(call, width):
+        logits, columns = part.logits, part.columns
+        count, size = logits.shape
+        dlogits = logits if call.in_place else low[: count * width].view(count, width)[:, :size]
         given = coefficients[:, tokens.index(0, count)].contiguous()
-        tile_grad(logits, tokens.rows(0, count), call.softmaxes, given, dlogits, first_column=first)
+        rows = tokens.rows(0, count)
+        tile_grad(logits, rows, call.softmaxes, given, dlogits, first_column=columns.start)
         tokens.settle()
         count = tokens.count
         dlogits = dlogits[:count]
-        if needs.hidden:
-            if sums is None:
-                sums = torch.empty(count, part.shape[1], dtype=call.table.dtype, device=device)
-            product(dlogits, part, sums, add=first > 0)
-        if needs.weight:
-            product(dlogits.t(), tokens.states(0, count), grads.weight[first : first + columns])
+        if not sums:
+            sums = [
+                torch.empty(count if need else 0, weight.shape[1], dtype=call.table.dtype, device=device)
+                for need, weight in zip(states_grad, part.weights)
+            ]
+        for number, states in enumerate(tokens.states(0, count)):
+            if states_grad[number]:
+                product(dlogits, part.weights[number], sums[number], add=columns.start > 0)
+            if weight_grad[number]:
+                product(dlogits.t(), states, d_weights[number][columns])
         if needs.bias:
-            grads.bias[first : first + columns] = dlogits.sum(0, dtype=call.table.dtype)
-    if not needs.hidden:
-        return grads
-    assert sums is not None
-    del logits, dlogits, low  # dX takes their memory
-    dtype = hidden_grad_dtype(call.inputs)
+            grads.bias[columns] = dlogits.sum(0, dtype=call.table.dtype)
+    del part, logits, dlogits, low  # dX takes their memory
+    if needs.hidden:
+        dtype = hidden_grad_dtype(call.inputs)
+        grads = grads._replace(hidden=_of_all_tokens(sums[0].to(dtype), call))
+    if needs.lora_hidden and call.inputs.lora is not None:
+        dtype = call.inputs.lora.hidden.dtype
+        grads = grads._replace(lora_hidden=_of_all_tokens(sums[1].to(dtype), call))
+    return grads
+
+
+def _of_all_tokens(d_states: Tensor, call: HeadCall) -> Tensor:
+    """The gradient [N, K] from that of the tokens that are not ignored."""
+    tokens = call.tokens
     if tokens.indices is None:
-        return grads._replace(hidden=sums.to(dtype))
-    d_hidden = torch.zeros(hidden.shape, dtype=dtype, device=device)
-    return grads._replace(hidden=d_hidden.index_copy_(0, tokens.indices, sums.to(dtype)))
+        return d_states
+    shape = (len(call.inputs.ids), d_states.shape[1])
+    return d_states.new_zeros(shape).index_copy_(0, tokens.indices, d_states)
