@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fastalign_kernels import PolicyLoss
 
+from .peft_heads import save_weights
 from .servable_heads import backbone
 
 VALUE_HEAD = "value_head.safetensors"  # of a shared backbone, beside the policy's own files
@@ -127,12 +128,13 @@ class ActorCritic(nn.Module):
             }
             return found or None
 
-        self.policy.save_pretrained(str(policy), state_dict=part("policy"))
+        save_weights(self.policy, policy, state_dict=part("policy"))
         if self.shared:
             head = part("value") or self.value.state_dict()
             save_file({name: tensor.contiguous() for name, tensor in head.items()}, policy / VALUE_HEAD)
         else:
-            self.value.save_pretrained(str(value), state_dict=part("value"))
+            assert value is not None
+            save_weights(self.value, value, state_dict=part("value"))
 
     def load_value_head(self, folder: Path) -> None:
         """The value head that `save_pretrained` left in a policy's folder."""

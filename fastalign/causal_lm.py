@@ -13,7 +13,7 @@ on ten tokens when the head is fused. A model that cannot be served exactly is r
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +38,7 @@ from fastalign_kernels import (
 from fastalign_kernels.ordered_sum import ordered_sum
 
 from .full_logits import LOSS_FUNCTION, needs_full_logits, warn_if_trl_scores
+from .peft_heads import ReplacedRows, adapter_forward
 from .probe import (
     LogitTransform,
     UnsupportedModelError,
@@ -47,15 +48,17 @@ from .probe import (
     probing,
     unsupported,
 )
-from .servable_heads import backbone as backbone
 from .servable_heads import (
+    adapted_head,
     backbone_of,
     causal_lm_of,
     explain_unservable,
+    heads_of,
     plain_heads,
     refuse_router_loss,
     refuse_unservable,
 )
+from .servable_heads import backbone as backbone
 from .transformers_names import CACHE
 from .versions import noting_newer_packages
 
@@ -111,19 +114,23 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
 
     The model's own forward runs, with logits, when transformers' Trainer collects predictions
     (`compute_metrics`, `predict`). It runs with one warning in training without labels, after
-    `model.loss_function` was set, and after PEFT put an adapter on lm_head.
+    `model.loss_function` was set, and while lm_head has adapters that cannot be served.
+
+    PEFT's LoRA on lm_head is served, and so are `trainable_token_indices` of tied embeddings: the sum of
+    weight and adapter is never formed. The adapter may come before or after fusing. Dropout, rsLoRA,
+    `disable_adapter` and merging act as in PEFT.
 
     With `verify`, the model's own forward runs on ten tokens (evaluation mode, no gradient, RNG state
     kept), and its logits and loss are compared with the fused head's from the same hidden states.
 
     Raises:
         UnsupportedModelError: an encoder-decoder, no output embeddings, an lm_head that is not a plain
-            nn.Linear (LoRA, quantised, tensor-parallel), an auxiliary router loss, a forward that is
-            already replaced, or a mismatch found by `verify`.
+            nn.Linear (quantised, tensor-parallel), several active adapters or DoRA on it, an auxiliary
+            router loss, a forward that is already replaced, or a mismatch found by `verify`.
         ValueError: `verify` with weights on the meta device, or a tail_eps outside (0, 1).
     """
     base = causal_lm_of(model)
-    heads = plain_heads(base)
+    heads = heads_of(base)
     if tail_eps is not None:
         checks.tail_eps(tail_eps)
     if (
@@ -143,7 +150,7 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
         )
     else:
         with probing(base), ExitStack() as undo:
-            explained = explain_loss(base, heads[0])
+            explained = explain_loss(base, plain_heads(base)[0])
             undo.callback(unfuse_head, base)
             _patch(base, heads, explained.transform)
             check_fused(base, explained)
@@ -209,6 +216,7 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"labels: got None with {asked}, temperature={temperature}, workspace_mib={workspace_mib}, "
                 "expected labels or shift_labels"
             )
+        _adopt_adapter(self)
         if not options_given and needs_full_logits(
             self, labelled=not unlabelled, unservable_head=explain_unservable(self)
         ):
@@ -235,9 +243,13 @@ def _fastalign_head_forward(
     hidden: Tensor,
     targets: Tensor | None = None,
     head: Callable[..., Any] = linear_token_stats,
+    replaced_rows: ReplacedRows | None = None,
     **options: Any,
 ) -> Any:
-    """lm_head's forward: logits without targets, else the named tuple of `head`, a kernel's function."""
+    """lm_head's forward: logits without targets, else the named tuple of `head`, a kernel's function.
+
+    replaced_rows: rows in place of some of the weight's. They are read here, where FSDP2 has gathered it.
+    """
     if targets is None:
         return F.linear(hidden, self.weight, self.bias)
     if isinstance(self.weight, DTensor):
@@ -245,7 +257,16 @@ def _fastalign_head_forward(
             "lm_head.weight: got a DTensor inside lm_head's call, expected a whole weight: a tensor-parallel "
             "head is not served"
         )
+    if replaced_rows is not None:
+        options["lora"] = replaced_rows.low_rank(self.weight)
     return head(hidden, self.weight, targets, bias=self.bias, **options)
+
+
+def _adopt_adapter(model: PreTrainedModel) -> None:
+    """Fuse the adapters that PEFT put on a fused lm_head after fuse_head."""
+    wrapper = adapted_head(model)
+    if wrapper is not None and not _is_ours(wrapper) and not torch.compiler.is_compiling():
+        _patch_module(wrapper)
 
 
 def _fastalign_output_embeddings(self: PreTrainedModel) -> Any:
@@ -273,7 +294,7 @@ def _run(
             f"logits_to_keep: got {logits_to_keep} with labels, expected 0; ignore targets with -100"
         )
     refuse_router_loss(model, arguments.get("output_router_logits"))
-    if not all(_is_ours(head) for head in plain_heads(model)):
+    if not all(_is_ours(head) for head in heads_of(model)):
         raise unsupported(
             model,
             "had its lm_head replaced after fuse_head",
@@ -322,23 +343,24 @@ def _run(
     )
 
 
-def _patch(model: PreTrainedModel, heads: list[nn.Linear], transform: LogitTransform) -> None:
+def _patch(model: PreTrainedModel, heads: Sequence[nn.Module], transform: LogitTransform) -> None:
     model.__dict__["_fastalign_transform"] = transform
     model.__dict__[LOSS_FUNCTION] = model.loss_function
     model.__dict__["get_output_embeddings"] = _embeddings_of(model)
     for module in (model, *heads):
-        module.__dict__["forward"] = _forward_of(module)
-        module.__dict__["__reduce_ex__"] = _reduce_of(module)
+        _patch_module(module)
+
+
+def _patch_module(module: nn.Module) -> None:
+    module.__dict__["forward"] = _forward_of(module)
+    module.__dict__["__reduce_ex__"] = _reduce_of(module)
 
 
 def _forward_of(module: nn.Module) -> MethodType:
-    """Our forward, bound to the module: a model's or an lm_head's."""
-    function = (
-        _fused_forward(type(module).forward)
-        if isinstance(module, PreTrainedModel)
-        else _fastalign_head_forward
-    )
-    return MethodType(function, module)
+    """Our forward, bound to the module: a model's, an lm_head's, or that of PEFT's wrapper of one."""
+    if isinstance(module, PreTrainedModel):
+        return MethodType(_fused_forward(type(module).forward), module)
+    return MethodType(adapter_forward(module) or _fastalign_head_forward, module)
 
 
 def _embeddings_of(model: nn.Module) -> MethodType:

@@ -1,7 +1,8 @@
 """The losses as modules, as in torch.nn: options in the constructor, tensors in the call.
 
 No module owns parameters. The head's weight is the model's and comes with the call, so ties, adapters and
-sharding stay with the model. Options are checked in the constructor, tensors in the call.
+sharding stay with the model. A LoRA adapter on the head comes with the call too, as `lora`. Options are
+checked in the constructor, tensors in the call.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from fastalign_kernels.linear.inputs import (
     head_keywords,
     head_options,
 )
+from fastalign_kernels.linear.low_rank import LowRank, as_low_rank
 from fastalign_kernels.linear.policy_inputs import (
     LINEAR_POLICY_SETTINGS,
     POLICY_DEFAULTS,
@@ -149,10 +151,10 @@ class LinearCrossEntropyLoss(_Loss):
         *,
         token_weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        lora: LowRank | None = None,
     ) -> Tensor:
-        return linear_cross_entropy(
-            hidden, weight, targets, bias, token_weights=token_weights, num_items=num_items, **self.options
-        )
+        of_tokens: dict[str, Any] = {"token_weights": token_weights, "num_items": num_items}
+        return linear_cross_entropy(hidden, weight, targets, bias, lora=lora, **of_tokens, **self.options)
 
 
 class LinearDPOLoss(_Loss):
@@ -186,10 +188,12 @@ class LinearDPOLoss(_Loss):
         weight: Tensor,
         ids: Tensor,
         bias: Tensor | None = None,
+        *,
+        lora: LowRank | None = None,
         **tensors: Unpack[SequenceTensors],
     ) -> LinearPreferenceLoss:
         refuse_unknown(LinearDPOLoss.forward, tensors, SEQUENCE_TENSORS)
-        return linear_dpo_loss(hidden, weight, ids, bias, **tensors, **self.options)
+        return linear_dpo_loss(hidden, weight, ids, bias, lora=lora, **tensors, **self.options)
 
 
 class _LinearPairLoss(_Loss):
@@ -221,13 +225,14 @@ class _LinearPairLoss(_Loss):
         bias: Tensor | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        lora: LowRank | None = None,
     ) -> LinearPreferenceLoss:
         """hidden: [2S, T, H] (chosen rows first), or packed [N, H] with cu_seqlens [2S + 1].
 
         ids: [2S, T] or [N], ignore_index where a token is not scored. hidden[t] predicts ids[t].
         """
         rows = Rows.of(ids, cu_seqlens, group=2, check=self.head.check)
-        inputs = head_inputs(hidden, weight, ids, bias, self.head)
+        inputs = head_inputs(hidden, weight, ids, bias, self.head._replace(lora=as_low_rank(lora)))
         logps = rows.logps(inputs).view(2, -1)
         out = self._loss(logps, rows.lengths(inputs.ids).view(2, -1), self.loss_options)
         return LinearPreferenceLoss(*out, *logps.detach())
@@ -330,10 +335,12 @@ class LinearKTOLoss(_Loss):
         desirable: Tensor,
         kl: Tensor | None,
         bias: Tensor | None = None,
+        *,
+        lora: LowRank | None = None,
         **tensors: Unpack[SequenceTensors],
     ) -> LinearUnpairedLoss:
         refuse_unknown(LinearKTOLoss.forward, tensors, SEQUENCE_TENSORS)
-        return linear_kto_loss(hidden, weight, ids, desirable, kl, bias, **tensors, **self.options)
+        return linear_kto_loss(hidden, weight, ids, desirable, kl, bias, lora=lora, **tensors, **self.options)
 
 
 class LinearPPOLoss(_Loss):
@@ -363,11 +370,13 @@ class LinearPPOLoss(_Loss):
         advantages: Tensor,
         mask: Tensor,
         bias: Tensor | None = None,
+        *,
+        lora: LowRank | None = None,
         **tensors: Unpack[PolicyTensors],
     ) -> PolicyLoss:
         refuse_unknown(LinearPPOLoss.forward, tensors, POLICY_TENSORS)
         given = (hidden, weight, ids, old_logp, advantages, mask, bias)
-        return linear_ppo_loss(*given, **tensors, **self.options)
+        return linear_ppo_loss(*given, lora=lora, **tensors, **self.options)
 
 
 grpo_keywords = flat_signature({**HEAD_DEFAULTS, **POLICY_DEFAULTS, "aggregation": "sequence_mean"})

@@ -1,11 +1,17 @@
-"""The backbone and the lm_head of a causal LM, and the reasons why the fused head cannot serve a model."""
+"""The backbone and the lm_head of a causal LM, and the reasons why the fused head cannot serve a model.
 
+An lm_head is a plain nn.Linear, or what PEFT makes of one: copies of it (modules_to_save), LoRA on it, or
+single rows of it that are trained (peft_heads.py).
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .peft_heads import explain_adapters, wrapped_head
 from .probe import UnsupportedModelError, unsupported
 
 
@@ -49,11 +55,30 @@ def transformers_model(model: Any, *, remedy: str) -> PreTrainedModel:
     return base
 
 
+def adapted_head(model: PreTrainedModel) -> nn.Module | None:
+    """The wrapper with PEFT's adapters that calling the output embeddings runs, if they are one."""
+    head = model.get_output_embeddings()
+    return None if wrapped_head(head) is None else head
+
+
+def heads_of(model: PreTrainedModel) -> list[nn.Module]:
+    """All modules that calling the output embeddings may run and that fuse_head patches."""
+    wrapper = adapted_head(model)
+    return [*plain_heads(model), *([] if wrapper is None else [wrapper])]
+
+
 def plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
-    """The nn.Linear modules that calling the output embeddings may run: one, or PEFT's copies of it."""
+    """The nn.Linear modules that calling the output embeddings may run: one, or PEFT's copies of it.
+
+    Raises UnsupportedModelError if they are none, or if PEFT's adapters on them cannot be served.
+    """
     head = model.get_output_embeddings()
     if head is None or backbone_of(model) is model:
         raise unsupported(model, "has no output embeddings on a backbone", expected="a causal LM")
+    if (wrapped := wrapped_head(head)) is not None:
+        if (reason := explain_adapters(head)) is not None:
+            raise unsupported(model, reason, expected="one plain LoRA adapter there, or none")
+        head = wrapped
     copies = getattr(head, "modules_to_save", None)  # PEFT's ModulesToSaveWrapper passes all arguments on
     modules = [head] if copies is None else [head.original_module, *copies.values()]
     for module in modules:
@@ -62,8 +87,7 @@ def plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
             raise unsupported(
                 model,
                 f"has a {kind.__module__}.{kind.__qualname__} as its lm_head",
-                expected="a plain nn.Linear: not quantised, and not among PEFT's target_modules "
-                "(modules_to_save is served)",
+                expected="a plain nn.Linear, not quantised; PEFT's LoRA on it and modules_to_save are served",
             )
         if type(weight) is not nn.Parameter and not isinstance(weight, DTensor):
             raise unsupported(
@@ -83,7 +107,7 @@ def explain_unservable(model: PreTrainedModel) -> str | None:
     return None
 
 
-def refuse_unservable(model: PreTrainedModel, heads: list[nn.Linear]) -> None:
+def refuse_unservable(model: PreTrainedModel, heads: Sequence[nn.Module]) -> None:
     refuse_router_loss(model, None)
     if (model.tp_size or 1) > 1:
         raise unsupported(

@@ -7,19 +7,26 @@ TRL's SFT, DPO, KTO, GRPO and RLOO trainers score tokens by one function, which 
 trainer has no head over the vocabulary and runs as before. TRL scores ignored positions too, on a CPU, and
 sets what it logs of them to 0. They are skipped here, so the logged numbers are the same.
 
+TRL refuses a LoRA adapter on lm_head, because its function reads `lm_head.weight` alone. Patched, its
+trainers take one: it is in the logits and gets its gradients.
+
 TRL's own function still runs, with one warning, on a device that fastalign has no kernels for, and for a
 weight that DeepSpeed's ZeRO-3 shards, which is whole in the forward pass only.
 """
 
 import importlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastalign_kernels import LowRank
 from fastalign_kernels.linear.token_outputs import linear_token_outputs
 
+from ..peft_heads import explain_adapters, is_lora, lora_of
+from ..probe import UnsupportedModelError
 from . import hosts
 from .hosts import PatchedHost
 
@@ -38,7 +45,8 @@ PARAMETERS = (
     "outputs",
 )
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# The arguments of the trainers that score tokens.
+TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")  # modules of those that score tokens
+# Their arguments.
 CONFIGS = ("SFTConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig")
 
 
@@ -65,6 +73,10 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
 
     handle = PatchedHost(HOST, options)
     handle.replace(utils, "_ChunkedLogProbFunction", _LogProbs(handle, utils._ChunkedLogProbFunction))
+    for name in TRAINERS:
+        trainer: Any = importlib.import_module(f"trl.trainer.{name}_trainer")
+        if hasattr(trainer, "BaseTunerLayer"):  # PEFT is installed
+            handle.replace(trainer, "BaseTunerLayer", _refused_layers(trainer.BaseTunerLayer))
     # TRL asks this only to know whether to score all positions or those that are not ignored.
     handle.replace(utils, "_use_triton", lambda device: device.type in hosts.DEVICES or uses_triton(device))
     warn_if_unused(handle, CONFIGS)
@@ -125,6 +137,39 @@ class _LogProbs:
             temperature=temperature,
             softcap=final_logit_softcapping,
             logit_scale=logit_scale,
+            lora=_adapter(hidden),
             **self.handle.options,
         )
         return scored.logp, scored.entropy, scored.log_sum_sq_probs, scored.mean_logit, scored.top1
+
+
+def _refused_layers(peft_layer: type) -> type:
+    """What TRL's trainers ask whether lm_head is one of: PEFT's layers, but those that the head serves.
+
+    GRPO's cast_lm_head_to_fp32 asks too, in a function of its own. It forgets adapters in generation, so they
+    are still refused there.
+    """
+
+    class Refused(type):
+        def __instancecheck__(cls, module: Any) -> bool:
+            by_constructor = sys._getframe(1).f_code.co_name == "__init__"
+            served = by_constructor and is_lora(module) and explain_adapters(module) is None
+            return isinstance(module, peft_layer) and not served
+
+    return Refused(peft_layer.__name__, (), {})
+
+
+def _adapter(hidden: Tensor) -> LowRank | None:
+    """The LoRA adapter on the lm_head that TRL's forward scores with.
+
+    TRL passes the weight alone, so the module is read from its forward's frame.
+    """
+    head = sys._getframe(2).f_locals.get("lm_head")
+    if not isinstance(head, nn.Module) or not is_lora(head):
+        return None
+    if (reason := explain_adapters(head)) is not None:
+        raise UnsupportedModelError(f"trl: got a model that {reason}, expected one plain LoRA adapter there")
+    lora = lora_of(head, hidden)
+    if lora is None or lora.B.dtype in (hidden.dtype, torch.float32):
+        return lora
+    return lora._replace(A=lora.A.to(hidden.dtype), B=lora.B.to(hidden.dtype))

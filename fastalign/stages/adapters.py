@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..data.errors import one_line
@@ -184,13 +186,28 @@ def _merge(model: PreTrainedModel, folder: str, argument: str) -> PreTrainedMode
             f"{argument}: got adapters in {folder!r} of which {len(wrong)} weights are missing or left over, "
             f"{wrong[0]} among them, expected ones that fit their base {model.name_or_path!r}"
         )
+    _untie(model)
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return merged.requires_grad_(True)
 
 
+def _untie(model: PreTrainedModel) -> None:
+    """Give lm_head a weight of its own if LoRA is on it or on the embeddings, and they share one.
+
+    An adapter of one acts on that one alone. Merged into a shared weight, it would change the other too.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers: list[Any] = [getattr(module, "base_layer", module) for module in (embeddings, head)]
+    adapted = layers != [embeddings, head]
+    if adapted and head is not None and layers[0].weight is layers[1].weight:
+        layers[1].weight = nn.Parameter(layers[1].weight.detach().clone())
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def add_adapters(model: PreTrainedModel, config: TrainConfig, *, task: Task, base: str | None) -> PeftModel:
     """The model with new LoRA adapters as configured. `base` is the folder or name it was loaded from."""
-    targets = "all-linear" if config.lora_targets == ["all-linear"] else config.lora_targets
+    targets: Any = _targets(model, config.lora_targets, task)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -201,6 +218,30 @@ def add_adapters(model: PreTrainedModel, config: TrainConfig, *, task: Task, bas
     adapted: Any = get_peft_model(model, lora)
     adapted.base_source = base
     return cast(PeftModel, adapted)
+
+
+def _targets(model: PreTrainedModel, names: list[str], task: Task) -> str | list[str]:
+    """The modules that get adapters. A classifier, such as PPO's value model, has no lm_head to adapt.
+
+    Raises ValueError for a name that no module has, which PEFT would leave out silently, and if none is left.
+    """
+    if names == ["all-linear"]:
+        return "all-linear"
+    modules = [name for name, _ in model.named_modules()]
+    found = [name for name in names if any(f".{module}".endswith(f".{name}") for module in modules)]
+    missing = [name for name in names if name not in found and not (task == "SEQ_CLS" and name == "lm_head")]
+    if missing or not found:
+        raise ValueError(
+            f"lora_targets: got {', '.join(missing or names)}, expected modules of {type(model).__name__}, "
+            f"such as {', '.join(_linear_names(model))}"
+        )
+    return found
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of its linear layers, each once; Conv1D is GPT-2's."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
 def record_base(model: PreTrainedModel | PeftModel, folder: Path) -> None:

@@ -126,7 +126,8 @@ class TrainConfig(Options):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout in front of the adapters."""
     lora_targets: Names = Field(default_factory=lambda: ["all-linear"])
-    """Modules that get adapters, separated by commas; all-linear: every linear layer but the head."""
+    """Modules that get adapters, separated by commas; all-linear: every linear layer but the head, which
+    lm_head names."""
 
     max_steps: int | None = Field(default=None, gt=0)
     """Optimizer steps. Default: what `epochs` needs."""

@@ -287,6 +287,7 @@ def _head(config: TrainConfig, world: World, model: PreTrainedModel, shape: Shap
         weight_grad=weight.requires_grad,
         upstream=upstream,
         tail_eps=config.tail_eps,
+        lora_rank=config.lora_rank if "lm_head" in config.lora_targets else 0,
     )
     size = max(4, weight.element_size())
     # If the weight is the embedding's too, both gradients exist before they are added.

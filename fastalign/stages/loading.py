@@ -256,7 +256,7 @@ def load_model(
     if not config.lora_rank:
         return lm
     adapted = add_adapters(lm, config, task=task, base=weights)
-    # fuse_head refuses an adapter on lm_head.
+    # It verifies an adapter on lm_head, or refuses it.
     return adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..peft_heads import save_weights
 from .adapters import record_base
 from .distributed import World
 from .files import new_folder
@@ -25,6 +26,6 @@ def save_model(
     if not world.main:
         return
     with new_folder(folder / "model") as unfinished:
-        model.save_pretrained(str(unfinished), state_dict=state)
+        save_weights(model, unfinished, state_dict=state)
         record_base(model, unfinished)
         tokenizer.save_pretrained(str(unfinished))

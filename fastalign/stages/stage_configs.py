@@ -125,6 +125,15 @@ class RewardConfig(PreferenceConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if self.lora_rank and "lm_head" in self.lora_targets:
+            raise ValueError(
+                f"lora_targets: got {', '.join(self.lora_targets)}, expected names without lm_head: a reward "
+                "model has a score head in its place, which is trained whole"
+            )
+        return self
+
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)
 class ReferenceConfig(PreferenceConfig):

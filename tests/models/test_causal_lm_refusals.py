@@ -12,7 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from fastalign.causal_lm import UnsupportedModelError, fuse_head, unfuse_head
-from tests.models.tiny_models import CONFIGS, GQA, MHA, VOCAB, batch, build, llama, lora, model_nll, shift
+from tests.models.tiny_models import CONFIGS, GQA, MHA, VOCAB, batch, build, llama, model_nll, shift
 
 pytestmark = pytest.mark.hosts
 
@@ -127,10 +127,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "bart": (
         lambda: tf.BartForCausalLM(tf.BartConfig(vocab_size=VOCAB, d_model=32, decoder_layers=1)),
         "BartForCausalLM, which has a loss",
-    ),
-    "lora on the head": (
-        lambda: lora(llama(), target_modules=["lm_head"]),
-        "LlamaForCausalLM, which has a peft.tuners.lora.layer.Linear as its lm_head",
     ),
     "quantised head": (quantised_head, "LlamaForCausalLM, which has a .*QuantisedLinear as its lm_head"),
     "router loss": (

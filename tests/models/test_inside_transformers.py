@@ -220,33 +220,6 @@ def test_a_fused_model_is_saved_whole(name: str, how: str, tmp_path: Path) -> No
     ]
 
 
-LATER: dict[str, dict[str, Any]] = {
-    "lora on lm_head": {"target_modules": ["q_proj", "lm_head"]},
-    "tokens of tied embeddings": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
-}
-
-
-@pytest.mark.parametrize("case", LATER)
-def test_adapters_on_lm_head_that_come_later_train_with_full_logits_and_one_warning(case: str) -> None:
-    tied = "tied" in case
-    inputs, labels = batch()
-    plain = lora(llama(tie_word_embeddings=tied), **LATER[case])
-    expected = plain(**inputs, labels=labels)
-    model = lora(fuse_head(llama(tie_word_embeddings=tied)), **LATER[case])
-    with pytest.warns(
-        UserWarning, match=rf"was changed after fuse_head \(.*has a peft.* as its lm_head.*{WARNS}"
-    ) as caught:
-        found = model(**inputs, labels=labels)
-        model(**inputs, labels=labels)
-    assert sum(WARNS in str(one.message) for one in caught) == 1 and torch.equal(found.loss, expected.loss)
-    assert_equal_gradients(gradients(model, found.loss), gradients(plain, expected.loss))
-    for options in ({"token_stats": True}, {"temperature": 0.5}):
-        with pytest.raises(UnsupportedModelError, match="as its lm_head"):
-            model(**inputs, labels=labels, **options)
-    with pytest.raises(UnsupportedModelError, match="as its lm_head"):
-        fuse_head(model)
-
-
 def test_modules_to_save_that_come_later_are_served() -> None:
     inputs, labels = batch()
     model = lora(fuse_head(llama()), modules_to_save=["lm_head"])

@@ -103,14 +103,6 @@ def test_bad_demonstrations_are_refused_before_the_model_loads(
         sft.run(tuning(train_data=files["long"], max_length=512))
 
 
-def test_an_adapter_on_lm_head_is_refused_before_the_first_step(
-    tuning: Callable[..., sft.SFTConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sft, "train", lambda *arguments, **options: pytest.fail("training began"))
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel, which has a peft.* as its lm_head"):
-        sft.run(tuning(lora_rank=2, lora_targets=["c_attn", "lm_head"]))
-
-
 def test_liger_is_refused_for_a_model_that_it_has_no_layers_for(
     tuning: Callable[..., sft.SFTConfig], base: str, no_model: None
 ) -> None:
