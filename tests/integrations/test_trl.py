@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
@@ -241,6 +241,57 @@ def test_ignored_positions_are_skipped_on_a_cpu_too(monkeypatch: pytest.MonkeyPa
         patched = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
     assert scored == [3]
     torch.testing.assert_close(patched, plain)
+
+
+@pytest.mark.parametrize("fp32", [False, True], ids=["as it is", "cast_lm_head_to_fp32"])
+def test_an_adapter_on_lm_head_is_in_the_logits_and_gets_its_gradient(fp32: bool) -> None:
+    """TRL's function alone reads the base's weight: its logits lack the adapter."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(llama().float(), lora)
+    trained = [weight for name, weight in model.named_parameters() if "lora_" in name]
+    ids = torch.randint(97, (2, 7))
+    logits = model(input_ids=ids).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    true_grads = torch.autograd.grad(expected, trained)
+    add_fused_lm_head(model.get_base_model(), cast_lm_head_to_fp32=fp32)
+    alone = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+    assert abs(alone - expected) > 1e-3
+    with integration.patch() as handle:
+        found = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+        with model.disable_adapter():
+            off = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert handle.calls == 2 and abs(off - found) > 1e-3
+    for grad, true in zip(torch.autograd.grad(found, trained), true_grads, strict=True):
+        torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("trainer", ["SFT", "DPO", "GRPO"])
+def test_a_trainer_takes_an_adapter_on_lm_head_when_it_is_patched(trainer: str) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    models: list[Any] = []
+    assert train(trainer, patched=True, steps=2, lora=lora, prepare=models.append).fastalign_calls
+    (moved,) = (w for name, w in models[0].named_parameters() if "lm_head.lora_B" in name)
+    assert moved.abs().max() > 0  # it began as zeros
+    with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+        train(trainer, patched=False, steps=1, lora=lora)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora": {"use_dora": True}}, "not supported: the log-prob"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head"),
+    ],
+    ids=["DoRA", "cast_lm_head_to_fp32"],
+)
+def test_what_is_not_served_on_lm_head_is_still_refused_by_trl(options: dict[str, Any], message: str) -> None:
+    lora = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM", **options.pop("lora", {}))
+    with pytest.raises(ValueError, match=message):
+        train("GRPO", patched=True, steps=1, lora=lora, **options)
 
 
 def test_a_training_without_a_call_warns_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
