@@ -90,6 +90,19 @@ def cases() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
         ("GRPO", {"loss_type": "cispo", "epsilon_high": 3.0}, {}),
         ("GRPO", {"importance_sampling_level": "sequence"}, {"vllm_is_ratio": tensors()["ratio"].float()}),
         ("GRPO", {"importance_sampling_level": "sequence", "loss_type": "grpo", "delta": 1.5}, {}),
+        ("GRPO", {"loss_type": "sapo"}, {}),
+        (
+            "GRPO",
+            {"loss_type": "sapo", "sapo_temperature_pos": 0.7},
+            {"vllm_is_ratio": tensors()["ratio"].float()},
+        ),
+        ("GRPO", {"loss_type": "vespo"}, {}),
+        (
+            "GRPO",
+            {"loss_type": "vespo", "vespo_k_neg": 1.3, "vespo_lambda_pos": 0.5},
+            {"vllm_is_ratio": tensors()["ratio"][:, 0].float(), "num_items_in_batch": 50},
+        ),
+        ("GRPO", {"loss_type": "luspo", "importance_sampling_level": "sequence", "beta": 0.0}, {}),
     ]
     return rows
 
@@ -159,6 +172,26 @@ def grpo_formula(
     advantages, kind = given["advantages"][:, None], options.get("loss_type", "dapo")
     if kind == "cispo":
         losses = -ratio.clamp(max=high).detach() * advantages * tokens
+    elif kind == "sapo":
+        positive, negative = (
+            options.get(f"sapo_temperature_{sign}", x) for sign, x in (("pos", 1.0), ("neg", 1.05))
+        )
+        tau = torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
+        losses = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+    elif kind == "vespo":
+        weight = (log_ratio * mask).sum(-1, keepdim=True)
+        if vllm_is_ratio is not None:
+            weight, vllm_is_ratio = weight + vllm_is_ratio.double().log()[:, None], None
+        defaults = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
+        shape = {name: options.get(f"vespo_{name}", value) for name, value in defaults.items()}
+        k, decay = (
+            torch.full_like(advantages, shape[f"{name}_neg"]).masked_fill(
+                advantages >= 0, shape[f"{name}_pos"]
+            )
+            for name in ("k", "lambda")
+        )
+        phi = (decay + k * weight - decay * weight.exp()).exp().detach()
+        losses = -phi * advantages * tokens
     else:
         clipped = ratio.clamp(0.8, 1 + high)
         bounded = ratio.clamp(max=options.get("delta", torch.inf))
@@ -169,7 +202,9 @@ def grpo_formula(
         d = logps(given, "ref_", temperature) - tokens
         losses = losses + beta * (d.exp() - d - 1)
     losses = losses * mask
-    if kind == "grpo":
+    if kind == "luspo":
+        return losses.sum() / (2 * S)
+    if kind in ("grpo", "sapo"):
         return (losses.sum(-1) / mask.sum(-1)).mean()
     number = num_items_in_batch or mask.sum()
     return losses.sum() / (2 * S * 9 if kind == "dr_grpo" else number)

@@ -84,10 +84,22 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("GRPO", {"use_bias_correction_kl": True}, "^use_bias_correction_kl: got True, expected False"),
     ("GRPO", {"loss_type": "dr_grpo"}, "^max_completion_length: got None with loss_type='dr_grpo'"),
     ("GRPO", {"delta": 1.1}, "^delta: got 1.1, expected at least 1 . epsilon_high, 1.2"),
-    *[
-        ("GRPO", {"loss_type": name}, f"^loss_type: got '{name}', expected one of grpo, bnpo, dapo")
-        for name in ("sapo", "vespo", "luspo")
-    ],
+    ("GRPO", {"loss_type": "gspo"}, "^loss_type: got 'gspo', expected one of grpo, bnpo, dapo"),
+    (
+        "GRPO",
+        {"loss_type": "luspo"},
+        "^importance_sampling_level: got 'token' with loss_type='luspo', expected",
+    ),
+    (
+        "GRPO",
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+        "^beta: got 0.04 with loss_type='luspo', expected 0",
+    ),
+    (
+        "GRPO",
+        {"loss_type": "sapo", "sapo_temperature_neg": 0.0},
+        "^sapo_temperature: got .*, expected both > 0",
+    ),
 ]
 
 
@@ -95,6 +107,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 def test_what_is_not_served_is_refused_by_name(loss: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(ours, named(loss))(**options)
+
+
+def test_luspo_refuses_a_ratio_for_each_token() -> None:
+    module = ours.LigerFusedLinearGRPOLoss(0.0, loss_type="luspo", importance_sampling_level="sequence")
+    given = tensors()
+    with pytest.raises(ValueError, match=r"^vllm_is_ratio: got shape \[6, 5\] with loss_type='luspo'"):
+        call(module, given, vllm_is_ratio=given["ratio"])
 
 
 @pytest.mark.parametrize("missing", ["ref_hidden", "ref_weight"])
@@ -122,7 +141,7 @@ def test_whoever_patches_a_model_is_told_the_line_to_write() -> None:
         from fastalign.integrations.liger import apply_liger_kernel_to_llama  # noqa: F401
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "vespo"])
 def test_grpo_reads_nothing_outside_the_mask(loss_type: str) -> None:
     given = tensors()
     outside = given["target"] < 0
@@ -142,7 +161,12 @@ def test_grpo_reads_nothing_outside_the_mask(loss_type: str) -> None:
 
 @pytest.mark.parametrize(
     ("loss", "options"),
-    [("DPO", {"compute_nll_loss": True}), ("KTO", {}), ("GRPO", {"importance_sampling_level": "sequence"})],
+    [
+        ("DPO", {"compute_nll_loss": True}),
+        ("KTO", {}),
+        ("GRPO", {"importance_sampling_level": "sequence"}),
+        ("GRPO", {"loss_type": "vespo"}),
+    ],
 )
 def test_a_compiled_call_is_one_graph(loss: str, options: dict[str, Any]) -> None:
     torch.compiler.reset()
