@@ -27,6 +27,7 @@ for the logits (and V/8 a row and bit mask).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple, get_type_hints
 
@@ -139,7 +140,7 @@ def sample(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    scalars = dict.fromkeys(numbers, 0.0)
+    scalars: dict[str, Any] = dict.fromkeys(numbers, 0.0)
     per_row = False
     for name, value in numbers.items():
         if isinstance(value, Tensor):
@@ -147,44 +148,25 @@ def sample(
             per_row = True
         else:
             scalars[name] = _scalar(name, value)
-    for name, ids in (("sequence_ids", sequence_ids), ("positions", positions)):
-        if ids is not None:
-            checks.tensor(name, ids)
-            checks.shape(name, ids, (B,), "[B]")
-            checks.dtype(name, ids, checks.INTEGERS)
-            checks.device(name, ids, "logits", logits)
-    if positions is not None and look and B and bool(((positions < 0) | (positions.long() >= 2**32)).any()):
-        raise ValueError(f"positions: got {positions.tolist()[:8]}, expected whole numbers in [0, 2^32)")
-    for name, mask in (("seen", seen), ("allowed", allowed)):
-        if mask is not None:
-            checks.tensor(name, mask)
-            checks.shape(name, mask, (B, -(-V // 32)), "[B, ceil(V / 32)]")
-            checks.dtype(name, mask, (torch.int32,))
-            checks.device(name, mask, "logits", logits)
-    if finished is not None:
-        checks.tensor("finished", finished)
-        checks.shape(name := "finished", finished, (B,), "[B]")
-        checks.dtype(name, finished, (torch.bool,))
-        checks.device(name, finished, "logits", logits)
+    tensors = {
+        "sequence_ids": sequence_ids,
+        "positions": positions,
+        "seen": seen,
+        "allowed": allowed,
+        "finished": finished,
+    }
+    given: dict[str, Any] = _checked_tensors(tensors, logits, look)
     pad_id = -1 if pad_id is None else checks.whole("pad_id", pad_id, -1, expected="an id (or -1)")
     table = torch.stack([_row_values(value, logits) for value in numbers.values()]) if per_row else None
     inputs = SampleInputs(
         # contiguous() leaves an empty tensor's strides as they are
-        logits=logits.detach()
+        logits.detach()
         if logits.stride(-1) == 1
         else logits.detach().clone(memory_format=torch.contiguous_format),
         seed=seed,
         table=table,
-        temperature=scalars["temperature"],
-        top_k=scalars["top_k"],
-        top_p=scalars["top_p"],
-        min_p=scalars["min_p"],
-        repetition_penalty=scalars["repetition_penalty"],
-        sequence_ids=None if sequence_ids is None else sequence_ids.long().contiguous(),
-        positions=None if positions is None else positions.long().contiguous(),
-        seen=None if seen is None else seen.contiguous(),
-        allowed=None if allowed is None else allowed.contiguous(),
-        finished=None if finished is None else finished.contiguous(),
+        **scalars,
+        **given,
         pad_id=pad_id,
     )
     token, logs, kept, valid = KERNELS.select(logits).sample(*inputs)
@@ -233,6 +215,31 @@ def _check_rows(name: str, value: Tensor, logits: Tensor, look: bool) -> None:
         allowed = (wide >= option.least) & (wide <= option.most)
         if not bool((allowed | (wide == 0) if option.zero else allowed).all()):
             raise ValueError(f"{name}: got {value.tolist()[:8]}, expected {option.expected}")
+
+
+def _checked_tensors(
+    tensors: Mapping[str, Tensor | None], logits: Tensor, look: bool
+) -> dict[str, Tensor | None]:
+    """Those of the rows, by name, as SampleInputs has them; `look`: check the values of positions too."""
+    B, V = logits.shape
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        checks.tensor(name, tensor)
+        if name in ("seen", "allowed"):
+            checks.shape(name, tensor, (B, -(-V // 32)), "[B, ceil(V / 32)]")
+            checks.dtype(name, tensor, (torch.int32,))
+        else:
+            checks.shape(name, tensor, (B,), "[B]")
+            checks.dtype(name, tensor, (torch.bool,) if name == "finished" else checks.INTEGERS)
+        checks.device(name, tensor, "logits", logits)
+        if name == "positions" and look and B and bool(((tensor < 0) | (tensor.long() >= 2**32)).any()):
+            raise ValueError(f"positions: got {tensor.tolist()[:8]}, expected whole numbers in [0, 2^32)")
+    ids = ("sequence_ids", "positions")
+    return {
+        name: tensor if tensor is None else (tensor.long() if name in ids else tensor).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def _row_values(value: float | Tensor, logits: Tensor) -> Tensor:

@@ -101,4 +101,4 @@ def linear_ppo_loss(
     old_logp, advantages, reference_logp = tokens.flat()
     of_tokens = (old_logp, advantages, call.scale(), reference_logp)
     loss, means, *_ = _head_policy(inputs, inputs.needs_grad(), *of_tokens, list(policy))
-    return policy_metrics(loss, means, True, reference_logp is not None)
+    return policy_metrics(loss, means, has_entropy=True, has_reference=reference_logp is not None)

@@ -145,7 +145,9 @@ def ppo_loss(
         *(logp, entropy, old.detach(), advantages.detach(), inside, weights, reference),
         [*options, kind, number],
     )
-    return policy_metrics(loss, means, entropy is not None, reference_logp is not None)
+    return policy_metrics(
+        loss, means, has_entropy=entropy is not None, has_reference=reference_logp is not None
+    )
 
 
 def value_loss(
@@ -190,7 +192,7 @@ def value_loss(
     return ValueLoss(loss, *metrics.unbind())
 
 
-def policy_metrics(loss: Tensor, means: Tensor, has_entropy: bool, has_reference: bool) -> PolicyLoss:
+def policy_metrics(loss: Tensor, means: Tensor, *, has_entropy: bool, has_reference: bool) -> PolicyLoss:
     """The loss beside `PolicySum`s over the tokens of the mask, [8]."""
     _, policy, entropy, kl, ratio, clipped, squares, _ = means.unbind()  # in PolicySum's order
     return PolicyLoss(
