@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fastalign_kernels import PolicyLoss
 
+from .data.sequence_batches import at_places
 from .peft_heads import save_weights
 from .servable_heads import backbone
 
@@ -70,9 +71,7 @@ class ActorCritic(nn.Module):
         shape = arguments["labels"].shape
 
         def spread(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.dim() == 0:
-                return value
-            return value.new_zeros(shape.numel()).index_copy_(0, at, value).view(shape)
+            return at_places(value, at, shape) if isinstance(value, Tensor) and value.dim() else value
 
         mask = spread(torch.ones_like(at, dtype=torch.bool))
         output = self.policy(

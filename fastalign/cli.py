@@ -17,6 +17,7 @@ COMMANDS = {
     "dpo": ("fastalign.stages.dpo", "align a causal LM with pairs of completions, by DPO and its kin"),
     "kto": ("fastalign.stages.kto", "align a causal LM with completions judged good or bad, by KTO"),
     "ppo": ("fastalign.stages.ppo", "align a causal LM with scores of its own completions, by PPO"),
+    "grpo": ("fastalign.stages.grpo", "align a causal LM with scores of groups of its completions, by GRPO"),
     "merge": ("fastalign.stages.merge", "write a model with its LoRA adapters merged in"),
     "demo": (
         "fastalign.demo.command",

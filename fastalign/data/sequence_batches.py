@@ -87,3 +87,8 @@ def sequence_logps(model: nn.Module, packed: Batch) -> Tensor:
     """
     output = model(**model_arguments(packed), token_stats=True, use_cache=False)
     return sum_by_sequence(output.logp.flatten(), packed["starts"])[packed["places"]]
+
+
+def at_places(values: Tensor, at: Tensor, shape: torch.Size) -> Tensor:
+    """A tensor of this shape with values [N] at the places [N] of its flattened form, and 0 elsewhere."""
+    return values.new_zeros(shape.numel()).index_copy_(0, at, values).view(shape)

@@ -203,3 +203,52 @@ class PPOConfig(PPOOptions, PolicyConfig):
         if self.value_model is not None and self.value == "shared":
             raise ValueError(f"value_model: got {self.value_model!r} with value=shared, expected value=own")
         return self
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class GRPOOptions(RolloutOptions):
+    """How groups are drawn and learnt from: what `grpo_rollout` and `grpo_step` take."""
+
+    group_size: int = Field(default=8, ge=2)
+    """Completions of each prompt, which are compared with each other."""
+    kl_coef: NonNegativeFloat = 0.0
+    """Weight of the KL divergence from the reference, nats a token; 0: there is none."""
+    kl_in: Literal["reward", "loss"] = "loss"
+    """Where the KL divergence counts: summed over a completion in its reward, or in the policy's loss."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What a reward's distance from its group's mean is divided by: the standard deviation of its group or of
+    the batch, or nothing (Dr. GRPO)."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
+    """How tokens are averaged: grpo over each completion and then over completions; dapo over all tokens of
+    an optimizer step; dr_grpo sums them and divides by completions x max_new_tokens."""
+    mask_truncated: bool = False
+    """Leave completions that did not end within max_new_tokens out of the loss; their group still compares
+    with them."""
+    inner_epochs: PositiveInt = 1
+    """Passes over the completions of a step."""
+
+
+@dataclass(config=CONFIG, kw_only=True, frozen=True)
+class GRPOConfig(GRPOOptions, PolicyConfig):
+    """Align a causal LM with scores of groups of its completions of rows of `prompt`."""
+
+    reference: Literal["auto", "copy", "adapters_off", "none"] = "auto"
+    """What the policy is held near: a frozen copy of it as it was, the model without its LoRA adapters, or
+    nothing (needs kl_coef=0). auto: nothing with kl_coef=0, else adapters_off with LoRA, else copy."""
+    batch_size: PositiveInt = 64
+    """Completions in one step, over all devices: group_size of each of batch_size / group_size prompts."""
+    learning_rate: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                f"batch_size: got {self.batch_size}, expected a multiple of group_size ({self.group_size})"
+            )
+        return self
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the policy is compared with a reference."""
+        return self.reference != "none" and (self.kl_coef > 0 or self.reference != "auto")

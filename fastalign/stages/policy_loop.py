@@ -92,7 +92,7 @@ def take_passes(
 
 def item_means(found: Sequence[tuple[Metrics, int]]) -> Metrics:
     """The means of `take_passes`'s metrics over the items of all optimizer steps."""
-    items = sum(number for _, number in found)
+    items = max(sum(number for _, number in found), 1)
     return {name: sum(numbers[name] * number for numbers, number in found) / items for name in found[0][0]}
 
 

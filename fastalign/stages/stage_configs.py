@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 from pydantic.dataclasses import dataclass
 
 from .config import CONFIG, Options, TrainConfig
-from .policy_configs import PPOConfig
+from .policy_configs import GRPOConfig, PPOConfig
 
 REFERENCE_FREE = ("orpo", "simpo", "cpo")  # the keys of pair_loss.REFERENCE_FREE, whose import needs torch
 
@@ -280,6 +280,7 @@ CONFIGS: dict[str, type[Options]] = {
     "dpo": DPOConfig,
     "kto": KTOConfig,
     "ppo": PPOConfig,
+    "grpo": GRPOConfig,
     "merge": MergeConfig,
     "tokenizer": TokenizerConfig,
 }

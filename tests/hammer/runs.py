@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from fastalign.stages import dpo, kto, ppo, pretrain, reward, sft
+from fastalign.stages import dpo, grpo, kto, ppo, pretrain, reward, sft
 from fastalign.stages.config import TrainConfig
 from tests.stages.tiny import LLAMA, lines, read_tensors, save_base, save_tokenizer, sentence, write
 
@@ -76,10 +76,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "train_data": file["prompts"],
         "reward": file["score"] + ":count",
         "max_new_tokens": 8,
-        "ppo_epochs": 1,
         "max_steps": 4,
     }
-    adaptive = {"target_kl": 0.01, "kl_horizon": 8, "minibatches": 2}
+    grouped = {"group_size": 4, "minibatches": 2, "kl_coef": 0.05, "top_p": 0.9}
+    shared: dict[str, Any] = {"ppo_epochs": 1, "value": "shared", "lora_rank": 4}
+    adaptive = {"ppo_epochs": 1, "target_kl": 0.01, "kl_horizon": 8, "minibatches": 2}
     pairs: dict[str, Any] = {"train_data": file["pairs"]}
     lora: dict[str, Any] = {"lora_rank": 4, "lora_dropout": 0.1}
     return {
@@ -94,7 +95,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "dpo, LoRA": Kind(dpo, partial(dpo.DPOConfig, **tuned | pairs | lora)),
         "kto": Kind(kto, partial(kto.KTOConfig, **tuned, train_data=file["judged"], reference="precomputed")),
         "ppo": Kind(ppo, partial(ppo.PPOConfig, **base | drawing | adaptive)),
-        "ppo, shared": Kind(ppo, partial(ppo.PPOConfig, **base | drawing, value="shared", lora_rank=4)),
+        "grpo": Kind(grpo, partial(grpo.GRPOConfig, **base | drawing | grouped)),
+        "ppo, shared": Kind(ppo, partial(ppo.PPOConfig, **base | drawing | shared)),
     }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 
-from fastalign.stages import checkpoint, checkpoint_storage, loop, ppo, reference_model, reporters
+from fastalign.stages import checkpoint, checkpoint_storage, grpo, loop, ppo, reference_model, reporters
 
 AUDITED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 REWRITE = "rewrite of metrics.jsonl"
@@ -26,7 +26,7 @@ AIMED: dict[str, tuple[str, ...]] = {
     "rename of a checkpoint": ("os.rename checkpoints", "os.remove checkpoints", "os.rmdir checkpoints"),
     "fsync": ("os.fsync",),
     "reference": ("save_file", "os.rename reference", "open reference"),
-    "between rollout and update": ("ppo_step",),
+    "between rollout and update": ("ppo_step", "grpo_step"),
     "line of metrics.jsonl": ("Report.write",),
     "final model": ("save_pretrained", "open model", "open value", "os.rename model"),
 }
@@ -72,6 +72,7 @@ class Moments:
         wrap(checkpoint.Checkpoints, "save", name="Checkpoints.save", after=True)
         wrap(loop, "update", after=True)
         wrap(ppo, "ppo_step", after=True)
+        wrap(grpo, "grpo_step", after=True)
         wrap(transformers.PreTrainedModel, "save_pretrained", after=True)
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:

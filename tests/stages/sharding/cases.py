@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastalign.stages import dpo, kto, loading, ppo, pretrain, reward, sft
+from fastalign.stages import dpo, grpo, kto, loading, ppo, pretrain, reward, sft
 from tests.stages.tiny import LLAMA, save_base, save_tokenizer, sentence, write
 
 STAGES: dict[str, Any] = {
@@ -17,6 +17,7 @@ STAGES: dict[str, Any] = {
     "dpo": (dpo, dpo.DPOConfig, "pairs"),
     "kto": (kto, kto.KTOConfig, "judged"),
     "ppo": (ppo, ppo.PPOConfig, "prompts"),
+    "grpo": (grpo, grpo.GRPOConfig, "prompts"),
 }
 
 
@@ -41,6 +42,7 @@ CASES = {
     "kto": Case("kto"),
     "kto, LoRA, precomputed": Case("kto", {"lora_rank": 4, "reference": "precomputed"}),
     "ppo": Case("ppo", {"reward": "reward_model", "rescore": True}),
+    "grpo": Case("grpo", {"group_size": 4, "kl_coef": 0.1, "top_p": 0.9, "loss_type": "grpo"}),
     "ppo, shared, LoRA": Case("ppo", {"value": "shared", "lora_rank": 4, "rollout_batch_size": 3}),
 }
 
@@ -97,8 +99,9 @@ def configure(case: Case, files: Mapping[str, str], output_dir: Path, **more: An
     values |= {"dtype": "float64", "device": "cpu", "adam_eps": 1e-6}
     if case.stage == "pretrain":
         values |= {"tokenizer": files["tokenizer"], "sequence_length": 40}
-    elif case.stage == "ppo":
-        values |= {"reward": "count", "max_new_tokens": 8, "ppo_epochs": 1, "max_steps": 5, "minibatches": 2}
+    elif case.stage in ("ppo", "grpo"):
+        values |= {"reward": "count", "max_new_tokens": 8, "max_steps": 5, "minibatches": 2}
+        values |= {"ppo_epochs": 1} if case.stage == "ppo" else {}
     else:
         values |= {"max_length": 64}
     values |= dict(case.options) | more
