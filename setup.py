@@ -43,7 +43,15 @@ SANITIZED = [
 # csrc/<family>/target.cpp, with the compiler's rule for a * b + c. The sampler gives the same bits on every
 # machine, so its fused operations are written down and the compiler may add none.
 KERNELS = {"softmax": "-ffp-contract=fast", "policy": "-ffp-contract=fast", "sampling": "-ffp-contract=off"}
-LAUNCHERS = ("ops", "softmax/launch", "gemm/launch", "int8/launch", "policy/launch", "sampling/launch")
+LAUNCHERS = (
+    "ops",
+    "softmax/launch",
+    "gemm/launch",
+    "int8/launch",
+    "policy/launch",
+    "sampling/launch",
+    "screen/launch",
+)
 # Instruction sets that the kernels are compiled for; csrc/common/targets.h chooses among them at run time.
 TARGETS = {"generic": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -132,9 +140,13 @@ def compile_commands(compiler: str, nvcc: str | None, torch: Path, objects: Path
             source = str(CSRC / family / "target.cpp")
             commands[objects / f"{family}_{target}.o"] = [*compiled, *options, "-c", source]
     if "avx512" in TARGETS:
-        for family, extension in {"gemm": "-mavx512bf16", "int8": "-mavx512vnni"}.items():
-            source = str(CSRC / family / "target.cpp")
-            options = [*TARGETS["avx512"], extension, "-c", source]
+        extensions = {
+            "gemm": ["-mavx512bf16"],
+            "int8": ["-mavx512vnni"],
+            "screen": ["-ffp-contract=fast", "-DFASTALIGN_TARGET=avx512"],
+        }
+        for family, extension in extensions.items():
+            options = [*TARGETS["avx512"], *extension, "-c", str(CSRC / family / "target.cpp")]
             commands[objects / f"{family}_avx512.o"] = [*compiled, *options]
     if nvcc is not None:
         options = [*NVCC_FLAGS, *gpu_codes(nvcc), *stable_abi]

@@ -4,6 +4,7 @@
 #include "int8/launch.h"
 #include "policy/launch.h"
 #include "sampling/launch.h"
+#include "screen/launch.h"
 #include "softmax/launch.h"
 
 namespace fastalign {
@@ -32,6 +33,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTALIGN_OPS, m) {
   m.def("cpu_int8_gemm() -> bool");
   m.def("int8_pack(Tensor x, bool left, int width, int block, Tensor? basis, Tensor(a!) packed, Tensor(b!) norms) -> ()");
   m.def("int8_gemm(Tensor left, Tensor right, int width, bool low, Tensor(a!) out) -> ()");
+  m.def("screen_rows(Tensor hidden8, Tensor weight8, int width, Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float logit_scale, "
+        "float softcap, float temperature, float eps, Tensor margins, Tensor? bounds, Tensor(a!) stats, Tensor(b!) counts, Tensor(c!)? tile) -> ()");
 #endif
 
   m.def("policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor? scale, Tensor? entropy, Tensor? reference_logp, "
@@ -56,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTALIGN_OPS, CPU, m) {
   m.impl("gemm", TORCH_BOX(&fastalign::gemm));
   m.impl("int8_pack", TORCH_BOX(&fastalign::int8_pack));
   m.impl("int8_gemm", TORCH_BOX(&fastalign::int8_gemm));
+  m.impl("screen_rows", TORCH_BOX(&fastalign::screen_rows));
 #endif
   m.impl("policy_tokens", TORCH_BOX(&fastalign::policy_tokens));
   m.impl("value_tokens", TORCH_BOX(&fastalign::value_tokens));

@@ -11,6 +11,8 @@ from .linear.logprobs import linear_logprobs
 from .linear.low_rank import LowRank
 from .linear.plan import plan_head
 from .linear.ppo import linear_ppo_loss
+from .linear.screen import ScreenCounts, screen_counts
+from .linear.screen_report import ScreenReport, screen_report
 from .linear.tail_columns import kept_share
 from .linear.tail_report import TailReport, tail_report
 from .linear.token_stats import linear_token_stats
@@ -33,6 +35,8 @@ __all__ = [
     "PreferenceLoss",
     "RewardLoss",
     "Sample",
+    "ScreenCounts",
+    "ScreenReport",
     "TailReport",
     "TokenStats",
     "UnpairedLoss",
@@ -58,6 +62,8 @@ __all__ = [
     "ppo_loss",
     "reward_loss",
     "sample",
+    "screen_counts",
+    "screen_report",
     "simpo_loss",
     "sum_by_sequence",
     "tail_report",

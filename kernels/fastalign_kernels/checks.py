@@ -124,6 +124,17 @@ def logits_dtype(value: object) -> torch.dtype | None:
     return torch.bfloat16
 
 
+def screen(value: object, logits_dtype: torch.dtype | None) -> bool:
+    """The `screen` of a head: True, or None or False for exact logits."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"screen: got {shown(value)}, expected True or None")
+    if value and logits_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"screen: got True with logits_dtype {logits_dtype}, expected None: its logits are fp32"
+        )
+    return bool(value)
+
+
 def tail_eps(value: float) -> float:
     return number(
         "tail_eps", value, SMALLEST, 1 - 2**-24, "a probability in (0, 1), or None for the exact gradient"

@@ -63,13 +63,17 @@ def packed_size(rows: int, coding: Coding, *, left: bool) -> int:
     return -(-rows // panel) * panel * each
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """x [O, H], or a copy of it where its rows do not lie in one piece."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
 def code_rows(x: Tensor, coding: Coding, *, left: bool) -> CodedRows:
     """The rows of x [O, H], of one of `CODED_DTYPES`, coded and packed.
 
     A row with NaN or an infinity gets a scale of NaN, so that its products are NaN.
     """
-    if x.shape[1] > 1 and x.stride(1) != 1:
-        x = x.contiguous()
+    x = unit_stride(x)
     packed = x.new_empty(packed_size(x.shape[0], coding, left=left), dtype=torch.int32)
     norms = x.new_empty(2, x.shape[0], dtype=torch.float32)
     ops.int8_pack(x, left, coding.width, coding.block, coding.basis, packed, norms)
@@ -84,7 +88,7 @@ def mm_int8(left: CodedRows, right: CodedRows, out: Tensor) -> None:
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str:
     """Why there is no 8-bit product for factors of this dtype here; empty if there is one."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):
         return f"8-bit products are for CPUs so far, and the tensors are on {device.type}"
     if dtype not in CODED_DTYPES:
         return f"factors of {dtype} have no 8-bit codes"

@@ -48,9 +48,12 @@ def has_gemm() -> bool:
     return not missing and TARGETS[ops.cpu_target()] == "AVX-512"
 
 
+_has_int8_gemm = has_gemm() and bool(ops.cpu_int8_gemm())
+
+
 def has_int8_gemm() -> bool:
     """Whether csrc/int8 can multiply 8-bit codes on this CPU: it needs AVX-512 VNNI."""
-    return has_gemm() and bool(ops.cpu_int8_gemm())
+    return _has_int8_gemm
 
 
 def _choose_gemm() -> bool:

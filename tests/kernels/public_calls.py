@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 import fastalign_kernels
+from fastalign_kernels import native
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(fastalign_kernels, name)
     for name in fastalign_kernels.__all__
     if inspect.isfunction(getattr(fastalign_kernels, name))
-    and name != "kept_share"  # which takes no argument
+    and name not in ("kept_share", "screen_counts")  # which take no argument
+    and (name != "screen_report" or native.has_int8_gemm())
 }
+REPORTS = {"tail_report", "screen_report"}  # which measure values
 
 
 def call_of(
@@ -92,6 +95,7 @@ def call_of(
         "linear_ppo_loss": {**head, "ids": ids(*tokens), **policy},
         "linear_dpo_loss": {**head, "ids": ids(*tokens), "reference_logps": floats(rows)},
         "linear_kto_loss": {**head, "ids": ids(*tokens), **unpaired},
+        "screen_report": {**head, "targets": ids(*tokens)},
         "tail_report": {**head, "targets": ids(*tokens), "tail_eps": 1e-3},
         "plan_head": {"n_tokens": 4, "hidden_size": 5, "vocab_size": 7},
         "dpo_loss": {**pairs, **references, "loss_type": "sigmoid_norm", **both_lengths},

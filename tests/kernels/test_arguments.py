@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import fastalign.nn
-from tests.kernels.public_calls import FUNCTIONS, call_of, tensors_of
+from tests.kernels.public_calls import FUNCTIONS, REPORTS, call_of, tensors_of
 
 MODULES: dict[str, Callable[..., Any]] = {
     name: kind
@@ -199,7 +199,7 @@ def test_strides_change_nothing(name, size):
     try:
         expected = run(name, given, None)
     except ValueError:
-        assert name == "tail_report" and size in ("none", "no_length")  # nothing to measure
+        assert name in REPORTS and size in ("none", "no_length")  # nothing to measure
         return
     for layout in LAYOUTS.values():
         torch.testing.assert_close(run(name, given, layout), expected, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -232,9 +232,7 @@ def described(fields: list[Any]) -> list[Any]:
     return [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in fields]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in FUNCTIONS if name not in WITHOUT_TENSORS | {"tail_report"}]
-)
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name not in WITHOUT_TENSORS | REPORTS])
 def test_meta_and_fake_tensors_give_shapes_and_dtypes(name):
     given = call_of(name)
     expected = described(tensors_of(FUNCTIONS[name](**given)))
@@ -245,9 +243,10 @@ def test_meta_and_fake_tensors_give_shapes_and_dtypes(name):
         assert described(tensors_of(FUNCTIONS[name](**fake))) == expected
 
 
-def test_the_tail_report_refuses_meta_tensors():
-    meta = {key: x.to("meta") if isinstance(x, Tensor) else x for key, x in call_of("tail_report").items()}
+@pytest.mark.parametrize("name", sorted(REPORTS & FUNCTIONS.keys()))
+def test_a_report_refuses_meta_tensors(name):
+    meta = {key: x.to("meta") if isinstance(x, Tensor) else x for key, x in call_of(name).items()}
     with pytest.raises(
         ValueError, match="hidden: got a tensor without values, on meta, expected one with values"
     ):
-        FUNCTIONS["tail_report"](**meta)
+        FUNCTIONS[name](**meta)

@@ -11,7 +11,7 @@ import torch
 import fastalign_kernels
 from fastalign import nn
 from fastalign_kernels.linear.inputs import HEAD_DEFAULTS, HeadArguments, HeadSettings
-from tests.kernels.public_calls import FUNCTIONS, call_of
+from tests.kernels.public_calls import FUNCTIONS, REPORTS, call_of
 
 FOLDER = Path(fastalign_kernels.__file__).parent
 LOSSES = [name for name in FUNCTIONS if name.startswith("linear_")]
@@ -60,9 +60,11 @@ def test_an_unknown_keyword_of_a_modules_call_is_named() -> None:
         nn.LinearDPOLoss()(torch.zeros(2, 1, 3), torch.zeros(5, 3), torch.zeros(2, 1).long(), check=True)
 
 
-def test_tail_report_takes_what_it_names() -> None:
-    with pytest.raises(TypeError, match=r"tail_report\(\) got an unexpected keyword argument 'check'"):
-        FUNCTIONS["tail_report"](**call_of("tail_report"), check=True)
+@pytest.mark.parametrize("name", sorted(REPORTS & FUNCTIONS.keys()))
+def test_a_report_takes_what_it_names(name: str) -> None:
+    for keyword in ("check", "screen"):
+        with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument '{keyword}'"):
+            FUNCTIONS[name](**call_of(name), **{keyword: True})
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -12,6 +12,9 @@ from ..gemm import mm, uses_native_gemm
 from ..softmax.rows import Stat, accumulator_dtype, row_stats
 from .inputs import HeadInputs, NeedsGrad
 from .plan import token_chunk
+from .screen import Screen
+
+SCREENED_TOKENS = 8192  # at a time: their 8-bit codes take (H + 72) bytes each
 
 
 class Operands(NamedTuple):
@@ -164,6 +167,7 @@ class ChunkRunner:
     def __init__(self, inputs: HeadInputs, operands: Operands, stats: Tensor) -> None:
         self.inputs, self.operands, self.stats = inputs, operands, stats
         self.tiles: list[Tensor] = []
+        self.screen = Screen(inputs, operands.weight, operands.bias) if inputs.options.screen else None
 
     def run(self, tokens: Tensor | slice, *, rows: int, fill_stats: bool) -> TokenChunk:
         """The chunk of these tokens.
@@ -174,6 +178,11 @@ class ChunkRunner:
         ids = inputs.ids[tokens]
         states = operands.states(inputs, tokens)
         logits = self._tile(rows)[: ids.numel()]
+        if self.screen is not None:
+            stats = self.screen.fill(states[0], ids, logits)
+            if fill_stats:
+                self.stats[:, tokens] = stats
+            return TokenChunk(tokens, ids, states, self.stats[:, tokens].contiguous(), logits)
         mm(states[0], operands.weight.t(), logits)
         if operands.lora_weight is not None:
             mm(states[1], operands.lora_weight.t(), logits, add=True)
@@ -214,3 +223,26 @@ def run_groups(runner: ChunkRunner, groups: Sequence[Sequence[Tensor]]) -> Itera
         yield runner.run(last, rows=rows, fill_stats=True)
         for tokens in before:
             yield runner.run(tokens, rows=rows, fill_stats=False)
+
+
+def screen_statistics(runner: ChunkRunner, screen: Screen) -> None:
+    """Fill the table without logits in memory, but for the tokens that cannot be screened."""
+    inputs, operands = runner.inputs, runner.operands
+    order, how_many = _kept_tokens(inputs.ids)
+    tokens = torch.arange(how_many()) if order is None else order
+    unresolved = []
+    for part in tokens.split(SCREENED_TOKENS):
+        stats, missing = screen.run(inputs.hidden[part].to(operands.factor), inputs.ids[part])
+        runner.stats[:, part] = stats
+        unresolved.append(part[missing])
+    exact = inputs._replace(options=inputs.options._replace(screen=False))
+    left = torch.cat(unresolved) if unresolved else tokens
+    if not left.numel():
+        return
+    ids = torch.full_like(inputs.ids, -1)
+    ids[left] = inputs.ids[left]
+    exact = exact._replace(ids=ids)
+    for _ in run_chunks(
+        ChunkRunner(exact, operands, runner.stats), planned_chunks(exact, NeedsGrad()), fill_stats=True
+    ):
+        pass

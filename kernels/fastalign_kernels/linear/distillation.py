@@ -17,7 +17,7 @@ from .. import checks
 from ..logits import check_loss_tensors, loss_scale, nan_without_tokens, reduced
 from ..softmax.rows import accumulator_dtype
 from .distillation_ops import head_distillation, head_divergences
-from .inputs import HeadArguments, check_no_tail, head_inputs, head_keywords, head_options
+from .inputs import HeadArguments, check_no_screen, check_no_tail, head_inputs, head_keywords, head_options
 from .outcomes import DIVERGENCES, check_teacher, first_outcome
 
 
@@ -61,6 +61,7 @@ def linear_distillation_loss(
     checks.choice("divergence", divergence, tuple(DIVERGENCES))
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     check_no_tail(options, "linear_distillation_loss")
+    check_no_screen(options, "linear_distillation_loss")
     ids = check_teacher(hidden, weight, teacher_ids, teacher_logp, options)
     first = first_outcome(ids >= 0, ids)[..., 0]
     check_loss_tensors(first, reduction, token_weights, num_items)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..torch_func import unwrapped
-from .inputs import HeadInputs, check_no_tail
+from .inputs import HeadInputs, check_no_screen, check_no_tail
 
 
 class KeptSets(NamedTuple):
@@ -35,6 +35,7 @@ def kept_sets(kept: object, inputs: HeadInputs) -> KeptSets:
     if not isinstance(kept, (tuple, list)) or len(kept) != 2 or not all(isinstance(x, Tensor) for x in kept):
         raise ValueError(f"kept: got {checks.shown(kept)}, expected a pair of tensors (offsets [N + 1], ids)")
     check_no_tail(inputs.options, "a call with kept sets")
+    check_no_screen(inputs.options, "a call with kept sets")
     offsets, ids = kept
     N = inputs.ids.numel()
     for tensor in kept:

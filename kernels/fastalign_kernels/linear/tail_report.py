@@ -7,19 +7,11 @@ from typing import NamedTuple, Unpack
 import torch
 from torch import Tensor
 
-from .. import checks
 from ..ordered_sum import ordered_sum
 from .chunks import ChunkRunner, Operands, new_stats, planned_chunks, run_chunks
 from .cross_entropy import linear_cross_entropy
-from .inputs import (
-    SOFTMAX_ARGUMENTS,
-    HeadInputs,
-    NeedsGrad,
-    SoftmaxArguments,
-    head_inputs,
-    head_keywords,
-    head_options,
-)
+from .inputs import HeadInputs, HeadSettings, NeedsGrad, SoftmaxArguments, head_keywords
+from .report_inputs import HeadTensors, relative_error, sampled_inputs
 from .tail_columns import COUNTER, chunks_with_columns
 
 
@@ -61,28 +53,9 @@ def tail_report(
     """
     if tail_eps is None:
         raise ValueError("tail_eps: got None, expected a probability in (0, 1)")
-    checks.whole("sample", sample, 1, expected="a whole number >= 1")
-    if checks.number("logit_scale", head.get("logit_scale", 1.0)) == 0:
-        raise ValueError(
-            "logit_scale: got 0, expected another number: it makes all gradients 0, so that no error is "
-            "relative to them"
-        )
-    checks.tensor("hidden", hidden)
-    if not checks.readable(hidden, check=True):
-        raise ValueError(f"hidden: got a tensor without values, on {hidden.device}, expected one with values")
-    given = {**head, "tail_eps": tail_eps, "workspace_mib": workspace_mib}
-    options = head_options(tail_report, given, SOFTMAX_ARGUMENTS | {"tail_eps", "workspace_mib"})
-    options = options._replace(check=True)
-    inputs = head_inputs(hidden, weight, targets, bias, options, ids_name="targets")
-    tokens = (inputs.ids >= 0).nonzero()[:sample, 0]
-    if not tokens.numel():
-        raise ValueError("targets: got none that is not ignored, expected at least one")
-    sampled = HeadInputs(
-        inputs.hidden[tokens].detach().requires_grad_(),
-        weight.detach().requires_grad_(),
-        inputs.ids[tokens],
-        None if inputs.bias is None else inputs.bias.detach(),
-        options,
+    options: HeadSettings = {"tail_eps": tail_eps, "workspace_mib": workspace_mib}
+    sampled = sampled_inputs(
+        tail_report, HeadTensors(hidden, weight, targets, bias), head, options, sample=sample
     )
 
     def gradients(tail: float | None) -> tuple[Tensor, ...]:
@@ -104,7 +77,8 @@ def tail_report(
         assert share is not None
         errors = [relative_error(a, e) for a, e in zip(gradients(tail_eps), gradients(None))]
     # The sums are of p dz/dx: a softcap's slope is counted in.
-    return TailReport(share, mass / tokens.numel() * options.temperature / options.logit_scale, *errors)
+    logit_scale, _, temperature = sampled.options.transform
+    return TailReport(share, mass / sampled.ids.numel() * temperature / logit_scale, *errors)
 
 
 @torch.no_grad()
@@ -117,9 +91,3 @@ def _dropped_mass(inputs: HeadInputs) -> float:
         )
         parts = chunks_with_columns(inputs, runner.operands, chunks)
         return sum(0.0 if kept is None else float(ordered_sum(kept.dropped_sums)) for _, _, kept in parts)
-
-
-def relative_error(approximate: Tensor, exact: Tensor) -> float:
-    """In the L2 norm; 0 where both are 0."""
-    difference, norm = (approximate.double() - exact.double()).norm(), exact.double().norm()
-    return float(difference / norm.clamp(min=torch.finfo(norm.dtype).tiny))

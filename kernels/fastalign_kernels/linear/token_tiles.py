@@ -22,6 +22,7 @@ from .chunks import (
     planned_chunks,
     run_chunks,
     run_groups,
+    screen_statistics,
 )
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients
 from .inputs import HeadInputs, NeedsGrad
@@ -43,6 +44,9 @@ class TokenTiles(Engine):
     def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
         stats = new_stats(inputs)
         runner = ChunkRunner(inputs, Operands.of(inputs), stats)
+        if runner.screen is not None and not any(needs):
+            screen_statistics(runner, runner.screen)
+            return stats, []
         if self.saves(inputs, needs):
             chunks = run_chunks(runner, planned_chunks(inputs, needs), fill_stats=True)
             return stats, list(save_columns(inputs, runner.operands, chunks, needs))

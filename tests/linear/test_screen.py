@@ -1,0 +1,386 @@
+"""Screened logits: exact where they matter, near enough elsewhere, and exact for tokens that 8 bits do not
+serve."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalign_kernels import (
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_dpo_loss,
+    linear_kto_loss,
+    linear_logprobs,
+    linear_ppo_loss,
+    linear_token_stats,
+    native,
+    screen_counts,
+    screen_report,
+)
+from fastalign_kernels.linear import screen, screen_weight
+from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions
+from fastalign_kernels.linear.screen_reference import screened_stats_ref
+from fastalign_kernels.linear.screen_weight import orthonormal, screened_weight
+from fastalign_kernels.softmax.rows import Stat, Transform, row_stats_ref
+
+needs_screen = pytest.mark.skipif(
+    not native.has_int8_gemm(),
+    reason="csrc/int8 needs AVX-512 VNNI, and this CPU has none (or the library is not there)",
+)
+N, H, V = 150, 96, 5000
+Given = dict[str, Any]
+
+
+def make(
+    dtype: torch.dtype = torch.float32, *, tokens: int = N, hidden_size: int = H, seed: int = 0
+) -> Given:
+    """A trained-like head: each token's hidden state points at its id and at a few others."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.nn.functional.normalize(torch.randn(V, hidden_size, generator=generator), dim=1)
+    ids = torch.randint(0, V, (tokens,), generator=generator)
+    first, second = weight[torch.randint(0, V, (2, tokens), generator=generator)]
+    noise = torch.randn(tokens, hidden_size, generator=generator)
+    hidden = 14 * weight[ids] + 4 * first + 3 * second + 0.5 * noise
+    hidden[:, 3] += 4  # an outlier coordinate, and a mean that is not 0
+    weight[:, 3] *= 0.2
+    ids[1] = -100
+    return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "ids": ids}
+
+
+def both(given: Given, **options: Any) -> tuple[Any, Any]:
+    return linear_token_stats(**given, **options), linear_token_stats(**given, screen=True, **options)
+
+
+def check_near(exact: Any, screened: Any, allowed: float = 2e-3) -> None:
+    for name in ("logp", "lse"):
+        difference = (getattr(exact, name) - getattr(screened, name)).abs()
+        assert difference.max() < allowed, name
+    assert (exact.entropy - screened.entropy).abs().max() < 10 * allowed
+    assert torch.equal(exact.top1, screened.top1)
+
+
+TRANSFORMS: list[Given] = [
+    {},
+    {"temperature": 0.7},
+    {"logit_scale": 0.8, "softcap": 30.0},
+    {"logit_scale": -1.0},
+]
+
+
+@needs_screen
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", TRANSFORMS, ids=str)
+def test_statistics_are_near_the_exact_ones_and_top1_is_exact(options: Given, dtype: torch.dtype) -> None:
+    given = make(dtype)
+    given["bias"] = 0.3 * torch.randn(V, generator=torch.Generator().manual_seed(3)).to(dtype)
+    screen_counts()
+    exact, screened = both(given, **options)
+    check_near(exact, screened, 2e-3 if dtype == torch.float32 else 6e-3)
+    counts = screen_counts()
+    assert counts.tokens == N - 1 and counts.exact_tokens == 0
+    assert N - 1 <= counts.exact_columns < N * V * (0.3 if options.get("logit_scale") != -1 else 0.8)
+    assert screened.logp[1] == 0
+
+
+@needs_screen
+@pytest.mark.parametrize("options", TRANSFORMS, ids=str)
+def test_the_tile_and_the_statistics_are_those_of_the_specification(options: Given) -> None:
+    given = make(tokens=70)
+    hidden, weight, ids = given["hidden"][2:], given["weight"], given["ids"][2:]
+    transform = Transform(
+        options.get("logit_scale", 1.0), options.get("softcap") or 0.0, options.get("temperature", 1.0)
+    )
+    reference = screened_stats_ref(hidden, weight, ids, None, transform)
+    inputs = HeadInputs(hidden, weight, ids, None, HeadOptions(*transform, screen=True))
+    tile = torch.full((68, V), torch.nan)
+    stats, unresolved = screen.Screen(inputs, weight, None).run(hidden, ids, tile)
+    assert not unresolved.numel()
+    # a code may be rounded to either side, and a column lie on either side of the threshold
+    assert (tile - reference.logits).abs().max() < 0.05
+    exact = hidden @ weight.t()
+    assert ((tile - exact).abs() < 1e-4)[reference.exact].double().mean() > 0.98
+    torch.testing.assert_close(stats[Stat.LOGP], reference.stats[Stat.LOGP], rtol=0, atol=1e-3)
+    # the statistics are those of the tile that lies in memory
+    of_tile = row_stats_ref(tile[None], ids, None, transform)
+    torch.testing.assert_close(stats, of_tile, rtol=2e-5, atol=2e-5)
+
+
+@needs_screen
+def test_the_same_bits_for_any_number_of_threads_and_any_split() -> None:
+    given = make()
+    whole = linear_logprobs(**given, screen=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(linear_logprobs(**given, screen=True), whole)
+    finally:
+        torch.set_num_threads(before)
+    parts = [
+        linear_logprobs(hidden, given["weight"], ids, screen=True)
+        for hidden, ids in zip(given["hidden"].split([3, 70, 77]), given["ids"].split([3, 70, 77]))
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def hostile(kind: str) -> Given:
+    given = make()
+    hidden, weight = given["hidden"], given["weight"]
+    if kind == "an enormous coordinate":
+        hidden[:, 7] = 3000.0
+        weight[:, 7] *= 1e-3
+    elif kind == "constant rows":
+        hidden[:], weight[::2] = 1.0, 0.5
+    elif kind == "logits of 1e4":
+        hidden *= 1e4 / float((hidden @ weight.t()).abs().max())
+    elif kind == "NaN in a token":
+        hidden[5, 0] = torch.nan
+    elif kind == "infinity in a token":
+        hidden[5, 0] = torch.inf
+    elif kind == "NaN in the weight":
+        weight[9, 0] = torch.nan
+    elif kind == "zeros":
+        hidden[:] = 0
+    elif kind == "two equal columns":
+        weight[1], given["ids"][0] = weight[0], 1
+        hidden[0] = 50 * weight[0]
+    return given
+
+
+KINDS = (
+    *("an enormous coordinate", "constant rows", "logits of 1e4", "NaN in a token", "infinity in a token"),
+    *("NaN in the weight", "zeros", "two equal columns"),
+)
+
+
+@needs_screen
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_inputs_are_right_or_exact(kind: str) -> None:
+    exact, screened = both(hostile(kind))
+    for name in ("logp", "lse", "entropy"):
+        a, b = getattr(exact, name), getattr(screened, name)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-2, equal_nan=True)
+    assert torch.equal(exact.top1, screened.top1)
+
+
+@needs_screen
+def test_tokens_that_8_bits_do_not_serve_are_exact_and_counted() -> None:
+    given = make()
+    given["hidden"][10:15] *= 1000
+    screen_counts()
+    exact, screened = both(given)
+    counts = screen_counts()
+    assert counts.exact_tokens == 5
+    torch.testing.assert_close(exact.logp[10:15], screened.logp[10:15], rtol=1e-6, atol=1e-5)
+    check_near(exact, screened)
+
+
+@needs_screen
+def test_a_call_that_8_bits_do_not_serve_is_exact_and_says_so() -> None:
+    given = hostile("logits of 1e4")
+    screen_counts()
+    linear_logprobs(**given, screen=True)
+    counts = screen_counts()
+    assert counts.tokens == counts.exact_tokens == N - 1
+
+
+@needs_screen
+def test_a_flat_softmax_over_many_columns_is_screened() -> None:
+    """No column but the target and the largest matters."""
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "hidden": 0.01 * torch.randn(70, 16, generator=generator),
+        "weight": torch.randn(40000, 16, generator=generator),
+        "ids": torch.randint(0, 40000, (70,), generator=generator),
+    }
+    screen_counts()
+    exact, screened = both(given)
+    counts = screen_counts()
+    assert counts.exact_tokens == 0 and counts.exact_columns < 70 * 100
+    check_near(exact, screened, 1e-4)
+
+
+@needs_screen
+def test_more_columns_that_matter_than_a_token_may_have_make_it_exact() -> None:
+    weight = torch.zeros(9000, 64)
+    weight[:, 0] = -20.0
+    weight[:6000, 0] = 0.0
+    hidden = torch.zeros(4, 64)
+    hidden[:, 0] = 1.0
+    ids = torch.tensor([0, 5999, 6000, 8999])
+    screen_counts()
+    exact, screened = both({"hidden": hidden, "weight": weight, "ids": ids})
+    assert screen_counts().exact_tokens == 4
+    torch.testing.assert_close(exact.logp, screened.logp)
+
+
+@needs_screen
+def test_masked_columns_have_no_mass() -> None:
+    given = make()
+    given["bias"] = torch.zeros(V)
+    given["bias"][::3] = -torch.inf
+    given["ids"] = torch.where(given["ids"] % 3 == 0, given["ids"] + 1, given["ids"]).clamp(max=V - 1)
+    exact, screened = both(given)
+    check_near(exact, screened)
+
+
+def gradients(loss: Tensor, given: Given) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [given["hidden"], given["weight"]]))
+
+
+def losses(given: Given, **options: Any) -> dict[str, Tensor]:
+    """Each loss on the head, on a row of sequences."""
+    hidden, weight, ids = given["hidden"], given["weight"], given["ids"]
+    rows = hidden.view(2, -1, H), weight, ids.view(2, -1)
+    mask = rows[2] >= 0
+    zeros = torch.zeros(2, N // 2)
+    return {
+        "cross_entropy": linear_cross_entropy(hidden, weight, ids, **options),
+        "logprobs": linear_logprobs(hidden, weight, ids, **options).sum() / N,
+        "token_stats": linear_token_stats(hidden, weight, ids, **options).entropy.sum() / N,  # type: ignore[union-attr]
+        "dpo": linear_dpo_loss(*rows, reference_logps=torch.zeros(2), **options).loss,
+        "kto": linear_kto_loss(
+            *rows, desirable=torch.tensor([True, False]), reference_logps=torch.full((2,), -20.0),
+            kl=torch.tensor(0.0), **options,
+        ).loss,
+        "ppo": linear_ppo_loss(*rows, old_logp=zeros - 0.5, advantages=zeros - 1, mask=mask, **options).loss,
+    }  # fmt: skip
+
+
+LOSSES = ("cross_entropy", "logprobs", "token_stats", "dpo", "kto", "ppo")
+
+
+@needs_screen
+@pytest.mark.parametrize("tail_eps", [None, 2.0**-14])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients_are_near_the_exact_ones(name: str, tail_eps: float | None) -> None:
+    given = make()
+    given["hidden"].requires_grad_()
+    given["weight"].requires_grad_()
+    exact = losses(given, tail_eps=tail_eps)[name]
+    screened = losses(given, screen=True, tail_eps=tail_eps)[name]
+    assert abs(float(exact) - float(screened)) < 3e-3 * max(1.0, abs(float(exact)))
+    for a, b in zip(gradients(screened, given), gradients(exact, given)):
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
+@needs_screen
+def test_a_frozen_head_and_a_tail_take_a_screen() -> None:
+    given = make()
+    given["hidden"].requires_grad_()
+    for tail_eps in (None, 2.0**-14):
+        (exact,) = torch.autograd.grad(linear_logprobs(**given, tail_eps=tail_eps).sum(), given["hidden"])
+        loss = linear_logprobs(**given, screen=True, tail_eps=tail_eps).sum()
+        (screened,) = torch.autograd.grad(loss, given["hidden"])
+        assert (exact - screened).norm() < 0.02 * exact.norm()
+
+
+@needs_screen
+def test_codes_are_kept_for_a_version_of_the_weight_alone() -> None:
+    screen_weight.forget_weights()
+    weight = make()["weight"]
+    first = screened_weight(weight)
+    assert screened_weight(weight.detach()) is first
+    weight.mul_(2)
+    second = screened_weight(weight)
+    assert second is not first
+    weight.data.mul_(2)  # changes no version
+    assert screened_weight(weight) is not second
+    assert screened_weight(weight[: V // 2]).rows.packed.numel() < first.rows.packed.numel()
+    for _ in range(6):
+        screened_weight(torch.randn(50, 16))  # its memory is freed, and may be taken again
+    assert len(screen_weight._kept) <= screen_weight.MOST_WEIGHTS
+
+
+@needs_screen
+def test_a_weight_in_the_memory_of_another_is_coded_anew() -> None:
+    given = make()
+    for seed in range(4):
+        given["weight"] = make(seed=seed)["weight"] * (seed + 1)
+        check_near(*both(given), 5e-3)
+
+
+def test_orthonormal_rows_and_rows_that_others_span() -> None:
+    rows = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    rows[3] = rows[0] - 2 * rows[1]
+    basis = orthonormal(rows)
+    kept = [0, 1, 2, 4]
+    torch.testing.assert_close(basis[kept] @ basis[kept].t(), torch.eye(4))
+    assert (basis[3] == 0).all()
+
+
+@needs_screen
+def test_the_bound_leaves_columns_open_only_with_check() -> None:
+    given = make()
+    screen_counts()
+    linear_logprobs(**given, screen=True)
+    assert screen_counts().open_columns == 0
+    linear_logprobs(**given, screen=True, check=True)
+    assert screen_counts().open_columns > 0
+
+
+@needs_screen
+def test_the_report_tells_errors_and_shares() -> None:
+    given = make()
+    report = screen_report(given["hidden"], given["weight"], given["ids"])
+    assert 0 < report.logp_error < 1e-3 and report.logp_error <= report.largest_logp_error
+    assert 0 < report.entropy_error < 1e-2
+    assert 1 <= report.exact_columns < V / 4 and report.exact_tokens == 0
+    assert 0 < report.hidden_error < 0.02 and 0 < report.weight_error < 0.02
+    assert report.open_columns > 0
+    with pytest.raises(ValueError, match="sample: got 0"):
+        screen_report(given["hidden"], given["weight"], given["ids"], sample=0)
+
+
+def test_refusals_name_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = make()
+    with pytest.raises(ValueError, match="screen: got 'int4', expected True or None"):
+        linear_logprobs(**given, screen="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="screen: got True with logits_dtype torch.bfloat16"):
+        linear_logprobs(**make(torch.bfloat16), screen=True, logits_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="screen: got True, expected None: factors of torch.float64"):
+        linear_logprobs(**make(torch.float64), screen=True)
+    monkeypatch.setattr(native, "has_int8_gemm", lambda: False)
+    with pytest.raises(ValueError, match="screen: got True, expected None: "):
+        linear_logprobs(**given, screen=True)
+    linear_logprobs(**given, screen=False)
+
+
+@needs_screen
+def test_calls_that_need_all_logits_refuse_a_screen() -> None:
+    given = make()
+    offsets = torch.arange(N + 1)
+    with pytest.raises(ValueError, match="screen: got True, expected None: a call with kept sets"):
+        linear_logprobs(**given, kept=(offsets, given["ids"].clamp(min=0)), screen=True)
+    outcomes = torch.zeros(N, 4, dtype=torch.int64), torch.full((N, 4), math.log(0.2))
+    with pytest.raises(ValueError, match="screen: got True, expected None: linear_distillation_loss"):
+        linear_distillation_loss(given["hidden"], given["weight"], *outcomes, screen=True)
+    adapter = torch.zeros(4, H), torch.zeros(V, 4), 1.0
+    with pytest.raises(ValueError, match="screen: got True, expected None: a head with lora"):
+        linear_logprobs(**given, lora=adapter, screen=True)
+
+
+@needs_screen
+def test_compiles_without_a_graph_break() -> None:
+    given = make()
+    given["hidden"].requires_grad_()
+
+    def loss(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, ids, screen=True, tail_eps=2.0**-12)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for function in (loss, compiled):
+        function(**given).backward()
+    assert torch.equal(loss(**given), compiled(**given))
+    with torch.no_grad():
+        assert torch.equal(loss(**given), compiled(**given))
+
+
+@needs_screen
+def test_a_fake_call_gives_shapes() -> None:
+    meta = {name: tensor.to("meta") for name, tensor in make().items()}
+    assert linear_logprobs(**meta, screen=True).shape == (N,)
