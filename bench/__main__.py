@@ -19,7 +19,7 @@ import torch
 
 from fastalign.measure import available_cores, machine
 
-from .reports import roofline
+from .reports import roofline_command
 from .reports.markdown import render
 from .reports.plots import draw
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the suite; the exit status is not 0 if a row of ours is wrong. A missed target is only printed."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["roofline"]:
-        roofline.main(argv[1:])
+        roofline_command.main(argv[1:])
         return 0
     parser = argparse.ArgumentParser(
         prog="python -m bench",

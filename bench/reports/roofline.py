@@ -11,12 +11,9 @@ longer of multiplying and of moving its operands.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -349,29 +346,3 @@ def _usual_cases() -> list[dict[str, Any]]:
         for operation, trained in operations
         if operation != "pretrain step" or head == "SmolLM2-135M"
     ]
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench roofline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("results", type=Path, nargs="?")
-    parser.add_argument("--mesh", action="store_true", help="a step on 8, 64 and 1,024 H100s, by device mesh")
-    parser.add_argument("--tokens", type=int, help="with --mesh: tokens of a GPU and a step (default: 8192)")
-    given = parser.parse_args(argv)
-    if given.tokens is not None and not given.mesh:
-        parser.error(f"tokens: got {given.tokens} without --mesh, expected both")
-    if given.mesh:
-        from . import mesh  # which takes its rates and its counts from this file
-
-        if given.results:
-            parser.error(f"results: got {given.results} with --mesh, expected one of them")
-        print(mesh.table(mesh.TOKENS if given.tokens is None else given.tokens))
-        return
-    print(table(json.loads(given.results.read_text()) if given.results else None))
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.core.operation import OURS, Shape
-from bench.reports import roofline
+from bench.reports import roofline, roofline_command
 from bench.reports.roofline import GPUS, Machine, count, predict
 from fastalign_kernels import HeadPlan, plan_head
 from fastalign_kernels.linear import gpu_work
@@ -201,7 +201,7 @@ def test_the_machine_of_a_results_file_is_what_its_ceilings_reached(
     assert machine == Machine("A Processor", 1e9, 1e9, 8e8, 1.0, 1.0, "cpu")
     file = tmp_path / "results.json"
     file.write_text(json.dumps(results))
-    roofline.main([str(file)])
+    roofline_command.main([str(file)])
     lines = capsys.readouterr().out.splitlines()
     (row,) = (line for line in lines if line.startswith("| linear_logprobs |"))
     assert row.endswith("| 2.5, 0 | 3, 7 |")  # 2 ms, and 4 bytes of 100 x 1000 logits at 0.8 GB/s; measured
@@ -209,6 +209,6 @@ def test_the_machine_of_a_results_file_is_what_its_ceilings_reached(
 
 
 def test_without_a_file_every_head_is_there(capsys: pytest.CaptureFixture[str]) -> None:
-    roofline.main([])
+    roofline_command.main([])
     out = capsys.readouterr().out
     assert "H100 700.2 TFLOP/s" in out and all(f", {head} |" in out for head in roofline.HEADS)

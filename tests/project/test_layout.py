@@ -40,7 +40,7 @@ def test_imports_flow_one_way():
 
 
 def imports_within(package: str) -> dict[str, set[str]]:
-    """The modules of a package, each with those that it imports relatively when it is loaded."""
+    """The modules of a package, each with those that it imports relatively, when it is loaded or later."""
     paths = {}
     for path in (ROOT / package).rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -48,7 +48,7 @@ def imports_within(package: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {module: set() for module in paths}
     for module, path in paths.items():
         above = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 source = ".".join(above[: len(above) - node.level + 1] + [node.module or ""]).rstrip(".")
                 names = {f"{source}.{alias.name}" for alias in node.names}

@@ -71,7 +71,7 @@ def test_a_file_is_read_in_one_sitting() -> None:
         assert len((ROOT / path).read_text().splitlines()) <= MOST_LINES, path
 
 
-@pytest.mark.parametrize("package", ["fastalign", "kernels"])
+@pytest.mark.parametrize("package", ["bench", "fastalign", "kernels"])
 def test_no_files_import_each_other_in_a_circle(package: str) -> None:
     TopologicalSorter(imports_within(package)).prepare()  # raises CycleError with the circle
 

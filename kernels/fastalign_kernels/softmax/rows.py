@@ -97,12 +97,19 @@ def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
     MAX, LOGSUM and TOP1 carry no gradient.
     """
     if launches(grad) and grad.dtype == stats.dtype == torch.float32:
-        from . import coefficients_triton  # Triton is absent on macOS and Windows
+        return COEFFICIENTS.select(grad).coefficients(grad, stats, vocab_size)
+    return _coefficients(grad, stats, vocab_size)
 
-        return coefficients_triton.coefficients(grad, stats, vocab_size)
+
+def _coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
     logp, mean_logp, entropy, lse = grad[Stat.LOGP], grad[Stat.MEAN_LOGP], grad[Stat.ENTROPY], grad[Stat.LSE]
     prob = lse - logp - mean_logp - entropy * stats[Stat.ENTROPY]
     return torch.stack([logp, prob, -entropy, mean_logp / vocab_size])
+
+
+COEFFICIENTS = Kernels(
+    SimpleNamespace(coefficients=_coefficients), native=None, triton=".softmax.coefficients_triton"
+)
 
 
 def loss_coefficients(loss: TokenLoss, stats: Tensor, vocab_size: int) -> Tensor:
