@@ -9,6 +9,7 @@ from fastalign import (
     cpo_loss,
     cross_entropy,
     linear_cross_entropy,
+    linear_distillation_loss,
     linear_dpo_loss,
     linear_kto_loss,
     linear_ppo_loss,
@@ -19,6 +20,7 @@ from fastalign.nn import (
     CrossEntropyLoss,
     LinearCPOLoss,
     LinearCrossEntropyLoss,
+    LinearDistillationLoss,
     LinearDPOLoss,
     LinearGRPOLoss,
     LinearKTOLoss,
@@ -58,6 +60,24 @@ def test_cross_entropy_loss():
         CrossEntropyLoss()(logits, targets, num_items=4), cross_entropy(logits, targets, num_items=4)
     )
     assert "inplace_backward=True" in repr(CrossEntropyLoss(**options))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_linear_distillation_loss(divergence):
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 4), (9, 4), (9,))
+    )
+    teacher = torch.randn(2, 3, 9, dtype=torch.float64).log_softmax(-1).topk(4)
+    options = {"divergence": divergence, "reduction": "sum", "temperature": 0.8, **HEAD}
+    given = (hidden, weight, teacher.indices, teacher.values, bias)
+    module, weights = LinearDistillationLoss(**options), torch.rand(2, 3)
+    found = module(*given, token_weights=weights)
+    assert torch.equal(found, linear_distillation_loss(*given, token_weights=weights, **options))
+    found.backward()
+    assert weight.grad.abs().sum() > 0
+    assert not list(module.parameters()) and f"divergence={divergence!r}" in repr(module)
+    mean = LinearDistillationLoss()(*given[:4], num_items=4)
+    assert torch.equal(mean, linear_distillation_loss(*given[:4], num_items=4))
 
 
 def test_linear_preference_losses():
@@ -165,6 +185,9 @@ def test_linear_losses_of_pairs_without_a_reference(module, reduction):
         (LinearCPOLoss, {"reduction": "max"}, "reduction: got 'max'"),
         (LinearORPOLoss, {"temperature": 0.0}, "temperature: got 0.0"),
         (LinearGRPOLoss, {"aggregation": "mean"}, "aggregation: got 'mean'"),
+        (LinearDistillationLoss, {"divergence": "kl"}, "divergence: got 'kl'"),
+        (LinearDistillationLoss, {"reduction": "max"}, "reduction: got 'max'"),
+        (LinearDistillationLoss, {"tail_eps": 0.01}, "tail_eps: got 0.01, expected None"),
     ],
     ids=str,
 )
