@@ -30,6 +30,7 @@ from .adapters import add_adapters
 from .batches import micro_batch_size, total_steps
 from .config import TrainConfig
 from .distributed import World
+from .sharding import gathered_weights
 from .weights import Task
 
 GIB = 2**30
@@ -69,6 +70,9 @@ class Shape(NamedTuple):
 class Estimate(NamedTuple):
     """Parameters, and bytes of one process.
 
+    `weights`, `gradients` and `moments` are what it keeps: a shard, if ranks share the model. `gathered` is
+    what a pass then gathers of weights and gradients, and `cache` has a rollout's whole model.
+
     `activations` is None if the model cannot be traced; `why` is the reason.
     """
 
@@ -80,16 +84,17 @@ class Estimate(NamedTuple):
     activations: int | None = 0
     head: int = 0
     cache: int = 0
+    gathered: int = 0
     why: str = ""
 
     @property
     def total(self) -> int:
-        """Bytes at the peak. A rollout's cache is freed before the update keeps activations."""
+        """Bytes at the peak. A rollout's cache and whole models are freed before the update."""
         return (
             self.weights
             + self.gradients
             + self.moments
-            + max((self.activations or 0) + self.head, self.cache)
+            + max((self.activations or 0) + self.head + self.gathered, self.cache)
         )
 
     def plus(self, other: "Estimate") -> "Estimate":
@@ -104,6 +109,7 @@ class Estimate(NamedTuple):
             (self.activations or 0) + (other.activations or 0) if known else None,
             self.head + other.head,
             max(self.cache, other.cache),
+            self.gathered + other.gathered,
             self.why or other.why,
         )
 
@@ -163,7 +169,9 @@ def _tokens(row: Sequence[Tokenized]) -> int:
 def _memory_line(total: Estimate, free: int | None, world: World) -> str:
     shares = {"weights": total.weights, "gradients": total.gradients, "AdamW": total.moments}
     shares |= {} if total.activations is None else {"activations": total.activations}
-    shares |= {"head": total.head} | ({"rollout's cache": total.cache} if total.cache else {})
+    shares |= {"head": total.head} | ({"gathered": total.gathered} if total.gathered else {})
+    drawing = "cache and whole model of a rollout" if total.gathered else "rollout's cache"
+    shares |= {drawing: total.cache} if total.cache else {}
     listed = ", ".join(f"{name} {share / GIB:.2f}" for name, share in shares.items())
     known = (
         f"{free / GIB:.2f} GiB free on {world.device.type}"
@@ -193,14 +201,29 @@ def estimate(
             sum(w.numel() for w in weights) for weights in (whole.parameters(), _trained(whole))
         )
         weights = sum(w.numel() * w.element_size() for w in whole.parameters())
+        gathered, drawing = 0, 0
+        if config.dp_shard > 1:
+            size = 2 if config.bf16 else dtype.itemsize
+            # A rollout makes its models whole, one at a time.
+            gathered, drawing = size * gathered_weights(whole), size * parameters if cached else 0
+        kept = 0 if config.cpu_offload and world.device.type == "cuda" else 1 / config.dp_shard
         if not part.trained:
-            return Estimate(parameters, 0, weights)
-        gradients = sum(w.numel() * w.element_size() for w in _trained(whole))
+            return Estimate(parameters, 0, round(weights * kept), cache=drawing, gathered=gathered)
+        gradients = round(sum(w.numel() * w.element_size() for w in _trained(whole)) * kept)
         activations, why = _activations(config, world, model, shape)
         head = _head(config, world, model, shape, upstream) if part.task == "CAUSAL_LM" else 0
     cache = _cache(part.architecture, cached, dtype) if part.task == "CAUSAL_LM" else 0
     return Estimate(
-        parameters, trained, weights, gradients, ADAM_MOMENTS * gradients, activations, head, cache, why
+        parameters,
+        trained,
+        round(weights * kept),
+        gradients,
+        ADAM_MOMENTS * gradients,
+        activations,
+        head,
+        cache + drawing,
+        2 * gathered if trained == parameters else gathered,
+        why,
     )
 
 

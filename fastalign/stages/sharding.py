@@ -114,17 +114,40 @@ def shard(sharding: Sharding | None, model: Model) -> Model:
 
 def _shard_parts(sharding: Sharding, base: PreTrainedModel) -> None:
     """Make a group of each layer, and of the embedding and the head if they do not share weights."""
-    names = set(base._no_split_modules or ())
-    for module in [module for module in base.modules() if type(module).__name__ in names]:
+    for module in _layers(base):
         _shard_group(sharding, module, kept=False)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    tied = head is not None and {*head.parameters()} & {*embedding.parameters()}
-    if not tied:
+    if not _tied(base):
         lookup = type(embedding) is nn.Embedding
         # The gradient of a lookup does not read the table.
         _shard_group(sharding, embedding, kept=False).set_unshard_in_backward(not lookup)
         if head is not None:
             _shard_group(sharding, head, kept=True)
+
+
+def _layers(base: PreTrainedModel) -> list[nn.Module]:
+    """The modules that transformers names as wholes: the layers, of a vision tower too."""
+    names = set(base._no_split_modules or ())
+    return [module for module in base.modules() if type(module).__name__ in names]
+
+
+def _tied(base: PreTrainedModel) -> bool:
+    head = base.get_output_embeddings()
+    return head is not None and bool({*head.parameters()} & {*base.get_input_embeddings().parameters()})
+
+
+def gathered_weights(model: nn.Module) -> int:
+    """Elements of a model that a forward and backward pass gathers at once: the head, and two layers.
+
+    The second layer is the one that is gathered while the first computes.
+    """
+    base: Any = without_peft(model)
+    layers = [sum(weight.numel() for weight in layer.parameters()) for layer in _layers(base)]
+    rest = sum(weight.numel() for weight in model.parameters()) - sum(layers)
+    embedding = (
+        0 if _tied(base) else sum(weight.numel() for weight in base.get_input_embeddings().parameters())
+    )
+    return max(rest - embedding + 2 * max(layers, default=0), embedding)
 
 
 def _shard_group(sharding: Sharding, module: nn.Module, *, kept: bool) -> FSDPModule:
