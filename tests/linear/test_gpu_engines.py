@@ -19,7 +19,7 @@ from fastalign_kernels import (  # noqa: E402
     linear_ppo_loss,
     linear_token_stats,
 )
-from fastalign_kernels.linear import engines, gpu_plan, gpu_tokens, head_call, kept_softmax  # noqa: E402
+from fastalign_kernels.linear import engines, gpu_tokens, head_call, kept_softmax  # noqa: E402
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
 from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  # noqa: E402
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
@@ -27,6 +27,7 @@ from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E40
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 from fastalign_kernels.scale_triton import scale_in_place  # noqa: E402
 from fastalign_kernels.softmax import tile_rows_triton  # noqa: E402
+from tests.linear.gpu_tiles import CLOSE, MARKS  # noqa: E402
 
 N, H, V = 13, 16, 300
 MIB = 2**20
@@ -44,19 +45,7 @@ CASES = [
     (torch.bfloat16, HeadOptions(lean=True)),
     (torch.float16, PLAIN),
 ]
-# Relative error of a sum of terms that are rounded once. Triton's interpreter truncates to bf16, which costs
-# twice the rounding and is biased.
-CLOSE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, in the interpreter
-]
-
-
-@pytest.fixture(autouse=True)
-def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_plan, "TILES", (8, 4))
-    monkeypatch.setattr(gpu_plan, "GRANULE", 4)
+pytestmark = MARKS
 
 
 @pytest.fixture(params=ENGINES)

@@ -161,15 +161,19 @@ def test_the_references_take_the_adapter():
     ]
     teacher = torch.randn(R, T, V, dtype=torch.float64).log_softmax(-1).topk(2)
     of_teacher = (teacher.indices, teacher.values)
-    pairs.append((
-        linear_distillation_loss_ref(clean, given.weight, *of_teacher, **lora),
-        linear_distillation_loss_ref(clean, merged, *of_teacher),
-    ))  # fmt: skip
+    pairs.append(
+        (
+            linear_distillation_loss_ref(clean, given.weight, *of_teacher, **lora),
+            linear_distillation_loss_ref(clean, merged, *of_teacher),
+        )
+    )
     kept = (torch.arange(0, 3 * R * T + 1, 3), torch.arange(3).repeat(R * T))
-    pairs.append((
-        linear_kept_stats_ref(clean, given.weight, tokens, kept=kept, **lora)[1],
-        linear_kept_stats_ref(clean, merged, tokens, kept=kept)[1],
-    ))  # fmt: skip
+    pairs.append(
+        (
+            linear_kept_stats_ref(clean, given.weight, tokens, kept=kept, **lora)[1],
+            linear_kept_stats_ref(clean, merged, tokens, kept=kept)[1],
+        )
+    )
     for found, expected in pairs:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

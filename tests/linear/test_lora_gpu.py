@@ -15,6 +15,7 @@ from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
+from tests.linear.gpu_tiles import CLOSE, MARKS  # noqa: E402
 
 N, H, V, RANK = 13, 16, 150, 3
 MIB = 2**20
@@ -25,21 +26,9 @@ ENGINES = {
     "slices": (VocabSlices, N * (6 * 80 + 2 * H) / MIB),
 }
 OPTIONS = HeadOptions(logit_scale=0.7, softcap=5.0, temperature=1.3)
-# Relative error of a sum of terms that are rounded once. Triton's interpreter truncates to bf16, which costs
-# twice the rounding and is biased.
-CLOSE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 ADAPTER = NeedsGrad(hidden=True, lora_hidden=True, lora_weight=True)  # the weight is frozen
 EVERYTHING = ADAPTER._replace(weight=True)
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # numpy's, in the interpreter
-]
-
-
-@pytest.fixture(autouse=True)
-def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_plan, "TILES", (8, 4))
-    monkeypatch.setattr(gpu_plan, "GRANULE", 4)
+pytestmark = MARKS
 
 
 @pytest.fixture(params=ENGINES)

@@ -244,11 +244,14 @@ def losses(given: Given, **options: Any) -> dict[str, Tensor]:
         "token_stats": linear_token_stats(hidden, weight, ids, **options).entropy.sum() / N,  # type: ignore[union-attr]
         "dpo": linear_dpo_loss(*rows, reference_logps=torch.zeros(2), **options).loss,
         "kto": linear_kto_loss(
-            *rows, desirable=torch.tensor([True, False]), reference_logps=torch.full((2,), -20.0),
-            kl=torch.tensor(0.0), **options,
+            *rows,
+            desirable=torch.tensor([True, False]),
+            reference_logps=torch.full((2,), -20.0),
+            kl=torch.tensor(0.0),
+            **options,
         ).loss,
         "ppo": linear_ppo_loss(*rows, old_logp=zeros - 0.5, advantages=zeros - 1, mask=mask, **options).loss,
-    }  # fmt: skip
+    }
 
 
 LOSSES = ("cross_entropy", "logprobs", "token_stats", "dpo", "kto", "ppo")

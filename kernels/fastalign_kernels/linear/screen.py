@@ -159,9 +159,21 @@ class Screen:
         stats = hidden.new_empty(len(Stat), C, dtype=torch.float32)
         counts = hidden.new_empty(2, C, dtype=torch.int32)
         ops.screen_rows(
-            rows.packed, coded.rows.packed, coding.width, hidden, self.weight, ids, self.bias,
-            *options.transform, EXACT_EPS, margins, bounds, stats, counts, tile,
-        )  # fmt: skip
+            rows.packed,
+            coded.rows.packed,
+            coding.width,
+            hidden,
+            self.weight,
+            ids,
+            self.bias,
+            *options.transform,
+            EXACT_EPS,
+            margins,
+            bounds,
+            stats,
+            counts,
+            tile,
+        )
         bad = counts[0] == UNRESOLVED
         unresolved = bad.nonzero()[:, 0]
         open_columns = int(counts[1][~bad].sum())
