@@ -93,7 +93,7 @@ def test_a_training_without_a_call_warns_unless_it_trains_a_reward_model(
 # The chunked loss of later commits
 
 
-def eager_cross_entropy(
+def chunked_linear_cross_entropy(
     hidden_states: Tensor,
     head_weight: Tensor,
     head_bias: Tensor | None,
@@ -107,7 +107,7 @@ def eager_cross_entropy(
     return (losses * loss_weights).sum() / (loss_weights.sum() + 1e-6 if denominator is None else denominator)
 
 
-def eager_linear_log_probs(
+def chunked_linear_log_probs(
     hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden_states, head_weight, head_bias).float()
@@ -120,8 +120,8 @@ def interceptor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         if installed(LLAMAFACTORY) is None:
             pytest.skip("this LLaMA-Factory has no chunked loss")
         bodies: dict[str, Callable[..., Any]] = {
-            "chunked_linear_cross_entropy": eager_cross_entropy,
-            "chunked_linear_log_probs": eager_linear_log_probs,
+            "chunked_linear_cross_entropy": chunked_linear_cross_entropy,
+            "chunked_linear_log_probs": chunked_linear_log_probs,
         }
         stand_in(monkeypatch, LLAMAFACTORY_CHUNK_LOSS, bodies)
     yield importlib.import_module(LLAMAFACTORY_CHUNK_LOSS.functions[0].module)
