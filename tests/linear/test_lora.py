@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fastalign import nn
 from fastalign_kernels import (
     LowRank,
     linear_cross_entropy,
@@ -323,3 +324,28 @@ def test_the_plan_knows_the_rank():
     )
     with pytest.raises(ValueError, match=r"lora_rank: got -1, expected a whole number >= 0"):
         plan_head(*sizes, lora_rank=-1)
+
+
+MODULES = {
+    "cross-entropy": (nn.LinearCrossEntropyLoss(), lambda: (ids(),), {}),
+    "DPO": (nn.LinearDPOLoss(), lambda: (ids(),), {"reference_logps": torch.zeros(R)}),
+    "ORPO": (nn.LinearORPOLoss(), lambda: (ids(),), {}),
+    "KTO": (
+        nn.LinearKTOLoss(),
+        lambda: (ids(), torch.arange(R) > 1, torch.tensor(0.1)),
+        {"reference_logps": torch.zeros(R)},
+    ),
+    "PPO": (nn.LinearPPOLoss(), lambda: (ids(), torch.zeros(R, T), torch.ones(R, T), ids() >= 0), {}),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_takes_the_adapter_with_its_call(name):
+    module, tensors, options = MODULES[name]
+    given = make(3)
+
+    def loss(hidden, weight, bias, **lora):
+        out = module(hidden, weight, *tensors(), bias=bias, **options, **lora)
+        return out if isinstance(out, torch.Tensor) else out.loss
+
+    assert_equal(run(loss, given), run_merged(loss, given))

@@ -17,13 +17,13 @@ from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E40
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 from tests.linear.gpu_tiles import CLOSE, MARKS  # noqa: E402
 
-N, H, V, RANK = 13, 16, 150, 3
+N, H, V, RANK = 13, 16, 90, 3
 MIB = 2**20
-# bytes that hold all tokens; blocks of 8 tokens in 16 bits; slices of 80 columns
+# bytes that hold all tokens; blocks of 8 tokens in 16 bits; slices of 48 columns
 ENGINES = {
     "all kept": (KeptSoftmax, 1.0),
     "in blocks": (KeptSoftmax, (4 * 4 + 8 * 2) * V / MIB),
-    "slices": (VocabSlices, N * (6 * 80 + 2 * H) / MIB),
+    "slices": (VocabSlices, N * (6 * 48 + 2 * H) / MIB),
 }
 OPTIONS = HeadOptions(logit_scale=0.7, softcap=5.0, temperature=1.3)
 ADAPTER = NeedsGrad(hidden=True, lora_hidden=True, lora_weight=True)  # the weight is frozen
@@ -77,7 +77,6 @@ def assert_close(found: Gradients, expected: Gradients, needs: NeedsGrad, dtype:
     "dtype, needs",
     [
         (torch.float32, ADAPTER),
-        (torch.bfloat16, ADAPTER),
         (torch.bfloat16, EVERYTHING),
         (torch.bfloat16, NeedsGrad(lora_weight=True)),
     ],
@@ -94,7 +93,7 @@ def test_a_token_loss(device, engine, dtype, needs):
     torch.testing.assert_close(without.double(), stats, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16], ids=str)
 def test_any_upstream_gradient_and_a_second_backward(device, engine, dtype):
     inputs = inputs_of(device, dtype)
     upstream = torch.randn(len(Stat), N, generator=torch.Generator().manual_seed(1)).to(device)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from fastalign import peft_heads
-from fastalign.stages import dpo, kto, merge, ppo, pretrain, reward, sft
+from fastalign.stages import dpo, grpo, kto, merge, ppo, pretrain, reward, sft
 from fastalign.stages.adapters import load_plain
 from fastalign_kernels import linear_cross_entropy_stats, linear_logprobs, linear_ppo_loss, linear_token_stats
 from fastalign_kernels.linear.cross_entropy_stats import CrossEntropyStats
@@ -20,21 +20,14 @@ from fastalign_kernels.logits import TokenStats
 from fastalign_kernels.policy.losses import ppo_loss
 from tests.stages.tiny import CHAT, lines, save_base, save_tokenizer, sentence, write
 
-MODULES: dict[str, Any] = {
-    "pretrain": pretrain,
-    "sft": sft,
-    "dpo": dpo,
-    "kto": kto,
-    "ppo": ppo,
-    "reward": reward,
-}
-CONFIGS = {
-    "pretrain": "PretrainConfig",
-    "sft": "SFTConfig",
-    "dpo": "DPOConfig",
-    "kto": "KTOConfig",
-    "ppo": "PPOConfig",
-    "reward": "RewardConfig",
+STAGES: dict[str, Any] = {
+    "pretrain": (pretrain, pretrain.PretrainConfig, "pretrain"),
+    "sft": (sft, sft.SFTConfig, "sft"),
+    "dpo": (dpo, dpo.DPOConfig, "dpo"),
+    "kto": (kto, kto.KTOConfig, "kto"),
+    "grpo": (grpo, grpo.GRPOConfig, "ppo"),
+    "ppo": (ppo, ppo.PPOConfig, "ppo"),
+    "reward": (reward, reward.RewardConfig, "dpo"),
 }
 COMMON: dict[str, Any] = {"device": "cpu", "dtype": "float32", "batch_size": 4, "learning_rate": 1e-2}
 ADAPTERS: dict[str, Any] = {"lora_rank": 4, "lora_targets": ["c_attn", "lm_head"]}
@@ -75,20 +68,17 @@ def run(files: Path, tmp_path: Path) -> Callable[..., Any]:
 
     def make(stage: str, name: str = "run", **changes: Any) -> Any:
         options = COMMON | ADAPTERS | {"model": str(files / "base"), "output_dir": str(tmp_path / name)}
-        options["train_data"] = str(files / f"{'dpo' if stage == 'reward' else stage}.jsonl")
-        if stage == "ppo":
-            options |= {
-                "reward": f"{__file__}:scores",
-                "max_new_tokens": 4,
-                "ppo_epochs": 2,
-                "value": "shared",
-            }
+        module, of_stage, data = STAGES[stage]
+        options["train_data"] = str(files / f"{data}.jsonl")
+        if stage in ("ppo", "grpo"):
+            options |= {"reward": f"{__file__}:scores", "max_new_tokens": 4}
+            options |= {"group_size": 2} if stage == "grpo" else {"ppo_epochs": 2, "value": "shared"}
         elif stage == "pretrain":
             options |= {"sequence_length": 48, "tokenizer": str(files / "tokenizer")}
         else:
             options |= {"max_length": 96}
-        config = getattr(MODULES[stage], CONFIGS[stage])(**(options | changes))
-        MODULES[stage].run(config)
+        config = of_stage(**(options | changes))
+        module.run(config)
         return config
 
     return make
@@ -150,7 +140,9 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     return patch
 
 
-@pytest.mark.parametrize("stage, steps", [("sft", 10), ("dpo", 10), ("ppo", 10), ("kto", 3), ("pretrain", 3)])
+@pytest.mark.parametrize(
+    "stage, steps", [("sft", 10), ("dpo", 10), ("ppo", 10), ("grpo", 3), ("kto", 3), ("pretrain", 2)]
+)
 def test_steps_are_those_of_pefts_forward_and_plain_losses(
     run: Callable[..., Any], plain: Callable[[], list[str]], stage: str, steps: int
 ) -> None:
@@ -198,6 +190,19 @@ def test_merging_into_tied_weights_unties_them(files: Path, tuned: Path, tmp_pat
     for model in (merged, load_plain(str(tuned), task="CAUSAL_LM", dtype=torch.float64)):
         torch.testing.assert_close(logits_of(model), expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(model.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+def test_an_adapter_of_tied_embeddings_leaves_the_head_as_it_was(
+    run: Callable[..., Any], files: Path
+) -> None:
+    config = run("sft", dtype="float64", max_steps=2, lora_targets=["wte"])
+    folder = f"{config.output_dir}/model"
+    expected = logits_of(AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
+    merged = load_plain(folder, task="CAUSAL_LM", dtype=torch.float64)
+    torch.testing.assert_close(logits_of(merged), expected, rtol=1e-12, atol=1e-12)
+    base = AutoModelForCausalLM.from_pretrained(files / "base", dtype=torch.float64)
+    assert torch.equal(merged.lm_head.weight, base.lm_head.weight)
+    assert not torch.equal(merged.get_input_embeddings().weight, base.lm_head.weight)
 
 
 def test_a_run_goes_on_from_an_adapted_head(run: Callable[..., Any], tuned: Path) -> None:

@@ -35,10 +35,12 @@ CASES = {
     "pretrain": Case("pretrain", {"model_config": LLAMA | {"tie_word_embeddings": False}, "model": None}),
     "sft": Case("sft", {"gradient_checkpointing": True}),
     "sft, untied, offloaded": Case("sft", {"model": "llama"}, {"cpu_offload": True}),
-    "sft, LoRA": Case("sft", {"lora_rank": 4, "lora_dropout": 0.0}),
+    "sft, LoRA, tied head too": Case("sft", {"lora_rank": 4, "lora_targets": ["c_attn", "lm_head"]}),
     "reward": Case("reward", {"center_coefficient": 0.1}),
     "dpo": Case("dpo"),
-    "dpo, LoRA": Case("dpo", {"lora_rank": 4}),
+    "dpo, LoRA, head too": Case(
+        "dpo", {"model": "llama", "lora_rank": 4, "lora_targets": ["q_proj", "lm_head"]}
+    ),
     "kto": Case("kto"),
     "kto, LoRA, precomputed": Case("kto", {"lora_rank": 4, "reference": "precomputed"}),
     "ppo": Case("ppo", {"reward": "reward_model", "rescore": True}),
