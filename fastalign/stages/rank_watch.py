@@ -84,17 +84,13 @@ class Watch:
             return error
         # A collective failed because of another rank: one with a fault of its own, or one that is gone.
         posted = self._get("fault", SILENT)
-        error_of_rank = RankError(
-            self._describe(json.loads(posted)) if posted else self._describe_silent(error)
-        )
-        if (
-            self.rank != 0
-            and not self._wait_for("left", GRACE + 10 * PERIOD)
-            and self.rank == min(self._alive(), default=self.rank)
-        ):
-            return error_of_rank
+        alive = list(range(self.size)) if posted else self._alive()
+        line = self._describe(json.loads(posted)) if posted else self._describe_silent(alive, error)
+        tells = self.rank == min(alive)
+        if not tells and not self._wait_for("left", GRACE + 10 * PERIOD):
+            tells = self.rank == min(self._alive())  # the one that was to tell is gone too
         self.store.set("left", "")
-        return error_of_rank if self.rank == 0 else error
+        return RankError(line) if tells else error
 
     def _post(self, error: BaseException) -> dict[str, Any]:
         line = describe(error) or "".join(traceback.format_exception_only(error)).strip()
@@ -109,8 +105,8 @@ class Watch:
         at = f", step {fault['step']}" if fault["step"] else ""
         return f"rank {fault['rank']}{at}: {fault['line']}"
 
-    def _describe_silent(self, error: BaseException) -> str:
-        silent = sorted(set(range(self.size)) - set(self._alive()))
+    def _describe_silent(self, alive: list[int], error: BaseException) -> str:
+        silent = sorted(set(range(self.size)) - set(alive))
         if not silent:
             return f"rank {self.rank}, step {self.step}: {' '.join(str(error).split())}"
         return (

@@ -81,8 +81,12 @@ def run(folder: Path, fault: str, minutes: float = 30.0) -> tuple[int, list[str]
             "if rank == 1 and step == 2: os.kill(os.getpid(), signal.SIGKILL)",
             r"fastalign sft: error: rank 1 \(step 2\): gives no sign of life.*",
         ),
+        (
+            "if rank == 0 and step == 2: os.kill(os.getpid(), signal.SIGKILL)",
+            r"fastalign sft: error: rank 0 \(step 2\): gives no sign of life.*",
+        ),
     ],
-    ids=["a rank", "rank 0", "all ranks", "killed"],
+    ids=["a rank", "rank 0", "all ranks", "killed", "rank 0 killed"],
 )
 def test_what_ends_one_rank_ends_all_and_is_told_once(fault: str, line: str, tmp_path: Path) -> None:
     status, lines, seconds = run(tmp_path, fault)
