@@ -60,7 +60,7 @@ class GroupExperience(NamedTuple):
     """
 
     prompts: list[list[int]]
-    completions: list[list[int]]
+    completions: Sequence[list[int]]
     mask: Tensor
     learnt: Tensor
     old_logp: Tensor
@@ -68,7 +68,7 @@ class GroupExperience(NamedTuple):
     advantages: Tensor
     scores: Tensor
     metrics: dict[str, float]
-    kept: list[KeptIds] | None = None
+    kept: Sequence[KeptIds] | None = None
 
 
 def group_advantages(rewards: Tensor, group_size: int, scale: str) -> Tensor:
@@ -173,7 +173,7 @@ def grpo_step(
         world or World(0, 1, experience.mask.device),
         model,
         optimizer,
-        rows=rows,
+        completed=experience,
         passes=Passes(options.inner_epochs, options.minibatches, seed, step),
         collate=partial(
             token_batch,

@@ -1,7 +1,8 @@
 """The steps of a stage that draws completions and learns from them in several passes."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -14,6 +15,8 @@ from .batches import Batch, rows_of_step
 from .distributed import World
 from .loop import LossFn, run_steps, update
 from .policy_configs import PolicyConfig
+from .rollouts import Completed
+from .shared_rows import SharedRows
 from .stage_rows import StageRows
 
 Metrics = dict[str, float]
@@ -44,7 +47,7 @@ def take_passes(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    rows: int,
+    completed: Completed,
     passes: Passes,
     collate: Callable[[list[int]], Batch],
     loss_fn: LossFn,
@@ -56,9 +59,13 @@ def take_passes(
 ) -> list[tuple[Metrics, int]]:
     """Take an optimizer step for each minibatch of each pass; return the metrics and items of each.
 
+    `collate` makes a micro-batch of rows of `completed`, which are first fetched from the ranks that drew
+    them.
+
     Raises ValueError if the rows do not divide, and FloatingPointError if a loss or a gradient is not finite,
     before the weights change.
     """
+    rows = len(completed.completions)
     size = rows // passes.minibatches
     micro = micro_batch_size or max(size // world.size, 1)
     if size * passes.minibatches != rows or size % (micro * world.size):
@@ -66,27 +73,35 @@ def take_passes(
             f"experience: got {rows} completions, expected a multiple of minibatches x micro_batch_size x "
             f"ranks ({passes.minibatches} x {micro} x {world.size})"
         )
+
+    def minibatches_of(rank: int) -> Iterator[list[list[int]]]:
+        """The rank's micro-batches, in rows, of each minibatch of each pass."""
+        for epoch in range(passes.epochs):
+            order = np.random.default_rng((passes.seed, passes.step, epoch)).permutation(rows).tolist()
+            for first in range(0, rows, size):
+                starts = range(first + rank * micro, first + size, world.size * micro)
+                yield [order[start : start + micro] for start in starts]
+
+    for shared in (completed.completions, completed.kept):
+        if isinstance(shared, SharedRows):
+            shared.fetch([[*chain(*chain(*minibatches_of(rank)))] for rank in range(world.size)])
     found: list[tuple[Metrics, int]] = []
-    for epoch in range(passes.epochs):
-        order = np.random.default_rng((passes.seed, passes.step, epoch)).permutation(rows).tolist()
-        for first in range(0, rows, size):
-            starts = range(first + world.rank * micro, first + size, world.size * micro)
-            batches = [collate(order[start : start + micro]) for start in starts]
-            found.append(
-                update(
-                    world,
-                    model,
-                    optimizer,
-                    batches,
-                    loss_fn,
-                    precision=precision or torch.autocast(world.device.type, enabled=False),
-                    clipped=clipped,
-                    max_grad_norm=max_grad_norm,
-                    number=len(found),
-                    unit=f"update of step {passes.step + 1},",
-                    count_items=count_items,
-                )
+    for minibatch in minibatches_of(world.rank):
+        found.append(
+            update(
+                world,
+                model,
+                optimizer,
+                [collate(micro_batch) for micro_batch in minibatch],
+                loss_fn,
+                precision=precision or torch.autocast(world.device.type, enabled=False),
+                clipped=clipped,
+                max_grad_norm=max_grad_norm,
+                number=len(found),
+                unit=f"update of step {passes.step + 1},",
+                count_items=count_items,
             )
+        )
     return found
 
 

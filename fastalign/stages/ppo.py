@@ -111,7 +111,7 @@ def ppo_step(
         world,
         model,
         optimizer,
-        rows=len(experience.completions),
+        completed=experience,
         passes=Passes(options.ppo_epochs, options.minibatches, seed, step),
         collate=partial(experience_batch, experience, options=options, pad_id=pad_id, packing=packing),
         loss_fn=ppo_objective(options, float(base.kl_coefficient)),

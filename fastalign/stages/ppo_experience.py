@@ -29,7 +29,7 @@ class Experience(NamedTuple):
     """
 
     prompts: list[list[int]]
-    completions: list[list[int]]
+    completions: Sequence[list[int]]
     mask: Tensor
     old_logp: Tensor
     reference_logp: Tensor | None
@@ -38,7 +38,7 @@ class Experience(NamedTuple):
     returns: Tensor
     scores: Tensor
     metrics: dict[str, float]
-    kept: list[KeptIds] | None = None
+    kept: Sequence[KeptIds] | None = None
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ filters.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,9 @@ from .batches import Batch
 from .distributed import World
 from .policy_configs import RolloutOptions
 from .sharding import is_sharded, whole
+from .shared_rows import SharedRows, block
 
+Row = TypeVar("Row")
 # Prompts and completions (tokens) -> a score for each.
 Score = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor | Sequence[float]]
 # A packed micro-batch (`_pack`'s, on the device) -> a number for each scored token, [N].
@@ -37,15 +39,18 @@ class Completed(Protocol):
     @property
     def prompts(self) -> list[list[int]]: ...
     @property
-    def completions(self) -> list[list[int]]: ...
+    def completions(self) -> Sequence[list[int]]: ...
     @property
     def mask(self) -> Tensor: ...
     @property
-    def kept(self) -> list[KeptIds] | None: ...
+    def kept(self) -> Sequence[KeptIds] | None: ...
 
 
 class Drawn(NamedTuple):
     """The completions of a step's prompts, of all ranks.
+
+    Numbers are on all ranks, since advantages depend on all completions. Of several ranks, `completions` and
+    `kept` are `SharedRows`: a rank holds those that it drew, and those that it fetches to learn from.
 
     B completions of at most R tokens. `mask`: bool [B, R]. Of its shape, in nats: `drawn_logp`, as the
     rollout returned it, `old_logp`, which is that or the trainer's (rescore), `reference_logp` (None without
@@ -55,14 +60,14 @@ class Drawn(NamedTuple):
     """
 
     prompts: list[list[int]]
-    completions: list[list[int]]
+    completions: Sequence[list[int]]
     mask: Tensor
     drawn_logp: Tensor
     old_logp: Tensor
     reference_logp: Tensor | None
     scores: Tensor
     ended: Tensor
-    kept: list[KeptIds] | None
+    kept: Sequence[KeptIds] | None
     further: dict[str, Tensor]
 
     def log_ratio(self) -> Tensor:
@@ -142,12 +147,13 @@ def draw_completions(
     Raises FloatingPointError for logits that are not finite.
     """
     world = world or World(0, 1, policy.device)
-    first, end = (len(prompts) * rank // world.size for rank in (world.rank, world.rank + 1))
+    local_rows = block(len(prompts), world.size, world.rank)
+    first = local_rows.start
     if len(prompts) < world.size:
         raise ValueError(
             f"prompts: got {len(prompts)}, expected at least one for each of the {world.size} ranks"
         )
-    local_prompts = prompts[first:end]
+    local_prompts = prompts[first : local_rows.stop]
     with precision or nullcontext():
         draw = partial(_draw, policy, options=options, eos_id=eos_id, pad_id=pad_id, seed=seed)
         size = rollout_batch_size or len(local_prompts)
@@ -194,24 +200,22 @@ def draw_completions(
         scores = _scores(score, local_prompts, completions)
         found |= {name: passes(*scorer) for name, scorer in scorers.items() if name not in by_policy}
 
-    gathered = _gather(world, {"mask": mask, "drawn": drawn, "scores": scores, **found})
-    all_completions = [ids for part in _gather_lists(world, completions) for ids in part]
-    all_kept = None if kept is None else [sets for part in _gather_lists(world, kept) for sets in part]
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
-    ended = torch.tensor([ids[-1] in ends for ids in all_completions], device=world.device)
+    found["ended"] = torch.tensor([ids[-1] in ends for ids in completions])
+    gathered = _gather(world, {"mask": mask, "drawn": drawn, "scores": scores, **found})
     scores = gathered["scores"]
     if options.missing_eos_penalty is not None:
-        scores = scores - options.missing_eos_penalty * ~ended
+        scores = scores - options.missing_eos_penalty * ~gathered["ended"]
     return Drawn(
         prompts=[prompt.input_ids for prompt in prompts],
-        completions=all_completions,
+        completions=_of_all_ranks(world, completions, len(prompts)),
         mask=gathered["mask"],
         drawn_logp=gathered["drawn"],
         old_logp=gathered.get("rescored", gathered["drawn"]),
         reference_logp=gathered.get("reference"),
         scores=scores,
-        ended=ended,
-        kept=all_kept,
+        ended=gathered["ended"],
+        kept=None if kept is None else _of_all_ranks(world, kept, len(prompts)),
         further={name: gathered[name] for name in further or {}},
     )
 
@@ -361,7 +365,8 @@ def _gather(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The rows of all ranks, padded with 0 to one length, on this rank's device."""
     if world.size == 1:
         return {name: tensor.to(world.device) for name, tensor in tensors.items()}
-    parts = _gather_lists(world, {name: tensor.cpu() for name, tensor in tensors.items()})
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, {name: tensor.cpu() for name, tensor in tensors.items()})
     longest = max(part["mask"].shape[1] for part in parts)
 
     def padded(tensor: Tensor) -> Tensor:
@@ -370,12 +375,8 @@ def _gather(world: World, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.cat([padded(part[name]) for part in parts]).to(world.device) for name in tensors}
 
 
-def _gather_lists(world: World, local: Any) -> list[Any]:
-    parts: list[Any] = [local]
-    if world.size > 1:
-        parts = [None] * world.size
-        dist.all_gather_object(parts, local)
-    return parts
+def _of_all_ranks(world: World, local: list[Row], total: int) -> Sequence[Row]:
+    return local if world.size == 1 else SharedRows(world, local, total)
 
 
 def estimate_kl(d: Tensor, estimator: str) -> Tensor:

@@ -1,5 +1,5 @@
-"""Rows are tokenized once: by one rank for all, and once for runs that share a cache. Run as a module, this
-is a rank."""
+"""Rows are tokenized once: by one rank for all, and once for runs that share a cache. Rows that ranks drew go
+only to the ranks that need them. Run as a module, this is a rank."""
 
 import dataclasses
 import datetime
@@ -24,6 +24,7 @@ from fastalign.stages.config import TrainConfig
 from fastalign.stages.distributed import World, join_world
 from fastalign.stages.loading import load_tokenizer
 from fastalign.stages.sft import pack_answers
+from fastalign.stages.shared_rows import SharedRows
 from fastalign.stages.stage_rows import read_rows
 from fastalign.stages.token_cache import CachedRows, TokenCache, key_of, write_rows
 from tests.stages.ranks import run_two_ranks
@@ -190,9 +191,25 @@ def test_warnings_of_a_tokenization_are_given_again_by_the_cache(
 # Two ranks
 
 
+def share_rows(world: World) -> None:
+    """Five rows, of which rank 0 draws two: each rank gets those that it needs, and no other."""
+    local = [["row", number] for number in ((0, 1), (2, 3, 4))[world.rank]]
+    rows = SharedRows(world, local, 5)
+    assert len(rows) == 5 and [*rows.held.values()] == local
+    rows.fetch([[3, 0, 3], [2, 4]])
+    assert sorted(rows.held) == ([0, 1, 3], [2, 3, 4])[world.rank]
+    assert all(rows[number] == ["row", number] for number in rows.held)
+    with pytest.raises(LookupError, match=r"row 2: got one that rank 1 drew|row 1: got one that rank 0 drew"):
+        rows[(2, 1)[world.rank]]
+    rows.fetch([[], []])
+    rows.fetch([[], [0]])
+    assert (0 in rows.held) and len(rows.held) == (3, 4)[world.rank]
+
+
 def run_rank(folder: Path) -> None:
     """Read rows twice; a file of this rank's counts the texts that it tokenized."""
     with pytest.MonkeyPatch.context() as patch, join_world("cpu") as world:
+        share_rows(world)
         counted = count_texts(patch)
         config = TrainConfig(train_data=str(folder / "rows.jsonl"), output_dir=str(folder / "run"))
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
