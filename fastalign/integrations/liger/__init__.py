@@ -14,6 +14,7 @@ For a model of transformers, one line replaces the fused loss of `apply_liger_ke
 from typing import Any
 
 from .cross_entropy import CrossEntropyOutput, LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
+from .distillation import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
 from .grpo import LigerFusedLinearGRPOLoss
 from .kto import LigerFusedLinearKTOLoss
 from .preference import (
@@ -30,17 +31,16 @@ __all__ = [
     "LigerFusedLinearCrossEntropyLoss",
     "LigerFusedLinearDPOLoss",
     "LigerFusedLinearGRPOLoss",
+    "LigerFusedLinearJSD",
+    "LigerFusedLinearJSDLoss",
     "LigerFusedLinearKTOLoss",
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
 ]
 
-_DISTILLATION = "fastalign.linear_distillation_loss takes a teacher's top-K ids and log-probabilities"
 _NOT_SERVED = {
     "LigerFusedLinearCosineSimilarityLoss": "no loss of fastalign compares logits by their cosine",
-    "LigerFusedLinearJSD": _DISTILLATION,
-    "LigerFusedLinearJSDLoss": _DISTILLATION,
-    "LigerFusedLinearKLDivLoss": _DISTILLATION,
+    "LigerFusedLinearKLDivLoss": "LigerFusedLinearJSDLoss(beta=0) is that divergence",
     "LigerJSD": "no loss of fastalign takes a teacher's log-probabilities over the whole vocabulary",
     "LigerKLDIVLoss": "no loss of fastalign takes a teacher's log-probabilities over the whole vocabulary",
 }
