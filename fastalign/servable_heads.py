@@ -89,6 +89,12 @@ def plain_heads(model: PreTrainedModel) -> list[nn.Linear]:
                 f"has a {kind.__module__}.{kind.__qualname__} as its lm_head",
                 expected="a plain nn.Linear, not quantised; PEFT's LoRA on it and modules_to_save are served",
             )
+        if hasattr(weight, "ds_id"):
+            raise unsupported(
+                model,
+                "has its lm_head.weight partitioned by DeepSpeed ZeRO-3",
+                expected="FSDP2 (fully_shard), or DeepSpeed at a stage below 3",
+            )
         if type(weight) is not nn.Parameter and not isinstance(weight, DTensor):
             raise unsupported(
                 model,

@@ -87,7 +87,13 @@ def plan_sharding(config: TrainConfig, size: int, device: torch.device) -> Shard
         )
     if shard == 1:
         return None
-    mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+    names = ("dp_replicate", "dp_shard")
+    # The norm of gradients in the host's memory is summed there.
+    offloads = config.cpu_offload and device.type == "cuda"
+    backends: dict[int | str, Any] = dict.fromkeys(names, "cpu:gloo,cuda:nccl") if offloads else {}
+    mesh = init_device_mesh(
+        device.type, (replicate, shard), mesh_dim_names=names, backend_override=backends or None
+    )
     # Inputs keep their types: PPO's log-probabilities and advantages are fp32, and autocast casts the rest.
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if config.bf16 else {}
     return Sharding(

@@ -95,6 +95,14 @@ def replaced_forward() -> Any:
     return model
 
 
+def partitioned() -> Any:
+    """As DeepSpeed's ZeRO-3 leaves a model: no values, and an attribute that says so."""
+    model = llama()
+    model.lm_head.weight = nn.Parameter(torch.empty(0))
+    model.lm_head.weight.ds_id = 3
+    return model
+
+
 def meta() -> Any:
     with torch.device("meta"):
         return tf.LlamaForCausalLM(tf.LlamaConfig(**GQA))
@@ -129,6 +137,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "BartForCausalLM, which has a loss",
     ),
     "quantised head": (quantised_head, "LlamaForCausalLM, which has a .*QuantisedLinear as its lm_head"),
+    "ZeRO-3": (partitioned, "LlamaForCausalLM, which has its lm_head.weight partitioned by DeepSpeed ZeRO-3"),
     "router loss": (
         lambda: build(tf.MixtralConfig(**GQA, **MOE)),
         "MixtralForCausalLM, which adds an auxiliary router loss",

@@ -41,12 +41,18 @@ CASES = {
     "dpo, LoRA, head too": Case(
         "dpo", {"model": "llama", "lora_rank": 4, "lora_targets": ["q_proj", "lm_head"]}
     ),
+    "dpo, without a reference": Case("dpo", {"loss_type": "orpo"}),
     "kto": Case("kto"),
     "kto, LoRA, precomputed": Case("kto", {"lora_rank": 4, "reference": "precomputed"}),
     "ppo": Case("ppo", {"reward": "reward_model", "rescore": True}),
     "grpo": Case("grpo", {"group_size": 4, "kl_coef": 0.1, "top_p": 0.9, "loss_type": "grpo"}),
     "ppo, shared, LoRA": Case("ppo", {"value": "shared", "lora_rank": 4, "rollout_batch_size": 3}),
 }
+
+
+# On one process a model in bf16. The ranks keep fp32 weights, of which they gather bf16.
+BF16 = Case("sft", {"model": "llama", "dtype": "bfloat16", "bf16": True}, {"dtype": "float32"})
+EXACT = "sft, untied, offloaded"  # the same run in fp64
 
 
 def make_files(folder: Path) -> dict[str, str]:

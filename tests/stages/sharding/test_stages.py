@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fastalign.stages.config import save_config
 from tests.stages.ranks import Job, Ranks
-from tests.stages.sharding.cases import CASES, STAGES, configure, make_files
+from tests.stages.sharding.cases import BF16, CASES, EXACT, STAGES, configure, make_files
 from tests.stages.tiny import lines
 
 Runs = Mapping[str, tuple[Any, Any]]
@@ -20,7 +20,8 @@ def run_all(folder: Path, ranks: int) -> Runs:
     """The configurations of each case, run on one process and on ranks of which two share a model."""
     files = make_files(folder)
     configs, jobs = {}, list[Job]()
-    for number, (name, case) in enumerate(CASES.items()):
+    cases = {**CASES, "bf16": BF16}
+    for number, (name, case) in enumerate(cases.items()):
         alone = configure(case, files, folder / f"alone{number}")
         micro = {"micro_batch_size": 1} if ranks == 4 else {}
         sharded = configure(case, files, folder / f"sharded{number}", dp_shard=2, **micro, **case.sharded)
@@ -30,7 +31,7 @@ def run_all(folder: Path, ranks: int) -> Runs:
     started = Ranks(folder, ranks, jobs)
     try:
         for name, (alone, _) in configs.items():
-            STAGES[CASES[name].stage][0].run(alone)
+            STAGES[cases[name].stage][0].run(alone)
     finally:
         started.join()
     return configs
@@ -50,6 +51,17 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_that_share_a_model_equal_one_process(two_ranks: Runs, name: str) -> None:
     assert_equal_runs(*two_ranks[name])
+
+
+@pytest.mark.cpu_only
+def test_bf16_is_as_near_to_fp64_as_a_model_in_bf16_on_one_process(two_ranks: Runs) -> None:
+    exact, (alone, sharded) = two_ranks[EXACT][0], two_ranks["bf16"]
+    expected, *found = (
+        torch.tensor([line["loss"] for line in lines(config)[1:]], dtype=torch.float64)
+        for config in (exact, alone, sharded)
+    )
+    of_bf16, of_shards = ((losses - expected).abs().max() for losses in found)
+    assert 0 < of_shards <= of_bf16 < 0.1
 
 
 @pytest.mark.four_ranks
