@@ -1,4 +1,4 @@
-"""docs/integrations.md: the two columns of its tables of calls are equal, and its examples run."""
+"""docs/migration.md: the two columns of its tables are equal. docs/integrations.md: TRL's example runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from fastalign.integrations import liger as for_liger
 from fastalign.integrations import transformers as for_transformers
 from tests.models.tiny_models import VOCAB, llama
 
-PAGE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text(encoding="utf-8")
-MOVING = PAGE[PAGE.index("\n## Moving code") :]
+DOCS = Path(__file__).parents[2] / "docs"
+MOVING = (DOCS / "migration.md").read_text(encoding="utf-8")
 CALL = r"`([^`]+)`(?:, after `([^`]+)`)?"
 
 
@@ -164,7 +164,8 @@ def test_the_example_of_trl_counts_calls(tmp_path: Path, capsys: pytest.CaptureF
     trl = pytest.importorskip("trl", reason="trl is not installed")
     from bench.experiments.trl_runs import TINY, dataset, model, tokenizer
 
-    example = re.findall(r"## TRL.*?```py\n(.*?)```", PAGE, re.DOTALL)[0]
+    page = (DOCS / "integrations.md").read_text(encoding="utf-8")
+    example = re.findall(r"## TRL.*?```py\n(.*?)```", page, re.DOTALL)[0]
     args = trl.SFTConfig(
         output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, bf16=False, save_strategy="no"
     )
