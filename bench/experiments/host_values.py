@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import liger_cross_entropy_cases as cross_entropy_cases
+from . import liger_distillation_cases as distillation_cases
 from .liger_cases import call, cases, expected_loss, tensors
 
 
@@ -114,6 +115,16 @@ def liger_rows() -> Iterator[Row]:
             scores[1],
             scored(exact, [wide[x] for x in of_head]),
         )
+
+    name, of_head = "LigerFusedLinearJSDLoss", ("h", "w", "b")
+    for options in distillation_cases.OPTIONS:
+        given = distillation_cases.heads(torch.float32)
+        wide = doubled(given)
+        pair = [getattr(package, name)(**options, compiled=False) for package in (chunked_loss, ours)]
+        scores = [scored(distillation_cases.call(x, given), [given[k] for k in of_head]) for x in pair]
+        exact = distillation_cases.expected_loss(wide, options)
+        exact_score = scored(exact, [wide[x] for x in of_head])
+        yield Row(name, settings(options), scores[0], scores[1], exact_score)
 
 
 def torch_rows() -> Iterator[Row]:
