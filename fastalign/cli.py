@@ -21,7 +21,7 @@ COMMANDS = {
     "merge": ("fastalign.stages.merge", "write a model with its LoRA adapters merged in"),
     "demo": (
         "fastalign.demo.command",
-        "pre-training, SFT, reward model, DPO, KTO and PPO on real text at toy scale, with a report",
+        "pre-training, SFT, reward model, DPO, KTO, PPO and GRPO on real text at toy scale, with a report",
     ),
     "env": ("fastalign.cli", "versions, devices, what is native, what falls back and why"),
 }

@@ -17,24 +17,34 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from ..data.errors import DataError
 from ..data.tokens import Prompt
-from ..stages import dpo, kto, ppo, reward
+from ..stages import dpo, grpo, kto, ppo, reward
 from ..stages.distributed import World
 from ..stages.scorers import Reward, find_classifier, load_classifier
 from .completions import draw
 from .progress import bar, part
-from .recipes import BETAS, PPO_TITLES, TITLES, dpo_config, kto_config, ppo_config, reward_config
+from .recipes import (
+    BETAS,
+    DRAWN_TITLES,
+    PPO_TITLES,
+    TITLES,
+    dpo_config,
+    grpo_config,
+    kto_config,
+    ppo_config,
+    reward_config,
+)
 from .results import SHOWN, Mean, mean, table
 from .sentences import Sample, labels_of, preferred, read_rows, write_rows
 from .settings import Settings
 
-POLICIES = {"sft": "SFT"} | {name: TITLES[name] for name in (*BETAS, *PPO_TITLES)}
+POLICIES = {"sft": "SFT"} | {name: TITLES[name] for name in (*BETAS, *DRAWN_TITLES)}
 PLOTS = ("alignment.png", "reward-kl.png")
 LOSSES = ("loss", "eval/loss")
 PLOTTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # above, and below
     "reward": (LOSSES, ("accuracy", "eval/accuracy")),
     **dict.fromkeys(("dpo-0.05", "dpo-0.5"), (LOSSES, ("rewards/accuracies", "eval/rewards/accuracies"))),
     "kto": (LOSSES, ("rewards/margins",)),
-    **dict.fromkeys(PPO_TITLES, (("objective/scores",), ("objective/kl",))),
+    **dict.fromkeys(DRAWN_TITLES, (("objective/scores",), ("objective/kl",))),
 }
 
 
@@ -137,12 +147,12 @@ class Alignment:
 
     def plot(self, folder: Path) -> None:
         """Draw the curves of every run, and the policies' rewards against their KL divergences."""
-        figure = Figure(figsize=(19, 6), layout="constrained")
+        figure = Figure(figsize=(22, 6), layout="constrained")
         for (name, title), (above, below) in zip(
             TITLES.items(), figure.subplots(2, len(TITLES)).T, strict=True
         ):
             above.set(title=title)
-            below.set(xlabel="rollout" if name in PPO_TITLES else "optimizer step")
+            below.set(xlabel="rollout" if name in DRAWN_TITLES else "optimizer step")
             for axes, keys in zip((above, below), PLOTTED[name], strict=True):
                 for key in keys:
                     points = [(line["step"], line[key]) for line in self.lines[name] if key in line]
@@ -177,7 +187,8 @@ people rated 0.5 or better and -0.5 or worse. Of {reward_held_out:,} pairs of he
 The policies start from SFT. DPO learns from {pairs:,} pairs and KTO from {labels:,} labels, made of
 {samples:,} of SFT's own completions of prompts to train on: VADER's compound score says which of two is
 better, and which one is good. PPO, with a critic of its own and GAE, completes the same prompts itself:
-{episodes:,} times in all, each completion scored by VADER, or by the reward model.
+{episodes:,} times in all, each completion scored by VADER, or by the reward model. GRPO has no critic. It
+draws as many completions, {group} of each prompt, and compares those of a prompt by VADER's scores.
 
 Sentiment: VADER's score of completions of {prompts:,} held-out prompts, {each} of each, and its mean over
 prompts with the standard error; all policies draw with the same noise. KL: log-probability under the policy
@@ -220,12 +231,14 @@ def align(
         )
         write_rows(folder / "rows" / "labels.jsonl", labels)
         write_rows(folder / "rows" / "prompts.jsonl", [{"prompt": prompt} for prompt in sampled])
-    for name in (*BETAS, *PPO_TITLES):
+    for name in (*BETAS, *DRAWN_TITLES):
         with part(TITLES[name], seconds):
             if name == "kto":
                 kto.run(kto_config(settings, desirable, len(labels) - desirable))
             elif name in PPO_TITLES:
                 ppo.run(ppo_config(settings, name))
+            elif name in DRAWN_TITLES:
+                grpo.run(grpo_config(settings))
             else:
                 dpo.run(dpo_config(settings, name))
     with part("rewards and KL divergences", seconds):
@@ -241,6 +254,7 @@ def align(
         "prompts": len(judged),
         "episodes": int(lines["ppo-vader"][-1]["episode"]),
         "each": settings.samples,
+        "group": grpo_config(settings).group_size,
     }
     return Alignment(lines, lexicon_accuracy(rated["reward_held_out"], judge), counts, policies)
 

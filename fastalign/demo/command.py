@@ -5,7 +5,7 @@
 
 sentences.py gets 10,605 movie-review sentences. On all but 1,000 of them, this file trains a byte-level BPE
 tokenizer and a language model, and tunes the model on prompt -> continuation of the positively rated ones.
-alignment.py trains a reward model on the ratings, and policies by DPO, KTO and PPO. stage_steps.py and
+alignment.py trains a reward model on the ratings, and policies by DPO, KTO, PPO and GRPO. stage_steps.py and
 heads.py measure fastalign beside plain PyTorch, and report.py writes the report.
 """
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     defaults = Settings()
     parser = Parser(
         prog="fastalign demo",
-        description="Pre-training, SFT, a reward model, DPO, KTO and PPO on real text at toy scale, "
+        description="Pre-training, SFT, a reward model, DPO, KTO, PPO and GRPO on real text at toy scale, "
         "with a report.",
         allow_abbrev=False,
     )

@@ -1,30 +1,31 @@
-"""The configuration of every stage that the demo runs, and the reward that PPO uses."""
+"""The configuration of every stage that the demo runs, and the reward that PPO and GRPO use."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from ..stages import dpo, kto, ppo, pretrain, reward, sft
+from ..stages import dpo, grpo, kto, ppo, pretrain, reward, sft
 from .settings import ROW_TOKENS, Settings, shared
 
 MODEL = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
 MODEL |= {"num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
 BETAS = {"dpo-0.05": 0.05, "dpo-0.5": 0.5, "kto": 0.05}
 PPO_TITLES = {"ppo-vader": "PPO, VADER", "ppo-reward": "PPO, reward model"}
+DRAWN_TITLES = {**PPO_TITLES, "grpo-vader": "GRPO, VADER"}  # whose policies learn from their own completions
 TITLES = {
     "reward": "Reward model",
     "dpo-0.05": "DPO, β 0.05",
     "dpo-0.5": "DPO, β 0.5",
     "kto": "KTO, β 0.05",
-    **PPO_TITLES,
+    **DRAWN_TITLES,
 }
 """The runs after SFT; each has a folder of its name."""
 REWARD_BATCH, DPO_BATCH, KTO_BATCH = 24, 16, 32  # pairs, pairs, judged completions
 # The reward model's scores of SFT's completions have a standard deviation of 1.6, VADER's 0.33. At
 # 0.05 PPO by the reward model went 13.7 nats from SFT, at 0.1 8.4 to 10.1 and at 0.2 5.6 to 7.2.
 KL_COEFFICIENTS = {"ppo-vader": 0.05, "ppo-reward": 0.2}
-PROMPTS = 64  # of a step
+DRAWN = 64  # completions of a step
 JUDGE = SentimentIntensityAnalyzer()
 
 
@@ -131,16 +132,37 @@ def ppo_config(settings: Settings, name: str) -> ppo.PPOConfig:
     5.3 nats; at a learning rate of 3e-4 by 0.17 at 1.5 nats; with a critic from the reward model by 0.32 at
     5.4; at a KL coefficient of 0.02 by 0.59 at 11.9.
     """
-    folder = settings.output_dir
+    by_vader = name == "ppo-vader"
     return ppo.PPOConfig(
-        train_data=str(folder / "rows" / "prompts.jsonl"),
-        model=str(folder / "sft" / "model"),
-        reward=f"{__name__}:vader" if name == "ppo-vader" else str(folder / "reward" / "model"),
-        output_dir=str(folder / name),
-        max_new_tokens=settings.policy_tokens,
-        learning_rate=1e-3,
+        reward=f"{__name__}:vader" if by_vader else str(settings.output_dir / "reward" / "model"),
         kl_coef=KL_COEFFICIENTS[name],
         ppo_epochs=2,
-        **shared(settings, settings.ppo_steps)
-        | {"batch_size": PROMPTS, "weight_decay": 0.0, "warmup_steps": 0},
+        **_drawn(settings, name),
     )
+
+
+def grpo_config(settings: Settings) -> grpo.GRPOConfig:
+    """GRPO of the tuned model by VADER, with as many completions and passes as PPO.
+
+    Advantages are in units of a group's standard deviation, so the KL coefficient is larger than PPO's. At
+    0.5 the last rollout scored 0.60 at a KL divergence of 4.5 nats; at 0.1 0.92 at 22, at 0.05 0.98 at 49.
+    """
+    return grpo.GRPOConfig(
+        reward=f"{__name__}:vader", kl_coef=0.5, inner_epochs=2, **_drawn(settings, "grpo-vader")
+    )
+
+
+def _drawn(settings: Settings, name: str) -> dict[str, Any]:
+    """What PPO and GRPO share."""
+    folder = settings.output_dir
+    fields = {
+        "train_data": str(folder / "rows" / "prompts.jsonl"),
+        "model": str(folder / "sft" / "model"),
+        "output_dir": str(folder / name),
+        "max_new_tokens": settings.policy_tokens,
+        "learning_rate": 1e-3,
+        "batch_size": DRAWN,
+        "weight_decay": 0.0,
+        "warmup_steps": 0,
+    }
+    return shared(settings, settings.ppo_steps) | fields

@@ -180,7 +180,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_describes_the_demo_with_ppo() -> None:
-    assert "KTO and PPO" in cli.COMMANDS["demo"][1]
+    assert "KTO, PPO and GRPO" in cli.COMMANDS["demo"][1]
 
 
 def test_env_says_what_is_native_and_what_falls_back_and_why(

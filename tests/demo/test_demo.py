@@ -309,6 +309,7 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         "KTO, β 0.05",
         "PPO, VADER",
         "PPO, reward model",
+        "GRPO, VADER",
     ]
     for policy in aligned.policies:
         assert (len(policy.rewards), len(policy.scores), len(policy.kls)) == (4, 16, 16)
@@ -321,6 +322,7 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         ("kto", 7),
         ("ppo-vader", 1),
         ("ppo-reward", 1),
+        ("grpo-vader", 1),
     ):
         assert aligned.lines[name][-1]["step"] == steps and f"--config {folder}/{name}/config.yaml" in written
     rows = {path.stem: sentences.read_rows(path) for path in (folder / "rows").iterdir()}
@@ -339,6 +341,7 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
         "fastalign dpo --config",
         "## Samples of the policies",
         "fastalign ppo --config",
+        "fastalign grpo --config",
         "| PPO, rollout |",
     ):
         assert part in written
