@@ -24,7 +24,8 @@ class RolloutOptions:
     """Draw among tokens at least this fraction as likely as the likeliest."""
     filtered_policy: bool = True
     """Where top_k, top_p or min_p filter, train the policy that drew: all log-probabilities are over the ids
-    that the filter kept at each token. false: the policy before the filters, over the whole vocabulary."""
+    that the filter kept at each token. It takes memory and time in proportion to these ids, so it does not
+    pay where they are thousands a token. false: the policy before the filters, over the whole vocabulary."""
     compile_rollout: bool = False
     """Run the policy through torch.compile where it draws: fewer kernels a token, after a minute of
     compiling."""

@@ -88,6 +88,9 @@ class Drawn(NamedTuple):
             "completions/mean_length": self.mask.sum(1).double().mean(),
             "val/num_eos_tokens": self.ended.sum(),
         }
+        if self.kept is not None:
+            ids = sum(len(sets.ids) for sets in self.kept)
+            found["completions/kept_ids"] = ids / self.mask.sum().double()
         if self.reference_logp is not None:
             found["objective/kl"] = self.log_ratio().sum(1).mean()
         if options.rescore:
@@ -140,6 +143,7 @@ def draw_completions(
         objective/entropy: nats, minus the sum of log-probabilities.
         objective/scores: the scores.
         completions/mean_length: tokens.
+        completions/kept_ids: ids that the filter kept, mean over tokens; only where kept sets are handed on.
         val/num_eos_tokens: how many completions ended.
         mismatch/ratio, mismatch/approxkl: with `rescore`, means over tokens of the ratio of trainer and
             rollout, and of (difference of logs)² / 2.

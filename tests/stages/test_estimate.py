@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastalign.measure import peak_memories
-from fastalign.stages import dpo, estimate, kto, ppo, pretrain, reward, sft
+from fastalign.stages import dpo, estimate, grpo, kto, ppo, pretrain, reward, sft
 from fastalign.stages.distributed import World
 from fastalign.stages.estimate import Estimate, Part, Shape
 from fastalign.stages.loading import load_tokenizer, scratch_config
@@ -48,7 +48,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def fields_of(stage: str, data: dict[str, str], output_dir: Path, **changes: Any) -> dict[str, Any]:
-    names = {"pretrain": "text", "sft": "demonstrations", "kto": "judged", "ppo": "prompts"}
+    names = {
+        "pretrain": "text",
+        "sft": "demonstrations",
+        "kto": "judged",
+        "ppo": "prompts",
+        "grpo": "prompts",
+    }
     fields: dict[str, Any] = {
         "train_data": data[names.get(stage, "pairs")],
         "output_dir": str(output_dir),
@@ -56,7 +62,7 @@ def fields_of(stage: str, data: dict[str, str], output_dir: Path, **changes: Any
         "max_steps": 2,
     }
     fields |= {"tokenizer": data["tokenizer"]} if stage == "pretrain" else {"model": data["base"]}
-    fields |= {"reward": data["score"], "max_new_tokens": 8} if stage == "ppo" else {}
+    fields |= {"reward": data["score"], "max_new_tokens": 8} if stage in ("ppo", "grpo") else {}
     return fields | {"batch_size": 8} | changes
 
 
@@ -102,7 +108,7 @@ def test_the_estimate_lies_near_the_measured_peak(
         assert 0.75 < total.total / 2**20 / peak < 1.5, (stage, changes, total, peak)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "kto", "ppo"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "dpo", "kto", "ppo", "grpo"])
 def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
     stage: str,
     data: dict[str, str],
@@ -113,8 +119,8 @@ def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(
     for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
         monkeypatch.setattr(auto, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
     changes = {"model_config": LLAMA, "sequence_length": 64} if stage == "pretrain" else {}
-    module = {"pretrain": pretrain, "sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "ppo": ppo}[stage]
-    module.main(
+    modules = {"pretrain": pretrain, "sft": sft, "reward": reward, "dpo": dpo, "kto": kto, "ppo": ppo}
+    (modules | {"grpo": grpo})[stage].main(
         [
             f"{name}={json.dumps(value) if isinstance(value, dict) else value}"
             for name, value in fields_of(stage, data, tmp_path / "out", dry_run="true", **changes).items()

@@ -26,13 +26,15 @@ def test_filters_of_the_rollout_leave_ratios_at_1_and_the_reference_is_tempered_
     expected = logp * experience.mask
     if filtered:
         assert experience.kept is not None
+        kept_ids = sum(len(sets.ids) for sets in experience.kept) / int(experience.mask.sum())
+        assert experience.metrics["completions/kept_ids"] == pytest.approx(kept_ids)
         table = (model.policy.lm_head(hidden) / 1.5).log_softmax(-1)
         for row, sets in enumerate(experience.kept):
             for place, ids in enumerate(sets.ids.split(sets.offsets.diff().tolist())):
                 assert experience.completions[row][place] in ids
                 expected[row, place] -= table[row, place, ids.long()].logsumexp(0)
     else:
-        assert experience.kept is None
+        assert experience.kept is None and "completions/kept_ids" not in experience.metrics
     torch.testing.assert_close(experience.old_logp, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(experience.reference_logp, expected, rtol=0, atol=1e-9)
     assert experience.metrics["objective/entropy"] == pytest.approx(-expected.sum(1).mean().item())
