@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build" / "sanitized"
 SUITE = (
     *("softmax/test_rows", "softmax/test_columns", "policy/test_policy", "policy/test_calls"),
-    *("kernels/test_gemm", "kernels/test_gemm_int8", "kernels/test_sampling"),
+    *("kernels/test_gemm", "kernels/test_gemm_int8", "linear/test_screen", "kernels/test_sampling"),
     *("kernels/test_native", "kernels/test_logits"),
 )
 LEFT_OUT = (

@@ -219,6 +219,7 @@ class HeadInputs(NamedTuple):
             needs.head,
             options.tail_eps,
             options.workspace_mib,
+            screen=options.screen,
         )
 
     def mode(self, upstream: str) -> str:

@@ -34,6 +34,9 @@ WORKSPACE_MIB = {"cuda": (512.0, 512.0), "cpu": (96.0, 72.0)}
 
 # Tokens of a tail's block at most: more keep more columns, fewer make slower GEMMs and more gathers.
 TOKENS = {"cpu": 256, "cuda": 1024}
+# With a screen, whose 8-bit products do not slow down with few tokens: the tile is 31 MiB smaller at V =
+# 49152, as much as the weight's codes take.
+SCREENED_TOKENS = 96
 
 
 def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
@@ -187,6 +190,7 @@ class TileCall(NamedTuple):
     weight_grad: bool
     tail_eps: float | None
     workspace_mib: float | None  # None: the default
+    screen: bool = False
 
     @property
     def workspace_bytes(self) -> float:
@@ -241,7 +245,10 @@ def capacity(call: TileCall) -> tuple[int, int]:
             f"workspace_mib: got {call.workspace_bytes / 2**20}, expected at least "
             f"{per_token / 2**20:.3g}: one token's logits at V = {call.vocab_size}"
         )
-    return min(largest, TOKENS["cpu"]) if tail and call.kind == "cpu" else largest, per_token
+    most = largest
+    if tail and call.kind == "cpu":
+        most = min(largest, SCREENED_TOKENS if call.screen else TOKENS["cpu"])
+    return most, per_token
 
 
 def kept_columns_bytes(call: TileCall, chunk_bytes: int) -> int:

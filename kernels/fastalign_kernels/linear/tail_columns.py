@@ -39,6 +39,9 @@ from .plan import TOKENS
 GATHERED_BYTES = 4 * 2**20
 # Share of columns above which a chunk's gathers cost more than its smaller GEMMs save.
 DENSE = 3 / 5
+# Of tail_eps with a screen, whose blocks have fewer tokens (plan.SCREENED_TOKENS) and so keep fewer columns.
+# Of SmolLM2's head at 2**-14 they keep 0.16 where 256 tokens keep 0.22, and dX is off by 0.15 %, not 0.13 %.
+SCREENED_DIVISOR = 1.25
 
 
 class KeptColumns(NamedTuple):
@@ -106,8 +109,9 @@ def select_columns(inputs: HeadInputs, operands: Operands, chunk: TokenChunk) ->
     largest, sums, totals = column_sums(
         chunk.logits, chunk.ids, operands.bias, inputs.options.transform, chunk.stats
     )
-    assert inputs.options.tail_eps is not None
-    keep = largest > inputs.options.tail_eps
+    options = inputs.options
+    assert options.tail_eps is not None
+    keep = largest > (options.tail_eps / SCREENED_DIVISOR if options.screen else options.tail_eps)
     keep[chunk.ids.clamp(min=0)] = True  # an ignored token keeps column 0 too, which is harmless
     return ColumnSelection(*first_true(keep), sums, totals)
 

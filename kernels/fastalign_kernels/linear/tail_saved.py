@@ -42,7 +42,9 @@ def empty_saved_columns(inputs: HeadInputs, needs: NeedsGrad) -> SavedColumns:
     chunk, per_token = capacity(call)
     chunks = -(-N // chunk) * -(-chunk // TOKENS["cpu" if device_type == "cpu" else "cuda"])
     most = int(DENSE * V)
-    room = kept_columns_bytes(call, chunk * per_token)
+    # beside as many logits as without a screen, so that its codes have room
+    logits_bytes = max(chunk, capacity(call._replace(screen=False))[0]) * per_token
+    room = kept_columns_bytes(call, logits_bytes)
     return SavedColumns(
         hidden.new_empty(min(room // dtype.itemsize, N * most), dtype=dtype),
         hidden.new_empty(chunks * most, dtype=torch.int64),
