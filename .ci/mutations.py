@@ -86,9 +86,9 @@ MUTATIONS = [
         "tests/linear/test_head.py -k token_weights",
     ),
     Mutation(
-        KERNELS + "linear/accumulate.py",
-        "mm(grad.t(), chunk.hidden, self.d_weight, add=not self.weight_is_empty)",
-        "mm(grad.t(), chunk.hidden, self.d_weight, add=False)",
+        KERNELS + "linear/product_grads.py",
+        "mm(grad.t(), states, self.d_weight, add=not self.weight_is_empty)",
+        "mm(grad.t(), states, self.d_weight, add=False)",
         "tests/linear/test_head.py tests/linear/test_engine.py",
     ),
     Mutation(
