@@ -11,8 +11,9 @@ from torch import Tensor
 from fastalign_kernels.linear.engine import Engine
 from fastalign_kernels.linear.epilogue import EpilogueStatistics
 from fastalign_kernels.linear.gpu_plan import epilogue_serves
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.linear.vocab_slices import VocabSlices
 from fastalign_kernels.softmax.rows import Stat, coefficients

@@ -22,7 +22,8 @@ from torch import Tensor
 from fastalign.measure import interleaved
 from fastalign_kernels.linear.engine import empty_stats
 from fastalign_kernels.linear.epilogue_call import CallTiles, EpilogueCall, Tiles
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions
+from fastalign_kernels.linear.inputs import HeadInputs
+from fastalign_kernels.linear.options import HeadOptions
 
 from ..core.operation import Shape
 from ..methods.head import head_inputs

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastalign_kernels.linear.inputs import HEAD_DEFAULTS, HeadSettings
+from fastalign_kernels.linear.options import HEAD_DEFAULTS, HeadSettings
 
 
 class LossModule(nn.Module):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastalign_kernels import PolicyLoss, checks, linear_ppo_loss
 from fastalign_kernels.keywords import flat_signature, refuse_unknown
-from fastalign_kernels.linear.inputs import HEAD_DEFAULTS, head_options
 from fastalign_kernels.linear.low_rank import LowRank
+from fastalign_kernels.linear.options import HEAD_DEFAULTS, head_options
 from fastalign_kernels.linear.policy_inputs import (
     LINEAR_POLICY_SETTINGS,
     POLICY_DEFAULTS,

@@ -19,14 +19,9 @@ from fastalign_kernels import (
     simpo_loss,
 )
 from fastalign_kernels.keywords import refuse_unknown
-from fastalign_kernels.linear.inputs import (
-    HEAD_SETTINGS,
-    HeadSettings,
-    head_inputs,
-    head_keywords,
-    head_options,
-)
+from fastalign_kernels.linear.inputs import head_inputs
 from fastalign_kernels.linear.low_rank import LowRank, as_low_rank
+from fastalign_kernels.linear.options import HEAD_SETTINGS, HeadSettings, head_keywords, head_options
 from fastalign_kernels.linear.sequences import SEQUENCE_TENSORS, Rows, SequenceTensors, sequence_keywords
 from fastalign_kernels.preference.arguments import pair_options, unpaired_options
 

@@ -7,7 +7,8 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from fastalign_kernels import checks, cross_entropy, linear_cross_entropy, linear_distillation_loss
-from fastalign_kernels.linear.inputs import (
+from fastalign_kernels.linear.low_rank import LowRank
+from fastalign_kernels.linear.options import (
     HEAD_SETTINGS,
     HeadSettings,
     check_no_tail,
@@ -15,7 +16,6 @@ from fastalign_kernels.linear.inputs import (
     head_keywords,
     head_options,
 )
-from fastalign_kernels.linear.low_rank import LowRank
 from fastalign_kernels.linear.outcomes import DIVERGENCES
 from fastalign_kernels.logits import loss_options, make_transform
 

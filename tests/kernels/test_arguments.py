@@ -31,6 +31,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "str": (1, True, "no such name", None, torch.ones(()), *NO_ARGUMENT),
     "Tensor": (1, 1.0, True, "1", None, *NO_ARGUMENT),
     "tuple[Tensor, Tensor]": (1, 1.0, True, "1", None, torch.ones(()), *NO_ARGUMENT),
+    "LowRank": (1, 1.0, True, "1", torch.ones(()), *NO_ARGUMENT),
     "torch.dtype": (torch.int32, "float32", 1, None, *NO_ARGUMENT),
     "torch.device": ("nowhere", "mps", 1.5, *NO_ARGUMENT),
     "torch.distributed.ProcessGroup": (1, "world", torch.ones(()), *NO_ARGUMENT),

@@ -11,7 +11,8 @@ from fastalign_kernels import (
     native,
     plan_head,
 )
-from fastalign_kernels.linear.inputs import HeadOptions, NeedsGrad
+from fastalign_kernels.linear.inputs import NeedsGrad
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.reference import linear_cross_entropy_ref
 from fastalign_kernels.softmax import rows
 from tests.linear.inputs import grads_of, make, op_arguments

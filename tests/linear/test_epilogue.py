@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalign_kernels import logits
 from fastalign_kernels.linear import epilogue, epilogue_call, gpu_plan, host_count
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
 

@@ -21,8 +21,9 @@ from fastalign_kernels import (  # noqa: E402
 )
 from fastalign_kernels.linear import engines, gpu_tokens, head_call, kept_softmax  # noqa: E402
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  # noqa: E402
+from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad  # noqa: E402
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
+from fastalign_kernels.linear.options import HeadOptions  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 from fastalign_kernels.scale_triton import scale_in_place  # noqa: E402

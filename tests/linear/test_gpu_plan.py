@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastalign_kernels.linear import engines, gpu_plan
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
+from fastalign_kernels.linear.options import HeadOptions
 
 
 def test_a_softcap_keeps_the_softmax_only_if_no_slope_is_lost():

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastalign_kernels.linear.engine import Gradients
 from fastalign_kernels.linear.head_ops import OpCall, register_head_loss
-from fastalign_kernels.linear.inputs import HEAD, HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.inputs import HEAD, HeadInputs, NeedsGrad
+from fastalign_kernels.linear.options import HeadOptions
 
 OF_THE_HEAD = (*HeadInputs._fields, "needs")
 OPS = {

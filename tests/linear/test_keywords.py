@@ -10,7 +10,7 @@ import torch
 
 import fastalign_kernels
 from fastalign import nn
-from fastalign_kernels.linear.inputs import HEAD_DEFAULTS, HeadArguments, HeadSettings
+from fastalign_kernels.linear.options import HEAD_DEFAULTS, HeadArguments, HeadSettings
 from tests.kernels.public_calls import FUNCTIONS, REPORTS, call_of
 
 FOLDER = Path(fastalign_kernels.__file__).parent

@@ -17,7 +17,8 @@ from fastalign_kernels import (
     token_stats,
 )
 from fastalign_kernels.linear import gpu_plan
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.linear.token_tiles import TOKEN_TILES
 from fastalign_kernels.policy.losses import ppo_loss

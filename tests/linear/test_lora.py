@@ -18,7 +18,8 @@ from fastalign_kernels import (
     plan_head,
 )
 from fastalign_kernels.linear.head_ops import OpCall
-from fastalign_kernels.linear.inputs import HeadOptions, head_inputs
+from fastalign_kernels.linear.inputs import head_inputs
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.reference import (
     linear_cross_entropy_ref,
     linear_distillation_loss_ref,

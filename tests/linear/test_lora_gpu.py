@@ -11,8 +11,9 @@ pytest.importorskip(
 
 from fastalign_kernels.linear import gpu_plan  # noqa: E402
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad  # noqa: E402
+from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad  # noqa: E402
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
+from fastalign_kernels.linear.options import HeadOptions  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 from tests.linear.gpu_tiles import CLOSE, MARKS  # noqa: E402

@@ -23,7 +23,8 @@ from fastalign_kernels import (
     screen_report,
 )
 from fastalign_kernels.linear import screen, screen_weight
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions
+from fastalign_kernels.linear.inputs import HeadInputs
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.screen_reference import screened_stats_ref
 from fastalign_kernels.linear.screen_weight import orthonormal, screened_weight
 from fastalign_kernels.softmax.rows import Stat, Transform, row_stats_ref

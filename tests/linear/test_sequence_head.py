@@ -11,7 +11,7 @@ from torch import Tensor
 from fastalign.measure import peak_memories
 from fastalign_kernels import linear_dpo_loss, linear_kto_loss
 from fastalign_kernels.linear import chunks
-from fastalign_kernels.linear.inputs import HeadOptions
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from fastalign_kernels.preference.reference import dpo_loss_ref, kto_loss_ref
 from tests.linear.inputs import op_arguments

@@ -18,7 +18,7 @@ from fastalign_kernels import (
     native,
     tail_report,
 )
-from fastalign_kernels.linear.inputs import HeadOptions
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.softmax import rows
 from tests.linear.inputs import op_arguments
 from tests.linear.tail_inputs import EPS, N, gradients, make

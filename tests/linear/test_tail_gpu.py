@@ -16,7 +16,8 @@ from fastalign_kernels import (
 )
 from fastalign_kernels.linear import engines, epilogue, gpu_plan, tail_gpu
 from fastalign_kernels.linear.engine import Gradients
-from fastalign_kernels.linear.inputs import HeadInputs, HeadOptions, NeedsGrad
+from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
+from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.tail_columns import kept_share
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref, slope_ref

@@ -90,7 +90,8 @@ from ..softmax.rows import Stat, coefficients
 from . import engines
 from .engine import empty_gradients, empty_stats
 from .head_ops import register_head_loss
-from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
+from .inputs import HeadInputs, NeedsGrad, head_inputs
+from .options import HeadArguments, head_keywords, head_options
 
 
 def _square(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, ...]:
@@ -219,11 +220,11 @@ def test_a_loss_on_the_head_is_a_file_its_reference_and_a_line(package: Path) ->
 
 
 def test_a_head_option_is_its_type_its_default_and_its_check(package: Path) -> None:
-    inputs = package / "linear" / "inputs.py"
-    insert(inputs, "    tail_eps: float | None\n    workspace_mib: float | None\n", "    made_up: float\n")
-    insert(inputs, "    ignore_index: int = -100\n", "    made_up: float = 0.5\n")
+    options = package / "linear" / "options.py"
+    insert(options, "    tail_eps: float | None\n    workspace_mib: float | None\n", "    made_up: float\n")
+    insert(options, "    ignore_index: int = -100\n", "    made_up: float = 0.5\n")
     insert(
-        inputs,
+        options,
         "        ignore_index=checks.ignore_index(",
         '        made_up=checks.unit_interval("made_up", options.made_up),\n',
     )

@@ -14,6 +14,7 @@ from .chunks import Operands, TokenChunk
 from .engine import Gradients
 from .inputs import HeadInputs, NeedsGrad
 from .product_grads import ProductGrads, Rank1, gradients_of, products_of
+from .sharded_collectives import Ranks
 from .tail_columns import GATHERED_BYTES, KeptColumns, dropped_grad
 
 # Chunks whose rank-1 parts wait for one pair of thin GEMMs. The first GEMM then has 8 rows and reads the
@@ -24,14 +25,16 @@ FLUSH = 7
 class ColumnGrads(NamedTuple):
     """Elements of a chunk's dlogits that a loss computes itself."""
 
-    columns: Tensor  # [C, K] int64; a row's equal columns have equal values
+    columns: Tensor  # [C, K] int64, of the weight's rows; a row's equal columns have equal values
     values: Tensor  # [C, K]
+    rows: Tensor | None = None  # [C, 1] bool: rows that have such elements; None: all
 
 
 class GradAccumulator:
     """Sums dX, dW and the bias's gradient in the accumulator's dtype.
 
-    dX is rounded to hidden's dtype once a token, dW and the bias's gradient once at the end.
+    dX is rounded to hidden's dtype once a token, dW and the bias's gradient once at the end. The dX of a
+    sharded head is summed over the ranks in the accumulator's dtype, and then rounded.
 
     Memory is fresh in each call, and on a CPU its first touches cost: of the 174 ms x 2 cores at N 512 in
     bf16 on SmolLM2's head (a virtual machine, AMD EPYC), 95 went into 54 k page faults. Pages of 2 MiB
@@ -43,10 +46,17 @@ class GradAccumulator:
         self.inputs, self.operands, self.needs = inputs, operands, needs
         hidden = inputs.hidden
         products = products_of(inputs, operands.weights, needs)
-        self.products = [ProductGrads(product, operands) for product in products]
+        shards, ranks = inputs.options.shards, None
+        if shards is not None and shards.reduces_hidden:
+            # a GPU's host does not know how many tokens are not ignored
+            tokens = -1 if hidden.is_cuda else int((inputs.ids >= 0).sum())
+            ranks = Ranks(tokens, len(shards.rows), inputs.group)
+        self.products = [ProductGrads(product, operands, ranks) for product in products]
         self.d_bias = hidden.new_empty(0)
         if needs.bias:
-            self.d_bias = torch.zeros(inputs.vocab_size, dtype=operands.accumulator, device=hidden.device)
+            self.d_bias = torch.zeros(
+                inputs.weight.shape[0], dtype=operands.accumulator, device=hidden.device
+            )
         self.tile = torch.empty(0, dtype=operands.grad, device=hidden.device)
         self.waiting: list[Rank1] = []
 
@@ -62,6 +72,9 @@ class GradAccumulator:
         replaced: elements of dlogits that replace those of the coefficients.
         """
         operands, logits = self.operands, chunk.logits
+        if not logits.shape[1]:  # a rank without rows
+            return
+        coefficients = self._local(chunk, coefficients)
         grad = logits if operands.grad == operands.accumulator else self._tile(*logits.shape)
         row_grad(
             logits[None],
@@ -73,7 +86,10 @@ class GradAccumulator:
             grad[None],
         )
         if replaced is not None:
-            grad.scatter_(1, replaced.columns, replaced.values.to(grad.dtype))
+            values = replaced.values.to(grad.dtype)
+            if replaced.rows is not None:
+                values = torch.where(replaced.rows, values, grad.gather(1, replaced.columns))
+            grad.scatter_(1, replaced.columns, values)
         for product, states in zip(self.products, chunk.states):
             product.add_dense(chunk.tokens, grad, states)
         if self.needs.bias:
@@ -81,6 +97,7 @@ class GradAccumulator:
 
     def add_kept(self, chunk: TokenChunk, coefficients: Tensor, kept: KeptColumns) -> None:
         """The kept columns, gathered; the rank-1 matrix of the rest waits for its thin GEMMs."""
+        coefficients = self._local(chunk, coefficients)
         d_states, totals = self._add_columns(chunk, coefficients, kept)
         dropped = dropped_grad(totals, coefficients)
         # Of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope.
@@ -102,7 +119,7 @@ class GradAccumulator:
     ) -> tuple[list[Tensor], Tensor]:
         """Add the kept columns' dW and bias gradient; their dX [C, H] (and dU), the rest's totals [2, C]."""
         inputs, operands = self.inputs, self.operands
-        (C, H), V = chunk.states[0].shape, inputs.vocab_size
+        (C, H), V = chunk.states[0].shape, inputs.weight.shape[0]
         accumulator = operands.accumulator
         totals = kept.totals
         d_states = [product.new_kept(states) for product, states in zip(self.products, chunk.states)]
@@ -137,6 +154,13 @@ class GradAccumulator:
         for product in self.products:
             product.flush(self.waiting, shapes)
         self.waiting.clear()
+
+    def _local(self, chunk: TokenChunk, coefficients: Tensor) -> Tensor:
+        """The coefficients [4, C] for the logits of this rank."""
+        shards = self.inputs.options.shards
+        if shards is None:
+            return coefficients
+        return shards.local_coefficients(coefficients, self.inputs.ids[chunk.tokens])
 
     def finish(self) -> Gradients:
         """The sums, in the inputs' dtypes."""

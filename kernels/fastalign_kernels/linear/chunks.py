@@ -13,6 +13,8 @@ from ..softmax.rows import Stat, accumulator_dtype, row_stats
 from .inputs import HeadInputs, NeedsGrad
 from .plan import token_chunk
 from .screen import Screen
+from .sharded import stats_of_no_rows
+from .sharded_collectives import whole_stats
 
 SCREENED_TOKENS = 8192  # at a time: their 8-bit codes take (H + 72) bytes each
 
@@ -70,7 +72,7 @@ class TokenChunk(NamedTuple):
     """Tokens whose logits, or their kept columns, are in memory."""
 
     tokens: Tensor | slice  # their indices
-    ids: Tensor  # [C]
+    ids: Tensor  # [C], rows of the weight: 0 where another rank has the id's
     states: tuple[Tensor, ...]  # [C, H], and [C, r] with a LoRA adapter, as they enter a GEMM
     stats: Tensor  # [7, C]
     logits: Tensor  # [C, V]
@@ -178,25 +180,39 @@ class ChunkRunner:
         ids = inputs.ids[tokens]
         states = operands.states(inputs, tokens)
         logits = self._tile(rows)[: ids.numel()]
+        local_ids = inputs.local_ids(ids)
         if self.screen is not None:
             stats = self.screen.fill(states[0], ids, logits)
             if fill_stats:
                 self.stats[:, tokens] = stats
             return TokenChunk(tokens, ids, states, self.stats[:, tokens].contiguous(), logits)
-        mm(states[0], operands.weight.t(), logits)
-        if operands.lora_weight is not None:
-            mm(states[1], operands.lora_weight.t(), logits, add=True)
-        if inputs.options.logits_dtype is not None:
-            _round(logits, inputs.options.logits_dtype)
+        if logits.shape[1]:
+            mm(states[0], operands.weight.t(), logits)
+            if operands.lora_weight is not None:
+                mm(states[1], operands.lora_weight.t(), logits, add=True)
+            if inputs.options.logits_dtype is not None:
+                _round(logits, inputs.options.logits_dtype)
         if fill_stats:
-            self.stats[:, tokens] = row_stats(logits[None], ids, operands.bias, inputs.options.transform)
-        return TokenChunk(tokens, ids, states, self.stats[:, tokens].contiguous(), logits)
+            self.stats[:, tokens] = self._stats(logits, ids, local_ids)
+        return TokenChunk(tokens, local_ids, states, self.stats[:, tokens].contiguous(), logits)
+
+    def _stats(self, logits: Tensor, ids: Tensor, local_ids: Tensor) -> Tensor:
+        """Statistics [7, C] of whole rows; of a sharded head one all-gather."""
+        inputs = self.inputs
+        if logits.shape[1]:
+            stats = row_stats(logits[None], local_ids, self.operands.bias, inputs.options.transform)
+        else:  # a rank without rows
+            stats = stats_of_no_rows(ids.numel(), logits)
+        options = inputs.options
+        if options.shards is None:
+            return stats
+        return whole_stats(stats, ids, options.shards, inputs.group, lean=options.lean)
 
     def _tile(self, rows: int) -> Tensor:
         if not self.tiles:
             inputs = self.inputs
             number = 2 if inputs.options.tail_eps is not None and inputs.ids.is_cuda else 1
-            shape, dtype = (rows, inputs.vocab_size), self.operands.accumulator
+            shape, dtype = (rows, inputs.weight.shape[0]), self.operands.accumulator
             self.tiles = [torch.empty(shape, dtype=dtype, device=inputs.hidden.device) for _ in range(number)]
         self.tiles.append(self.tiles.pop(0))
         return self.tiles[-1]

@@ -21,7 +21,8 @@ from ..ordered_sum import ordered_sum
 from . import engines
 from .engine import empty_gradients, empty_stats
 from .head_ops import register_head_loss
-from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
+from .inputs import HeadInputs, NeedsGrad, head_inputs
+from .options import HeadArguments, head_keywords, head_options
 from .token_losses import LossOptions, TokenCrossEntropy
 from .token_stats import head_stats
 

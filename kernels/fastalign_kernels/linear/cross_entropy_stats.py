@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..logits import stats_of
 from .cross_entropy import loss_and_stats
-from .inputs import HeadArguments, head_inputs, head_keywords, head_options
+from .inputs import head_inputs
+from .options import HeadArguments, head_keywords, head_options
 from .token_losses import LossOptions
 
 

@@ -17,7 +17,8 @@ from .. import checks
 from ..logits import check_loss_tensors, loss_scale, nan_without_tokens, reduced
 from ..softmax.rows import accumulator_dtype
 from .distillation_ops import head_distillation, head_divergences
-from .inputs import HeadArguments, check_no_screen, check_no_tail, head_inputs, head_keywords, head_options
+from .inputs import head_inputs, local_tensors
+from .options import HeadArguments, check_no_screen, check_no_tail, head_keywords, head_options
 from .outcomes import DIVERGENCES, check_teacher, first_outcome
 
 
@@ -62,10 +63,12 @@ def linear_distillation_loss(
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     check_no_tail(options, "linear_distillation_loss")
     check_no_screen(options, "linear_distillation_loss")
+    checks.tensors(teacher_ids=teacher_ids)
+    hidden, weight, bias, options = local_tensors(hidden, weight, bias, lambda: teacher_ids, options)
     ids = check_teacher(hidden, weight, teacher_ids, teacher_logp, options)
     first = first_outcome(ids >= 0, ids)[..., 0]
     check_loss_tensors(first, reduction, token_weights, num_items)
-    marked = options._replace(ignore_index=-1, check=False)
+    marked = options._replace(ignore_index=-1)
     inputs = head_inputs(hidden, weight, first, bias, marked, ids_name="teacher_ids").lean()
     K, dtype = ids.shape[-1], accumulator_dtype(inputs.hidden.dtype)
     teacher = ids.view(-1, K), teacher_logp.detach().reshape(-1, K)

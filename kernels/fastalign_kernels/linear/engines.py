@@ -14,6 +14,7 @@ from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoe
 from .epilogue import EpilogueStatistics, architecture
 from .gpu_plan import gpu_saved_mib, gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
+from .sharded_engine import ShardedEngine, local_inputs
 from .tail_gpu import TailEpilogue
 from .token_tiles import TOKEN_TILES
 
@@ -37,10 +38,19 @@ def _card_bytes(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).total_memory
 
 
+def _runs_in_chunks(inputs: HeadInputs) -> bool:
+    """Whether chunks of token tiles serve a call. They see to a sharded weight themselves, so no rank may
+    decide this by its own number of rows."""
+    sharded_tail = inputs.options.shards is not None and inputs.options.tail_eps is not None
+    return not inputs.hidden.is_cuda or bool(native.triton_missing) or sharded_tail
+
+
 def select(inputs: HeadInputs, needs: NeedsGrad) -> Selection:
-    """The engine of a call, by name."""
-    if not inputs.hidden.is_cuda or native.triton_missing:
+    """The engine of a call, by name; of a sharded weight that of this rank's rows."""
+    if _runs_in_chunks(inputs) or inputs.weight.shape[0] == 0:
         return Selection("token_tiles", 0.0)
+    if inputs.options.shards is not None:
+        inputs = local_inputs(inputs)
     index = inputs.hidden.device.index
     card_bytes = _card_bytes(index)
     workspace_mib = gpu_workspace_mib(card_bytes)
@@ -50,7 +60,13 @@ def select(inputs: HeadInputs, needs: NeedsGrad) -> Selection:
 
 def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
     """The engine of a call."""
-    name, workspace_mib, saved_mib = select(inputs, needs)
+    if inputs.options.shards is not None and not _runs_in_chunks(inputs):
+        return ShardedEngine(_engine(select(inputs, needs)))
+    return _engine(select(inputs, needs))
+
+
+def _engine(selection: Selection) -> Engine:
+    name, workspace_mib, saved_mib = selection
     if name == "token_tiles":
         return TOKEN_TILES
     if name == "epilogue":

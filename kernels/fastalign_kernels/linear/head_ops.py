@@ -32,7 +32,8 @@ from ..autograd import (
 from ..namespace import NAMESPACE
 from ..torch_func import must_see_the_op
 from .engine import Gradients, empty_gradients
-from .inputs import HEAD, HeadInputs, HeadOptions, NeedsGrad
+from .inputs import HEAD, HeadInputs, NeedsGrad
+from .options import HeadOptions
 
 _FIELDS = len(HeadInputs._fields)
 _OPTIONS = HeadInputs._fields.index("options")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import checks
 from ..torch_func import unwrapped
-from .inputs import HeadInputs, check_no_screen, check_no_tail
+from .inputs import HeadInputs
+from .options import check_no_screen, check_no_tail
 
 
 class KeptSets(NamedTuple):

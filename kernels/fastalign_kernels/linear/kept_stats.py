@@ -29,6 +29,7 @@ from .inputs import HeadInputs, NeedsGrad
 from .kept_sets import KeptSets, kept_sets
 from .plan import default_workspace_mib
 from .product_grads import gradients_of, products_of
+from .sharded_collectives import sum_of_ranks
 
 # On a CPU the gathered rows of a chunk stay in the L2 cache.
 CPU_CHUNK_BYTES = 2**20
@@ -46,7 +47,34 @@ class _Pairs(NamedTuple):
 
     rows: Tensor  # of the token
     ids: Tensor  # the kept id
-    raw: Tensor  # the raw logit without bias, in the accumulator's dtype
+    raw: Tensor  # the raw logit without bias, in the accumulator's dtype; if sharded with bias, in fp64
+    bias: Tensor | None  # of the kept id; None if raw has it
+
+    @classmethod
+    def of(cls, inputs: HeadInputs, sets: KeptSets, raw: Tensor) -> _Pairs:
+        bias = None
+        if inputs.bias is not None and inputs.options.shards is None:
+            bias = inputs.bias[sets.ids].to(raw.dtype)
+        return cls(sets.rows(), sets.ids, raw, bias)
+
+
+class _LocalIds(NamedTuple):
+    """Kept ids as rows of the weight on this rank, [M]."""
+
+    ids: Tensor  # 0 where another rank has the id
+    owned: Tensor | None  # bool; None: all
+
+    @classmethod
+    def of(cls, inputs: HeadInputs, ids: Tensor) -> _LocalIds:
+        shards = inputs.options.shards
+        return cls(inputs.local_ids(ids), None if shards is None else shards.owned(ids))
+
+    def only_owned(self, x: Tensor, part: slice | None = None) -> Tensor:
+        """x [M, ...], or of a part of the ids, with 0 where another rank has the id."""
+        if self.owned is None:
+            return x
+        owned = self.owned if part is None else self.owned[part]
+        return torch.where(owned.view(-1, *[1] * (x.dim() - 1)), x, 0.0)
 
 
 def _chunks(inputs: HeadInputs, pairs: int, needs: NeedsGrad) -> Iterator[slice]:
@@ -66,18 +94,28 @@ def _gather(matrix: Tensor, index: Tensor, ignored: Tensor | None = None) -> Ten
 
 
 def _raw_logits(inputs: HeadInputs, rows: Tensor, ids: Tensor) -> Tensor:
-    """hidden[rows] . weight[ids], [M] in the accumulator's dtype; a LoRA adapter's product is added."""
+    """hidden[rows] . weight[ids], [M] in the accumulator's dtype; a LoRA adapter's product is added.
+
+    `_Pairs` says what it is for a sharded head.
+    """
     hidden, weight = inputs.hidden, inputs.weight.to(inputs.hidden.dtype)
+    shards = inputs.options.shards
     raw = hidden.new_empty(ids.numel(), dtype=accumulator_dtype(hidden.dtype))
-    ignored = inputs.ids < 0
-    for part in _chunks(inputs, ids.numel(), NeedsGrad()):
+    ignored, local = inputs.ids < 0, _LocalIds.of(inputs, ids)
+    for part in _chunks(inputs, ids.numel() if weight.shape[0] else 0, NeedsGrad()):
         of_tokens = _gather(hidden, rows[part], ignored[rows[part]])
-        raw[part] = of_tokens.mul_(_gather(weight, ids[part])).sum(1)
+        raw[part] = of_tokens.mul_(_gather(weight, local.ids[part])).sum(1)
         if inputs.lora is not None:
             of_tokens = _gather(inputs.lora.hidden, rows[part])
-            raw[part] += of_tokens.mul_(_gather(inputs.lora.weight, ids[part])).sum(1)
+            raw[part] += of_tokens.mul_(_gather(inputs.lora.weight, local.ids[part])).sum(1)
     low = inputs.options.logits_dtype
-    return raw if low is None else raw.to(low).to(raw.dtype)
+    raw = raw if low is None else raw.to(low).to(raw.dtype)
+    if shards is None:
+        return raw
+    wide = raw.double()
+    if inputs.bias is not None and weight.shape[0]:
+        wide = wide + inputs.bias[local.ids]
+    return sum_of_ranks(local.only_owned(wide), len(shards.rows), inputs.group)
 
 
 class _Softmax(NamedTuple):
@@ -90,9 +128,8 @@ class _Softmax(NamedTuple):
 
     @classmethod
     def of(cls, inputs: HeadInputs, pairs: _Pairs) -> _Softmax:
-        rows, ids, raw = pairs
+        rows, ids, raw, bias = pairs
         N = inputs.ids.numel()
-        bias = None if inputs.bias is None else inputs.bias[ids].to(raw.dtype)
         z = transform_ref(raw.double(), bias, inputs.options.transform)
         row_max = z.new_full((N,), -math.inf).scatter_reduce_(0, rows, z, "amax")
         # -inf for a set of masked logits alone: exp(-inf - 0) is 0
@@ -108,17 +145,18 @@ class _Softmax(NamedTuple):
 
 def _stats(inputs: HeadInputs, needs: NeedsGrad, offsets: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """`KeptStats` as [2, N], and the raw logits [M]; needs are those of the backward pass."""
-    rows = KeptSets(offsets, kept).rows()
+    sets, dtype = KeptSets(offsets, kept), accumulator_dtype(inputs.hidden.dtype)
     with engine_context(inputs):
-        raw = _raw_logits(inputs, rows, kept)
-    softmax = _Softmax.of(inputs, _Pairs(rows, kept, raw))
+        raw = _raw_logits(inputs, sets.rows(), kept)
+    softmax = _Softmax.of(inputs, _Pairs.of(inputs, sets, raw))
     stats = torch.stack([softmax.target_logp, softmax.entropy])
-    return torch.where(inputs.ids >= 0, stats, 0.0).to(raw.dtype), raw
+    return torch.where(inputs.ids >= 0, stats, 0.0).to(dtype), raw
 
 
 def _fake_stats(inputs, needs, offsets, kept):
     hidden, dtype = inputs.hidden, accumulator_dtype(inputs.hidden.dtype)
-    return hidden.new_empty(2, hidden.shape[0], dtype=dtype), hidden.new_empty(kept.shape[0], dtype=dtype)
+    raw = dtype if inputs.options.shards is None else torch.float64
+    return hidden.new_empty(2, hidden.shape[0], dtype=dtype), hidden.new_empty(kept.shape[0], dtype=raw)
 
 
 def _logit_grads(inputs: HeadInputs, pairs: _Pairs, grad: Tensor) -> Tensor:
@@ -130,8 +168,8 @@ def _logit_grads(inputs: HeadInputs, pairs: _Pairs, grad: Tensor) -> Tensor:
     p, finite = softmax.logp.exp(), softmax.logp.clamp(min=-1e30)  # 0 * -1e30 is 0, 0 * -inf NaN
     dz = of_logp * (softmax.is_target.double() - p)
     dz -= of_entropy * p * (finite + softmax.entropy[pairs.rows])
-    bias = None if inputs.bias is None else inputs.bias[pairs.ids].to(pairs.raw.dtype)
-    return (dz * slope_ref(pairs.raw.double(), bias, inputs.options.transform)).to(pairs.raw.dtype)
+    slope = slope_ref(pairs.raw.double(), pairs.bias, inputs.options.transform)
+    return (dz * slope).to(accumulator_dtype(inputs.hidden.dtype))
 
 
 def _stats_grad(
@@ -139,8 +177,9 @@ def _stats_grad(
 ) -> Gradients:
     """Gradients for the upstream gradient [2, N] of `KeptStats`. On a CPU each sum is in the order of the
     pairs."""
-    rows = KeptSets(offsets, kept).rows()
-    d_raw = _logit_grads(inputs, _Pairs(rows, kept, raw), grad)
+    shards, M = inputs.options.shards, kept.numel() if inputs.weight.shape[0] else 0
+    pairs, local = _Pairs.of(inputs, KeptSets(offsets, kept), raw), _LocalIds.of(inputs, kept)
+    rows, d_raw = pairs.rows, local.only_owned(_logit_grads(inputs, pairs, grad))
     ignored = inputs.ids < 0
     # W in the dtype in which the forward pass had it
     operands = [inputs.weight.to(inputs.hidden.dtype), *([] if inputs.lora is None else [inputs.lora.weight])]
@@ -148,20 +187,23 @@ def _stats_grad(
     with engine_context(inputs):
         for product in products_of(inputs, operands, needs):
             d_states, d_weight = (
-                torch.zeros(x.shape if need else 0, dtype=raw.dtype, device=raw.device)
+                torch.zeros(x.shape if need else 0, dtype=d_raw.dtype, device=raw.device)
                 for x, need in ((product.states, product.states_grad), (product.weight, product.weight_grad))
             )
-            for part in _chunks(inputs, kept.numel(), needs):
+            for part in _chunks(inputs, M, needs):
                 of_pairs, tokens = d_raw[part, None], rows[part]
                 if product.states_grad:
-                    d_states.index_add_(0, tokens, _gather(product.operand, kept[part]).mul_(of_pairs))
+                    of_ids = _gather(product.operand, local.ids[part]).mul_(of_pairs)
+                    d_states.index_add_(0, tokens, local.only_owned(of_ids, part))
                 if product.weight_grad:
                     of_tokens = _gather(product.states, tokens, ignored[tokens]).mul_(of_pairs)
-                    d_weight.index_add_(0, kept[part], of_tokens)
+                    d_weight.index_add_(0, local.ids[part], local.only_owned(of_tokens, part))
+            if shards is not None and shards.reduces_hidden:
+                d_states = sum_of_ranks(d_states, len(shards.rows), inputs.group)
             grads.append((d_states.to(product.states.dtype), d_weight.to(product.weight.dtype)))
-        d_bias = raw.new_zeros(0 if inputs.bias is None or not needs.bias else len(inputs.bias))
+        d_bias = d_raw.new_zeros(0 if inputs.bias is None or not needs.bias else len(inputs.bias))
         if d_bias.numel():
-            d_bias.index_add_(0, kept, d_raw)
+            d_bias.index_add_(0, local.ids, d_raw)
     return gradients_of(grads, d_bias if inputs.bias is None else d_bias.to(inputs.bias.dtype))
 
 

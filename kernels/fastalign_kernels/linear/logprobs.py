@@ -18,8 +18,9 @@ from ..softmax.rows import Stat, accumulator_dtype
 from . import engines
 from .engine import empty_gradients, empty_stats
 from .head_ops import OpCall, register_head_op
-from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
+from .inputs import HeadInputs, NeedsGrad, head_inputs
 from .kept_stats import kept_stats
+from .options import HeadArguments, head_keywords, head_options
 from .token_losses import TokenCrossEntropy
 from .token_stats import head_stats
 

@@ -29,6 +29,8 @@ from .engine import Gradients, empty_gradients
 from .engines import engine_context
 from .inputs import HeadInputs, NeedsGrad
 from .outcomes import DIVERGENCES, Teacher, first_outcome, with_floor
+from .sharded import Shards, stats_of_no_rows
+from .sharded_collectives import whole_outcomes
 
 CAPPED_BYTES = 4 * 2**20  # of transformed logits that are in memory together under a softcap
 
@@ -56,16 +58,44 @@ def divergences_and_gradients(
         sums = GradAccumulator(inputs, runner.operands, needs)
         for chunk in run_chunks(runner, planned_chunks(inputs, needs), fill_stats=False):
             teacher = loss.teacher(inputs, chunk.tokens)
-            outcomes = _Outcomes.of(chunk, teacher, runner.operands.bias, inputs.options.transform)
+            columns = _OutcomeColumns.of(teacher, inputs.options.shards)
+            outcomes = _Outcomes.of(chunk, teacher, columns, runner)
             log_q = with_floor(loss.divergence, teacher, inputs.vocab_size)
             divergence, grads = DIVERGENCES[loss.divergence](outcomes.logp, log_q)
             counted = chunk.ids >= 0
             losses[chunk.tokens] = torch.where(counted, divergence, 0.0).to(accumulator)
             if any(needs):
                 grads = torch.where(counted[:, None], grads * loss.scale[chunk.tokens][:, None], 0.0)
-                _add(sums, chunk, teacher, outcomes, grads)
+                _add(sums, chunk, columns, outcomes, grads)
         gradients = sums.finish() if any(needs) else empty_gradients(inputs, needs)
     return losses, gradients
+
+
+class _OutcomeColumns(NamedTuple):
+    """Where a teacher's outcomes are among the rows of the weight on this rank."""
+
+    columns: Tensor  # [C, K]; padding, and outcomes of other ranks, repeat the row's first
+    owned: Tensor  # [C, K] bool: an outcome of this rank
+    rows: Tensor | None  # [C, 1] bool: tokens that have one here; None: all that count
+
+    @classmethod
+    def of(cls, teacher: Teacher, shards: Shards | None) -> _OutcomeColumns:
+        if shards is None:
+            return cls(teacher.columns, teacher.given, None)
+        owned = teacher.given & shards.owned(teacher.columns)
+        local = torch.where(owned, teacher.columns - shards.first, 0)
+        columns = torch.where(owned, local, first_outcome(owned, local))
+        return cls(columns, owned, owned.any(-1, keepdim=True))
+
+    def part(self, tokens: slice) -> _OutcomeColumns:
+        rows = None if self.rows is None else self.rows[tokens]
+        return _OutcomeColumns(self.columns[tokens], self.owned[tokens], rows)
+
+    def hide(self, z: Tensor, value: float) -> Tensor:
+        """Write `value` over the outcomes' columns of z [C, V]."""
+        if self.rows is None:
+            return z.scatter_(1, self.columns, value)
+        return z.scatter_(1, self.columns, torch.where(self.rows, value, z.gather(1, self.columns)))
 
 
 class _Outcomes(NamedTuple):
@@ -76,13 +106,22 @@ class _Outcomes(NamedTuple):
     tail: Tensor  # [7, C], statistics of the tail's logits
 
     @classmethod
-    def of(cls, chunk: TokenChunk, teacher: Teacher, bias: Tensor | None, transform: Transform) -> _Outcomes:
-        """Also overwrites the chunk's K logits, unless the softcap needs them."""
-        raw = chunk.logits.gather(1, teacher.columns).double()
-        raw_bias = None if bias is None else bias[teacher.columns]
-        z = transform_ref(raw, raw_bias, transform).masked_fill(~teacher.given, -math.inf)
-        slopes = slope_ref(raw, raw_bias, transform)
-        tail = _tail_stats(chunk, teacher.columns, bias, transform)
+    def of(
+        cls, chunk: TokenChunk, teacher: Teacher, columns: _OutcomeColumns, runner: ChunkRunner
+    ) -> _Outcomes:
+        """Also overwrites the chunk's K logits, unless the softcap needs them. Of a sharded head one
+        all-gather."""
+        inputs, bias = runner.inputs, runner.operands.bias
+        transform, shards = inputs.options.transform, inputs.options.shards
+        raw = teacher.logp.new_zeros(teacher.columns.shape)
+        if chunk.logits.shape[1]:
+            raw += chunk.logits.gather(1, columns.columns)
+            raw += 0 if bias is None else bias[columns.columns]
+        tail = _tail_stats(chunk, columns, bias, transform)
+        if shards is not None:
+            raw = whole_outcomes(raw, teacher.columns, tail, shards, inputs.group)
+        z = transform_ref(raw, None, transform).masked_fill(~teacher.given, -math.inf)
+        slopes = slope_ref(raw, None, transform)
         empty = tail[Stat.MAX] == -math.inf
         log_sum = torch.where(empty, 0.0, tail[Stat.LOGSUM])
         tail[Stat.MAX] = torch.where(empty, 0.0, tail[Stat.MAX])  # exp(-inf - 0) is 0, exp(-inf + inf) NaN
@@ -92,11 +131,15 @@ class _Outcomes(NamedTuple):
         return cls(masses.log_softmax(1), slopes, tail)
 
 
-def _tail_stats(chunk: TokenChunk, columns: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
-    """The statistics [7, C] of the logits outside `columns` [C, K]."""
+def _tail_stats(
+    chunk: TokenChunk, columns: _OutcomeColumns, bias: Tensor | None, transform: Transform
+) -> Tensor:
+    """The statistics [7, C] of the logits outside `columns`."""
     logits, ids = chunk.logits, chunk.ids
+    if not logits.shape[1]:
+        return stats_of_no_rows(ids.numel(), logits)
     if not transform.softcap and transform.logit_scale:
-        logits.scatter_(1, columns, math.copysign(math.inf, -transform.logit_scale))
+        columns.hide(logits, math.copysign(math.inf, -transform.logit_scale))
         return row_stats(logits[None], ids, bias, transform)
     # No raw logit has a probability of 0 under a softcap: z is at least -softcap / temperature.
     rows = max(1, CAPPED_BYTES // (logits.shape[1] * logits.element_size()))
@@ -105,18 +148,19 @@ def _tail_stats(chunk: TokenChunk, columns: Tensor, bias: Tensor | None, transfo
     parts = []
     for begin in range(0, logits.shape[0], rows):
         part = slice(begin, begin + rows)
-        z = transform_ref(logits[part], bias, transform).scatter_(1, columns[part], -math.inf)
+        z = columns.part(part).hide(transform_ref(logits[part], bias, transform), -math.inf)
         parts.append(row_stats(z[None], ids[part], None, Transform()))
     return torch.cat(parts, 1)
 
 
 def _add(
-    sums: GradAccumulator, chunk: TokenChunk, teacher: Teacher, outcomes: _Outcomes, grads: Tensor
+    sums: GradAccumulator, chunk: TokenChunk, columns: _OutcomeColumns, outcomes: _Outcomes, grads: Tensor
 ) -> None:
     """Add the gradients of a chunk for d loss / da [C, K + 1]."""
     coefficients = torch.zeros_like(outcomes.tail[: len(Coefficient)])
     coefficients[Coefficient.PROB] = grads[:, -1]
     values = grads[:, :-1] * outcomes.slopes
     # Padding repeats the first outcome's column, hence its value.
-    values = torch.where(teacher.given, values, first_outcome(teacher.given, values))
-    sums.add_dense(chunk._replace(stats=outcomes.tail), coefficients, ColumnGrads(teacher.columns, values))
+    values = torch.where(columns.owned, values, first_outcome(columns.owned, values))
+    replaced = ColumnGrads(columns.columns, values, columns.rows)
+    sums.add_dense(chunk._replace(stats=outcomes.tail), coefficients, replaced)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import checks
 from ..softmax.rows import accumulator_dtype
 from ..torch_func import unwrapped
-from .inputs import HeadOptions
+from .options import HeadOptions
 
 # A teacher's mass may exceed 1 by the rounding of its log-probabilities: about 1 % in bf16.
 LARGEST_MASS = 1.05
@@ -72,7 +72,8 @@ def check_teacher(
     checks.tensors(hidden=hidden, weight=weight, teacher_ids=teacher_ids, teacher_logp=teacher_logp)
     checks.dtype("teacher_ids", teacher_ids, checks.INTEGERS)
     checks.dtype("teacher_logp", teacher_logp, checks.FLOATS)
-    leading, V = list(hidden.shape[:-1]), weight.shape[0] if weight.dim() else 0
+    leading = list(hidden.shape[:-1])
+    V = options.shards.vocab_size if options.shards else weight.shape[0] if weight.dim() else 0
     if teacher_ids.dim() != hidden.dim() or [*teacher_ids.shape[:-1]] != leading:
         raise ValueError(
             f"teacher_ids: got shape {list(teacher_ids.shape)}, expected [..., K] beside hidden's "

@@ -23,7 +23,8 @@ from ..policy.arguments import (
 from ..policy.losses import ppo_loss
 from ..policy.ops import PolicyOptions
 from ..softmax.rows import accumulator_dtype
-from .inputs import HEAD_DEFAULTS, HeadArguments, HeadInputs, HeadSettings, head_inputs, head_options
+from .inputs import HeadInputs, head_inputs
+from .options import HEAD_DEFAULTS, HeadArguments, HeadSettings, head_options
 
 
 class LinearPolicySettings(PolicySettings, HeadSettings, total=False):

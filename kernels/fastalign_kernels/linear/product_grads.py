@@ -12,6 +12,7 @@ from ..gemm import mm
 from .chunks import Operands
 from .engine import Gradients
 from .inputs import HeadInputs, NeedsGrad
+from .sharded_collectives import Ranks, RankSum
 
 
 class Product(NamedTuple):
@@ -56,14 +57,16 @@ class _Waiting(NamedTuple):
 
 
 class ProductGrads:
-    """Sums d_states and d_weight in the accumulator's dtype."""
+    """Sums d_states and d_weight in the accumulator's dtype; of a sharded head d_states also over ranks."""
 
-    def __init__(self, product: Product, operands: Operands) -> None:
+    def __init__(self, product: Product, operands: Operands, ranks: Ranks | None) -> None:
         self.product, self.operands = product, operands
         states, weight = product.states, product.weight
         self.d_states, self.d_weight = states.new_empty(0), weight.new_empty(0)
         if product.states_grad:
-            self.d_states = torch.zeros_like(states, memory_format=torch.contiguous_format)
+            dtype = states.dtype if ranks is None else operands.accumulator
+            self.d_states = torch.zeros_like(states, dtype=dtype, memory_format=torch.contiguous_format)
+        self.rank_sum = RankSum(self.d_states, ranks) if ranks is not None and product.states_grad else None
         if product.weight_grad:
             self.d_weight = torch.empty(weight.shape, dtype=operands.accumulator, device=states.device)
         self.weight_is_empty = True  # d_weight holds nothing yet
@@ -77,6 +80,7 @@ class ProductGrads:
             d_states = torch.empty(states.shape, dtype=dtype, device=grad.device)
             mm(grad, self.product.operand, d_states)
             self.d_states[tokens] = d_states.to(self.d_states.dtype)
+            self._has(states.shape[0])
         if self.product.weight_grad:
             mm(grad.t(), states, self.d_weight, add=not self.weight_is_empty)
             self.weight_is_empty = False
@@ -114,13 +118,21 @@ class ProductGrads:
             for part, waiting, w in zip(parts, self.waiting, of_shapes):
                 tail = torch.outer(part.dropped, w).add_(torch.outer(part.uniform, of_ones))
                 self.d_states[part.tokens] = waiting.d_states.add_(tail).to(self.d_states.dtype)
+                self._has(tail.shape[0])
         if self.product.weight_grad:
             state_sums = torch.stack([waiting.state_sum for waiting in self.waiting])
             mm(shapes.t(), state_sums, self.d_weight, add=True)
         self.waiting.clear()
 
+    def _has(self, tokens: int) -> None:
+        """d_states has so many tokens more; after the last one their sum over the ranks runs beside dW."""
+        if self.rank_sum is not None:
+            self.rank_sum.add_rows(tokens)
+
     def finish(self) -> tuple[Tensor, Tensor]:
         """d_states and d_weight, in the dtypes of the factors; of size 0 where not needed."""
+        if self.rank_sum is not None:
+            self.d_states = self.rank_sum.finish().to(self.product.states.dtype)
         if self.product.weight_grad and self.weight_is_empty:
             self.d_weight.zero_()
         if self.product.weight_grad and self.uniform_sum is not None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..logits import TokenStats, kept_ids, loss_scale, reduced, stats_of
 from ..logits_ops import token_loss
 from ..softmax.rows import row_stats_ref, transform_ref
-from .inputs import REFERENCE_ARGUMENTS, HeadOptions, ReferenceArguments, head_keywords, head_options
 from .low_rank import LowRank
+from .options import REFERENCE_ARGUMENTS, HeadOptions, ReferenceArguments, head_keywords, head_options
 from .outcomes import Teacher, with_floor
 
 

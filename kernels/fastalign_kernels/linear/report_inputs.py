@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import checks
 from ..keywords import refuse_unknown
-from .inputs import SOFTMAX_ARGUMENTS, HeadInputs, HeadSettings, head_inputs, head_options
+from .inputs import HeadInputs, head_inputs
+from .options import SOFTMAX_ARGUMENTS, HeadSettings, head_options
 
 
 class HeadTensors(NamedTuple):
@@ -47,6 +48,8 @@ def sampled_inputs(
         raise ValueError(f"hidden: got a tensor without values, on {hidden.device}, expected one with values")
     checked = head_options(report, {**head, **options})._replace(check=True)
     inputs = head_inputs(hidden, weight, targets, bias, checked, ids_name="targets")
+    if inputs.options.shards is not None:
+        raise ValueError("weight: got a DTensor, expected a plain tensor: a report measures on one rank")
     tokens = (inputs.ids >= 0).nonzero()[:sample, 0]
     if not tokens.numel():
         raise ValueError("targets: got none that is not ignored, expected at least one")

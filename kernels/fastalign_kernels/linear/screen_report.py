@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .cross_entropy import linear_cross_entropy
-from .inputs import HeadSettings, SoftmaxArguments, head_keywords
+from .options import HeadSettings, SoftmaxArguments, head_keywords
 from .report_inputs import HeadTensors, relative_error, sampled_inputs
 from .screen import COUNTER
 from .tail_columns import COUNTER as TAIL_COUNTER

@@ -28,16 +28,9 @@ from ..keywords import flat_signature, pick
 from ..sequences import check_cu_seqlens, sum_by_sequence
 from ..softmax.rows import Stat, accumulator_dtype, coefficients
 from .engine import SequenceCoefficients, Sequences, empty_gradients
-from .inputs import (
-    HEAD_DEFAULTS,
-    HeadArguments,
-    HeadInputs,
-    HeadOptions,
-    NeedsGrad,
-    head_inputs,
-    head_options,
-)
+from .inputs import HeadInputs, NeedsGrad, head_inputs
 from .logprobs import logprobs
+from .options import HEAD_DEFAULTS, HeadArguments, HeadOptions, head_options
 from .plan import default_workspace_mib
 
 

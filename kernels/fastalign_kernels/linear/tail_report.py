@@ -10,7 +10,8 @@ from torch import Tensor
 from ..ordered_sum import ordered_sum
 from .chunks import ChunkRunner, Operands, new_stats, planned_chunks, run_chunks
 from .cross_entropy import linear_cross_entropy
-from .inputs import HeadInputs, HeadSettings, NeedsGrad, SoftmaxArguments, head_keywords
+from .inputs import HeadInputs, NeedsGrad
+from .options import HeadSettings, SoftmaxArguments, head_keywords
 from .report_inputs import HeadTensors, relative_error, sampled_inputs
 from .tail_columns import COUNTER, chunks_with_columns
 

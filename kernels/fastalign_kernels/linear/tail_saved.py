@@ -37,7 +37,7 @@ class SavedColumns(NamedTuple):
 def empty_saved_columns(inputs: HeadInputs, needs: NeedsGrad) -> SavedColumns:
     """Room for what `save_columns` saves."""
     hidden, call = inputs.hidden, inputs.tile_call(needs)
-    N, V = hidden.shape[0], inputs.vocab_size
+    N, V = hidden.shape[0], inputs.weight.shape[0]
     device_type, dtype = hidden.device.type, accumulator_dtype(hidden.dtype)
     chunk, per_token = capacity(call)
     chunks = -(-N // chunk) * -(-chunk // TOKENS["cpu" if device_type == "cpu" else "cuda"])
@@ -106,6 +106,7 @@ def add_saved(
             recompute.append(tokens)
             continue
         states = sums.operands.states(inputs, tokens)
-        chunk = TokenChunk(tokens, inputs.ids[tokens], states, stats[:, tokens], kept.logits)
+        ids = inputs.local_ids(inputs.ids[tokens])
+        chunk = TokenChunk(tokens, ids, states, stats[:, tokens], kept.logits)
         sums.add_kept(chunk, coefficients[:, tokens].contiguous(), kept)
     return recompute

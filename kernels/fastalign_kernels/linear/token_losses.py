@@ -14,7 +14,8 @@ from ..dispatch import launches
 from ..logits import check_loss_tensors, loss_options, loss_scale, on_gpu, reduced
 from ..logits_ops import token_loss
 from ..softmax.rows import TokenLoss, accumulator_dtype, loss_coefficients
-from .inputs import HeadInputs, HeadOptions, check_tail_smoothing
+from .inputs import HeadInputs
+from .options import HeadOptions, check_tail_smoothing
 
 
 class LossOptions(NamedTuple):

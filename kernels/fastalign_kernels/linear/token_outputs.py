@@ -14,8 +14,11 @@ from torch import Tensor
 
 from .. import checks
 from ..softmax.rows import Stat, accumulator_dtype
-from .inputs import HeadArguments, HeadInputs, head_inputs, head_keywords, head_options
+from .inputs import HeadInputs, head_inputs
 from .logprobs import logprobs
+from .options import HeadArguments, head_keywords, head_options
+from .sharded import Shards
+from .sharded_collectives import sum_of_ranks
 from .token_stats import head_stats
 
 
@@ -94,10 +97,26 @@ def _mean_logit(inputs: HeadInputs, table: Tensor | None) -> Tensor:
         return table[Stat.MEAN_LOGP] + table[Stat.LSE]
     hidden, weight, bias, options = inputs.hidden, inputs.weight, inputs.bias, inputs.options
     dtype = accumulator_dtype(hidden.dtype)
+    shards = options.shards
     with torch.autocast(hidden.device.type, enabled=False):
+        if shards is not None:
+            return _sharded_mean_logit(inputs, shards)
         mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
         if inputs.lora is not None:
             mean = mean + inputs.lora.hidden.to(dtype) @ inputs.lora.weight.mean(0, dtype=dtype)
     if bias is not None:
         mean = mean + bias.mean(dtype=dtype)
     return torch.where(inputs.ids < 0, 0.0, mean * (options.logit_scale / options.temperature))
+
+
+def _sharded_mean_logit(inputs: HeadInputs, shards: Shards) -> Tensor:
+    """The same without a softcap; the ranks' sums are one all-reduce."""
+    options, wide = inputs.options, torch.float64
+    total = inputs.hidden.to(wide) @ inputs.weight.sum(0, dtype=wide)
+    if inputs.lora is not None:
+        total = total + inputs.lora.hidden.to(wide) @ inputs.lora.weight.sum(0, dtype=wide)
+    if inputs.bias is not None:
+        total = total + inputs.bias.sum(dtype=wide)
+    mean = sum_of_ranks(total, len(shards.rows), inputs.group) / shards.vocab_size
+    mean = torch.where(inputs.ids < 0, 0.0, mean * (options.logit_scale / options.temperature))
+    return mean.to(accumulator_dtype(inputs.hidden.dtype))

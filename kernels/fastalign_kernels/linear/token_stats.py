@@ -22,7 +22,8 @@ from ..torch_func import traced, transforming
 from . import engines
 from .engine import Gradients, empty_stats
 from .head_ops import OpCall, head_grads, register_head_grads, register_head_op, save_call, saved_call
-from .inputs import HeadArguments, HeadInputs, NeedsGrad, head_inputs, head_keywords, head_options
+from .inputs import HeadInputs, NeedsGrad, head_inputs
+from .options import HeadArguments, head_keywords, head_options
 
 
 def _stats(inputs: HeadInputs, needs: NeedsGrad) -> Tensor:
@@ -100,8 +101,7 @@ def linear_token_stats(
 ) -> TokenStats:
     """Log-probability, entropy and logsumexp of each position, differentiable, and top-1.
 
-    Costs 1 GEMM without gradients, 3 with a frozen weight, 4 when training; on a GPU 2 and 3 for tokens whose
-    softmax the workspace holds.
+    Costs 1 GEMM without gradients, 3 with a frozen weight, 4 when training; 1 less where a GPU keeps P.
 
     Args:
         hidden, weight, ids, bias: [..., H], [V, H], [...], [V], as in `linear_cross_entropy`.

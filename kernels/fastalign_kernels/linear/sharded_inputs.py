@@ -1,0 +1,269 @@
+"""The head of this rank, from `group=` or from DTensors: what the ranks must agree on is checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import checks
+from ..torch_func import requires_grad, unwrapped
+from .sharded import Shards
+from .sharded_collectives import all_gather
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class LocalHead(NamedTuple):
+    """The tensors of a head call on this rank."""
+
+    hidden: Tensor  # [..., H]
+    weight: Tensor  # [V_r, H]
+    bias: Tensor | None  # [V_r]
+    shards: Shards | None  # None: the weight is whole
+    group: str  # its name; "" if the weight is whole
+
+
+class _Facts(NamedTuple):
+    """What each rank tells the others of a weight; all but `rows` must be equal."""
+
+    rows: int
+    hidden_size: int
+    dtype: int  # its place in checks.FLOATS
+    hidden_grad: int
+    weight_grad: int
+    bias: int  # 0: none, 1: without a gradient, 2: with one
+
+
+_LABELS = {
+    "hidden_size": "weight.shape[1]",
+    "dtype": "hidden.dtype",
+    "hidden_grad": "hidden.requires_grad",
+    "weight_grad": "weight.requires_grad",
+    "bias": "bias",
+}
+
+
+def local_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Callable[[], Tensor], group: Any
+) -> LocalHead:
+    """The head of this rank. Without a group and without DTensors it is as given.
+
+    The number of each rank's rows is not known here, so the first call with a weight asks the other ranks, as
+    does the first with other gradients: one all-gather of 64 bytes, which waits for the device. The answer is
+    kept for that tensor: pass the parameter itself, not a view that is made for each call. That call also
+    compares the ids: a weight that FSDP2 has sharded is none of tensor parallelism, and each of its ranks has
+    other tokens.
+
+    Raises:
+        ValueError: a group that is no process group or not initialised; a DTensor that is not sharded by rows
+            over one mesh dimension, or beside tensors that are not; ranks that differ in what `_Facts` names,
+            or in the ids of a first call.
+    """
+    if group is None and not (_is_dtensor(weight) or _is_dtensor(hidden)):
+        return LocalHead(hidden, weight, bias, None, "")
+    given = weight
+    if _is_dtensor(weight):
+        of_weight = _group_of_rows("weight", weight)
+        group = _same_group(of_weight, group)
+        weight = _local_rows(weight)
+    if group is None:
+        raise ValueError(
+            "hidden: got a DTensor with a weight that is none, expected a plain tensor: hidden.to_local()"
+        )
+    process_group = _process_group(group)
+    if bias is not None and _is_dtensor(bias) != _is_dtensor(given):
+        raise ValueError("bias: got a DTensor beside a plain tensor, expected it sharded as weight is")
+    if bias is not None and _is_dtensor(bias):
+        _same_group(_group_of_rows("bias", bias), process_group)
+        bias = _local_rows(bias)
+    reduces_hidden = not _is_dtensor(hidden)
+    if not reduces_hidden:
+        hidden = _replicated(hidden, process_group)
+    name, rank, size = process_group.group_name, process_group.rank(), process_group.size()
+    facts = _Facts(
+        int(weight.shape[0]) if weight.dim() else 0,
+        int(weight.shape[-1]) if weight.dim() else 0,
+        checks.FLOATS.index(hidden.dtype) if hidden.dtype in checks.FLOATS else -1,
+        int(torch.is_grad_enabled() and requires_grad(hidden)),
+        int(torch.is_grad_enabled() and requires_grad(weight)),
+        0 if bias is None else 1 + int(torch.is_grad_enabled() and requires_grad(bias)),
+    )
+    rows = _rows_of_ranks(given, ids, facts, name, size)
+    if _is_dtensor(given) and sum(rows) != given.shape[0]:
+        raise ValueError(
+            f"weight: got shards of {list(rows)} rows, expected {given.shape[0]} in all, as the DTensor says"
+        )
+    if sum(rows) == 0:
+        raise ValueError("weight: got no rows on any rank of group, expected [V_r, H] on each")
+    return LocalHead(hidden, weight, bias, Shards(rank, reduces_hidden, rows), name)
+
+
+def check_equal_on_ranks(shards: Shards, group: str, **given: Tensor) -> None:
+    """Raise where a tensor has other values or another shape on some rank."""
+    for argument, x in given.items():
+        _refuse_different(argument, all_gather(_hash(x), len(shards.rows), group).tolist())
+
+
+def _refuse_different(argument: str, of_ranks: Sequence[object]) -> None:
+    different = [rank for rank, value in enumerate(of_ranks) if value != of_ranks[0]]
+    if different:
+        raise ValueError(
+            f"{argument}: got other values on ranks {different} of group than on rank 0, expected the same "
+            "on all of them"
+        )
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A number [2] int64 that depends on all bits of x, on their order, and on x's shape."""
+    x = x.detach().contiguous()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits = x.view(integers).reshape(-1).long()
+    places = torch.arange(bits.numel(), device=x.device)
+    return torch.stack([(bits * (2 * places + 1)).sum(), torch.as_tensor(bits.numel(), device=x.device)])
+
+
+# Process groups.
+
+
+def check_group(group: object) -> None:
+    """A process group, a DeviceMesh of one dimension, or None."""
+    if group is None:
+        return
+    if torch.distributed.is_available():
+        if isinstance(group, torch.distributed.ProcessGroup):
+            return
+        if isinstance(group, torch.distributed.DeviceMesh):
+            if group.ndim == 1:
+                return
+            raise ValueError(
+                f"group: got a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names}, expected one "
+                "dimension of it: mesh['tp']"
+            )
+    raise ValueError(
+        f"group: got {checks.shown(group)}, expected a torch.distributed.ProcessGroup, one dimension of a "
+        "DeviceMesh, or None"
+    )
+
+
+def _process_group(group: Any) -> ProcessGroup:
+    """The process group of `group=`, which `check_group` has seen. Raises ValueError."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise ValueError(
+            f"group: got {checks.shown(group)} before torch.distributed was initialised, expected "
+            "init_process_group first"
+        )
+    if isinstance(group, torch.distributed.DeviceMesh):
+        group = group.get_group()
+    if not torch.compiler.is_compiling() and group not in torch.distributed.distributed_c10d._world.pg_map:
+        raise ValueError("group: got a process group that was destroyed, expected one that is initialised")
+    return group
+
+
+def _same_group(found: ProcessGroup, group: Any) -> ProcessGroup:
+    """The group of a DTensor, if `group` is it or None."""
+    if group is not None and _process_group(group).group_name != found.group_name:
+        raise ValueError("group: got another process group than the DTensor's, expected None or that group")
+    return found
+
+
+# DTensors.
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # here, because importing it takes a second
+
+    return isinstance(x, DTensor)
+
+
+def _group_of_rows(argument: str, x: Any) -> ProcessGroup:
+    """The group over which the rows of x are sharded. Raises ValueError for another placement."""
+    from torch.distributed.tensor import Shard
+
+    mesh = x.device_mesh
+    dimensions = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1] or [0]
+    placement = x.placements[dimensions[0]]
+    # a subclass of Shard, as FSDP2 beside tensor parallelism makes it, interleaves the rows
+    if len(dimensions) > 1 or type(placement) is not Shard or placement.dim != 0:
+        raise ValueError(
+            f"{argument}: got a DTensor with placements {x.placements} on a mesh of {tuple(mesh.shape)}, "
+            "expected rows sharded over one mesh dimension alone, (Shard(dim=0),)"
+        )
+    return mesh.get_group(dimensions[0])
+
+
+def _local_rows(x: Any) -> Tensor:
+    """The rows of this rank; their gradient is theirs alone."""
+    return x.to_local(grad_placements=x.placements)
+
+
+def _replicated(hidden: Any, group: ProcessGroup) -> Tensor:
+    """Hidden states of all tokens; DTensor sums the ranks' gradients."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh = hidden.device_mesh
+    if mesh.ndim != 1 or mesh.get_group().group_name != group.group_name:
+        raise ValueError(
+            f"hidden: got a DTensor on a mesh of {tuple(mesh.shape)}, expected the one-dimensional mesh over "
+            "which weight is sharded, or a plain tensor"
+        )
+    if hidden.placements != (Replicate(),):
+        hidden = hidden.redistribute(placements=[Replicate()])
+    return hidden.to_local(grad_placements=[Partial()])
+
+
+# What the ranks tell each other.
+
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _rows_of_ranks(
+    weight: Tensor, ids: Callable[[], Tensor], facts: _Facts, group: str, ranks: int
+) -> tuple[int, ...]:
+    """The rows of each rank. Raises ValueError on all ranks if they differ in another fact, or in ids."""
+    if torch.compiler.is_compiling():
+        return _agreed_rows(tuple(facts), (0, 0), group, ranks, weight.device.type)
+    if isinstance(ids(), FakeTensor) or ids().is_meta:
+        return (facts.rows,) * ranks  # no values: no rank to ask
+    known = _KNOWN.setdefault(weight, {})
+    if (facts, group) not in known:
+        of_ids = tuple(_hash(unwrapped(ids())).tolist())
+        known[facts, group] = _agreed_rows(tuple(facts), of_ids, group, ranks, weight.device.type)
+    return known[facts, group]
+
+
+@torch.compiler.assume_constant_result
+def _agreed_rows(
+    facts: tuple[int, ...], of_ids: tuple[int, ...], group: str, ranks: int, device: str
+) -> tuple[int, ...]:
+    """Tell the other ranks the facts of this one; compiled code asks when it is traced, where ids have no
+    values."""
+    with torch.no_grad():
+        numbers = torch.tensor((*facts, *of_ids), dtype=torch.int64, device=device)
+        told = all_gather(numbers, ranks, group).tolist()
+    *of_facts, ids, number = zip(*told)
+    _refuse_different("ids", list(zip(ids, number)))
+    by_fact = dict(zip(_Facts._fields, of_facts))
+    rows: tuple[int, ...] = by_fact.pop("rows")
+    for field, values in by_fact.items():
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"{_LABELS[field]}: got {_shown(field, values)} on the ranks of group, expected the "
+                "same on all of them"
+            )
+    return rows
+
+
+def _shown(field: str, values: tuple[int, ...]) -> list[object]:
+    if field == "dtype":
+        return [checks.FLOATS[value] for value in values]
+    if field == "bias":
+        return [("none", "one without a gradient", "one with a gradient")[value] for value in values]
+    return [bool(value) if field.endswith("grad") else value for value in values]

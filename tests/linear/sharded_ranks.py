@@ -1,0 +1,242 @@
+"""What each rank computes for the tests of the sharded head: a script, `sharded_ranks.py FOLDER RANK RANKS`.
+
+Each rank writes FOLDER/RANK.pt: the results of all cases, and what the further checks found.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from fastalign import nn as losses
+from fastalign_kernels import linear_cross_entropy, tail_report
+from tests.linear.sharded_cases import CASES, TIGHT, Case, Data, Result, V, run, tensors
+from tests.two_ranks import be_a_rank
+
+LAYOUTS: dict[int, dict[str, tuple[int, ...]]] = {
+    1: {"one rank": (V,)},
+    2: {"uneven": (40, 83), "empty": (0, V)},
+    4: {"even": (31, 31, 31, 30), "uneven": (1, 2, 3, 117), "empty": (0, 61, 0, 62)},
+}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+WORKSPACES = {"one chunk": None, "chunks": TIGHT}
+TAIL = 0.02
+# What torch's functional collectives call.
+_BELOW = ("c10d::allgather_into_tensor_coalesced_", "c10d::allreduce_")
+
+
+def rows_of(rows: tuple[int, ...], rank: int) -> slice:
+    """The ids of a rank."""
+    return slice(sum(rows[:rank]), sum(rows[: rank + 1]))
+
+
+def local_data(rows: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Data:
+    return Data.drawn(dtype).of_rows(rows_of(rows, dist.get_rank()))
+
+
+def all_cases(layouts: dict[str, tuple[int, ...]]) -> dict[tuple[str, ...], Result]:
+    """Results by layout, case, dtype and workspace."""
+    found: dict[tuple[str, ...], Result] = {}
+    for layout, rows in layouts.items():
+        for dtype, torch_dtype in DTYPES.items():
+            data = local_data(rows, torch_dtype)
+            for name, case in CASES.items():
+                for workspace, mib in WORKSPACES.items():
+                    options: dict[str, Any] = {"group": dist.group.WORLD, "workspace_mib": mib}
+                    found[layout, name, dtype, workspace] = run(case, data, **options)
+    return found
+
+
+def tail_case(name: str) -> Case:
+    """A case that the tail serves: no smoothing beside a softcap."""
+    case = CASES[name]
+    return case._replace(options=case.options | {"softcap": None}) if "all options" in name else case
+
+
+def tails(layouts: dict[str, tuple[int, ...]]) -> dict[tuple[str, str], Result]:
+    """Cases with tail_eps, by layout and case."""
+    names = ("cross-entropy", "cross-entropy, all options", "logprobs", "logprobs, frozen head", "dpo")
+    options: dict[str, Any] = {"group": dist.group.WORLD, "tail_eps": TAIL, "workspace_mib": TIGHT}
+    found = {}
+    for layout, rows in layouts.items():
+        for name in names:
+            found[layout, name] = run(tail_case(name), local_data(rows), **options)
+    return found
+
+
+def counted(rows: tuple[int, ...]) -> dict[str, list[tuple[str, int]]]:
+    """The collectives of each case, by torch's profiler: their names, and the elements that a rank sends."""
+    calls = {}
+    for name, case in CASES.items():
+        data = local_data(rows).trained(case.trained)
+        for workspace, mib in WORKSPACES.items():
+            calls[f"{name}, {workspace}"] = case, data, mib
+    for case, data, mib in calls.values():
+        _train(case, data, mib)  # the first call tells the rows of all ranks
+    with torch.profiler.profile(record_shapes=True) as profile:
+        for name, (case, data, mib) in calls.items():
+            with torch.profiler.record_function(f"case: {name}"):
+                _train(case, data, mib)
+    found: dict[str, list[tuple[str, int]]] = {}
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+        if event.name.startswith("case: "):
+            found[event.name.removeprefix("case: ")] = case_events = []
+        elif event.name.startswith("_c10d_functional::") and not event.name.endswith("wait_tensor"):
+            elements = torch.Size(event.input_shapes[0]).numel()
+            case_events.append((event.name.removeprefix("_c10d_functional::"), elements))
+        elif event.name.startswith("c10d::") and event.name not in _BELOW:
+            case_events.append((event.name, -1))
+    return found
+
+
+def _train(case: Case, data: Data, mib: float | None) -> None:
+    found = case.ours(data, **case.options, group=dist.group.WORLD, workspace_mib=mib)
+    first = found if isinstance(found, Tensor) else found[0]
+    if first.requires_grad:
+        first.sum().backward()
+
+
+def refusals() -> dict[str, str]:
+    """What the first ranks are told, by what is wrong."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    data = local_data((40, 83) if ranks == 2 else (V,) * ranks)
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    plane = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("dp", "tp"))
+    other = dist.new_group(list(range(ranks)))
+    destroyed = dist.new_group(list(range(ranks)))
+    dist.destroy_process_group(destroyed)
+    whole = Data.drawn(torch.float64)
+    by_rows = distribute_tensor(whole.weight, mesh, [Shard(0)])
+    by_columns = distribute_tensor(whole.weight, mesh, [Shard(1)])
+    lying = DTensor.from_local(data.weight, mesh, [Shard(0)], shape=torch.Size((V + 1, 19)), stride=(19, 1))
+    group: Any = {"group": dist.group.WORLD}
+
+    def ce(*, options: Any = group, **change: Any) -> Any:
+        return lambda: linear_cross_entropy(*tensors(data._replace(**change)), **options)
+
+    calls = {
+        "no group": ce(options={"group": "tp"}),
+        "two dimensions": ce(options={"group": plane}),
+        "destroyed": ce(options={"group": destroyed}),
+        "another group": ce(options={"group": other}, weight=by_rows, bias=None),
+        "columns": ce(options={}, weight=by_columns, bias=None),
+        "replicated": ce(options={}, weight=distribute_tensor(whole.weight, mesh, [Replicate()]), bias=None),
+        "rows of another V": ce(options={}, weight=lying, bias=None),
+        "plain bias": ce(options={}, weight=by_rows),
+        "DTensor hidden": ce(options={}, hidden=distribute_tensor(whole.hidden, mesh, [Replicate()])),
+        "other columns": ce(weight=data.weight[:, : 19 - rank], hidden=data.hidden[:, : 19 - rank]),
+        "hidden needs grad on rank 0": ce(hidden=data.hidden.clone().requires_grad_(rank == 0)),
+        "weight needs grad on rank 0": ce(weight=data.weight.clone().requires_grad_(rank == 0)),
+        "bias on rank 0": ce(bias=data.bias if rank == 0 else None),
+        "other hidden": ce(options=group | {"check": True}, hidden=data.hidden + rank),
+        "other ids": ce(options=group | {"check": True}, ids=torch.where(data.ids < 0, rank, data.ids)),
+        "other ids, first call": ce(weight=data.weight.clone(), ids=data.ids.roll(rank)),
+        "ids": ce(ids=torch.full_like(data.ids, V)),
+        "screen": ce(options=group | {"screen": True}),
+        "lora beside a DTensor": ce(
+            options={"lora": (data.lora_a, data.lora_b, 0.5)},
+            hidden=distribute_tensor(whole.hidden, mesh, [Replicate()]),
+            weight=by_rows,
+            bias=None,
+        ),
+        "tail report": lambda: tail_report(data.hidden, by_rows, data.ids, tail_eps=0.1),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "nothing"
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def dtensors() -> dict[str, Result]:
+    """A loss and its whole gradients of DTensors: by what hidden is."""
+    whole = Data.drawn(torch.float64)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    placements = {"a tensor": None, "replicated": Replicate(), "sharded tokens": Shard(0)}
+    found = {}
+    for name, placement in placements.items():
+        weight, bias = (
+            distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() for x in (whole.weight, whole.bias)
+        )
+        hidden = (
+            whole.hidden.clone() if placement is None else distribute_tensor(whole.hidden, mesh, [placement])
+        )
+        hidden.requires_grad_()
+        loss = linear_cross_entropy(hidden, weight, whole.ids, bias, label_smoothing=0.1)
+        grads = torch.autograd.grad(-loss, (hidden, weight, bias))
+        full = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+        found[name] = Result([loss.detach()], full)
+    return found
+
+
+def mesh_dimension(rows: tuple[int, ...]) -> Tensor:
+    """A loss over one dimension of a mesh, in the module."""
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "tp"))
+    module = losses.LinearCrossEntropyLoss(group=mesh["tp"], label_smoothing=0.1)
+    return module(*tensors(local_data(rows)))
+
+
+def compiled(rows: tuple[int, ...]) -> dict[str, Result]:
+    """Cases in one graph."""
+    found = {}
+    for name in ("cross-entropy, all options", "logprobs"):
+        case = CASES[name]
+        graph = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
+        found[name] = run(case._replace(ours=graph), local_data(rows), group=dist.group.WORLD)
+    return found
+
+
+def nothing_to_average(rows: tuple[int, ...]) -> dict[str, Result]:
+    """N = 0, and tokens that are all ignored."""
+    data = local_data(rows)
+    none = data._replace(hidden=data.hidden[:0], ids=data.ids[:0])
+    case = CASES["cross-entropy"]
+    options: dict[str, Any] = {"group": dist.group.WORLD}
+    ignored = data._replace(ids=torch.full_like(data.ids, -100))
+    return {
+        "no tokens, num_items": run(case, none, num_items=3.0, **options),
+        "no tokens": run(case, none, **options),
+        "ignored, num_items": run(case, ignored, num_items=3.0, **options),
+        "ignored": run(case, ignored, **options),
+    }
+
+
+def run_rank(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    ranks = int(sys.argv[3])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=60),  # a rank that waits for a chunk that no other has ends here
+    )
+    layouts = LAYOUTS[ranks]
+    first = next(iter(layouts.values()))
+    found = {
+        "cases": all_cases(layouts),
+        "tails": tails(layouts),
+        "nothing": nothing_to_average(first),
+        "mesh": mesh_dimension(first),
+        "dtensors": dtensors(),
+        "counted": counted(first),
+    }
+    if ranks == 2:
+        found |= {"refusals": refusals(), "compiled": compiled(first)}
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    be_a_rank(run_rank)
