@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from fastalign_kernels import LowRank
 from fastalign_kernels.linear.token_outputs import linear_token_outputs
 
-from ..peft_heads import explain_adapters, is_lora, lora_of
-from ..probe import UnsupportedModelError
 from . import hosts
 from .hosts import PatchedHost
 
@@ -72,11 +70,12 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     from .trainer_end import warn_if_unused
 
     handle = PatchedHost(HOST, options)
-    handle.replace(utils, "_ChunkedLogProbFunction", _LogProbs(handle, utils._ChunkedLogProbFunction))
+    scorer = _LogProbs(handle, utils._ChunkedLogProbFunction)
+    handle.replace(utils, "_ChunkedLogProbFunction", scorer)
     for name in TRAINERS:
         trainer: Any = importlib.import_module(f"trl.trainer.{name}_trainer")
         if hasattr(trainer, "BaseTunerLayer"):  # PEFT is installed
-            handle.replace(trainer, "BaseTunerLayer", _refused_layers(trainer.BaseTunerLayer))
+            handle.replace(trainer, "BaseTunerLayer", _refused_layers(trainer.BaseTunerLayer, scorer))
     # TRL asks this only to know whether to score all positions or those that are not ignored.
     handle.replace(utils, "_use_triton", lambda device: device.type in hosts.DEVICES or uses_triton(device))
     warn_if_unused(handle, CONFIGS)
@@ -94,6 +93,7 @@ class _LogProbs:
     def __init__(self, handle: PatchedHost, original: Any) -> None:
         self.handle = handle
         self.original = original
+        self.has_adapter = False  # whether a trainer has an adapter on lm_head
 
     def apply(
         self,
@@ -121,6 +121,9 @@ class _LogProbs:
                 logit_scale,
                 outputs,
             )
+        lora = None
+        if self.has_adapter or not torch.compiler.is_compiling():  # the compiler cannot trace _adapter
+            lora = _adapter(hidden, expected=self.has_adapter)
         self.handle.count()
         if weight.dtype not in (hidden.dtype, torch.float32):  # TRL casts each tile of it
             weight = weight.to(hidden.dtype)
@@ -137,34 +140,43 @@ class _LogProbs:
             temperature=temperature,
             softcap=final_logit_softcapping,
             logit_scale=logit_scale,
-            lora=_adapter(hidden),
+            lora=lora,
             **self.handle.options,
         )
         return scored.logp, scored.entropy, scored.log_sum_sq_probs, scored.mean_logit, scored.top1
 
 
-def _refused_layers(peft_layer: type) -> type:
+def _refused_layers(peft_layer: type, scorer: _LogProbs) -> type:
     """What TRL's trainers ask whether lm_head is one of: PEFT's layers, but those that the head serves.
 
     GRPO's cast_lm_head_to_fp32 asks too, in a function of its own. It forgets adapters in generation, so they
     are still refused there.
     """
 
+    from ..peft_heads import explain_adapters, is_lora
+
     class Refused(type):
         def __instancecheck__(cls, module: Any) -> bool:
             by_constructor = sys._getframe(1).f_code.co_name == "__init__"
             served = by_constructor and is_lora(module) and explain_adapters(module) is None
+            scorer.has_adapter |= served
             return isinstance(module, peft_layer) and not served
 
     return Refused(peft_layer.__name__, (), {})
 
 
-def _adapter(hidden: Tensor) -> LowRank | None:
+def _adapter(hidden: Tensor, *, expected: bool) -> LowRank | None:
     """The LoRA adapter on the lm_head that TRL's forward scores with.
 
-    TRL passes the weight alone, so the module is read from its forward's frame.
+    TRL passes the weight alone, so the module is read from its forward's frame. In a compiled forward there
+    is no such frame, which is an error if a trainer has an adapter there (`expected`).
     """
+    from ..peft_heads import explain_adapters, is_lora, lora_of
+    from ..probe import UnsupportedModelError
+
     head = sys._getframe(2).f_locals.get("lm_head")
+    if expected and not isinstance(head, nn.Module):
+        raise ValueError("trl: got an adapter on lm_head in a compiled forward, expected no torch_compile")
     if not isinstance(head, nn.Module) or not is_lora(head):
         return None
     if (reason := explain_adapters(head)) is not None:

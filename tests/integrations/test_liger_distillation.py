@@ -95,7 +95,7 @@ def test_the_constructors_and_the_call_orders_are_ligers() -> None:
 def test_a_compiled_call_is_one_graph() -> None:
     torch.compiler.reset()
     given = heads(torch.float32)
-    module = LigerFusedLinearJSDLoss(chunk_size=4)
-    compiled = torch.compile(lambda: call(module, given), fullgraph=True, backend="aot_eager")
+    module = LigerFusedLinearJSDLoss(chunk_size=5)
+    compiled = torch.compile(lambda: call(module, given), fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(), call(module, given))
     torch.testing.assert_close(grads(compiled(), given), grads(call(module, given), given))

@@ -313,3 +313,21 @@ def test_a_compiled_call_has_no_graph_break(call: dict[str, Any]) -> None:
         for _ in range(2):
             torch.testing.assert_close(compiled(call["hidden"], call["weight"]), plain)
     assert handle.calls == 2, "one eager, one traced"
+
+
+def test_an_adapter_on_lm_head_in_a_compiled_forward_is_refused(call: dict[str, Any]) -> None:
+    import trl.trainer.utils as utils
+
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(llama().float(), lora)
+    with integration.patch():
+        taken = trl.SFTTrainer.__init__.__globals__["BaseTunerLayer"]
+
+        class Trainer:  # TRL asks in a constructor
+            def __init__(self) -> None:
+                self.refused = isinstance(model.get_output_embeddings(), taken)
+
+        assert not Trainer().refused
+        compiled = torch.compile(utils._ChunkedLogProbFunction.apply, backend="eager")
+        with pytest.raises(Exception, match="got an adapter on lm_head in a compiled forward"):
+            compiled(*call.values())
