@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -38,16 +37,17 @@ from fastalign_kernels import (
 from fastalign_kernels.ordered_sum import ordered_sum
 
 from .full_logits import LOSS_FUNCTION, needs_full_logits, warn_if_trl_scores
+from .parallel_heads import keep_forward, plain_logits, refuse_shards, restore_forward
 from .peft_heads import ReplacedRows, adapter_forward
 from .probe import (
     LogitTransform,
-    UnsupportedModelError,
     check_fused,
     declared_transforms,
     explain_loss,
     probing,
     unsupported,
 )
+from .probe import UnsupportedModelError as UnsupportedModelError
 from .servable_heads import (
     adapted_head,
     backbone_of,
@@ -110,7 +110,8 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
 
     The same object is returned, and fusing twice changes nothing else. Fuse before DDP or
     torch.compile wraps the model; FSDP2's `fully_shard` may come before or after. A deep copy of a fused
-    model is fused, and so is a pickled one (torch.save).
+    model is fused, and so is a pickled one (torch.save). A model that transformers sharded by its
+    `tp_plan` keeps its shards: every rank passes the same rows, and no rank gathers logits.
 
     The model's own forward runs, with logits, when transformers' Trainer collects predictions
     (`compute_metrics`, `predict`). It runs with one warning in training without labels, after
@@ -125,8 +126,8 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
 
     Raises:
         UnsupportedModelError: an encoder-decoder, no output embeddings, an lm_head that is not a plain
-            nn.Linear (quantised, tensor-parallel), several active adapters or DoRA on it, an auxiliary
-            router loss, a forward that is already replaced, or a mismatch found by `verify`.
+            nn.Linear (quantised), several active adapters or DoRA on it, an auxiliary router loss, a forward
+            that is already replaced, or a mismatch found by `verify`.
         ValueError: `verify` with weights on the meta device, or a tail_eps outside (0, 1).
     """
     base = causal_lm_of(model)
@@ -176,6 +177,7 @@ def unfuse_head(model: Model) -> Model:
         if _is_ours(module):
             for name in ("forward", "__reduce_ex__", "get_output_embeddings"):
                 module.__dict__.pop(name, None)
+            restore_forward(module)
     for name in [name for name in base.__dict__ if name.startswith("_fastalign_")]:
         del base.__dict__[name]
     return model
@@ -251,12 +253,8 @@ def _fastalign_head_forward(
     replaced_rows: rows in place of some of the weight's. They are read here, where FSDP2 has gathered it.
     """
     if targets is None:
-        return F.linear(hidden, self.weight, self.bias)
-    if isinstance(self.weight, DTensor):
-        raise UnsupportedModelError(
-            "lm_head.weight: got a DTensor inside lm_head's call, expected a whole weight: a tensor-parallel "
-            "head is not served"
-        )
+        return plain_logits(self, hidden)
+    refuse_shards(self, served=replaced_rows is None)
     if replaced_rows is not None:
         options["lora"] = replaced_rows.low_rank(self.weight)
     return head(hidden, self.weight, targets, bias=self.bias, **options)
@@ -352,6 +350,7 @@ def _patch(model: PreTrainedModel, heads: Sequence[nn.Module], transform: LogitT
 
 
 def _patch_module(module: nn.Module) -> None:
+    keep_forward(module)
     module.__dict__["forward"] = _forward_of(module)
     module.__dict__["__reduce_ex__"] = _reduce_of(module)
 

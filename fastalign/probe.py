@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .finite import find_not_finite
+from .parallel_heads import whole_logits
 from .versions import newer_than_tested
 
 # Names in configs; `logits_scaling` divides (Granite), but not in HyperCLOVA-X.
@@ -172,9 +173,10 @@ def _recorded_head(model: PreTrainedModel, *, randomize: bool = False) -> Iterat
     calls: list[_HeadCall] = []
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> Any:
+        given, output = output, whole_logits(module, inputs[0], output)
         if not randomize:
             calls.append(_HeadCall(inputs[0], output, output))
-            return output
+            return given
         used = torch.rand(output.shape, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
         used = used.mul_(_LARGEST).to(output)
         calls.append(_HeadCall(inputs[0], output, used))

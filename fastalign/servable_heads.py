@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from .parallel_heads import is_parallel
 from .peft_heads import explain_adapters, wrapped_head
 from .probe import UnsupportedModelError, unsupported
 
@@ -115,9 +116,11 @@ def explain_unservable(model: PreTrainedModel) -> str | None:
 
 def refuse_unservable(model: PreTrainedModel, heads: Sequence[nn.Module]) -> None:
     refuse_router_loss(model, None)
-    if (model.tp_size or 1) > 1:
+    if adapted_head(model) is not None and any(is_parallel(head) for head in plain_heads(model)):
         raise unsupported(
-            model, f"is tensor-parallel over {model.tp_size} ranks", expected="a whole lm_head on each rank"
+            model,
+            f"has an adapter on an lm_head that is tensor-parallel over {model.tp_size} ranks",
+            expected="no adapter there",
         )
     if scored_by_trl(model):
         raise unsupported(
@@ -126,7 +129,7 @@ def refuse_unservable(model: PreTrainedModel, heads: Sequence[nn.Module]) -> Non
             expected="a model to fuse before that: fastalign.integrations.trl.patch() needs no fusing",
         )
     for module in (model, *heads):
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and not is_parallel(module):
             raise unsupported(
                 model,
                 f"has the forward of its {type(module).__name__} replaced by {_name_of(module.forward)} "
