@@ -16,6 +16,7 @@ Gradients are reduce-scattered once a step, in the backward pass of the last mic
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -134,7 +135,14 @@ def _shard_parts(sharding: Sharding, base: PreTrainedModel) -> None:
 def _layers(base: PreTrainedModel) -> list[nn.Module]:
     """The modules that transformers names as wholes: the layers, of a vision tower too."""
     names = set(base._no_split_modules or ())
-    return [module for module in base.modules() if type(module).__name__ in names]
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    if not layers:
+        warnings.warn(
+            f"model: {type(base).__name__} names no layers (_no_split_modules), so a pass gathers all its "
+            "weights at once",
+            stacklevel=2,
+        )
+    return layers
 
 
 def _tied(base: PreTrainedModel) -> bool:
