@@ -37,6 +37,12 @@ N, H, V = 150, 96, 5000
 Given = dict[str, Any]
 
 
+@pytest.fixture(autouse=True)
+def small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5000 columns, more than a 32nd may matter."""
+    monkeypatch.setattr(screen, "LARGEST_SHARE", 1.0)
+
+
 def make(
     dtype: torch.dtype = torch.float32, *, tokens: int = N, hidden_size: int = H, seed: int = 0
 ) -> Given:
@@ -190,6 +196,20 @@ def test_a_call_that_8_bits_do_not_serve_is_exact_and_says_so() -> None:
 
 
 @needs_screen
+def test_a_call_to_which_many_columns_matter_is_exact_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "LARGEST_SHARE", 1 / 32)
+    given = make()
+    given["hidden"] *= 0.2
+    screen_weight.forget_weights()
+    screen_counts()
+    exact, screened = both(given)
+    counts = screen_counts()
+    assert counts.tokens == counts.exact_tokens == N - 1
+    assert not screen_weight._kept  # nor is the weight coded
+    torch.testing.assert_close(exact.logp, screened.logp)
+
+
+@needs_screen
 def test_a_flat_softmax_over_many_columns_is_screened() -> None:
     """No column but the target and the largest matters."""
     generator = torch.Generator().manual_seed(0)
@@ -267,7 +287,7 @@ def test_losses_and_gradients_are_near_the_exact_ones(name: str, tail_eps: float
     given["weight"].requires_grad_()
     exact = losses(given, tail_eps=tail_eps)[name]
     screened = losses(given, screen=True, tail_eps=tail_eps)[name]
-    assert abs(float(exact) - float(screened)) < 3e-3 * max(1.0, abs(float(exact)))
+    assert (exact - screened).abs() < 3e-3 * exact.abs().clamp(min=1.0)
     for a, b in zip(gradients(screened, given), gradients(exact, given)):
         assert (a - b).norm() < 0.02 * b.norm()
 

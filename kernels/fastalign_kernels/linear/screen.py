@@ -16,8 +16,9 @@ logits (accumulate.py, tail_columns.py).
 
 A token is computed exactly, all its logits, if the 8-bit error is too large for it (`LARGEST_NOISE`: an
 enormous coordinate, logits of 1e4, NaN), or if more columns matter than `csrc/screen/api.h` allows. If that
-is so for most of the first tokens of a call, all of it is computed exactly. `screen_counts` tells how many.
-A token's result depends on that token and the weight alone, except for that decision.
+is so for most of the first tokens of a call, or if more than `LARGEST_SHARE` of the columns matter to some
+that are probed, all of it is computed exactly. `screen_counts` tells how many. A token's result depends on
+that token and the weight alone, except for that decision.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from torch import Tensor
 from ..gemm import mm
 from ..gemm_int8 import code_rows, unit_stride
 from ..namespace import ops
-from ..softmax.rows import Stat, row_stats
+from ..softmax.rows import Stat, row_stats, transform_ref
 from .inputs import HeadInputs
 from .screen_weight import ScreenedWeight, screened_weight
 
 EXACT_EPS = 2.0**-14  # a column of a larger probability gets its exact logit
 LARGEST_NOISE = 0.25  # nats: standard deviation of a token's z8 - z above which it is computed exactly
 MARGIN = 12.0  # standard deviations below the largest z8 within which a column may have the largest z
+LARGEST_SHARE = 1 / 32  # of the columns that are exact: beyond it dense products are faster
+EXACTLY_PROBED = 16  # tokens of a call, for that share
 PROBED_TOKENS = 64  # of a call; most of them must be screened for the rest to be
 UNRESOLVED = -1  # of csrc/screen
 
@@ -98,34 +101,41 @@ class Screen:
     def __init__(self, inputs: HeadInputs, weight: Tensor, bias: Tensor | None) -> None:
         """weight, bias: of the GEMMs (chunks.Operands); the codes are those of the call's own weight."""
         self.options, self.weight, self.bias = inputs.options, unit_stride(weight), bias
-        self.coded: ScreenedWeight = screened_weight(inputs.weight)
+        self.coded_from = inputs.weight
+        self.coded: ScreenedWeight | None = None
         self.probed = self.given_up = False
 
     def run(self, hidden: Tensor, ids: Tensor, tile: Tensor | None = None) -> Screened:
         """Screen tokens: hidden [C, H] as it enters a GEMM, ids [C]; tile [C, V] takes their logits."""
-        C = ids.numel()
-        done = 0
-        parts = []
-        if not self.probed:
-            self.probed = True
-            done = min(C, PROBED_TOKENS)
-            parts.append(self._screen(hidden[:done], ids[:done], None if tile is None else tile[:done]))
-            self.given_up = 2 * parts[0].unresolved.numel() > done
-        if done < C:
-            if self.given_up:
-                empty = torch.zeros(len(Stat), C - done)
-                parts.append(Screened(empty, torch.arange(C - done)))
-                COUNTER.add(ScreenCounts(C - done, C - done))
-            else:
-                part = self._screen(hidden[done:], ids[done:], None if tile is None else tile[done:])
-                parts.append(part)
-        if len(parts) == 1:
-            return parts[0]
-        first, second = parts
+        if self.probed or not ids.numel():
+            return self._screen_or_not(hidden, ids, tile)
+        self.probed = True
+        if self._is_flat(hidden):
+            self.given_up = True
+            return self._screen_or_not(hidden, ids, tile)
+        done = min(ids.numel(), PROBED_TOKENS)
+        first = self._screen(hidden[:done], ids[:done], None if tile is None else tile[:done])
+        self.given_up = 2 * first.unresolved.numel() > done
+        rest = self._screen_or_not(hidden[done:], ids[done:], None if tile is None else tile[done:])
         return Screened(
-            torch.cat([first.stats, second.stats], 1),
-            torch.cat([first.unresolved, second.unresolved + done]),
+            torch.cat([first.stats, rest.stats], 1), torch.cat([first.unresolved, rest.unresolved + done])
         )
+
+    def _is_flat(self, hidden: Tensor) -> bool:
+        """Whether so many columns matter to some of these tokens that dense products are faster."""
+        some = hidden[:: max(1, hidden.shape[0] // EXACTLY_PROBED)][:EXACTLY_PROBED]
+        logits = some.new_empty(some.shape[0], self.weight.shape[0], dtype=torch.float32)
+        mm(some, self.weight.t(), logits)
+        z = transform_ref(logits, self.bias, self.options.transform)
+        matter = z > z.logsumexp(1, keepdim=True) + math.log(EXACT_EPS)
+        return int(matter.sum()) > LARGEST_SHARE * matter.numel()
+
+    def _screen_or_not(self, hidden: Tensor, ids: Tensor, tile: Tensor | None) -> Screened:
+        if not self.given_up:
+            return self._screen(hidden, ids, tile)
+        C = ids.numel()
+        COUNTER.add(ScreenCounts(C, C))
+        return Screened(hidden.new_zeros(len(Stat), C, dtype=torch.float32), torch.arange(C))
 
     def fill(self, hidden: Tensor, ids: Tensor, tile: Tensor) -> Tensor:
         """Write the logits of tokens into tile [C, V], exact ones for those that cannot be screened; the
@@ -143,8 +153,14 @@ class Screen:
         exact = row_stats(tile[None], exact_ids, self.bias, self.options.transform)
         return torch.where(exact_ids >= 0, exact, stats)
 
+    def _coded(self) -> ScreenedWeight:
+        """The codes, which a call that gives up at once does not need."""
+        if self.coded is None:
+            self.coded = screened_weight(self.coded_from)
+        return self.coded
+
     def _screen(self, hidden: Tensor, ids: Tensor, tile: Tensor | None) -> Screened:
-        C, coded, options = ids.numel(), self.coded, self.options
+        C, coded, options = ids.numel(), self._coded(), self.options
         coding = coded.rows.coding
         hidden = unit_stride(hidden)
         rows = code_rows(hidden, coding, left=True)
