@@ -47,6 +47,25 @@ def tensor(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {shown(value)}, expected a torch.Tensor")
 
 
+def is_dtensor(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which a rank has a part."""
+    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # here, because importing it takes a second
+
+    return isinstance(x, DTensor)
+
+
+def logits(value: object) -> None:
+    """A tensor of logits, of the whole vocabulary."""
+    tensor("logits", value)
+    if isinstance(value, Tensor) and is_dtensor(value):
+        raise ValueError(
+            "logits: got a DTensor, expected a plain tensor of the whole vocabulary on each rank: "
+            "logits.full_tensor(), or a head function with a sharded weight"
+        )
+
+
 def tensors(**given: object) -> None:
     """All are tensors."""
     for name, value in given.items():

@@ -154,7 +154,7 @@ def _tokens(
     """Check logits and ids; `name` is the public function's for ids."""
     ignore_index = checks.ignore_index(ignore_index)
     checks.flags(check=check)
-    checks.tensor("logits", logits)
+    checks.logits(logits)
     checks.tensor(name, ids)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: got shape {list(logits.shape)}, expected [..., V] with V >= 1")

@@ -186,7 +186,7 @@ def sample(
 
 
 def _check_logits(logits: Tensor) -> torch.Size:
-    checks.tensor("logits", logits)
+    checks.logits(logits)
     if logits.dim() != 2 or not 1 <= logits.shape[1] <= MAX_VOCAB:
         raise ValueError(f"logits: got shape {list(logits.shape)}, expected [B, V] with V in 1 to 2^20")
     checks.dtype("logits", logits, LOGITS)

@@ -100,7 +100,10 @@ def check_tails(found: Found, layout: str) -> None:
             if (name, argument) == ("cross-entropy", "bias"):  # the tail keeps the sums of all columns
                 assert_equal_in_fp64(ours, right, f"{name}, d {argument}")
             error, of_one = ((found - right).norm() / right.norm() for found in (ours, theirs))
-            assert error <= 2 * of_one + 1e-12, f"{name}, d {argument}: {error:.3g}, one rank {of_one:.3g}"
+            # each rank's part of rank 1 has its own columns' sums: with mixed signs upstream not those of all
+            assert error <= ranks * of_one + 1e-12, (
+                f"{name}, d {argument}: {error:.3g}, one rank {of_one:.3g}"
+            )
 
 
 def expected_collectives(name: str, ranks: int, workspace: str) -> list[tuple[str, int]]:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastalign import nn as losses
-from fastalign_kernels import linear_cross_entropy, tail_report
+from fastalign_kernels import cross_entropy, linear_cross_entropy, sample, tail_report
 from tests.linear.sharded_cases import CASES, TIGHT, Case, Data, Result, V, run, tensors
 from tests.two_ranks import be_a_rank
 
@@ -147,6 +147,8 @@ def refusals() -> dict[str, str]:
             weight=by_rows,
             bias=None,
         ),
+        "sample": lambda: sample(distribute_tensor(whole.weight, mesh, [Shard(0)]), seed=0),
+        "logits": lambda: cross_entropy(distribute_tensor(whole.weight, mesh, [Shard(1)]), whole.ids),
         "tail report": lambda: tail_report(data.hidden, by_rows, data.ids, tail_eps=0.1),
     }
     found = {}

@@ -65,10 +65,10 @@ def local_head(
             over one mesh dimension, or beside tensors that are not; ranks that differ in what `_Facts` names,
             or in the ids of a first call.
     """
-    if group is None and not (_is_dtensor(weight) or _is_dtensor(hidden)):
+    if group is None and not (checks.is_dtensor(weight) or checks.is_dtensor(hidden)):
         return LocalHead(hidden, weight, bias, None, "")
     given = weight
-    if _is_dtensor(weight):
+    if checks.is_dtensor(weight):
         of_weight = _group_of_rows("weight", weight)
         group = _same_group(of_weight, group)
         weight = _local_rows(weight)
@@ -77,12 +77,12 @@ def local_head(
             "hidden: got a DTensor with a weight that is none, expected a plain tensor: hidden.to_local()"
         )
     process_group = _process_group(group)
-    if bias is not None and _is_dtensor(bias) != _is_dtensor(given):
+    if bias is not None and checks.is_dtensor(bias) != checks.is_dtensor(given):
         raise ValueError("bias: got a DTensor beside a plain tensor, expected it sharded as weight is")
-    if bias is not None and _is_dtensor(bias):
+    if bias is not None and checks.is_dtensor(bias):
         _same_group(_group_of_rows("bias", bias), process_group)
         bias = _local_rows(bias)
-    reduces_hidden = not _is_dtensor(hidden)
+    reduces_hidden = not checks.is_dtensor(hidden)
     if not reduces_hidden:
         hidden = _replicated(hidden, process_group)
     name, rank, size = process_group.group_name, process_group.rank(), process_group.size()
@@ -95,7 +95,7 @@ def local_head(
         0 if bias is None else 1 + int(torch.is_grad_enabled() and requires_grad(bias)),
     )
     rows = _rows_of_ranks(given, ids, facts, name, size)
-    if _is_dtensor(given) and sum(rows) != given.shape[0]:
+    if checks.is_dtensor(given) and sum(rows) != given.shape[0]:
         raise ValueError(
             f"weight: got shards of {list(rows)} rows, expected {given.shape[0]} in all, as the DTensor says"
         )
@@ -173,14 +173,6 @@ def _same_group(found: ProcessGroup, group: Any) -> ProcessGroup:
 
 
 # DTensors.
-
-
-def _is_dtensor(x: Tensor) -> bool:
-    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor  # here, because importing it takes a second
-
-    return isinstance(x, DTensor)
 
 
 def _group_of_rows(argument: str, x: Any) -> ProcessGroup:
