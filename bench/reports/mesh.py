@@ -8,7 +8,7 @@ Nothing here was measured on several GPUs. The model of a step:
         each layer twice.
     dp_replicate: HSDP's all-reduce of the gradients' shards, in fp32.
     tp: the layers' collectives of activations in bf16, four a pass. The head's weight is sharded by rows of
-        the vocabulary: a table of 32 bytes a token a rank is gathered, and dX [N, H] is all-reduced in fp32
+        the vocabulary: a table of 24 bytes a token a rank is gathered, and dX [N, H] is all-reduced in fp32
         beside the GEMM of dW.
     overlap: dp_shard and dp_replicate run beside the compute; tp's collectives of the layers do not.
 
@@ -34,7 +34,7 @@ NVLINK, INFINIBAND = 450e9, 50e9
 CALL, NVLINK_HOP, NETWORK_HOP = 8.4e-6, 3.4e-6, 9.6e-6
 BF16, FP32 = 2, 4
 STATE = 4 * FP32  # a trained weight: itself, its gradient, AdamW's two moments
-TABLE = 32  # bytes a token a rank of the sharded head
+TABLE = 24  # bytes a token that a rank of the sharded head sends (linear/sharded.py)
 WORLDS = (8, 64, 1024)
 TOKENS = 8192  # of a GPU and a step: one sequence
 
