@@ -265,8 +265,8 @@ MUTATIONS = [
     ),
     Mutation(
         "fastalign/stages/rollouts.py",
-        "- options.missing_eos_penalty * ~ended",
-        "- options.missing_eos_penalty * ended",
+        '- options.missing_eos_penalty * ~gathered["ended"]',
+        '- options.missing_eos_penalty * gathered["ended"]',
         "tests/stages/ppo",
     ),
 ]

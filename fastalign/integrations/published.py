@@ -41,6 +41,7 @@ VERL = Published(
             ("self", "hidden_states", "vocab_weights", "input_ids", "temperature"),
         ),
         Function("verl.workers.engine.base", "BaseEngine.train_batch", ("self", "data", "loss_function")),
+        Function("verl.workers.engine.base", "BaseEngine.infer_batch", ("self", "data", "loss_function")),
     ),
 )
 

@@ -12,10 +12,11 @@ tensor-parallel ranks and on devices other than CPUs and CUDA.
 
 import importlib
 import sys
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from fastalign_kernels import linear_token_stats, ppo_loss
@@ -51,18 +52,21 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     engines: Any = importlib.import_module("verl.workers.engine.base")
 
     handle = PatchedHost(HOST, options)
-    of_triton = _linear_cross_entropy(handle, kernel.linear_cross_entropy)
+    adapter = _HeadAdapter()
+    of_triton = _linear_cross_entropy(handle, adapter, kernel.linear_cross_entropy)
     early = [sys.modules[name] for name in IMPORTS_EARLY if name in sys.modules]
     for module in (kernel, *early):
         handle.replace(module, "linear_cross_entropy", of_triton)
     module_class = torch_functional.FusedLinearForPPO
-    handle.replace(module_class, "forward", _fused_linear_for_ppo(handle, module_class.forward))
+    handle.replace(module_class, "forward", _fused_linear_for_ppo(handle, adapter, module_class.forward))
     handle.warn_without_calls(
         engines.BaseEngine,
         "train_batch",
         USE_FUSED_KERNELS,
         applies=lambda engine, *_: "ValueHead" not in type(engine).__name__,
     )
+    for name in ("train_batch", "infer_batch"):
+        handle.replace(engines.BaseEngine, name, adapter.noted(getattr(engines.BaseEngine, name)))
     return handle
 
 
@@ -94,7 +98,39 @@ def unpatch() -> None:
     hosts.unpatch(POLICY_LOSS)
 
 
-def _linear_cross_entropy(handle: PatchedHost, original: Any) -> Any:
+class _HeadAdapter:
+    """Refuses LoRA on lm_head during a batch: verl's fused kernels get the weight without its adapter."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None  # of the adapted lm_head of the engine whose batch is running
+
+    def noted(self, original: Any) -> Any:
+        """A method of verl's engine that takes a batch, and notes the engine's adapted lm_head."""
+
+        @wraps(original)
+        def batch(engine: Any, *args: Any, **kwargs: Any) -> Any:
+            model = getattr(engine, "module", None)
+            modules = model.named_modules() if isinstance(model, nn.Module) else ()
+            adapted = (name for name, module in modules if hasattr(module, "lora_A"))
+            self.name = next((name for name in adapted if name.rpartition(".")[2] == "lm_head"), None)
+            try:
+                return original(engine, *args, **kwargs)
+            finally:
+                self.name = None
+
+        return batch
+
+    def refuse(self) -> None:
+        """Raise NotImplementedError if the running batch's lm_head is adapted."""
+        if self.name is not None:
+            raise NotImplementedError(
+                f"verl: got LoRA on {self.name} with use_fused_kernels=True, expected other target modules: "
+                "verl's fused kernels would leave the adapter out of the logits. Leave lm_head out of "
+                "target_modules, as verl's default all-linear does, or set use_fused_kernels=False"
+            )
+
+
+def _linear_cross_entropy(handle: PatchedHost, adapter: _HeadAdapter, original: Any) -> Any:
     """Stands in for verl's Triton kernel."""
 
     def linear_cross_entropy(
@@ -106,6 +142,7 @@ def _linear_cross_entropy(handle: PatchedHost, original: Any) -> Any:
         dist_process_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability and entropy [N] of labels with N elements, hidden [..., H] and weight [V, H]."""
+        adapter.refuse()
         reason = hosts.unserved(hidden, weight)
         if dist_process_group is not None and dist_process_group.size() > 1:
             reason = f"a vocabulary sharded over {dist_process_group.size()} ranks, expected a whole lm_head"
@@ -124,13 +161,14 @@ def _linear_cross_entropy(handle: PatchedHost, original: Any) -> Any:
     return linear_cross_entropy
 
 
-def _fused_linear_for_ppo(handle: PatchedHost, original: Any) -> Any:
+def _fused_linear_for_ppo(handle: PatchedHost, adapter: _HeadAdapter, original: Any) -> Any:
     """Stands in for the forward of the module behind verl's backends "torch" and "liger"."""
 
     def forward(
         self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability and entropy [...] of input_ids [...], hidden_states [..., H], vocab_weights."""
+        adapter.refuse()
         if (reason := hosts.unserved(hidden_states, vocab_weights)) is not None:
             handle.warn_unserved(reason)
             return original(self, hidden_states, vocab_weights, input_ids, temperature)

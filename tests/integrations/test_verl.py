@@ -184,6 +184,28 @@ def test_a_step_without_a_call_warns_unless_it_trains_values(
             FSDPEngineWithLMHead().train_batch({}, None)
 
 
+@pytest.mark.parametrize("batch", ["train_batch", "infer_batch"])
+def test_lora_on_the_head_is_refused_because_the_fused_kernels_would_leave_it_out(
+    verl: Any, call: Any, monkeypatch: pytest.MonkeyPatch, batch: str
+) -> None:
+    class Engine(verl.engines.BaseEngine):
+        __init__ = object.__init__
+
+    score_tokens = lambda *_: verl.functional.FusedLinearForPPO().forward(*call)  # noqa: E731
+    monkeypatch.setattr(verl.engines.BaseEngine, batch, score_tokens)
+    monkeypatch.setattr(hosts, "check_published", lambda published: None)
+    engine = Engine()
+    engine.module = torch.nn.ModuleDict({"lm_head": torch.nn.Module(), "q_proj": torch.nn.Module()})
+    engine.module["q_proj"].lora_A = torch.nn.ModuleDict()
+    with integration.patch() as handle:
+        getattr(engine, batch)({}, None)
+        assert handle.calls == 1
+        engine.module["lm_head"].lora_A = torch.nn.ModuleDict()
+        with pytest.raises(NotImplementedError, match="got LoRA on lm_head.*use_fused_kernels=False"):
+            getattr(engine, batch)({}, None)
+        verl.functional.FusedLinearForPPO().forward(*call)  # outside of a batch nothing is known
+
+
 class Config(SimpleNamespace):
     """What the policy loss reads of verl's ActorConfig."""
 
