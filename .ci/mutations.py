@@ -269,6 +269,24 @@ MUTATIONS = [
         '- options.missing_eos_penalty * gathered["ended"]',
         "tests/stages/ppo",
     ),
+    Mutation(
+        "fastalign/stages/grpo.py",
+        "groups - groups.mean(1, keepdim=True)",
+        "groups - groups.mean()",
+        "tests/stages/ppo/test_grpo.py -k advantages",
+    ),
+    Mutation(
+        "fastalign/stages/grpo.py",
+        "learnt=drawn.mask & whole[:, None]",
+        "learnt=drawn.mask",
+        "tests/stages/ppo/test_grpo.py -k truncated",
+    ),
+    Mutation(
+        "fastalign/stages/rollouts.py",
+        "sorted(range(len(kept)), key=lambda number: spans[number])",
+        "range(len(kept))",
+        "tests/stages/ppo/test_behaviour.py -k packed_kept",
+    ),
 ]
 
 
