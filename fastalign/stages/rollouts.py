@@ -56,7 +56,8 @@ class Drawn(NamedTuple):
     rollout returned it, `old_logp`, which is that or the trainer's (rescore), `reference_logp` (None without
     a reference). `scores`: fp64 [B], less missing_eos_penalty. `ended`: bool [B], whether the last token ends
     it. `kept`: the ids that the filter kept at each token of each completion, on the CPU; None without a
-    filter. `further`: [B, R] of each function in `draw_completions`'s argument of that name.
+    filter. `kept_numbers`: [B], how many these are. `further`: [B, R] of each function in
+    `draw_completions`'s argument of that name.
     """
 
     prompts: list[list[int]]
@@ -68,6 +69,7 @@ class Drawn(NamedTuple):
     scores: Tensor
     ended: Tensor
     kept: Sequence[KeptIds] | None
+    kept_numbers: Tensor | None
     further: dict[str, Tensor]
 
     def log_ratio(self) -> Tensor:
@@ -88,9 +90,8 @@ class Drawn(NamedTuple):
             "completions/mean_length": self.mask.sum(1).double().mean(),
             "val/num_eos_tokens": self.ended.sum(),
         }
-        if self.kept is not None:
-            ids = sum(len(sets.ids) for sets in self.kept)
-            found["completions/kept_ids"] = ids / self.mask.sum().double()
+        if self.kept_numbers is not None:
+            found["completions/kept_ids"] = self.kept_numbers.sum() / self.mask.sum().double()
         if self.reference_logp is not None:
             found["objective/kl"] = self.log_ratio().sum(1).mean()
         if options.rescore:
@@ -206,6 +207,7 @@ def draw_completions(
 
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
     found["ended"] = torch.tensor([ids[-1] in ends for ids in completions])
+    found |= {} if kept is None else {"kept_numbers": torch.tensor([len(sets.ids) for sets in kept])}
     gathered = _gather(world, {"mask": mask, "drawn": drawn, "scores": scores, **found})
     scores = gathered["scores"]
     if options.missing_eos_penalty is not None:
@@ -220,6 +222,7 @@ def draw_completions(
         scores=scores,
         ended=gathered["ended"],
         kept=None if kept is None else _of_all_ranks(world, kept, len(prompts)),
+        kept_numbers=gathered.get("kept_numbers"),
         further={name: gathered[name] for name in further or {}},
     )
 
