@@ -37,6 +37,7 @@ from fastalign_kernels import (
 from fastalign_kernels.ordered_sum import ordered_sum
 
 from .full_logits import LOSS_FUNCTION, needs_full_logits, warn_if_trl_scores
+from .fused_options import checked_options, options_of, set_options
 from .parallel_heads import keep_forward, plain_logits, refuse_shards, restore_forward
 from .peft_heads import ReplacedRows, adapter_forward
 from .probe import (
@@ -87,7 +88,9 @@ class FusedCausalLMOutput(CausalLMOutputWithPast):
 
 
 @noting_newer_packages()
-def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = None) -> Model:
+def fuse_head(
+    model: Model, *, verify: bool = True, tail_eps: float | None = None, screen: bool | None = None
+) -> Model:
     """Let a transformers causal LM (or the one in a PeftModel) compute its loss through the fused head.
 
     Afterwards `model(..., labels=[B, T])` (shifted inside) or `model(..., shift_labels=[B, T])` (already
@@ -105,8 +108,8 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
     - `temperature` (1.0) divides the logits. `workspace_mib` bounds the head's memory.
     - `keep_hidden=True` returns the backbone's `last_hidden_state`, for a head of another kind.
 
-    `tail_eps` is that of `linear_cross_entropy`. It holds for all losses of the model until it is fused
-    with another.
+    `tail_eps` and `screen` are those of `linear_cross_entropy`. They hold for all losses of the model until
+    it is fused with others.
 
     The same object is returned, and fusing twice changes nothing else. Fuse before DDP or
     torch.compile wraps the model; FSDP2's `fully_shard` may come before or after. A deep copy of a fused
@@ -128,17 +131,17 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
         UnsupportedModelError: an encoder-decoder, no output embeddings, an lm_head that is not a plain
             nn.Linear (quantised), several active adapters or DoRA on it, an auxiliary router loss, a forward
             that is already replaced, or a mismatch found by `verify`.
-        ValueError: `verify` with weights on the meta device, or a tail_eps outside (0, 1).
+        ValueError: `verify` with weights on the meta device, a tail_eps outside (0, 1), or a screen where
+            the head's device or dtype has none.
     """
     base = causal_lm_of(model)
     heads = heads_of(base)
-    if tail_eps is not None:
-        checks.tail_eps(tail_eps)
+    options = checked_options(heads[0], tail_eps, screen)
     if (
         all(_is_ours(module) for module in (base, *heads))
         and base.loss_function is base.__dict__[LOSS_FUNCTION]
     ):
-        base.__dict__["_fastalign_tail_eps"] = tail_eps
+        set_options(base, options)
         return model
     unfuse_head(base)  # the lm_head or the loss_function was replaced after fusing, so fuse again
     refuse_unservable(base, heads)
@@ -156,7 +159,7 @@ def fuse_head(model: Model, *, verify: bool = True, tail_eps: float | None = Non
             _patch(base, heads, explained.transform)
             check_fused(base, explained)
             undo.pop_all()
-    base.__dict__["_fastalign_tail_eps"] = tail_eps  # set after the check, which needs the exact gradient
+    set_options(base, options)  # after the check, which needs exact logits and gradients
     return model
 
 
@@ -313,11 +316,7 @@ def _run(
     if isinstance(num_items, Tensor):
         num_items = num_items.to(hidden.device)
     transform: LogitTransform = model.__dict__["_fastalign_transform"]
-    options |= {
-        "ignore_index": ignore_index,
-        "tail_eps": model.__dict__.get("_fastalign_tail_eps"),
-        **transform._asdict(),
-    }
+    options |= {"ignore_index": ignore_index, **options_of(model), **transform._asdict()}
     kept = {name: getattr(inner, name, None) for name in (CACHE, "hidden_states", "attentions")}
     kept |= {"last_hidden_state": hidden} if keep_hidden else {}
     head = model.get_output_embeddings()

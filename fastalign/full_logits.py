@@ -11,6 +11,7 @@ import warnings
 import torch
 from transformers import PreTrainedModel
 
+from .fused_options import options_of
 from .integrations import hosts
 from .servable_heads import scored_by_trl
 
@@ -71,19 +72,22 @@ def warn_if_trl_scores(model: PreTrainedModel) -> None:
     """Warn once if a TRL trainer replaced a fused model's forward and does not score tokens as it would."""
     if not scored_by_trl(model):
         return
-    handle, tail_eps = hosts.patched("trl"), model.__dict__.get("_fastalign_tail_eps")
+    handle = hosts.patched("trl")
     if handle is None:
         _warn_once(
             model,
             f"model: got a fused {type(model).__name__} in a TRL trainer, which scores tokens by a function "
             "of its own, so the fused head does nothing: call fastalign.integrations.trl.patch()",
         )
-    elif handle.options["tail_eps"] != tail_eps:
-        _warn_once(
-            model,
-            f"tail_eps: got {tail_eps} from fuse_head, expected {handle.options['tail_eps']} as given to "
-            "fastalign.integrations.trl.patch(), which holds in a TRL trainer",
-        )
+        return
+    for name, value in options_of(model).items():
+        held = handle.options.get(name)
+        if held != value:
+            _warn_once(
+                model,
+                f"{name}: got {value} from fuse_head, expected {held} as given to "
+                "fastalign.integrations.trl.patch(), which holds in a TRL trainer",
+            )
 
 
 def _warn(model: PreTrainedModel, why: str) -> None:

@@ -11,6 +11,7 @@ from fastalign_kernels.linear.low_rank import LowRank
 from fastalign_kernels.linear.options import (
     HEAD_SETTINGS,
     HeadSettings,
+    check_no_screen,
     check_no_tail,
     check_tail_smoothing,
     head_keywords,
@@ -122,6 +123,7 @@ class LinearDistillationLoss(LossModule):
         checks.choice("divergence", divergence, tuple(DIVERGENCES))
         checks.choice("reduction", reduction, ("mean", "sum", "none"))
         check_no_tail(options, "LinearDistillationLoss")
+        check_no_screen(options, "LinearDistillationLoss")
         super().__init__(divergence=divergence, reduction=reduction, **with_defaults(head))
 
     def forward(

@@ -118,6 +118,10 @@ class TrainConfig(Options):
     """Leave columns of the softmax below this probability out of the head's backward matrix products, but for
     a rank-1 matrix of their sums: faster where the model is sure, with a small error (docs/tail.md). null:
     exact."""
+    screen: bool = False
+    """Compute the head's logits in 8 bits, and again exactly where they matter, in all passes: evaluation,
+    the reference, the old policy, and training, where it goes with tail_eps (docs/screen.md). CPUs with
+    AVX-512 VNNI only."""
 
     lora_rank: NonNegativeInt = 0
     """Rank of LoRA adapters; 0 trains all weights."""
@@ -201,6 +205,11 @@ class TrainConfig(Options):
             raise ValueError("cpu_offload: got true with dp_shard=1, expected dp_shard of at least 2")
         if self.dp_shard > 1 and self.compile:
             raise ValueError(f"compile: got true with dp_shard={self.dp_shard}, expected false")
+        if self.screen and self.lora_rank and "lm_head" in self.lora_targets:
+            raise ValueError(
+                "screen: got true with lora_targets=lm_head, expected false: a head with adapters has exact "
+                "logits alone"
+            )
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError(f"eval_every: got {self.eval_every} without eval_data, expected both")
         return self

@@ -317,8 +317,10 @@ def _head(config: TrainConfig, world: World, model: PreTrainedModel, shape: Shap
     apart = weight.requires_grad and (
         getattr(text, "tie_word_embeddings", False) or weight.element_size() < 4
     )
+    codes = vocab_size * (hidden_size + 72) if config.screen else 0  # of linear/screen_weight.py
     return (
         plan.workspace_bytes
+        + codes
         + shape.targets * hidden_size * size
         + (vocab_size * hidden_size * size if apart else 0)
     )

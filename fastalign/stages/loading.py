@@ -22,6 +22,8 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from fastalign_kernels import gemm_int8
+
 from ..causal_lm import fuse_head
 from ..classifier import score_packed
 from ..data.packing import check_packing
@@ -70,6 +72,15 @@ def check_liger(config: TrainConfig, world: World) -> None:
     ]
     if config.liger and missing:
         raise ValueError(f"liger: got true, expected false without {' and '.join(missing)}")
+
+
+def check_screen(config: TrainConfig, world: World) -> None:
+    """Raise ValueError if 8-bit logits are asked for and this device or dtype has none."""
+    if not config.screen:
+        return
+    dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.dtype)
+    if refused := gemm_int8.refusal(world.device, dtype):
+        raise ValueError(f"screen: got true, expected false: {refused}")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -239,7 +250,7 @@ def load_model(
     if classifier:
         score_packed(lm)
     else:
-        fuse_head(lm, tail_eps=config.tail_eps)
+        fuse_head(lm, tail_eps=config.tail_eps, screen=config.screen)
     # flash-attn does not run on CPUs: sdpa stands for it in the check of a model that is to be sharded.
     checked = attention if lm.device.type == world.device.type else str(options["attn_implementation"])
     lm.set_attn_implementation(checked)
@@ -257,7 +268,7 @@ def load_model(
         return lm
     adapted = add_adapters(lm, config, task=task, base=weights)
     # It verifies an adapter on lm_head, or refuses it.
-    return adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps)
+    return adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps, screen=config.screen)
 
 
 def _check_liger_layers(architecture: PretrainedConfig) -> None:

@@ -26,7 +26,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastalign_kernels import kept_share
 from fastalign_kernels.ordered_sum import ordered_sum
 
 from ..faults import Stopped
@@ -35,8 +34,9 @@ from . import checkpoint
 from .batches import Batch, micro_batch_size, total_steps
 from .config import TrainConfig, save_config
 from .distributed import World, join_world
+from .head_counts import head_counts, reset_counts
 from .hub_names import check_names
-from .loading import check_liger
+from .loading import check_liger, check_screen
 from .optimization import autocast, distribute, make_optimizer, set_rates, trained_weights
 from .reporters import Report, check_reporters
 from .run_folder import check_room, held, naming
@@ -56,14 +56,15 @@ Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 def start(config: TrainConfig) -> Iterator[World]:
     """Join the other ranks, and refuse what cannot run here.
 
-    Raises ValueError for an absent model, reporter, device or Liger; a mesh that does not fit the ranks; a
-    batch_size that the devices do not divide; or an output_dir that another run holds, or that already holds
-    a run (resume=true continues it).
+    Raises ValueError for an absent model, reporter, device or Liger; a screen without 8-bit products; a mesh
+    that does not fit the ranks; a batch_size that the devices do not divide; or an output_dir that another
+    run holds, or that already holds a run (resume=true continues it).
     """
     check_reporters(config.report_to)
     check_names(config)
     with join_world(config.device, config.timeout) as world, _held(config, world):
         check_liger(config, world)
+        check_screen(config, world)
         rows = micro_batch_size(config, world) * world.size
         if config.batch_size % rows:
             raise ValueError(
@@ -205,7 +206,6 @@ def run_steps(
         _check_room(config, model, steps - done)
 
     model.train()
-    kept_share()  # resets the share of earlier runs
     with Signals(world) as signals, Report(config, world, step=done, steps=steps) as report, checkpoints:
         if evaluate_held_out and not done:
             line = {"step": 0} | evaluate_held_out()
@@ -218,13 +218,13 @@ def run_steps(
             began = time.perf_counter()
             world.at_step(step + 1)
             fraction = set_rates(config, optimizer, peaks, step, steps)
+            reset_counts()  # of earlier runs and of the evaluation before
             metrics, items = train_step(step)
             items_done += items
             seconds = time.perf_counter() - began
 
             line = {"step": step + 1, "epoch": (step + 1) * config.batch_size / rows, **metrics}
-            share = kept_share()
-            line |= {} if share is None else {"kept_share": share}  # of this process; tail_eps
+            line |= head_counts()
             line |= {"learning_rate": config.learning_rate * fraction, items_name: items_done}
             line |= {"seconds": seconds, f"{items_name}_per_second": items / seconds}
             if evaluate_held_out and _due(step + 1, config.eval_every, steps):

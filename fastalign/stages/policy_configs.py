@@ -160,6 +160,11 @@ class PolicyConfig(RolloutOptions, TrainConfig):
                 f"tail_eps: got {self.tail_eps} with top_k, top_p or min_p, expected null or "
                 "filtered_policy=false: a softmax over kept ids has no tail"
             )
+        if self.screen and self.keeps_sets:
+            raise ValueError(
+                "screen: got true with top_k, top_p or min_p, expected false or filtered_policy=false: a "
+                "softmax over kept ids has exact logits alone"
+            )
         if self.reward_label is not None and is_function(self.reward):
             raise ValueError(
                 f"reward_label: got {self.reward_label}, expected none, because reward is the function "

@@ -166,6 +166,7 @@ def _digest_model(config: ReferenceConfig, model: PreTrainedModel | PeftModel) -
     """
     fields = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     fields |= {"bf16": config.bf16, "attention": model.config._attn_implementation}
+    fields |= {"screen": True} if config.screen else {}
     digest = hashlib.blake2b(json.dumps(fields, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         if "lora_" not in name:

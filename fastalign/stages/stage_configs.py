@@ -123,6 +123,10 @@ class RewardConfig(PreferenceConfig):
                 f"tail_eps: got {self.tail_eps}, expected null, because a reward model has no softmax over a "
                 "vocabulary"
             )
+        if self.screen:
+            raise ValueError(
+                "screen: got true, expected false, because a reward model has no softmax over a vocabulary"
+            )
         return self
 
     @model_validator(mode="after")

@@ -188,6 +188,8 @@ def test_linear_losses_of_pairs_without_a_reference(module, reduction):
         (LinearDistillationLoss, {"divergence": "kl"}, "divergence: got 'kl'"),
         (LinearDistillationLoss, {"reduction": "max"}, "reduction: got 'max'"),
         (LinearDistillationLoss, {"tail_eps": 0.01}, "tail_eps: got 0.01, expected None"),
+        (LinearDistillationLoss, {"screen": True}, "screen: got True, expected None"),
+        (LinearDPOLoss, {"screen": "int8"}, "screen: got 'int8', expected True or None"),
     ],
     ids=str,
 )

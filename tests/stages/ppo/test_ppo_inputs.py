@@ -318,6 +318,7 @@ def test_prompts_that_cannot_be_completed_are_refused(
         ({"importance_cap": 2.0}, r"importance_cap: got 2.0 with rescore=false"),
         ({"target_kl": 6.0, "kl_coef": 0}, r"target_kl: got 6.0 with kl_coef=0, expected a kl_coef above 0"),
         ({"tail_eps": 0.01, "top_p": 0.9}, "tail_eps: got 0.01 with top_k, top_p or min_p, expected null or"),
+        ({"screen": True, "top_p": 0.9}, "screen: got true with top_k, top_p or min_p, expected false or"),
         ({"minibatches": 3}, r"batch_size: got 8, expected a multiple of minibatches \(3\)"),
         (
             {"reference": "adapters_off"},

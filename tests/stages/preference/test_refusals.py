@@ -63,7 +63,13 @@ from tests.stages.tiny import undescribed
         ("reward", {"center_coefficient": -1}, "center_coefficient"),
         ("reward", {"beta": 0.1}, "unknown key 'beta'"),
         ("reward", {"tail_eps": 0.01}, r"tail_eps: got 0.01, expected null"),
+        ("reward", {"screen": True}, r"screen: got true, expected false"),
         ("dpo", {"tail_eps": 1.0}, "tail_eps"),
+        (
+            "kto",
+            {"screen": True, "lora_rank": 2, "lora_targets": ["lm_head"]},
+            "screen: got true with lora_targets=lm_head, expected false",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_refused_by_name(

@@ -1,0 +1,37 @@
+"""The options of a fused model's head, which hold for all its losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastalign_kernels import checks, gemm_int8
+
+_OPTIONS = "_fastalign_options"
+
+
+def checked_options(head: nn.Module, tail_eps: float | None, screen: bool | None) -> dict[str, Any]:
+    """Keywords of the head functions.
+
+    Raises ValueError for a tail_eps outside (0, 1), and for a screen where the head lies on a device or has a
+    dtype without 8-bit products.
+    """
+    parameter = next(head.parameters())
+    screened = checks.screen(screen, None)
+    if screened and (refused := gemm_int8.refusal(parameter.device, parameter.dtype)):
+        raise ValueError(f"screen: got True, expected None: {refused}")
+    return {
+        "tail_eps": None if tail_eps is None else checks.tail_eps(tail_eps),
+        "screen": screened or None,
+    }
+
+
+def set_options(model: nn.Module, options: dict[str, Any]) -> None:
+    model.__dict__[_OPTIONS] = options
+
+
+def options_of(model: nn.Module) -> dict[str, Any]:
+    """The keywords that `set_options` gave the model; none while `fuse_head` verifies it."""
+    options: dict[str, Any] = model.__dict__.get(_OPTIONS, {})
+    return options

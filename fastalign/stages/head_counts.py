@@ -1,0 +1,24 @@
+"""What a step's metrics say of the fused head's approximations, `tail_eps` and `screen`."""
+
+from __future__ import annotations
+
+from fastalign_kernels import kept_share, screen_counts
+
+
+def reset_counts() -> None:
+    """Forget what was counted so far, such as an evaluation's passes."""
+    kept_share()
+    screen_counts()
+
+
+def head_counts() -> dict[str, float]:
+    """Of all passes of this process since the last call: a tail's share of kept columns, and a screen's exact
+    logits a screened token and share of tokens that were computed exactly."""
+    share, screened = kept_share(), screen_counts()
+    found = {} if share is None else {"kept_share": share}
+    if not screened.tokens:
+        return found
+    found["screen/exact_tokens"] = screened.exact_tokens / screened.tokens
+    if here := screened.tokens - screened.exact_tokens:
+        found["screen/exact_columns"] = screened.exact_columns / here
+    return found
