@@ -60,6 +60,7 @@ def make_reference(
 def _score(model: nn.Module, packed: Batch) -> Tensor:
     with torch.no_grad():
         logps = sequence_logps(model, packed)
+    # PEFT switches adapters by requires_grad of the weights it finds, which must be the optimizer's.
     reshard(model)
     return logps
 
