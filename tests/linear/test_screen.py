@@ -321,6 +321,16 @@ def test_codes_are_kept_for_a_version_of_the_weight_alone() -> None:
 
 
 @needs_screen
+def test_a_weight_made_in_inference_mode_is_coded_in_each_call() -> None:
+    with torch.inference_mode():
+        given = make()
+        first = linear_logprobs(**given, screen=True)
+        given["weight"].mul_(0.9)
+        check_near(*both(given))
+        assert not torch.equal(linear_logprobs(**given, screen=True), first)
+
+
+@needs_screen
 def test_a_weight_in_the_memory_of_another_is_coded_anew() -> None:
     given = make()
     for seed in range(4):

@@ -49,8 +49,11 @@ _kept: OrderedDict[tuple[object, ...], _Kept] = OrderedDict()
 def screened_weight(weight: Tensor) -> ScreenedWeight:
     """The codes of weight [V, H]: those kept of this version of it, or new ones.
 
-    In-place operations on `weight.data` change no version, so that some numbers are compared too.
+    In-place operations on `weight.data` change no version, so that some numbers are compared too. A weight
+    made in inference mode has no version, and is coded anew.
     """
+    if weight.is_inference():
+        return code_weight(weight)
     storage = StorageWeakRef(weight.untyped_storage())
     key = (
         *(storage.cdata, weight.storage_offset(), weight._version),
