@@ -11,14 +11,14 @@ namespace fastalign {
 namespace {
 
 int64_t cpu_target() { return chosen_target(); }
-bool cpu_own_gemm() { return prefers_native_gemm(); }
+bool cpu_prefers_native_gemm() { return prefers_native_gemm(); }
 
 }  // namespace
 }  // namespace fastalign
 
 STABLE_TORCH_LIBRARY_FRAGMENT(FASTALIGN_OPS, m) {
   m.def("cpu_target() -> int");
-  m.def("cpu_own_gemm() -> bool");
+  m.def("cpu_prefers_native_gemm() -> bool");
 
   m.def("row_stats(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor(a!) stats) -> ()");
   m.def("row_grad(Tensor logits, Tensor ids, Tensor? bias, float logit_scale, float softcap, float temperature, Tensor stats, "
@@ -71,7 +71,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTALIGN_OPS, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(FASTALIGN_OPS, CompositeExplicitAutograd, m) {
   m.impl("cpu_target", TORCH_BOX(&fastalign::cpu_target));
-  m.impl("cpu_own_gemm", TORCH_BOX(&fastalign::cpu_own_gemm));
+  m.impl("cpu_prefers_native_gemm", TORCH_BOX(&fastalign::cpu_prefers_native_gemm));
 #ifdef FASTALIGN_X86_TARGETS
   m.impl("cpu_int8_gemm", TORCH_BOX(&fastalign::has_int8_gemm));
 #endif

@@ -59,7 +59,7 @@ def has_int8_gemm() -> bool:
 def _choose_gemm() -> bool:
     choice = os.environ.get("FASTALIGN_GEMM") or None
     if choice is None:
-        return not missing and ops.cpu_own_gemm()
+        return not missing and ops.cpu_prefers_native_gemm()
     if choice not in ("native", "torch"):
         raise ValueError(
             f"FASTALIGN_GEMM: got {choice!r}, expected native (formerly own) or torch, "

@@ -24,7 +24,7 @@ GIVEN = {
 }
 # Words that the field does not use. `HeadPlan.way` is public, and TrainConfig counts steps as others do.
 PRIVATE_WORDS = re.compile(r"(?:^|_)(own|wanted|ways?|sweeps?|keeping|others|every)(?:_|$)")
-PUBLIC_NAMES = {"way", "eval_every", "save_every", "cpu_own_gemm"}
+PUBLIC_NAMES = {"way", "eval_every", "save_every"}
 
 
 def tracked(*patterns: str) -> list[str]:
