@@ -1,9 +1,8 @@
 """Completions of a step's prompts with their scores and log-probabilities, for PPO and GRPO.
 
-The old log-probabilities are those that the rollout returned, of the policy that the update scores, so that
-ratios begin at 1 (docs/rollout_logprobs.md). Where top-k, top-p or min-p filter, that is the policy over the
-ids that the filter kept, which are handed on; with filtered_policy=false it is the tempered policy before the
-filters.
+The old log-probabilities are the rollout's, of the policy that the update scores: ratios begin at 1
+(docs/rollout_logprobs.md). Under a filter that is the policy over the kept ids, which are handed on; with
+filtered_policy=false it is the tempered policy before the filter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -49,8 +48,8 @@ class Completed(Protocol):
 class Drawn(NamedTuple):
     """The completions of a step's prompts, of all ranks.
 
-    Numbers are on all ranks, since advantages depend on all completions. Of several ranks, `completions` and
-    `kept` are `SharedRows`: a rank holds those that it drew, and those that it fetches to learn from.
+    Numbers are on all ranks: advantages depend on all completions. Of several ranks, `completions` and `kept`
+    are `SharedRows`: a rank holds what it drew and what it fetches to learn from.
 
     B completions of at most R tokens. `mask`: bool [B, R]. Of its shape, in nats: `drawn_logp`, as the
     rollout returned it, `old_logp`, which is that or the trainer's (rescore), `reference_logp` (None without
@@ -204,7 +203,6 @@ def draw_completions(
             found = {name: passes(*scorer) for name, scorer in by_policy.items()}
         scores = _scores(score, local_prompts, completions)
         found |= {name: passes(*scorer) for name, scorer in scorers.items() if name not in by_policy}
-
     ends = {eos_id} if isinstance(eos_id, int) else set(eos_id)
     found["ended"] = torch.tensor([ids[-1] in ends for ids in completions])
     found |= {} if kept is None else {"kept_numbers": torch.tensor([len(sets.ids) for sets in kept])}
