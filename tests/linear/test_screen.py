@@ -3,7 +3,6 @@ serve."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -12,15 +11,12 @@ from torch import Tensor
 
 from fastalign_kernels import (
     linear_cross_entropy,
-    linear_distillation_loss,
     linear_dpo_loss,
     linear_kto_loss,
     linear_logprobs,
     linear_ppo_loss,
     linear_token_stats,
-    native,
     screen_counts,
-    screen_report,
 )
 from fastalign_kernels.linear import screen, screen_weight
 from fastalign_kernels.linear.inputs import HeadInputs
@@ -28,39 +24,9 @@ from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.screen_reference import screened_stats_ref
 from fastalign_kernels.linear.screen_weight import orthonormal, screened_weight
 from fastalign_kernels.softmax.rows import Stat, Transform, row_stats_ref
+from tests.linear.screen_inputs import Given, H, N, V, both, make, needs_screen
 
-needs_screen = pytest.mark.skipif(
-    not native.has_int8_gemm(),
-    reason="csrc/int8 needs AVX-512 VNNI, and this CPU has none (or the library is not there)",
-)
-N, H, V = 150, 96, 5000
-Given = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def small_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 5000 columns, more than a 32nd may matter."""
-    monkeypatch.setattr(screen, "LARGEST_SHARE", 1.0)
-
-
-def make(
-    dtype: torch.dtype = torch.float32, *, tokens: int = N, hidden_size: int = H, seed: int = 0
-) -> Given:
-    """A trained-like head: each token's hidden state points at its id and at a few others."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.nn.functional.normalize(torch.randn(V, hidden_size, generator=generator), dim=1)
-    ids = torch.randint(0, V, (tokens,), generator=generator)
-    first, second = weight[torch.randint(0, V, (2, tokens), generator=generator)]
-    noise = torch.randn(tokens, hidden_size, generator=generator)
-    hidden = 14 * weight[ids] + 4 * first + 3 * second + 0.5 * noise
-    hidden[:, 3] += 4  # an outlier coordinate, and a mean that is not 0
-    weight[:, 3] *= 0.2
-    ids[1] = -100
-    return {"hidden": hidden.to(dtype), "weight": weight.to(dtype), "ids": ids}
-
-
-def both(given: Given, **options: Any) -> tuple[Any, Any]:
-    return linear_token_stats(**given, **options), linear_token_stats(**given, screen=True, **options)
+pytestmark = pytest.mark.usefixtures("small_vocabulary")
 
 
 def check_near(exact: Any, screened: Any, allowed: float = 2e-3) -> None:
@@ -355,66 +321,3 @@ def test_the_bound_leaves_columns_open_only_with_check() -> None:
     assert screen_counts().open_columns == 0
     linear_logprobs(**given, screen=True, check=True)
     assert screen_counts().open_columns > 0
-
-
-@needs_screen
-def test_the_report_tells_errors_and_shares() -> None:
-    given = make()
-    report = screen_report(given["hidden"], given["weight"], given["ids"])
-    assert 0 < report.logp_error < 1e-3 and report.logp_error <= report.largest_logp_error
-    assert 0 < report.entropy_error < 1e-2
-    assert 1 <= report.exact_columns < V / 4 and report.exact_tokens == 0
-    assert 0 < report.hidden_error < 0.02 and 0 < report.weight_error < 0.02
-    assert report.open_columns > 0
-    with pytest.raises(ValueError, match="sample: got 0"):
-        screen_report(given["hidden"], given["weight"], given["ids"], sample=0)
-
-
-def test_refusals_name_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = make()
-    with pytest.raises(ValueError, match="screen: got 'int4', expected True or None"):
-        linear_logprobs(**given, screen="int4")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="screen: got True with logits_dtype torch.bfloat16"):
-        linear_logprobs(**make(torch.bfloat16), screen=True, logits_dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="screen: got True, expected None: factors of torch.float64"):
-        linear_logprobs(**make(torch.float64), screen=True)
-    monkeypatch.setattr(native, "has_int8_gemm", lambda: False)
-    with pytest.raises(ValueError, match="screen: got True, expected None: "):
-        linear_logprobs(**given, screen=True)
-    linear_logprobs(**given, screen=False)
-
-
-@needs_screen
-def test_calls_that_need_all_logits_refuse_a_screen() -> None:
-    given = make()
-    offsets = torch.arange(N + 1)
-    with pytest.raises(ValueError, match="screen: got True, expected None: a call with kept sets"):
-        linear_logprobs(**given, kept=(offsets, given["ids"].clamp(min=0)), screen=True)
-    outcomes = torch.zeros(N, 4, dtype=torch.int64), torch.full((N, 4), math.log(0.2))
-    with pytest.raises(ValueError, match="screen: got True, expected None: linear_distillation_loss"):
-        linear_distillation_loss(given["hidden"], given["weight"], *outcomes, screen=True)
-    adapter = torch.zeros(4, H), torch.zeros(V, 4), 1.0
-    with pytest.raises(ValueError, match="screen: got True, expected None: a head with lora"):
-        linear_logprobs(**given, lora=adapter, screen=True)
-
-
-@needs_screen
-def test_compiles_without_a_graph_break() -> None:
-    given = make()
-    given["hidden"].requires_grad_()
-
-    def loss(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, ids, screen=True, tail_eps=2.0**-12)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for function in (loss, compiled):
-        function(**given).backward()
-    assert torch.equal(loss(**given), compiled(**given))
-    with torch.no_grad():
-        assert torch.equal(loss(**given), compiled(**given))
-
-
-@needs_screen
-def test_a_fake_call_gives_shapes() -> None:
-    meta = {name: tensor.to("meta") for name, tensor in make().items()}
-    assert linear_logprobs(**meta, screen=True).shape == (N,)

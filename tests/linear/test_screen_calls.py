@@ -1,0 +1,83 @@
+"""What takes a screen and what refuses it: the report, refusals, compilers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalign_kernels import (
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_logprobs,
+    native,
+    screen_report,
+)
+from tests.linear.screen_inputs import H, N, V, make, needs_screen
+
+pytestmark = pytest.mark.usefixtures("small_vocabulary")
+
+
+@needs_screen
+def test_the_report_tells_errors_and_shares() -> None:
+    given = make()
+    report = screen_report(given["hidden"], given["weight"], given["ids"])
+    assert 0 < report.logp_error < 1e-3 and report.logp_error <= report.largest_logp_error
+    assert 0 < report.entropy_error < 1e-2
+    assert 1 <= report.exact_columns < V / 4 and report.exact_tokens == 0
+    assert 0 < report.hidden_error < 0.02 and 0 < report.weight_error < 0.02
+    assert report.open_columns > 0
+    with pytest.raises(ValueError, match="sample: got 0"):
+        screen_report(given["hidden"], given["weight"], given["ids"], sample=0)
+
+
+def test_refusals_name_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = make()
+    with pytest.raises(ValueError, match="screen: got 'int4', expected True or None"):
+        linear_logprobs(**given, screen="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="screen: got True with logits_dtype torch.bfloat16"):
+        linear_logprobs(**make(torch.bfloat16), screen=True, logits_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="screen: got True, expected None: factors of torch.float64"):
+        linear_logprobs(**make(torch.float64), screen=True)
+    monkeypatch.setattr(native, "has_int8_gemm", lambda: False)
+    with pytest.raises(ValueError, match="screen: got True, expected None: "):
+        linear_logprobs(**given, screen=True)
+    linear_logprobs(**given, screen=False)
+
+
+@needs_screen
+def test_calls_that_need_all_logits_refuse_a_screen() -> None:
+    given = make()
+    offsets = torch.arange(N + 1)
+    with pytest.raises(ValueError, match="screen: got True, expected None: a call with kept sets"):
+        linear_logprobs(**given, kept=(offsets, given["ids"].clamp(min=0)), screen=True)
+    outcomes = torch.zeros(N, 4, dtype=torch.int64), torch.full((N, 4), math.log(0.2))
+    with pytest.raises(ValueError, match="screen: got True, expected None: linear_distillation_loss"):
+        linear_distillation_loss(given["hidden"], given["weight"], *outcomes, screen=True)
+    adapter = torch.zeros(4, H), torch.zeros(V, 4), 1.0
+    with pytest.raises(ValueError, match="screen: got True, expected None: a head with lora"):
+        linear_logprobs(**given, lora=adapter, screen=True)
+
+
+@needs_screen
+def test_compiles_without_a_graph_break() -> None:
+    given = make()
+    given["hidden"].requires_grad_()
+
+    def loss(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, ids, screen=True, tail_eps=2.0**-12)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for function in (loss, compiled):
+        function(**given).backward()
+    assert torch.equal(loss(**given), compiled(**given))
+    with torch.no_grad():
+        assert torch.equal(loss(**given), compiled(**given))
+
+
+@needs_screen
+def test_a_fake_call_gives_shapes() -> None:
+    meta = {name: tensor.to("meta") for name, tensor in make().items()}
+    assert linear_logprobs(**meta, screen=True).shape == (N,)
