@@ -20,6 +20,7 @@ from tests.linear.sharded_ranks import DTYPES, LAYOUTS, TAIL, WORKSPACES, rows_o
 from tests.tolerance import assert_no_worse_than_eager
 
 Found = list[dict[str, Any]]
+SHARDED = ("weight", "bias", "lora_b")  # of which each rank has rows
 
 
 def assert_equal_in_fp64(found: Tensor, truth: Tensor, what: str) -> None:
@@ -39,13 +40,11 @@ def _whole(name: str, dtype: str, plain: bool) -> Result:
     return run(CASES[name], Data.drawn(DTYPES[dtype]), plain=plain)
 
 
-def whole(
-    name: str, layout: str, rank: int, ranks: int, dtype: str = "fp64", *, plain: bool = False
-) -> Result:
-    """A case in one process, with the gradients of the rows of a rank."""
-    mine, result = rows_of(LAYOUTS[ranks][layout], rank), _whole(name, dtype, plain)
+def whole(name: str, layout: str, rank: int, ranks: int) -> Result:
+    """A case in one process in fp64, with the gradients of the rows of a rank."""
+    mine, result = rows_of(LAYOUTS[ranks][layout], rank), _whole(name, "fp64", False)
     of_rows = [
-        gradient[mine] if argument in ("weight", "bias", "lora_b") else gradient
+        gradient[mine] if argument in SHARDED else gradient
         for argument, gradient in zip(CASES[name].trained, result.gradients)
     ]
     return result._replace(gradients=of_rows)
@@ -56,28 +55,34 @@ def check_case(found: Found, name: str, layout: str) -> None:
     ranks = len(found)
     for workspace in WORKSPACES:
         for rank, of_rank in enumerate(found):
-            what = f"{name}, {workspace}, rank {rank}"
-            fp64 = of_rank["cases"][layout, name, "fp64", workspace]
-            truth = whole(name, layout, rank, ranks)
-            for ours, right in zip(
-                (*fp64.outputs, *fp64.gradients), (*truth.outputs, *truth.gradients), strict=True
-            ):
-                assert_equal_in_fp64(ours, right, what)
-            fp32 = of_rank["cases"][layout, name, "fp32", workspace]
-            eager = whole(name, layout, rank, ranks, "fp32", plain=True)
-            for ours, theirs, right in zip(
-                (*fp32.outputs, *fp32.gradients),
-                (*eager.outputs, *eager.gradients),
-                (*truth.outputs, *truth.gradients),
-                strict=True,
-            ):
-                if ours.dtype == torch.bool:
-                    assert torch.equal(ours, right), what
-                elif ours.numel():
-                    terms = 32 if name == "outputs, softcap" else 1  # mean_logit is mean log P + lse
-                    assert_no_worse_than_eager(ours, theirs, right.double(), what, terms=terms)
-            first = found[0]["cases"][layout, name, "fp32", workspace]
-            assert all(map(torch.equal, fp32.outputs, first.outputs)), f"{what}: other bits than on rank 0"
+            ours, truth = of_rank["cases"][layout, name, "fp64", workspace], whole(name, layout, rank, ranks)
+            pairs = zip((*ours.outputs, *ours.gradients), (*truth.outputs, *truth.gradients), strict=True)
+            for mine, right in pairs:
+                assert_equal_in_fp64(mine, right, f"{name}, {workspace}, rank {rank}")
+        _check_fp32(name, [of_rank["cases"][layout, name, "fp32", workspace] for of_rank in found], workspace)
+
+
+def _check_fp32(name: str, of_ranks: list[Result], workspace: str) -> None:
+    """The rows of all ranks together: eager's largest error is one of the whole tensor."""
+    eager, truth = _whole(name, "fp32", True), _whole(name, "fp64", False)
+    for rank, result in enumerate(of_ranks):
+        what = f"{name}, {workspace}, rank {rank}"
+        assert all(map(torch.equal, result.outputs, of_ranks[0].outputs)), f"{what}: other bits than rank 0"
+        gradients = [
+            torch.cat([other.gradients[place] for other in of_ranks]) if argument in SHARDED else gradient
+            for place, (argument, gradient) in enumerate(zip(CASES[name].trained, result.gradients))
+        ]
+        for ours, theirs, right in zip(
+            (*result.outputs, *gradients),
+            (*eager.outputs, *eager.gradients),
+            (*truth.outputs, *truth.gradients),
+            strict=True,
+        ):
+            if ours.dtype == torch.bool:
+                assert torch.equal(ours, right), what
+            else:
+                terms = 32 if name == "outputs, softcap" else 1  # mean_logit is mean log P + lse
+                assert_no_worse_than_eager(ours, theirs, right.double(), what, terms=terms)
 
 
 def check_tails(found: Found, layout: str) -> None:
