@@ -1,19 +1,29 @@
-"""`python -m bench.reports.tail_roofline`: predicted time and memory of tail_eps on an H200.
+"""`python -m bench.reports.tail_roofline`: predicted time and memory of tail_eps on an H200, and the time
+that screened logits would take there.
 
 It counts what linear/tail_gpu.py moves and multiplies for cross-entropy in 16 bits, one block, by the share
 of columns kept. Rates are those that an H200 reached on 26 November 2026 (docs/gpu.md): 685 TFLOP/s in a
 head's bare GEMMs, 4.2 TB/s.
+
+Of a screen, which no GPU runs yet, it counts one 8-bit GEMM at INT8, the directions that are exact, and the
+bytes of coding the weight, of z8, and of the rows of the weight that exact logits need.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..core.operation import Shape
 from .roofline import Machine, Work, predict
 
+INT8 = 1.3e15  # operations a second: issue 20's rate of an H200, not measured by us
+EXACT_DIRECTIONS = 16
+EXACT_COLUMNS = 330  # of a token; SmolLM2-135M, docs/screen.md
 H200 = Machine("H200", 685e12, 67e12, 4.2e12, 1.0, 1.0)
 SHAPES = (Shape(8192, 4096, 151936), Shape(8192, 896, 151936), Shape(8192, 576, 49152))
+
+SCREENED_SHAPES = (*SHAPES[:1], Shape(16384, 2048, 151936), Shape(2048, 2048, 128256), *SHAPES[1:])
 
 
 class Kept(NamedTuple):
@@ -50,6 +60,50 @@ def tail(shape: Shape, kept: Kept, size: int = 2) -> Work:
     return Work(gemms, passes, max(e + dlogits, dlogits + gathered + gradients) + size * N * H)
 
 
+def screened_forward(shape: Shape, *, cached: bool, size: int = 2) -> Work:
+    """Statistics with a screen, as csrc/screen takes them: no column is shared by tokens.
+
+    cached: the rows of the weight that exact logits need cost no bytes, otherwise each is read from memory.
+    """
+    N, H, V = shape
+    gemms = ((H200.rate("bf16") / INT8, N, V, H), (1.0, N, V, EXACT_DIRECTIONS))
+    passes = (
+        (size + 1) * V * H  # the weight is coded
+        + size * N * V  # z8 is read for the columns that matter
+        + (0 if cached else size * EXACT_COLUMNS * N * H)
+    )
+    return Work(gemms, passes, 0.0)
+
+
+def screened_tail(shape: Shape, kept: Kept, *, cached: bool) -> Work:
+    """Cross-entropy with a screen and a tail."""
+    forward, exact = screened_forward(shape, cached=cached), tail(shape, kept)
+    return Work((*forward.gemms, *exact.gemms[1:]), forward.pass_bytes + exact.pass_bytes, 0.0)
+
+
+def screen_table() -> str:
+    """Predicted milliseconds as Markdown, at the tail's 2^-14 and without gradients."""
+    names = ("N × H × V", "3 GEMMs", "tail", "screen and tail", "1 GEMM", "screen, no gradients")
+    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    kept = MEASURED[1]
+
+    def ms(work: Work) -> float:
+        return 1e3 * predict(work, H200, "bf16").seconds
+
+    def span(works: Iterable[Work], bare: float) -> str:
+        least, most = map(ms, works)
+        return f"{least:.3g} to {most:.3g} ({least / bare:.2f} to {most / bare:.2f})"
+
+    for shape in SCREENED_SHAPES:
+        three, one = ms(floor(shape)), ms(Work(floor(shape).gemms[:1], 0.0, 0.0))
+        trained = (screened_tail(shape, kept, cached=cached) for cached in (True, False))
+        forward = (screened_forward(shape, cached=cached) for cached in (True, False))
+        exact = (f"{three:.3g}", f"{ms(tail(shape, kept)):.3g}", span(trained, three))
+        cells = (" × ".join(map(str, shape)), *exact, f"{one:.3g}", span(forward, one))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table() -> str:
     """The predictions as Markdown."""
     lines = [
@@ -73,4 +127,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), screen_table(), sep="\n\n")
