@@ -211,6 +211,8 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if len(args) > len(positional) or any(name in kwargs for name in given):
             return original(self, *args, **kwargs)  # raises Python's own TypeError
         arguments = given | kwargs
+        if kept is not None and not token_stats:
+            raise ValueError("kept: got sets without token_stats, expected token_stats=True; ppo has its own")
         unlabelled = arguments.get("labels") is None and arguments.get("shift_labels") is None
         options_given = (
             token_stats or ppo is not None or keep_hidden or temperature != 1.0 or workspace_mib is not None
@@ -228,8 +230,6 @@ def _fused_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         if token_stats and ppo is not None:
             raise ValueError("token_stats: got both token_stats and ppo, expected one of them")
-        if kept is not None and not token_stats:
-            raise ValueError("kept: got sets without token_stats, expected token_stats=True; ppo has its own")
         return_dict = arguments.pop("return_dict", None)
         options: dict[str, Any] = {"temperature": temperature, "workspace_mib": workspace_mib}
         options |= {} if kept is None else {"kept": kept}

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastalign import nn as losses
-from fastalign_kernels import cross_entropy, linear_cross_entropy, sample, tail_report
+from fastalign_kernels import cross_entropy, linear_cross_entropy, linear_dpo_loss, sample, tail_report
 from tests.linear.sharded_cases import CASES, TIGHT, Case, Data, Result, V, run, tensors
 from tests.two_ranks import be_a_rank
 
@@ -146,6 +146,14 @@ def refusals() -> dict[str, str]:
             hidden=distribute_tensor(whole.hidden, mesh, [Replicate()]),
             weight=by_rows,
             bias=None,
+        ),
+        "whole reference": lambda: linear_dpo_loss(
+            data.hidden.view(4, -1, 19),
+            data.weight,
+            data.ids.view(4, -1),
+            reference_hidden=data.hidden.view(4, -1, 19),
+            reference_weight=whole.weight,
+            **group,
         ),
         "sample": lambda: sample(distribute_tensor(whole.weight, mesh, [Shard(0)]), seed=0),
         "logits": lambda: cross_entropy(distribute_tensor(whole.weight, mesh, [Shard(1)]), whole.ids),

@@ -287,6 +287,14 @@ def test_codes_are_kept_for_a_version_of_the_weight_alone() -> None:
 
 
 @needs_screen
+def test_a_row_that_changes_without_a_new_version_is_coded_anew() -> None:
+    weight = make()["weight"]
+    first = screened_weight(weight)
+    weight.data[1234] += 1
+    assert screened_weight(weight) is not first
+
+
+@needs_screen
 def test_a_weight_made_in_inference_mode_is_coded_in_each_call() -> None:
     with torch.inference_mode():
         given = make()

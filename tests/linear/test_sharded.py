@@ -90,6 +90,7 @@ REFUSALS = {
     "ids": r"targets: got 123 at \[0\] \(36 such\), expected ids in \[0, 123\) or ignore_index -100",
     "screen": "screen: got True, expected None: a head with a sharded vocabulary has exact logits alone",
     "lora beside a DTensor": "lora: got an adapter with a DTensor as hidden, expected plain hidden states",
+    "whole reference": "reference_weight: got 246 rows over the ranks of group, expected 123 as in weight",
     "sample": "logits: got a DTensor, expected a plain tensor of the whole vocabulary on each rank",
     "logits": "logits: got a DTensor, expected a plain tensor of the whole vocabulary on each rank",
     "tail report": "weight: got a DTensor, expected a plain tensor: a report measures on one rank",

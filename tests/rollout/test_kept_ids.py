@@ -81,6 +81,8 @@ def test_ratios_over_the_kept_ids_are_1_and_over_the_vocabulary_are_not() -> Non
     assert output.entropy is None
     with pytest.raises(ValueError, match="kept: got sets without token_stats"):
         model(**whole(drawn), shift_labels=labels, kept=sets)
+    with pytest.raises(ValueError, match="kept: got sets without token_stats"):
+        model(**whole(drawn), kept=sets)  # without labels its own forward would leave them out
 
 
 def test_rows_that_draw_nothing_keep_nothing() -> None:

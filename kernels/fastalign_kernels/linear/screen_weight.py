@@ -24,7 +24,6 @@ from ..namespace import ops
 SAMPLED_ROWS = 1024  # of the weight, for its basis
 ROUNDS = 2  # of subspace iteration
 MOST_WEIGHTS = 4  # that are kept coded
-PROBED = 4096  # numbers of a weight that are compared before its codes are used again
 
 
 class ScreenedWeight(NamedTuple):
@@ -49,8 +48,8 @@ _kept: OrderedDict[tuple[object, ...], _Kept] = OrderedDict()
 def screened_weight(weight: Tensor) -> ScreenedWeight:
     """The codes of weight [V, H]: those kept of this version of it, or new ones.
 
-    In-place operations on `weight.data` change no version, so that some numbers are compared too. A weight
-    made in inference mode has no version, and is coded anew.
+    In-place operations on `weight.data` change no version, so one number of each row is compared too. An
+    inference tensor has no version, and is coded anew.
     """
     if weight.is_inference():
         return code_weight(weight)
@@ -83,11 +82,10 @@ def _same_memory(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
 
 
 def _probe(weight: Tensor) -> Tensor:
-    """Numbers of the weight in a fixed pattern, as bits: NaN equals itself."""
+    """A number of each row [V], as bits: NaN equals itself. Neighbouring rows give other columns."""
     V, H = weight.shape
-    step = max(1, V * H // PROBED) | 1  # odd, so that it goes through the columns
-    at = torch.arange(0, V * H, step)
-    picked = weight.detach()[at // H, at % H]
+    rows = torch.arange(V)
+    picked = weight.detach()[rows, rows % H]
     return picked.view(torch.int32 if picked.dtype == torch.float32 else torch.int16)
 
 

@@ -186,12 +186,19 @@ def sequence_call(
     ids = head[2]
     rows = Rows.of(ids, tensors.pop("cu_seqlens", None), group=group, check=options.check)
     inputs = head_inputs(*head, options)
-    return SequenceCall(inputs, rows, _reference_logps(tensors, rows, ids, options))
+    reference = _reference_logps(tensors, rows, ids, options, vocab_size=inputs.vocab_size)
+    return SequenceCall(inputs, rows, reference)
 
 
 def _reference_logps(
-    reference: Mapping[str, Tensor | None], rows: Rows, ids: Tensor, options: HeadOptions
+    reference: Mapping[str, Tensor | None],
+    rows: Rows,
+    ids: Tensor,
+    options: HeadOptions,
+    *,
+    vocab_size: int,
 ) -> Tensor:
+    """[R], of reference_logps or of the reference's head. vocab_size: that of the policy."""
     checks.optional_tensors(**reference)
     hidden, logps = reference.get("reference_hidden"), reference.get("reference_logps")
     if hidden is not None and logps is not None:
@@ -209,7 +216,15 @@ def _reference_logps(
     with torch.no_grad():
         # The ids' range was checked for the policy, and the adapter is the policy's.
         options = options._replace(check=False, lora=None)
-        return rows.logps(head_inputs(hidden, weight, ids, reference.get("reference_bias"), options))
+        inputs = head_inputs(hidden, weight, ids, reference.get("reference_bias"), options)
+    # Whole rows on each rank would count as a vocabulary that is repeated on all of them.
+    if options.group is not None and inputs.vocab_size != vocab_size:
+        raise ValueError(
+            f"reference_weight: got {inputs.vocab_size} rows over the ranks of group, expected {vocab_size} "
+            "as in weight: shard it in the same way"
+        )
+    with torch.no_grad():
+        return rows.logps(inputs)
 
 
 def empty_outputs(
