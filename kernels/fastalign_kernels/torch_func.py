@@ -6,6 +6,8 @@ derivative would be silently wrong.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch._C import _functorch
@@ -73,3 +75,9 @@ def _error(name: str, got: str) -> NotImplementedError:
         "The functions of fastalign_kernels' modules whose names end in _ref are plain PyTorch "
         "and have all derivatives"
     )
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Inside, autocast is off on the tensor's device. torch knows no autocast for meta tensors."""
+    device_type = tensor.device.type
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

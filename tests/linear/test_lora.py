@@ -350,3 +350,13 @@ def test_a_module_takes_the_adapter_with_its_call(name):
         return out if isinstance(out, torch.Tensor) else out.loss
 
     assert_equal(run(loss, given), run_merged(loss, given))
+
+
+def test_meta_tensors_give_shapes() -> None:
+    hidden, weight, A, B = (
+        torch.zeros(*shape, device="meta") for shape in ((6, 8), (32, 8), (2, 8), (32, 2))
+    )
+    found = linear_token_outputs(
+        hidden, weight, torch.zeros(6, dtype=torch.int64, device="meta"), mean_logit=True, lora=(A, B, 0.5)
+    )
+    assert found.logp.shape == (6,) and found.mean_logit is not None and found.mean_logit.is_meta

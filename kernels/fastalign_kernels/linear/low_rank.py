@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..softmax.rows import accumulator_dtype
+from ..torch_func import without_autocast
 
 
 class LowRank(NamedTuple):
@@ -88,5 +89,5 @@ def thin_product(
         hidden = dropped.reshape(-1, H)
     dtype = accumulator_dtype(hidden.dtype)
     states = torch.where((ids >= 0)[:, None], hidden, 0).to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         return ThinProduct(F.linear(states, A.to(dtype)) * scale, B)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from ..softmax.rows import Stat, accumulator_dtype
+from ..torch_func import without_autocast
 from .inputs import HeadInputs, head_inputs
 from .logprobs import logprobs
 from .options import HeadArguments, head_keywords, head_options
@@ -98,7 +99,7 @@ def _mean_logit(inputs: HeadInputs, table: Tensor | None) -> Tensor:
     hidden, weight, bias, options = inputs.hidden, inputs.weight, inputs.bias, inputs.options
     dtype = accumulator_dtype(hidden.dtype)
     shards = options.shards
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         if shards is not None:
             return _sharded_mean_logit(inputs, shards)
         mean = hidden.to(dtype) @ weight.mean(0, dtype=dtype)
