@@ -10,6 +10,7 @@ import copy
 import random
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.causal_lm import fuse_head
-from fastalign_kernels import kept_share
+from fastalign.stages.head_counts import head_counts, reset_counts
+from fastalign_kernels import dpo_loss, kept_share
 
 from ..core import smollm2
 from ..core.operation import Shape
@@ -50,13 +52,15 @@ def prepare(train: str, held_out: str, steps: int) -> Frozen:
         ids = torch.tensor(tokenizer(text[: 8 * WINDOW * most])["input_ids"])
         return ids[: min(most, ids.numel() // WINDOW) * WINDOW].view(-1, WINDOW)
 
-    def states(ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            parts = [model.model(part, output_hidden_states=True).hidden_states[-2] for part in ids.split(8)]
-        return torch.cat(parts)
-
     ids, held = windows(train, 2 * ROWS * steps), windows(held_out, HELD_OUT)
-    return Frozen(model, ids, states(ids), held, states(held))
+    return Frozen(model, ids, _states(model, ids), held, _states(model, held))
+
+
+def _states(model: Any, ids: Tensor) -> Tensor:
+    """What enters the last layer."""
+    with torch.no_grad():
+        parts = [model.model(part, output_hidden_states=True).hidden_states[-2] for part in ids.split(8)]
+    return torch.cat(parts)
 
 
 def text_head(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,22 +85,92 @@ def _top(model: Any) -> Any:
     return top
 
 
-def tune(frozen: Frozen, tail_eps: float | None, seed: int, steps: int) -> dict[str, Any]:
-    """Train once; the curves, with the names of a stage's metrics.jsonl."""
-    top = fuse_head(_top(frozen.model), tail_eps=tail_eps)
+def tune(
+    frozen: Frozen, tail_eps: float | None, seed: int, steps: int, screen: bool | None = None
+) -> dict[str, Any]:
+    """Fine-tune on the windows once; the curves, with the names of a stage's metrics.jsonl."""
+    top = fuse_head(_top(frozen.model), tail_eps=tail_eps, screen=screen)
+    order = random.Random(seed).sample(range(len(frozen.ids)), ROWS * steps)
+
+    def loss(rows: list[int]) -> Tensor:
+        out = top(inputs_embeds=frozen.states[rows], labels=frozen.ids[rows], use_cache=False)
+        loss: Tensor = out.loss
+        return loss
+
+    def evaluate() -> float:
+        return top(
+            inputs_embeds=frozen.held_out_states, labels=frozen.held_out_ids, use_cache=False
+        ).loss.item()
+
+    return _train(top, order, loss, evaluate)
+
+
+class Pairs(NamedTuple):
+    """Windows and, as rejected completions, their first halves with the second halves of other windows."""
+
+    model: Any
+    ids: Tensor  # [P, 2, WINDOW], chosen before rejected
+    states: Tensor  # [P, 2, WINDOW, H]
+    held_out: int  # of the P, the last ones
+
+
+def prepare_pairs(frozen: Frozen) -> Pairs:
+    ids, states = (
+        torch.cat([*parts])
+        for parts in ((frozen.ids, frozen.held_out_ids), (frozen.states, frozen.held_out_states))
+    )
+    rejected = torch.cat([ids[:, : WINDOW // 2], ids.roll(1, 0)[:, WINDOW // 2 :]], 1)
+    both = torch.stack([states, _states(frozen.model, rejected)], 1)
+    return Pairs(frozen.model, torch.stack([ids, rejected], 1), both, len(frozen.held_out_ids))
+
+
+def tune_pairs(
+    pairs: Pairs, tail_eps: float | None, seed: int, steps: int, screen: bool | None = None
+) -> dict[str, Any]:
+    """Train DPO on the pairs once. The reference is the untrained model, whose head runs in the same way."""
+    top = fuse_head(_top(pairs.model), tail_eps=tail_eps, screen=screen)
+    labels = pairs.ids.clone()
+    labels[..., : WINDOW // 2] = -100
+    last = len(pairs.ids)
+    trained = range(last - pairs.held_out)
+    order = random.Random(seed).sample(trained, ROWS * steps)
+
+    def logps(rows: list[int]) -> Tensor:
+        """[rows, 2]"""
+        states, targets = (x[rows].flatten(0, 1) for x in (pairs.states, labels))
+        out = top(inputs_embeds=states, labels=targets, use_cache=False, token_stats=True)
+        found: Tensor = out.logp.sum(-1).view(-1, 2)
+        return found
+
+    held_out = list(range(last - pairs.held_out, last))
+    with torch.no_grad():
+        reference = torch.zeros(last, 2)
+        for part in torch.tensor(order + held_out).split(8):
+            reference[part] = logps(part.tolist())
+
+    def loss(rows: list[int]) -> Tensor:
+        return dpo_loss(*logps(rows).unbind(1), *reference[rows].unbind(1)).loss
+
+    return _train(top, order, loss, lambda: loss(held_out).item())
+
+
+def _train(
+    top: Any, order: list[int], loss_of: Callable[[list[int]], Tensor], evaluate: Callable[[], float]
+) -> dict[str, Any]:
+    """Train on ROWS of `order` a step."""
+    evaluate = torch.no_grad()(evaluate)
     optimizer = torch.optim.AdamW(
         [w for w in top.parameters() if w.requires_grad], lr=LEARNING_RATE, weight_decay=0.0, fused=True
     )
-    order = random.Random(seed).sample(range(len(frozen.ids)), ROWS * steps)
-    curves: dict[str, Any] = {"loss": [], "held_out": [(0, _evaluate(top, frozen))], "kept_share": []}
+    steps = len(order) // ROWS
+    curves: dict[str, Any] = {"loss": [], "held_out": [(0, evaluate())], "kept_share": []}
     seconds = []
-    kept_share()
+    reset_counts()
     for step in range(steps):
         began = time.perf_counter()
-        rows = order[ROWS * step : ROWS * (step + 1)]
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * (1 - 0.9 * step / steps)
-        loss = top(inputs_embeds=frozen.states[rows], labels=frozen.ids[rows], use_cache=False).loss
+        loss = loss_of(order[ROWS * step : ROWS * (step + 1)])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -105,12 +179,6 @@ def tune(frozen: Frozen, tail_eps: float | None, seed: int, steps: int) -> dict[
         if (share := kept_share()) is not None:
             curves["kept_share"].append((step + 1, share))
         if step + 1 in (steps // 2, steps):
-            curves["held_out"].append((step + 1, _evaluate(top, frozen)))
-    return {**curves, "median_step_seconds": statistics.median(seconds)}
-
-
-def _evaluate(top: Any, frozen: Frozen) -> float:
-    with torch.no_grad():
-        return top(
-            inputs_embeds=frozen.held_out_states, labels=frozen.held_out_ids, use_cache=False
-        ).loss.item()
+            curves["held_out"].append((step + 1, evaluate()))
+    counts = {name: value for name, value in head_counts().items() if name.startswith("screen/")}
+    return {**curves, **counts, "median_step_seconds": statistics.median(seconds)}

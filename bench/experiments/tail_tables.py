@@ -1,6 +1,7 @@
-"""Write docs/tail.md's tables and plot: `python -m bench.experiments.tail_tables`.
+"""Write the tables of docs/tail.md and docs/screen.md, and the plot of the first: `python -m
+bench.experiments.tail_tables`.
 
-They come from the results file of tail_training.py that the page names. To show another run, change the
+They come from the results files of tail_training.py that the pages name. To show another run, change the
 file's name in the page and run this again.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reports import readme
+from .tail_training import SCREENED
 
 PAGE = readme.ROOT / "docs" / "tail.md"
 PLOT = PAGE.with_name("tail_training.png")
@@ -41,6 +43,8 @@ def training(results: Mapping[str, Any]) -> str:
     names = list(LINES)
     lines = [_row(["held-out NLL, nats a token, of each seed", *names]), _row(["---"] * (1 + len(names)))]
     for setting, modes in _settings(results).items():
+        if not set(names) <= set(modes):
+            continue
         exact = [_final(one_run) for one_run in modes["exact"]]
         lines.append(
             _row(
@@ -104,6 +108,29 @@ def meter(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def screened(results: Mapping[str, Any]) -> str:
+    """Final held-out losses of each seed with exact and with screened logits."""
+    head = [
+        "held-out loss of each seed",
+        *SCREENED,
+        "exact's spread",
+        "means' difference",
+        "largest of a seed",
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for setting, modes in _settings(results).items():
+        if set(modes) != set(SCREENED):
+            continue
+        exact, other = ([_final(one_run) for one_run in modes[name]] for name in SCREENED)
+        apart = [b - a for a, b in zip(exact, other, strict=True)]
+        cells = [f"{setting}, {modes['exact'][0]['held_out'][-1][0]} steps", *map(_each, modes.values())]
+        cells += [f"{max(exact) - min(exact):.4f}", f"{statistics.fmean(apart):+z.5f}"]
+        lines.append(_row([*cells, f"{max(map(abs, apart)):.5f}"]))
+    return "\n".join(lines) + "\n"
+
+
+SCREEN_PAGE = PAGE.with_name("screen.md")
+SCREEN_KINDS = {"screened": screened}
 KINDS = {function.__name__: function for function in (training, meter)}
 
 
@@ -118,7 +145,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    settings = _settings(results)
+    settings = {setting: modes for setting, modes in _settings(results).items() if set(LINES) <= set(modes)}
     figure = Figure(figsize=(3.8 * len(settings), 6.4), layout="constrained")
     axes = figure.subplots(2, len(settings), squeeze=False, sharex="col")
     for column, (setting, modes) in enumerate(settings.items()):
@@ -145,6 +172,7 @@ def _points(one_run: Mapping[str, Any], curve: str) -> Iterator[tuple[float, ...
 def main() -> None:
     text = PAGE.read_text()
     PAGE.write_text(readme.filled(text, kinds=KINDS))
+    SCREEN_PAGE.write_text(readme.filled(SCREEN_PAGE.read_text(), kinds=SCREEN_KINDS))
     ((_, file, *_),) = {found[:2] for found in readme.BLOCK.findall(text) if found[2] == training.__name__}
     plot(json.loads((readme.ROOT / file).read_text()), PLOT)
 

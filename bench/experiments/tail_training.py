@@ -9,7 +9,8 @@ dropped without compensation:
     pre-training   the demo's Llama from scratch on its movie-review sentences, with a vocabulary of 8192, so
                    that a tail exists; and again with SmolLM2's 49152, where 2^-14 lies above 1 / V
     fine-tuning    the exact model of the same seed on continuations of positive sentences
-    SmolLM2-135M   the last layer and the head of a real model on positive sentences (tail_smollm2.py)
+    SmolLM2-135M   the last layer and the head of a real model on positive sentences (tail_smollm2.py); and
+                   by SFT and DPO with `screen`, beside exact alone
 
 Final held-out NLLs, curves and kept shares go to bench/results/tail-training-<date>.json. The file is written
 after every run.
@@ -67,6 +68,7 @@ PARTS = {  # parts that run separately, and the settings and reports of each
     "toy": ("pre-training", "fine-tuning", "untrained", "pre-trained"),
     "wide": ("pre-training, V 49152",),
     "smollm2": ("SmolLM2-135M",),
+    "screen": ("SmolLM2-135M, SFT", "SmolLM2-135M, DPO"),  # docs/screen.md
 }
 WIDE_HELD_OUT = 200  # sentences, because evaluations are slow with a head of 49152 tokens
 
@@ -76,6 +78,7 @@ class GradMode(NamedTuple):
 
     tail_eps: float | None
     compensated: bool = True
+    screen: bool | None = None
 
 
 MODES = {
@@ -84,6 +87,7 @@ MODES = {
     "2^-12": GradMode(2**-12),
     "2^-12 dropped": GradMode(2**-12, compensated=False),
 }
+SCREENED = {"exact": GradMode(None), "screen, 2^-14": GradMode(2**-14, screen=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Settings:
     sft_steps: int = 72
     wide_steps: int = 48
     smollm2_steps: int = 24
+    screen_steps: int = 16
     parts: tuple[str, ...] = tuple(PARTS)
     learning_rate: float = 3e-3
     sft_learning_rate: float = 1e-3
@@ -156,6 +161,8 @@ def run(settings: Settings, folder: Path, output: Path, modes: dict[str, GradMod
                 note("reports", *toy(settings, folder, modes, train, held_out, note_run))
             elif part == "wide":
                 wide(settings, folder, modes, held_out, note_run)
+            elif part == "screen":
+                screen_part(settings, train, held_out, note_run)
             else:
                 note("reports", *smollm2_part(settings, modes, train, held_out, note_run))
         except Absent as reason:
@@ -224,25 +231,46 @@ def smollm2_part(
     note: Note,
 ) -> list[dict[str, Any]]:
     """Fine-tune the real model's last layer and head; reports before."""
-    positive = [
-        "\n".join(sentence.text for sentence in part if sentence.rating >= POSITIVE)
-        for part in (train, held_out)
-    ]
-    real = tail_smollm2.prepare(positive[0], positive[1], settings.smollm2_steps)
+    real = _prepare(train, held_out, settings.smollm2_steps)
     found = of_head("SmolLM2-135M", *tail_smollm2.text_head(REPORT_TOKENS))
     for seed in range(settings.seeds):
         for name, mode in modes.items():
             with gradient(mode):
-                curves = tail_smollm2.tune(real, mode.tail_eps, seed, settings.smollm2_steps)
+                curves = tail_smollm2.tune(real, mode.tail_eps, seed, settings.smollm2_steps, mode.screen)
             note("SmolLM2-135M", name, seed, curves)
     return found
+
+
+def _prepare(train: list[Sentence], held_out: list[Sentence], steps: int) -> tail_smollm2.Frozen:
+    """SmolLM2 on the positive sentences."""
+    texts = [
+        "\n".join(sentence.text for sentence in part if sentence.rating >= POSITIVE)
+        for part in (train, held_out)
+    ]
+    return tail_smollm2.prepare(texts[0], texts[1], steps)
+
+
+def screen_part(settings: Settings, train: list[Sentence], held_out: list[Sentence], note: Note) -> None:
+    """The real model's last layer and head by SFT and by DPO, with exact and with screened logits."""
+    steps = settings.screen_steps
+    real = _prepare(train, held_out, steps)
+    pairs = tail_smollm2.prepare_pairs(real)
+    for seed in range(settings.seeds):
+        for name, mode in SCREENED.items():
+            curves = tail_smollm2.tune(real, mode.tail_eps, seed, steps, mode.screen)
+            note("SmolLM2-135M, SFT", name, seed, curves)
+            curves = tail_smollm2.tune_pairs(pairs, mode.tail_eps, seed, steps, mode.screen)
+            note("SmolLM2-135M, DPO", name, seed, curves)
 
 
 def shared(settings: Settings, folder: Path, steps: int, mode: GradMode, seed: int) -> dict[str, Any]:
     """The fields that both stages share: the demo's recipe."""
     options = {"max_steps": steps, "warmup_steps": min(20, steps), "eval_every": max(1, steps // EVALUATIONS)}
     return (
-        RECIPE | options | {"seed": seed, "tail_eps": mode.tail_eps, "tokenizer": str(folder / "tokenizer")}
+        RECIPE
+        | options
+        | {"seed": seed, "tail_eps": mode.tail_eps, "screen": bool(mode.screen)}
+        | {"tokenizer": str(folder / "tokenizer")}
     )
 
 

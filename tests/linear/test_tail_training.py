@@ -95,6 +95,19 @@ def test_dropping_leaves_rows_of_the_weight_without_gradient_only_while_it_lasts
     assert gradients.dropped_grad is ours and untouched() == 0
 
 
+def test_the_screen_table_has_each_seed_and_leaves_out_what_ran_without_a_screen() -> None:
+    finals = {"exact": (2.0, 2.25), "screen, 2^-14": (2.001, 2.2515)}
+    runs = [
+        {"setting": setting, "way": name, "seed": seed, "held_out": [[0, 9.0], [16, value]]}
+        for setting in ("SFT", "pre-training")
+        for name, values in finals.items()
+        for seed, value in enumerate(values)
+        if (setting, name) != ("pre-training", "screen, 2^-14")
+    ]
+    *_, row = tail_tables.screened({"runs": runs}).splitlines()
+    assert row == "| SFT, 16 steps | 2.0000, 2.2500 | 2.0010, 2.2515 | 0.2500 | +0.00125 | 0.00150 |"
+
+
 def test_a_curve_is_the_means_of_its_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tail_training, "POINTS", 2)
     assert smoothed([(1, 4.0), (2, 2.0), (3, 1.0), (4, 2.0), (5, 7.0)]) == [(2, 3.0), (4, 1.5), (5, 7.0)]
@@ -105,4 +118,6 @@ def test_the_page_is_in_sync_with_its_results_file() -> None:
     text = tail_tables.PAGE.read_text()
     assert readme.filled(text, kinds=tail_tables.KINDS) == text, "run python -m bench.experiments.tail_tables"
     assert {kind for _, _, kind, _ in readme.BLOCK.findall(text)} == set(tail_tables.KINDS)
+    screened = tail_tables.SCREEN_PAGE.read_text()
+    assert readme.filled(screened, kinds=tail_tables.SCREEN_KINDS) == screened
     assert tail_tables.PLOT.name in text and tail_tables.PLOT.stat().st_size < 150_000
