@@ -118,6 +118,7 @@ def refusals() -> dict[str, str]:
     by_columns = distribute_tensor(whole.weight, mesh, [Shard(1)])
     lying = DTensor.from_local(data.weight, mesh, [Shard(0)], shape=torch.Size((V + 1, 19)), stride=(19, 1))
     group: Any = {"group": dist.group.WORLD}
+    a, b = torch.ones(3, 19, dtype=torch.float64), torch.ones(data.weight.shape[0], 3, dtype=torch.float64)
 
     def ce(*, options: Any = group, **change: Any) -> Any:
         return lambda: linear_cross_entropy(*tensors(data._replace(**change)), **options)
@@ -136,6 +137,11 @@ def refusals() -> dict[str, str]:
         "hidden needs grad on rank 0": ce(hidden=data.hidden.clone().requires_grad_(rank == 0)),
         "weight needs grad on rank 0": ce(weight=data.weight.clone().requires_grad_(rank == 0)),
         "bias on rank 0": ce(bias=data.bias if rank == 0 else None),
+        "adapter on rank 0": ce(options=group | ({"lora": (a, b, 2.0)} if rank == 0 else {})),
+        "A needs grad on rank 0": ce(options=group | {"lora": (a.clone().requires_grad_(rank == 0), b, 2.0)}),
+        "other A": ce(options=group | {"lora": (a + rank, b, 2.0), "check": True}),
+        "other workspace": ce(options=group | {"workspace_mib": 1.0 + rank}),
+        "tail on rank 0": ce(options=group | {"tail_eps": 0.01 if rank == 0 else None}),
         "other hidden": ce(options=group | {"check": True}, hidden=data.hidden + rank),
         "other ids": ce(options=group | {"check": True}, ids=torch.where(data.ids < 0, rank, data.ids)),
         "other ids, first call": ce(weight=data.weight.clone(), ids=data.ids.roll(rank)),

@@ -15,7 +15,7 @@ from .gpu_plan import GpuCall
 from .low_rank import ThinProduct, thin_product
 from .options import HeadOptions, check_no_screen
 from .plan import TileCall, select_mode
-from .sharded_inputs import check_equal_on_ranks, local_head
+from .sharded_inputs import OfCall, check_equal_on_ranks, local_head
 
 
 class HeadInputs(NamedTuple):
@@ -150,7 +150,9 @@ def local_tensors(
         return hidden, weight, bias, options
     checks.tensors(hidden=hidden, weight=weight)
     checks.optional_tensors(bias=bias)
-    head = local_head(hidden, weight, bias, ids, options.group)
+    adapter = None if options.lora is None else (options.lora.A, options.lora.B)
+    of_call = OfCall(options.group, options[:5], adapter)
+    head = local_head(hidden, weight, bias, ids, of_call)
     return head.hidden, head.weight, head.bias, options._replace(shards=head.shards, group=head.group)
 
 
@@ -228,7 +230,8 @@ def head_inputs(
     group = options.group if isinstance(options.group, str) else ""
     inputs = HeadInputs(hidden, weight, kept, bias, options._replace(lora=None), group=group)
     if shards is not None and (options.check or checks.everywhere()) and checks.readable(hidden, True):
-        check_equal_on_ranks(shards, group, hidden=hidden, ids=kept)
+        adapter = {} if options.lora is None else {"lora's A": options.lora.A}
+        check_equal_on_ranks(shards, group, hidden=hidden, ids=kept, **adapter)
     if options.screen and options.lora is not None:
         check_no_screen(options, "a head with lora")
     if options.lora is None:

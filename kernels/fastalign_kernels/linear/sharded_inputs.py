@@ -29,6 +29,14 @@ class LocalHead(NamedTuple):
     group: str  # its name; "" if the weight is whole
 
 
+class OfCall(NamedTuple):
+    """What else of a call matters here."""
+
+    group: Any  # as given
+    options: tuple[float | None, ...]  # the first of HeadOptions, as `_OPTIONS` names them
+    adapter: tuple[Tensor, Tensor] | None  # A [r, H] and B [V_r, r] of `lora=`
+
+
 class _Facts(NamedTuple):
     """What each rank tells the others of a weight; all but `rows` must be equal."""
 
@@ -38,6 +46,13 @@ class _Facts(NamedTuple):
     hidden_grad: int
     weight_grad: int
     bias: int  # 0: none, 1: without a gradient, 2: with one
+    lora: int  # 0: none; else 4 r, + 1 if A needs a gradient, + 2 if B does
+    # options, by 2^32: another plan of the chunks would be another number of collectives
+    logit_scale: int
+    softcap: int
+    temperature: int
+    workspace_mib: int
+    tail_eps: int
 
 
 _LABELS = {
@@ -45,26 +60,27 @@ _LABELS = {
     "dtype": "hidden.dtype",
     "hidden_grad": "hidden.requires_grad",
     "weight_grad": "weight.requires_grad",
-    "bias": "bias",
 }
+_OPTIONS = ("logit_scale", "softcap", "temperature", "workspace_mib", "tail_eps")
 
 
 def local_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Callable[[], Tensor], group: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Callable[[], Tensor], call: OfCall
 ) -> LocalHead:
     """The head of this rank. Without a group and without DTensors it is as given.
 
     The number of each rank's rows is not known here, so the first call with a weight asks the other ranks, as
-    does the first with other gradients: one all-gather of 64 bytes, which waits for the device. The answer is
-    kept for that tensor: pass the parameter itself, not a view that is made for each call. That call also
-    compares the ids: a weight that FSDP2 has sharded is none of tensor parallelism, and each of its ranks has
-    other tokens.
+    does the first with other gradients or options: one all-gather of 112 bytes, which waits for the device.
+    The answer is kept for that tensor: pass the parameter itself, not a view that is made for each call. That
+    call also compares the ids: a weight that FSDP2 has sharded is none of tensor parallelism, and each of its
+    ranks has other tokens.
 
     Raises:
         ValueError: a group that is no process group or not initialised; a DTensor that is not sharded by rows
             over one mesh dimension, or beside tensors that are not; ranks that differ in what `_Facts` names,
             or in the ids of a first call.
     """
+    group = call.group
     if group is None and not (checks.is_dtensor(weight) or checks.is_dtensor(hidden)):
         return LocalHead(hidden, weight, bias, None, "")
     given = weight
@@ -86,14 +102,7 @@ def local_head(
     if not reduces_hidden:
         hidden = _replicated(hidden, process_group)
     name, rank, size = process_group.group_name, process_group.rank(), process_group.size()
-    facts = _Facts(
-        int(weight.shape[0]) if weight.dim() else 0,
-        int(weight.shape[-1]) if weight.dim() else 0,
-        checks.FLOATS.index(hidden.dtype) if hidden.dtype in checks.FLOATS else -1,
-        int(torch.is_grad_enabled() and requires_grad(hidden)),
-        int(torch.is_grad_enabled() and requires_grad(weight)),
-        0 if bias is None else 1 + int(torch.is_grad_enabled() and requires_grad(bias)),
-    )
+    facts = _facts(hidden, weight, bias, call)
     rows = _rows_of_ranks(given, ids, facts, name, size)
     if checks.is_dtensor(given) and sum(rows) != given.shape[0]:
         raise ValueError(
@@ -102,6 +111,23 @@ def local_head(
     if sum(rows) == 0:
         raise ValueError("weight: got no rows on any rank of group, expected [V_r, H] on each")
     return LocalHead(hidden, weight, bias, Shards(rank, reduces_hidden, rows), name)
+
+
+def _facts(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: OfCall) -> _Facts:
+    def needs(x: Tensor) -> int:
+        return int(torch.is_grad_enabled() and requires_grad(x))
+
+    _, options, adapter = call
+    return _Facts(
+        int(weight.shape[0]) if weight.dim() else 0,
+        int(weight.shape[-1]) if weight.dim() else 0,
+        checks.FLOATS.index(hidden.dtype) if hidden.dtype in checks.FLOATS else -1,
+        needs(hidden),
+        needs(weight),
+        0 if bias is None else 1 + needs(bias),
+        0 if adapter is None else 4 * int(adapter[0].shape[0]) + needs(adapter[0]) + 2 * needs(adapter[1]),
+        *[int((value or 0.0) * 2**32) for value in options],
+    )
 
 
 def check_equal_on_ranks(shards: Shards, group: str, **given: Tensor) -> None:
@@ -247,8 +273,8 @@ def _agreed_rows(
     for field, values in by_fact.items():
         if len(set(values)) > 1:
             raise ValueError(
-                f"{_LABELS[field]}: got {_shown(field, values)} on the ranks of group, expected the "
-                "same on all of them"
+                f"{_LABELS.get(field, field)}: got {_shown(field, values)} on the ranks of group, expected "
+                "the same on all of them"
             )
     return rows
 
@@ -258,4 +284,14 @@ def _shown(field: str, values: tuple[int, ...]) -> list[object]:
         return [checks.FLOATS[value] for value in values]
     if field == "bias":
         return [("none", "one without a gradient", "one with a gradient")[value] for value in values]
+    if field == "lora":
+        return [_adapter(value) if value else "none" for value in values]
+    if field in _OPTIONS:
+        return [value / 2**32 for value in values]
     return [bool(value) if field.endswith("grad") else value for value in values]
+
+
+def _adapter(value: int) -> str:
+    """An adapter's rank and what of it is trained, from `_Facts.lora`."""
+    trained = ("nothing", "A", "B", "A and B")[value % 4]
+    return f"rank {value // 4}, {trained} trained"
