@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.experiments.liger_distillation_cases import OPTIONS, N, V, call, expected_loss, formula, heads
-from fastalign.integrations.liger import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
+from fastalign.integrations.liger import LigerFusedLinearJSD, LigerFusedLinearJSDLoss, LigerJSD
 
 
 def grads(loss: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -51,6 +51,41 @@ def test_the_divergence_alone(labelled: bool) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x, arguments[:2]) for x in (value, expected)))
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_divergence_of_log_probabilities(beta: float) -> None:
+    given = heads()
+    student, teacher = (
+        (given[hidden] @ given[weight].T).log_softmax(-1) for hidden, weight in (("h", "w"), ("th", "tw"))
+    )
+    value = LigerJSD(beta)(student, teacher, given["labels"])
+    expected = formula(given, beta, 1.0, bias=False)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(x, given["h"], retain_graph=True) for x in (value, expected))
+    )
+    everywhere = LigerJSD(beta)(student, teacher)
+    torch.testing.assert_close(
+        everywhere, formula(given | {"labels": torch.zeros(N, dtype=torch.long)}, beta, 1.0, bias=False)
+    )
+
+
+def test_nan_in_ignored_tokens_reaches_nothing() -> None:
+    given = heads()
+    given["labels"][0] = -100
+    expected = call(LigerFusedLinearJSDLoss(), given)
+    with torch.no_grad():
+        given["h"][0], given["th"][0] = torch.nan, torch.nan
+    value = call(LigerFusedLinearJSDLoss(), given)
+    torch.testing.assert_close(value, expected)
+    assert all(torch.isfinite(grad).all() for grad in grads(value, given))
+    log_q = torch.randn(3, 5, dtype=torch.float64).log_softmax(-1)
+    log_q[0] = torch.nan
+    log_q.requires_grad_()
+    value = LigerJSD()(log_q, log_q.detach().roll(1, 1), torch.tensor([-100, 1, 2]))
+    (grad,) = torch.autograd.grad(value, log_q)
+    assert torch.isfinite(value) and torch.isfinite(grad).all() and not grad[0].any()
+
+
 def test_a_batch_of_ignored_labels_is_0() -> None:
     given = heads()
     given["labels"] = torch.full((N,), -100)
@@ -62,6 +97,7 @@ def test_a_batch_of_ignored_labels_is_0() -> None:
     ("module", "options", "message"),
     [
         (LigerFusedLinearJSDLoss, {"beta": 1.1}, r"^beta: got 1.1, expected a number in \[0, 1\]"),
+        (LigerJSD, {"beta": 1.5}, r"^beta: got 1.5, expected a number in \[0, 1\]"),
         (LigerFusedLinearJSD, {"jsd_beta": -0.1}, r"^jsd_beta: got -0.1, expected a number in \[0, 1\]"),
         (LigerFusedLinearJSD, {"accum_dtype": torch.bfloat16}, "^accum_dtype: got torch.bfloat16, expected"),
     ],
@@ -85,6 +121,7 @@ def test_the_constructors_and_the_call_orders_are_ligers() -> None:
     for ours, theirs in (
         (LigerFusedLinearJSDLoss, chunked.LigerFusedLinearJSDLoss),
         (LigerFusedLinearJSD, modules.LigerFusedLinearJSD),
+        (LigerJSD, modules.LigerJSD),
     ):
         for a, b in ((ours, theirs), (ours.forward, theirs.forward)):
             assert [(p.name, p.default) for p in inspect.signature(a).parameters.values()] == [

@@ -14,7 +14,7 @@ For a model of transformers, one line replaces the fused loss of `apply_liger_ke
 from typing import Any
 
 from .cross_entropy import CrossEntropyOutput, LigerCrossEntropyLoss, LigerFusedLinearCrossEntropyLoss
-from .distillation import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
+from .distillation import LigerFusedLinearJSD, LigerFusedLinearJSDLoss, LigerJSD
 from .grpo import LigerFusedLinearGRPOLoss
 from .kto import LigerFusedLinearKTOLoss
 from .preference import (
@@ -36,13 +36,13 @@ __all__ = [
     "LigerFusedLinearKTOLoss",
     "LigerFusedLinearORPOLoss",
     "LigerFusedLinearSimPOLoss",
+    "LigerJSD",
 ]
 
 _NOT_SERVED = {
     "LigerFusedLinearCosineSimilarityLoss": "no loss of fastalign compares logits by their cosine",
     "LigerFusedLinearKLDivLoss": "LigerFusedLinearJSDLoss(beta=0) is that divergence",
-    "LigerJSD": "no loss of fastalign takes a teacher's log-probabilities over the whole vocabulary",
-    "LigerKLDIVLoss": "no loss of fastalign takes a teacher's log-probabilities over the whole vocabulary",
+    "LigerKLDIVLoss": "LigerJSD(beta=0) is its divergence of log-probabilities, as a mean over tokens",
 }
 
 

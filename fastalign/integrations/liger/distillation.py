@@ -1,4 +1,4 @@
-"""Liger's distillation on two heads: the generalised JSD of a student's and a teacher's whole softmax."""
+"""Liger's distillation: the generalised JSD of a student's and a teacher's whole softmax."""
 
 import math
 from typing import NamedTuple
@@ -137,15 +137,50 @@ class LigerFusedLinearJSD(nn.Module):
         shift_labels: Tensor | None,
     ) -> Tensor:
         """The divergence's mean over the tokens, or over those whose label is not ignored."""
-        kept = torch.ones_like(student_input[:, 0], dtype=torch.bool)
-        if shift_labels is not None:
-            kept = shift_labels != self.ignore_index
+        kept = _kept(student_input, shift_labels, self.ignore_index)
         student, teacher = (
             _Head(student_input, student_weight, None),
             _Head(teacher_input, teacher_weight, None),
         )
         total = _divergences(student, teacher, kept, self.beta, self.temperature, ROWS)
         return total / kept.sum().clamp(min=1)
+
+
+class LigerJSD(nn.Module):
+    """The generalised JSD of log-probabilities in memory, with Liger's options.
+
+    Args:
+        beta, ignore_index: as in `LigerFusedLinearJSDLoss`.
+    Raises:
+        ValueError: a beta outside of [0, 1].
+    """
+
+    def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
+        super().__init__()
+        self.beta = _checked("beta", beta)
+        self.ignore_index = ignore_index
+
+    def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
+        """The mean over the tokens, or over those whose label is not ignored.
+
+        Args:
+            log_q, log_p: [N, V] of the student and the teacher. log_p gets no gradient.
+            shift_labels: [N].
+        """
+        kept = _kept(log_q, shift_labels, self.ignore_index)
+        dtype = torch.promote_types(log_q.dtype, torch.float32)
+        log_p, log_q = (_where(kept, x.to(dtype)) for x in (log_p.detach(), log_q))
+        return _jsd(log_p, log_q, self.beta).where(kept, 0).sum() / kept.sum().clamp(min=1)
+
+
+def _kept(x: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor:
+    """[N] bool for x [N, ...]."""
+    return torch.ones_like(x[:, 0], dtype=torch.bool) if labels is None else labels != ignore_index
+
+
+def _where(kept: Tensor, x: Tensor) -> Tensor:
+    """x [N, D], 0 outside of kept: a NaN of an ignored token reaches no gradient."""
+    return x.where(kept[:, None], 0)
 
 
 def _checked(name: str, beta: float) -> float:
@@ -166,8 +201,8 @@ def _divergences(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher_hidden: Tensor, kept: Tensor
     ) -> Tensor:
         with torch.no_grad():
-            log_p = _log_softmax(teacher_hidden, teacher.weight, teacher.bias, temperature)
-        log_q = _log_softmax(hidden, weight, bias, temperature)
+            log_p = _log_softmax(_where(kept, teacher_hidden), teacher.weight, teacher.bias, temperature)
+        log_q = _log_softmax(_where(kept, hidden), weight, bias, temperature)
         return _jsd(log_p, log_q, beta).where(kept, 0).sum()
 
     total = kept.new_zeros((), dtype=torch.promote_types(student.hidden.dtype, torch.float32))
