@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fastalign_kernels import linear_cross_entropy, linear_logprobs
 
 from . import hosts
+from .head_adapter import HeadAdapter
 from .hosts import PatchedHost
 from .published import LLAMAFACTORY, LLAMAFACTORY_CHUNK_LOSS
 
@@ -48,12 +49,14 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     handle = PatchedHost(HOST, options)
     remedy = "Only v1's SFT trainer uses it."
     if chunked:
+        adapter = HeadAdapter("LLaMA-Factory", "its chunked loss", "no chunk_loss_size")
+        handle.replace(trainer, "fit", adapter.noted(trainer.fit, "model"))
         interceptor: Any = importlib.import_module(f"{CHUNK_LOSS}.interceptor")
         for name, stand_in in (
             ("chunked_linear_cross_entropy", _chunked_linear_cross_entropy),
             ("chunked_linear_log_probs", _chunked_linear_log_probs),
         ):
-            handle.replace(interceptor, name, stand_in(handle, getattr(interceptor, name)))
+            handle.replace(interceptor, name, stand_in(handle, adapter, getattr(interceptor, name)))
         remedy = "Set chunk_loss_size."
     else:
         handle.replace(trainer, "compute_log_probs", _compute_log_probs(handle, trainer.compute_log_probs))
@@ -99,7 +102,7 @@ def _compute_log_probs(handle: PatchedHost, original: Any) -> Any:
     return compute_log_probs
 
 
-def _chunked_linear_cross_entropy(handle: PatchedHost, original: Any) -> Any:
+def _chunked_linear_cross_entropy(handle: PatchedHost, adapter: HeadAdapter, original: Any) -> Any:
     def chunked_linear_cross_entropy(
         hidden_states: Tensor,
         head_weight: Tensor,
@@ -110,6 +113,7 @@ def _chunked_linear_cross_entropy(handle: PatchedHost, original: Any) -> Any:
         denominator: Tensor | None = None,
     ) -> Tensor:
         """Sum of loss_weights [B, T] times cross-entropy, over denominator. hidden_states [B, T, H]."""
+        adapter.refuse()
         if (reason := hosts.unserved(hidden_states, head_weight)) is not None:
             handle.warn_unserved(reason)
             return original(
@@ -131,11 +135,12 @@ def _chunked_linear_cross_entropy(handle: PatchedHost, original: Any) -> Any:
     return chunked_linear_cross_entropy
 
 
-def _chunked_linear_log_probs(handle: PatchedHost, original: Any) -> Any:
+def _chunked_linear_log_probs(handle: PatchedHost, adapter: HeadAdapter, original: Any) -> Any:
     def chunked_linear_log_probs(
         hidden_states: Tensor, head_weight: Tensor, head_bias: Tensor | None, labels: Tensor, chunk_size: int
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each label [B, T], and each token's mean logit [B, T] without gradient."""
+        adapter.refuse()
         if (reason := hosts.unserved(hidden_states, head_weight)) is not None:
             handle.warn_unserved(reason)
             return original(hidden_states, head_weight, head_bias, labels, chunk_size)

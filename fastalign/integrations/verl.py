@@ -12,16 +12,16 @@ tensor-parallel ranks and on devices other than CPUs and CUDA.
 
 import importlib
 import sys
-from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fastalign_kernels import linear_token_stats, ppo_loss
 
 from . import hosts
+from .head_adapter import HeadAdapter
 from .hosts import PatchedHost
 from .published import VERL, VERL_POLICY_LOSS
 
@@ -52,7 +52,7 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     engines: Any = importlib.import_module("verl.workers.engine.base")
 
     handle = PatchedHost(HOST, options)
-    adapter = _HeadAdapter()
+    adapter = HeadAdapter("verl", "verl's fused kernels", "use_fused_kernels=False")
     of_triton = _linear_cross_entropy(handle, adapter, kernel.linear_cross_entropy)
     early = [sys.modules[name] for name in IMPORTS_EARLY if name in sys.modules]
     for module in (kernel, *early):
@@ -66,7 +66,7 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
         applies=lambda engine, *_: "ValueHead" not in type(engine).__name__,
     )
     for name in ("train_batch", "infer_batch"):
-        handle.replace(engines.BaseEngine, name, adapter.noted(getattr(engines.BaseEngine, name)))
+        handle.replace(engines.BaseEngine, name, adapter.noted(getattr(engines.BaseEngine, name), "module"))
     return handle
 
 
@@ -98,39 +98,7 @@ def unpatch() -> None:
     hosts.unpatch(POLICY_LOSS)
 
 
-class _HeadAdapter:
-    """Refuses LoRA on lm_head during a batch: verl's fused kernels get the weight without its adapter."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None  # of the adapted lm_head of the engine whose batch is running
-
-    def noted(self, original: Any) -> Any:
-        """A method of verl's engine that takes a batch, and notes the engine's adapted lm_head."""
-
-        @wraps(original)
-        def batch(engine: Any, *args: Any, **kwargs: Any) -> Any:
-            model = getattr(engine, "module", None)
-            modules = model.named_modules() if isinstance(model, nn.Module) else ()
-            adapted = (name for name, module in modules if hasattr(module, "lora_A"))
-            self.name = next((name for name in adapted if name.rpartition(".")[2] == "lm_head"), None)
-            try:
-                return original(engine, *args, **kwargs)
-            finally:
-                self.name = None
-
-        return batch
-
-    def refuse(self) -> None:
-        """Raise NotImplementedError if the running batch's lm_head is adapted."""
-        if self.name is not None:
-            raise NotImplementedError(
-                f"verl: got LoRA on {self.name} with use_fused_kernels=True, expected other target modules: "
-                "verl's fused kernels would leave the adapter out of the logits. Leave lm_head out of "
-                "target_modules, as verl's default all-linear does, or set use_fused_kernels=False"
-            )
-
-
-def _linear_cross_entropy(handle: PatchedHost, adapter: _HeadAdapter, original: Any) -> Any:
+def _linear_cross_entropy(handle: PatchedHost, adapter: HeadAdapter, original: Any) -> Any:
     """Stands in for verl's Triton kernel."""
 
     def linear_cross_entropy(
@@ -161,7 +129,7 @@ def _linear_cross_entropy(handle: PatchedHost, adapter: _HeadAdapter, original: 
     return linear_cross_entropy
 
 
-def _fused_linear_for_ppo(handle: PatchedHost, adapter: _HeadAdapter, original: Any) -> Any:
+def _fused_linear_for_ppo(handle: PatchedHost, adapter: HeadAdapter, original: Any) -> Any:
     """Stands in for the forward of the module behind verl's backends "torch" and "liger"."""
 
     def forward(

@@ -160,6 +160,22 @@ def test_the_chunked_log_probs_and_mean_logits_are_the_same(interceptor: Any, he
     )
 
 
+def test_lora_on_the_head_is_refused_because_the_chunked_loss_would_leave_it_out(
+    interceptor: Any, head: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = importlib.import_module("llamafactory.v1.core.base_trainer").BaseTrainer
+    chunked = lambda self: interceptor.chunked_linear_log_probs(*head.trained, head.labels, 2)  # noqa: E731
+    monkeypatch.setattr(trainer, "fit", chunked)
+    running = trainer.__new__(trainer)
+    running.model = torch.nn.ModuleDict({"lm_head": torch.nn.Module()})
+    with integration.patch() as handle:
+        running.fit()
+        assert handle.calls == 1
+        running.model["lm_head"].lora_A = torch.nn.ModuleDict()
+        with pytest.raises(NotImplementedError, match="LLaMA-Factory: got LoRA on lm_head, expected other"):
+            running.fit()
+
+
 def test_hidden_states_without_kernels_are_left_to_llamafactory(
     interceptor: Any, head: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
