@@ -1,4 +1,4 @@
-"""40 faults of one line each; for each, the tests that must fail.
+"""43 faults of one line each; for each, the tests that must fail.
 
     make mutations                      all of them, in 6 minutes
     python .ci/mutations.py 3 17        these two
