@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from fastalign_kernels.sampling_kept import KeptIds
 
@@ -26,22 +25,22 @@ from ..data.tokens import Prompt
 from .batches import Batch
 from .command import run_stage
 from .distributed import World
-from .loading import load_model, padding_id, stop_at
+from .loading import load_model, stop_at
 from .loop import LossFn, start
-from .optimization import autocast, distribute, make_optimizer, trained_weights
+from .optimization import distribute, make_optimizer, trained_weights
 from .packers import without_dropout
 from .policy_configs import GRPOConfig, GRPOOptions
 from .policy_loop import Passes, item_means, take_passes, train_on_rollouts
 from .policy_models import (
     PolicyInputs,
     announce_drawing,
-    end_ids,
+    keywords_of_rollouts,
+    keywords_of_steps,
     make_reference,
     make_reward,
     micro_batch,
     parts_of,
     read_inputs,
-    rows_at_once,
 )
 from .rollouts import Score, draw_completions, estimate_kl, kept_of, token_batch
 from .saving import save_model
@@ -296,19 +295,8 @@ def train(
     """
     wrapped = distribute(config, world, policy)
     optimizer = make_optimizer(config, policy)
-    tokenizer: PreTrainedTokenizerBase = inputs.tokenizer
-    shared: dict[str, Any] = {
-        "pad_id": padding_id(tokenizer, policy.config),
-        "packing": config.packing,
-        "precision": autocast(config, world),
-        "micro_batch_size": micro_batch(config, world),
-        "world": world,
-    }
-    drawing: dict[str, Any] = shared | {
-        "eos_id": end_ids(policy, tokenizer),
-        "reference": reference,
-        "rollout_batch_size": rows_at_once(config, world),
-    }
+    shared = keywords_of_steps(config, world, policy, inputs)
+    drawing = shared | keywords_of_rollouts(config, world, policy, inputs, reference)
 
     def draw(chosen: Sequence[Prompt], **noise: Any) -> GroupExperience:
         return grpo_rollout(policy, chosen, reward, config, **drawing, **noise)
@@ -325,7 +313,7 @@ def train(
         inputs.prompts,
         draw=draw,
         learn=learn,
-        save=partial(save_model, world, policy, tokenizer),
+        save=partial(save_model, world, policy, inputs.tokenizer),
         copies=config.group_size,
     )
 

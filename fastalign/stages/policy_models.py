@@ -16,6 +16,7 @@ from .adapters import load_architecture
 from .distributed import World
 from .estimate import Part, announce
 from .loading import check_fit, load_tokenizer, padding_id
+from .optimization import autocast
 from .packers import pack_rows
 from .policy_configs import PolicyConfig, is_function
 from .scorers import (
@@ -190,3 +191,27 @@ def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             "which completions could not end"
         )
     return found
+
+
+def keywords_of_steps(
+    config: PolicyConfig, world: World, policy: Any, inputs: PolicyInputs
+) -> dict[str, Any]:
+    """The keywords of a step that say where and how it runs; those of a rollout begin with them."""
+    return {
+        "pad_id": padding_id(inputs.tokenizer, policy.config),
+        "packing": config.packing,
+        "precision": autocast(config, world),
+        "micro_batch_size": micro_batch(config, world),
+        "world": world,
+    }
+
+
+def keywords_of_rollouts(
+    config: PolicyConfig, world: World, policy: Any, inputs: PolicyInputs, reference: nn.Module | None
+) -> dict[str, Any]:
+    """The keywords of a rollout beside those of a step."""
+    return {
+        "eos_id": end_ids(policy, inputs.tokenizer),
+        "reference": reference,
+        "rollout_batch_size": rows_at_once(config, world),
+    }

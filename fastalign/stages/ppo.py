@@ -36,9 +36,9 @@ from .command import run_stage
 from .distributed import World
 from .estimate import Part
 from .files import new_folder
-from .loading import load_model, padding_id, stop_at
+from .loading import load_model, stop_at
 from .loop import LossFn, start
-from .optimization import autocast, distribute, make_optimizer
+from .optimization import distribute, make_optimizer
 from .packers import without_dropout
 from .policy_configs import PPOConfig, PPOOptions
 from .policy_loop import Passes, item_means, take_passes, train_on_rollouts
@@ -46,13 +46,13 @@ from .policy_models import (
     PolicyInputs,
     announce_drawing,
     check_prompts,
-    end_ids,
+    keywords_of_rollouts,
+    keywords_of_steps,
     make_reference,
     make_reward,
     micro_batch,
     parts_of,
     read_inputs,
-    rows_at_once,
 )
 from .ppo_experience import Experience, experience_batch, rollout
 from .rollouts import kept_of
@@ -218,18 +218,8 @@ def train(
     wrapped = distribute(config, world, model)
     rates = {} if config.value_learning_rate is None else {"value.": config.value_learning_rate}
     optimizer = make_optimizer(config, model, rates)
-    shared: dict[str, Any] = {
-        "pad_id": padding_id(inputs.tokenizer, model.policy.config),
-        "packing": config.packing,
-        "precision": autocast(config, world),
-        "micro_batch_size": micro_batch(config, world),
-        "world": world,
-    }
-    drawing: dict[str, Any] = shared | {
-        "eos_id": end_ids(model.policy, inputs.tokenizer),
-        "reference": reference,
-        "rollout_batch_size": rows_at_once(config, world),
-    }
+    shared = keywords_of_steps(config, world, model.policy, inputs)
+    drawing = shared | keywords_of_rollouts(config, world, model.policy, inputs, reference)
 
     def draw(chosen: Sequence[Prompt], **noise: Any) -> Experience:
         return rollout(model, chosen, reward, config, **drawing, **noise)
