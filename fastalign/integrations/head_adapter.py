@@ -39,9 +39,9 @@ class HeadAdapter:
         return noting
 
     def refuse(self) -> None:
-        """Raise NotImplementedError if the lm_head of the running model is adapted."""
+        """Raise ValueError if the lm_head of the running model is adapted."""
         if self.name is not None:
-            raise NotImplementedError(
+            raise ValueError(
                 f"{self.host}: got LoRA on {self.name}, expected other target modules: {self.culprit} would "
                 "leave the adapter out of the logits. Leave lm_head out of the adapter's target modules, or "
                 f"set {self.remedy}"

@@ -172,7 +172,7 @@ def test_lora_on_the_head_is_refused_because_the_chunked_loss_would_leave_it_out
         running.fit()
         assert handle.calls == 1
         running.model["lm_head"].lora_A = torch.nn.ModuleDict()
-        with pytest.raises(NotImplementedError, match="LLaMA-Factory: got LoRA on lm_head, expected other"):
+        with pytest.raises(ValueError, match="LLaMA-Factory: got LoRA on lm_head, expected other"):
             running.fit()
 
 

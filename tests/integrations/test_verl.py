@@ -201,7 +201,7 @@ def test_lora_on_the_head_is_refused_because_the_fused_kernels_would_leave_it_ou
         getattr(engine, batch)({}, None)
         assert handle.calls == 1
         engine.module["lm_head"].lora_A = torch.nn.ModuleDict()
-        with pytest.raises(NotImplementedError, match="got LoRA on lm_head.*use_fused_kernels=False"):
+        with pytest.raises(ValueError, match="got LoRA on lm_head.*use_fused_kernels=False"):
             getattr(engine, batch)({}, None)
         verl.functional.FusedLinearForPPO().forward(*call)  # outside of a batch nothing is known
 
