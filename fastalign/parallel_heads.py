@@ -5,6 +5,8 @@ transformers (`tp_plan`: colwise_gather_output, colwise_rep, colwise) makes lm_h
 rows where they are and gathers no logits. It keeps that forward for calls without targets.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,6 +33,16 @@ def restore_forward(module: nn.Module) -> None:
     """Undo `keep_forward`."""
     if _FORWARD in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop(_FORWARD)
+
+
+@contextmanager
+def behind_fused(module: nn.Module) -> Iterator[None]:
+    """Inside, a module has its class's forward. What replaces it there is kept behind a fused forward."""
+    fused = module.__dict__.pop("forward", None)
+    yield
+    if fused is not None:
+        keep_forward(module)
+        module.__dict__["forward"] = fused
 
 
 def plain_logits(head: nn.Linear, hidden: Tensor) -> Any:

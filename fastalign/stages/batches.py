@@ -18,7 +18,7 @@ Row = TypeVar("Row")
 
 def micro_batch_size(config: TrainConfig, world: World) -> int:
     """Rows of one forward pass on one device."""
-    return config.micro_batch_size or max(config.batch_size // world.size, 1)
+    return config.micro_batch_size or max(config.batch_size // world.dp_size, 1)
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:
@@ -57,7 +57,7 @@ def epoch_batches(
     def batches_of(step: int) -> list[Batch]:
         numbers = rows_of_step(step, rows=len(rows), batch_size=config.batch_size, seed=config.seed)
         arranged = arrange([rows[number] for number in numbers], step)
-        starts = range(world.rank * size, len(arranged), world.size * size)
+        starts = range(world.dp_rank * size, len(arranged), world.dp_size * size)
         return [collate(arranged[first : first + size]) for first in starts]
 
     return batches_of
@@ -80,11 +80,11 @@ def held_out_batches(
     Ranks of a sharded model gather its weights together, so each makes as many forward passes as the first:
     those with fewer rows end with empty micro-batches.
     """
-    if 0 < len(rows) < world.size:
+    if 0 < len(rows) < world.dp_size:
         raise ValueError(
-            f"eval_data: got {len(rows)} rows for {world.size} devices, expected at least one for each"
+            f"eval_data: got {len(rows)} rows for {world.dp_size} devices, expected at least one for each"
         )
-    local = rows[world.rank :: world.size]
+    local = rows[world.dp_rank :: world.dp_size]
     size = micro_batch_size(config, world)
-    most = len(local) if world.sharding is None else len(rows[:: world.size])
+    most = len(local) if world.sharding is None else len(rows[:: world.dp_size])
     return [collate(local[first : first + size]) for first in range(0, most, size)]

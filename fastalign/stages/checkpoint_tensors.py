@@ -58,12 +58,13 @@ def set_random_states(tensors: dict[str, Tensor], world: World) -> None:
 
 def describe_layout(model: nn.Module, world: World) -> str:
     """How the model lies on the ranks, such as "4 processes (dp_replicate 2, dp_shard 2)"."""
-    sharded = (weight for weight in model.parameters() if isinstance(weight, DTensor))
-    first = next(sharded, None)
-    if first is None:
+    meshes = {weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)}
+    if not meshes:
         return f"{world.size} processes"
-    names = first.device_mesh.mesh_dim_names or ("shard",) * first.device_mesh.ndim
-    sizes = zip(names, first.device_mesh.shape, strict=True)
+    # Weights that tensor parallelism does not split lie on the data dimensions of the mesh alone.
+    largest = max(meshes, key=lambda mesh: mesh.ndim)
+    names = largest.mesh_dim_names or ("shard",) * largest.ndim
+    sizes = zip(names, largest.shape, strict=True)
     return f"{world.size} processes ({', '.join(f'{name} {size}' for name, size in sizes)})"
 
 

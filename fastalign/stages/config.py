@@ -110,7 +110,10 @@ class TrainConfig(Options):
     """Ranks that share one copy of weights, gradients and optimizer state (FSDP2). 1: each rank has its own
     (DistributedDataParallel)."""
     dp_replicate: int | None = Field(default=None, gt=0)
-    """Groups of dp_shard ranks. Default: as many as there are ranks for."""
+    """Groups of dp_shard x tp ranks. Default: as many as there are ranks for."""
+    tp: PositiveInt = 1
+    """Ranks that share each layer and the vocabulary of the head, by the model's plan in transformers
+    (tp_plan). They train on the same rows."""
     cpu_offload: bool = False
     """Keep the shards and the optimizer's state in the host's memory, and step there (needs dp_shard)."""
 
@@ -205,6 +208,8 @@ class TrainConfig(Options):
             raise ValueError("cpu_offload: got true with dp_shard=1, expected dp_shard of at least 2")
         if self.dp_shard > 1 and self.compile:
             raise ValueError(f"compile: got true with dp_shard={self.dp_shard}, expected false")
+        if self.tp > 1:
+            self._check_tp()
         if self.screen and self.lora_rank and "lm_head" in self.lora_targets:
             raise ValueError(
                 "screen: got true with lora_targets=lm_head, expected false: a head with adapters has exact "
@@ -213,6 +218,17 @@ class TrainConfig(Options):
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError(f"eval_every: got {self.eval_every} without eval_data, expected both")
         return self
+
+    def _check_tp(self) -> None:
+        """Refuse what the tests of tensor parallelism do not cover."""
+        for name in ("cpu_offload", "compile", "liger", "screen"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: got true with tp={self.tp}, expected false")
+        if self.lora_rank and "lm_head" in self.lora_targets:
+            raise ValueError(
+                f"lora_targets: got lm_head with tp={self.tp}, expected other modules: the vocabulary of a "
+                "head with adapters cannot be split"
+            )
 
 
 Config = TypeVar("Config", bound=Options)

@@ -28,6 +28,28 @@ class World:
     """How models are sharded; None if each rank has whole ones."""
 
     @property
+    def tp_size(self) -> int:
+        """Ranks that share layers, and so train on the same rows."""
+        return 1 if self.sharding is None else self.sharding.tp_size
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks, or groups of tp ranks, among which the rows are divided."""
+        return self.size // self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """The place of this rank, or of its tp group, among those."""
+        return self.rank // self.tp_size
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup | None:
+        """This rank and those with other rows, each tp group once; None if all have the same rows."""
+        if self.dp_size == 1:
+            return None
+        return dist.group.WORLD if self.sharding is None else self.sharding.dp_group or dist.group.WORLD
+
+    @property
     def main(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
@@ -48,8 +70,8 @@ class World:
             dist.barrier()
 
     def count(self, number: int) -> int:
-        """A number summed over the ranks."""
-        return number if self.size == 1 else int(self.sum([torch.tensor(number)])[0])
+        """A number summed over the rows of all ranks; those of a tp group count once."""
+        return number if self.dp_size == 1 else int(self.sum([torch.tensor(number)])[0])
 
     def max(self, number: int) -> int:
         """The largest of the ranks' numbers."""
@@ -60,10 +82,13 @@ class World:
         return int(largest)
 
     def sum(self, values: Sequence[Tensor]) -> list[float]:
-        """Each scalar summed over the ranks, in fp64; waits for the device."""
+        """Each scalar summed over the rows of all ranks, in fp64; those of a tp group count once.
+
+        It waits for the device.
+        """
         total = torch.stack([value.detach().to(self.device, torch.float64) for value in values])
-        if self.size > 1:
-            dist.all_reduce(total)
+        if self.dp_size > 1:
+            dist.all_reduce(total, group=self.dp_group)
         return [float(value) for value in total.tolist()]
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ come from formulas.
 """
 
 import heapq
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from .batches import micro_batch_size, total_steps
 from .config import TrainConfig
 from .distributed import World
 from .sharding import gathered_weights
+from .tensor_parallel import check_plan, local_share
 from .weights import Task
 
 GIB = 2**30
@@ -73,7 +75,7 @@ class Estimate(NamedTuple):
     `weights`, `gradients` and `moments` are what it keeps: a shard, if ranks share the model. `gathered` is
     what a pass then gathers of weights and gradients, and `cache` has a rollout's whole model.
 
-    `activations` is None if the model cannot be traced; `why` is the reason.
+    `activations` is None if the model cannot be traced; `why` is the reason. tp does not lower it here.
     """
 
     parameters: int = 0
@@ -127,38 +129,38 @@ def announce(
 ) -> None:
     """Print what the run takes, on the main process, with warnings if rows or memory are too few.
 
+    Raises ValueError for a model that tp cannot split.
+
     `rows` are all rows in tokens; the longest ones make the micro-batch that is counted. `collate` gives
     its arguments, those of `fastalign.data.collate`. `upstream` is `plan_head`'s. `micro`: rows of a
     forward pass. `cached`: rows and tokens of a rollout's cache.
     """
+    if config.tp > 1:
+        for part in parts:
+            check_plan(part.architecture, config.tp)
     if not world.main:
         return
     shape = Shape.of(collate(heapq.nlargest(micro or micro_batch_size(config, world), rows, key=_tokens)))
-    estimates = {
-        part.name: estimate(config, world, part, shape, upstream=upstream, cached=cached) for part in parts
-    }
-    for name, found in estimates.items():
-        world.say(f"{name}: {found.parameters:,} parameters, {found.trained:,} of them trained")
+    total = Estimate()
+    for part in parts:
+        found = estimate(config, world, part, shape, upstream=upstream, cached=cached)
+        world.say(f"{part.name}: {found.parameters:,} parameters, {found.trained:,} of them trained")
+        total = total.plus(found)
     tokens = round(sum(map(_tokens, rows)) * config.batch_size / len(rows))
-    world.say(
-        f"data: {len(rows):,} rows; {total_steps(config, len(rows)):,} steps of {config.batch_size}, about "
-        f"{tokens:,} tokens each"
-    )
+    steps = f"{total_steps(config, len(rows)):,} steps of {config.batch_size}, about {tokens:,} tokens each"
+    world.say(f"data: {len(rows):,} rows; {steps}")
     if len(rows) < config.batch_size:
         world.say(
             f"warning: batch_size: got {config.batch_size}, expected at most the {len(rows)} rows: a step "
             "takes some of them more than once"
         )
-    total = Estimate()
-    for found in estimates.values():
-        total = total.plus(found)
     free = free_memory(world)
     world.say(_memory_line(total, free, world))
     if free is not None and total.total > free:
         world.say(
             f"warning: memory: a step is estimated to take {total.total / GIB:.2f} GiB and {free / GIB:.2f} "
-            "GiB are free: "
-            "lower micro_batch_size or the length of rows, or set gradient_checkpointing=true or lora_rank"
+            "GiB are free: lower micro_batch_size or the length of rows, or set gradient_checkpointing=true "
+            "or lora_rank"
         )
 
 
@@ -201,12 +203,13 @@ def estimate(
             sum(w.numel() for w in weights) for weights in (whole.parameters(), _trained(whole))
         )
         weights = sum(w.numel() * w.element_size() for w in whole.parameters())
-        gathered, drawing = 0, 0
+        gathered, drawing, split = 0, 0, local_share(whole, config.tp)
         if config.dp_shard > 1:
             size = 2 if config.bf16 else dtype.itemsize
             # A rollout makes its models whole, one at a time.
-            gathered, drawing = size * gathered_weights(whole), size * parameters if cached else 0
-        kept = 0 if config.cpu_offload and world.device.type == "cuda" else 1 / config.dp_shard
+            gathered = round(size * gathered_weights(whole) * split)
+            drawing = size * parameters if cached else 0
+        kept = 0 if config.cpu_offload and world.device.type == "cuda" else split / config.dp_shard
         if not part.trained:
             return Estimate(parameters, 0, round(weights * kept), cache=drawing, gathered=gathered)
         gradients = round(sum(w.numel() * w.element_size() for w in _trained(whole)) * kept)
@@ -297,10 +300,10 @@ def _activations(
 
 
 def _head(config: TrainConfig, world: World, model: PreTrainedModel, shape: Shape, upstream: Upstream) -> int:
-    """Bytes of the head's workspace and of the gradients that it makes."""
+    """Bytes of the head's workspace and of the gradients that it makes, for this rank's part of it."""
     text = model.config.get_text_config()
     weight: Any = model.get_output_embeddings().weight
-    hidden_size, vocab_size = weight.shape[1], weight.shape[0]
+    hidden_size, vocab_size = weight.shape[1], math.ceil(weight.shape[0] / config.tp)
     plan = plan_head(
         shape.targets,
         hidden_size,

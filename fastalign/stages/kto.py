@@ -13,7 +13,6 @@ from functools import partial
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastalign_kernels.preference.losses import kto_kl, kto_loss
@@ -163,8 +162,7 @@ def with_reference(world: World, model: nn.Module, reference: Reference) -> Prep
                 policy_mismatched.append(sequence_logps(model, world.place(mismatched)))
         kl = None
         if policy_mismatched:
-            group = dist.group.WORLD if world.size > 1 else None
-            kl = kto_kl(torch.cat(policy_mismatched), torch.cat(reference_mismatched), group=group)
+            kl = kto_kl(torch.cat(policy_mismatched), torch.cat(reference_mismatched), group=world.dp_group)
         desirable = world.count(sum(int(batch["desirable"].sum()) for batch in batches))
         shared = {
             "kl": kl,

@@ -65,11 +65,12 @@ def start(config: TrainConfig) -> Iterator[World]:
     with join_world(config.device, config.timeout) as world, _held(config, world):
         check_liger(config, world)
         check_screen(config, world)
-        rows = micro_batch_size(config, world) * world.size
+        world = replace(world, sharding=plan_sharding(config, world.size, world.device))
+        rows = micro_batch_size(config, world) * world.dp_size
         if config.batch_size % rows:
             raise ValueError(
                 f"batch_size: got {config.batch_size}, expected a multiple of micro_batch_size x devices "
-                f"({micro_batch_size(config, world)} x {world.size})"
+                f"({micro_batch_size(config, world)} x {world.dp_size})"
             )
         if not config.resume and Path(config.output_dir, "metrics.jsonl").exists():
             raise ValueError(
@@ -77,7 +78,7 @@ def start(config: TrainConfig) -> Iterator[World]:
                 "the run with resume=true or name another folder"
             )
         _check_free(config)
-        yield replace(world, sharding=plan_sharding(config, world.size, world.device))
+        yield world
 
 
 def _check_free(config: TrainConfig) -> None:
@@ -195,8 +196,8 @@ def run_steps(
             f"warmup_steps: got {config.warmup_steps}, expected at most the {steps} steps of the run"
         )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    random.seed(config.seed + world.rank)
-    torch.manual_seed(config.seed + world.rank)
+    random.seed(config.seed + world.dp_rank)
+    torch.manual_seed(config.seed + world.dp_rank)
     checkpoints = checkpoint.Checkpoints(config, world, model, optimizer)
     done, items_done = _resume(config, world, checkpoints, rows)
     output_dir = Path(config.output_dir)
@@ -363,7 +364,7 @@ def _totals(
                 loss, metrics = loss_fn(model, world.place(batch), divisor)
             if torch.is_grad_enabled():
                 # DistributedDataParallel and FSDP2 average over the ranks, but these shares must be summed.
-                torch.autograd.backward(loss * world.size)
+                torch.autograd.backward(loss * world.dp_size)
         for name, share in {"loss": loss, **metrics}.items():
             totals[name] = totals.get(name, 0.0) + share.detach().double()
     return dict(zip(totals, world.sum(list(totals.values())), strict=True)), items

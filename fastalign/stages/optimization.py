@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
 from .distributed import World
-from .sharding import reshard, shard
+from .sharding import by_mesh, reshard, shard
 
 
 def multiplier(step: int, *, schedule: str, steps: int, warmup_steps: int, final_fraction: float) -> float:
@@ -47,7 +47,8 @@ def make_optimizer(
     return torch.optim.AdamW(
         [
             {"params": weights, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
-            for (rate, decays), weights in sorted(groups.items(), key=lambda group: not group[0][1])
+            for (rate, decays), group in sorted(groups.items(), key=lambda group: not group[0][1])
+            for weights in by_mesh(group).values()  # a fused step takes tensors of one mesh
         ],
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,

@@ -147,6 +147,11 @@ class PolicyConfig(RolloutOptions, TrainConfig):
             raise ValueError(
                 f"batch_size: got {self.batch_size}, expected a multiple of minibatches ({self.minibatches})"
             )
+        if self.tp > 1:
+            raise ValueError(
+                f"tp: got {self.tp}, expected 1: rollouts do not sample from a vocabulary that ranks share; "
+                "dp_shard shards this stage"
+            )
         if self.compile_rollout and self.dp_shard > 1:
             raise ValueError(f"compile_rollout: got true with dp_shard={self.dp_shard}, expected false")
         if self.reference == "adapters_off" and not self.lora_rank:

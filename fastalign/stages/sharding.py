@@ -1,9 +1,9 @@
 """Models sharded over ranks by torch's FSDP2: from a configuration to its mesh, from a model to its shards.
 
-This is the only file of the stages that knows how weights lie on ranks. `dp_shard` ranks hold one copy of
-the weights, gradients and optimizer state between them, and `dp_replicate` such groups train on other rows:
-a mesh (dp_replicate, dp_shard). With dp_shard=1 nothing here changes a model, and DistributedDataParallel
-averages its gradients.
+This file and tensor_parallel.py alone know how weights lie on ranks. `dp_shard` ranks hold one copy of the
+weights, gradients and optimizer state between them, and `dp_replicate` such groups train on other rows. `tp`
+ranks share each layer and train on the same rows: a mesh (dp_replicate, dp_shard, tp). With dp_shard=1 and
+tp=1 nothing here changes a model, and DistributedDataParallel averages its gradients.
 
 What is gathered, in one micro-batch with L layers:
 
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -40,6 +41,7 @@ from transformers import PreTrainedModel
 
 from ..servable_heads import without_peft
 from .config import TrainConfig
+from .tensor_parallel import parallelize
 
 Model = TypeVar("Model", bound=nn.Module)
 # What `accelerate launch` sets for engines of its own, which would shard beside ours or instead of it.
@@ -55,10 +57,19 @@ _ENGINES = {
 class Sharding:
     """How the models of a run are sharded."""
 
-    mesh: DeviceMesh
-    """(dp_shard), or (dp_replicate, dp_shard) if there are several groups."""
+    mesh: DeviceMesh | None
+    """FSDP2's: (dp_shard), or (dp_replicate, dp_shard) if there are several groups; None: tp alone shards."""
     precision: MixedPrecisionPolicy
     offload: OffloadPolicy
+    tp: DeviceMesh | None = None
+    """The ranks that share this rank's layers; None: each rank has whole layers."""
+    dp_group: dist.ProcessGroup | None = None
+    """With tp: the ranks that train on other rows and hold the same part of each layer."""
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share a layer."""
+        return 1 if self.tp is None else self.tp.size()
 
 
 def refuse_engines() -> None:
@@ -77,45 +88,77 @@ def plan_sharding(config: TrainConfig, size: int, device: torch.device) -> Shard
     Raises ValueError with the numbers if the mesh does not fit the ranks.
     """
     refuse_engines()
-    shard = config.dp_shard
-    replicate = max(size // shard, 1) if config.dp_replicate is None else config.dp_replicate
-    if replicate * shard != size:
-        fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
-        raise ValueError(
-            f"dp_shard: got dp_replicate x dp_shard = {replicate} x {shard} = {replicate * shard} ranks, "
-            f"expected the {size} of this run (torchrun's WORLD_SIZE): dp_shard may be {fitting}, with "
-            f"dp_replicate={size} / dp_shard"
-        )
-    if shard == 1:
+    tp, shard = config.tp, config.dp_shard
+    replicate = max(size // (shard * tp), 1) if config.dp_replicate is None else config.dp_replicate
+    if replicate * shard * tp != size:
+        raise ValueError(_misfit(config, replicate, size))
+    if shard == tp == 1:
         return None
-    names = ("dp_replicate", "dp_shard")
+    names = ("dp_replicate", "dp_shard", "tp")[: 2 if tp == 1 else 3]
     # The norm of gradients in the host's memory is summed there.
     offloads = config.cpu_offload and device.type == "cuda"
     backends: dict[int | str, Any] = dict.fromkeys(names, "cpu:gloo,cuda:nccl") if offloads else {}
     mesh = init_device_mesh(
-        device.type, (replicate, shard), mesh_dim_names=names, backend_override=backends or None
+        device.type,
+        (replicate, shard, tp)[: len(names)],
+        mesh_dim_names=names,
+        backend_override=backends or None,
     )
     # Inputs keep their types: PPO's log-probabilities and advantages are fp32, and autocast casts the rest.
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if config.bf16 else {}
+    groups = [[*range(first, size, tp)] for first in range(tp)]
     return Sharding(
-        mesh if replicate > 1 else mesh["dp_shard"],
+        _data_mesh(mesh, replicate=replicate, shard=shard),
         MixedPrecisionPolicy(**half, cast_forward_inputs=False),
         CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy(),
+        tp=mesh["tp"] if tp > 1 else None,
+        dp_group=dist.new_subgroups_by_enumeration(groups)[0] if tp > 1 else None,
     )
+
+
+def _misfit(config: TrainConfig, replicate: int, size: int) -> str:
+    """Why a mesh does not fit `size` ranks."""
+    tp, shard = config.tp, config.dp_shard
+    axes, sizes = ["dp_replicate", "dp_shard"], [replicate, shard]
+    if tp > 1:
+        axes, sizes = [*axes, "tp"], [*sizes, tp]
+    product = " x ".join(map(str, sizes))
+    if size % tp:
+        fitting = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        remedy = f"tp may be {fitting}"
+    else:
+        fitting = ", ".join(str(n) for n in range(1, size // tp + 1) if size // tp % n == 0)
+        remedy = f"dp_shard may be {fitting}, with dp_replicate={size // tp} / dp_shard"
+    return (
+        f"{'tp' if size % tp else 'dp_shard'}: got {' x '.join(axes)} = {product} = {replicate * shard * tp} "
+        f"ranks, expected the {size} of this run (torchrun's WORLD_SIZE): {remedy}"
+    )
+
+
+def _data_mesh(mesh: DeviceMesh, *, replicate: int, shard: int) -> DeviceMesh | None:
+    """The dimensions over which FSDP2 shards and replicates."""
+    if replicate * shard == 1:
+        return None
+    return mesh["dp_replicate", "dp_shard"] if replicate > 1 else mesh["dp_shard"]
 
 
 def shard(sharding: Sharding | None, model: Model) -> Model:
     """Shard a loaded model in place, layer by layer, and move it to the mesh's device.
 
-    Call it after all checks that run parts of the model: from then on a forward pass is one of the whole
-    model on all ranks. A sharded model stays as it is, and so does any if `sharding` is None.
+    Tensor parallelism splits the layers, and FSDP2 shards what a rank then has. Call it after all checks that
+    run parts of the model: from then on a forward pass is one of the whole model on all ranks. A sharded
+    model stays as it is, and so does any if `sharding` is None.
     """
     if sharding is None or is_sharded(model):
         return model
-    base = without_peft(model)
-    if isinstance(base, PreTrainedModel):
-        _shard_parts(sharding, base)
-    _shard_group(sharding, model, kept=True)
+    if sharding.tp is not None:
+        parallelize(model, sharding.tp)
+        model.to(sharding.tp.device_type)
+    if sharding.mesh is not None:
+        base = without_peft(model)
+        if isinstance(base, PreTrainedModel):
+            _shard_parts(sharding, base)
+        _shard_group(sharding, model, kept=True)
     return model
 
 
@@ -183,7 +226,7 @@ def _shard_group(sharding: Sharding, module: nn.Module, *, kept: bool) -> FSDPMo
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard` was called on the model or on a part of it."""
-    return bool(_groups(model))
+    return any(isinstance(weight, DTensor) for weight in model.parameters()) or bool(_groups(model))
 
 
 def reshard(model: nn.Module) -> None:
@@ -227,9 +270,27 @@ def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 def clip_gradients(weights: Sequence[nn.Parameter], largest: float) -> float:
-    """Scale the gradients down to the L2 norm `largest`, and return their norm before."""
-    norm = nn.utils.clip_grad_norm_(weights, largest)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    """Scale the gradients down to the L2 norm `largest`, and return their norm before.
+
+    A weight counts once, on however many ranks it lies. torch takes tensors of one mesh at a time.
+    """
+    layouts = [*by_mesh(weights).values()]
+    if len(layouts) == 1:
+        return float(whole_tensor(nn.utils.clip_grad_norm_(weights, largest)))
+    gradients = [[weight.grad for weight in part if weight.grad is not None] for part in layouts]
+    norms = [whole_tensor(nn.utils.get_total_norm(part)) for part in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for part in layouts:
+        nn.utils.clip_grads_with_norm_(part, largest, norm)
+    return float(norm)
+
+
+def by_mesh(weights: Sequence[nn.Parameter]) -> dict[DeviceMesh | None, list[nn.Parameter]]:
+    """The weights of each mesh; None: those that lie whole on each rank."""
+    found: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for weight in weights:
+        found.setdefault(weight.device_mesh if isinstance(weight, DTensor) else None, []).append(weight)
+    return found
 
 
 def local_part(tensor: Tensor) -> Tensor:

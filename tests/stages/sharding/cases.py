@@ -28,6 +28,10 @@ class Case(NamedTuple):
     options: Mapping[str, Any] = {}
     sharded: Mapping[str, Any] = {}
 
+    def layout(self, ranks: int) -> dict[str, int]:
+        """Two ranks share a model. With tp these share its layers, and of four ranks two share a part."""
+        return {"dp_shard": 2 if "tp" not in self.sharded else ranks // 2}
+
 
 NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 # GPT-2 with a tied embedding in fp64, but for the Llamas, whose norms are in fp32.
@@ -47,6 +51,27 @@ CASES = {
     "ppo": Case("ppo", {"reward": "reward_model", "rescore": True}),
     "grpo": Case("grpo", {"group_size": 4, "kl_coef": 0.1, "top_p": 0.9, "loss_type": "grpo"}),
     "ppo, shared, LoRA": Case("ppo", {"value": "shared", "lora_rank": 4, "rollout_batch_size": 3}),
+}
+
+
+# Models with a tensor-parallel plan and norms in fp64. Phi has biases everywhere, and an odd width;
+# Starcoder2 has a tied embedding and fewer key-value heads.
+PHI = {"model_type": "phi", "hidden_size": 32, "intermediate_size": 47, "num_hidden_layers": 1}
+PHI |= {"num_attention_heads": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+STARCODER = {"model_type": "starcoder2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+STARCODER |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+STARCODER |= {"sliding_window": None, "bos_token_id": 0, "eos_token_id": 1}
+STARCODER |= {"residual_dropout": 0.0, "embedding_dropout": 0.0}
+TP = {"tp": 2}
+# A pass through DTensors costs a CPU some time.
+LARGE: dict[str, Any] = {"micro_batch_size": 4, "eval_every": 10}
+TP_CASES = {
+    "tp: pretrain": Case("pretrain", {"model_config": PHI, "model": None, **LARGE}, TP),
+    "tp: sft": Case("sft", {"model": "starcoder", "gradient_checkpointing": True, **LARGE}, TP),
+    "tp: sft, LoRA": Case("sft", {"model": "starcoder", "lora_rank": 4, **LARGE}, TP),
+    "tp: reward": Case("reward", {"model": "starcoder", **LARGE}, TP),
+    "tp: dpo": Case("dpo", {"model": "starcoder", **LARGE}, TP),
+    "tp: kto, LoRA": Case("kto", {"model": "starcoder", "lora_rank": 4, **LARGE}, TP),
 }
 
 
@@ -88,11 +113,15 @@ def make_files(folder: Path) -> dict[str, str]:
     torch.manual_seed(3)
     untied = loading.scratch_config(LLAMA | {"tie_word_embeddings": False}, loaded, length=96)
     AutoModelForCausalLM.from_config(untied, dtype=torch.float64).save_pretrained(folder / "llama")
-    loaded.save_pretrained(folder / "llama")
+    tied = loading.scratch_config(STARCODER, loaded, length=96)
+    AutoModelForCausalLM.from_config(tied, dtype=torch.float64).save_pretrained(folder / "starcoder")
+    for name in ("llama", "starcoder"):
+        loaded.save_pretrained(folder / name)
     (folder / "functions.py").write_text(
         "def count(prompts, completions):\n    return [float(len(text) % 7) for text in completions]\n"
     )
-    paths |= {"llama": str(folder / "llama"), "count": f"{folder / 'functions.py'}:count"}
+    paths |= {name: str(folder / name) for name in ("llama", "starcoder")}
+    paths |= {"count": f"{folder / 'functions.py'}:count"}
     made = configure(Case("reward", {"max_steps": 1}), paths, folder / "reward")
     reward.run(made)
     return paths | {"reward_model": str(folder / "reward" / "model")}

@@ -12,11 +12,12 @@ import torch
 
 from fastalign.stages.config import save_config
 from tests.stages.ranks import Job, Ranks
-from tests.stages.sharding.cases import CASES, STAGES, configure, make_files
+from tests.stages.sharding.cases import CASES, STAGES, TP_CASES, configure, make_files
 from tests.stages.sharding.test_stages import saved
 from tests.stages.tiny import lines
 
 STEPS = 4
+KINDS = CASES | TP_CASES
 DROPOUT = {"lora_rank": 4, "lora_dropout": 0.2}
 
 
@@ -33,14 +34,17 @@ class Chain(NamedTuple):
 ALONE: Mapping[str, Any] = {"ranks": 1}
 DDP: Mapping[str, Any] = {"ranks": 2}
 FSDP: Mapping[str, Any] = {"ranks": 2, "dp_shard": 2}
+PARALLEL: Mapping[str, Any] = {"ranks": 2, "tp": 2}
 OFFLOADED: Mapping[str, Any] = {**FSDP, "cpu_offload": True, "async_checkpoints": True}
 SAME = {
     "FSDP2, dropout": Chain("sft, LoRA, tied head too", (FSDP, FSDP), FSDP, DROPOUT),
     "FSDP2, offloaded, asynchronous": Chain("sft, untied, offloaded", (OFFLOADED, OFFLOADED), OFFLOADED),
+    "tp, dropout": Chain("tp: sft, LoRA", (PARALLEL, PARALLEL), PARALLEL, DROPOUT),
 }
 OTHER = {
     "FSDP2 to one process": Chain("sft", (FSDP, ALONE)),
     "DDP to FSDP2": Chain("sft", (DDP, FSDP)),
+    "tp to FSDP2": Chain("tp: sft", (PARALLEL, FSDP)),
     "PPO, FSDP2 to one process": Chain("ppo", (FSDP, ALONE)),
 }
 
@@ -58,7 +62,7 @@ class Runs:
         fields = {field: value for field, value in layout.items() if field != "ranks"}
         number = list(self.chains).index(name)
         options = {"schedule": "constant", "eval_every": 2, **chain.options, **fields, **more}
-        return configure(CASES[chain.case], self.files, self.folder / f"{kind}{number}", **options)
+        return configure(KINDS[chain.case], self.files, self.folder / f"{kind}{number}", **options)
 
     def run(self) -> None:
         """Each chain's whole run, and its parts one after the other; those on ranks all at once."""
@@ -91,7 +95,7 @@ class Runs:
     def run_part(self, runs: list[tuple[Any, Mapping[str, Any], Chain]]) -> None:
         jobs = list[Job]()
         for number, (config, layout, chain) in enumerate(runs):
-            stage = CASES[chain.case].stage
+            stage = KINDS[chain.case].stage
             if layout["ranks"] == 1:
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr("warnings.warn", lambda *arguments, **options: None)
@@ -143,21 +147,33 @@ def assert_equal_to_rounding(whole: Any, resumed: Any, parts: tuple[str, ...] = 
     assert [line["step"] for line in lines(whole)] == [line["step"] for line in lines(resumed)]
 
 
+# What a run resumes on: four ranks, two ranks and one process, with two steps on each.
+FOUR: Mapping[str, Any] = {
+    "ppo": ({"dp_shard": 2}, {"dp_shard": 2}, "dp_shard 2"),
+    "tp: sft": ({"dp_shard": 2, "tp": 2}, {"tp": 2}, "tp 2"),
+}
+
+
 @pytest.mark.four_ranks
-def test_a_run_goes_from_four_ranks_to_two_and_to_one(tmp_path: Path) -> None:
-    """HSDP (2, 2), then FSDP2 on two ranks, then one process, with two steps on each."""
-    files = make_files(tmp_path)
+@pytest.mark.parametrize("name", FOUR)
+def test_a_run_goes_from_four_ranks_to_two_and_to_one(tmp_path: Path, name: str) -> None:
+    """HSDP (2, 2), then FSDP2 on two ranks, then one process; and tp with FSDP2, then tp."""
+    files, case = make_files(tmp_path), KINDS[name]
+    *layouts, described = FOUR[name]
+    stage = STAGES[case.stage][0]
     fixed: dict[str, Any] = {"schedule": "constant", "micro_batch_size": 1, "save_every": 2}
-    whole = configure(CASES["ppo"], files, tmp_path / "whole", **fixed, max_steps=6)
-    STAGES["ppo"][0].run(whole)
-    parts = configure(CASES["ppo"], files, tmp_path / "parts", **fixed, max_steps=2, dp_shard=2)
-    for ranks in (4, 2):
+    whole = configure(case, files, tmp_path / "whole", **fixed, max_steps=6)
+    stage.run(whole)
+    parts = configure(case, files, tmp_path / "parts", **fixed, max_steps=2)
+    for ranks, layout in zip((4, 2), layouts, strict=True):
+        parts = dataclasses.replace(parts, **{"dp_shard": 1, "tp": 1, **layout})
         save_config(parts, tmp_path / "parts.yaml")
         logs = tmp_path / f"ranks{ranks}"
         logs.mkdir()
-        Ranks(logs, ranks, [("fastalign.stages.ppo", ["--config", str(tmp_path / "parts.yaml")])]).join(300)
+        job = (f"fastalign.stages.{case.stage}", ["--config", str(tmp_path / "parts.yaml")])
+        Ranks(logs, ranks, [job]).join(300)
         parts = dataclasses.replace(parts, resume=True, max_steps=parts.max_steps + 2)
-    parts = dataclasses.replace(parts, dp_shard=1)
-    with pytest.warns(UserWarning, match=r"resuming on 1 processes a run of 2 processes \(dp_shard 2\)"):
-        STAGES["ppo"][0].run(parts)
-    assert_equal_to_rounding(whole, parts, parts=("model", "value"))
+    parts = dataclasses.replace(parts, dp_shard=1, tp=1)
+    with pytest.warns(UserWarning, match=rf"on 1 processes a run of 2 processes \({described}\)"):
+        stage.run(parts)
+    assert_equal_to_rounding(whole, parts, parts=("model", "value") if name == "ppo" else ("model",))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from fastalign.stages.config import save_config
 from tests.stages.ranks import Job, Ranks
-from tests.stages.sharding.cases import BF16, CASES, EXACT, STAGES, configure, make_files
+from tests.stages.sharding.cases import BF16, CASES, EXACT, STAGES, TP_CASES, configure, make_files
 from tests.stages.tiny import lines
 
 Runs = Mapping[str, tuple[Any, Any]]
@@ -20,12 +20,13 @@ def run_all(folder: Path, ranks: int) -> Runs:
     """The configurations of each case, run on one process and on ranks of which two share a model."""
     files = make_files(folder)
     configs, jobs = {}, list[Job]()
-    cases = {**CASES, "bf16": BF16}
+    cases = {**CASES, **TP_CASES, "bf16": BF16}
     for number, (name, case) in enumerate(cases.items()):
         # The same micro-batches, because Llama's norms in fp32 round rows of other micro-batches differently.
         micro = {"micro_batch_size": 1} if ranks == 4 else {}
         alone = configure(case, files, folder / f"alone{number}", **micro)
-        sharded = configure(case, files, folder / f"sharded{number}", dp_shard=2, **micro, **case.sharded)
+        options = {**case.layout(ranks), **micro, **case.sharded}
+        sharded = configure(case, files, folder / f"sharded{number}", **options)
         save_config(sharded, folder / f"{number}.yaml")
         jobs.append((f"fastalign.stages.{case.stage}", ["--config", str(folder / f"{number}.yaml")]))
         configs[name] = alone, sharded
@@ -49,7 +50,7 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *TP_CASES])
 def test_two_ranks_that_share_a_model_equal_one_process(two_ranks: Runs, name: str) -> None:
     assert_equal_runs(*two_ranks[name])
 
@@ -66,7 +67,7 @@ def test_bf16_is_as_near_to_fp64_as_a_model_in_bf16_on_one_process(two_ranks: Ru
 
 
 @pytest.mark.four_ranks
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *TP_CASES])
 def test_two_groups_of_two_ranks_equal_one_process(four_ranks: Runs, name: str) -> None:
     """HSDP: a mesh (2, 2)."""
     assert_equal_runs(*four_ranks[name])
