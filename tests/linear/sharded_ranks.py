@@ -17,7 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastalign import nn as losses
-from fastalign_kernels import cross_entropy, linear_cross_entropy, linear_dpo_loss, sample, tail_report
+from fastalign_kernels import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_dpo_loss,
+    sample,
+    tail_report,
+)
 from tests.linear.sharded_cases import CASES, TIGHT, Case, Data, Result, V, run, tensors
 from tests.two_ranks import be_a_rank
 
@@ -141,6 +148,17 @@ def refusals() -> dict[str, str]:
         "A needs grad on rank 0": ce(options=group | {"lora": (a.clone().requires_grad_(rank == 0), b, 2.0)}),
         "other A": ce(options=group | {"lora": (a + rank, b, 2.0), "check": True}),
         "other workspace": ce(options=group | {"workspace_mib": 1.0 + rank}),
+        "no reduction on rank 0": ce(options=group | {"reduction": "none" if rank == 0 else "mean"}),
+        "other smoothing": ce(options=group | {"label_smoothing": 0.25 * rank}),
+        "other z_loss": ce(options=group | {"z_loss": 0.25 * rank}),
+        "no reduction of a distillation on rank 0": lambda: linear_distillation_loss(
+            data.hidden,
+            data.weight,
+            data.teacher_ids,
+            data.teacher,
+            reduction="none" if rank == 0 else "sum",
+            **group,
+        ),
         "tail on rank 0": ce(options=group | {"tail_eps": 0.01 if rank == 0 else None}),
         "other hidden": ce(options=group | {"check": True}, hidden=data.hidden + rank),
         "other ids": ce(options=group | {"check": True}, ids=torch.where(data.ids < 0, rank, data.ids)),

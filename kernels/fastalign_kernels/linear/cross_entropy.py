@@ -112,5 +112,5 @@ def linear_cross_entropy(
     options = head_options(linear_cross_entropy, head)
     loss_options = LossOptions(label_smoothing, z_loss, reduction, token_weights, num_items)
     loss_options = loss_options.checked(targets, options)
-    inputs = head_inputs(hidden, weight, targets, bias, options, ids_name="targets")
+    inputs = head_inputs(hidden, weight, targets, bias, loss_options.of(options), ids_name="targets")
     return loss_and_stats(inputs if label_smoothing else inputs.lean(), loss_options, targets.shape)[0]

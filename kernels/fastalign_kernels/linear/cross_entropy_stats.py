@@ -49,7 +49,7 @@ def linear_cross_entropy_stats(
     options = head_options(linear_cross_entropy_stats, head)
     loss_options = LossOptions(label_smoothing, z_loss, reduction, token_weights, num_items)
     loss_options = loss_options.checked(targets, options)
-    inputs = head_inputs(hidden, weight, targets, bias, options, ids_name="targets")
+    inputs = head_inputs(hidden, weight, targets, bias, loss_options.of(options), ids_name="targets")
     loss, stats = loss_and_stats(inputs, loss_options, targets.shape)
     logp, entropy, lse, top1 = stats_of(stats, targets.shape, entropy=True)
     assert entropy is not None

@@ -20,6 +20,7 @@ from .distillation_ops import head_distillation, head_divergences
 from .inputs import head_inputs, local_tensors
 from .options import HeadArguments, check_no_screen, check_no_tail, head_keywords, head_options
 from .outcomes import DIVERGENCES, check_teacher, first_outcome
+from .sharded_inputs import OfLoss
 
 
 @head_keywords
@@ -64,6 +65,7 @@ def linear_distillation_loss(
     check_no_tail(options, "linear_distillation_loss")
     check_no_screen(options, "linear_distillation_loss")
     checks.tensors(teacher_ids=teacher_ids)
+    options = options._replace(loss=OfLoss(reduction))
     hidden, weight, bias, options = local_tensors(hidden, weight, bias, lambda: teacher_ids, options)
     ids = check_teacher(hidden, weight, teacher_ids, teacher_logp, options)
     first = first_outcome(ids >= 0, ids)[..., 0]

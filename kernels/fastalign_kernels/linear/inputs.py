@@ -151,7 +151,8 @@ def local_tensors(
     checks.tensors(hidden=hidden, weight=weight)
     checks.optional_tensors(bias=bias)
     adapter = None if options.lora is None else (options.lora.A, options.lora.B)
-    of_call = OfCall(options.group, options[:5], adapter)
+    reduction, *numbers = options.loss
+    of_call = OfCall(options.group, (*options[:5], *numbers), reduction, adapter)
     head = local_head(hidden, weight, bias, ids, of_call)
     return head.hidden, head.weight, head.bias, options._replace(shards=head.shards, group=head.group)
 

@@ -14,7 +14,7 @@ from ..logits import make_transform
 from ..softmax.rows import Transform
 from .low_rank import LowRank, as_low_rank
 from .sharded import Shards
-from .sharded_inputs import check_group
+from .sharded_inputs import OfLoss, check_group
 
 
 class SoftmaxArguments(TypedDict, total=False):
@@ -109,6 +109,7 @@ class HeadOptions(NamedTuple):
     # which `head_inputs` alone reads
     ignore_index: int = -100
     group: Any = None  # as given; its name where `shards` are known
+    loss: OfLoss = OfLoss()  # no argument
 
     @property
     def transform(self) -> Transform:

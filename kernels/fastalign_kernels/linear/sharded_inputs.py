@@ -29,11 +29,20 @@ class LocalHead(NamedTuple):
     group: str  # its name; "" if the weight is whole
 
 
+class OfLoss(NamedTuple):
+    """What ranks must also have the same of a loss; the defaults are those of a call without it."""
+
+    reduction: str = "none"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
 class OfCall(NamedTuple):
     """What else of a call matters here."""
 
     group: Any  # as given
-    options: tuple[float | None, ...]  # the first of HeadOptions, as `_OPTIONS` names them
+    options: tuple[float | None, ...]  # the first of HeadOptions, then of OfLoss, as `_OPTIONS` names them
+    reduction: str
     adapter: tuple[Tensor, Tensor] | None  # A [r, H] and B [V_r, r] of `lora=`
 
 
@@ -46,6 +55,7 @@ class _Facts(NamedTuple):
     hidden_grad: int
     weight_grad: int
     bias: int  # 0: none, 1: without a gradient, 2: with one
+    reduction: int  # its place in _REDUCTIONS; "none" takes other collectives
     lora: int  # 0: none; else 4 r, + 1 if A needs a gradient, + 2 if B does
     # options, by 2^32: another plan of the chunks would be another number of collectives
     logit_scale: int
@@ -53,15 +63,18 @@ class _Facts(NamedTuple):
     temperature: int
     workspace_mib: int
     tail_eps: int
+    label_smoothing: int
+    z_loss: int
 
 
+_REDUCTIONS = ("none", "mean", "sum")
 _LABELS = {
     "hidden_size": "weight.shape[1]",
     "dtype": "hidden.dtype",
     "hidden_grad": "hidden.requires_grad",
     "weight_grad": "weight.requires_grad",
 }
-_OPTIONS = ("logit_scale", "softcap", "temperature", "workspace_mib", "tail_eps")
+_OPTIONS = ("logit_scale", "softcap", "temperature", "workspace_mib", "tail_eps", "label_smoothing", "z_loss")
 
 
 def local_head(
@@ -70,7 +83,7 @@ def local_head(
     """The head of this rank. Without a group and without DTensors it is as given.
 
     The number of each rank's rows is not known here, so the first call with a weight asks the other ranks, as
-    does the first with other gradients or options: one all-gather of 112 bytes, which waits for the device.
+    does the first with other gradients or options: one all-gather of 136 bytes, which waits for the device.
     The answer is kept for that tensor: pass the parameter itself, not a view that is made for each call. That
     call also compares the ids: a weight that FSDP2 has sharded is none of tensor parallelism, and each of its
     ranks has other tokens.
@@ -117,7 +130,7 @@ def _facts(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: OfCall) ->
     def needs(x: Tensor) -> int:
         return int(torch.is_grad_enabled() and requires_grad(x))
 
-    _, options, adapter = call
+    _, options, reduction, adapter = call
     return _Facts(
         int(weight.shape[0]) if weight.dim() else 0,
         int(weight.shape[-1]) if weight.dim() else 0,
@@ -125,6 +138,7 @@ def _facts(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: OfCall) ->
         needs(hidden),
         needs(weight),
         0 if bias is None else 1 + needs(bias),
+        _REDUCTIONS.index(reduction),
         0 if adapter is None else 4 * int(adapter[0].shape[0]) + needs(adapter[0]) + 2 * needs(adapter[1]),
         *[int((value or 0.0) * 2**32) for value in options],
     )
@@ -284,6 +298,8 @@ def _shown(field: str, values: tuple[int, ...]) -> list[object]:
         return [checks.FLOATS[value] for value in values]
     if field == "bias":
         return [("none", "one without a gradient", "one with a gradient")[value] for value in values]
+    if field == "reduction":
+        return [_REDUCTIONS[value] for value in values]
     if field == "lora":
         return [_adapter(value) if value else "none" for value in values]
     if field in _OPTIONS:

@@ -16,6 +16,7 @@ from ..logits_ops import token_loss
 from ..softmax.rows import TokenLoss, accumulator_dtype, loss_coefficients
 from .inputs import HeadInputs
 from .options import HeadOptions, check_tail_smoothing
+from .sharded_inputs import OfLoss
 
 
 class LossOptions(NamedTuple):
@@ -33,6 +34,10 @@ class LossOptions(NamedTuple):
         check_tail_smoothing(options, label_smoothing)
         check_loss_tensors(targets, self.reduction, self.token_weights, self.num_items)
         return LossOptions(label_smoothing, z_loss, *self[2:])
+
+    def of(self, options: HeadOptions) -> HeadOptions:
+        """Options that know what ranks compare of the loss."""
+        return options._replace(loss=OfLoss(self.reduction, self.label_smoothing, self.z_loss))
 
     def mean_comes_later(self, inputs: HeadInputs) -> bool:
         """Whether one launch can write the scale when the logits' GEMM is queued: the device waits for that
