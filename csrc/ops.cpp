@@ -35,6 +35,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTALIGN_OPS, m) {
   m.def("int8_gemm(Tensor left, Tensor right, int width, bool low, Tensor(a!) out) -> ()");
   m.def("screen_rows(Tensor hidden8, Tensor weight8, int width, Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float logit_scale, "
         "float softcap, float temperature, float eps, Tensor margins, Tensor? bounds, Tensor(a!) stats, Tensor(b!) counts, Tensor(c!)? tile) -> ()");
+  m.def("screen_draws(Tensor(a!) tile, Tensor hidden, Tensor weight, Tensor? bias, float logit_scale, float softcap, float eps, int most, "
+        "Tensor row_bounds, Tensor column_bounds, Tensor(b!) counts, int seed, Tensor? table, float temperature, float top_k, float top_p, "
+        "float min_p, float repetition_penalty, Tensor? sequence_ids, Tensor? positions, Tensor? seen, Tensor? allowed, Tensor? finished) -> ()");
 #endif
 
   m.def("policy_tokens(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor? scale, Tensor? entropy, Tensor? reference_logp, "
@@ -60,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTALIGN_OPS, CPU, m) {
   m.impl("int8_pack", TORCH_BOX(&fastalign::int8_pack));
   m.impl("int8_gemm", TORCH_BOX(&fastalign::int8_gemm));
   m.impl("screen_rows", TORCH_BOX(&fastalign::screen_rows));
+  m.impl("screen_draws", TORCH_BOX(&fastalign::screen_draws));
 #endif
   m.impl("policy_tokens", TORCH_BOX(&fastalign::policy_tokens));
   m.impl("value_tokens", TORCH_BOX(&fastalign::value_tokens));

@@ -8,6 +8,8 @@ from torch import nn
 
 from fastalign_kernels import checks, gemm_int8
 
+from .servable_heads import causal_lm_of
+
 _OPTIONS = "_fastalign_options"
 
 
@@ -35,3 +37,8 @@ def options_of(model: nn.Module) -> dict[str, Any]:
     """The keywords that `set_options` gave the model; none while `fuse_head` verifies it."""
     options: dict[str, Any] = model.__dict__.get(_OPTIONS, {})
     return options
+
+
+def is_screened(model: nn.Module) -> bool:
+    """Whether a causal LM, or the one in a PeftModel, was fused with a screen."""
+    return bool(options_of(causal_lm_of(model)).get("screen"))

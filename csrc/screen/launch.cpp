@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "../int8/launch.h"
+#include "../sampling/arguments.h"
 #include "api.h"
 
 #ifdef FASTALIGN_X86_TARGETS
@@ -86,6 +87,44 @@ void screen_rows(Tensor hidden8, Tensor weight8, int64_t width, Tensor hidden, T
   torch::stable::parallel_for(0, (N + size - 1) / size, 1, [&](int64_t first, int64_t last) {
     avx512::screen_kernels.rows(job, avx512::coded_kernels, first * size, std::min(last * size, N));
   });
+}
+
+void screen_draws(Tensor tile, Tensor hidden, Tensor weight, std::optional<Tensor> bias, double logit_scale, double softcap, double eps, int64_t most,
+                  Tensor row_bounds, Tensor column_bounds, Tensor counts, int64_t seed, std::optional<Tensor> table, double temperature, double top_k,
+                  double top_p, double min_p, double repetition_penalty, std::optional<Tensor> sequence_ids, std::optional<Tensor> positions,
+                  std::optional<Tensor> seen, std::optional<Tensor> allowed, std::optional<Tensor> finished) {
+  STD_TORCH_CHECK(has_int8_gemm(), "screen_draws: got a CPU without AVX-512 VNNI, expected one that has it");
+  STD_TORCH_CHECK(eps > 0 && eps < 1, "eps: got ", eps, ", expected a probability in (0, 1)");
+  expect(hidden.dim() == 2, "hidden", hidden, "a matrix [B, H]");
+  expect(weight.dim() == 2, "weight", weight, "a matrix [V, H]");
+  const int64_t B = hidden.size(0), H = hidden.size(1), V = weight.size(0);
+  const ScalarType dtype = hidden.scalar_type();
+  expect(tile.dim() == 2 && tile.size(0) == B && tile.size(1) == V && tile.is_contiguous() && tile.scalar_type() == ScalarType::Float, "tile", tile,
+         "contiguous fp32 [", B, ", ", V, "]");
+  const float* rows = checked<float>(row_bounds, "row_bounds", ScalarType::Float, {3, B});
+  const float* columns = checked<float>(column_bounds, "column_bounds", ScalarType::Float, {2, V});
+  const ScreenDraws job{factor(hidden, "hidden", H, dtype),
+                        factor(weight, "weight", H, dtype),
+                        factor_dtype(hidden),
+                        B,
+                        V,
+                        H,
+                        bias ? checked<float>(*bias, "bias", ScalarType::Float, {V}) : nullptr,
+                        {logit_scale, softcap, 1.0},
+                        float(std::log(eps)),
+                        rows,
+                        rows + B,
+                        rows + 2 * B,
+                        columns,
+                        columns + V,
+                        static_cast<float*>(tile.mutable_data_ptr()),
+                        V,
+                        most,
+                        checked<int32_t>(counts, "counts", ScalarType::Int, {2, B})};
+  const auto launch = [&](const SampleJob& sampling, SampleDtype, const Tensor&) {
+    torch::stable::parallel_for(0, B, 1, [&](int64_t first, int64_t last) { avx512::screen_kernels.draws(job, sampling, first, last); });
+  };
+  sample_with(launch, tile, seed, table, temperature, top_k, top_p, min_p, repetition_penalty, sequence_ids, positions, seen, allowed, finished, -1);
 }
 
 }  // namespace fastalign

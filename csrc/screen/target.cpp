@@ -16,6 +16,8 @@
 #include <memory>
 
 #include "../softmax/rows.h"
+#include "draw.h"
+#include "exact.h"
 
 namespace fastalign {
 namespace FASTALIGN_TARGET {
@@ -132,20 +134,6 @@ template <bool PLAIN> struct Screen {
     }
   }
 
-  template <class T> float exact(int64_t n, int64_t column) const {
-    const T* a = static_cast<const T*>(job.hidden.data) + n * job.hidden.stride;
-    const T* b = static_cast<const T*>(job.weight.data) + column * job.weight.stride;
-    V16 sum[4] = {};
-    int64_t k = 0;
-    for (; k + 64 <= job.H; k += 64)
-      for (int j = 0; j < 4; ++j) sum[j] += load_lanes(a + k + 16 * j) * load_lanes(b + k + 16 * j);
-    for (; k < job.H; k += 16) {
-      const int64_t count = std::min<int64_t>(16, job.H - k);
-      sum[0] += load_some<T, float>(a + k, count, 0.0f) * load_some<T, float>(b + k, count, 0.0f);
-    }
-    return float(horizontal_sum<float>((sum[0] + sum[1]) + (sum[2] + sum[3])));
-  }
-
   // Exact logits of the candidates of rows begin to end: window by window, so that a row of the weight is read once for all of them.
   template <class T> void make_exact(RowState* rows, int64_t begin, int64_t end) {
     for (int64_t window = WINDOW; window < job.V + WINDOW; window += WINDOW)
@@ -156,7 +144,7 @@ template <bool PLAIN> struct Screen {
         float* logits = candidates.logits.get() + (n - begin) * MOST_CANDIDATES;
         for (; row.next < row.count && columns[row.next] < window; ++row.next) {
           const int64_t column = columns[row.next];
-          const float raw = exact<T>(n, column);
+          const float raw = exact_logit<T>(job.hidden, job.weight, n, column, job.H);
           if (job.tile) job.tile[n * job.tile_stride + column] = raw;
           logits[row.next] = transformed(&raw, column, 1)[0];
         }
@@ -263,7 +251,7 @@ void rows(const ScreenRows& job, const CodedKernels& kernels, int64_t begin, int
 }  // namespace
 
 extern const ScreenKernels screen_kernels;
-const ScreenKernels screen_kernels = {rows};
+const ScreenKernels screen_kernels = {rows, draws};
 
 }  // namespace FASTALIGN_TARGET
 }  // namespace fastalign

@@ -17,6 +17,7 @@ from fastalign_kernels import native, sample
 from fastalign_kernels.sampling_kept import KeptIds
 
 from ..transformers_names import CACHE
+from .screened import ScreenedHead
 from .static_cache import check_written, static_cache
 
 # Steps on the stream of the capture before it. The first compiles and loads kernels and allocates cuBLAS
@@ -29,8 +30,8 @@ _not_captured: set[str] = set()
 class Decoding:
     """The state of a rollout on the device: what is drawn so far, and what the next step needs.
 
-    `options` are `sample`'s, pad_id and return_kept included. `seen`, `finished`, `positions` and
-    `compile_step` (compile) are `generate`'s.
+    `options` are `sample`'s, pad_id included. `seen`, `finished`, `positions`, `return_kept` and
+    `compile_step` (compile) are `generate`'s. With `head` the backbone runs, and `head` makes its logits.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class Decoding:
         max_new_tokens: int,
         eos: list[int],
         options: dict[str, Any],
+        head: ScreenedHead | None = None,
+        return_kept: bool = False,
         seen: Tensor | None = None,
         finished: Tensor | None = None,
         positions: Tensor | None = None,
@@ -50,9 +53,10 @@ class Decoding:
     ) -> None:
         (B, T), device = input_ids.shape, input_ids.device
         # The prefill runs once, so it is not compiled. torch finds what earlier rollouts of a model compiled.
-        self.model, self.options = model, options
+        self.options, self.return_kept, self.head = options, return_kept, head
+        model = model if head is None else head.backbone
         self.step_model = torch.compile(model) if compile_step else model
-        self.accepted = inspect.signature(base.forward).parameters
+        self.accepted = inspect.signature((base if head is None else model).forward).parameters
         self.cache = static_cache(base, T + max_new_tokens - 1)  # the model never reads the last token
         self.attention = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens - 1)), 1)
         self.position = attention_mask.sum(1) - 1  # of the latest token in its own sequence
@@ -69,38 +73,40 @@ class Decoding:
         self.failed = torch.full((B,), -1, device=device)  # the column of a row's first failure
         self.kept_ids: list[KeptIds] = []  # of each step, with return_kept
 
-        logits = self.forward(model, input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
+        output = self.forward(model, input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
         check_written(base, self.cache, T)
-        self.logs = torch.empty(
-            4, B, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device
-        )
+        V = output.shape[1] if head is None else head.vocab_size
+        logs_dtype = torch.promote_types(output.dtype, torch.float32)
+        self.logs = torch.empty(4, B, max_new_tokens, dtype=logs_dtype, device=device)
         penalty = options["repetition_penalty"]
         self.seen = (
-            id_bits(input_ids, attention_mask, logits.shape[1])
-            if isinstance(penalty, Tensor) or penalty != 1
-            else None
+            id_bits(input_ids, attention_mask, V) if isinstance(penalty, Tensor) or penalty != 1 else None
         )
         if seen is not None:
-            check.shape("seen", seen, (B, -(-logits.shape[1] // 32)), "[B, ceil(V / 32)]")
+            check.shape("seen", seen, (B, -(-V // 32)), "[B, ceil(V / 32)]")
             check.dtype("seen", seen, (torch.int32,))
             check.device("seen", seen, "input_ids", input_ids)
             self.seen = None if self.seen is None else self.seen | seen
-        self.draw(logits)
+        self.draw(output)
 
     def forward(self, model: Any, ids: Tensor, positions: Tensor) -> Tensor:
-        """Logits [B, V] of the model after the last of the ids [B, t] at positions [B, t]."""
+        """Logits [B, V] after the last of the ids [B, t] at positions [B, t]; with `head`, hidden states."""
         optional = {"position_ids": positions, "logits_to_keep": 1}
         given = {name: value for name, value in optional.items() if name in self.accepted}
         given |= {"attention_mask": self.attention, CACHE: self.cache, "use_cache": True}
-        return model(input_ids=ids, return_dict=True, **given).logits[:, -1]
+        output = model(input_ids=ids, return_dict=True, **given)
+        return (output.logits if self.head is None else output.last_hidden_state)[:, -1]
 
     def step(self) -> None:
         self.draw(self.forward(self.step_model, self.token, self.position[:, None]))
 
-    def draw(self, logits: Tensor) -> None:
+    def draw(self, output: Tensor) -> None:
+        """Draw a token of each row from what `forward` gave."""
         self.position.add_(1)
         positions = self.position if self.noise_shift is None else self.position + self.noise_shift
-        drawn = sample(logits, positions=positions, seen=self.seen, finished=self.finished, **self.options)
+        options = self.options | {"positions": positions, "seen": self.seen, "finished": self.finished}
+        logits = output if self.head is None else self.head.logits(output, **options)
+        drawn = sample(logits, return_kept=self.return_kept, **options)
         if drawn.kept_ids is not None:
             self.kept_ids.append(drawn.kept_ids._replace(ids=drawn.kept_ids.ids.int()))
         self.token.copy_(drawn.token[:, None])

@@ -22,6 +22,7 @@ from ..probe import probing
 from ..versions import noting_newer_packages
 from .checks import check_prompts, servable_model
 from .decoding import Decoding, can_capture, run_steps
+from .screened import screened_head
 
 # Checking for the end synchronises with the device, so we check every POLL steps; a check costs a fraction
 # of one step. On average POLL / 2 steps are wasted after the last row ends.
@@ -75,6 +76,7 @@ def generate(
     sequence_ids: Tensor | None = None,
     positions: Tensor | None = None,
     return_kept: bool = False,
+    screen: bool | None = None,
     check: bool = False,
     progress: bool = False,
     cuda_graph: bool = True,
@@ -106,6 +108,9 @@ def generate(
             prompt's first token.
         return_kept: also return the ids that the filters left at each token. Every step then waits for the
             device and runs eagerly. Without a filter these are all V ids of each token.
+        screen: True computes the logits in 8 bits, and exactly those that decide which token is drawn, from
+            fp32 products of a fused model's head (docs/screen.md). The tokens are those of exact logits; with
+            top_p alone, up to those that `screen_counts` counts as open. CPUs with AVX-512 VNNI only.
         check: check the logits after every step, so that a step whose logits are not finite raises at once.
             Default: every 8th step.
         progress: show a progress bar of the steps.
@@ -120,13 +125,15 @@ def generate(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range; a prompt is empty or not padded
             on the left; the rollout needs more positions than the model has, or crosses the length at which
-            LongRoPE or dynamic RoPE changes its frequencies; or (UnsupportedModelError) the model has no
-            static cache of keys and values.
+            LongRoPE or dynamic RoPE changes its frequencies; a screen where there are no 8-bit products, or
+            for a model that is not fused or has an adapter on lm_head; or (UnsupportedModelError) the model
+            has no static cache of keys and values.
         FloatingPointError: a row that is not finished has NaN, +inf or no finite allowed logit. The message
             names the first such step and its rows. It is raised at the next check.
     """
     checks.flags(return_kept=return_kept)
     base = servable_model(model)
+    head = screened_head(base, screen)
     eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
     check_prompts(base, input_ids, attention_mask, max_new_tokens, {"eos_id": eos, "pad_id": [pad_id]})
     options: dict[str, Any] = {
@@ -156,7 +163,9 @@ def generate(
             attention_mask=attention_mask.long(),
             max_new_tokens=max_new_tokens,
             eos=eos,
-            options=options | {"pad_id": pad_id, "return_kept": return_kept},
+            options=options | {"pad_id": pad_id},
+            head=head,
+            return_kept=return_kept,
             compile_step=compile,
             **rows,
         )

@@ -123,8 +123,8 @@ class TrainConfig(Options):
     exact."""
     screen: bool = False
     """Compute the head's logits in 8 bits, and again exactly where they matter, in all passes: evaluation,
-    the reference, the old policy, and training, where it goes with tail_eps (docs/screen.md). CPUs with
-    AVX-512 VNNI only."""
+    rollouts, the reference, the old policy, and training, where it goes with tail_eps (docs/screen.md). CPUs
+    with AVX-512 VNNI only."""
 
     lora_rank: NonNegativeInt = 0
     """Rank of LoRA adapters; 0 trains all weights."""

@@ -12,8 +12,9 @@ def reset_counts() -> None:
 
 
 def head_counts() -> dict[str, float]:
-    """Of all passes of this process since the last call: a tail's share of kept columns, and a screen's exact
-    logits a screened token and share of tokens that were computed exactly."""
+    """Of all passes and rollouts of this process since the last call: a tail's share of kept columns, and a
+    screen's exact logits a screened token, share of tokens that were computed exactly, and share of tokens
+    that its bound left open, if there are any."""
     share, screened = kept_share(), screen_counts()
     found = {} if share is None else {"kept_share": share}
     if not screened.tokens:
@@ -21,4 +22,6 @@ def head_counts() -> dict[str, float]:
     found["screen/exact_tokens"] = screened.exact_tokens / screened.tokens
     if here := screened.tokens - screened.exact_tokens:
         found["screen/exact_columns"] = screened.exact_columns / here
+    if screened.open_tokens:
+        found["screen/open_tokens"] = screened.open_tokens / screened.tokens
     return found

@@ -18,6 +18,7 @@ from fastalign_kernels.sampling_kept import KeptIds
 
 from ..data.sequence_batches import pack_sequences
 from ..data.tokens import Prompt, Tokenized
+from ..fused_options import is_screened
 from ..rollout.generation import generate
 from .batches import Batch
 from .distributed import World
@@ -122,7 +123,7 @@ def draw_completions(
     """Complete the prompts and score the completions.
 
     Args:
-        policy: a causal LM with a fused head, or PEFT's wrapper of one.
+        policy: a causal LM with a fused head, or PEFT's wrapper of one. With `screen` it draws with a screen.
         prompts: those of all ranks; each rank completes a block of them. `fastalign.data.Prompt(ids)` makes
             one of tokens.
         score: from this rank's prompts and completions (tokens, EOS included) to a score for each, [B].
@@ -277,14 +278,13 @@ def _draw(
         top_p=options.top_p,
         min_p=options.min_p,
         return_kept=options.keeps_sets,
+        screen=is_screened(policy),
         # A graph of a sharded model would capture FSDP2's streams.
         cuda_graph=not is_sharded(policy),
         compile=options.compile_rollout,
         sequence_ids=torch.arange(first_id, first_id + len(prompts), device=policy.device),
     )
-    completions = [
-        row[:length] for row, length in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
-    ]
+    completions = [row[:n] for row, n in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)]
     if drawn.kept_ids is None:
         return _Part(completions, (drawn.logp + drawn.log_kept)[drawn.mask], [])
     offsets, kept_ids = (tensor.cpu() for tensor in drawn.kept_ids)

@@ -54,6 +54,7 @@ class ScreenCounts(NamedTuple):
     exact_tokens: int = 0  # of these, computed exactly
     exact_columns: int = 0  # logits that were made exact, over the other tokens
     open_columns: int = 0  # with check=True: columns that the bound could not rule out
+    open_tokens: int = 0  # of rollouts with top-p: tokens of which the bound allows another draw
 
 
 class ScreenCounter:
