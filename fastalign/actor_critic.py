@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from fastalign_kernels import PolicyLoss
 
 from .data.sequence_batches import at_places
-from .peft_heads import save_weights
 from .servable_heads import backbone
 
 VALUE_HEAD = "value_head.safetensors"  # of a shared backbone, beside the policy's own files
@@ -109,32 +108,10 @@ class ActorCritic(nn.Module):
             for name, part in parts.items()
         }
 
-    def save_pretrained(
-        self, policy: Path, value: Path | None = None, *, state: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Save the policy as a causal LM, and the value model as a classifier.
-
-        The head of a shared value model goes into a file beside the policy. `state` replaces `state_dict()`,
-        if the weights of this module are shards.
-        """
-
-        def part(name: str) -> dict[str, Tensor] | None:
-            start = name + "."
-            found = {
-                key.removeprefix(start): tensor
-                for key, tensor in (state or {}).items()
-                if key.startswith(start)
-            }
-            return found or None
-
-        save_weights(self.policy, policy, state_dict=part("policy"))
-        if self.shared:
-            head = part("value") or self.value.state_dict()
-            save_file({name: tensor.contiguous() for name, tensor in head.items()}, policy / VALUE_HEAD)
-        else:
-            assert value is not None
-            save_weights(self.value, value, state_dict=part("value"))
+    def save_value_head(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the head of a shared value model, whose whole weights are `state`, into a policy's folder."""
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / VALUE_HEAD)
 
     def load_value_head(self, folder: Path) -> None:
-        """The value head that `save_pretrained` left in a policy's folder."""
+        """The value head that `save_value_head` left in a policy's folder."""
         self.value.load_state_dict(load_file(folder / VALUE_HEAD))

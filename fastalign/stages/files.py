@@ -33,7 +33,7 @@ def sync(path: Path) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Give a temporary name to the body. The file then takes the place of `path`."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = unfinished_name(path)
     try:
         yield unfinished
         sync(unfinished)
@@ -51,10 +51,15 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def unfinished_name(path: Path) -> Path:
+    """The name of a file or folder while it is written."""
+    return path.with_name(path.name + ".unfinished")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to the body. It then takes the place of the folder `path`."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = unfinished_name(path)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:

@@ -30,12 +30,10 @@ from fastalign_kernels import value_loss
 
 from ..actor_critic import ActorCritic
 from ..data.tokens import Prompt
-from .adapters import record_base
 from .batches import Batch
 from .command import run_stage
 from .distributed import World
 from .estimate import Part
-from .files import new_folder
 from .loading import load_model, stop_at
 from .loop import LossFn, start
 from .optimization import distribute, make_optimizer
@@ -56,8 +54,9 @@ from .policy_models import (
 )
 from .ppo_experience import Experience, experience_batch, rollout
 from .rollouts import kept_of
+from .saving import shared_folder, write_model
 from .scorers import Reward
-from .sharding import shard, state_to_save
+from .sharding import shard, whole_tensor
 from .value_model import find_value, make_value
 
 
@@ -237,18 +236,17 @@ def train(
 def save_models(world: World, model: ActorCritic, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save the policy in folder/model, and a value model of its own in folder/value, with the tokenizer.
 
-    All ranks call it, and rank 0 writes.
+    The head of a shared value model goes into a file beside the policy. All ranks call it.
     """
-    state = state_to_save(model)
-    if not world.main:
-        return
     parts = {"model": model.policy} if model.shared else {"model": model.policy, "value": model.value}
     with ExitStack() as stack:
-        unfinished = {name: stack.enter_context(new_folder(folder / name)) for name in parts}
-        model.save_pretrained(unfinished["model"], unfinished.get("value"), state=state)
+        unfinished = {name: stack.enter_context(shared_folder(world, folder / name)) for name in parts}
         for name, part in parts.items():
-            record_base(part, unfinished[name])
-            tokenizer.save_pretrained(str(unfinished[name]))
+            write_model(world, part, tokenizer, unfinished[name])
+        if model.shared:
+            head = {name: whole_tensor(tensor) for name, tensor in model.value.state_dict().items()}
+            if world.main:
+                model.save_value_head(unfinished["model"], head)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

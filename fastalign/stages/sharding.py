@@ -24,7 +24,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -303,24 +302,41 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def state_to_save(model: nn.Module) -> dict[str, Tensor] | None:
-    """What `save_pretrained(state_dict=…)` saves of a sharded model on rank 0; None of one that is whole.
+def adapters_to_save(model: nn.Module) -> dict[str, Tensor] | None:
+    """What `save_pretrained(state_dict=…)` saves of sharded adapters on rank 0; None of a whole model.
 
-    All ranks call it. The weights are gathered one by one and moved to rank 0's memory. Of adapters alone,
-    the frozen base stays where it is.
+    All ranks call it. The adapters are moved to rank 0's memory; the frozen base stays where it is.
     """
     if not is_sharded(model):
         return None
-    alone = isinstance(model, PeftModel)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=alone)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
-    # Names of one weight lead to one tensor again, of which safetensors holds one.
-    names: dict[nn.Parameter, str] = {}
-    for name, weight in model.named_parameters(remove_duplicate=False):
-        first = names.setdefault(weight, name)
-        if name in state and first in state:
-            state[name] = state[first]
     return state
+
+
+def part_to_save(model: nn.Module, writers: Sequence[int], rank: int) -> dict[str, Tensor]:
+    """The whole tensors of a sharded model that this rank writes, in the host's memory.
+
+    All ranks call it. The modules are divided among `writers` in their order, by bytes. Tensors are gathered
+    one by one. Of weights that share a tensor the first name alone is written, as transformers does.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    first: dict[nn.Parameter, str] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(weight, name) != name:
+            state.pop(name, None)
+    modules: dict[str, list[str]] = {}
+    for name in state:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    total, before, part = sum(tensor.nbytes for tensor in state.values()), 0, {}
+    for names in modules.values():
+        writer = writers[before * len(writers) // total]
+        before += sum(state[name].nbytes for name in names)
+        for name in names:
+            tensor = whole_tensor(state[name]).detach()
+            if writer == rank:
+                part[name] = tensor.cpu()
+    return part
 
 
 def _groups(model: nn.Module) -> list[FSDPModule]:

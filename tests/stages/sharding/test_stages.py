@@ -1,5 +1,7 @@
 """Every stage on gloo ranks that share a model (FSDP2) takes the steps of one process."""
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from fastalign.stages.config import save_config
 from tests.stages.ranks import Job, Ranks
@@ -91,5 +94,34 @@ def assert_equal_runs(alone: Any, sharded: Any) -> None:
 
 
 def saved(config: Any, folder: str) -> dict[str, torch.Tensor]:
+    """All tensors of a saved model, by name and kind of file: a sharded model's are in several files."""
     files = Path(config.output_dir, folder).glob("*.safetensors")
-    return {f"{file.name} {name}": tensor for file in files for name, tensor in load_file(file).items()}
+    return {
+        f"{re.sub('-.*-of-[0-9]*', '', file.name)} {name}": tensor
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", ["pretrain", "sft", "tp: pretrain"])
+def test_each_rank_writes_about_half_of_the_model(two_ranks: Runs, name: str) -> None:
+    alone, sharded = two_ranks[name]
+    folder = Path(sharded.output_dir, "model")
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert {*files, "model.safetensors.index.json"} == {path.name for path in folder.glob("model*")}
+    assert not [path for path in folder.iterdir() if path.is_dir()]
+    sizes = [sum(tensor.nbytes for tensor in load_file(folder / file).values()) for file in files]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert min(sizes) > 0.3 * sum(sizes)
+    for file in files:
+        assert {part for part, of in index["weight_map"].items() if of == file} == load_file(
+            folder / file
+        ).keys()
+    expected, found = (
+        AutoModelForCausalLM.from_pretrained(Path(config.output_dir, "model"), dtype=torch.float64)
+        for config in (alone, sharded)
+    )
+    for (key, weight), other in zip(expected.named_parameters(), found.parameters(), strict=True):
+        torch.testing.assert_close(other, weight, rtol=0, atol=1e-12, msg=key)
