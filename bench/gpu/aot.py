@@ -1,8 +1,9 @@
 """Compile every GPU kernel ahead of time, without a GPU: registers, spills, shared memory and size for each
 architecture.
 
-    python -m bench.gpu.aot                 # a table; exit status 1 if a kernel spills or needs too much
-    shared memory python -m bench.gpu.aot --json FILE     # the rows as JSON too
+    python -m bench.gpu.aot               # a table; exit status 1 if a kernel spills or takes too much memory
+    python -m bench.gpu.aot --json FILE   # the rows as JSON too
+    python -m bench.gpu.aot --few         # each variant on one architecture, in a third of the time
 
 Triton's by its own compiler, for AMD's gfx942 (MI300) as well; csrc/sampling/launch.cu by nvcc where setup.py
 finds one, with setup.py's flags. Must run without TRITON_INTERPRET, which replaces the compiled kernels by
@@ -23,6 +24,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -155,12 +157,12 @@ def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Ro
     return triton_row(source, warps, kernel, sm, dtype, label)
 
 
-def compile_scale(sm: int) -> Row:
+def compile_scale(kernel: str, sm: int) -> Row:
     """scale_triton's kernel on a bf16 tensor."""
     constants: dict[str, object] = {"BLOCK_SIZE": scale_triton.BLOCK_SIZE}
     signature = {"x": TYPES["bf16"], "factor": TYPES["fp32"], "count": "i64", "BLOCK_SIZE": "constexpr"}
     source = ASTSource(scale_triton.scale_kernel, signature, constexprs=constants)
-    return triton_row(source, scale_triton.NUM_WARPS, "scale_kernel", sm, "bf16", "")
+    return triton_row(source, scale_triton.NUM_WARPS, kernel, sm, "bf16", "")
 
 
 def compile_of_tokens(kernel: str, sm: int) -> Row:
@@ -227,8 +229,7 @@ def build_rules() -> dict[str, Any]:
 
 
 def compile_sampling(nvcc: str) -> list[Row]:
-    """csrc/sampling/launch.cu for every architecture that this nvcc knows, in one call: a row an architecture
-    and dtype.
+    """csrc/sampling/launch.cu for every architecture that this nvcc knows, in one call.
 
     Raises:
         CalledProcessError: nvcc failed; its messages are on standard error.
@@ -247,12 +248,20 @@ def compile_sampling(nvcc: str) -> list[Row]:
             [nvcc, *options, "-fatbin", "-o", binary, str(rules["CSRC"] / "sampling" / "launch.cu")],
             check=True,
         )
-        subprocess.run([CUOBJDUMP, "-xelf", "all", binary], cwd=folder, capture_output=True, check=True)
+        return sampling_rows(Path(binary))
+
+
+def sampling_rows(binary: Path) -> list[Row]:
+    """What the compiled sampler in a file needs: a row an architecture and dtype."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [CUOBJDUMP, "-xelf", "all", str(binary.resolve())], cwd=folder, capture_output=True, check=True
+        )
         sizes = {
             int(re.findall(r"sm_(\d+)", path.name)[0]): path.stat().st_size
             for path in Path(folder).glob("*.cubin")
         }
-        return [_sampling_row(*usage, binary_bytes=sizes[usage[0]]) for usage in resource_usage(binary)]
+    return [_sampling_row(*usage, binary_bytes=sizes[usage[0]]) for usage in resource_usage(str(binary))]
 
 
 def _sampling_row(sm: int, mangled: str, registers: int, spills: int, shared: int, binary_bytes: int) -> Row:
@@ -262,33 +271,19 @@ def _sampling_row(sm: int, mangled: str, registers: int, spills: int, shared: in
     return Row(found[1], sm, found[2] or "fp32", "", registers, spills, shared, binary_bytes)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu.aot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def all_jobs() -> list[partial[Row]]:
+    """A compilation of each Triton kernel for each architecture, dtype and variant."""
+    everywhere = (*ARCHITECTURES, *AMD)
+    rows = product(
+        ("row_stats_kernel", "row_grad_kernel", "row_loss_kernel"), everywhere, TYPES, (False, True)
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")
-    jobs = [
-        (kernel, sm, dtype, full)
-        for kernel in ("row_stats_kernel", "row_grad_kernel", "row_loss_kernel")
-        for sm in (*ARCHITECTURES, *AMD)
-        for dtype in TYPES
-        for full in (False, True)
-    ]
-    variants = {
-        "pairs_kernel": list(PAIR_LOSSES),
-        "unpaired_kernel": ["full"],
-        "scores_kernel": ["full"],
-    }
-    preference_jobs = [
+    columns = product(("column_sums_kernel", "column_grad_kernel"), everywhere, ("fp32",), (False, True))
+    of_tokens = product(("kept_ids_kernel", "mean_scale_kernel", "coefficients_kernel"), everywhere)
+    variants = {"pairs_kernel": list(PAIR_LOSSES), "unpaired_kernel": ["full"], "scores_kernel": ["full"]}
+    preference = [
         (kernel, sm, dtype, variant)
         for kernel in variants
-        for sm in (*ARCHITECTURES, *AMD)
+        for sm in everywhere
         for variant in variants[kernel]
         for dtype in (TYPES if variant in ("sigmoid", "full") else ("fp32",))
     ]
@@ -298,25 +293,71 @@ def main() -> int:
         *(("finish_kernel", loss) for loss in ("policy", "value")),
         *((kernel, "full") for kernel in whole),
     )
-    policy_jobs = [(kernel, sm, variant) for kernel, variant in policies for sm in (*ARCHITECTURES, *AMD)]
+    policy = [(kernel, sm, variant) for kernel, variant in policies for sm in everywhere]
+    return [
+        *(partial(compile_rows, *job) for job in rows),
+        *(partial(compile_columns, *job) for job in columns),
+        *(partial(compile_tiles, *job) for job in TILE_JOBS),
+        *(partial(compile_scale, "scale_kernel", sm) for sm in everywhere),
+        *(partial(compile_of_tokens, *job) for job in of_tokens),
+        *(partial(compile_preference, *job) for job in preference),
+        *(partial(compile_policy, *job) for job in policy),
+        *epilogue_jobs(),
+        *tail_jobs(),
+    ]
+
+
+def kernel_of(job: partial[Row]) -> tuple[object, str]:
+    """The kernel's name, and the function that compiles it, since two kernels share a name."""
+    return job.func, job.args[0][0] if isinstance(job.args[0], tuple) else job.args[0]
+
+
+def few_jobs(jobs: list[partial[Row]]) -> list[partial[Row]]:
+    """Of each kernel, each dtype and variant on one architecture, and each architecture at least once."""
+    variants: dict[object, list[partial[Row]]] = {}  # on each architecture, which is the second argument
+    for job in jobs:
+        variants.setdefault((job.func, job.args[0], *job.args[2:]), []).append(job)
+    turns: dict[object, int] = {}
+    chosen = []
+    for architectures in variants.values():
+        kernel = kernel_of(architectures[0])
+        turn = turns.setdefault(kernel, len(turns))
+        turns[kernel] += 1
+        chosen.append(architectures[turn % len(architectures)])
+    seen = {(kernel_of(job), job.args[1]) for job in chosen}
+    for job in reversed(jobs):  # the variants with all options come last
+        if (kernel_of(job), job.args[1]) not in seen:
+            seen.add((kernel_of(job), job.args[1]))
+            chosen.append(job)
+    return chosen
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--few", action="store_true", help=few_jobs.__doc__)
+    parser.add_argument(
+        "--library", type=Path, metavar="FILE", help="_native.so whose sampler is read, not compiled"
+    )
+    arguments = parser.parse_args()
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET: got 1, expected it unset: interpreted kernels cannot be compiled")
+    jobs = few_jobs(all_jobs()) if arguments.few else all_jobs()
     nvcc = build_rules()["find_nvcc"]()
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
-        rows = list(pool.map(lambda job: compile_rows(*job), jobs))
-        rows += pool.map(
-            lambda job: compile_columns(job[0], job[1], "fp32", job[2]),
-            product(("column_sums_kernel", "column_grad_kernel"), (*ARCHITECTURES, *AMD), (False, True)),
-        )
-        rows += pool.map(lambda job: compile_tiles(*job), TILE_JOBS)
-        rows += pool.map(compile_scale, (*ARCHITECTURES, *AMD))
-        kernels = ("kept_ids_kernel", "mean_scale_kernel", "coefficients_kernel")
-        rows += pool.map(lambda job: compile_of_tokens(*job), product(kernels, (*ARCHITECTURES, *AMD)))
-        rows += pool.map(lambda job: compile_preference(*job), preference_jobs)
-        rows += pool.map(lambda job: compile_policy(*job), policy_jobs)
-        rows += pool.map(lambda job: job(), epilogue_jobs() + tail_jobs())
+        if not arguments.library:
+            sampling = pool.submit(compile_sampling, nvcc) if nvcc else None
+        else:
+            sampling = pool.submit(sampling_rows, arguments.library)
+        rows = list(pool.map(lambda job: job(), jobs))
     rows += sampling.result() if sampling else []
     show(rows)
-    if not nvcc:
+    if not sampling:
         print("nvcc is not found ($CUDA_HOME, PATH): csrc/sampling/launch.cu is not in the table")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import triton
@@ -33,7 +33,7 @@ EPILOGUE_CONSTANTS: dict[str, dict[str, object]] = {
 }
 
 
-def compile_forward(sm: int, variant: str) -> Row:
+def compile_forward(kernel: str, sm: int, variant: str) -> Row:
     """epilogue_triton's forward kernel: lean, with all statistics or with nothing kept, for small or large H.
 
     variant: "lean", "full" or "not kept", then "small" or "large"; a softcap with "softcap" in place of that.
@@ -41,7 +41,7 @@ def compile_forward(sm: int, variant: str) -> Row:
     statistics, _, size = variant.rpartition(" ")
     choice = epilogue.tiles_for(sm, 8192 if size == "large" else 1024)
     tiles = {"lean": choice.lean, "full": choice.full, "not kept": choice.not_kept}[statistics]
-    function = epilogue_triton.forward_kernel
+    function = getattr(epilogue_triton, kernel)
     constants: dict[str, object] = {
         "HAS_BIAS": False,
         "HAS_SOFTCAP": size == "softcap",
@@ -59,7 +59,7 @@ def compile_forward(sm: int, variant: str) -> Row:
     }
     pointers["ids"] = "*i32"
     source = _epilogue_source(function, constants, pointers)
-    return triton_row(source, tiles.warps, "forward_kernel", sm, "bf16", variant, num_stages=tiles.stages)
+    return triton_row(source, tiles.warps, kernel, sm, "bf16", variant, num_stages=tiles.stages)
 
 
 def compile_around_forward(kernel: str, sm: int) -> Row:
@@ -87,9 +87,9 @@ def _epilogue_source(
     return ASTSource(function, signature(function, types, constants), constexprs=constants, attrs=attributes)
 
 
-def epilogue_jobs() -> list[Callable[[], Row]]:
+def epilogue_jobs() -> list[partial[Row]]:
     """Compilations for the architectures that the engine has tiles for."""
     kinds = ("lean small", "lean large", "full small", "full large", "not kept small", "full softcap")
     variants = [(90, kind) for kind in kinds] + [(100, "full small")]
-    jobs: list[Callable[[], Row]] = [partial(compile_forward, *variant) for variant in variants]
+    jobs = [partial(compile_forward, "forward_kernel", *variant) for variant in variants]
     return jobs + [partial(compile_around_forward, kernel, 90) for kernel in EPILOGUE_CONSTANTS]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -97,11 +96,9 @@ def compile_tail(kernel: str, sm: int, variant: str = "full") -> Row:
     return triton_row(source, warps, kernel, sm, "bf16", f"tail {variant}", **stages)
 
 
-def tail_jobs() -> list[Callable[[], Row]]:
+def tail_jobs() -> list[partial[Row]]:
     """Compilations for NVIDIA's architectures; on an H100 also of what takes fewer registers."""
-    jobs: list[Callable[[], Row]] = [
-        partial(compile_tail, kernel, sm) for kernel in KERNELS for sm in ARCHITECTURES
-    ]
+    jobs = [partial(compile_tail, kernel, sm) for kernel in KERNELS for sm in ARCHITECTURES]
     lean = ("columns_kernel", "collect_kernel", "weight_kernel")
     jobs += [partial(compile_tail, kernel, 90, "lean") for kernel in lean]
     return jobs

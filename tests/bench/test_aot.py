@@ -1,5 +1,5 @@
-"""Every GPU kernel compiles for every architecture without spilling: `python -m bench.gpu.aot`, in a process
-without the interpreter."""
+"""Every GPU kernel compiles for every architecture without spilling: `python -m bench.gpu.aot --few`, in a
+process without the interpreter. Without --few it compiles each variant for each architecture."""
 
 import importlib
 import importlib.util
@@ -11,8 +11,35 @@ from pathlib import Path
 
 import pytest
 
+from fastalign_kernels import native
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def known_architectures() -> set[int]:
+    """Those that the nvcc at hand compiles the sampler for; none without nvcc."""
+    from bench.gpu.aot import ARCHITECTURES, build_rules
+
+    nvcc = build_rules()["find_nvcc"]()
+    if nvcc is None:
+        return set()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return {sm for sm in ARCHITECTURES if f"sm_{sm}" in known.split()}
+
+
+def sampler_is_built() -> bool:
+    """Whether the native library has the sampler for all architectures and is newer than its sources: nvcc
+    takes half a minute for it."""
+    from bench.gpu.aot import sampling_rows
+
+    folders = (ROOT / "csrc" / "sampling", ROOT / "csrc" / "common")
+    sources = [ROOT / "setup.py", *(path for folder in folders for path in folder.iterdir())]
+    library, known = native.LIBRARY, known_architectures()
+    if not known or not library.exists():
+        return False
+    built = library.stat().st_mtime > max(path.stat().st_mtime for path in sources)
+    return built and {row.sm for row in sampling_rows(library)} == known
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +47,9 @@ def table(tmp_path_factory):
     """Rows of the table, all fit, and what was printed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     file = tmp_path_factory.mktemp("aot") / "aot.json"
+    library = ["--library", str(native.LIBRARY)] if sampler_is_built() else []
     run = subprocess.run(
-        [sys.executable, "-m", "bench.gpu.aot", "--json", str(file)],
+        [sys.executable, "-m", "bench.gpu.aot", "--few", *library, "--json", str(file)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -63,20 +91,14 @@ def test_the_epilogue_engine_compiles_without_spills(table):
 
 
 def test_the_sampler_compiles_for_every_architecture_without_spills(table):
-    from bench.gpu.aot import ARCHITECTURES, build_rules
-
     kernels = ("summarise_kernel", "count_kernel", "collect_kernel")
     # no variant: the tail has a collect_kernel too, in Triton
     rows = [row for row in table[0] if row["kernel"] in kernels and not row["variant"]]
-    nvcc = build_rules()["find_nvcc"]()
-    if nvcc is None:
+    architectures = known_architectures()
+    if not architectures:
         assert not rows and "nvcc is not found" in table[1]
         pytest.skip("nvcc is not found ($CUDA_HOME, PATH)")
-    known = subprocess.run(
-        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    architectures = {sm for sm in ARCHITECTURES if f"sm_{sm}" in known}
-    assert architectures and sorted((row["kernel"], row["sm"], row["dtype"]) for row in rows) == sorted(
+    assert sorted((row["kernel"], row["sm"], row["dtype"]) for row in rows) == sorted(
         (kernel, sm, dtype)
         for kernel in kernels
         for sm in architectures
@@ -87,6 +109,22 @@ def test_the_sampler_compiles_for_every_architecture_without_spills(table):
         0 < row["shared_bytes"] <= 49152 for row in rows
     )  # what a block may declare statically, on every architecture
     assert all(row["binary_bytes"] > 10_000 for row in rows)
+
+
+def test_few_compilations_have_each_variant_and_each_architecture_of_a_kernel():
+    from bench.gpu.aot import all_jobs, few_jobs, kernel_of
+
+    jobs = all_jobs()
+    few = few_jobs(jobs)
+    assert len(few) == len(set(map(id, few))) < len(jobs) / 2
+
+    def architectures(chosen):
+        return {(kernel_of(job), job.args[1]) for job in chosen}
+
+    def variants(chosen):
+        return {(job.args[0], *job.args[2:]) for job in chosen}
+
+    assert architectures(few) == architectures(jobs) and variants(few) == variants(jobs)
 
 
 def test_a_spill_and_too_much_shared_memory_do_not_fit():
