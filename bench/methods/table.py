@@ -11,6 +11,7 @@ from .policy import POLICY
 from .ppo import PPO
 from .preference import PREFERENCE
 from .sampling import SAMPLING
+from .screen import SCREEN
 from .steps import STEPS
 from .tail import TAIL
 
@@ -26,6 +27,7 @@ OPERATIONS = {
     **PAIRS,
     **POLICY,
     **SAMPLING,
+    **SCREEN,
     **PPO,
     **STEPS,
     **TAIL,

@@ -37,7 +37,7 @@ def _cross_entropy(tail_eps: float | None) -> Forward:
     }
 
 
-def _eager_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
+def eager_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor) -> dict[str, Tensor]:
     return {"loss": torch.nn.functional.cross_entropy(hidden @ weight.t(), ids)}
 
 
@@ -68,12 +68,12 @@ def _truth(tensors: Tensors, loss: Tensor, scale: float = 1.0) -> dict[str, Tens
     return {"loss": scale * loss.detach(), **{f"d {name}": g for name, g in zip(trained, gradients)}}
 
 
-def _cross_entropy_truth(tensors: Tensors) -> dict[str, Tensor]:
+def cross_entropy_truth(tensors: Tensors) -> dict[str, Tensor]:
     """Plain PyTorch in fp64, some tokens at a time."""
     wide, N = _wide(tensors), tensors["ids"].numel()
     total: dict[str, Tensor] = {}
     for rows in torch.arange(N).split(ROWS_AT_ONCE):
-        loss = _eager_cross_entropy(wide["hidden"][rows], wide["weight"], wide["ids"][rows])["loss"]
+        loss = eager_cross_entropy(wide["hidden"][rows], wide["weight"], wide["ids"][rows])["loss"]
         share = _truth(wide, loss, len(rows) / N)
         total = {name: value + total[name] if total else value for name, value in share.items()}
     return total
@@ -85,7 +85,7 @@ def _dpo_truth(tensors: Tensors) -> dict[str, Tensor]:
     return _truth(wide, whole(ROWS_AT_ONCE)(**wide)["loss"])
 
 
-def _within(
+def within(
     truth: Callable[[Tensors], dict[str, Tensor]], allowed: float = ALLOWED
 ) -> Callable[[Tensors], Check]:
     def make(tensors: Tensors) -> Check:
@@ -126,10 +126,10 @@ TAIL = {
         {
             OURS: here(_cross_entropy(None)),
             **{name: here(_cross_entropy(eps)) for name, eps in EPS.items()},
-            EAGER: here(_eager_cross_entropy),
+            EAGER: here(eager_cross_entropy),
         },
         HEAD_ROWS,
-        check=_within(_cross_entropy_truth),
+        check=within(cross_entropy_truth),
     ),
     **{
         f"linear_cross_entropy, tail, {name}": Operation(
@@ -139,7 +139,7 @@ TAIL = {
                 **{name: here(_cross_entropy(eps)) for name, eps in EPS.items()},
             },
             HEAD_ROWS,
-            check=_within(_cross_entropy_truth, ALLOWED_OF_ANY),
+            check=within(cross_entropy_truth, ALLOWED_OF_ANY),
         )
         for name, sharpness in SHARPNESS.items()
     },
@@ -151,7 +151,7 @@ TAIL = {
             **{name: PREFERENCE["linear_dpo"].methods[name] for name in (EAGER, LIGER_DPO)},
         },
         (*HEAD_ROWS, "reference_hidden"),
-        check=_within(_dpo_truth),
+        check=within(_dpo_truth),
         whole=PREFERENCE["linear_dpo"].whole,
     ),
 }

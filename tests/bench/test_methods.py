@@ -27,7 +27,10 @@ from tests.bench.tiny_cases import CASES, INSTALLED, TINY, tiny_case
 WITHOUT_METHOD = {("TRL", "linear_ppo")} | {
     (peer, operation)
     for peer in ("TRL", "Liger")
-    for operation in ("linear_distillation", "linear_cross_entropy with LoRA")
+    for operation in (
+        *("linear_distillation", "linear_cross_entropy with LoRA"),
+        "linear_logprobs, screen, untrained",
+    )
 }
 FIRST = {case.operation: name for name, case in reversed(CASES.items())}
 

@@ -27,6 +27,7 @@ FILES = (
     "dpo_loss",
     "steps",
     "tail",
+    "screen",
 )
 
 
