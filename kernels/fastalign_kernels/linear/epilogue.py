@@ -60,16 +60,18 @@ class TileChoice(NamedTuple):
 
 
 # By compute capability. Those that no GPU has measured are compiled, and not used. The forward kernel on an
-# H200 (2026-11-27), times cuBLAS's GEMM: the lean tiles take 1.14 at H 2048, 1.29 at H 896 and 1.39 at H 576,
-# where the tiles for all statistics take 1.19, 1.37 and 1.41. With all statistics the lean tiles would spill.
-# Where e is not kept, its tiles take 1.05, 1.09, 1.21 and 1.26 at H 4096, 2048, 896 and 576.
-_LARGE = Tiles(stages=3, group=32, parts=2, branch=False)
-_NOT_KEPT = Tiles(stages=3, parts=2, branch=False)
+# H200 (2026-11-27, bench.gpu.tune_epilogue), times cuBLAS's GEMM at H 4096, 2048, 896 and 576: lean 1.065,
+# 1.11, 1.24 and 1.31, with all statistics 1.067, 1.17, 1.32 and 1.39, where e is not kept 1.067, 1.05, 1.20
+# and 1.17. With all statistics the lean tiles would spill.
+_FULL = Tiles(group=32)
+_SMALL_LEAN = Tiles(stages=3, group=16, parts=2)
+_SMALL_NOT_KEPT = Tiles(stages=3, group=16, parts=2, branch=False)
+_LARGE_LEAN = Tiles(stages=3, group=32, parts=2, branch=False)
 _SM_100 = Tiles(bn=128, warps=4, stages=3)
 TILES: dict[int, list[TileChoice]] = {
     90: [
-        TileChoice(3071, lean=Tiles(stages=3, parts=2), full=Tiles(group=32), not_kept=_NOT_KEPT),
-        TileChoice(math.inf, lean=_LARGE, full=_LARGE, not_kept=_NOT_KEPT),
+        TileChoice(3071, lean=_SMALL_LEAN, full=_FULL, not_kept=_SMALL_NOT_KEPT),
+        TileChoice(math.inf, lean=_LARGE_LEAN, full=_FULL, not_kept=Tiles()),
     ],
     100: [TileChoice(math.inf, lean=_SM_100, full=_SM_100, not_kept=_SM_100)],
 }
