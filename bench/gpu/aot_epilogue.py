@@ -26,7 +26,7 @@ EPILOGUE_CONSTANTS: dict[str, dict[str, object]] = {
         "ONE_REFERENCE": True,
         "SCALE_HIDDEN": True,
         "BN": 256,
-        "TILES": 16,
+        "TILES": 8,
     }
     | {"KEPT_SCALE": 1.0, "BLOCK": 1024},
     "scatter_kernel": {"SCALED": True, "BLOCK": 1024},

@@ -7,8 +7,12 @@ tests/kernels/test_triton_options.py holds both.
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # on a CPU, without libdevice
 
 
 @triton.jit

@@ -240,7 +240,7 @@ class EpilogueCall:
             SCALE_HIDDEN=needs.head,
             KEPT_SCALE=self.kept_scale,
             BN=bn,
-            TILES=max(1, 4096 // bn),
+            TILES=max(1, 2048 // bn),
             BLOCK=1024,
             num_warps=8,
         )

@@ -9,13 +9,12 @@ instructions: fewer than a GPU has time for while it reads. Lanes are combined o
 from __future__ import annotations
 
 import math
-import os
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ..triton_options import as_scalar
+from ..triton_options import INTERPRETED, as_scalar
 from .rows import Coefficient, Stat
 
 # The rows of both tables by name, as constants of Triton.
@@ -24,7 +23,6 @@ LOGP, MEAN_LOGP, ENTROPY, LSE, MAX, LOGSUM, TOP1 = (tl.constexpr(int(stat)) for 
 ONEHOT, PROB, PLOGP, UNIFORM = (tl.constexpr(int(coefficient)) for coefficient in Coefficient)
 LANE_BYTES = tl.constexpr(16)
 LOG2_E = tl.constexpr(math.log2(math.e))
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
