@@ -15,7 +15,7 @@ from .aot_row import Row, signature, triton_row
 EPILOGUE_POINTERS = {
     **dict.fromkeys(("order", "count", "gathered_ids"), "*i32"),
     **dict.fromkeys(("state", "stats", "coefficients", "row_scale", "source"), "*fp32"),
-    **dict.fromkeys(("hidden", "weight", "bias", "gathered", "kept", "out"), "*bf16"),
+    **dict.fromkeys(("hidden", "weight", "bias", "gathered", "scaled", "kept", "out"), "*bf16"),
 }
 EPILOGUE_CONSTANTS: dict[str, dict[str, object]] = {
     "gather_kernel": {"HAS_BIAS": True, "REFERENCE": True, "PUSH": True, "NEW": True}
@@ -24,6 +24,7 @@ EPILOGUE_CONSTANTS: dict[str, dict[str, object]] = {
     "dlogits_kernel": {
         "CROSS_ENTROPY": False,
         "ONE_REFERENCE": True,
+        "PART": False,
         "SCALE_HIDDEN": True,
         "BN": 256,
         "TILES": 8,

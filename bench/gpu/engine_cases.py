@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastalign_kernels.linear.engine import Engine
 from fastalign_kernels.linear.epilogue import EpilogueStatistics
+from fastalign_kernels.linear.epilogue_slices import EpilogueSlices
 from fastalign_kernels.linear.gpu_plan import epilogue_serves
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
@@ -82,6 +83,7 @@ def _make(name: str, shape: Shape, device: str) -> Calls:
         "epilogue": (EpilogueStatistics(), inputs),
         "kept softmax": (KeptSoftmax(2560.0), inputs),
         f"slices in {SLICES_MIB:.0f} MiB": (VocabSlices(SLICES_MIB), small),
+        f"epilogue, slices in {SLICES_MIB:.0f} MiB": (EpilogueSlices(SLICES_MIB), small),
     }
     if device == "cuda":  # in bf16
         options = inputs.options._replace(logits_dtype=torch.bfloat16)

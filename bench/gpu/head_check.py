@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fastalign_kernels.linear.engine import Engine, Gradients
 from fastalign_kernels.linear.epilogue import EpilogueStatistics
-from fastalign_kernels.linear.gpu_plan import epilogue_serves
+from fastalign_kernels.linear.epilogue_slices import EpilogueSlices
+from fastalign_kernels.linear.gpu_plan import epilogue_serves, epilogue_slice_width
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.options import HeadOptions
@@ -43,6 +44,7 @@ ENGINES: dict[str, tuple[Engine, float]] = {
     "kept_softmax in blocks": (KeptSoftmax(2560), 7.0),
     "vocab_slices": (VocabSlices(300), 8.0),
     "epilogue": (EpilogueStatistics(), 2560.0),
+    "epilogue_slices": (EpilogueSlices(), 2.0),
 }
 TRAINED = NeedsGrad(hidden=True, weight=True, bias=True)
 
@@ -68,6 +70,11 @@ CASES = [
     Case((1, 64, 5003), BF16, PLAIN, ignored="none"),
     Case((5, 64, 123), BF16, PLAIN, ignored="all"),
     Case((700, 64, 2048), BF16, PLAIN, master=True),
+    # enough tokens for the epilogue
+    Case((2100, 128, 5003), BF16, PLAIN, spread=20.0),
+    Case((2100, 128, 5003), BF16, HeadOptions(logit_scale=0.7, temperature=1.3), bias=True),
+    Case((2100, 128, 2048), BF16, PLAIN, master=True),
+    Case((2100, 128, 5003), FP16, ALL),
 ]
 
 
@@ -140,6 +147,8 @@ def check(case: Case, engine_name: str) -> None:
     call = inputs.gpu_call(TRAINED, 2560.0, architecture=ARCHITECTURE)
     if isinstance(engine, EpilogueStatistics) and not epilogue_serves(call):
         return
+    if isinstance(engine, EpilogueSlices) and not epilogue_slice_width(call):
+        return
     needs = TRAINED._replace(bias=inputs.bias is not None)
     generator = torch.Generator(DEVICE).manual_seed(1)
     scale = torch.randn(N, device=DEVICE, generator=generator)
@@ -211,7 +220,7 @@ def check_large(engine_name: str) -> None:
 
 def check_capture(engine_name: str) -> None:
     """Captured in a graph and replayed, it gives what it gave."""
-    if DEVICE == "cpu" or (engine_name == "epilogue" and ARCHITECTURE != 90):
+    if DEVICE == "cpu" or (engine_name.startswith("epilogue") and ARCHITECTURE != 90):
         return
     engine, _ = ENGINES[engine_name]
     inputs, _ = make(Case((700, 64, 5003), BF16, PLAIN))

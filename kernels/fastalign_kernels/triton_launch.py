@@ -35,11 +35,12 @@ def launch(
         pointers: tensors, TensorDescriptors and None, but for the first.
         **constants: all of the kernel's; num_warps and num_stages if they are not Triton's defaults.
     """
-    first = pointers[0]
+    first: Any = pointers[0]
     index = getattr(first, "base", first).get_device()
     if index >= 0 and index != torch.cuda.current_device():  # Triton launches on the current device
         with torch.cuda.device(index):
-            return launch(kernel, grid, pointers, numbers, **constants)
+            launch(kernel, grid, pointers, numbers, **constants)
+        return
     # The id, since the hash of a kernel is computed from its source each time.
     key = (
         id(kernel),

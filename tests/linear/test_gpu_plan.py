@@ -74,7 +74,7 @@ def test_the_default_workspace_is_a_sixteenth_of_the_card():
         (90, 16, HeadOptions(), "epilogue"),
         (90, 12, HeadOptions(), "kept_softmax"),  # TMA takes rows of whole 16 bytes
         (90, 16, HeadOptions(softcap=50.0), "kept_softmax"),
-        (90, 16, HeadOptions(workspace_mib=300), "vocab_slices"),
+        (90, 16, HeadOptions(workspace_mib=300), "epilogue_slices"),
         (90, 16, HeadOptions(tail_eps=1e-3), "tail"),
         (90, 12, HeadOptions(tail_eps=1e-3), "token_tiles"),
         (80, 16, HeadOptions(tail_eps=1e-3), "token_tiles"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import native
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
 from .epilogue import EpilogueStatistics, architecture
+from .epilogue_slices import EpilogueSlices
 from .gpu_plan import gpu_saved_mib, gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
 from .sharded_engine import ShardedEngine, local_inputs
@@ -71,6 +72,8 @@ def _engine(selection: Selection) -> Engine:
         return TOKEN_TILES
     if name == "epilogue":
         return EpilogueStatistics(workspace_mib, saved_mib=saved_mib)
+    if name == "epilogue_slices":
+        return EpilogueSlices(workspace_mib)
     if name == "tail":
         return TailEpilogue(workspace_mib, saved_mib=saved_mib)
     # here, because triton is absent on macOS and Windows

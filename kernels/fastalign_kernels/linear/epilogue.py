@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 from .engine import Engine, Gradients, TokenCoefficients, empty_stats
-from .epilogue_call import BlockGradients, CallTiles, EpilogueCall, Tiles, state_size
+from .epilogue_call import CallTiles, EpilogueCall, Tiles, state_size
+from .epilogue_gradients import BlockGradients
 from .gpu_plan import (
     MOST_MIB,
     MOST_SAVED_MIB,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from .. import triton_launch
 from ..gemm import mm
 from ..triton_launch import Numbers, Pointers
-from .engine import Gradients, TokenCoefficients, empty_gradients
+from .engine import TokenCoefficients
 from .host_count import HostCount
 from .inputs import HeadInputs, NeedsGrad
 from .token_losses import TokenCrossEntropy
@@ -83,8 +82,12 @@ class Block(NamedTuple):
 
 def state_size(inputs: HeadInputs, tiles: CallTiles, rows: int) -> int:
     """Numbers of a block's state: 4 a row, and 2 a row and tile, or 4 unless lean."""
-    planes = 2 if inputs.options.lean else 4
-    return (4 + planes * -(-inputs.vocab_size // tiles.kept.bn)) * rows
+    return state_numbers(tiles, inputs.vocab_size, 2 if inputs.options.lean else 4) * rows
+
+
+def state_numbers(tiles: CallTiles, columns: int, of_tile: int) -> int:
+    """Numbers of a row's state over so many columns."""
+    return 4 + of_tile * -(-columns // tiles.kept.bn)
 
 
 class EpilogueCall:
@@ -144,31 +147,14 @@ class EpilogueCall:
         state: memory for the block's, if it is to outlast the block. The call's first block must be that of
         the first tokens: it also fills the rest of the table with 0.
         """
-        bias = self.inputs.bias
-        tiles = self.tiles.not_kept if kept is None else self.tiles.kept
-        programs = tiles.per_sm * self.multiprocessors
         if state is None:
             state = torch.empty(
                 state_size(self.inputs, self.tiles, rows), dtype=torch.float32, device=stats.device
             )
         block = self.gather(first, rows, state if kept is None else kept, state, stats)
-        descriptors = (
-            descriptor(block.hidden, tiles.bm, tiles.bk),
-            descriptor(self.weight, tiles.bn, tiles.bk),
-            # a descriptor needs memory, even if nobody writes
-            descriptor(block.hidden if kept is None else kept, tiles.bm, tiles.bn // tiles.parts),
-        )
-        launch(
-            "forward_kernel",
-            programs,
-            (*descriptors, block.ids, bias, self.order, state),
-            (first, rows, self.N, self.V, self.H, self.scales.inner, self.scales.outer),
-            **self.flags,
-            **self.statistics,
-            KEEP=kept is not None,
-            KEPT_SCALE=self.kept_scale,
-            **tiles.constants(),
-            PROGRAMS=programs,
+        tiles = self.tiles.not_kept if kept is None else self.tiles.kept
+        self.write_tiles(
+            block, tiles, self.weight, self.inputs.bias, KEEP=kept is not None, **self.statistics
         )
         launch(
             "merge_kernel",
@@ -180,6 +166,32 @@ class EpilogueCall:
             TILES=32,
         )
         return block
+
+    def write_tiles(
+        self, block: Block, tiles: Tiles, weight: Tensor, bias: Tensor | None, **constants: bool
+    ) -> None:
+        """The forward kernel: the tiles' numbers of a gathered block, and with KEEP its e.
+
+        weight, bias: rows of the vocabulary, whose first the block's ids count from.
+        """
+        (V, H), programs = weight.shape, tiles.per_sm * self.multiprocessors
+        descriptors = (
+            descriptor(block.hidden, tiles.bm, tiles.bk),
+            descriptor(weight, tiles.bn, tiles.bk),
+            # a descriptor needs memory, even if nobody writes
+            descriptor(block.kept if constants["KEEP"] else block.hidden, tiles.bm, tiles.bn // tiles.parts),
+        )
+        launch(
+            "forward_kernel",
+            programs,
+            (*descriptors, block.ids, bias, self.order, block.state),
+            (block.first, block.rows, self.N, V, H, self.scales.inner, self.scales.outer),
+            **self.flags,
+            **constants,
+            KEPT_SCALE=self.kept_scale,
+            **tiles.constants(),
+            PROGRAMS=programs,
+        )
 
     def gather(
         self, first: int, rows: int, kept: Tensor, state: Tensor, stats: Tensor | None = None
@@ -210,11 +222,18 @@ class EpilogueCall:
         return Block(first, rows, block_ids, gathered, kept, state)
 
     def dlogits(
-        self, block: Block, rows: int, stats: Tensor, coefficients: TokenCoefficients, needs: NeedsGrad
+        self,
+        block: Block,
+        rows: int,
+        stats: Tensor,
+        coefficients: TokenCoefficients,
+        needs: NeedsGrad,
+        scaled: Tensor | None = None,
     ) -> Tensor:
         """Turn e of a block's first tokens into dlogits / row_scale, and x into row_scale x if dW needs it.
 
-        stats: [7, N]. Returns row_scale [rows].
+        stats: [7, N]. scaled: memory [rows, H] for row_scale x in place of x's own, where the block holds a
+        part of the vocabulary: row_scale is then the same for all parts. Returns row_scale [rows].
         """
         row_scale = torch.empty(rows, dtype=torch.float32, device=stats.device)
         loss = coefficients if isinstance(coefficients, TokenCrossEntropy) else None
@@ -228,15 +247,17 @@ class EpilogueCall:
             tokens = self.tokens(block, rows)
             table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
         bn = self.tiles.kept.bn
-        sizes = (block.first, block.rows, self.N, self.V, self.H, block.kept.stride(0), rows)
+        sizes = (block.first, block.rows, self.N, block.kept.shape[1], self.H, block.kept.stride(0), rows)
+        of_hidden = (block.hidden, block.hidden if scaled is None else scaled, row_scale)
         launch(
             "dlogits_kernel",
             rows,
-            (block.kept, block.state, block.ids, stats, self.order, table, block.hidden, row_scale),
+            (block.kept, block.state, block.ids, stats, self.order, table, *of_hidden),
             (*sizes, label_smoothing, z_loss, self.scales.slope, self.scales.outer),
             CROSS_ENTROPY=loss is not None,
             HAS_SOFTCAP=self.flags["HAS_SOFTCAP"],
             ONE_REFERENCE=self.one_reference,
+            PART=scaled is not None,
             SCALE_HIDDEN=needs.head,
             KEPT_SCALE=self.kept_scale,
             BN=bn,
@@ -246,116 +267,29 @@ class EpilogueCall:
         )
         return row_scale
 
-
-@dataclass(frozen=True)
-class Factors:
-    """What dX and dW of a block are products of, beside the weight."""
-
-    first: int  # of the block's tokens
-    dlogits: Tensor  # [rows, V]
-    hidden: Tensor  # [rows, H]
-
-
-@dataclass(frozen=True)
-class ScaledFactors(Factors):
-    """dX = row_scale (dlogits W), dW = dlogits^T hidden."""
-
-    row_scale: Tensor  # [rows]: the rows of dlogits are divided by it, those of hidden multiplied
-
-
-class BlockGradients:
-    """The gradients of a call, a block at a time. `single`: there is one block, so dW needs no fp32 sum."""
-
-    def __init__(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> None:
-        self.call, self.needs, self.single = call, needs, single
-        self._out: Gradients | None = None
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-
-    @property
-    def out(self) -> Gradients:
-        """The results' memory. It is allocated after the first launches, which the device waits for. Rows of
-        dX that no block writes, those of ignored tokens, are 0."""
-        if self._out is None:
-            self._out = empty_gradients(self.call.inputs, self.needs)
-            if self.needs.hidden and self.call.how_many() < self.call.N:
-                self._out.hidden.zero_()
-        return self._out
-
-    def rows(self, block: Block) -> int:
-        """The block's tokens that are not ignored, which are its first."""
-        return max(0, min(block.rows, self.call.how_many() - block.first))
-
-    def factors(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> Factors | None:
-        """Overwrites the block, whose statistics are in the table [7, N]; None if it holds no token."""
-        rows = self.rows(block)
-        if rows == 0:
-            return None
-        row_scale = self.call.dlogits(block, rows, stats, coefficients, self.needs)
-        return ScaledFactors(block.first, block.kept[:rows], block.hidden[:rows], row_scale)
-
-    def add(self, factors: Factors | None) -> None:
-        """Add a block's gradients."""
-        needs = self.needs
-        if factors is None:
-            return
-        assert isinstance(factors, ScaledFactors)
-        if needs.hidden:
-            self._write_hidden(factors.dlogits, factors.row_scale, factors.first)
-        if needs.weight:
-            self._add_weight(factors.dlogits, factors.hidden)
-        if needs.bias:
-            self._add_bias(factors.dlogits, factors.row_scale)
-
-    def finish(self) -> Gradients:
-        """The gradients in the dtypes of the inputs."""
-        weight, bias = self.out.weight, self.out.bias
-        if self.needs.weight and self.weight is not weight:
-            weight.zero_() if self.weight is None else weight.copy_(self.weight)
-        if self.needs.bias:
-            bias.zero_() if self.bias is None else bias.copy_(self.bias)
-        return self.out
-
-    def _write_hidden(self, grad: Tensor, row_scale: Tensor, first: int) -> None:
-        """dX; where rows have a factor it comes in fp32, so that it is rounded once."""
-        call = self.call
-        dtype = torch.float32 if call.one_reference else self.out.hidden.dtype
-        dx = torch.empty(grad.shape[0], call.H, dtype=dtype, device=grad.device)
-        mm(grad, call.weight, dx)
-        launch(
-            "scatter_kernel",
-            grad.shape[0],
-            (dx, row_scale, call.order, self.out.hidden),
-            (first, call.H),
-            SCALED=call.one_reference,
-            BLOCK=1024,
-        )
-
-    def _add_weight(self, grad: Tensor, x: Tensor) -> None:
-        if self.weight is not None:
-            mm(grad.t(), x, self.weight, add=True)
-            return
-        self.weight = self.new_weight()
-        mm(grad.t(), x, self.weight)
-
-    def new_weight(self) -> Tensor:
-        """Memory for dW: the result, or an fp32 sum where there are several blocks."""
-        weight = self.out.weight
-        return weight if self.single else torch.empty_like(weight, dtype=torch.float32)
-
-    def _add_bias(self, grad: Tensor, row_scale: Tensor) -> None:
-        """Column sums by a GEMM, whose order is fixed. Its factor has two columns, so that no digits of the
-        row's factor are lost."""
+    def column_sums(self, grad: Tensor, row_scale: Tensor) -> Tensor:
+        """The bias's gradient, fp32, by a GEMM, whose order is fixed. Its factor has two columns, so that no
+        digits of the row's factor are lost."""
         factor = torch.zeros(grad.shape[0], 8, dtype=grad.dtype, device=grad.device)
-        if self.call.one_reference:
+        if self.one_reference:
             factor[:, 0] = row_scale
             factor[:, 1] = row_scale - factor[:, 0].float()
         else:
             factor[:, 0] = 1
         sums = torch.empty(grad.shape[1], 8, dtype=torch.float32, device=grad.device)
         mm(grad.t(), factor, sums)
-        total = sums[:, 0] + sums[:, 1]
-        self.bias = total if self.bias is None else self.bias + total
+        return sums[:, 0] + sums[:, 1]
+
+    def scatter(self, dx: Tensor, row_scale: Tensor, first: int, out: Tensor) -> None:
+        """dX [rows, H], times its rows' factors if there are some, to tokens order[first], ... of out."""
+        launch(
+            "scatter_kernel",
+            dx.shape[0],
+            (dx, row_scale, self.order, out),
+            (first, self.H),
+            SCALED=self.one_reference,
+            BLOCK=1024,
+        )
 
 
 def _readable_by_tma(weight: Tensor) -> Tensor:

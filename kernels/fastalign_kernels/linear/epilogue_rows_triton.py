@@ -144,7 +144,8 @@ def dlogits_kernel(
     stats,  # [7, N] fp32, order of rows.Stat
     order,  # [N + 1] int32
     coefficients,  # [4, rows], order of rows.Coefficient; with CROSS_ENTROPY [N], each token's loss scale
-    gathered,  # [rows, H] hidden states; become row_scale times them with SCALE_HIDDEN
+    gathered,  # [rows, H] hidden states
+    scaled,  # [rows, H], or the same memory: row_scale times them with SCALE_HIDDEN
     row_scale,  # [rows] fp32
     first,
     rows,
@@ -160,6 +161,7 @@ def dlogits_kernel(
     CROSS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ONE_REFERENCE: tl.constexpr,
+    PART: tl.constexpr,  # the columns are a part of the vocabulary; a target outside has an id from V on
     SCALE_HIDDEN: tl.constexpr,
     KEPT_SCALE: tl.constexpr,
     BN: tl.constexpr,
@@ -222,8 +224,9 @@ def dlogits_kernel(
         kept_id = (at_id * slope / scale).to(kept.dtype.element_ty)
         exact = valid & (tl.abs(at_id) > 0.5 * tl.abs(prob)) & (scale != 0)
         tl.store(row + token_id, kept_id, mask=valid & (scale != 0))
-        # The factor takes up the target's rounding where that element is most of the gradient.
-        scale = tl.where(exact, at_id * slope / kept_id.to(tl.float32), scale)
+        if not PART:
+            # The factor takes up the target's rounding where that element is most of the gradient.
+            scale = tl.where(exact, at_id * slope / kept_id.to(tl.float32), scale)
     elif ONE_REFERENCE and one_reference:
         shift = (reference - row_max) - logsum
         factor = tl.exp2(shift) * slope
@@ -266,9 +269,8 @@ def dlogits_kernel(
         if SCALE_HIDDEN:
             for begin in range(0, H, BLOCK):
                 k = begin + tl.arange(0, BLOCK)
-                at = gathered + n.to(tl.int64) * H + k
-                x = tl.load(at, mask=k < H, other=0.0).to(tl.float32)
-                tl.store(at, x * scale, mask=k < H)
+                x = tl.load(gathered + n.to(tl.int64) * H + k, mask=k < H, other=0.0).to(tl.float32)
+                tl.store(scaled + n.to(tl.int64) * H + k, x * scale, mask=k < H)
 
 
 @triton.jit

@@ -32,9 +32,13 @@ EPILOGUE_MEASURED = (90,)
 # the tests of a few dozen tokens, where one token decides an element. With so few tokens the launches
 # decide the time anyway.
 FEWEST_EPILOGUE_TOKENS = 1024
+# Columns of a slice of `epilogue_slices`. Each slice reads and writes dX's fp32 sum, 8 N H bytes: at 4.2 TB/s
+# and 680 TFLOP/s the time of the GEMM of 650 columns.
+FEWEST_COLUMNS = 1024
 # softcap / temperature up to which e of all logits of a row fits bf16's exponents. With a bias beside it the
 # forward kernel would spill.
 LARGEST_CAP = 40.0
+TILE_COLUMNS = 256  # of the engine's forward kernel
 # A block where the head needs no gradient: at least so many tokens, and what so many MiB hold of e. dX is
 # finished block by block, so a larger one saves launches alone: at 8192 x 576 x 49152 four blocks took an
 # H200 1.54 times two bare GEMMs, because its host was slower than the blocks.
@@ -104,13 +108,14 @@ def gpu_saved_mib(card_bytes: int | None) -> float:
 
 
 def select_engine(call: GpuCall) -> str:
-    """token_tiles, kept_softmax, epilogue, tail or vocab_slices.
+    """token_tiles, kept_softmax, epilogue, tail, vocab_slices or epilogue_slices.
 
     Token tiles serve fp64. The tail runs as `tail` where `epilogue` would serve without it, else in token
     tiles. Kept softmax serves all else if the workspace holds a tile of 256
     tokens and, with a gradient of the head, blocks of FEWEST_KEPT tokens or all tokens. With less memory the
     vocabulary is processed in slices, or by token tiles if not even a slice of 256 columns fits. `epilogue`
-    takes the place of kept softmax where it serves; it does not serve LoRA on the head.
+    takes the place of kept softmax where it serves, and `epilogue_slices` that of the slices; they do not
+    serve LoRA on the head.
     """
     if call.dtype == torch.float64:
         return "token_tiles"
@@ -120,6 +125,8 @@ def select_engine(call: GpuCall) -> str:
     sizes = tile_sizes(call)
     if sizes.block >= min(FEWEST_KEPT if call.head_grad else TILES[-1], call.n_tokens):
         return "epilogue" if epilogue_serves(call) else "kept_softmax"  # an H200 was 5 to 14 % faster with it
+    if call.grad and epilogue_serves(call) and epilogue_slice_width(call) >= FEWEST_COLUMNS:
+        return "epilogue_slices"
     if slice_width(call):
         return "vocab_slices"
     return "token_tiles"
@@ -197,6 +204,24 @@ def epilogue_saved(call: GpuCall) -> int:
     call = call._replace(hidden_grad=True, head_grad=True)
     all_fit = call._replace(workspace_mib=call.workspace_mib if call.saved_mib is None else call.saved_mib)
     return call.n_tokens if epilogue_tokens(all_fit) == call.n_tokens else epilogue_tokens(call)
+
+
+def epilogue_slice_width(call: GpuCall) -> int:
+    """Columns of a slice of `epilogue_slices`.
+
+    0 if the workspace does not hold GRANULE columns of all tokens, or if the engine does not serve: it takes
+    bf16, whose exponents hold every P, and no softcap, whose slope differs by column.
+
+    Beside a slice stand the hidden states, gathered and for dW scaled, and what dX's fp32 sum takes more than
+    dX.
+    """
+    if call.dtype == torch.float16 or call.cap:
+        return 0
+    N, H = max(1, call.n_tokens), call.hidden_size
+    fixed = 2 * N * H * (1 + call.head_grad + call.hidden_grad)
+    per_column = 2 * N + 8 * N // TILE_COLUMNS  # e, and two numbers of each tile
+    room = (int(call.workspace_mib * 2**20) - fixed) // per_column // GRANULE * GRANULE
+    return max(0, min(room, call.vocab_size))
 
 
 def row_elements(vocab_size: int) -> int:

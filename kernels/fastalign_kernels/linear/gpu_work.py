@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .gpu_plan import GpuCall
+from .gpu_plan import TILE_COLUMNS, GpuCall
 from .head_plan import HeadPlan
-
-TILE_COLUMNS = 256  # of the engine `epilogue`
 
 
 class Rates(NamedTuple):
@@ -71,6 +69,8 @@ def gpu_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
     """The cost of a plan of one of the GPU engines; with a tail, if no column is left out."""
     if plan.engine in ("epilogue", "tail"):
         return _epilogue_work(plan, call)
+    if plan.engine == "epilogue_slices":
+        return _epilogue_slices_work(plan, call)
     work = _slices_work(plan, call) if plan.engine == "vocab_slices" else _kept_work(plan, call)
     return work if not call.lora_rank else _with_lora(work, plan, call)
 
@@ -181,3 +181,17 @@ def _epilogue_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
         held += 4 * V * H
     launches = blocks * (4 + 2 * call.hidden_grad + call.head_grad)
     return GpuWork(forwards, passes, held, launches, forwards * N * V)
+
+
+def _epilogue_slices_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
+    """e takes the place of a slice's bf16 logits, and the statistics' GEMM writes none. Beside it: the tiles'
+    numbers, written twice and read once; the hidden states gathered twice and scaled; dX's fp32 sum, read and
+    written once a slice."""
+    N, H, V = call.n_tokens, call.hidden_size, call.vocab_size
+    slices = -(-V // max(1, plan.slice_columns))
+    passes = 24 * N * V / TILE_COLUMNS - 2 * N * V + 8 * N * H + 4 * N * H * call.head_grad
+    passes += 8 * N * H * slices * call.hidden_grad
+    beside = 2 * N * H * (1 + call.head_grad + call.hidden_grad) + 8 * N * plan.slice_columns / TILE_COLUMNS
+    held = plan.workspace_bytes + gradient_bytes(call) + beside
+    launches = 6 + slices * (5 + call.hidden_grad + call.head_grad)
+    return GpuWork(2.0, passes, held, launches, 2 * N * V)

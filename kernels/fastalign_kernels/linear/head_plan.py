@@ -29,9 +29,9 @@ class HeadPlan(NamedTuple):
     chunk: int  # tokens whose logits are in memory together
     workspace_bytes: int  # of these logits and what is kept of them
     gemms: int  # of N x H x V, in forward and backward together
-    engine: str = "token_tiles"  # or on a GPU kept_softmax, epilogue, tail or vocab_slices
+    engine: str = "token_tiles"  # or on a GPU kept_softmax, epilogue, tail, *_slices
     kept_tokens: int = 0  # kept_softmax, epilogue: tokens whose dlogits or softmax are in memory together
-    slice_columns: int = 0  # vocab_slices: ids of a slice; `chunk` is then all tokens
+    slice_columns: int = 0  # *_slices: ids of a slice; `chunk` is then all tokens
     held_bytes: int = 0  # on a GPU: peak beyond the inputs, gradients included
     predicted_ms: float | None = None  # on a GPU, forward and backward: a roofline, not a measurement
     budgets: tuple[HeadBudget, ...] = ()  # on a GPU: what more or less workspace_mib would buy
@@ -46,13 +46,13 @@ def _budget_table(budgets: tuple[HeadBudget, ...]) -> Iterator[str]:
     """Lines of a table of budgets, none if there are none."""
     if not budgets:
         return
-    yield "workspace_mib  engine        kept                  GEMMs  peak MiB  predicted ms"
+    yield "workspace_mib  engine           kept                  GEMMs  peak MiB  predicted ms"
     for budget in budgets:
         kept = f"{budget.kept_tokens:,} tokens" if budget.kept_tokens else "nothing"
         if budget.slice_columns:
             kept = f"{budget.slice_columns:,} columns"
         ms = "–" if budget.predicted_ms is None else f"{budget.predicted_ms:.3g}"
         yield (
-            f"{budget.workspace_mib:13,.0f}  {budget.engine:12}  {kept:20}  {budget.gemms:5}  "
+            f"{budget.workspace_mib:13,.0f}  {budget.engine:15}  {kept:20}  {budget.gemms:5}  "
             f"{budget.held_mib:8,.0f}  {ms:>12}"
         )

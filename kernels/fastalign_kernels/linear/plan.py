@@ -16,6 +16,7 @@ from .gpu_budgets import card_of, gpu_budgets
 from .gpu_plan import (
     GpuCall,
     epilogue_saved,
+    epilogue_slice_width,
     epilogue_tokens,
     gpu_saved_mib,
     gpu_workspace_mib,
@@ -166,13 +167,15 @@ def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
         return plan._replace(
             chunk=sizes.tile, workspace_bytes=sizes.bytes, gemms=gemms, engine=engine, kept_tokens=kept
         )
-    if engine == "vocab_slices":
-        columns = slice_width(call)
-        bytes_ = max(1, call.n_tokens) * columns * (call.tile_bytes + (call.kept_bytes if call.grad else 0))
+    if engine in ("vocab_slices", "epilogue_slices"):
+        of_logit = call.tile_bytes + (call.kept_bytes if call.grad else 0)
+        columns, bytes_ = slice_width(call), of_logit * max(1, call.n_tokens)
+        if engine == "epilogue_slices":
+            columns, bytes_ = epilogue_slice_width(call), call.kept_bytes * max(1, call.n_tokens)
         gemms = 2 + call.hidden_grad + call.head_grad if call.grad else 1
         return plan._replace(
             chunk=max(1, call.n_tokens),
-            workspace_bytes=bytes_,
+            workspace_bytes=bytes_ * columns,
             gemms=gemms,
             engine=engine,
             slice_columns=columns,

@@ -30,7 +30,8 @@ from ..triton_launch import launch
 from .chunks import capturing
 from .engine import TokenCoefficients
 from .epilogue import EpilogueStatistics, architecture
-from .epilogue_call import Block, BlockGradients, EpilogueCall, Factors, descriptor
+from .epilogue_call import Block, EpilogueCall, descriptor
+from .epilogue_gradients import BlockGradients, Factors
 from .inputs import NeedsGrad
 from .plan import TOKENS
 from .tail_columns import COUNTER, DENSE
