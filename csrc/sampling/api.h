@@ -77,13 +77,18 @@ FA_HD void write_unread(const SampleJob& job, int64_t row, bool valid) {
   job.valid[row] = valid;
 }
 
-FA_HD void write_drawn(const SampleJob& job, int64_t row, const Drawn& d, float temperature) {
-  const double log_kept_sum = log_of(d.kept_sum);
+// Log `which` of a drawn row, in the order of job.logs.
+FA_HD float drawn_log(const Drawn& d, float temperature, int which) {
+  const bool tempered = temperature > 0;
+  if (which == 0) return tempered ? float((double(d.z) - double(d.top)) / double(temperature) - log_of(d.kept_sum)) : 0.0f;
+  if (which == 1) return tempered ? float(log_of(d.kept_sum) - log_of(d.sum)) : 0.0f;
+  const double log_raw_sum = log_of(d.raw_sum);
+  return which == 2 ? float((double(d.x) - double(d.raw_top)) - log_raw_sum) : float(log_raw_sum - LN2 * d.raw_weighted / d.raw_sum);
+}
+
+// What a drawn row has beside its logs.
+FA_HD void write_draw(const SampleJob& job, int64_t row, const Drawn& d) {
   job.token[row] = d.token;
-  job.logs[row] = temperature > 0 ? float((double(d.z) - double(d.top)) / double(temperature) - log_kept_sum) : 0.0f;
-  job.logs[job.B + row] = temperature > 0 ? float(log_kept_sum - log_of(d.sum)) : 0.0f;
-  job.logs[2 * job.B + row] = float((double(d.x) - double(d.raw_top)) - log_of(d.raw_sum));
-  job.logs[3 * job.B + row] = float(log_of(d.raw_sum) - LN2 * d.raw_weighted / d.raw_sum);
   job.kept[row] = d.kept;
   job.valid[row] = true;
 }

@@ -89,7 +89,7 @@ struct Shared {
   uint32_t bins[THREADS];
   uint32_t first_bucket, last_bucket;
   BucketSums whole;
-  Drawn drawn;  // thread 0 alone writes and reads it
+  Drawn drawn;  // thread 0 alone writes it
 };
 struct ListShared : Shared {
   uint16_t survivors[MAX_CHUNKS];  // chunks that hold some value of interest, in any order

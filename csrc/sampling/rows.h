@@ -387,7 +387,8 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
   load_raw(row, winner, z);
   memcpy(flat, z, sizeof flat);
   d.x = flat[d.token - winner * CHUNK];
-  write_drawn(job, index, d, o.temperature);
+  for (int which = 0; which < 4; ++which) job.logs[which * job.B + index] = drawn_log(d, o.temperature, which);
+  write_draw(job, index, d);
 }
 
 }  // namespace FASTALIGN_TARGET
