@@ -63,6 +63,13 @@ def packed_size(rows: int, coding: Coding, *, left: bool) -> int:
     return -(-rows // panel) * panel * each
 
 
+def coded_bytes(rows: int, hidden_size: int, *, left: bool) -> int:
+    """Bytes of rows that are coded with a rotation and a basis, their two lengths included."""
+    coding = rotated_coding(hidden_size)
+    coding = coding._replace(basis=torch.empty(LOW, coding.width, device="meta"))
+    return 4 * packed_size(rows, coding, left=left) + 8 * rows
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """x [O, H], or a copy of it where its rows do not lie in one piece."""
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from fastalign_kernels import (
     linear_distillation_loss,
     linear_logprobs,
     native,
+    plan_head,
     screen_report,
 )
+from fastalign_kernels.linear.screen_weight import code_weight
 from tests.linear.screen_inputs import H, N, V, make, needs_screen
 
 pytestmark = pytest.mark.usefixtures("small_vocabulary")
@@ -81,3 +84,33 @@ def test_compiles_without_a_graph_break() -> None:
 def test_a_fake_call_gives_shapes() -> None:
     meta = {name: tensor.to("meta") for name, tensor in make().items()}
     assert linear_logprobs(**meta, screen=True).shape == (N,)
+
+
+@needs_screen
+def test_the_plan_tells_the_codes_memory_and_the_time_of_the_products() -> None:
+    given = make()
+    rows = code_weight(given["weight"]).rows
+    planned = plan_head(N, H, V, screen=True, tail_eps=2**-14)
+    exact = plan_head(N, H, V, tail_eps=2**-14)
+    assert planned.codes_bytes == 4 * (rows.packed.numel() + rows.lengths.numel() + rows.residuals.numel())
+    assert planned.gemms == exact.gemms == 3 and 2 < planned.screened_gemms < 2.5
+    assert planned.chunk <= 96 < exact.chunk
+    assert "screen: predicted time of 2.28 exact GEMMs" in str(planned)
+    assert exact.codes_bytes == 0 and "screen" not in str(exact)
+    reading = plan_head(N, H, V, screen=True, hidden_grad=False, weight_grad=False)
+    assert reading.chunk == N and reading.workspace_bytes < N * V  # no logits
+    assert plan_head(N, H, V, screen=True, upstream="table").screened_gemms > planned.screened_gemms
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda"}, "8-bit products are for CPUs so far"),
+        ({"dtype": torch.float64}, "factors of torch.float64 have no 8-bit codes"),
+        ({"lora_rank": 4}, "a head with LoRA"),
+    ],
+    ids=["cuda", "fp64", "lora"],
+)
+def test_no_plan_for_a_screen_that_a_call_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"screen: got True, expected None: {message}"):
+        plan_head(N, H, V, screen=True, **options)

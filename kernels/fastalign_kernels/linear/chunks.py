@@ -11,12 +11,10 @@ from torch import Tensor
 from ..gemm import mm, uses_native_gemm
 from ..softmax.rows import Stat, accumulator_dtype, row_stats
 from .inputs import HeadInputs, NeedsGrad
-from .plan import token_chunk
+from .plan import CODED_TOKENS, token_chunk
 from .screen import Screen
 from .sharded import stats_of_no_rows
 from .sharded_collectives import whole_stats
-
-SCREENED_TOKENS = 8192  # at a time: their 8-bit codes take (H + 72) bytes each
 
 
 class Operands(NamedTuple):
@@ -247,7 +245,7 @@ def screen_statistics(runner: ChunkRunner, screen: Screen) -> None:
     order, how_many = _kept_tokens(inputs.ids)
     tokens = torch.arange(how_many()) if order is None else order
     unresolved = []
-    for part in tokens.split(SCREENED_TOKENS):
+    for part in tokens.split(CODED_TOKENS):
         stats, missing = screen.run(inputs.hidden[part].to(operands.factor), inputs.ids[part])
         runner.stats[:, part] = stats
         unresolved.append(part[missing])

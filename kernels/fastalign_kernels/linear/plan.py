@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .. import checks
+from ..gemm_int8 import coded_bytes, refusal
 from .gpu_budgets import card_of, gpu_budgets
 from .gpu_plan import (
     GpuCall,
@@ -38,6 +39,9 @@ TOKENS = {"cpu": 256, "cuda": 1024}
 # With a screen, whose 8-bit products do not slow down with few tokens: the tile is 31 MiB smaller at V =
 # 49152, as much as the weight's codes take.
 SCREENED_TOKENS = 96
+CODED_TOKENS = 8192  # with a screen and without gradients: at a time, in (H + 72) bytes each
+SCREENED_GEMM = 1.1 / 3.9  # of an exact one's time: measured on an AMD EPYC (Zen 4), as is
+CODING_TOKENS = 100  # whose exact logits take as long as coding the weight
 
 
 def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
@@ -65,6 +69,7 @@ def plan_head(
     workspace_mib: float | None = None,
     logits_dtype: torch.dtype | None = None,
     lora_rank: int = 0,
+    screen: bool | None = None,
     architecture: int | None = None,
     memory_mib: float | None = None,
 ) -> HeadPlan:
@@ -85,17 +90,20 @@ def plan_head(
             then torch.bfloat16.
         lora_rank: r of a LoRA adapter on the head, which is trained if a gradient is needed; 0: none. Its
             GEMMs of rank r are not counted in `gemms`; the predicted time has their flops and bytes.
+        screen: True if logits are screened (see `linear_cross_entropy`). `gemms` counts an 8-bit product as
+            one, `screened_gemms` as the share of an exact one's time that it takes.
         architecture: compute capability of the GPU, 90 for an H100. Default: that of `device` where it is a
             GPU of this machine; else 0, and the plan is one that any GPU can run, without predicted times.
         memory_mib: the GPU's memory. Default: likewise; else as much as the default workspace needs.
 
     Returns:
         The plan. print(plan) shows what more or less `workspace_mib` would buy on a GPU: engine, GEMMs,
-        memory, and milliseconds that a roofline predicts.
+        memory, and milliseconds that a roofline predicts. With a screen it shows the memory of the weight's
+        codes and the predicted time of the products.
 
     Raises:
-        ValueError: a size, dtype, device or option of the wrong kind or range, or a workspace too small for
-            one token's logits.
+        ValueError: a size, dtype, device or option of the wrong kind or range, a workspace too small for one
+            token's logits, or a screen with lora_rank or where there are no 8-bit products.
     """
     checks.whole("n_tokens", n_tokens, 0, expected="a whole number >= 0")
     checks.whole("hidden_size", hidden_size, 1, expected="a whole number >= 1")
@@ -113,6 +121,9 @@ def plan_head(
     if low_logits and dtype != torch.bfloat16:
         raise ValueError(f"logits_dtype: got {logits_dtype} with dtype {dtype}, expected None")
     checks.whole("lora_rank", lora_rank, 0, expected="a whole number >= 0")
+    screened = checks.screen(screen, logits_dtype)
+    if screened and (refused := _screen_refusal(kind, dtype, lora_rank)):
+        raise ValueError(f"screen: got True, expected None: {refused}")
     if architecture is not None:
         checks.whole("architecture", architecture, 0, expected="a compute capability such as 90")
     if memory_mib is not None:
@@ -141,9 +152,28 @@ def plan_head(
         plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
         if plan is not None:
             return gpu_budgets(plan, call, card, lambda call: _gpu_plan(call, HeadPlan(way, 0, 0, gemms)))
-    tiles = TileCall(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib)
+    tiles = TileCall(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib, screened)
     tokens, per_token = token_chunk(n_tokens, tiles)
-    return HeadPlan(way, tokens, tokens * per_token, gemms)
+    plan = HeadPlan(way, tokens, tokens * per_token, gemms)
+    return _with_screen(plan, n_tokens, hidden_size, vocab_size, gradients) if screened else plan
+
+
+def _screen_refusal(kind: str, dtype: torch.dtype, lora_rank: int) -> str:
+    if lora_rank:
+        return f"a head with LoRA (lora_rank {lora_rank}) has exact logits alone"
+    return refusal(torch.device(kind), dtype)
+
+
+def _with_screen(plan: HeadPlan, N: int, H: int, V: int, gradients: int) -> HeadPlan:
+    """The plan with what a screen changes. Without gradients it holds the codes of tokens, and no logits."""
+    if plan.way == "no_grad":
+        tokens = min(N, CODED_TOKENS)
+        plan = plan._replace(chunk=tokens, workspace_bytes=coded_bytes(tokens, H, left=True))
+    return plan._replace(
+        codes_bytes=coded_bytes(V, H, left=False),
+        screened_gemms=gradients + SCREENED_GEMM * (plan.gemms - gradients),
+        coding_gemms=CODING_TOKENS / max(N, 1),
+    )
 
 
 def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
