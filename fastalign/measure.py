@@ -29,7 +29,7 @@ from ._version import __version__
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 # Read between the calls of a cold clock: more than twice the last cache of most processors. It takes 6 ms.
 _OTHER_MIB = 256
-_QUEUED = 20  # writes of twice the L2 cache of an H200: 0.6 ms
+_QUEUED = 100  # writes of twice the L2 cache of an H200: 3 ms. Its host took up to 2.9 for a call of a head
 _ROWS_AT_ONCE = 1024  # rows of a result that are compared at once in fp64: the copies stay small
 
 
@@ -84,7 +84,7 @@ def interleaved(
     A function's time includes what it allocates, but not freeing its result. On a GPU, events measure the
     time from when the device starts the function's work until it ends, and the L2 cache is overwritten
     before each call. With `cold`, a CPU's caches are filled with other data before each call, and the C
-    library gives freed memory back. With `queued`, a GPU first works for half a millisecond, so that the host
+    library gives freed memory back. With `queued`, a GPU first works for three milliseconds, so that the host
     can launch a short call's kernels before the device gets to them: the time is then the device's alone.
 
     Raises:

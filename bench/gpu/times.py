@@ -61,6 +61,11 @@ def sections(pattern: str) -> dict[str, list[GpuCase]]:
     return {section: cases for section, cases in found.items() if cases}
 
 
+def queued(case: GpuCase) -> GpuCase:
+    """The case without the host's launches in its times."""
+    return case if case.queued else case._replace(name=f"{case.name}, queued", queued=True)
+
+
 class Begun:
     """The names of the cases that were begun, in a file that outlives the process. The last may have died."""
 
@@ -108,7 +113,10 @@ def measure_all(given: argparse.Namespace) -> int:
     device, rounds = ("cpu", Rounds(0.0, 1)) if given.dry_run else ("cuda", Rounds())
     results = Results(given.output) if given.output else None
     failed = 0
-    for measured in timed(sections(given.only), device, rounds, given.seconds, Begun(given.begun)):
+    parts = sections(given.only)
+    if given.queued:
+        parts = {section: [queued(case) for case in cases] for section, cases in parts.items()}
+    for measured in timed(parts, device, rounds, given.seconds, Begun(given.begun)):
         failed += bool(measured.failed)
         print(line(measured), flush=True)
         if results:
@@ -154,6 +162,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="results file; without it, times are only printed")
     parser.add_argument("--seconds", type=float, default=200.0, help="begin no case after that")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases or sections whose name has TEXT")
+    parser.add_argument(
+        "--queued", action="store_true", help="time the device alone, behind 3 ms of other work"
+    )
     parser.add_argument("--list", action="store_true", help="print the cases and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU, one round each")
     parser.add_argument("--begun", type=Path, help=argparse.SUPPRESS)  # of a process that `supervise` began
