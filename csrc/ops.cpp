@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FASTALIGN_OPS, m) {
   m.def("gemm(Tensor left, Tensor right, Tensor(a!) out, bool add, Tensor? right_rows, Tensor? out_rows) -> ()");
   m.def("cpu_int8_gemm() -> bool");
   m.def("int8_pack(Tensor x, bool left, int width, int block, Tensor? basis, Tensor(a!) packed, Tensor(b!) norms) -> ()");
+  m.def("int8_digest(Tensor x, Tensor(a!) out) -> ()");
   m.def("int8_gemm(Tensor left, Tensor right, int width, bool low, Tensor(a!) out) -> ()");
   m.def("screen_rows(Tensor hidden8, Tensor weight8, int width, Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float logit_scale, "
         "float softcap, float temperature, float eps, Tensor margins, Tensor? bounds, Tensor(a!) stats, Tensor(b!) counts, Tensor(c!)? tile) -> ()");
@@ -61,6 +62,7 @@ STABLE_TORCH_LIBRARY_IMPL(FASTALIGN_OPS, CPU, m) {
 #ifdef FASTALIGN_X86_TARGETS
   m.impl("gemm", TORCH_BOX(&fastalign::gemm));
   m.impl("int8_pack", TORCH_BOX(&fastalign::int8_pack));
+  m.impl("int8_digest", TORCH_BOX(&fastalign::int8_digest));
   m.impl("int8_gemm", TORCH_BOX(&fastalign::int8_gemm));
   m.impl("screen_rows", TORCH_BOX(&fastalign::screen_rows));
   m.impl("screen_draws", TORCH_BOX(&fastalign::screen_draws));

@@ -38,6 +38,8 @@ struct CodedKernels {
   // Panels first to last; norms [2, O]: of y - scale q, and of scale q (left) or of y without its part along B (right).
   void (*pack_left)(const CodedRows&, const CodedPanels&, int64_t first, int64_t last, float* norms);
   void (*pack_right)(const CodedRows&, const CodedPanels&, int64_t first, int64_t last, float* norms);
+  // A hash of the bits of rows first to last. No change of a single element leaves it as it was.
+  void (*digest)(const CodedRows&, int64_t first, int64_t last, int64_t* out);
   // out [M, N] = the product of M rows of the left panels and N of the right ones, both from their start.
   void (*multiply)(const CodedPanels& left, const CodedPanels& right, int64_t M, int64_t N, float* out, int64_t stride);
 };

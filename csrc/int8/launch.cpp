@@ -67,6 +67,16 @@ void int8_pack(Tensor x, bool left, int64_t width, int64_t block, std::optional<
   });
 }
 
+void int8_digest(Tensor x, Tensor out) {
+  STD_TORCH_CHECK(has_int8_gemm(), "int8_digest: got a CPU without AVX-512 VNNI, expected one that has it");
+  expect(x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1), "x", x, "a matrix [O, K] with unit stride over K");
+  const int64_t O = x.size(0), K = x.size(1);
+  expect(out.dim() == 1 && out.size(0) == O && out.is_contiguous() && out.scalar_type() == ScalarType::Long, "out", out, "contiguous int64 [", O, "]");
+  const CodedRows rows{x.const_data_ptr(), coded_dtype(x), O <= 1 ? K : x.stride(0), O, K, K, 0, nullptr};
+  int64_t* const hashes = static_cast<int64_t*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, O, 256, [&](int64_t first, int64_t last) { avx512::coded_kernels.digest(rows, first, last, hashes); });
+}
+
 void int8_gemm(Tensor left, Tensor right, int64_t width, bool low, Tensor out) {
   STD_TORCH_CHECK(has_int8_gemm(), "int8_gemm: got a CPU without AVX-512 VNNI, expected one that has it");
   expect(out.dim() == 2 && out.scalar_type() == ScalarType::Float && (out.size(1) <= 1 || out.stride(1) == 1), "out", out,

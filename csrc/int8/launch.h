@@ -8,6 +8,7 @@ namespace fastalign {
 
 bool has_int8_gemm();
 void int8_pack(Tensor x, bool left, int64_t width, int64_t block, std::optional<Tensor> basis, Tensor packed, Tensor norms);
+void int8_digest(Tensor x, Tensor out);
 void int8_gemm(Tensor left, Tensor right, int64_t width, bool low, Tensor out);
 
 // The panels of `rows` rows in `packed`, which is checked.

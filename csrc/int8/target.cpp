@@ -185,6 +185,31 @@ template <int64_t P> void pack(const CodedRows& x, const CodedPanels& panels, in
   }
 }
 
+// In each lane of 32 bits a polynomial of the row's words with an odd factor; the lanes likewise.
+void digest(const CodedRows& x, int64_t first_row, int64_t last_row, int64_t* out) {
+  const int64_t size = x.dtype == CODED_F32 ? 4 : x.dtype == CODED_I8 ? 1 : 2, bytes = x.K * size;
+  const __m512i factor = _mm512_set1_epi32(int32_t(0x9e3779b1));
+  for (int64_t o = first_row; o < last_row; ++o) {
+    const char* row = static_cast<const char*>(x.data) + o * x.stride * size;
+    __m512i lanes[4] = {};
+    int64_t k = 0;
+    for (; k + 256 <= bytes; k += 256)
+      for (int j = 0; j < 4; ++j) lanes[j] = _mm512_add_epi32(_mm512_mullo_epi32(lanes[j], factor), _mm512_loadu_si512(row + k + 64 * j));
+    for (; k < bytes; k += 64) {
+      const int64_t count = std::min<int64_t>(64, bytes - k);
+      const __mmask64 there = count == 64 ? ~__mmask64(0) : (__mmask64(1) << count) - 1;
+      lanes[0] = _mm512_add_epi32(_mm512_mullo_epi32(lanes[0], factor), _mm512_maskz_loadu_epi8(there, row + k));
+    }
+    uint64_t hash = 0;
+    alignas(64) uint32_t words[LANES];
+    for (int j = 0; j < 4; ++j) {
+      _mm512_store_si512(words, lanes[j]);
+      for (const uint32_t word : words) hash = hash * 0x9e3779b97f4a7c15u + word;
+    }
+    out[o] = int64_t(hash);
+  }
+}
+
 constexpr int64_t COLUMNS = CODED_RIGHT / LANES;
 
 // In assembly, because GCC 12 copies each sum to another register and to the stack around the intrinsic: half the speed.
@@ -251,7 +276,7 @@ void multiply(const CodedPanels& left, const CodedPanels& right, int64_t M, int6
 }  // namespace
 
 extern const CodedKernels coded_kernels;
-const CodedKernels coded_kernels = {pack<CODED_LEFT>, pack<CODED_RIGHT>, multiply};
+const CodedKernels coded_kernels = {pack<CODED_LEFT>, pack<CODED_RIGHT>, digest, multiply};
 
 }  // namespace avx512
 }  // namespace fastalign

@@ -87,6 +87,14 @@ def code_rows(x: Tensor, coding: Coding, *, left: bool) -> CodedRows:
     return CodedRows(packed, norms[0], norms[1], coding, left)
 
 
+def digest_rows(x: Tensor) -> Tensor:
+    """A hash [O] int64 of the bits of each row of x [O, H]. It costs one read."""
+    x = unit_stride(x)
+    hashes = x.new_empty(x.shape[0], dtype=torch.int64)
+    ops.int8_digest(x, hashes)
+    return hashes
+
+
 def mm_int8(left: CodedRows, right: CodedRows, out: Tensor) -> None:
     """Write the products of the rows of `left` and `right` into out [M, N] fp32."""
     coding = left.coding

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastalign_kernels import plan_head
+from tests.linear.screen_inputs import needs_screen
 from tests.stages.ranks import Ranks
 from tests.stages.sharding.collectives import GATHER, HIDDEN, LAYERS, REDUCE, TOKENS, VOCAB
 
@@ -56,3 +57,11 @@ def test_bf16_gathers_in_bf16_and_reduces_in_fp32(counted: dict[str, Any]) -> No
     dtypes = {(name, dtype) for name, dtype, _ in counted["bf16"]["last"]}
     assert dtypes == {(GATHER, "torch.bfloat16"), (REDUCE, "torch.float32")}
     assert counted["bf16"]["dtypes"] == ["torch.float32"]
+
+
+@needs_screen
+def test_a_gathered_weight_is_coded_as_it_is_in_each_step(counted: dict[str, Any]) -> None:
+    """FSDP2 gathers it into the same memory and keeps its version."""
+    (first, _), *later = counted["screened"]
+    assert 0 < first < 1e-3
+    assert all(error < 1e-3 and change > 0.01 for error, change in later)
