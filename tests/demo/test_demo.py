@@ -231,7 +231,7 @@ def short_run(folder: Path, data: Path, *shapes: Shape) -> report.Outcome:
         "policy_tokens": 24,
         "shapes": shapes,
     }
-    settings = command.Settings(folder, steps=24, data=data, **small)  # type: ignore[arg-type]
+    settings = command.Settings(folder, steps=16, data=data, **small)  # type: ignore[arg-type]
     return command.run(settings, command.prepare(settings))
 
 
@@ -260,7 +260,7 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
     folder, archive = tmp_path / "out", archive_of(lines_of(SENTENCES), tmp_path / "sentences.zip")
     outcome = short_run(folder, archive, Shape(64, 16, 97))
     printed = capsys.readouterr().out
-    for stage, steps in (("pretrain", 24), ("sft", 9)):
+    for stage, steps in (("pretrain", 16), ("sft", 6)):
         curve = outcome.curves[stage]
         assert [step for step, _ in curve.training] == list(range(1, steps + 1))
         assert (curve.held_out[0][0], curve.held_out[-1][0]) == (0, steps)
@@ -316,10 +316,10 @@ def test_a_run_leaves_a_report_and_a_second_one_replaces_it_with_the_same(
     sft, *tuned = aligned.policies
     assert max(map(abs, sft.kls)) < 1e-4 and all(max(policy.kls) > 1e-3 for policy in tuned)
     for name, steps in (
-        ("reward", 12),
-        ("dpo-0.05", 7),
-        ("dpo-0.5", 7),
-        ("kto", 7),
+        ("reward", 8),
+        ("dpo-0.05", 4),
+        ("dpo-0.5", 4),
+        ("kto", 4),
         ("ppo-vader", 1),
         ("ppo-reward", 1),
         ("grpo-vader", 1),
