@@ -1,10 +1,14 @@
 """Runs a test file as a script in some processes, which are the ranks of a process group."""
 
 import os
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
+
+from tests.stages.ranks import RANKS, end_ranks, write_to
 
 
 def run_as_two_ranks(script: str, folder: Path) -> None:
@@ -14,18 +18,22 @@ def run_as_two_ranks(script: str, folder: Path) -> None:
 
 def run_as_ranks(script: str, folder: Path, number: int) -> None:
     """Run `python script folder rank number` for all ranks; one that fails or hangs fails the test."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"rank{rank}.log" for rank in range(number)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder), str(rank), str(number)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(number)
+        RANKS.Process(target=run_script, args=(script, [str(folder), str(rank), str(number)], str(log)))
+        for rank, log in enumerate(logs)
     ]
-    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    assert not any(rank.returncode for rank in ranks), "\n".join(errors)
+    for rank in ranks:
+        rank.start()
+    end_ranks(ranks, logs, 300)
+
+
+def run_script(script: str, arguments: list[str], log: str) -> None:
+    """What a rank does: `python script arguments`, with its output in the file `log`."""
+    write_to(log)
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def be_a_rank(run_rank: Callable[[Path, int], None]) -> None:

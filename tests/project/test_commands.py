@@ -1,15 +1,14 @@
 """The commands of README.md and docs/ run as printed, on small files of the names that they give.
 
 No line is changed. Lines that install or build (pip, make) would change this environment or take minutes, so
-the test only checks that what they name exists.
+the test only checks that what they name exists. The words of torchrun are read by torchrun, and its ranks are
+forked (tests/stages/ranks.py): tests/stages/test_training.py starts it.
 """
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign import cli
 from fastalign.stages.stage_configs import CONFIGS
+from tests.stages.ranks import run_two_ranks
 from tests.stages.tiny import CHAT, save_base, save_tokenizer, sentence, write
 
 ROOT = Path(__file__).parents[2]
@@ -81,13 +82,9 @@ def run(words: list[str]) -> None:
     if words[0] == "fastalign":
         cli.main(words[1:])
     elif words[0] == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
-        }
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = torchrun.parse_args(["--standalone", *words[1:]])
+        assert arguments.module and arguments.nproc_per_node == "2"
+        run_two_ranks(Path.cwd(), arguments.training_script, *arguments.training_script_args)
     elif words[0] == "make":
         subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
     else:

@@ -26,9 +26,7 @@ Job = tuple[str, list[str]]
 
 def be_a_rank(rank: int, ranks: int, port: int, log: str) -> None:
     """Set torchrun's environment, and send the output to the file `log`."""
-    number = os.open(log, os.O_CREAT | os.O_WRONLY)
-    os.dup2(number, 1)
-    os.dup2(number, 2)
+    write_to(log)
     os.environ |= {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {
         "WORLD_SIZE": str(ranks),
@@ -36,6 +34,13 @@ def be_a_rank(rank: int, ranks: int, port: int, log: str) -> None:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
+
+
+def write_to(log: str) -> None:
+    """Send the output of this process to a file."""
+    number = os.open(log, os.O_CREAT | os.O_WRONLY)
+    os.dup2(number, 1)
+    os.dup2(number, 2)
 
 
 def run_rank(rank: int, port: int, log: str, module: str, arguments: tuple[str, ...]) -> None:
