@@ -75,5 +75,5 @@ def use_host_only() -> HostOnly:
         owner, kernels = (importlib.import_module(f"fastalign_kernels.{name}") for name in (family, triton))
         owner.KERNELS.select = lambda _, kernels=kernels: kernels
     setattr(checks, "readable", lambda *_: False)  # noqa: B010
-    setattr(autograd, "_scale", lambda x, factor: x.mul_(factor))  # noqa: B010
+    setattr(autograd, "_scale", torch._foreach_mul_)  # noqa: B010
     return active

@@ -250,21 +250,30 @@ def scale_saved_grads(ctx, grad: Tensor, recompute: Callable[[], Sequence[Tensor
     ctx.grads = None
     if grads is None:
         grads = list(recompute())
-    for g in grads:
-        _scale(g, grad)
+    _scale([g for g in grads if g.numel() > 0], grad)
     return grads
 
 
-def _scale(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a scalar. The usual 1 saves a pass over x; on a GPU the device looks, not the host.
+def _scale(tensors: list[Tensor], factor: Tensor) -> None:
+    """x *= factor, a scalar, for each x. The usual 1 saves a pass over x; on a GPU the device looks, not the
+    host.
 
-    A small x is multiplied there by torch, whose launch takes the host less time than Triton's.
+    Small ones are multiplied there by torch in one launch, which takes the host less time than Triton's.
     """
-    large = x.numel() >= SMALL or x.dtype != factor.dtype
-    if x.is_cuda and large and x.is_contiguous() and not native.triton_missing:
-        # here, because triton is absent on macOS and Windows
-        from .scale_triton import scale_in_place
+    if not factor.is_cuda:
+        if tensors and factor.item() != 1:
+            for x in tensors:
+                x.mul_(factor)
+        return
+    small: list[Tensor] = []
+    for x in tensors:
+        large = x.numel() >= SMALL or x.dtype != factor.dtype
+        if large and x.is_contiguous() and not native.triton_missing:
+            # here, because triton is absent on macOS and Windows
+            from .scale_triton import scale_in_place
 
-        scale_in_place(x, factor)
-    elif x.is_cuda or factor.item() != 1:
-        x.mul_(factor)
+            scale_in_place(x, factor)
+        else:
+            small.append(x)
+    if small:
+        torch._foreach_mul_(small, factor)
