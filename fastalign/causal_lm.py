@@ -125,7 +125,8 @@ def fuse_head(
     `disable_adapter` and merging act as in PEFT.
 
     With `verify`, the model's own forward runs on ten tokens (evaluation mode, no gradient, RNG state
-    kept), and its logits and loss are compared with the fused head's from the same hidden states.
+    kept), and its logits and loss are compared with the fused head's from the same hidden states. Without it,
+    what an earlier fusing found holds, or else the config.
 
     Raises:
         UnsupportedModelError: an encoder-decoder, no output embeddings, an lm_head that is not a plain
@@ -143,10 +144,11 @@ def fuse_head(
     ):
         set_options(base, options)
         return model
+    known = base.__dict__.get("_fastalign_transform")
     unfuse_head(base)  # the lm_head or the loss_function was replaced after fusing, so fuse again
     refuse_unservable(base, heads)
     if not verify:
-        _patch(base, heads, declared_transforms(base)[0])
+        _patch(base, heads, known or declared_transforms(base)[0])
     elif any(parameter.is_meta for parameter in base.parameters()):
         raise ValueError(
             f"model: got {type(base).__name__} with weights on the meta device, expected values, to verify "

@@ -19,13 +19,14 @@ from .versions import noting_newer_packages
 
 
 @noting_newer_packages()
-def score_packed(model: PreTrainedModel) -> PreTrainedModel:
+def score_packed(model: PreTrainedModel, *, verify: bool = True) -> PreTrainedModel:
     """Let a sequence classifier score given tokens of packed sequences.
 
     Called with `ends`, int64 [S], it returns `logits` [S, labels] at these of the [B·T] tokens.
 
-    The same object is returned. Six tokens go through both forwards, in evaluation mode. Raises
-    UnsupportedModelError where they differ, or where the model has no linear layer `score` on a backbone.
+    The same object is returned. With `verify`, six tokens go through both forwards, in evaluation mode.
+    Raises UnsupportedModelError where they differ, or where the model has no linear layer `score` on a
+    backbone.
     """
     if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.base_model is model:
         raise unsupported(
@@ -34,6 +35,8 @@ def score_packed(model: PreTrainedModel) -> PreTrainedModel:
             expected="one of transformers' classifiers of decoders",
         )
     model.__dict__["forward"] = MethodType(_forward, model)
+    if not verify:
+        return model
     padding = model.config.get_text_config().pad_token_id
     tokens = torch.tensor([[token for token in range(7) if token != padding][:6]], device=model.device)
     with probing(model):

@@ -1,11 +1,11 @@
 """The processes of one run: rank, device, sums over ranks. Without torchrun there is one process."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .rank_watch import Watch
 from .sharding import Sharding
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,17 @@ class World:
     def count(self, number: int) -> int:
         """A number summed over the rows of all ranks; those of a tp group count once."""
         return number if self.dp_size == 1 else int(self.sum([torch.tensor(number)])[0])
+
+    def on_main(self, compute: Callable[[], Value]) -> Value:
+        """What `compute` gives: on each rank, or with models to be sharded on rank 0, for all ranks.
+
+        Before they are sharded, rank 0 alone has their values (main_values.py).
+        """
+        if self.sharding is None:
+            return compute()
+        values = [compute() if self.main else None]
+        dist.broadcast_object_list(values)
+        return cast(Value, values[0])
 
     def max(self, number: int) -> int:
         """The largest of the ranks' numbers."""

@@ -2,13 +2,16 @@
 
 import difflib
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -29,11 +32,15 @@ from ..classifier import score_packed
 from ..data.packing import check_packing
 from ..data.tokens import Tokenized
 from ..rope import check_lengths
+from ..servable_heads import adapted_head
 from ..transformers_names import enable_checkpointing
 from .adapters import add_adapters, find_source, has_adapters, load_plain
 from .config import TrainConfig, unknown_key
 from .distributed import World
+from .main_values import has_values, without_values
 from .weights import Task
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def choose_attention(config: TrainConfig, world: World) -> str:
@@ -219,7 +226,8 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """The model with its head fused, its layers and adapters as configured.
 
-    It is on the world's device, or still on the CPU if it is to be sharded: `sharding.shard` moves it.
+    It is on the world's device. If it is to be sharded, it is still on rank 0's CPU, and without values on
+    the other ranks: `sharding.shard` moves it.
 
     `task` is PEFT's name of a causal LM, or of a sequence classifier with one label, which scores packed
     sequences. `weights` is a folder or name, which errors call `argument`; None draws initial weights.
@@ -232,6 +240,52 @@ def load_model(
     if config.liger:
         _check_liger_layers(architecture)
     torch.manual_seed(config.seed)
+    load = partial(_load_fused, config, world, architecture, weights=weights, task=task, argument=argument)
+    lm = load_on_main(world, partial(load, attention=attention, packed=packed))
+    if task == "SEQ_CLS":
+        score_packed(lm, verify=has_values(lm))
+    lm.set_attn_implementation(attention)
+    if config.liger:
+        layers = {"rope": True, "rms_norm": True, "swiglu": True}
+        apply_liger_kernel(lm, layers | {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    if config.gradient_checkpointing:
+        enable_checkpointing(lm)
+    if not config.lora_rank:
+        return lm
+    adapted = add_adapters(lm, config, task=task, base=weights)
+    if task == "CAUSAL_LM" and (has_values(lm) or adapted_head(lm) is not None):
+        # It verifies an adapter on lm_head, or refuses it.
+        fuse_head(adapted, verify=has_values(lm), tail_eps=config.tail_eps, screen=config.screen)
+    return adapted
+
+
+def load_on_main(world: World, load: Callable[[], Model]) -> Model:
+    """The model that `load` gives.
+
+    If it is to be sharded, rank 0 alone calls `load`. The other ranks get a copy whose weights are on the
+    meta device; buffers, which are small, come with their values. `sharding.shard` gives each rank its
+    values. Until then rank 0 alone may run the model: `World.on_main`.
+    """
+    if world.sharding is None:
+        return load()
+    model = load() if world.main else None
+    copied: list[Any] = [None if model is None else without_values(model)]
+    dist.broadcast_object_list(copied)
+    return copied[0] if model is None else model
+
+
+def _load_fused(
+    config: TrainConfig,
+    world: World,
+    architecture: PretrainedConfig,
+    *,
+    weights: str | None,
+    attention: str,
+    packed: bool,
+    task: Task,
+    argument: str,
+) -> PreTrainedModel:
+    """The checked model with a fused head, or a classifier, without adapters."""
     # flash-attn refuses the fp32 of the check in fuse_head, so it is switched on afterwards.
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     options["attn_implementation"] = "sdpa" if attention == "flash_attention_2" else attention
@@ -247,9 +301,7 @@ def load_model(
             world.say(f"model: {' and '.join(adapters)}: adapters, merged into {base}")
     if world.sharding is None:
         lm.to(device=world.device)
-    if classifier:
-        score_packed(lm)
-    else:
+    if not classifier:
         fuse_head(lm, tail_eps=config.tail_eps, screen=config.screen)
     # flash-attn does not run on CPUs: sdpa stands for it in the check of a model that is to be sharded.
     checked = attention if lm.device.type == world.device.type else str(options["attn_implementation"])
@@ -258,17 +310,7 @@ def load_model(
         with torch.autocast(lm.device.type, torch.bfloat16, enabled=config.bf16):
             packs = lm.base_model if classifier else lm
             check_packing(packs, attention=checked, lengths=())  # check_fit has seen the lengths
-    lm.set_attn_implementation(attention)
-    if config.liger:
-        layers = {"rope": True, "rms_norm": True, "swiglu": True}
-        apply_liger_kernel(lm, layers | {"cross_entropy": False, "fused_linear_cross_entropy": False})
-    if config.gradient_checkpointing:
-        enable_checkpointing(lm)
-    if not config.lora_rank:
-        return lm
-    adapted = add_adapters(lm, config, task=task, base=weights)
-    # It verifies an adapter on lm_head, or refuses it.
-    return adapted if classifier else fuse_head(adapted, tail_eps=config.tail_eps, screen=config.screen)
+    return lm
 
 
 def _check_liger_layers(architecture: PretrainedConfig) -> None:

@@ -48,7 +48,8 @@ def make_packer(
     packer = partial(pack_sequences, pad_id=pad_id, attention=attention, packing=config.packing)
     if not config.packing:
         return packer
-    if why := explain_unshared(backbone(model), packer, attention=attention, longest=longest):
+    explain = partial(explain_unshared, backbone(model), packer, attention=attention, longest=longest)
+    if why := world.on_main(explain):
         world.say(f"packing: each sequence has its own copy of the prompt ({why})")
         return packer
     return partial(packer, hidden_size=model.config.get_text_config().hidden_size)

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def _precompute(
     would compute there. In another batch (a later epoch) a copy's value may differ from it by rounding.
     """
     folder = Path(config.reference_dir or config.output_dir)
-    path = folder / f"reference-{_digest_model(config, model).hex()}.safetensors"
+    digest = world.on_main(partial(_digest_model, config, model))
+    path = folder / f"reference-{digest.hex()}.safetensors"
     table = _read_table(path)
     known = len(table)
     shard(world.sharding, model)

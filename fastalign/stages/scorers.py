@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,8 @@ from ..data.tokens import Prompt, Tokenized
 from ..rope import rope_switch
 from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .distributed import World
-from .loading import load_tokenizer, padding_id
+from .loading import load_on_main, load_tokenizer, padding_id
+from .main_values import has_values
 from .sharding import shard, whole
 
 Reward = Callable[
@@ -192,15 +194,14 @@ def load_classifier(
 
     It scores tokens if it reads those of `tokenizer`, else text.
     """
-    model = load_plain(
-        classifier.folder, task="SEQ_CLS", argument="reward", dtype=dtype, num_labels=classifier.labels
-    )
+    load = partial(load_plain, classifier.folder, task="SEQ_CLS", argument="reward", dtype=dtype)
+    model = load_on_main(world, partial(load, num_labels=classifier.labels))
     model.eval().requires_grad_(False)
     if world.sharding is None:
         model.to(device=world.device)
     of_tokens = classifier.reads(tokenizer) and hasattr(model, "score")
     if of_tokens:
-        score_packed(model)
+        score_packed(model, verify=has_values(model))
     shard(world.sharding, model)
     template = ChatTemplate(classifier.tokenizer) if classifier.tokenizer.chat_template else None
     padding = model.config.get_text_config().pad_token_id

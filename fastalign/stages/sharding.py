@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 
 from ..servable_heads import without_peft
 from .config import TrainConfig
+from .main_values import receive_values
 from .tensor_parallel import parallelize
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,6 +57,7 @@ _ENGINES = {
 class Sharding:
     """How the models of a run are sharded."""
 
+    device: torch.device
     mesh: DeviceMesh | None
     """FSDP2's: (dp_shard), or (dp_replicate, dp_shard) if there are several groups; None: tp alone shards."""
     precision: MixedPrecisionPolicy
@@ -107,6 +109,7 @@ def plan_sharding(config: TrainConfig, size: int, device: torch.device) -> Shard
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if config.bf16 else {}
     groups = [[*range(first, size, tp)] for first in range(tp)]
     return Sharding(
+        device,
         _data_mesh(mesh, replicate=replicate, shard=shard),
         MixedPrecisionPolicy(**half, cast_forward_inputs=False),
         CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.cpu_offload else OffloadPolicy(),
@@ -142,7 +145,7 @@ def _data_mesh(mesh: DeviceMesh, *, replicate: int, shard: int) -> DeviceMesh | 
 
 
 def shard(sharding: Sharding | None, model: Model) -> Model:
-    """Shard a loaded model in place, layer by layer, and move it to the mesh's device.
+    """Shard a loaded model in place, layer by layer, and move it to the run's device. Rank 0 has its values.
 
     Tensor parallelism splits the layers, and FSDP2 shards what a rank then has. Call it after all checks that
     run parts of the model: from then on a forward pass is one of the whole model on all ranks. A sharded
@@ -152,12 +155,13 @@ def shard(sharding: Sharding | None, model: Model) -> Model:
         return model
     if sharding.tp is not None:
         parallelize(model, sharding.tp)
-        model.to(sharding.tp.device_type)
-    if sharding.mesh is not None:
-        base = without_peft(model)
-        if isinstance(base, PreTrainedModel):
-            _shard_parts(sharding, base)
-        _shard_group(sharding, model, kept=True)
+    if sharding.mesh is None:
+        receive_values(model, sharding.device)
+        return model
+    base = without_peft(model)
+    if isinstance(base, PreTrainedModel):
+        _shard_parts(sharding, base)
+    _shard_group(sharding, model, kept=True)
     return model
 
 
@@ -211,6 +215,7 @@ def _shard_group(sharding: Sharding, module: nn.Module, *, kept: bool) -> FSDPMo
 
     kept: they stay gathered between the forward and the backward pass.
     """
+    receive_values(module, sharding.device)
     fully_shard(
         module,
         mesh=sharding.mesh,

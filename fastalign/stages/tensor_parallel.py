@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..parallel_heads import behind_fused
-from ..peft_heads import is_lora
+from ..peft_heads import is_lora, wrapped_head
 from ..servable_heads import without_peft
+from .main_values import receive_values
 
 # Styles of the experts of a mixture and of layers that hold several projections are not tested, so not here.
 COLUMNS = ("colwise", "colwise_rep", "colwise_gather_output")
@@ -61,16 +62,23 @@ def check_plan(architecture: PretrainedConfig, size: int) -> None:
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split a whole model in place: this rank keeps its part of each layer that the plan names.
+    """Split rank 0's whole model in place: each rank keeps its part of each layer that the plan names.
 
     Weights that an embedding and lm_head share stay shared. LoRA's factors are split as their layers are: of
     a layer split by columns B, of one split by rows A. Raises ValueError for adapters on other modules.
     """
     base = without_peft(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if wrapped_head(head) is not None:
+        raise ValueError(
+            f"lora_targets: got the head of {type(base).__name__} with tp={mesh.size()}, expected other "
+            "modules: the vocabulary of a head with adapters cannot be split"
+        )
     tied = head is not None and head.weight is embedding.weight
+    device = torch.device(mesh.device_type)
     for name, style in module_styles(base).items():
         module = base.get_submodule(name)
+        receive_values(module, device)
         if is_lora(module):
             _split_adapted(module, style, mesh)
         elif hasattr(module, "base_layer"):

@@ -1,4 +1,4 @@
-"""Gradients of models whose layers two ranks share, as a job of a rank: `main([result file])`."""
+"""Models that rank 0 loads and two ranks share, as a job of a rank: `main([result file])`."""
 
 import copy
 import json
@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.causal_lm import fuse_head
 from fastalign.stages.config import TrainConfig
+from fastalign.stages.distributed import World
+from fastalign.stages.loading import load_on_main
+from fastalign.stages.main_values import has_values, without_values
 from fastalign.stages.sharding import clip_gradients, plan_sharding, shard, whole_tensor
 
 # What each plan has that the others lack: norms of single heads; all projections in one layer, and an odd
@@ -44,7 +47,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 def compare(model_type: str) -> dict[str, float]:
     """The largest difference of a gradient, as a share of the largest gradient, and that of the norms."""
     model = build(model_type)
-    parallel = copy.deepcopy(model)
+    parallel = copy.deepcopy(model) if dist.get_rank() == 0 else without_values(model)
     config = TrainConfig(train_data="x", output_dir="x", tp=2)
     shard(plan_sharding(config, 2, torch.device("cpu")), parallel)
     expected, found = gradients(model), gradients(parallel)
@@ -58,8 +61,32 @@ def compare(model_type: str) -> dict[str, float]:
     return result | {"norm": abs(norms[0] - norms[1]) / norms[0]}
 
 
+def load_and_shard(model_type: str) -> dict[str, Any]:
+    """What the ranks have of a model before and after it is sharded by FSDP2."""
+    config = TrainConfig(train_data="x", output_dir="x", dp_shard=2)
+    plan = plan_sharding(config, 2, torch.device("cpu"))
+    world = World(dist.get_rank(), 2, torch.device("cpu"), sharding=plan)
+    loads = []
+
+    def load() -> Any:
+        loads.append(model_type)
+        return build(model_type)
+
+    model = load_on_main(world, load)
+    gathered: list[Any] = [None] * 2
+    dist.all_gather_object(gathered, [len(loads), has_values(model)])
+    shard(plan, model)
+    expected = dict(build(model_type).named_parameters())
+    found = {name: whole_tensor(weight) for name, weight in model.named_parameters()}
+    equal = expected.keys() == found.keys() and all(
+        torch.equal(found[name], expected[name]) for name in found
+    )
+    return {"before": gathered, "equal": equal}
+
+
 def main(arguments: list[str]) -> None:
     """Write the differences to a JSON file on rank 0."""
-    found = {model_type: compare(model_type) for model_type in MODELS}
+    found: dict[str, Any] = {model_type: compare(model_type) for model_type in MODELS}
+    found["loaded"] = load_and_shard("gemma2")
     if dist.get_rank() == 0:
         Path(arguments[0]).write_text(json.dumps(found))

@@ -1,4 +1,7 @@
-"""Tensor parallelism: the gradients of models with other plans than those of test_stages.py, and refusals."""
+"""Tensor parallelism: the gradients of models with other plans than those of test_stages.py, and refusals.
+
+And a model that rank 0 alone loads.
+"""
 
 import json
 from pathlib import Path
@@ -17,23 +20,28 @@ from tests.stages.sharding.parallel_layers import MODELS
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("parallel_layers")
     Ranks(folder, 2, [("tests.stages.sharding.parallel_layers", [str(folder / "found.json")])]).join()
-    found: dict[str, dict[str, float]] = json.loads(Path(folder, "found.json").read_text())
+    found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
     return found
 
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("model_type", MODELS)
 def test_accumulated_gradients_and_their_norm_are_those_of_a_whole_model(
-    differences: dict[str, dict[str, float]], model_type: str
+    on_ranks: dict[str, Any], model_type: str
 ) -> None:
     """Norms in fp32 round a sum that the ranks make in another order to another number."""
-    found = differences[model_type]
+    found = on_ranks[model_type]
     exact = model_type == "gpt_neox"
     assert found["gradients"] < (1e-13 if exact else 1e-6)
     assert found["norm"] < (1e-13 if exact else 1e-6)
+
+
+@pytest.mark.cpu_only
+def test_rank_0_alone_loads_a_model_and_the_other_rank_gets_its_shard(on_ranks: dict[str, Any]) -> None:
+    assert on_ranks["loaded"] == {"before": [[1, True], [0, False]], "equal": True}
 
 
 def architecture(model_type: str, **fields: Any) -> PretrainedConfig:
