@@ -241,7 +241,7 @@ MUTATIONS = [
     ),
     Mutation(
         "fastalign/stages/loop.py",
-        "torch.manual_seed(config.seed + world.rank)",
+        "torch.manual_seed(config.seed + world.dp_rank)",
         "torch.manual_seed(0)",
         "tests/stages/test_schedules.py -k learning_rate",
     ),

@@ -19,12 +19,14 @@ from fastalign_kernels.softmax.rows import (
     row_stats_ref,
 )
 from tests import marks
+from tests.pairs import triton_in_pairs
 
 columns_triton = pytest.importorskip(
     "fastalign_kernels.softmax.columns_triton", reason="triton is not installed", exc_type=ImportError
 )
 
 TRANSFORMS = {"plain": Transform(), "softcap": Transform(1.0, 5.0, 1.0), "all": Transform(0.7, 30.0, 1.3)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 pytestmark = marks.KERNELS
 
 
@@ -58,15 +60,21 @@ def run(
     return out
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(
-    "V, scale", [(123, 1.0), (1024, 8.0), (2051, 0.01), (2049, 1e4)], ids=lambda v: f"{v:g}"
+    "implementation, dtype, shape, transform",
+    triton_in_pairs(DTYPES, [(123, 1.0), (1024, 8.0), (2051, 0.01), (2049, 1e4)], list(TRANSFORMS)),
+    indirect=["implementation"],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_sums(
-    no_worse_than_eager: Any, implementation: Any, dtype: torch.dtype, V: int, scale: float, transform: str
+    no_worse_than_eager: Any,
+    implementation: Any,
+    dtype: torch.dtype,
+    shape: tuple[int, float],
+    transform: str,
 ) -> None:
     """[83, V] with a row stride; the ignored row holds NaN, which nobody may read."""
+    V, scale = shape
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(83, V + 5, generator=generator, dtype=torch.float64) * scale).to(dtype)[:, :V]
     ids = torch.randint(0, V, (83,), generator=generator)
@@ -103,26 +111,28 @@ def run_grad(implementation: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
     return out[0].cpu().to(logits.dtype), totals.cpu()
 
 
-@pytest.mark.parametrize("gathered", [False, True], ids=["of all", "gathered"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(
-    "V, K, scale",
-    [(123, 1, 1.0), (2051, 1040, 8.0), (5000, 2049, 0.01), (2049, 700, 1e4)],
-    ids=lambda v: f"{v:g}",
+    "implementation, dtype, shape, transform, given_columns",
+    triton_in_pairs(
+        DTYPES,
+        [(123, 1, 1.0), (2051, 1040, 8.0), (5000, 2049, 0.01), (2049, 700, 1e4)],
+        list(TRANSFORMS),
+        ["all", "gathered"],
+    ),
+    indirect=["implementation"],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_gradient(
     no_worse_than_eager: Any,
     implementation: Any,
     dtype: torch.dtype,
-    V: int,
-    K: int,
-    scale: float,
+    shape: tuple[int, int, float],
     transform: str,
-    gathered: bool,
+    given_columns: str,
 ) -> None:
     """K columns of row_grad's, without its uniform part, and the totals over them; ids inside and outside of
     them, one row ignored."""
+    V, K, scale = shape
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(19, V + 5, generator=generator, dtype=torch.float64) * scale).to(dtype)[:, :V]
     kept = torch.randperm(V, generator=generator)[:K].sort()[0]
@@ -152,7 +162,7 @@ def test_gradient(
         coefficients.double(),
         V,
     )
-    given = logits[:, kept] if gathered else logits
+    given = logits[:, kept] if given_columns == "gathered" else logits
     eager, eager_totals = run_grad(
         columns.KERNELS.reference, given, kept, ids, bias, t, stats, coefficients, V
     )

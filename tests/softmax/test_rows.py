@@ -16,6 +16,7 @@ from fastalign_kernels.softmax.rows import (
     row_stats_ref,
 )
 from tests import marks
+from tests.pairs import triton_in_pairs
 
 rows_triton = pytest.importorskip(
     "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
@@ -63,12 +64,18 @@ def make(dtype, V, scale, device, seed=0):
     return logits.to(device)[:, :3], ids.to(device), bias.to(device)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(
-    "V, scale", [(123, 1.0), (2048, 8.0), (5003, 0.01), (2049, 1e4)], ids=lambda v: f"{v:g}"
+    "implementation, dtype, shape, transform",
+    triton_in_pairs(
+        [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+        [(123, 1.0), (2048, 8.0), (5003, 0.01), (2049, 1e4)],
+        list(TRANSFORMS),
+    ),
+    indirect=["implementation"],
+    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_statistics_and_gradient(no_worse_than_eager, implementation, dtype, V, scale, transform):
+def test_statistics_and_gradient(no_worse_than_eager, implementation, dtype, shape, transform):
+    V, scale = shape
     if dtype == torch.float16 and scale == 1e4:
         scale = 1e3  # 4e4 is near fp16's largest number
     device = DEVICES[implementation]
