@@ -89,7 +89,12 @@ class FusedCausalLMOutput(CausalLMOutputWithPast):
 
 @noting_newer_packages()
 def fuse_head(
-    model: Model, *, verify: bool = True, tail_eps: float | None = None, screen: bool | None = None
+    model: Model,
+    *,
+    verify: bool = True,
+    tail_eps: float | None = None,
+    screen: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
 ) -> Model:
     """Let a transformers causal LM (or the one in a PeftModel) compute its loss through the fused head.
 
@@ -108,8 +113,8 @@ def fuse_head(
     - `temperature` (1.0) divides the logits. `workspace_mib` bounds the head's memory.
     - `keep_hidden=True` returns the backbone's `last_hidden_state`, for a head of another kind.
 
-    `tail_eps` and `screen` are those of `linear_cross_entropy`. They hold for all losses of the model until
-    it is fused with others.
+    `tail_eps`, `screen` and `logits_dtype` are those of `linear_cross_entropy`. They hold for all losses of
+    the model until it is fused with others.
 
     The same object is returned, and fusing twice changes nothing else. Fuse before DDP or
     torch.compile wraps the model; FSDP2's `fully_shard` may come before or after. A deep copy of a fused
@@ -132,12 +137,13 @@ def fuse_head(
         UnsupportedModelError: an encoder-decoder, no output embeddings, an lm_head that is not a plain
             nn.Linear (quantised), several active adapters or DoRA on it, an auxiliary router loss, a forward
             that is already replaced, or a mismatch found by `verify`.
-        ValueError: `verify` with weights on the meta device, a tail_eps outside (0, 1), or a screen where
-            the head's device or dtype has none.
+        ValueError: `verify` with weights on the meta device, a tail_eps outside (0, 1), another logits_dtype
+            than None, torch.float32 or torch.bfloat16, or a screen beside it or where the head's device or
+            dtype has none.
     """
     base = causal_lm_of(model)
     heads = heads_of(base)
-    options = checked_options(heads[0], tail_eps, screen)
+    options = checked_options(heads[0], tail_eps=tail_eps, screen=screen, logits_dtype=logits_dtype)
     if (
         all(_is_ours(module) for module in (base, *heads))
         and base.loss_function is base.__dict__[LOSS_FUNCTION]

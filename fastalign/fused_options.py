@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastalign_kernels import checks, gemm_int8
@@ -13,19 +14,27 @@ from .servable_heads import causal_lm_of
 _OPTIONS = "_fastalign_options"
 
 
-def checked_options(head: nn.Module, tail_eps: float | None, screen: bool | None) -> dict[str, Any]:
+def checked_options(
+    head: nn.Module,
+    *,
+    screen: bool | None,
+    tail_eps: float | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
     """Keywords of the head functions.
 
-    Raises ValueError for a tail_eps outside (0, 1), and for a screen where the head lies on a device or has a
-    dtype without 8-bit products.
+    Raises ValueError for a tail_eps outside (0, 1), a dtype that logits cannot have, a screen beside it, and
+    a screen where the head lies on a device or has a dtype without 8-bit products.
     """
     parameter = next(head.parameters())
-    screened = checks.screen(screen, None)
+    logits_dtype = checks.logits_dtype(logits_dtype)
+    screened = checks.screen(screen, logits_dtype)
     if screened and (refused := gemm_int8.refusal(parameter.device, parameter.dtype)):
         raise ValueError(f"screen: got True, expected None: {refused}")
     return {
         "tail_eps": None if tail_eps is None else checks.tail_eps(tail_eps),
         "screen": screened or None,
+        "logits_dtype": logits_dtype,
     }
 
 

@@ -38,7 +38,7 @@ def screened_head(base: Any, screen: bool | None) -> ScreenedHead | None:
     Raises ValueError if this machine or the head's dtype has no 8-bit products, if the head is not fused, or
     if it has an adapter.
     """
-    if not checked_options(base.get_output_embeddings(), None, screen)["screen"]:
+    if not checked_options(base.get_output_embeddings(), screen=screen)["screen"]:
         return None
     transform: LogitTransform | None = base.__dict__.get("_fastalign_transform")
     if transform is None:

@@ -1,4 +1,4 @@
-"""`fuse_head(screen=True)`: the fused head's logits are screened in all passes, or refused by name."""
+"""`fuse_head(screen=…, logits_dtype=…)`: the options hold in all passes, or are refused by name."""
 
 from __future__ import annotations
 
@@ -56,3 +56,31 @@ def test_a_head_without_8_bit_products_is_refused_and_stays_as_it_was(
     with pytest.raises(ValueError, match=r"screen: got True, expected None: this CPU has no AVX-512 VNNI"):
         fuse_head(model.float(), screen=True)
     assert "forward" not in model.__dict__
+
+
+def test_logits_of_a_fused_model_are_rounded_in_all_its_losses() -> None:
+    model = fuse_head(llama().bfloat16(), logits_dtype=torch.bfloat16)
+    inputs, labels = batch()
+    out = model(**inputs, labels=labels, keep_hidden=True)
+    hidden, weight = out.last_hidden_state.detach(), model.lm_head.weight
+    rounded, plain = (
+        linear_cross_entropy(hidden, weight, shift(labels), logits_dtype=dtype)
+        for dtype in (torch.bfloat16, None)
+    )
+    assert torch.equal(out.loss, rounded) and not torch.equal(rounded, plain)
+    logp = model(**inputs, labels=labels, token_stats=True).logp
+    expected = linear_token_stats(hidden, weight, shift(labels), logits_dtype=torch.bfloat16).logp
+    assert torch.equal(logp, expected)
+    assert torch.equal(fuse_head(model)(**inputs, labels=labels).loss, plain)
+
+
+def test_a_dtype_that_logits_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits_dtype: got torch.float16, expected None, torch.float32 or"):
+        fuse_head(llama(), logits_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"screen: got True with logits_dtype torch.bfloat16, expected None"):
+        fuse_head(llama(), screen=True, logits_dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"logits_dtype: got torch.bfloat16 with torch.float32 hidden states"
+    ):
+        inputs, labels = batch()
+        fuse_head(llama().float(), logits_dtype=torch.bfloat16)(**inputs, labels=labels)
