@@ -36,7 +36,7 @@ def shown(value: object) -> str:
     """A value in an error message: short, and a collection by its type alone."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
-    if value is None or isinstance(value, (str, *_NUMBERS)):
+    if value is None or isinstance(value, (str, torch.dtype, *_NUMBERS)):
         return repr(value)
     name = type(value).__qualname__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
