@@ -3,8 +3,14 @@ it is written."""
 
 import os
 
-import torch
-import torch.utils._device
+# Threads that wait would spin, and take the core of the other pytest worker: two threads took 5 times the CPU
+# seconds.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# torch.compile trusts /proc/cpuinfo. Else it compiles and runs a program for each instruction set.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+import torch  # noqa: E402
+import torch.utils._device  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -45,8 +46,11 @@ def tiny(name: str) -> tuple[Case, dict[str, Tensor], Tensor | None]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_method_present_agrees_with_the_truth(name: str) -> None:
+def test_every_method_present_agrees_with_the_truth(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile makes of plain PyTorch runs without inductor, but in one case: it takes seconds."""
     case, tensors, upstream = tiny(name)
+    if case.operation != "linear_cross_entropy":
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     check = truth.checker(case, tensors, upstream)
     present = set()
     for method, load in case.methods.items():
