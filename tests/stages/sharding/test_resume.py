@@ -39,7 +39,7 @@ OFFLOADED: Mapping[str, Any] = {**FSDP, "cpu_offload": True, "async_checkpoints"
 SAME = {
     "FSDP2, dropout": Chain("sft, LoRA, tied head too", (FSDP, FSDP), FSDP, DROPOUT),
     "FSDP2, offloaded, asynchronous": Chain("sft, untied, offloaded", (OFFLOADED, OFFLOADED), OFFLOADED),
-    "tp, dropout": Chain("tp: sft, LoRA", (PARALLEL, PARALLEL), PARALLEL, DROPOUT),
+    "tp, dropout": Chain("tp: sft", (PARALLEL, PARALLEL), PARALLEL, DROPOUT),
 }
 OTHER = {
     "FSDP2 to one process": Chain("sft", (FSDP, ALONE)),
