@@ -1,7 +1,7 @@
 """A rollout under way: the prefill, then one token of every row a step.
 
 A step keeps the host out: shapes and addresses are fixed, and nothing is read back from the device. So a
-CUDA graph can replay it.
+CUDA graph can replay it. What needs the host, the kept ids of a step, comes after it.
 """
 
 import inspect
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastalign_kernels import checks as check
 from fastalign_kernels import native, sample
-from fastalign_kernels.sampling_kept import KeptIds
+from fastalign_kernels.sampling import kept_rows
+from fastalign_kernels.sampling_kept import KeptIds, KeptRows
 
 from ..transformers_names import CACHE
 from .screened import ScreenedHead
@@ -71,7 +72,8 @@ class Decoding:
             torch.zeros(B, dtype=torch.bool, device=device) if finished is None else finished.clone()
         )
         self.failed = torch.full((B,), -1, device=device)  # the column of a row's first failure
-        self.kept_ids: list[KeptIds] = []  # of each step, with return_kept
+        self.kept_rows: KeptRows | None = None  # of the latest step, with return_kept
+        self.kept_ids: list[KeptIds] = []  # of each step
 
         output = self.forward(model, input_ids, (attention_mask.cumsum(1) - 1).clamp(min=0))
         check_written(base, self.cache, T)
@@ -106,9 +108,10 @@ class Decoding:
         positions = self.position if self.noise_shift is None else self.position + self.noise_shift
         options = self.options | {"positions": positions, "seen": self.seen, "finished": self.finished}
         logits = output if self.head is None else self.head.logits(output, **options)
-        drawn = sample(logits, return_kept=self.return_kept, **options)
-        if drawn.kept_ids is not None:
-            self.kept_ids.append(drawn.kept_ids._replace(ids=drawn.kept_ids.ids.int()))
+        drawn = sample(logits, **options)
+        if self.return_kept:  # before `seen` changes
+            masks = {name: options[name] for name in ("repetition_penalty", "seen", "allowed")}
+            self.kept_rows = kept_rows(drawn, logits, **masks)
         self.token.copy_(drawn.token[:, None])
         self.tokens.index_copy_(1, self.column, self.token)
         self.mask.index_copy_(1, self.column, ~self.finished[:, None])
@@ -121,6 +124,12 @@ class Decoding:
             bit = (1 << (self.token & 31)).int()
             self.seen.scatter_(1, word, self.seen.gather(1, word) | bit)
         self.column.add_(1)
+
+    def collect_kept(self) -> None:
+        """Note the kept ids of the latest step, if they are asked for. Waits for the device."""
+        if self.kept_rows is not None:
+            found = self.kept_rows.ids()
+            self.kept_ids.append(found._replace(ids=found.ids.int()))
 
     def all_ended(self) -> bool:
         """Whether every row has ended. Synchronises with the device.

@@ -107,7 +107,7 @@ def generate(
             continues with the noise of the whole prompt. The model's own positions always count from the
             prompt's first token.
         return_kept: also return the ids that the filters left at each token. Every step then waits for the
-            device and runs eagerly. Without a filter these are all V ids of each token.
+            device. Without a filter these are all V ids of each token.
         screen: True computes the logits in 8 bits, and exactly those that decide which token is drawn, from
             fp32 products of a fused model's head (docs/screen.md). The tokens are those of exact logits; with
             top_p alone, up to those that `screen_counts` counts as open. CPUs with AVX-512 VNNI only.
@@ -169,7 +169,8 @@ def generate(
             compile_step=compile,
             **rows,
         )
-        capture = cuda_graph and not return_kept and can_capture(base, state.logs)
+        state.collect_kept()
+        capture = cuda_graph and can_capture(base, state.logs)
         steps = run_steps(state.step, capture=capture, name=type(base).__name__)
         poll = 1 if check else POLL
         for done in range(1, max_new_tokens):
@@ -178,6 +179,7 @@ def generate(
                 if state.all_ended():
                     break
             next(steps)
+            state.collect_kept()
         state.all_ended()  # raises for rows that failed since the last check
         bar.update(state.column.item() - bar.n)
     lengths = state.mask.sum(1)

@@ -38,7 +38,7 @@ from .autograd import with_signature
 from .dispatch import Kernels
 from .namespace import NAMESPACE
 from .sampling_inputs import OPTIONS, SampleInputs, row_values, sample_inputs
-from .sampling_kept import KeptIds, kept_of_rows, penalised
+from .sampling_kept import KeptIds, KeptRows, penalised
 from .sampling_noise import exponential
 from .softmax.rows import accumulator_dtype
 
@@ -134,12 +134,25 @@ def sample(
             f"logits: got NaN, +inf or no finite allowed logit in {len(rows)} rows, {rows[:8]} first, "
             "expected finite logits"
         )
-    kept_ids = None
-    if return_kept:
-        penalty = row_values(repetition_penalty, logits)[:, None]
-        z = penalised(logits.detach().to(logp.dtype), penalty, seen, allowed)
-        kept_ids = kept_of_rows(z, kept, token)
-    return Sample(token, logp, log_kept, logp_raw, entropy, kept, valid, kept_ids)
+    drawn = Sample(token, logp, log_kept, logp_raw, entropy, kept, valid)
+    if not return_kept:
+        return drawn
+    rows = kept_rows(drawn, logits, repetition_penalty=repetition_penalty, seen=seen, allowed=allowed)
+    return drawn._replace(kept_ids=rows.ids())
+
+
+def kept_rows(
+    drawn: Sample,
+    logits: Tensor,
+    *,
+    repetition_penalty: float | Tensor,
+    seen: Tensor | None,
+    allowed: Tensor | None,
+) -> KeptRows:
+    """What the kept ids of a draw follow from; the arguments are those of its `sample`."""
+    penalty = row_values(repetition_penalty, logits)[:, None]
+    z = penalised(logits.detach().to(drawn.logp.dtype), penalty, seen, allowed)
+    return KeptRows(z, drawn.kept, drawn.token)
 
 
 def _reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -36,15 +36,23 @@ def penalised(logits: Tensor, penalty: Tensor, seen: Tensor | None, allowed: Ten
     return z if allowed is None else torch.where(unpacked(allowed, V), z, -math.inf)
 
 
-def kept_of_rows(z: Tensor, kept: Tensor, token: Tensor) -> KeptIds:
-    """The `kept` [B] largest of z [B, V] in each row. Waits for the device: their number sizes the result.
+class KeptRows(NamedTuple):
+    """What the ids that the filters left follow from: tensors of fixed size, which CUDA graphs can fill."""
 
-    The filters are thresholds and keep ties together, so the number alone determines the set. A set of one
-    is the token: at temperature 0 the lowest id among equal ones.
-    """
-    most = int(kept.max()) if kept.numel() else 0
-    ids = z.topk(most).indices
-    if most:
-        ids[:, 0] = torch.where(kept == 1, token, ids[:, 0])
-    inside = torch.arange(most, device=z.device) < kept[:, None]
-    return KeptIds(torch.cat([kept.new_zeros(1), kept.cumsum(0)]), ids[inside])
+    z: Tensor  # [B, V] penalised logits
+    kept: Tensor  # [B] int64: how many ids the filters left
+    token: Tensor  # [B] int64, the drawn one
+
+    def ids(self) -> KeptIds:
+        """The `kept` largest of z in each row. Waits for the device: their number sizes the result.
+
+        The filters are thresholds and keep ties together, so the number alone determines the set. A set of
+        one is the token: at temperature 0 the lowest id among equal ones.
+        """
+        kept = self.kept
+        most = int(kept.max()) if kept.numel() else 0
+        ids = self.z.topk(most).indices
+        if most:
+            ids[:, 0] = torch.where(kept == 1, self.token, ids[:, 0])
+        inside = torch.arange(most, device=kept.device) < kept[:, None]
+        return KeptIds(torch.cat([kept.new_zeros(1), kept.cumsum(0)]), ids[inside])

@@ -1,5 +1,6 @@
 """The ids that a rollout's filters kept at each token, and ratios under the filtered policy."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from fastalign import linear_logprobs
 from fastalign.causal_lm import fuse_head
-from fastalign.rollout import Rollout
+from fastalign.rollout import Rollout, generation
+from fastalign_kernels.sampling_kept import KeptRows
 from tests.rollout.tiny_rollouts import assert_same, draw, llama, prompts
 
 FILTERS: list[dict[str, Any]] = [
@@ -91,3 +93,26 @@ def test_rows_that_draw_nothing_keep_nothing() -> None:
     assert drawn.kept_ids.offsets.tolist() == [0] and drawn.kept_ids.ids.numel() == 0
     with pytest.raises(ValueError, match="return_kept: got 1"):
         draw(llama(), return_kept=1)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.9}, {"top_k": 5, "repetition_penalty": 1.3}], ids=str)
+def test_the_sets_of_a_step_follow_from_what_a_graph_overwrites(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """A replayed graph makes no new tensors: it fills those of the step that was captured."""
+    expected = draw(llama(), **options, return_kept=True)
+
+    def replayed(step: Any, *, capture: bool, name: str) -> Iterator[None]:
+        assert capture
+        state = step.__self__
+        captured = KeptRows(*(tensor.clone() for tensor in state.kept_rows))
+        while True:
+            step()
+            for memory, new in zip(captured, state.kept_rows, strict=True):
+                memory.copy_(new)
+            state.kept_rows = captured
+            yield
+
+    monkeypatch.setattr(generation, "can_capture", lambda *_: True)
+    monkeypatch.setattr(generation, "run_steps", replayed)
+    assert_same(draw(llama(), **options, return_kept=True), expected)

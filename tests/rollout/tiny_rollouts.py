@@ -80,9 +80,11 @@ def draw(model: Any, batch: tuple[Tensor, Tensor] | None = None, **options: Any)
 
 
 def assert_same(one: Rollout, other: Rollout) -> None:
-    """Bitwise the same rollout, without kept ids."""
-    assert one.kept_ids is None and other.kept_ids is None
+    """Bitwise the same rollout, with the same kept ids or without."""
+    assert (one.kept_ids is None) == (other.kept_ids is None)
     assert all(torch.equal(a, b) for a, b in zip(one[:-1], other[:-1], strict=True))
+    if one.kept_ids is not None and other.kept_ids is not None:
+        assert all(torch.equal(a, b) for a, b in zip(one.kept_ids, other.kept_ids, strict=True))
 
 
 @contextmanager
