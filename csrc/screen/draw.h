@@ -260,7 +260,7 @@ class DrawRow {
   // The largest value such that those from it on have at least `target` of mass, or `lowest` if that is larger. NaN: they are more than may
   // be exact.
   float mass_cut(float ChunkSummary::*top, f32x16 Ends::*end, double target, float lowest) {
-    for (float bits_below = 8;; bits_below += 3) {
+    for (float bits_below = 2;; bits_below += std::min(bits_below, 4.0f)) {
       const float floor = std::max(top_ - bits_below / per_bit_, lowest);
       if (!gather(top, end, floor, job_.most)) return NAN;
       std::vector<float>& values = memory_.values;

@@ -1,4 +1,4 @@
-"""Fuzzes the public functions against their specifications, the readers with damaged files, and the sampler.
+"""Fuzzes the public functions against their specifications, readers with damaged files, draws and screens.
 
     make fuzz                       two minutes of each, with a seed that is printed
     make fuzz FUZZ_SECONDS=3600
@@ -22,11 +22,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.hammer import functions, readers, sampling
+from tests.hammer import functions, readers, sampling, screen
 
 AREAS: dict[str, Callable[[random.Random], str]] = {
     "functions": functions.fuzz,
     "sample": sampling.fuzz,
+    "screen": screen.fuzz,
     "readers": readers.fuzz,
 }
 LONGEST = 60  # seconds of a case

@@ -1,4 +1,4 @@
-"""The native tests and the fuzz of the functions and of `sample` under AddressSanitizer and
+"""The native tests and the fuzz of the functions, of `sample` and of screens under AddressSanitizer and
 UndefinedBehaviorSanitizer.
 
     make sanitize
@@ -22,7 +22,7 @@ BUILT = ROOT / "build" / "sanitized"
 SUITE = (
     *("softmax/test_rows", "softmax/test_columns", "policy/test_policy", "policy/test_calls"),
     *("kernels/test_gemm", "kernels/test_gemm_int8", "linear/test_screen", "kernels/test_sampling"),
-    *("kernels/test_native", "kernels/test_logits"),
+    *("kernels/test_native", "kernels/test_logits", "linear/test_screen_draws"),
 )
 LEFT_OUT = (
     *("triton", "cuda", "transformers", "SmolLM2"),  # no native code of ours
@@ -71,7 +71,7 @@ def build() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60.0, help="of the fuzz of each of its two areas")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of the fuzz of each of its three areas")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("tests", nargs="*", default=[f"tests/{name}.py" for name in SUITE])
     arguments = parser.parse_args()
@@ -90,7 +90,8 @@ def main() -> int:
         return 1
     run["FASTALIGN_GEMM"] = found.stdout.split()[-1]
     chosen = " and ".join(f"not {word}" for word in LEFT_OUT)
-    fuzz = [sys.executable, "-m", "tests.hammer.fuzz", "--only", "functions", "--only", "sample"]
+    areas = [word for area in ("functions", "sample", "screen") for word in ("--only", area)]
+    fuzz = [sys.executable, "-m", "tests.hammer.fuzz", *areas]
     commands = {
         "tests": [
             sys.executable,

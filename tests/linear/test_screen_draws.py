@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastalign_kernels import sample, screen_counts
 from fastalign_kernels.gemm_int8 import code_rows, mm_int8
+from fastalign_kernels.linear import screen_draws
 from fastalign_kernels.linear.screen_draws import PAUSE, ScreenedDraws
 from fastalign_kernels.softmax.rows import Transform, transform_ref
 from tests.linear.screen_inputs import V, make, needs_screen
@@ -159,6 +160,22 @@ def test_hostile_rows_draw_the_tokens_of_exact_logits(spoil: Any, name: str) -> 
         hidden = hidden.round()
         weight = (weight * 64).round() / 64
     assert_same_draws(hidden, weight, FILTERS[name], seeds=2)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FILTERS if name not in ("penalty", "top-p", "top-p, min-p")]
+)
+def test_the_bound_alone_tells_apart_what_8_bits_do_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty columns for each one, nearly the same, none of them exact for its probability."""
+    monkeypatch.setattr(screen_draws, "EXACT_EPS", 0.9)
+    hidden, weight = head()
+    noise = torch.randn(V, weight.shape[1], generator=_generator())
+    weight = weight[torch.arange(V) // 20 * 20] + 0.003 * noise
+    hidden = 0.3 * hidden + 14 * weight[torch.randint(0, V, (ROWS,), generator=_generator())]
+    screen_counts()
+    assert_same_draws(hidden, weight, FILTERS[name], seeds=6)
+    counts = screen_counts()
+    assert counts.exact_tokens < counts.tokens // 2 and counts.exact_columns > 0
 
 
 def test_rows_that_need_too_many_columns_are_computed_exactly() -> None:
