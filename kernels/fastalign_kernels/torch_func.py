@@ -6,12 +6,25 @@ derivative would be silently wrong.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def assumed_constant(function: Function) -> Function:
+    """torch.compiler.assume_constant_result without importing torch._dynamo, which takes over a second.
+
+    Compiled code has the result of the call that was traced.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def traced(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..torch_func import assumed_constant
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
 from .epilogue import EpilogueStatistics, architecture
 from .epilogue_slices import EpilogueSlices
@@ -32,7 +33,7 @@ class Selection(NamedTuple):
     saved_mib: float = 0.0  # for what is kept between the passes, if all of it fits
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 @functools.cache
 def _card_bytes(index: int | None) -> int:
     """The memory of a CUDA device."""

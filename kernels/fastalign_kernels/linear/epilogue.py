@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..torch_func import assumed_constant
 from .engine import Engine, Gradients, TokenCoefficients, empty_stats
 from .epilogue_call import CallTiles, EpilogueCall, Tiles, state_size
 from .epilogue_gradients import BlockGradients
@@ -210,7 +211,7 @@ def _add_blocks(
         gradients.add(factors)
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 @functools.cache
 def architecture(index: int | None) -> int:
     """The compute capability of a CUDA device, 90 for an H100."""

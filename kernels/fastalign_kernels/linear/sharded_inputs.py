@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import checks
-from ..torch_func import requires_grad, unwrapped
+from ..torch_func import assumed_constant, requires_grad, unwrapped
 from .sharded import Shards
 from .sharded_collectives import all_gather
 
@@ -271,7 +271,7 @@ def _rows_of_ranks(
     return known[facts, group]
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _agreed_rows(
     facts: tuple[int, ...], of_ids: tuple[int, ...], group: str, ranks: int, device: str
 ) -> tuple[int, ...]:
