@@ -41,3 +41,10 @@ def test_a_pass_gathers_the_head_and_two_layers() -> None:
 def test_a_rollout_has_a_whole_model_beside_its_cache() -> None:
     alone, sharded = estimated(cached=(2, 16)), estimated(cached=(2, 16), dp_shard=4)
     assert sharded.cache == alone.cache + alone.weights
+
+
+def test_ranks_that_share_layers_keep_their_parts_and_whole_norms() -> None:
+    model = llama(tied=False)
+    norms = sum(weight.numel() for name, weight in model.named_parameters() if "norm" in name)
+    weights = sum(weight.numel() for weight in model.parameters())
+    assert estimated(tp=2).weights == 4 * (norms + (weights - norms) / 2)
