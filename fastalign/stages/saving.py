@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import transformers
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,6 +73,11 @@ def _write_parts(world: World, model: PreTrainedModel, folder: Path) -> None:
             save_weights(model, local, state_dict=part)
         finally:
             del model.__dict__["should_save_on_this_rank"]
+        if not any(local.glob("*.safetensors")):
+            raise RuntimeError(
+                f"model: got no file of rank {world.rank} (transformers {transformers.__version__}), "
+                "expected this rank's share of the weights"
+            )
     sizes = ranks.gather(size)  # after it, all files are there
     if world.main:
         _join(folder, [folder / f"rank-{rank}" for rank in writers], total_size=sum(sizes))
