@@ -49,6 +49,7 @@ from .probe import (
     unsupported,
 )
 from .probe import UnsupportedModelError as UnsupportedModelError
+from .rebinding import Rebound
 from .servable_heads import (
     adapted_head,
     backbone_of,
@@ -384,20 +385,10 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
     """
     reduced: Any = type(self).__reduce_ex__(self, protocol)
     made, arguments, state, *rest = reduced
-    ours = {"forward": _Rebound(_forward_of, self)} if _is_ours(self) else {}
+    ours = {"forward": Rebound(_forward_of, self)} if _is_ours(self) else {}
     if "get_output_embeddings" in state:
-        ours["get_output_embeddings"] = _Rebound(_embeddings_of, self)
-    return made, arguments, state | ours | {"__reduce_ex__": _Rebound(_reduce_of, self)}, *rest
-
-
-class _Rebound:
-    """Pickled as a call: when it is read back, the function's result takes its place."""
-
-    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
+        ours["get_output_embeddings"] = Rebound(_embeddings_of, self)
+    return made, arguments, state | ours | {"__reduce_ex__": Rebound(_reduce_of, self)}, *rest
 
 
 def _is_ours(module: nn.Module) -> bool:
