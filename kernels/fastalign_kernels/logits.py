@@ -40,9 +40,12 @@ class TokenStats(NamedTuple):
 
 
 def kept_ids(ids: Tensor, ignore_index: int | None) -> Tensor:
-    """Flat int64 ids with -1, the row kernels' mark, in place of ignore_index (None: -100)."""
+    """Flat int64 ids of which negative ones are ignored, as the row kernels take them: the ids themselves, if
+    ignore_index (None: -100) is negative; else -1 in place of it."""
     ignore_index = -100 if ignore_index is None else ignore_index
     flat = ids.reshape(-1)
+    if flat.dtype == torch.int64 and -(2**31) <= ignore_index < 0:
+        return flat.contiguous()
     if launches(flat) and abs(ignore_index) < 2**31:
         return on_gpu().kept_ids(flat.contiguous(), ignore_index)
     flat = flat.long()

@@ -34,3 +34,16 @@ def test_coefficients_in_one_launch_are_those_of_pytorch(device):
         expected = rows.coefficients(given.double(), table.double(), 1000).float()
         found = coefficients_triton.coefficients(given, table, 1000)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ignore_index, same", [(None, True), (-1, True), (5, False), (-(2**31) - 1, False)])
+def test_ids_whose_ignored_ones_are_negative_need_no_copy(device, ignore_index, same):
+    """A kernel that takes ids as int32 would wrap a mark below -2^31."""
+    ids = torch.tensor([[3, -100], [5, -1]], device=device)
+    ids[0, 1] = -100 if ignore_index is None else ignore_index
+    kept = logits.kept_ids(ids, ignore_index)
+    assert (kept.data_ptr() == ids.data_ptr()) == same
+    ignored = ids.flatten() == ids[0, 1]
+    assert torch.equal(kept < 0, ignored | (ids.flatten() < 0))
+    assert torch.equal(kept[~ignored], ids.flatten()[~ignored]) and kept.min() >= -(2**31)
+    assert logits.kept_ids(ids[:, 0], ignore_index).is_contiguous()
