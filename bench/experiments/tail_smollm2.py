@@ -53,10 +53,10 @@ def prepare(train: str, held_out: str, steps: int) -> Frozen:
         return ids[: min(most, ids.numel() // WINDOW) * WINDOW].view(-1, WINDOW)
 
     ids, held = windows(train, 2 * ROWS * steps), windows(held_out, HELD_OUT)
-    return Frozen(model, ids, _states(model, ids), held, _states(model, held))
+    return Frozen(model, ids, states_of(model, ids), held, states_of(model, held))
 
 
-def _states(model: Any, ids: Tensor) -> Tensor:
+def states_of(model: Any, ids: Tensor) -> Tensor:
     """What enters the last layer."""
     with torch.no_grad():
         parts = [model.model(part, output_hidden_states=True).hidden_states[-2] for part in ids.split(8)]
@@ -73,7 +73,7 @@ def text_head(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return inputs["hidden"], inputs["weight"], inputs["ids"]
 
 
-def _top(model: Any) -> Any:
+def top_of(model: Any) -> Any:
     """The last layer, the norm and the head as a causal LM that takes hidden states as embeddings."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers, config.tie_word_embeddings = 1, False
@@ -89,7 +89,7 @@ def tune(
     frozen: Frozen, tail_eps: float | None, seed: int, steps: int, screen: bool | None = None
 ) -> dict[str, Any]:
     """Fine-tune on the windows once; the curves, with the names of a stage's metrics.jsonl."""
-    top = fuse_head(_top(frozen.model), tail_eps=tail_eps, screen=screen)
+    top = fuse_head(top_of(frozen.model), tail_eps=tail_eps, screen=screen)
     order = random.Random(seed).sample(range(len(frozen.ids)), ROWS * steps)
 
     def loss(rows: list[int]) -> Tensor:
@@ -120,7 +120,7 @@ def prepare_pairs(frozen: Frozen) -> Pairs:
         for parts in ((frozen.ids, frozen.held_out_ids), (frozen.states, frozen.held_out_states))
     )
     rejected = torch.cat([ids[:, : WINDOW // 2], ids.roll(1, 0)[:, WINDOW // 2 :]], 1)
-    both = torch.stack([states, _states(frozen.model, rejected)], 1)
+    both = torch.stack([states, states_of(frozen.model, rejected)], 1)
     return Pairs(frozen.model, torch.stack([ids, rejected], 1), both, len(frozen.held_out_ids))
 
 
@@ -128,7 +128,7 @@ def tune_pairs(
     pairs: Pairs, tail_eps: float | None, seed: int, steps: int, screen: bool | None = None
 ) -> dict[str, Any]:
     """Train DPO on the pairs once. The reference is the untrained model, whose head runs in the same way."""
-    top = fuse_head(_top(pairs.model), tail_eps=tail_eps, screen=screen)
+    top = fuse_head(top_of(pairs.model), tail_eps=tail_eps, screen=screen)
     labels = pairs.ids.clone()
     labels[..., : WINDOW // 2] = -100
     last = len(pairs.ids)
