@@ -56,7 +56,6 @@ COMPILERS = {
     "g++": [
         "g++",
         "-std=c++20",
-        "-O2",
         "-fPIC",
         "-shared",
         "-Wno-psabi",
@@ -66,7 +65,6 @@ COMPILERS = {
     "nvcc": [
         "nvcc",
         "-std=c++20",
-        "-O2",
         "-arch=sm_80",  # the oldest that setup.py builds for
         "-fmad=false",
         "-Xcompiler",

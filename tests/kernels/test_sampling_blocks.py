@@ -24,7 +24,7 @@ def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ctyp
     def build(compiler: str) -> ctypes.CDLL:
         if shutil.which(compiler) is None:
             pytest.skip(f"{compiler} is not installed")
-        return compiled(compiler, tmp_path_factory.mktemp("blocks"), "-DBLOCKS")
+        return compiled(compiler, tmp_path_factory.mktemp("blocks"), "-DBLOCKS", "-O1")
 
     return build
 

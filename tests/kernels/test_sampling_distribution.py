@@ -19,7 +19,7 @@ from tests.kernels.sampling_library import compiled, job_of, needs_compiler
 
 MANY = 2_097_152  # where what is rare is tested
 DRAWS = MANY // 4
-ROWS = "-DROWS", "-march=native"
+ROWS = "-DROWS", "-O2", "-march=native"
 
 
 def tails() -> torch.Tensor:
