@@ -17,8 +17,14 @@ pytest.importorskip(
     "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
 )
 
-from fastalign_kernels.linear import gpu_plan, sharded_engine  # noqa: E402
+from fastalign_kernels.linear import (  # noqa: E402
+    epilogue_gradients,
+    gpu_plan,
+    kept_softmax,
+    sharded_engine,
+)
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
+from fastalign_kernels.linear.epilogue import EpilogueStatistics  # noqa: E402
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad  # noqa: E402
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.options import HeadOptions  # noqa: E402
@@ -26,6 +32,7 @@ from fastalign_kernels.linear.sharded import Shards, local_table, merged_table  
 from fastalign_kernels.linear.sharded_engine import ShardedEngine  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
+from tests.linear.epilogue_cases import TILES  # noqa: E402
 from tests.linear.test_gpu_engines import CLOSE, N, V, make, truth  # noqa: E402
 
 pytestmark = [
@@ -48,6 +55,20 @@ def tiny_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_plan, "GRANULE", 4)
 
 
+class Sum:
+    """A sum over ranks that only looks whether its tensor is written after it began."""
+
+    def __init__(self, x: Tensor, ranks: object) -> None:
+        self.x, self.begun_with = x, x
+
+    def start(self) -> None:
+        self.begun_with = self.x.clone()
+
+    def finish(self) -> Tensor:
+        assert torch.equal(self.x, self.begun_with)
+        return self.x
+
+
 class Ranks:
     """Engines of all ranks, each on its rows, and collectives among them."""
 
@@ -66,7 +87,7 @@ class Ranks:
             )
         self.tables: list[Tensor] = []
         monkeypatch.setattr(sharded_engine, "whole_stats", self._whole_stats)
-        monkeypatch.setattr(sharded_engine, "sum_of_ranks", lambda x, *_: x)
+        monkeypatch.setattr(sharded_engine, "RankSum", Sum)
 
     def _whole_stats(self, local: Tensor, ids: Tensor, shards: Shards, group: str, *, lean: bool) -> Tensor:
         """A first pass over the ranks collects their tables; in a second one they are merged."""
@@ -118,3 +139,31 @@ def test_statistics_and_gradients_are_those_of_whole_rows(
             error = (ours.double() - right).norm() / right.norm()
             assert error <= CLOSE[dtype], f"d {name} is off by {error:.3g}"
     assert stats[Stat.TOP1].sum() == expected_stats[Stat.TOP1].sum()
+
+
+@pytest.mark.parametrize("engine", ["kept softmax", "kept softmax, in blocks", "epilogue"])
+def test_the_sum_of_dx_begins_before_the_last_gemm_of_dw(
+    device: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it runs beside it. In blocks it is the last block's."""
+    log: list[str] = []
+    module, name = (epilogue_gradients, "mm") if engine == "epilogue" else (kept_softmax, "product")
+    product = getattr(module, name)
+
+    def noted(left: Tensor, right: Tensor, out: Tensor, **options: bool) -> None:
+        log.append("dW" if out.shape[0] == ROWS[0] else "dX")
+        product(left, right, out, **options)
+
+    def begun(total: Sum) -> None:
+        log.append("sum")
+
+    local = {**ENGINES, "epilogue": lambda: EpilogueStatistics(tiles=TILES)}[engine]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    inputs = make(device, dtype, HeadOptions(logit_scale=0.7))
+    ranks = Ranks(inputs, local, monkeypatch)
+    stats, saved = ranks.statistics()[0]
+    monkeypatch.setattr(module, name, noted)
+    monkeypatch.setattr(Sum, "start", begun)
+    coefficients = torch.ones(4, N, dtype=stats.dtype, device=device)
+    ranks.engines[0].gradients(ranks.inputs[0], stats, saved, coefficients, NEEDS)
+    assert log[-3:] == ["dX", "sum", "dW"] and log.count("sum") == 1

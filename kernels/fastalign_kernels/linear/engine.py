@@ -43,7 +43,13 @@ class Sequences(NamedTuple):
 
 
 class Engine(ABC):
-    """How a head's loop runs on one kind of machine."""
+    """How a head's loop runs on one kind of machine.
+
+    hidden_done: called with dX [N, H] when all of it is queued, if the gradient of the weight is not yet: a
+    sum over ranks then runs beside its GEMM. An engine that makes dX last does not call it.
+    """
+
+    hidden_done: Callable[[Tensor], None] | None = None
 
     def saves(self, inputs: HeadInputs, needs: NeedsGrad) -> bool:
         """Whether `statistics` saves something."""

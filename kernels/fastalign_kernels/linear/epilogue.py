@@ -165,7 +165,7 @@ class EpilogueStatistics(Engine):
 
     def new_gradients(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> BlockGradients:
         """Of no block yet."""
-        return BlockGradients(call, needs, single=single)
+        return BlockGradients(call, needs, single=single, hidden_done=self.hidden_done)
 
     def _plan(self, inputs: HeadInputs, needs: NeedsGrad) -> GpuCall:
         return inputs.gpu_call(needs, self.workspace_mib, saved_mib=self.saved_mib)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,20 @@ class ScaledFactors(Factors):
 
 
 class BlockGradients:
-    """The gradients of a call, a block at a time. `single`: there is one block, so dW needs no fp32 sum."""
+    """The gradients of a call, a block at a time.
 
-    def __init__(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> None:
-        self.call, self.needs, self.single = call, needs, single
+    single: there is one block, so dW needs no fp32 sum. hidden_done: see Engine.
+    """
+
+    def __init__(
+        self,
+        call: EpilogueCall,
+        needs: NeedsGrad,
+        *,
+        single: bool,
+        hidden_done: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.call, self.needs, self.single, self.hidden_done = call, needs, single, hidden_done
         self._out: Gradients | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -68,6 +79,8 @@ class BlockGradients:
         assert isinstance(factors, ScaledFactors)
         if needs.hidden:
             self._write_hidden(factors.dlogits, factors.row_scale, factors.first)
+            if self.hidden_done is not None and factors.first + len(factors.dlogits) == self.call.how_many():
+                self.hidden_done(self.out.hidden)
         if needs.weight:
             self._add_weight(factors.dlogits, factors.hidden)
         if needs.bias:

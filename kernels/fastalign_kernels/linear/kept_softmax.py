@@ -89,7 +89,7 @@ class _ProductSums:
             sum_dtype = weight.dtype if single else torch.float32
             self.d_weight = torch.empty(weight.shape, dtype=sum_dtype, device=weight.device)
 
-    def add(self, block: _Block, dlogits: Tensor, states: Tensor, *, first: bool) -> None:
+    def add_states(self, block: _Block, dlogits: Tensor) -> None:
         begin, end = block
         operand = self.product.operand
         if self.product.states_grad:
@@ -102,6 +102,8 @@ class _ProductSums:
                 )
                 product(dlogits, operand, rows)
                 self.d_states.index_copy_(0, index, rows)
+
+    def add_weight(self, dlogits: Tensor, states: Tensor, *, first: bool) -> None:
         if self.product.weight_grad:
             product(dlogits.t(), states, self.d_weight, add=not first)
 
@@ -117,6 +119,7 @@ class _Sums:
     def __init__(self, call: _Call, needs: NeedsGrad, most: int) -> None:
         """most: tokens of a block. The tokens are settled."""
         inputs = self.inputs = call.inputs
+        self.hidden_done = call.hidden_done
         self.needs, self.tokens = needs, call.tokens
         self.empty = True
         single = self.tokens.count <= most
@@ -136,8 +139,12 @@ class _Sums:
     def add(self, block: _Block, dlogits: Tensor) -> None:
         if block.begin == block.end:
             return
+        for sums in self.products:
+            sums.add_states(block, dlogits)
+        if self.hidden_done is not None and self.needs.hidden and block.end == self.tokens.count:
+            self.hidden_done(self.products[0].d_states)
         for sums, states in zip(self.products, self.tokens.states(*block)):
-            sums.add(block, dlogits, states, first=self.empty)
+            sums.add_weight(dlogits, states, first=self.empty)
         if self.needs.bias:
             self.d_bias += dlogits.sum(0, dtype=torch.float32)
         self.empty = False
@@ -206,6 +213,7 @@ class KeptSoftmax(Engine):
     ) -> Gradients:
         """Overwrites `saved`. Without it, as in a second backward pass, all logits are recomputed."""
         call = _Call(inputs, stats, saved[1] if saved else None)
+        call.hidden_done = self.hidden_done
         tokens = call.tokens
         done = 0
         sums: _Sums | None = None
@@ -268,6 +276,8 @@ def _larger_tile(kept: Tensor, used: int, tile: Tensor) -> Tensor:
 
 class _Call(HeadCall):
     """The loops over tiles and blocks."""
+
+    hidden_done: Callable[[Tensor], None] | None = None  # see Engine
 
     def new_rows(self, count: int) -> Tensor:
         V = self.inputs.vocab_size

@@ -49,16 +49,17 @@ class RankSum:
         """So many rows more are there."""
         self.missing -= rows
         if self.missing == 0:
-            self._start()
+            self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """All rows are there."""
         if not self.started:
             torch.ops._c10d_functional.all_reduce_(self.x, "sum", self.ranks.group)
             self.started = True
 
     def finish(self) -> Tensor:
         """The sum."""
-        self._start()
+        self.start()
         return _wait(self.x) if self.sends else self.x
 
 

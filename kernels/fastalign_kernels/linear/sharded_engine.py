@@ -1,8 +1,11 @@
 """The head's engine for a GPU's rows of a sharded weight: any engine for whole weights, and two collectives.
 
 The statistics of all tokens are one all-gather, and dX is one all-reduce, whatever the local engine's chunks
-are: ranks with uneven shards may run different engines. Such an engine may have kept its own softmax, P_r,
-and not the logits. The softmax of the whole row is then q_r P_r. With log q_r its share of the row's mass,
+are: ranks with uneven shards may run different engines. The all-reduce begins when dX is queued and runs
+beside the GEMM of dW, but for engines of vocabulary slices, which make dX last.
+
+An engine for whole weights may have kept its own softmax, P_r, and not the logits. The softmax of the whole
+row is then q_r P_r. With log q_r its share of the row's mass,
 
     P (prob + plogp log P) = P_r (q_r (prob + plogp log q_r) + q_r plogp log P_r),
 
@@ -19,7 +22,7 @@ from ..softmax.rows import Coefficient, Stat
 from .engine import Engine, Gradients, empty_gradients, empty_stats, hidden_grad_dtype
 from .inputs import HeadInputs, NeedsGrad
 from .sharded import Shards, stats_of_no_rows
-from .sharded_collectives import sum_of_ranks, whole_stats
+from .sharded_collectives import Ranks, RankSum, whole_stats
 
 # q below e^-LOWEST_SHARE is 0 in fp32; the product of a smaller log q and a coefficient might overflow.
 LOWEST_SHARE = 1e4
@@ -58,15 +61,23 @@ class ShardedEngine(Engine):
         if not saved:
             saved = [self._local_statistics(inputs, NeedsGrad())[0]]
         local_stats, *rest = saved
+        ranks = Ranks(-1, len(shards.rows), inputs.group)
+        begun: list[RankSum] = []
+
+        def begin_sum(hidden: Tensor) -> None:
+            begun.append(RankSum(hidden, ranks))
+            begun[0].start()
+
         if inputs.weight.shape[0]:
             of_rank = local_coefficients(coefficients, inputs.ids, stats, local_stats, shards)
+            self.local.hidden_done = begin_sum if shards.reduces_hidden else None
             grads = self.local.gradients(local, local_stats, rest, of_rank, needs)
         else:
             grads = Gradients(*(grad.zero_() for grad in empty_gradients(local, needs)))
-        hidden, lora_hidden = (
-            sum_of_ranks(x.contiguous(), len(shards.rows), inputs.group) if shards.reduces_hidden else x
-            for x in (grads.hidden, grads.lora_hidden)
-        )
+        hidden, lora_hidden = grads.hidden, grads.lora_hidden
+        if shards.reduces_hidden:
+            hidden_sum = begun[0] if begun else RankSum(hidden.contiguous(), ranks)
+            hidden, lora_hidden = hidden_sum.finish(), RankSum(lora_hidden.contiguous(), ranks).finish()
         return grads._replace(hidden=hidden.to(hidden_grad_dtype(inputs)), lora_hidden=lora_hidden)
 
     def _local_statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
