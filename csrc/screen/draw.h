@@ -83,7 +83,7 @@ class DrawRow {
   f32x16 some(const float* p, int64_t v) const { return v + L <= V_ ? load_lanes(p + v) : load_some<float, float>(p + v, V_ - v, 0.0f); }
 
   // The ends of 16 columns, -inf beyond V. `bounds` collects the bounds: a NaN or an infinity stays in it.
-  Ends ends(int64_t v, f32x16& bounds) const {
+  __attribute__((always_inline)) Ends ends(int64_t v, f32x16& bounds) const {
     f32x16 bound = job_.residuals[n_] * some(job_.column_lengths, v) + job_.lengths[n_] * some(job_.column_residuals, v) + job_.slacks[n_];
     bounds += bound;
     bound = (f32x16)_mm512_maskz_mov_ps(__mmask16(~memory_.exact[v / L]), (__m512)bound);
@@ -94,7 +94,7 @@ class DrawRow {
       for (int64_t i = std::max<int64_t>(V_ - v, 0); i < L; ++i) e.low[i] = e.high[i] = e.middle[i] = -INFINITY;
     return e;
   }
-  Ends ends(int64_t v) const {
+  __attribute__((always_inline)) Ends ends(int64_t v) const {
     f32x16 unused = {};
     return ends(v, unused);
   }
@@ -257,26 +257,28 @@ class DrawRow {
     return int64_t(memory_.values.size()) <= most;
   }
 
-  // The largest value such that those from it on have at least `target` of mass, or `lowest` if that is larger. NaN: they are more than may
-  // be exact.
-  float mass_cut(float ChunkSummary::*top, f32x16 Ends::*end, double target, float lowest) {
-    for (float bits_below = 2;; bits_below += std::min(bits_below, 4.0f)) {
-      const float floor = std::max(top_ - bits_below / per_bit_, lowest);
-      if (!gather(top, end, floor, job_.most)) return NAN;
-      std::vector<float>& values = memory_.values;
+  // The values from some floor on, in descending order: with at least `target` of mass, or all from `lowest` on. False: they are more than may be
+  // exact.
+  bool gather_mass(float ChunkSummary::*top, f32x16 Ends::*end, double target, float lowest) {
+    for (;; bits_below_ += std::min(bits_below_, 4.0f)) {
+      const float floor = std::max(top_ - bits_below_ / per_bit_, lowest);
+      if (bits_below_ > 64 || !gather(top, end, floor, job_.most)) return false;
       double sum = 0;
-      for (const float z : values) sum += exp2_of((z - top_) * per_bit_);
-      if (sum < target) {
-        if (floor <= lowest) return lowest;
-        if (bits_below > 64) return NAN;
-        continue;
-      }
-      std::sort(values.begin(), values.end(), std::greater<float>());
-      sum = 0;
-      for (const float z : values)
-        if ((sum += exp2_of((z - top_) * per_bit_)) >= target) return z;
-      return values.back();
+      for (const float z : memory_.values) sum += exp2_of((z - top_) * per_bit_);
+      if (sum < target && floor > lowest) continue;
+      std::sort(memory_.values.begin(), memory_.values.end(), std::greater<float>());
+      return true;
     }
+  }
+  // The largest value such that those from it on have at least `target` of mass, or `lowest` if that is larger.
+  float first_at(double target, float lowest) const {
+    double sum = 0;
+    for (const float z : memory_.values)
+      if ((sum += exp2_of((z - top_) * per_bit_)) >= target) return std::max(z, lowest);
+    return lowest;
+  }
+  float mass_cut(float ChunkSummary::*top, f32x16 Ends::*end, double target, float lowest) {
+    return gather_mass(top, end, target, lowest) ? first_at(target, lowest) : NAN;
   }
 
   double total(float ChunkSummary::*top, float ChunkSummary::*sum) const {
@@ -294,9 +296,15 @@ class DrawRow {
   // Whether the bound leaves open which token top-p draws: between the largest threshold that it allows and the least.
   bool judge_top_p() {
     const double least = total(&ChunkSummary::high_top, &ChunkSummary::exact_sum), most = total(&ChunkSummary::high_top, &ChunkSummary::high_sum);
-    const float sure = mass_cut(&ChunkSummary::low_top, &Ends::low, top_p_target(least, -ROUNDING), min_p_cut());
-    float maybe = mass_cut(&ChunkSummary::low_top, &Ends::low, top_p_target(most, ROUNDING), min_p_cut());
-    if (std::isnan(maybe)) maybe = min_p_cut();
+    const double sure_mass = top_p_target(least, -ROUNDING), maybe_mass = top_p_target(most, ROUNDING);
+    float sure, maybe = min_p_cut();
+    if (gather_mass(&ChunkSummary::low_top, &Ends::low, maybe_mass, maybe)) {
+      sure = first_at(sure_mass, maybe);
+      maybe = first_at(maybe_mass, maybe);
+    } else {
+      bits_below_ = 2;
+      sure = mass_cut(&ChunkSummary::low_top, &Ends::low, sure_mass, maybe);
+    }
     score([&](int64_t c, double& most_mass, double& least_mass) {
       if (chunks_[c].high_top < maybe) return;
       f32x16 sum[2] = {};
@@ -373,6 +381,7 @@ class DrawRow {
   float* const x_;
   const int32_t *seen_, *allowed_;
   float per_bit_, raw_top_ = -INFINITY, top_ = -INFINITY;
+  float bits_below_ = 2;  // the largest logit: where values of enough mass were found last
   bool plain_, needs_mass_;
   int32_t exact_count_ = 0;
 };
