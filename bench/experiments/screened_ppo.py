@@ -81,7 +81,7 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
