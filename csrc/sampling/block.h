@@ -274,7 +274,7 @@ FA_HD uint32_t close_chunks(ListShared& shared, ChunkSummary* s, int chunks, con
   barrier();
   FA_THREADS(t) {
     uint32_t count = 0;
-    for_summaries<2>(s, t, chunks, [&](int c, const ChunkSummary& chunk) {
+    for_summaries<1>(s, t, chunks, [&](int c, const ChunkSummary& chunk) {
       if (chunk.sum == OPEN) {
         shared.survivors[take_slot(&shared.chunks)] = uint16_t(c);
       } else if (chunk.finite && keeps(keep, chunk.low)) {
@@ -338,7 +338,8 @@ FA_HD void end_collection(FilterShared& shared, const SampleJob& job, int64_t in
       shared.drawn.kept = kept;
     }
   }
-  race(shared, job, index, o, row, s, keep);
+  const RowOptions options = options_of(job, index);  // again, for registers
+  race(shared, job, index, options, block_row<T>(job, index, options.penalty), s, keep);
 }
 
 }  // namespace FASTALIGN_TARGET
