@@ -96,7 +96,7 @@ def plain_head(
         return logp
     if head is linear_ppo_loss:
         mask = ppo.pop("mask") & counted
-        assert ppo.pop("kept", None) is None and ppo.pop("screen") is None
+        assert ppo.pop("kept", None) is None and ppo.pop("screen") is None and ppo.pop("logits_dtype") is None
         return ppo_loss(logp, ppo.pop("old_logp"), ppo.pop("advantages"), mask, entropy=entropy, **ppo)
     lse, top1 = torch.logsumexp(logits / options["temperature"], -1), logits.argmax(-1) == targets
     if head is linear_token_stats:
