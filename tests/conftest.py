@@ -72,6 +72,19 @@ if interpreter is not None and not GPU:
     _multiply_bf16()
 
 
+# What a fixture of these modules makes takes up to a minute of two processes.
+LONG_FIXTURES = ("tests/stages/sharding/", "tests/bench/test_aot.py", "tests/linear/test_sharded.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the modules with long fixtures first.
+
+    An idle worker of pytest-xdist takes tests from the end of another one's list. Where it took some of a
+    module, it made the fixture again.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FIXTURES))
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     """Where kernel tests run: the GPU if there is one."""
