@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping
@@ -65,7 +67,7 @@ def run(part: Part, environment: Mapping[str, str], whole: Path | None = None) -
                 status = "over its limit"
                 _end(child)
         log.seek(0)
-        text = log.read()
+        text = _without_paths(log.read())
     if whole:
         with whole.open("a") as file:
             file.write(f"==== {part.name}: {status}\n{text}\n")
@@ -79,6 +81,13 @@ def run(part: Part, environment: Mapping[str, str], whole: Path | None = None) -
     if part.report and part.report.exists():
         record["report"] = json.loads(part.report.read_text())
     return record
+
+
+def _without_paths(text: str) -> str:
+    """The text with the checkout's files named from its root, and the packages' from theirs."""
+    for folder in (ROOT, sysconfig.get_path("purelib"), sys.prefix):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 def _heed_interrupts() -> None:

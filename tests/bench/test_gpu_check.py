@@ -1,6 +1,7 @@
 """What `make gpu-check` does that needs no GPU: its two calls, their limits, and the one file they leave."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -76,6 +77,13 @@ def test_a_failing_a_missing_and_a_slow_part_are_recorded_and_the_next_still_run
     assert records["slow"]["output"].startswith("begun")
     assert "KeyboardInterrupt" in records["slow"]["output"]
     assert records["last"]["report"] == [1]
+
+
+def test_a_record_names_no_folder_of_the_machine() -> None:
+    """Results files are committed."""
+    code = "import bench, pytest, sys; print(bench.__file__, pytest.__file__, sys.executable)"
+    record = process.run(Part("paths", python(code), 60), {**os.environ, "PYTHONPATH": str(ROOT)})
+    assert record["output"] == "bench/__init__.py pytest/__init__.py bin/" + Path(sys.executable).name + "\n"
 
 
 def test_the_parts_of_a_stage_run_side_by_side(tmp_path: Path) -> None:
