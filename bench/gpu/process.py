@@ -85,7 +85,7 @@ def run(part: Part, environment: Mapping[str, str], whole: Path | None = None) -
 
 def _without_paths(text: str) -> str:
     """The text with the checkout's files named from its root, and the packages' from theirs."""
-    for folder in (ROOT, sysconfig.get_path("purelib"), sys.prefix):
+    for folder in (sysconfig.get_path("purelib"), sys.prefix, ROOT):  # a .venv lies in the checkout
         text = text.replace(f"{folder}/", "")
     return text
 
