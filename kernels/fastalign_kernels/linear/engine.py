@@ -92,6 +92,11 @@ class Engine(ABC):
         return stats, self.gradients(inputs, stats, saved, coefficients(stats, slice(None)), needs)
 
 
+def of_table(coefficients: Tensor) -> TokenCoefficients:
+    """The function that takes some tokens' columns of coefficients [4, N] that are there."""
+    return lambda _, tokens: coefficients[:, tokens]
+
+
 def empty_stats(inputs: HeadInputs, *_: object) -> Tensor:
     """The table [7, N], uninitialised."""
     hidden = inputs.hidden

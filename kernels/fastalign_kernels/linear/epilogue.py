@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from ..torch_func import assumed_constant
-from .engine import Engine, Gradients, TokenCoefficients, empty_stats
+from .engine import Engine, Gradients, TokenCoefficients, empty_stats, of_table
 from .epilogue_call import CallTiles, EpilogueCall, Tiles, state_size
 from .epilogue_gradients import BlockGradients
 from .gpu_plan import (
@@ -135,10 +135,7 @@ class EpilogueStatistics(Engine):
         needs: NeedsGrad,
     ) -> Gradients:
         """3 GEMMs for the tokens whose e was saved, 4 for the rest."""
-
-        def of_tokens(_: Tensor, tokens: Tensor | slice) -> Tensor:
-            return coefficients[:, tokens]
-
+        of_tokens = of_table(coefficients)
         if saved and saved[0].shape[0]:
             kept, state, order = saved
             K = kept.shape[0]

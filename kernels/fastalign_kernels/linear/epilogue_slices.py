@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..gemm import mm
 from ..softmax.rows import Stat
-from .engine import Gradients, TokenCoefficients, empty_gradients, empty_stats
+from .engine import Gradients, TokenCoefficients, empty_gradients, empty_stats, of_table
 from .epilogue import LEAN_TOKENS, EpilogueStatistics
 from .epilogue_call import Block, EpilogueCall, state_numbers
 from .gpu_plan import GRANULE, epilogue_slice_width, row_elements
@@ -50,11 +50,8 @@ class EpilogueSlices(EpilogueStatistics):
         self, inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
     ) -> Gradients:
         """One GEMM of the logits, and one for each gradient."""
-
-        def of_tokens(_: Tensor, tokens: Tensor | slice) -> Tensor:
-            return coefficients[:, tokens]
-
-        return _gradients(self._call(inputs), self.width(inputs, needs), stats, of_tokens, needs)
+        width = self.width(inputs, needs)
+        return _gradients(self._call(inputs), width, stats, of_table(coefficients), needs)
 
     def statistics_and_gradients(
         self, inputs: HeadInputs, token_coefficients: TokenCoefficients, needs: NeedsGrad
