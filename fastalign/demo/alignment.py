@@ -19,7 +19,8 @@ from ..data.errors import DataError
 from ..data.tokens import Prompt
 from ..stages import dpo, grpo, kto, ppo, reward
 from ..stages.distributed import World
-from ..stages.scorers import Reward, find_classifier, load_classifier
+from ..stages.reward_functions import Reward
+from ..stages.scorers import find_classifier, load_classifier
 from .completions import draw
 from .progress import bar, part
 from .recipes import (

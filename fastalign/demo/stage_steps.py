@@ -34,7 +34,7 @@ from ..measure import PeakMemoryUnavailable, interleaved, peak_memories
 from ..stages import dpo, kto, ppo, pretrain, reward, sft
 from ..stages.config import read_config
 from ..stages.reference_model import Reference
-from ..stages.scorers import by_function, find_function
+from ..stages.reward_functions import by_function, find_function
 from ..step_losses import fused_loss, plain_logps, plain_loss
 from .progress import bar
 from .results import STAGES, table

@@ -42,9 +42,9 @@ from .policy_models import (
     parts_of,
     read_inputs,
 )
+from .reward_functions import Reward
 from .rollouts import Score, draw_completions, estimate_kl, kept_of, token_batch
 from .saving import save_model
-from .scorers import Reward
 from .sharding import shard
 
 EPSILON = 1e-4  # added to the standard deviation, as in TRL

@@ -122,8 +122,8 @@ class PolicyConfig(RolloutOptions, TrainConfig):
     """Folder or name of the model."""
     reward: str
     """What scores completions: folder or name of a sequence classifier, or a Python function,
-    "module:function" or "file.py:function", that is given prompts and completions (and columns that it names)
-    and returns a score for each."""
+    "module:function" or "file.py:function", with the parameters prompts and completions (or completions
+    alone), and with the columns that it names. It returns a score for each completion."""
     reward_label: int | None = Field(default=None, ge=0)
     """Which label's logit is the score, where the classifier has several."""
     reference: Literal["auto", "copy", "adapters_off", "none"] = "auto"

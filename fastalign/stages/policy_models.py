@@ -19,16 +19,8 @@ from .loading import check_fit, load_tokenizer, padding_id
 from .optimization import autocast
 from .packers import pack_rows
 from .policy_configs import PolicyConfig, is_function
-from .scorers import (
-    Classifier,
-    Function,
-    Reward,
-    by_function,
-    check_classifier,
-    find_classifier,
-    find_function,
-    load_classifier,
-)
+from .reward_functions import Function, Reward, arguments_of, by_function, find_function
+from .scorers import Classifier, check_classifier, find_classifier, load_classifier
 from .sharding import shard
 from .stage_rows import StageRows, read_rows
 
@@ -72,6 +64,10 @@ def read_inputs(config: PolicyConfig, world: World) -> PolicyInputs:
     check_prompts(config, inputs, readers)
     if isinstance(scorer, Classifier):
         check_classifier(scorer, tokenizer, prompts.both, max_new_tokens=config.max_new_tokens)
+    else:
+        for part in (prompts.train, prompts.held_out):
+            if part:
+                arguments_of(scorer, part[0].row)  # refuses a function that the rows cannot serve
     return inputs
 
 

@@ -53,9 +53,9 @@ from .policy_models import (
     read_inputs,
 )
 from .ppo_experience import Experience, experience_batch, rollout
+from .reward_functions import Reward
 from .rollouts import kept_of
 from .saving import shared_folder, write_model
-from .scorers import Reward
 from .sharding import shard, whole_tensor
 from .value_model import find_value, make_value
 

@@ -1,19 +1,12 @@
-"""Scores of completions, by a sequence classifier of transformers or by a Python function.
+"""Scores of completions by a sequence classifier of transformers.
 
 A decoder that reads the policy's tokens scores them as they are. Another classifier, with its own
 tokenizer, reads the text.
 """
 
-import importlib
-import importlib.util
-import inspect
-import math
-import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,21 +27,10 @@ from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .distributed import World
 from .loading import load_on_main, load_tokenizer, padding_id
 from .main_values import has_values
+from .reward_functions import Reward
 from .sharding import shard, whole
 
-Reward = Callable[
-    [Sequence[Prompt], Sequence[list[int]]], Tensor
-]  # prompts, completions in tokens -> scores [B] fp64, on the CPU
-# Functions of ours that moved, by the name that a config.yaml of an earlier version may hold.
-_MOVED = {"fastalign.demo_ppo:vader": "fastalign.demo.recipes:vader"}
 _NO_LIMIT = 10**9  # transformers writes 10**30 where a tokenizer has no model_max_length
-
-
-class Function(NamedTuple):
-    """A Python function, and its name in the configuration."""
-
-    name: str
-    call: Callable[..., Any]
 
 
 class Classifier(NamedTuple):
@@ -64,37 +46,6 @@ class Classifier(NamedTuple):
     def reads(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         """Whether it reads the tokens that `tokenizer` writes."""
         return bool(self.tokenizer.get_vocab() == tokenizer.get_vocab())
-
-
-def find_function(reward: str) -> Function:
-    """The function of "module:function" (a module of the working directory too) or "file.py:function".
-
-    Raises ValueError if there is none.
-    """
-    if reward in _MOVED:
-        raise ValueError(f"reward: got {reward!r}, expected its new place {_MOVED[reward]!r}")
-    source, _, name = reward.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            if str(Path.cwd()) not in sys.path:
-                sys.path.insert(0, str(Path.cwd()))  # the command `fastalign` starts without it
-            module = importlib.import_module(source)
-    except (ImportError, FileNotFoundError) as error:
-        raise ValueError(
-            f"reward: got {reward!r} ({error}), expected a function that can be imported"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [known for known, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(
-            f"reward: got {name!r}, expected a function of {source}: {', '.join(functions) or 'it has none'}"
-        )
-    return Function(reward, function)
 
 
 def find_classifier(reward: str, label: int | None) -> Classifier:
@@ -115,69 +66,6 @@ def find_classifier(reward: str, label: int | None) -> Classifier:
         known = ", ".join(f"{number} ({name})" for number, name in labels.items())
         raise ValueError(f"reward_label: got {label}, expected the number of a label of {reward!r}: {known}")
     return Classifier(reward, architecture, tokenizer, label or 0, len(labels))
-
-
-def by_function(function: Function, tokenizer: PreTrainedTokenizerBase) -> Reward:
-    """Scores by `function(prompts, completions)`.
-
-    The prompts are the rows', as text or messages; the completions are text.
-
-    If the function has a parameter with the name of a further column, that column is passed by keyword.
-    """
-    parameters = list(inspect.signature(function.call).parameters)[2:]
-
-    def score(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Tensor:
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        columns = {
-            name: [prompt.row[name] for prompt in prompts] for name in parameters if name in prompts[0].row
-        }
-        scores = _numbers(
-            function.name,
-            function.call([prompt.row["prompt"] for prompt in prompts], texts, **columns),
-            texts,
-        )
-        wrong = [place for place, value in enumerate(scores) if not math.isfinite(value)]
-        if wrong:
-            raise ValueError(
-                f"reward: got {scores[wrong[0]]} from {function.name} for {texts[wrong[0]]!r}, expected a "
-                "finite number"
-            )
-        return torch.tensor(scores, dtype=torch.float64)
-
-    return score
-
-
-def _numbers(name: str, returned: Any, texts: Sequence[str]) -> list[float]:
-    """What a reward function returned, as numbers. Raises ValueError that names what is no number."""
-    expected = f"expected a list of {len(texts)} numbers"
-    # The items of a mapping are its keys, and a set has no order.
-    if isinstance(returned, str | bytes | Mapping | AbstractSet):
-        raise ValueError(f"reward: got {_short(returned)} from {name}, {expected}")
-    try:
-        values = list(returned)
-    except TypeError as error:
-        raise ValueError(f"reward: got {_short(returned)} from {name}, {expected}") from error
-    if len(values) != len(texts):
-        raise ValueError(
-            f"reward: got {len(values)} scores from {name}, expected {len(texts)}, one a completion"
-        )
-    numbers = []
-    for place, (value, text) in enumerate(zip(values, texts, strict=True), 1):
-        try:
-            if isinstance(value, str | bytes | complex):  # float would read some
-                raise TypeError("got no number, expected one")
-            numbers.append(float(value))
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-            where = f"completion {place} of {len(texts)}, {text[:60]!r}"
-            raise ValueError(
-                f"reward: got {_short(value)} from {name} for {where}, expected a finite number"
-            ) from error
-    return numbers
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
 
 
 def load_classifier(

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fastalign.causal_lm import fuse_head
 from fastalign.classifier import score_packed
-from fastalign.stages import merge, ppo, pretrain, reward, scorers, sft
+from fastalign.stages import merge, ppo, pretrain, reward, reward_functions, sft
 from tests.stages.tiny import lines, sentence, write
 
 Tensors = dict[str, torch.Tensor]
@@ -307,8 +307,8 @@ class Prompt:
 
 @pytest.mark.parametrize(("returned", "message"), RETURNED)
 def test_what_a_reward_function_returned_is_named_where_it_is_no_number(returned: Any, message: str) -> None:
-    function = scorers.Function("my.py:score", lambda prompts, completions: returned)
-    score: Any = scorers.by_function(function, Words())
+    function = reward_functions.Function("my.py:score", lambda prompts, completions: returned)
+    score: Any = reward_functions.by_function(function, Words())
     with pytest.raises(ValueError, match=f"^reward: {message}"):
         score([Prompt(), Prompt()], [[0], [1]])
 
@@ -317,7 +317,9 @@ def test_what_a_reward_function_returned_is_named_where_it_is_no_number(returned
     "returned", [[1, 2.0], (True, 2), torch.tensor([1, 2]), torch.tensor([[1.0], [2.0]]), iter([1.0, 2.0])]
 )
 def test_lists_tensors_and_iterators_of_numbers_are_scores(returned: Any) -> None:
-    score: Any = scorers.by_function(scorers.Function("f", lambda prompts, completions: returned), Words())
+    score: Any = reward_functions.by_function(
+        reward_functions.Function("f", lambda prompts, completions: returned), Words()
+    )
     assert score([Prompt(), Prompt()], [[0], [1]]).tolist() == [1.0, 2.0]
 
 
@@ -327,6 +329,6 @@ def test_a_function_of_ours_that_moved_is_refused_with_its_new_place() -> None:
     with pytest.raises(
         ValueError, match=f"reward: got 'fastalign.demo_ppo:vader', expected its new place '{new}'"
     ):
-        scorers.find_function("fastalign.demo_ppo:vader")
+        reward_functions.find_function("fastalign.demo_ppo:vader")
     pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
-    assert scorers.find_function(new).name == new
+    assert reward_functions.find_function(new).name == new
