@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with status 2."""
-        say(self.prog, f"error: {message}")
+        say(self.prog, f"error: {' '.join(message.split())}")
         sys.exit(FAULT)
 
 

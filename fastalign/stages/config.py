@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import (
     BeforeValidator,
@@ -31,12 +30,23 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs
 
 from ..faults import Parser
+from .config_text import read_json, read_yaml, write_yaml
 from .files import write_text
 
 NO_FP16 = (
     "expected bf16=true or dtype=bfloat16: the stages have no loss scale, without which gradients in fp16 "
     "underflow to 0"
 )
+# What other trainers call fields.
+ELSEWHERE = {
+    **{"lr": "learning_rate", "max_seq_length": "max_length", "max_seq_len": "max_length"},
+    **{"model_name_or_path": "model", "dataset": "train_data", "dataset_name": "train_data"},
+    **{"num_train_epochs": "epochs", "num_epochs": "epochs", "lr_scheduler_type": "schedule"},
+    **{"gradient_accumulation_steps": "micro_batch_size", "per_device_train_batch_size": "micro_batch_size"},
+    **{"save_steps": "save_every", "eval_steps": "eval_every", "lora_r": "lora_rank"},
+    **{"resume_from_checkpoint": "resume", "config": "--config FILE"},
+    **{"max_completion_length": "max_new_tokens", "num_generations": "group_size", "reward_model": "reward"},
+}
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
@@ -236,6 +246,9 @@ Config = TypeVar("Config", bound=Options)
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:
     """The message for a key that does not exist: the closest keys, or else all that are allowed."""
+    elsewhere = ELSEWHERE.get(key, "")
+    if elsewhere in allowed or elsewhere.startswith("--"):
+        return f"got the unknown key {key!r}, expected {elsewhere}"
     close = difflib.get_close_matches(key, allowed, n=3)
     known = " or ".join(close) if close else f"one of {', '.join(sorted(allowed))}"
     return f"got the unknown key {key!r}, expected {known}"
@@ -255,8 +268,11 @@ def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) 
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of the fields below")
     parser.add_argument("values", metavar="key=value", nargs="*", help="fields, over those of the file")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments, rest = parser.parse_known_intermixed_args(argv)
     try:
+        if rest:
+            name = rest[0].lstrip("-")
+            raise ValueError(f"arguments: got {rest[0]!r}, expected key=value, as in {name.split('=')[0]}=…")
         values = {} if arguments.config is None else read_config(arguments.config)
         for argument in arguments.values:
             key, separator, value = argument.partition("=")
@@ -275,12 +291,13 @@ def read_config(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"config: got {path!r}, which is no file, expected a YAML or JSON file")
+    read = read_json if file.suffix.lower() == ".json" else read_yaml
     try:
-        values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(
-            f"config: got {path!r}, which is no YAML ({error}), expected YAML or JSON"
-        ) from error
+        values = read(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: got {path!r}, which is no UTF-8 ({error}), expected UTF-8") from error
+    except ValueError as error:
+        raise ValueError(f"config: in {path!r} {error}") from error
     if values is None:
         return {}
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
@@ -292,7 +309,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the configuration as YAML that `--config` reads."""
-    write_text(path, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    write_text(path, write_yaml(dataclasses.asdict(config), sort_keys=False))
 
 
 def describe(stage: type[Options]) -> str:
@@ -335,16 +352,16 @@ def _type(field: FieldInfo) -> str:
 
 
 def _show(value: object) -> str:
-    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("...\n").strip()
+    return write_yaml(value, default_flow_style=True).removesuffix("...\n").strip()
 
 
 def _value(text: str) -> Any:
     # Scalars stay text: pydantic reads 3e-4 by the type of the field; YAML would guess.
     if text in ("null", "None", "none") or text[:1] in ("{", "["):
         try:
-            return None if text in ("None", "none") else yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"arguments: got {text!r}, expected YAML: {error}") from error
+            return None if text in ("None", "none") else read_yaml(text)
+        except ValueError as error:
+            raise ValueError(f"arguments: in {text!r} {error}") from error
     return text
 
 

@@ -27,12 +27,13 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as stop:
         parse(sft.SFTConfig, argv, prog="fastalign sft")
     assert stop.value.code == 2
-    return capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, "one line"
+    return said
 
 
 def test_arguments_win_over_the_file_and_defaults_fill_the_rest(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    # YAML alone takes 3e-4 for text: the type of the field decides.
     file.write_text(
         "learning_rate: 3e-4\nbatch_size: 64\nreport_to: [wandb]\nmax_grad_norm: null\nmodel: file\n"
     )
@@ -93,9 +94,12 @@ def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
         ),
         ([*NEEDED, "report_to=wandb,foo"], "'tensorboard', 'wandb' or 'trackio' (got 'foo')"),
         ([*NEEDED, "max_steps=1", "epochs=1"], "max_steps: got 1 and epochs 1.0, expected one of the two"),
-        ([*NEEDED, "report_to=[wandb"], "got '[wandb', expected YAML"),
+        ([*NEEDED, "report_to=[wandb"], "arguments: in '[wandb' got no YAML"),
         ([*NEEDED, "packing"], "got 'packing', expected key=value"),
-        ([*NEEDED, "--packing"], "unrecognized arguments: --packing"),
+        ([*NEEDED, "--packing"], "got '--packing', expected key=value, as in packing=…"),
+        ([*NEEDED, "--batch_size", "4"], "got '--batch_size', expected key=value, as in batch_size=…"),
+        ([*NEEDED, "lr=1"], "got the unknown key 'lr', expected learning_rate"),
+        ([*NEEDED, "config=a.yaml"], "got the unknown key 'config', expected --config FILE"),
         (NEEDED[:2], "model: Field required"),
         (["--config", "nowhere.yaml"], "config: got 'nowhere.yaml', which is no file"),
     ],
@@ -108,13 +112,39 @@ def test_a_wrong_command_line_ends_with_a_line_that_names_it(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a\n- b\n", "got a list in"), ("a: [", "which is no YAML"), ("1: 2", "got a dict in")],
+    [
+        ("- a\n- b\n", "got a list in"),
+        ("a: [", "got no YAML"),
+        ("1: 2", "got a dict in"),
+        ("seed: 1\nseed: 2\n", "got the key 'seed' twice (line 2), expected it once"),
+        ("model_config: {a: 1, a: 1}", "got the key 'a' twice (line 1)"),
+        ('{"seed": 1, "seed": 2}', "got the key 'seed' twice"),
+        ('{"seed": NaN}', "got NaN, expected a finite number or null"),
+    ],
 )
-def test_a_file_that_holds_no_fields_is_refused(
+def test_a_file_that_holds_no_fields_or_one_twice_is_refused(
     tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "bad.yaml").write_text(text)
-    assert message in refusal(["--config", str(tmp_path / "bad.yaml")], capsys)
+    path = tmp_path / f"bad.{'json' if text.startswith('{') else 'yaml'}"
+    path.write_text(text)
+    assert message in refusal(["--config", str(path)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{\n\t"output_dir": "1e-6", "model_config": {"rms_norm_eps": 1e-06}\n}'),
+        ("a.yaml", "output_dir: '1e-6'\nmodel_config: {rms_norm_eps: 1e-06}\n"),
+    ],
+)
+def test_a_number_with_an_exponent_is_one_at_any_depth(tmp_path: Path, name: str, text: str) -> None:
+    """YAML 1.1 reads 1e-6 as a text, and tabs not at all."""
+    (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+    expected = {"output_dir": "1e-6", "model_config": {"rms_norm_eps": 1e-6}}
+    assert read_config(str(tmp_path / name)) == expected
+    config = pretrain.PretrainConfig(**expected, train_data="x", tokenizer="t")
+    save_config(config, tmp_path / "saved.yaml")
+    assert pretrain.PretrainConfig(**read_config(str(tmp_path / "saved.yaml"))) == config
 
 
 @pytest.mark.parametrize("stage", [pretrain.PretrainConfig, sft.SFTConfig])
