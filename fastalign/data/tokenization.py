@@ -44,8 +44,10 @@ def tokenize_text(
     need_columns(rows, column)
     texts = read_each(rows, [column], lambda row: read_text(column, row[column]))
     pieces = []
-    empty, long = [], []
+    empty, long, doubled = [], [], []
     for index, (ids, _) in enumerate(_encode(tokenizer, texts)):
+        if _has_two_bos(ids, tokenizer):
+            doubled.append(index)
         if ids[-1:] != [eos]:
             ids.append(eos)
         if len(ids) < 2:
@@ -57,6 +59,7 @@ def tokenize_text(
             piece = ids[first : first + max_length]
             pieces.append(Tokenized(piece, [False] + [True] * (len(piece) - 1)))
     refuse_rows(rows, {f"column {column!r} has no tokens": empty})
+    _warn_of_two_bos(rows, doubled, tokenizer)
     if too_long != "split":
         _report_long(rows, long, too_long, f"sequence_length={max_length}")
     return pieces
@@ -125,9 +128,11 @@ def tokenize_prompts(
     chat = holds_messages(rows, "prompt")
     convert = ChatTemplate(tokenizer).prompt if chat else _read_prompt
     texts = read_each(rows, ["prompt"], convert, BESIDE)
-    prompts, empty, long = [], [], []
+    prompts, empty, long, doubled = [], [], [], []
     encoded = _encode(tokenizer, texts, add_special_tokens=not chat)
     for index, ((ids, _), row) in enumerate(zip(encoded, as_rows(rows).read(), strict=True)):
+        if not chat and _has_two_bos(ids, tokenizer):
+            doubled.append(index)
         if not chat and ids[-1:] == [tokenizer.eos_token_id] and len(ids) > 1:
             ids.pop()
         if not ids:
@@ -137,6 +142,7 @@ def tokenize_prompts(
         if len(ids) <= max_length or too_long == "truncate":
             prompts.append(Prompt(ids[-max_length:], row))
     refuse_rows(rows, {"column 'prompt' has no tokens": empty})
+    _warn_of_two_bos(rows, doubled, tokenizer)
     _report_long(rows, long, too_long, f"max_prompt_length={max_length}", side="left")
     return prompts
 
@@ -189,6 +195,7 @@ def tokenize_answers(
     examples = [(index, text, spans) for index, row in enumerate(answers) for text, spans in row]
     tokenized: list[list[Tokenized]] = [[] for _ in answers]
     merged: list[int] = []
+    doubled: list[int] = []
     silent: list[int] = []
     late: list[int] = []
     long: list[int] = []
@@ -197,6 +204,8 @@ def tokenize_answers(
     for (ids, offsets), (index, _, spans) in zip(encoded, examples, strict=True):
         trained = overlapping(offsets, spans)
         if eos is not None:
+            if _has_two_bos(ids, tokenizer):
+                doubled.append(index)
             if any(start < spans[0][0] < end for start, end in offsets):
                 merged.append(index)
             if ids[-1:] != [eos]:
@@ -214,6 +223,7 @@ def tokenize_answers(
     within = f"no token to train on within max_length={max_length}: the prompt fills it"
     refuse_rows(rows, {"no token to train on": silent, within: late})
     _report_long(rows, long, too_long, f"max_length={max_length}")
+    _warn_of_two_bos(rows, doubled, tokenizer)
     _warn(rows, merged, "a token joins the end of the prompt to the start of the completion, and is trained")
     special_ids = {
         *tokenizer.all_special_ids,
@@ -292,6 +302,21 @@ def _read_prompt(row: Row) -> str:
 def _warn(rows: Rows, indices: Sequence[int], fact: str) -> None:
     if indices := list(dict.fromkeys(indices)):
         warnings.warn(f"{name_rows(rows, indices)}{fact} ({len(indices)} of {len(rows)} rows)", stacklevel=4)
+
+
+def _has_two_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text that begins with BOS got another one from the tokenizer."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and ids[0:2] == [bos, bos]
+
+
+def _warn_of_two_bos(rows: Rows, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    bos = tokenizer.bos_token
+    _warn(
+        rows,
+        indices,
+        f"begins with {bos!r} twice, because the tokenizer adds it too: remove it from the text",
+    )
 
 
 def _check_max_length(max_length: int) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from fastalign.data import DataError, load_rows, tokenize_sft, tokenize_text
+from fastalign.data import DataError, load_rows, tokenize_prompts, tokenize_sft, tokenize_text
 from tests.data.chats import CHATML, HEADER, MARKED, PROMPT, build, trained_text
 from tests.data.files import write
 
@@ -40,6 +40,20 @@ class TestTokenizeText:
         assert plain.input_ids == [*build()("The film")["input_ids"], 0]
         assert plain.trained == [False] + [True] * (len(plain.input_ids) - 1)
         assert tokenize_text(rows, build(bos=True), max_length=64)[0].input_ids == [2, *plain.input_ids]
+
+    def test_a_bos_in_the_text_that_the_tokenizer_adds_too_is_said(self) -> None:
+        """As in texts that a chat template rendered before. TRL's issues 1400 and 1912 met it."""
+        tokenizer = build(bos=True)
+        begun = tokenizer.bos_token + "The film"
+        texts = {"text": ["The film", begun], "prompt": ["The film", begun], "completion": [" was"] * 2}
+        rows = Dataset.from_dict(texts)
+        for tokenize in (
+            lambda: tokenize_text(rows.select_columns("text"), tokenizer, max_length=64),
+            lambda: tokenize_sft(rows.remove_columns("text"), tokenizer, max_length=64),
+            lambda: tokenize_prompts(rows.select_columns("prompt"), tokenizer, max_length=64),
+        ):
+            with pytest.warns(UserWarning, match=r"^row 2: begins with .* twice, .* \(1 of 2 rows\)"):
+                tokenize()
 
     @pytest.mark.parametrize("max_length", [2, 3, 7, 16, 17, 18])
     def test_every_token_of_a_long_document_is_a_target_once(self, max_length: int) -> None:
