@@ -342,7 +342,21 @@ def test_opcheck_and_compile(tail_eps: float | None) -> None:
         ({"reference_hidden": None, "reference_logps": torch.zeros(5)}, r"reference_logps: got shape \[5\]"),
         ({"loss_type": "dpo"}, "loss_type: got 'dpo'"),
         ({"beta": 0.0}, "beta: got 0.0"),
-        ({"weight": torch.zeros(V, H + 1)}, "hidden: got shape"),
+        ({"weight": torch.zeros(V, H + 1)}, "^hidden: got shape"),
+        (
+            {"reference_weight": torch.zeros(V, H + 1)},
+            "^reference_hidden: got shape .* as in reference_weight",
+        ),
+        (
+            {"reference_hidden": torch.zeros(6, T + 1, H)},
+            "^reference_hidden, reference_weight: ids: got shape",
+        ),
+        (
+            {"reference_weight": torch.zeros(1, H)},
+            r"^reference_hidden, reference_weight: ids: got .* \[0, 1\)",
+        ),
+        ({"reference_weight": torch.zeros(V, H).half()}, "^reference_weight: got torch.float16"),
+        ({"reference_bias": torch.zeros(V + 1)}, "^reference_bias: got shape"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -17,6 +17,7 @@ logits than the workspace, however long a sequence is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol, TypedDict
 
@@ -216,7 +217,10 @@ def _reference_logps(
     with torch.no_grad():
         # The ids' range was checked for the policy, and the adapter is the policy's.
         options = options._replace(check=False, lora=None)
-        inputs = head_inputs(hidden, weight, ids, reference.get("reference_bias"), options)
+        try:
+            inputs = head_inputs(hidden, weight, ids, reference.get("reference_bias"), options)
+        except ValueError as error:
+            raise ValueError(_of_reference(str(error))) from error
     # Whole rows on each rank would count as a vocabulary that is repeated on all of them.
     if options.group is not None and inputs.vocab_size != vocab_size:
         raise ValueError(
@@ -225,6 +229,12 @@ def _reference_logps(
         )
     with torch.no_grad():
         return rows.logps(inputs)
+
+
+def _of_reference(message: str) -> str:
+    """A message about the reference's head, whose arguments have other names than the policy's."""
+    message = re.sub(r"\b(hidden|weight|bias)\b(?! states)", r"reference_\1", message)
+    return message if message.startswith("reference_") else f"reference_hidden, reference_weight: {message}"
 
 
 def empty_outputs(
