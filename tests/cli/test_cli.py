@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_a_file_that_holds_no_fields_or_one_twice_is_refused(
 def test_a_number_with_an_exponent_is_one_at_any_depth(tmp_path: Path, name: str, text: str) -> None:
     """YAML 1.1 reads 1e-6 as a text, and tabs not at all."""
     (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
-    expected = {"output_dir": "1e-6", "model_config": {"rms_norm_eps": 1e-6}}
+    expected: dict[str, Any] = {"output_dir": "1e-6", "model_config": {"rms_norm_eps": 1e-6}}
     assert read_config(str(tmp_path / name)) == expected
     config = pretrain.PretrainConfig(**expected, train_data="x", tokenizer="t")
     save_config(config, tmp_path / "saved.yaml")

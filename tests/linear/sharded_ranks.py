@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastalign import nn as losses
@@ -126,6 +127,8 @@ def refusals() -> dict[str, str]:
     whole = Data.drawn(torch.float64)
     by_rows = distribute_tensor(whole.weight, mesh, [Shard(0)])
     by_columns = distribute_tensor(whole.weight, mesh, [Shard(1)])
+    head = torch.nn.Linear(19, V, bias=False, dtype=torch.float64)
+    fully_shard(head)
     lying = DTensor.from_local(data.weight, mesh, [Shard(0)], shape=torch.Size((V + 1, 19)), stride=(19, 1))
     group: Any = {"group": dist.group.WORLD}
     a, b = torch.ones(3, 19, dtype=torch.float64), torch.ones(data.weight.shape[0], 3, dtype=torch.float64)
@@ -140,6 +143,7 @@ def refusals() -> dict[str, str]:
         "another group": ce(options={"group": other}, weight=by_rows, bias=None),
         "columns": ce(options={}, weight=by_columns, bias=None),
         "replicated": ce(options={}, weight=distribute_tensor(whole.weight, mesh, [Replicate()]), bias=None),
+        "FSDP2": ce(options={}, weight=head.weight, bias=None),  # of the same tokens, by chance
         "rows of another V": ce(options={}, weight=lying, bias=None),
         "plain bias": ce(options={}, weight=by_rows),
         "DTensor hidden": ce(options={}, hidden=distribute_tensor(whole.hidden, mesh, [Replicate()])),

@@ -77,6 +77,7 @@ REFUSALS = {
     "another group": "group: got another process group than the DTensor's",
     "columns": r"weight: got a DTensor with placements \(Shard\(dim=1\),\) .*expected rows",
     "replicated": r"weight: got a DTensor with placements \(Replicate\(\),\) .*expected rows",
+    "FSDP2": "weight: got a parameter that FSDP2 shards, .*expected the gathered weight",
     "rows of another V": r"weight: got shards of \[40, 83\] rows, expected 124 in all",
     "plain bias": "bias: got a DTensor beside a plain tensor, expected it sharded as weight is",
     "DTensor hidden": "hidden: got a DTensor with a weight that is none, expected a plain tensor",

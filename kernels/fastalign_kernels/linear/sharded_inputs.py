@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -85,13 +87,13 @@ def local_head(
     The number of each rank's rows is not known here, so the first call with a weight asks the other ranks, as
     does the first with other gradients or options: one all-gather of 136 bytes, which waits for the device.
     The answer is kept for that tensor: pass the parameter itself, not a view that is made for each call. That
-    call also compares the ids: a weight that FSDP2 has sharded is none of tensor parallelism, and each of its
-    ranks has other tokens.
+    call also compares the ids, and refuses a weight that FSDP2 shards: it is none of tensor parallelism, and
+    each of its ranks has other tokens.
 
     Raises:
         ValueError: a group that is no process group or not initialised; a DTensor that is not sharded by rows
-            over one mesh dimension, or beside tensors that are not; ranks that differ in what `_Facts` names,
-            or in the ids of a first call.
+            over one mesh dimension, or beside tensors that are not; a weight that FSDP2 shards; ranks that
+            differ in what `_Facts` names, or in the ids of a first call.
     """
     group = call.group
     if group is None and not (checks.is_dtensor(weight) or checks.is_dtensor(hidden)):
@@ -266,9 +268,32 @@ def _rows_of_ranks(
         return (facts.rows,) * ranks  # no values: no rank to ask
     known = _KNOWN.setdefault(weight, {})
     if (facts, group) not in known:
+        _refuse_fsdp(weight)
         of_ids = tuple(_hash(unwrapped(ids())).tolist())
         known[facts, group] = _agreed_rows(tuple(facts), of_ids, group, ranks, weight.device.type)
     return known[facts, group]
+
+
+def _refuse_fsdp(weight: Tensor) -> None:
+    """Raise ValueError for a parameter that FSDP2 shards.
+
+    It is a DTensor sharded by rows, as one of tensor parallelism is. FSDP2 marks no parameter, so this looks
+    for the object that holds it, among all objects: some tens of milliseconds, once a weight.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if fsdp is None or not checks.is_dtensor(weight):
+        return
+    for holder in gc.get_referrers(weight):
+        fields = (
+            holder if isinstance(holder, dict) else vars(holder) if isinstance(holder, fsdp.FSDPParam) else {}
+        )
+        mesh_info = fields.get("mesh_info")
+        if fields.get("sharded_param") is weight and getattr(mesh_info, "shard_mesh_size", 1) > 1:
+            raise ValueError(
+                "weight: got a parameter that FSDP2 shards, each of whose ranks has other tokens, expected "
+                "the gathered weight: call the loss inside of the model's forward, as fuse_head does, or "
+                "leave lm_head to the outermost fully_shard, with reshard_after_forward=False"
+            )
 
 
 @assumed_constant
