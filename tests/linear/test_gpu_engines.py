@@ -25,6 +25,7 @@ from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad  # noqa: E402
 from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.options import HeadOptions  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
+from fastalign_kernels.linear.token_tiles import TOKEN_TILES  # noqa: E402
 from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 from fastalign_kernels.scale_triton import scale_in_place  # noqa: E402
 from fastalign_kernels.softmax import tile_rows_triton  # noqa: E402
@@ -138,8 +139,11 @@ def test_any_upstream_gradient_and_a_second_backward(device, engine, dtype, opti
     torch.testing.assert_close(without, table, rtol=1e-5, atol=1e-4)
 
 
-def test_a_wide_gradient_of_the_hidden_states_is_not_rounded(device, engine):
+@pytest.mark.parametrize("name", [*ENGINES, "token tiles"])
+def test_a_wide_gradient_of_the_hidden_states_is_not_rounded(device, name):
     """linear_logprobs of a frozen head multiplies it by the upstream gradient, and rounds the product."""
+    make_engine, workspace_mib = ENGINES.get(name, (lambda _: TOKEN_TILES, 0.0))
+    engine = make_engine(workspace_mib)
     inputs = make(device, torch.float16, ignored=(3,))
     loss = cross_entropy(inputs)
     rounded = engine.statistics_and_gradients(inputs, loss, NeedsGrad(hidden=True))[1].hidden

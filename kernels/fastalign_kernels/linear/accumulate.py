@@ -11,7 +11,7 @@ from ..ordered_sum import ordered_sum
 from ..softmax.columns import column_grad
 from ..softmax.rows import Coefficient, row_grad
 from .chunks import Operands, TokenChunk
-from .engine import Gradients
+from .engine import Gradients, hidden_grad_dtype
 from .inputs import HeadInputs, NeedsGrad
 from .product_grads import ProductGrads, Rank1, gradients_of, products_of
 from .sharded_collectives import Ranks
@@ -33,7 +33,7 @@ class ColumnGrads(NamedTuple):
 class GradAccumulator:
     """Sums dX, dW and the bias's gradient in the accumulator's dtype.
 
-    dX is rounded to hidden's dtype once a token, dW and the bias's gradient once at the end. The dX of a
+    dX is rounded to `hidden_grad_dtype` once a token, dW and the bias's gradient once at the end. The dX of a
     sharded head is summed over the ranks in the accumulator's dtype, and then rounded.
 
     Memory is fresh in each call, and on a CPU its first touches cost: of the 174 ms x 2 cores at N 512 in
@@ -51,7 +51,15 @@ class GradAccumulator:
             # a GPU's host does not know how many tokens are not ignored
             tokens = -1 if hidden.is_cuda else int((inputs.ids >= 0).sum())
             ranks = Ranks(tokens, len(shards.rows), inputs.group)
-        self.products = [ProductGrads(product, operands, ranks) for product in products]
+        self.products = [
+            ProductGrads(
+                product,
+                operands,
+                ranks,
+                states_dtype=product.states.dtype if number else hidden_grad_dtype(inputs),
+            )
+            for number, product in enumerate(products)
+        ]
         self.d_bias = hidden.new_empty(0)
         if needs.bias:
             self.d_bias = torch.zeros(

@@ -59,12 +59,15 @@ class _Waiting(NamedTuple):
 class ProductGrads:
     """Sums d_states and d_weight in the accumulator's dtype; of a sharded head d_states also over ranks."""
 
-    def __init__(self, product: Product, operands: Operands, ranks: Ranks | None) -> None:
-        self.product, self.operands = product, operands
+    def __init__(
+        self, product: Product, operands: Operands, ranks: Ranks | None, *, states_dtype: torch.dtype
+    ) -> None:
+        """states_dtype: of d_states when it is finished."""
+        self.product, self.operands, self.states_dtype = product, operands, states_dtype
         states, weight = product.states, product.weight
         self.d_states, self.d_weight = states.new_empty(0), weight.new_empty(0)
         if product.states_grad:
-            dtype = states.dtype if ranks is None else operands.accumulator
+            dtype = states_dtype if ranks is None else operands.accumulator
             self.d_states = torch.zeros_like(states, dtype=dtype, memory_format=torch.contiguous_format)
         self.rank_sum = RankSum(self.d_states, ranks) if ranks is not None and product.states_grad else None
         if product.weight_grad:
@@ -130,9 +133,9 @@ class ProductGrads:
             self.rank_sum.add_rows(tokens)
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """d_states and d_weight, in the dtypes of the factors; of size 0 where not needed."""
+        """d_states, and d_weight in the weight's dtype; of size 0 where not needed."""
         if self.rank_sum is not None:
-            self.d_states = self.rank_sum.finish().to(self.product.states.dtype)
+            self.d_states = self.rank_sum.finish().to(self.states_dtype)
         if self.product.weight_grad and self.weight_is_empty:
             self.d_weight.zero_()
         if self.product.weight_grad and self.uniform_sum is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..triton_launch import launch
 from .columns import ColumnGrad, ColumnSums, Total
-from .row_passes_triton import LOGSUM, MAX, ONEHOT, PLOGP, PROB, transform_scalars, transformed
+from .row_passes_triton import LOGP, LOGSUM, MAX, ONEHOT, PLOGP, PROB, transform_scalars, transformed
 from .rows import RowInputs
 from .rows_triton import transform_flags
 
@@ -130,7 +130,9 @@ def column_grad_kernel(
     kept = token_id >= 0
     row_max = tl.load(stats + MAX * N + row)
     logsum = tl.load(stats + LOGSUM * N + row)
+    target_logp = tl.load(stats + LOGP * N + row)
     onehot = tl.load(coefficients + ONEHOT * N + row)
+    target = tl.where(onehot != 0, token_id, -1)
     prob = tl.load(coefficients + PROB * N + row)
     plogp = tl.load(coefficients + PLOGP * N + row)
     row_logits = logits + row // T * batch_stride + row % T * time_stride
@@ -147,11 +149,13 @@ def column_grad_kernel(
             b = tl.load(bias + col, mask=inside, other=0.0).to(dtype)
         z, dz_dx = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
         logp = z - row_max - logsum
+        is_target = col == target
+        logp = tl.where(is_target, target_logp, logp)  # as in `write_row`
         logp = tl.where(logp < -1e30, -1e30, logp)
         share = tl.where(inside & kept, tl.exp(logp) * dz_dx, 0.0)
         mass += share
         weighted += share * logp
-        dx = share * (prob + plogp * logp) + tl.where(col == token_id, onehot * dz_dx, 0.0)
+        dx = share * (prob + plogp * logp) + tl.where(is_target, onehot * dz_dx, 0.0)
         tl.store(row_out + k, tl.where(kept, dx, 0.0), mask=inside)
     tl.store(totals + MASS * N + row, tl.sum(mass, 0).to(tl.float64))
     tl.store(totals + WEIGHTED * N + row, tl.sum(weighted, 0).to(tl.float64))

@@ -264,30 +264,15 @@ def zero_stats(stats, N, row):
 
 
 @triton.jit
-def _gradient(
-    x,
-    b,
-    row_max,
-    logsum,
-    prob,
-    plogp,
-    uniform,
-    transform,
-    PLAIN: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_PLOGP: tl.constexpr,
-):
-    """P (prob + plogp log P) + uniform, and dz/dx, of raw logits x.
+def _gradient(shifted, logsum, prob, plogp, uniform, HAS_PLOGP: tl.constexpr):
+    """P (prob + plogp log P) + uniform of logits z, from shifted = z - row_max.
 
     Without HAS_PLOGP `prob` has e^-logsum in it, so that a logit costs one subtraction less.
     """
-    z, dz_dx = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
     if HAS_PLOGP:
-        logp = z - row_max - logsum
-        dz = _exp(logp) * (prob + plogp * tl.where(logp < -1e30, -1e30, logp)) + uniform
-    else:
-        dz = _exp(z - row_max) * prob + uniform
-    return dz, dz_dx
+        logp = shifted - logsum
+        return _exp(logp) * (prob + plogp * tl.where(logp < -1e30, -1e30, logp)) + uniform
+    return _exp(shifted) * prob + uniform
 
 
 @triton.jit
@@ -312,10 +297,8 @@ def _write_block(
     MASKED: tl.constexpr,
 ):
     x, b, inside = _load(row_logits, bias, cols, V, dtype, HAS_BIAS, MASKED, "evict_first")
-    dz, dz_dx = _gradient(
-        x, b, row_max, logsum, prob, plogp, uniform, transform,
-        PLAIN, HAS_SOFTCAP, HAS_PLOGP,
-    )  # fmt: skip
+    z, dz_dx = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
+    dz = _gradient(z - row_max, logsum, prob, plogp, uniform, HAS_PLOGP)
     if HAS_SLOPE:
         dz *= dz_dx
     if MASKED:
@@ -331,6 +314,7 @@ def write_row(
     bias,
     V,
     target,
+    target_logp,
     row_max,
     logsum,
     onehot,
@@ -344,12 +328,18 @@ def write_row(
     HAS_SOFTCAP: tl.constexpr,
     HAS_PLOGP: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
+    RECOMPUTED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Write P (prob + plogp log P) + uniform, and onehot more at the target, times dz/dx if HAS_SLOPE.
 
     The target's element is written again at the end: looking for it at each logit would cost three
     instructions of eleven. A target outside [0, V) has no element.
+
+    target_logp: with RECOMPUTED log P of the target from the statistics, used where onehot is not 0. These
+        logits may then be those of a second GEMM, which is off in the last bit where its shape differs. At
+        z = 131 that is 2^-16, and P - 1 of a sure token would be 2^-16 where it is 0. Without onehot the
+        target may stand for none (`ColumnGrads`, a sharded head), and its element is that of any column.
     """
     inside = (target >= 0) & (target < V)
     x = tl.load(row_logits + target, mask=inside, other=0.0).to(dtype)
@@ -358,11 +348,11 @@ def write_row(
         b = tl.load(bias + target, mask=inside, other=0.0).to(dtype)
     if not HAS_PLOGP:
         prob *= tl.exp(-logsum)
-    target_dz, slope = _gradient(
-        x, b, row_max, logsum, prob, plogp, uniform, transform,
-        PLAIN, HAS_SOFTCAP, HAS_PLOGP,
-    )  # fmt: skip
-    target_dz += onehot
+    z, slope = transformed(x, b, transform, PLAIN, HAS_SOFTCAP)
+    shifted = z - row_max
+    if RECOMPUTED:
+        shifted = tl.where(onehot != 0, target_logp + logsum, shifted)
+    target_dz = _gradient(shifted, logsum, prob, plogp, uniform, HAS_PLOGP) + onehot
     if HAS_SLOPE:
         target_dz *= slope
     tl.debug_barrier()  # in place another thread overwrites the target's logit

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..triton_launch import launch
 from ..triton_options import as_scalar
 from .row_passes_triton import (
+    LOGP,
     LOGSUM,
     MAX,
     ONEHOT,
@@ -190,12 +191,12 @@ def row_grad_kernel(
     out_row = out + row // T * out_batch_stride + row % T * out_time_stride
     if target >= 0:
         write_row(
-            row_logits, out_row, bias, V, target,
+            row_logits, out_row, bias, V, target, tl.load(stats + LOGP * N + row),
             tl.load(stats + MAX * N + row), tl.load(stats + LOGSUM * N + row),
             tl.load(coefficients + ONEHOT * N + row), tl.load(coefficients + PROB * N + row),
             tl.load(coefficients + PLOGP * N + row), tl.load(coefficients + UNIFORM * N + row),
             transform,
-            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, HAS_PLOGP, not PLAIN, BLOCK_SIZE,
+            dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, HAS_PLOGP, not PLAIN, True, BLOCK_SIZE,
         )  # fmt: skip
     else:
         zero_row(out_row, V, dtype, BLOCK_SIZE)
@@ -255,9 +256,9 @@ def row_loss_kernel(
             s = tl.load(scale + row)
             lse_grad = 2.0 * z_loss * (row_max + logsum)
             write_row(
-                row_logits, out_row, row_logits, V, target, row_max, logsum,
+                row_logits, out_row, row_logits, V, target, 0.0, row_max, logsum,
                 (e - 1.0) * s, (1.0 + lse_grad) * s, lse_grad, -e / V * s,
-                transform, dtype, PLAIN, False, HAS_SOFTCAP, False, not PLAIN, BLOCK_SIZE,
+                transform, dtype, PLAIN, False, HAS_SOFTCAP, False, not PLAIN, False, BLOCK_SIZE,
             )  # fmt: skip
         else:
             zero_stats(stats, N, row)

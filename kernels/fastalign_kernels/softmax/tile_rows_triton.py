@@ -52,7 +52,8 @@ LAUNCH = {
     "loss_full": {80: Launch(1024, 4)},
     "softmax_lean": {80: Launch(2048, 8), 120: Launch(1024, 8)},  # 0.487; (4096, 16) 0.472 spills on sm_100
     "softmax_full": {80: Launch(2048, 8)},
-    "given_lean": {80: Launch(2048, 8)},  # 0.364; (2048, 16) takes 0.357 and spills on sm_120
+    # 0.364; (2048, 16) takes 0.357 and spills on sm_120, and (2048, 8) on sm_100
+    "given_lean": {80: Launch(2048, 8), 100: Launch(1024, 8), 120: Launch(2048, 8)},
     "given_full": {80: Launch(2048, 8)},
     "slice_lean": {80: Launch(1024, 4)},
     "slice_full": {80: Launch(1024, 4)},
@@ -157,9 +158,9 @@ def tile_rows_kernel(
             if WRITE == SOFTMAX:
                 zero = tl.full((), 0.0, dtype)
                 write_row(
-                    row_logits, out_row, bias, V, -1, row_max, logsum,
+                    row_logits, out_row, bias, V, -1, 0.0, row_max, logsum,
                     zero, as_scalar(softmax_scale, dtype), zero, zero, transform,
-                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, BLOCK_SIZE,
+                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, False, False, BLOCK_SIZE,
                 )  # fmt: skip
             if WRITE == TOKEN_LOSS:
                 # d/dz of -(1 - e) logp - e mean_logp + z_loss lse^2, times the token's scale
@@ -167,16 +168,16 @@ def tile_rows_kernel(
                 e = as_scalar(label_smoothing, dtype)
                 lse_grad = 2.0 * as_scalar(z_loss, dtype) * (row_max + logsum)
                 write_row(
-                    row_logits, out_row, bias, V, col, row_max, logsum,
+                    row_logits, out_row, bias, V, col, 0.0, row_max, logsum,
                     (e - 1.0) * scale, (1.0 + lse_grad) * scale, lse_grad, -e / V * scale, transform,
-                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, not PLAIN, BLOCK_SIZE,
+                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, False, not PLAIN, False, BLOCK_SIZE,
                 )  # fmt: skip
             if WRITE == GIVEN:
                 onehot, prob, plogp, uniform = load_coefficients(coefficients, coefficient_stride, row)
                 write_row(
-                    row_logits, out_row, bias, V, col, row_max, logsum,
+                    row_logits, out_row, bias, V, col, tl.load(stats + LOGP * N + token), row_max, logsum,
                     onehot, prob, plogp, uniform, transform,
-                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not PLAIN, BLOCK_SIZE,
+                    dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP, not LEAN, not PLAIN, not STATS, BLOCK_SIZE,
                 )  # fmt: skip
         elif WRITE != NOTHING:
             zero_row(out_row, V, dtype, BLOCK_SIZE)
