@@ -7,6 +7,7 @@ and exit status 1. A signal ends the command with one line and status 128 + its 
 
 import argparse
 import os
+import re
 import signal
 import sys
 import traceback
@@ -65,7 +66,7 @@ def describe(error: BaseException) -> str | None:
     """The line that tells a fault; None for a bug."""
     if not _is_fault(error):
         return None
-    message = " ".join(str(error).split())
+    message = "; ".join(" ".join(line.split()) for line in re.split(r"\n(?=\S)", str(error)))
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.split(".")[0]
         extra = _EXTRAS.get(package, "fastalign[train]")

@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,6 +141,11 @@ def _read_objects(path: str) -> TextPart:
     for row, line in _lines(path):
         if not line.strip():
             continue
+        if line.startswith("\ufeff"):
+            raise DataError(
+                f"{path}, row {row}: got a byte order mark (U+FEFF) before the object, expected one at the "
+                "beginning of the file alone: files that have one were joined; remove it"
+            )
         try:
             record, end = decode_object(line, skip_space(line, 0))
             end = skip_space(line, end)
@@ -194,6 +200,7 @@ def _read_array(path: str) -> TextPart:
 # CSV, text and Parquet
 
 LABELS = {"true": True, "false": False}
+OTHER_MARKS = re.compile(r"\w+([;\t|])\w+(?:\1\w+)*")  # between the names of columns
 
 
 def _read_csv(path: str) -> TextPart:
@@ -209,6 +216,8 @@ def _read_csv(path: str) -> TextPart:
                 raise Fault(
                     f"got column {max(header, key=header.count)!r} twice in the header, expected it once"
                 )
+            if len(header) == 1 and (other := OTHER_MARKS.fullmatch(header[0])):
+                raise Fault(f"got a header with {other[1]!r} between columns, expected commas")
             while True:
                 row = reader.line_num + 1
                 values = next(reader, None)

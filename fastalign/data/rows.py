@@ -18,6 +18,12 @@ from .errors import DataError, FatalDataError
 from .row_parts import BATCH, DatasetPart, Part
 
 NAMED = 5  # rows that a message names; it counts the rest
+# What to do with the columns of other formats.
+HINTS = {
+    "conversations": "; ShareGPT's are for fastalign sft, other stages want prompt and answers as messages",
+    "instruction": "; of Alpaca's columns make 'prompt' (instruction and input) and 'completion' (output)",
+    "data": "; the rows are in 'data': write them as one array, or an object a line",
+}
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
@@ -130,9 +136,7 @@ def read_each(
 def need_columns(rows: Any, *columns: str) -> None:
     """Raise DataError if `rows` lack one of the columns."""
     if missing := [repr(column) for column in columns if column not in rows.column_names]:
-        hint = "; ShareGPT's are for fastalign sft, other stages want prompt and answers as messages" * (
-            "conversations" in rows.column_names
-        )
+        hint = next((hint for column, hint in HINTS.items() if column in rows.column_names), "")
         there = ", ".join(rows.column_names)
         raise DataError(f"{name_rows(rows)}columns: got {there}, expected {' and '.join(missing)} too{hint}")
 

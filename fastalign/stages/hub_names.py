@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .config import Options
+from .model_files import check_tokenizer, check_weights
 from .policy_configs import is_function
 
 FIELDS = ("model", "tokenizer", "reward", "value_model")
@@ -25,6 +26,11 @@ def check_names(config: Options) -> None:
         name = getattr(config, field, None)
         if name is not None and not (field == "reward" and is_function(name)):
             check_name(field, name)
+    model = getattr(config, "model", None)
+    if model is None or getattr(config, "tokenizer", "") is not None:
+        return
+    if Path(model, _FILES[0]).is_file():  # adapters have their base's tokenizer
+        check_tokenizer("model", Path(model))
 
 
 @lru_cache
@@ -40,6 +46,10 @@ def check_name(field: str, name: str) -> None:
             raise ValueError(
                 f"{field}: got folder {name!r} without config.json, expected a model's folder{hint}"
             )
+        if field == "tokenizer":
+            check_tokenizer(field, Path(name))
+        else:
+            check_weights(field, Path(name))
         return
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import (

@@ -86,9 +86,10 @@ def _check_free(config: TrainConfig) -> None:
     if Path(config.output_dir, "metrics.jsonl").exists():
         return
     for folder in (Path(config.output_dir, part) for part in ("model", "value")):
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            what = "files in" if folder.is_dir() else "a file"
             raise ValueError(
-                f"output_dir: got files in {str(folder)!r} that no run left and this run would replace, "
+                f"output_dir: got {what} {str(folder)!r} that no run left and this run would replace, "
                 "expected a new folder"
             )
 
@@ -200,6 +201,11 @@ def run_steps(
     torch.manual_seed(config.seed + world.dp_rank)
     checkpoints = checkpoint.Checkpoints(config, world, model, optimizer)
     done, items_done = _resume(config, world, checkpoints, rows)
+    if done >= steps:
+        world.say(
+            f"resume: got a run of {done} steps, expected fewer than the {steps} of max_steps or epochs: "
+            "nothing is left to train"
+        )
     output_dir = Path(config.output_dir)
     if world.main:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,10 @@ from pathlib import Path
 
 LOCK = "lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_TEXTS = ("PytorchStreamWriter failed", "No space left", "Disk quota exceeded", "File too large")
+_FULL_TEXTS = (
+    *("PytorchStreamWriter failed", "inline_container.cc"),  # of torch.save, which loses the errno
+    *("No space left", "Disk quota exceeded", "File too large"),
+)
 
 
 @contextmanager
@@ -23,10 +26,16 @@ def held(field: str, folder: Path, *, name: str = LOCK, wait: bool = False) -> I
 
     The kernel lets go of the lock when the process ends, however it ends, so one that is left behind blocks
     nobody. Where the file system has no locks, that is said and the run goes on. Raises ValueError with the
-    process and the machine of the run that holds it.
+    process and the machine of the run that holds it, and for a folder that cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / name).open("a+")
+    except OSError as error:
+        raise ValueError(
+            f"{field}: got {str(folder)!r} ({error.strerror}), expected a folder that can be written"
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

@@ -294,7 +294,8 @@ from fastalign import cli
 cli.main({argv})
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
     for argv, status, shown in (
         (["--help"], 0, ""),
         (["sft", "--help"], 0, ""),

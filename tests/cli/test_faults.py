@@ -39,6 +39,7 @@ def in_fastalign(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "[Errno 13] Permission denied: '/x'"),
         (ValueError("two\n  lines"), "two lines"),
+        (ValueError("a.jsonl, row 1: x\nb.jsonl, row 2: y"), "a.jsonl, row 1: x; b.jsonl, row 2: y"),
         (
             torch.OutOfMemoryError("CUDA out of memory."),
             "out of memory: CUDA out of memory.; a smaller micro_batch_size",

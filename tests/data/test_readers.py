@@ -209,6 +209,9 @@ DEEP = b'{"x": ' + b"[" * 1000 + b"]" * 1000 + b"}"
         ("a.json", b"[ ]", "a.json: got no rows"),
         ("a.csv", b"", "a.csv: got no rows"),
         ("a.csv", b"text\n", "a.csv: got no rows"),
+        ("a.csv", b"text;label\nx;y\n", "a.csv, row 1: got a header with ';' between columns"),
+        ("a.csv", b"text\tlabel\nx\ty\n", r"a.csv, row 1: got a header with '\\t' between columns"),
+        ("a.jsonl", b'{"a": 1}\n\xef\xbb\xbf{"a": 1}\n', "a.jsonl, row 2: got a byte order mark"),
         ("a.txt", b"\n \n", "a.txt: got no rows"),
         (
             "a.jsonl",

@@ -115,6 +115,11 @@ class TestTokenizeText:
         rows = load_rows(write(tmp_path / "a.jsonl", [{"body": "x", "n": 1}]))
         with pytest.raises(DataError, match=r"a\.jsonl: columns: got body, n, expected 'text' too$"):
             tokenize_text(rows, build(), max_length=8)
+        alpaca = load_rows(write(tmp_path / "b.jsonl", [{"instruction": "x", "input": "", "output": "y"}]))
+        with pytest.raises(
+            DataError, match="expected 'prompt' and 'completion' too; of Alpaca's columns make"
+        ):
+            tokenize_sft(alpaca, build(), max_length=8)
         with pytest.raises(ValueError, match="max_length: got .*, expected at least 2"):
             tokenize_text(rows, build(), max_length=1, column="body")
         tokenizer = build()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,6 +219,45 @@ def test_a_folder_that_another_run_holds_is_refused_with_its_process(pretraining
         "expected a folder that is not in use"
     )
     assert pretrain.run(config)["step"] == 7
+
+
+def test_a_resumed_run_that_has_no_step_left_is_told(
+    pretraining: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = pretraining(max_steps=2, save_every=1)
+    pretrain.run(config)
+    pretrain.run(replace(config, resume=True, max_steps=1))
+    assert "resume: got a run of 2 steps, expected fewer than the 1 of max_steps" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_a_file_and_a_file_in_the_models_place_are_refused(
+    pretraining: Make, tmp_path: Path
+) -> None:
+    config = pretraining()
+    Path(config.output_dir).mkdir(parents=True)
+    Path(config.output_dir, "model").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir: got a file '.*model' that no run left"):
+        pretrain.run(config)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"output_dir: got '.*file' \(File exists\), expected a folder"):
+        pretrain.run(pretraining(output_dir=str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0"),
+        OSError(errno.EFBIG, "File too large"),
+    ],
+    ids=["closing", "writing", "limit"],
+)
+def test_what_torch_says_on_a_full_disk_is_told_as_that(tmp_path: Path, error: Exception) -> None:
+    with (
+        pytest.raises(OSError, match=r"output_dir: got .* free in .*, expected 1\.0 MiB for the model: "),
+        run_folder.naming(tmp_path, 2**20, "the model"),
+    ):
+        raise error
 
 
 def test_the_lock_of_a_process_that_was_killed_blocks_nobody(tmp_path: Path) -> None:
