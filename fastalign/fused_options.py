@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastalign_kernels import checks, gemm_int8
+from fastalign_kernels import checks
+from fastalign_kernels.linear.gpu_device import no_screen
 
 from .servable_heads import causal_lm_of
 
@@ -29,7 +30,9 @@ def checked_options(
     parameter = next(head.parameters())
     logits_dtype = checks.logits_dtype(logits_dtype)
     screened = checks.screen(screen, logits_dtype)
-    if screened and (refused := gemm_int8.refusal(parameter.device, parameter.dtype)):
+    # on a GPU an fp32 head may run under autocast; if it does not, the call says so
+    dtype = torch.bfloat16 if parameter.is_cuda and parameter.dtype == torch.float32 else parameter.dtype
+    if screened and (refused := no_screen(parameter.device, dtype)):
         raise ValueError(f"screen: got True, expected None: {refused}")
     return {
         "tail_eps": None if tail_eps is None else checks.tail_eps(tail_eps),
@@ -48,6 +51,8 @@ def options_of(model: nn.Module) -> dict[str, Any]:
     return options
 
 
-def is_screened(model: nn.Module) -> bool:
-    """Whether a causal LM, or the one in a PeftModel, was fused with a screen."""
-    return bool(options_of(causal_lm_of(model)).get("screen"))
+def draws_screened(model: nn.Module) -> bool:
+    """Whether rollouts of a causal LM, or of the one in a PeftModel, draw with the screen that it was fused
+    with. On a GPU they draw from exact logits."""
+    lm = causal_lm_of(model)
+    return bool(options_of(lm).get("screen")) and next(lm.parameters()).device.type == "cpu"

@@ -58,6 +58,7 @@ from .aot_row import (
     signature,
     triton_row,
 )
+from .aot_screen import screen_jobs
 from .aot_tail import tail_jobs
 
 LARGEST_V = 262144  # of the vocabularies in use
@@ -304,6 +305,7 @@ def all_jobs() -> list[partial[Row]]:
         *(partial(compile_policy, *job) for job in policy),
         *epilogue_jobs(),
         *tail_jobs(),
+        *screen_jobs(),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from triton.compiler import ASTSource
 
-from fastalign_kernels.linear import tail_gemm_triton, tail_gpu, tail_gpu_triton
+from fastalign_kernels.linear import tail_gemm_triton, tail_gpu, tail_gpu_triton, tail_tiles
 
 from .aot_row import ARCHITECTURES, Row, signature, triton_row
 
@@ -20,12 +20,18 @@ POINTERS = {
     **dict.fromkeys(("dropped", "towards", "shares", "left", "by_place"), "*fp32"),
     "ranks": "*i16",
 }
-TILE = tail_gpu.TILE
+TILE = tail_tiles.TILE
 # kernel -> constants, and how many warps
 KERNELS: dict[str, tuple[dict[str, Any], int]] = {
     "columns_kernel": (
-        {"KEPT_SCALE": 1.0, "BN": 256, "ROWS": tail_gpu.COLUMNS.rows, "STAGES": tail_gpu.COLUMNS.stages},
-        tail_gpu.COLUMNS.warps,
+        {
+            "margins": None,
+            "KEPT_SCALE": 1.0,
+            "BN": 256,
+            "ROWS": tail_tiles.COLUMNS.rows,
+            "STAGES": tail_tiles.COLUMNS.stages,
+        },
+        tail_tiles.COLUMNS.warps,
     ),
     "rank_kernel": ({"BLOCK": 1024}, 4),
     "place_kernel": ({"TILE": TILE}, 4),

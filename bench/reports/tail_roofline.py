@@ -5,8 +5,8 @@ It counts what linear/tail_gpu.py moves and multiplies for cross-entropy in 16 b
 of columns kept. Rates are those that an H200 reached on 26 November 2026 (docs/gpu.md): 685 TFLOP/s in a
 head's bare GEMMs, 4.2 TB/s.
 
-Of a screen, which no GPU runs yet, it counts one 8-bit GEMM at INT8, the directions that are exact, and the
-bytes of coding the weight, of z8, and of the rows of the weight that exact logits need.
+Of a screen it counts what linear/screen_gpu.py does: an 8-bit GEMM at one of INT8, the directions that are
+exact, a GEMM over the columns that matter, and the bytes of the weight's codes and of e. No GPU has run it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import NamedTuple
 from ..core.operation import Shape
 from .roofline import Machine, Work, predict
 
-INT8 = 1.3e15  # operations a second: issue 20's rate of an H200, not measured by us
-EXACT_DIRECTIONS = 16
-EXACT_COLUMNS = 330  # of a token; SmolLM2-135M, docs/screen.md
+# Operations a second in 8 bits, not measured by us: what is said of an H200, and what is left if the kernel,
+# whose products Triton does not overlap from step to step, loses a quarter.
+INT8 = (1.3e15, 1.0e15)
+LOW_WIDTH = 64  # numbers of a row in the product for the exact directions
 H200 = Machine("H200", 685e12, 67e12, 4.2e12, 1.0, 1.0)
 SHAPES = (Shape(8192, 4096, 151936), Shape(8192, 896, 151936), Shape(8192, 576, 49152))
 
@@ -36,6 +37,7 @@ class Kept(NamedTuple):
 
 # Measured on a CPU: SmolLM2-135M, V 49152, on Python's language reference, 8 parts, in tiles of 128 columns
 MEASURED = (Kept("SmolLM2-135M, 2^-12", 0.219, 0.373), Kept("SmolLM2-135M, 2^-14", 0.361, 0.572))
+UNTAILED = 0.105  # of a screen without gradients: parts of 256 tokens at 2^-11, 2048 tokens of English text
 
 
 def floor(shape: Shape) -> Work:
@@ -60,32 +62,36 @@ def tail(shape: Shape, kept: Kept, size: int = 2) -> Work:
     return Work(gemms, passes, max(e + dlogits, dlogits + gathered + gradients) + size * N * H)
 
 
-def screened_forward(shape: Shape, *, cached: bool, size: int = 2) -> Work:
-    """Statistics with a screen, as csrc/screen takes them: no column is shared by tokens.
-
-    cached: the rows of the weight that exact logits need cost no bytes, otherwise each is read from memory.
-    """
+def screened_forward(shape: Shape, kept: float, int8: float, size: int = 2) -> Work:
+    """Statistics with a screen. kept: share of the columns in tiles that a part keeps."""
     N, H, V = shape
-    gemms = ((H200.rate("bf16") / INT8, N, V, H), (1.0, N, V, EXACT_DIRECTIONS))
+    gemms = ((H200.rate("bf16") / int8, N, V, H), (1.0, N, V, LOW_WIDTH), (kept, N, V, H))
     passes = (
         (size + 1) * V * H  # the weight is coded
-        + size * N * V  # z8 is read for the columns that matter
-        + (0 if cached else size * EXACT_COLUMNS * N * H)
+        + 3 * size * N * V  # e is written, and read for the columns and for the rest
+        + 2 * size * kept * V * H  # rows of the weight are gathered
+        + size * kept * N * V  # p is written
     )
     return Work(gemms, passes, 0.0)
 
 
-def screened_tail(shape: Shape, kept: Kept, *, cached: bool) -> Work:
+def screened_tail(shape: Shape, kept: Kept, int8: float, size: int = 2) -> Work:
     """Cross-entropy with a screen and a tail."""
-    forward, exact = screened_forward(shape, cached=cached), tail(shape, kept)
-    return Work((*forward.gemms, *exact.gemms[1:]), forward.pass_bytes + exact.pass_bytes, 0.0)
+    N, _, V = shape
+    forward, exact = screened_forward(shape, kept.part, int8), tail(shape, kept)
+    of_e = (
+        (2 * size + size * kept.part) * N * V
+    )  # which the tail reads and writes, and the screen has counted
+    finished = 2 * size * kept.part * N * V  # p becomes dlogits
+    passes = forward.pass_bytes + exact.pass_bytes - of_e + finished
+    return Work((*forward.gemms, *exact.gemms[1:]), passes, 0.0)
 
 
 def screen_table() -> str:
-    """Predicted milliseconds as Markdown, at the tail's 2^-14 and without gradients."""
-    names = ("N × H × V", "3 GEMMs", "tail", "screen and tail", "1 GEMM", "screen, no gradients")
+    """Predicted milliseconds as Markdown, with tails and without gradients."""
+    tails = [name for kept in MEASURED[::-1] for name in (f"tail {kept.name.split()[1]}", "with a screen")]
+    names = ("N × H × V", "3 GEMMs", *tails, "1 GEMM", "screen, no gradients")
     lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-    kept = MEASURED[1]
 
     def ms(work: Work) -> float:
         return 1e3 * predict(work, H200, "bf16").seconds
@@ -96,11 +102,13 @@ def screen_table() -> str:
 
     for shape in SCREENED_SHAPES:
         three, one = ms(floor(shape)), ms(Work(floor(shape).gemms[:1], 0.0, 0.0))
-        trained = (screened_tail(shape, kept, cached=cached) for cached in (True, False))
-        forward = (screened_forward(shape, cached=cached) for cached in (True, False))
-        exact = (f"{three:.3g}", f"{ms(tail(shape, kept)):.3g}", span(trained, three))
-        cells = (" × ".join(map(str, shape)), *exact, f"{one:.3g}", span(forward, one))
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [" × ".join(map(str, shape)), f"{three:.3g}"]
+        for kept in MEASURED[::-1]:
+            exact = ms(tail(shape, kept))
+            screened = [screened_tail(shape, kept, int8) for int8 in INT8]
+            cells += [f"{exact:.3g} ({exact / three:.2f})", span(screened, three)]
+        forward = [screened_forward(shape, UNTAILED, int8) for int8 in INT8]
+        lines.append(f"| {' | '.join([*cells, f'{one:.3g}', span(forward, one)])} |")
     return "\n".join(lines)
 
 

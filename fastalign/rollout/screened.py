@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign_kernels import gemm_int8
 from fastalign_kernels.linear.screen_draws import ScreenedDraws
 
 from ..fused_options import checked_options
@@ -38,8 +39,11 @@ def screened_head(base: Any, screen: bool | None) -> ScreenedHead | None:
     Raises ValueError if this machine or the head's dtype has no 8-bit products, if the head is not fused, or
     if it has an adapter.
     """
-    if not checked_options(base.get_output_embeddings(), screen=screen)["screen"]:
+    head = base.get_output_embeddings()
+    if not checked_options(head, screen=screen)["screen"]:
         return None
+    if refused := gemm_int8.refusal(head.weight.device, head.weight.dtype):
+        raise ValueError(f"screen: got True, expected None: {refused}")
     transform: LogitTransform | None = base.__dict__.get("_fastalign_transform")
     if transform is None:
         raise ValueError(

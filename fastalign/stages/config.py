@@ -134,7 +134,7 @@ class TrainConfig(Options):
     screen: bool = False
     """Compute the head's logits in 8 bits, and again exactly where they matter, in all passes: evaluation,
     rollouts, the reference, the old policy, and training, where it goes with tail_eps (docs/screen.md). CPUs
-    with AVX-512 VNNI only."""
+    with AVX-512 VNNI; GPUs of compute capability 9.0 with tail_eps, where rollouts stay exact."""
 
     lora_rank: NonNegativeInt = 0
     """Rank of LoRA adapters; 0 trains all weights."""

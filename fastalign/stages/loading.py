@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from fastalign_kernels import gemm_int8
+from fastalign_kernels.linear.gpu_device import no_screen
 
 from ..causal_lm import fuse_head
 from ..classifier import score_packed
@@ -38,6 +38,7 @@ from .adapters import add_adapters, find_source, has_adapters, load_plain
 from .config import TrainConfig, unknown_key
 from .distributed import World
 from .main_values import has_values, without_values
+from .policy_configs import RolloutOptions
 from .weights import Task
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -86,8 +87,15 @@ def check_screen(config: TrainConfig, world: World) -> None:
     if not config.screen:
         return
     dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.dtype)
-    if refused := gemm_int8.refusal(world.device, dtype):
+    if refused := no_screen(world.device, dtype):
         raise ValueError(f"screen: got true, expected false: {refused}")
+    if world.device.type == "cuda":
+        if config.tail_eps is None:
+            raise ValueError(
+                "screen: got true without tail_eps, expected false: on a GPU it saves nothing in training so"
+            )
+        if isinstance(config, RolloutOptions):
+            world.say("screen: the rollouts draw from exact logits: on a GPU the draws have no screen")
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ from fastalign_kernels.sampling_kept import KeptIds
 
 from ..data.sequence_batches import pack_sequences
 from ..data.tokens import Prompt, Tokenized
-from ..fused_options import is_screened
+from ..fused_options import draws_screened
 from ..rollout.generation import generate
 from .batches import Batch
 from .distributed import World
@@ -123,7 +123,7 @@ def draw_completions(
     """Complete the prompts and score the completions.
 
     Args:
-        policy: a causal LM with a fused head, or PEFT's wrapper of one. With `screen` it draws with a screen.
+        policy: a causal LM with a fused head, or PEFT's wrapper of one. With `screen` it draws so on a CPU.
         prompts: those of all ranks; each rank completes a block of them. `fastalign.data.Prompt(ids)` makes
             one of tokens.
         score: from this rank's prompts and completions (tokens, EOS included) to a score for each, [B].
@@ -278,7 +278,7 @@ def _draw(
         top_p=options.top_p,
         min_p=options.min_p,
         return_kept=options.keeps_sets,
-        screen=is_screened(policy),
+        screen=draws_screened(policy),
         # A graph of a sharded model would capture FSDP2's streams.
         cuda_graph=not is_sharded(policy),
         compile=options.compile_rollout,

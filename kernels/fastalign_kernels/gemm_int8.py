@@ -102,9 +102,9 @@ def mm_int8(left: CodedRows, right: CodedRows, out: Tensor) -> None:
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str:
-    """Why there is no 8-bit product for factors of this dtype here; empty if there is one."""
+    """Why there is no product of this file for factors of this dtype; empty if there is one."""
     if device.type not in ("cpu", "meta"):
-        return f"8-bit products are for CPUs so far, and the tensors are on {device.type}"
+        return f"these 8-bit products are for CPUs, and the tensors are on {device.type}"
     if dtype not in CODED_DTYPES:
         return f"factors of {dtype} have no 8-bit codes"
     if not native.has_int8_gemm():
@@ -120,19 +120,29 @@ class CodesRef(NamedTuple):
     low: Tensor  # [O, LOW], or [O, 0]
 
 
+def rotation_signs(width: int) -> Tensor:
+    """The signs [width] of a rotation, 1 or -1 in int8."""
+    mask, k = 0xFFFFFFFF, torch.arange(1, width + 1)
+    hashed = k * 0x9E3779B1 & mask
+    mixed = (hashed ^ hashed >> 15) * 0x85EBCA6B & mask
+    return torch.where(mixed >> 31 == 1, -1, 1).to(torch.int8)
+
+
+def hadamard(size: int) -> Tensor:
+    """The Hadamard matrix [size, size] of a power of two: 1 or -1 in fp32."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([matrix.repeat(1, 2), torch.cat([matrix, -matrix], 1)])
+    return matrix
+
+
 def rotate_ref(x: Tensor, coding: Coding) -> Tensor:
     """y [O, width] of the rows of x [O, H]."""
     y = torch.nn.functional.pad(x.float(), (0, coding.width - x.shape[1]))
     if not coding.block:
         return y
-    mask, k = 0xFFFFFFFF, torch.arange(1, coding.width + 1)
-    hashed = k * 0x9E3779B1 & mask
-    mixed = (hashed ^ hashed >> 15) * 0x85EBCA6B & mask
-    y = torch.where(mixed >> 31 == 1, -y, y).view(x.shape[0], -1, coding.block)
-    hadamard = torch.ones(1, 1)
-    while hadamard.shape[0] < coding.block:
-        hadamard = torch.cat([hadamard.repeat(1, 2), torch.cat([hadamard, -hadamard], 1)])
-    return (y @ (hadamard / coding.block**0.5)).flatten(1)
+    y = (y * rotation_signs(coding.width)).view(x.shape[0], -1, coding.block)
+    return (y @ (hadamard(coding.block) / coding.block**0.5)).flatten(1)
 
 
 def code_rows_ref(x: Tensor, coding: Coding, *, left: bool) -> CodesRef:

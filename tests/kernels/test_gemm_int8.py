@@ -146,7 +146,7 @@ def test_refusals_name_the_argument():
 
 
 def test_refusal_says_why_there_is_no_product(monkeypatch):
-    assert refusal(torch.device("cuda"), torch.float32).startswith("8-bit products are for CPUs")
+    assert refusal(torch.device("cuda"), torch.float32).startswith("these 8-bit products are for CPUs")
     assert refusal(torch.device("cpu"), torch.float64) == "factors of torch.float64 have no 8-bit codes"
     monkeypatch.setattr(native, "has_int8_gemm", lambda: False)
     monkeypatch.setattr(native, "missing", "")

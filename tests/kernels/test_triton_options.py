@@ -22,6 +22,7 @@ INTEGERS = {
     *("B", "C", "N", "T", "V", "K", "S", "P", "H", "first", "rows", "col_tiles", "sample"),
     *("V_slice", "first_token", "first_column", "count", "keep_places"),
     *("chunk", "live", "part_rows", "parts", "slice_columns", "tiles"),  # of the tail's kernels
+    *("width", "kept_tiles", "slices"),  # of the screen's
 }
 
 

@@ -37,10 +37,32 @@ def call(n_tokens=8192, vocab_size=151936, dtype=torch.bfloat16, workspace_mib=2
         (call(tail=True), "token_tiles"),
         (call(tail=True, head_grad=False, hidden_grad=False), "kept_softmax"),
         (call(n_tokens=0), "kept_softmax"),
+        (call(tail=True, screen=True, architecture=90), "screen"),
+        (call(tail=True, screen=True, architecture=90, n_tokens=1023), "token_tiles"),  # exact
+        (call(tail=True, screen=True, architecture=90)._replace(hidden_size=2048), "tail"),  # likewise
+        (call(screen=True, architecture=90, head_grad=False, hidden_grad=False), "screen"),
+        (call(screen=True, head_grad=False, hidden_grad=False), "kept_softmax"),
     ],
 )
 def test_the_engine_of_a_call(given, engine):
     assert gpu_plan.select_engine(given) == engine
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"dtype": torch.float32}, "of bf16 and fp16 factors alone, and these are torch.float32"),
+        ({"architecture": 100}, "compute capability 90, and this one has 100"),
+        ({"vocab_size": 255}, "V from 256 on, and this one has H 4096 and V 255"),
+        ({"cap": 30.0}, "a head with a softcap has exact logits alone"),
+        ({"bias": True}, "a head with a bias has exact logits alone"),
+        ({"tail": False}, "saves nothing in training without tail_eps"),
+    ],
+)
+def test_what_a_gpu_cannot_screen(changed, message):
+    given = call(tail=True, screen=True, architecture=90)
+    assert gpu_plan.screen_refusal(given) == ""
+    assert message in gpu_plan.screen_refusal(given._replace(**changed))
 
 
 @pytest.mark.parametrize(

@@ -102,15 +102,40 @@ def test_the_plan_tells_the_codes_memory_and_the_time_of_the_products() -> None:
     assert plan_head(N, H, V, screen=True, upstream="table").screened_gemms > planned.screened_gemms
 
 
+CUDA: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "architecture": 90, "memory_mib": 143771}
+
+
+def test_a_plan_for_a_gpu() -> None:
+    """With a tail, for any upstream gradient, and without gradients."""
+    shape = (8192, 4096, 151936)
+    planned = plan_head(*shape, **CUDA, screen=True, tail_eps=2**-14)
+    tail = plan_head(*shape, **CUDA, tail_eps=2**-14)
+    assert (planned.engine, planned.chunk, planned.gemms) == ("screen", 8192, tail.gemms)
+    assert planned.workspace_bytes == tail.workspace_bytes and planned.codes_bytes == 151936 * (4096 + 140)
+    assert planned.screened_gemms == 0.6 and "0.60 exact GEMMs, 3 f more" in str(planned)
+    general = plan_head(*shape, **CUDA, screen=True, tail_eps=2**-14, upstream="table")
+    assert general.kept_tokens == 8192 and general.gemms == 3
+    reading = plan_head(*shape, **CUDA, screen=True, hidden_grad=False, weight_grad=False)
+    assert reading.workspace_bytes == 2 * 2048 * 151936 and reading.gemms == 1
+    few = plan_head(1023, *shape[1:], **CUDA, screen=True, hidden_grad=False, weight_grad=False)
+    assert few.engine != "screen" and few.codes_bytes == 0  # all logits are exact
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda"}, "8-bit products are for CPUs so far"),
         ({"dtype": torch.float64}, "factors of torch.float64 have no 8-bit codes"),
-        ({"lora_rank": 4}, "a head with LoRA"),
+        (CUDA | {"dtype": torch.float32}, "a GPU has 8-bit products of bf16 and fp16 factors alone"),
+        (CUDA | {"architecture": 80}, "8-bit products are for GPUs of compute capability 90, and .* has 80"),
+        (CUDA, "on a GPU a screen saves nothing in training without tail_eps"),
     ],
-    ids=["cuda", "fp64", "lora"],
+    ids=["fp64", "fp32 on a GPU", "A100", "GPU without a tail"],
 )
 def test_no_plan_for_a_screen_that_a_call_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"screen: got True, expected None: {message}"):
         plan_head(N, H, V, screen=True, **options)
+
+
+def test_no_plan_for_a_screen_with_lora() -> None:
+    with pytest.raises(ValueError, match="screen: got True with lora_rank 4, expected None: a head"):
+        plan_head(N, H, V, screen=True, lora_rank=4)

@@ -14,7 +14,7 @@ from fastalign_kernels import (
     linear_ppo_loss,
     linear_token_stats,
 )
-from fastalign_kernels.linear import engines, epilogue, gpu_plan, tail_gpu
+from fastalign_kernels.linear import engines, epilogue, gpu_plan, tail_gpu, tail_tiles
 from fastalign_kernels.linear.engine import Gradients
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
@@ -46,10 +46,10 @@ OPTIONS = {
 def tiny(monkeypatch):
     """Parts of 16 tokens, tiles of 16 columns."""
     if not GPU:
-        monkeypatch.setattr(tail_gpu, "PART", 16)
-        monkeypatch.setattr(tail_gpu, "TILE", 16)
+        monkeypatch.setattr(tail_tiles, "PART", 16)
+        monkeypatch.setattr(tail_tiles, "TILE", 16)
         for name in ("COLLECT", "COLLECT_FULL"):
-            monkeypatch.setattr(tail_gpu, name, tail_gpu.RowTiles(rows=16, columns=64, warps=4, stages=1))
+            monkeypatch.setattr(tail_gpu, name, tail_tiles.RowTiles(rows=16, columns=64, warps=4, stages=1))
         monkeypatch.setattr(tail_gpu, "PROGRAMS", 4)
         monkeypatch.setattr(tail_gpu, "TILES", {90: tail_gpu.TailTiles(16, 32, 16)})
 
@@ -123,14 +123,14 @@ def assert_close(found, expected, dtype):
 def selected(monkeypatch):
     """The tiles that were selected, and the tokens of their blocks."""
     blocks = []
-    original = tail_gpu.select_tiles
+    original = tail_tiles.select_tiles
 
-    def spy(call, block, rows, stats):
-        kept, how_many = original(call, block, rows, stats)
+    def spy(call, block, rows, stats, rule):
+        kept, how_many = original(call, block, rows, stats, rule)
         blocks.append((kept, rows))
         return kept, how_many
 
-    monkeypatch.setattr(tail_gpu, "select_tiles", spy)
+    monkeypatch.setattr(tail_tiles, "select_tiles", spy)
     return blocks
 
 
@@ -225,12 +225,11 @@ def test_no_token_and_ignored_tokens_alone(device):
         assert all((g == 0).all() for g in found)
 
 
-def test_parts_of_a_block(monkeypatch):
-    monkeypatch.undo()
-    assert tail_gpu.part_tokens(8192) == tail_gpu.PART
+def test_parts_of_a_block():
+    assert tail_tiles.part_tokens(8192, 1024) == 1024
     for rows in (1, 15 * 1024, 15 * 1024 + 1, 40000):
-        part = tail_gpu.part_tokens(rows)
-        assert math.ceil(rows / part) <= tail_gpu.MOST_PARTS
+        part = tail_tiles.part_tokens(rows, 1024)
+        assert math.ceil(rows / part) <= tail_tiles.MOST_PARTS
 
 
 def test_public_losses_run_on_it(device, monkeypatch):
@@ -265,7 +264,7 @@ def test_public_losses_run_on_it(device, monkeypatch):
     if not GPU:
         monkeypatch.setattr(engines, "engine_for", lambda inputs, needs: tail)
         monkeypatch.setattr(engines, "overwrites_saved", lambda inputs, needs: True)
-    monkeypatch.setattr(tail_gpu, "DENSE", 2.0)
+    monkeypatch.setattr(tail_tiles, "DENSE", 2.0)
     kept_share()
     found_values, found = results(1e-12)
     assert kept_share() == 1

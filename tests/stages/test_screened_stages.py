@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
+import torch
 
 from fastalign.stages import pretrain, sft
+from fastalign.stages.distributed import World
 from fastalign.stages.head_counts import head_counts, reset_counts
+from fastalign.stages.loading import check_screen
+from fastalign.stages.policy_configs import GRPOConfig
 from fastalign_kernels import native
+from fastalign_kernels.linear import gpu_device
 from fastalign_kernels.linear.screen import COUNTER, ScreenCounts
 from tests.stages.tiny import lines
 
@@ -51,3 +58,22 @@ def test_a_machine_without_8_bit_products_is_refused_before_any_row_is_read(
     monkeypatch.setattr(native, "missing", "")
     with pytest.raises(ValueError, match="screen: got true, expected false: this CPU has no AVX-512 VNNI"):
         sft.run(tuning(screen=True, train_data="no such file", dtype="float32"))
+
+
+def test_on_a_gpu_a_screen_needs_a_tail_and_rollouts_stay_exact(
+    tuning: Callable[..., sft.SFTConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = World(0, 1, torch.device("cuda"))
+    monkeypatch.setattr(gpu_device, "architecture", lambda index: 90)
+    with pytest.raises(ValueError, match="screen: got true, expected false: a GPU has 8-bit products of"):
+        check_screen(tuning(screen=True, dtype="float32"), world)
+    tuning = partial(tuning, screen=True, dtype="bfloat16")
+    with pytest.raises(ValueError, match="screen: got true without tail_eps, expected false: on a GPU"):
+        check_screen(tuning(), world)
+    check_screen(tuning(tail_eps=1e-4), world)
+    assert "rollouts" not in capsys.readouterr().out
+    fields: dict[str, Any] = dict.fromkeys(("model", "train_data", "output_dir"), "none")
+    check_screen(
+        GRPOConfig(**fields, reward="none:count", screen=True, tail_eps=1e-4, dtype="bfloat16"), world
+    )
+    assert "screen: the rollouts draw from exact logits" in capsys.readouterr().out

@@ -12,17 +12,20 @@ from torch import Tensor
 from .. import native
 from ..torch_func import assumed_constant
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
-from .epilogue import EpilogueStatistics, architecture
+from .epilogue import EpilogueStatistics
 from .epilogue_slices import EpilogueSlices
+from .gpu_device import architecture
 from .gpu_plan import gpu_saved_mib, gpu_workspace_mib, select_engine
 from .inputs import HeadInputs, NeedsGrad
+from .screen import COUNTER, ScreenCounts
+from .screen_gpu import ScreenedEpilogue
 from .sharded_engine import ShardedEngine, local_inputs
 from .tail_gpu import TailEpilogue
 from .token_tiles import TOKEN_TILES
 
 _NOTHING = nullcontext()
 # Engines whose `gradients` overwrites what `statistics` saved.
-OVERWRITING = ("kept_softmax", "epilogue", "tail")
+OVERWRITING = ("kept_softmax", "epilogue", "tail", "screen")
 
 
 class Selection(NamedTuple):
@@ -67,6 +70,15 @@ def engine_for(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
     return _engine(select(inputs, needs))
 
 
+def _forward_engine(inputs: HeadInputs, needs: NeedsGrad) -> Engine:
+    """`engine_for` a call that computes statistics. Tokens of a screen that runs exact here are counted."""
+    engine = engine_for(inputs, needs)
+    if inputs.options.screen and inputs.hidden.is_cuda and not isinstance(engine, ScreenedEpilogue):
+        tokens = inputs.hidden.shape[0]
+        COUNTER.add(ScreenCounts(tokens, tokens))
+    return engine
+
+
 def _engine(selection: Selection) -> Engine:
     name, workspace_mib, saved_mib = selection
     if name == "token_tiles":
@@ -77,6 +89,8 @@ def _engine(selection: Selection) -> Engine:
         return EpilogueSlices(workspace_mib)
     if name == "tail":
         return TailEpilogue(workspace_mib, saved_mib=saved_mib)
+    if name == "screen":
+        return ScreenedEpilogue(workspace_mib, saved_mib=saved_mib)
     # here, because triton is absent on macOS and Windows
     from .kept_softmax import KeptSoftmax
     from .vocab_slices import VocabSlices
@@ -108,7 +122,7 @@ def engine_context(inputs: HeadInputs) -> AbstractContextManager[object]:
 def statistics(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
     """`Engine.statistics`."""
     with engine_context(inputs):
-        return engine_for(inputs, needs).statistics(inputs, needs)
+        return _forward_engine(inputs, needs).statistics(inputs, needs)
 
 
 def gradients(
@@ -126,7 +140,7 @@ def statistics_and_gradients(
     if not any(needs):
         return statistics(inputs, needs)[0], empty_gradients(inputs, needs)
     with engine_context(inputs):
-        return engine_for(inputs, needs).statistics_and_gradients(inputs, token_coefficients, needs)
+        return _forward_engine(inputs, needs).statistics_and_gradients(inputs, token_coefficients, needs)
 
 
 def of_sequences(
@@ -134,4 +148,4 @@ def of_sequences(
 ) -> tuple[Tensor, Gradients]:
     """`Engine.of_sequences`."""
     with engine_context(inputs):
-        return engine_for(inputs, needs).of_sequences(inputs, coefficients, sequences, needs)
+        return _forward_engine(inputs, needs).of_sequences(inputs, coefficients, sequences, needs)

@@ -28,17 +28,16 @@ a pass that was captured and one that was not agree.
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..torch_func import assumed_constant
 from .engine import Engine, Gradients, TokenCoefficients, empty_stats, of_table
-from .epilogue_call import CallTiles, EpilogueCall, Tiles, state_size
+from .epilogue_call import Block, CallTiles, EpilogueCall, Tiles, state_size
 from .epilogue_gradients import BlockGradients
+from .gpu_device import architecture, multiprocessors
 from .gpu_plan import (
     MOST_MIB,
     MOST_SAVED_MIB,
@@ -87,9 +86,12 @@ def tiles_for(architecture: int, hidden_size: int) -> TileChoice:
 class EpilogueStatistics(Engine):
     """See the top of this file.
 
+    unkept_tokens: of a block whose e is not kept.
     workspace_mib: for calls that do not say. saved_mib: likewise, for e that is kept until the backward pass,
     if all of it fits. `tiles` replaces the table's.
     """
+
+    unkept_tokens = LEAN_TOKENS
 
     def __init__(
         self,
@@ -103,14 +105,15 @@ class EpilogueStatistics(Engine):
     def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
         """The table, and what `gradients` uses once; see `empty_saved`."""
         saved = self.empty_saved(inputs, needs)
-        kept, state, order = saved or (None, None, None)
+        kept, state, order, *_ = saved or (None, None, None)
         call, stats = self._call(inputs, order), empty_stats(inputs)
         first = 0
         if kept is not None and kept.shape[0]:
             first = kept.shape[0]
-            call.forward(0, first, stats, kept[:, : call.V], state)
-        for begin in range(first, call.N, LEAN_TOKENS):  # a block beyond the last token is an empty loop
-            call.forward(begin, min(LEAN_TOKENS, call.N - begin), stats, None)
+            self.save(call.forward(0, first, stats, kept[:, : call.V], state), saved)
+        most = self.unkept_tokens
+        for begin in range(first, call.N, most):  # a block beyond the last token is an empty loop
+            call.forward(begin, min(most, call.N - begin), stats, None)
         return stats, saved
 
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
@@ -137,11 +140,11 @@ class EpilogueStatistics(Engine):
         """3 GEMMs for the tokens whose e was saved, 4 for the rest."""
         of_tokens = of_table(coefficients)
         if saved and saved[0].shape[0]:
-            kept, state, order = saved
+            kept, _, order, *_ = saved
             K = kept.shape[0]
             call = self._call(inputs, order, filled=True)
             gradients = self.new_gradients(call, needs, single=K == call.N)
-            block = call.gather(0, K, kept[:, : call.V], state)
+            block = self.saved_block(call, saved)
             gradients.add(gradients.factors(block, stats, of_tokens))
             _add_blocks(gradients, (K, K), kept, torch.empty_like(stats), stats, of_tokens)
         else:
@@ -159,6 +162,18 @@ class EpilogueStatistics(Engine):
         gradients = self.new_gradients(call, needs, single=K == call.N)
         _add_blocks(gradients, (K, 0), None, stats, stats, token_coefficients)
         return stats, gradients.finish()
+
+    def new_call(self, *arguments: Any, filled: bool) -> EpilogueCall:
+        """A call; the arguments are EpilogueCall's."""
+        return EpilogueCall(*arguments, filled=filled)
+
+    def save(self, block: Block, saved: list[Tensor]) -> None:
+        """Save what `saved_block` needs beside e and the state, which lie there already."""
+
+    def saved_block(self, call: EpilogueCall, saved: list[Tensor]) -> Block:
+        """The first block as it was when it was saved."""
+        kept, state, *_ = saved
+        return call.gather(0, kept.shape[0], kept[:, : call.V], state)
 
     def new_gradients(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> BlockGradients:
         """Of no block yet."""
@@ -179,7 +194,7 @@ class EpilogueStatistics(Engine):
     def _call(self, inputs: HeadInputs, order: Tensor | None = None, *, filled: bool = False) -> EpilogueCall:
         """See EpilogueCall."""
         tiles, device = self._tiles(inputs), inputs.hidden.device
-        return EpilogueCall(inputs, tiles, _multiprocessors(device), order, filled=filled)
+        return self.new_call(inputs, tiles, multiprocessors(device), order, filled=filled)
 
 
 def _add_blocks(
@@ -206,18 +221,3 @@ def _add_blocks(
         if begin + rows >= call.how_many():
             memory = None
         gradients.add(factors)
-
-
-@assumed_constant
-@functools.cache
-def architecture(index: int | None) -> int:
-    """The compute capability of a CUDA device, 90 for an H100."""
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -69,6 +69,15 @@ class Scales(NamedTuple):
         return cls(0.0, slope / math.log(2), slope)
 
 
+class CoefficientTable(NamedTuple):
+    """Coefficients as kernels take them: [4, rows], or of cross-entropy a loss scale for each token [N]."""
+
+    values: Tensor
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    cross_entropy: bool = False
+
+
 class Block(NamedTuple):
     """Tokens order[first : first + rows] after the forward and the merge kernel."""
 
@@ -78,6 +87,7 @@ class Block(NamedTuple):
     hidden: Tensor  # [rows, H], gathered
     kept: Tensor  # [rows, V] e, or of size 0
     state: Tensor  # fp32: four numbers a row, and those of its tiles; see forward_kernel
+    screened: Any = None  # of screen_gpu.py: e is that of 8-bit logits, and was used up
 
 
 def state_size(inputs: HeadInputs, tiles: CallTiles, rows: int) -> int:
@@ -152,20 +162,30 @@ class EpilogueCall:
                 state_size(self.inputs, self.tiles, rows), dtype=torch.float32, device=stats.device
             )
         block = self.gather(first, rows, state if kept is None else kept, state, stats)
-        tiles = self.tiles.not_kept if kept is None else self.tiles.kept
-        self.write_tiles(
-            block, tiles, self.weight, self.inputs.bias, KEEP=kept is not None, **self.statistics
-        )
+        self.write_exact(block, stats, KEEP=kept is not None)
+        return block
+
+    def write_exact(self, block: Block, stats: Tensor, **keep: bool) -> None:
+        """Statistics of a gathered block into the table [7, N], and with KEEP its e."""
+        tiles = self.tiles.kept if keep["KEEP"] else self.tiles.not_kept
+        self.write_tiles(block, tiles, self.weight, self.inputs.bias, **keep, **self.statistics)
+        self.merge(block, stats)
+
+    def merge(self, block: Block, stats: Tensor) -> None:
+        """The tiles' numbers into statistics [7, N]."""
         launch(
             "merge_kernel",
-            -(-rows // 32),
-            (block.ids, self.order, stats, state),
-            (first, rows, self.N, self.V, -(-self.V // tiles.bn)),
+            -(-block.rows // 32),
+            (block.ids, self.order, stats, block.state),
+            (block.first, block.rows, self.N, self.V, -(-self.V // self.tiles.kept.bn)),
             **self.statistics,
             ROWS=32,
             TILES=32,
         )
-        return block
+
+    def live_rows(self, block: Block) -> int:
+        """The block's tokens that are not ignored, which are its first."""
+        return max(0, min(block.rows, self.how_many() - block.first))
 
     def write_tiles(
         self, block: Block, tiles: Tiles, weight: Tensor, bias: Tensor | None, **constants: bool
@@ -221,6 +241,17 @@ class EpilogueCall:
         self.ordered = True
         return Block(first, rows, block_ids, gathered, kept, state)
 
+    def coefficient_table(
+        self, block: Block, rows: int, stats: Tensor, coefficients: TokenCoefficients
+    ) -> CoefficientTable:
+        """Of a block's first tokens, for the statistics [7, N]."""
+        if isinstance(coefficients, TokenCrossEntropy):
+            loss = coefficients
+            values = loss.filled_scale().contiguous()
+            return CoefficientTable(values, loss.label_smoothing, loss.z_loss, cross_entropy=True)
+        tokens = self.tokens(block, rows)
+        return CoefficientTable(coefficients(stats[:, tokens], tokens).contiguous())
+
     def dlogits(
         self,
         block: Block,
@@ -236,25 +267,16 @@ class EpilogueCall:
         part of the vocabulary: row_scale is then the same for all parts. Returns row_scale [rows].
         """
         row_scale = torch.empty(rows, dtype=torch.float32, device=stats.device)
-        loss = coefficients if isinstance(coefficients, TokenCrossEntropy) else None
-        if loss is not None:
-            table, label_smoothing, z_loss = (
-                loss.filled_scale().contiguous(),
-                loss.label_smoothing,
-                loss.z_loss,
-            )
-        else:
-            tokens = self.tokens(block, rows)
-            table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
+        table = self.coefficient_table(block, rows, stats, coefficients)
         bn = self.tiles.kept.bn
         sizes = (block.first, block.rows, self.N, block.kept.shape[1], self.H, block.kept.stride(0), rows)
         of_hidden = (block.hidden, block.hidden if scaled is None else scaled, row_scale)
         launch(
             "dlogits_kernel",
             rows,
-            (block.kept, block.state, block.ids, stats, self.order, table, *of_hidden),
-            (*sizes, label_smoothing, z_loss, self.scales.slope, self.scales.outer),
-            CROSS_ENTROPY=loss is not None,
+            (block.kept, block.state, block.ids, stats, self.order, table.values, *of_hidden),
+            (*sizes, table.label_smoothing, table.z_loss, self.scales.slope, self.scales.outer),
+            CROSS_ENTROPY=table.cross_entropy,
             HAS_SOFTCAP=self.flags["HAS_SOFTCAP"],
             ONE_REFERENCE=self.one_reference,
             PART=scaled is not None,

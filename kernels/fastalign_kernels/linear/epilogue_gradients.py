@@ -59,13 +59,9 @@ class BlockGradients:
                 self._out.hidden.zero_()
         return self._out
 
-    def rows(self, block: Block) -> int:
-        """The block's tokens that are not ignored, which are its first."""
-        return max(0, min(block.rows, self.call.how_many() - block.first))
-
     def factors(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> Factors | None:
         """Overwrites the block, whose statistics are in the table [7, N]; None if it holds no token."""
-        rows = self.rows(block)
+        rows = self.call.live_rows(block)
         if rows == 0:
             return None
         row_scale = self.call.dlogits(block, rows, stats, coefficients, self.needs)

@@ -144,6 +144,87 @@ def _two_parts(
 
 
 @triton.jit
+def write_tile(
+    acc,  # [BM, BN] products of a tile
+    kept,
+    ids,
+    bias,
+    state,
+    row0,
+    col_tile,
+    live,
+    rows,
+    plane,
+    V,
+    scale_in,
+    scale_out,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
+    KEEP: tl.constexpr,
+    KEPT_SCALE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BRANCH: tl.constexpr,
+):
+    """The epilogue: a tile's numbers, and with KEEP its e. The arguments are those of `forward_kernel`."""
+    BM: tl.constexpr = acc.shape[0]
+    BN: tl.constexpr = acc.shape[1]
+    col0 = col_tile * BN
+    row = row0 + tl.arange(0, BM)
+    inside = row < live
+    token_id = tl.load(ids + row, mask=inside, other=-1)
+    r = tl.load(state + row, mask=inside, other=0.0)
+    # Two forms of one question: with the other one ptxas spills 8 bytes.
+    if BRANCH:
+        found = (token_id >= 0) & (token_id // BN == col_tile)
+    else:
+        found = (token_id >= col0) & (token_id < col0 + BN)
+    at = state + (4 + col_tile.to(tl.int64)) * rows + row
+    cols = col0 + tl.arange(0, BN)
+    z = base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
+    if MEAN:
+        mean = tl.sum(z, 1)  # columns beyond V hold 0: a descriptor pads with zeros
+    z = tl.where((cols < V)[None, :], z, LOWEST)  # also where V is a multiple of BN: without it ptxas spills
+    top = tl.max(z, 1)
+    base = tl.maximum(top, LOWEST)
+    r = tl.where(top > r + WINDOW, top, r)
+    if PARTS == 2:
+        total, weighted, z_id = _two_parts(
+            z, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
+        )
+    else:
+        left, right = halves(z)
+        total, weighted, z_id = _two_parts(
+            left, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
+        )
+        total1, weighted1, z_id1 = _two_parts(
+            right,
+            kept,
+            r,
+            base,
+            token_id,
+            row0,
+            col0 + BN // 2,
+            KEPT_SCALE,
+            KEEP,
+            ENTROPY,
+            HAS_BIAS,
+            BRANCH,
+        )
+        total += total1
+        weighted += weighted1
+        z_id += z_id1
+    tl.store(state + 3 * rows + row, z_id, mask=inside & found)
+    tl.store(at, top, mask=inside)
+    tl.store(at + plane, total, mask=inside)
+    if ENTROPY:
+        tl.store(at + 2 * plane, weighted, mask=inside)
+    if MEAN:
+        tl.store(at + (2 + ENTROPY) * plane, mean, mask=inside)
+
+
+@triton.jit
 def forward_kernel(
     hidden,  # [rows, H], a descriptor of blocks [BM, BK]
     weight,  # [V, H], a descriptor of blocks [BN, BK]
@@ -193,59 +274,29 @@ def forward_kernel(
         for k in range(tl.cdiv(H, BK)):
             acc = tl.dot(hidden.load([row0, k * BK]), weight.load([col0, k * BK]).T, acc)
 
-        row = row0 + tl.arange(0, BM)
-        inside = row < live
-        token_id = tl.load(ids + row, mask=inside, other=-1)
-        r = tl.load(state + row, mask=inside, other=0.0)
-        # Two forms of one question: with the other one ptxas spills 8 bytes.
-        if BRANCH:
-            found = (token_id >= 0) & (token_id // BN == col_tile)
-        else:
-            found = (token_id >= col0) & (token_id < col0 + BN)
-        at = state + (4 + col_tile.to(tl.int64)) * rows + row
-        cols = col0 + tl.arange(0, BN)
-        z = base2(acc, bias, cols, V, scale_in, scale_out, HAS_BIAS, HAS_SOFTCAP)
-        if MEAN:
-            mean = tl.sum(z, 1)  # columns beyond V hold 0: a descriptor pads with zeros
-        z = tl.where(
-            (cols < V)[None, :], z, LOWEST
-        )  # also where V is a multiple of BN: without it ptxas spills
-        top = tl.max(z, 1)
-        base = tl.maximum(top, LOWEST)
-        r = tl.where(top > r + WINDOW, top, r)
-        if PARTS == 2:
-            total, weighted, z_id = _two_parts(
-                z, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
-            )
-        else:
-            left, right = halves(z)
-            total, weighted, z_id = _two_parts(
-                left, kept, r, base, token_id, row0, col0, KEPT_SCALE, KEEP, ENTROPY, HAS_BIAS, BRANCH
-            )
-            total1, weighted1, z_id1 = _two_parts(
-                right,
-                kept,
-                r,
-                base,
-                token_id,
-                row0,
-                col0 + BN // 2,
-                KEPT_SCALE,
-                KEEP,
-                ENTROPY,
-                HAS_BIAS,
-                BRANCH,
-            )
-            total += total1
-            weighted += weighted1
-            z_id += z_id1
-        tl.store(state + 3 * rows + row, z_id, mask=inside & found)
-        tl.store(at, top, mask=inside)
-        tl.store(at + plane, total, mask=inside)
-        if ENTROPY:
-            tl.store(at + 2 * plane, weighted, mask=inside)
-        if MEAN:
-            tl.store(at + (2 + ENTROPY) * plane, mean, mask=inside)
+        write_tile(
+            acc,
+            kept,
+            ids,
+            bias,
+            state,
+            row0,
+            col_tile,
+            live,
+            rows,
+            plane,
+            V,
+            scale_in,
+            scale_out,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            ENTROPY,
+            MEAN,
+            KEEP,
+            KEPT_SCALE,
+            PARTS,
+            BRANCH,
+        )
 
 
 @triton.jit

@@ -45,6 +45,14 @@ TILE_COLUMNS = 256  # of the engine's forward kernel
 FROZEN_TOKENS, FROZEN_MIB = 2048, 640
 
 
+# Of a screen's block without gradients, whose e is in memory too.
+UNKEPT_TOKENS = 2048
+# Hidden size from which a screen is used. Without gradients it is predicted to take 0.83 to 0.99 of an exact
+# pass at H 4096, and 0.98 to 1.13 at H 2048 (bench/reports/tail_roofline.py): what it reads and writes beside
+# its products does not grow with H.
+LEAST_SCREENED_HIDDEN = 3072
+
+
 class TileSizes(NamedTuple):
     """Tokens of a tile of logits, tokens of a block whose dlogits are in memory together, bytes of both."""
 
@@ -71,6 +79,7 @@ class GpuCall(NamedTuple):
     low_logits: bool = False  # logits are bf16, and the gradient overwrites them
     lora_rank: int = 0  # r of a LoRA adapter; 0: none
     lora_grad: bool = False  # of its thin product
+    screen: bool = False  # logits are screened
 
     @property
     def grad(self) -> bool:
@@ -108,17 +117,23 @@ def gpu_saved_mib(card_bytes: int | None) -> float:
 
 
 def select_engine(call: GpuCall) -> str:
-    """token_tiles, kept_softmax, epilogue, tail, vocab_slices or epilogue_slices.
+    """token_tiles, kept_softmax, epilogue, tail, screen, vocab_slices or epilogue_slices.
 
-    Token tiles serve fp64. The tail runs as `tail` where `epilogue` would serve without it, else in token
-    tiles. Kept softmax serves all else if the workspace holds a tile of 256
-    tokens and, with a gradient of the head, blocks of FEWEST_KEPT tokens or all tokens. With less memory the
+    Token tiles serve fp64. A screen runs as `screen` from LEAST_SCREENED_HIDDEN on, where `epilogue` would
+    serve the call without it; else all logits are exact. The tail runs as `tail` where `epilogue` would serve
+    without it, else in token tiles. Kept softmax serves all else if the workspace holds a tile of 256 tokens
+    and, with a gradient of the head, blocks of FEWEST_KEPT tokens or all tokens. With less memory the
     vocabulary is processed in slices, or by token tiles if not even a slice of 256 columns fits. `epilogue`
     takes the place of kept softmax where it serves, and `epilogue_slices` that of the slices; they do not
     serve LoRA on the head.
     """
     if call.dtype == torch.float64:
         return "token_tiles"
+    if call.screen:
+        unscreened = call._replace(screen=False)
+        exact = select_engine(unscreened._replace(tail=False))
+        pays = call.hidden_size >= LEAST_SCREENED_HIDDEN and exact == "epilogue"
+        return "screen" if pays and not screen_refusal(call) else select_engine(unscreened)
     if call.tail:
         exact = select_engine(call._replace(tail=False))
         return exact if not call.grad else "tail" if exact == "epilogue" else "token_tiles"
@@ -184,6 +199,33 @@ def epilogue_serves(call: GpuCall) -> bool:
         and not call.lora_rank  # its kernel has one product: a second one needs the logits in memory
         and (not call.cap or (call.cap <= LARGEST_CAP and not call.bias))
     )
+
+
+def screen_refusal(call: GpuCall) -> str:
+    """Why a GPU cannot screen such calls, however many tokens they have; empty if it can."""
+    if not call.low_precision:
+        return f"a GPU has 8-bit products of bf16 and fp16 factors alone, and these are {call.dtype}"
+    if call.architecture not in EPILOGUE_MEASURED:
+        measured = " and ".join(map(str, EPILOGUE_MEASURED))
+        return (
+            f"8-bit products are for GPUs of compute capability {measured}, and this one has "
+            f"{call.architecture}"
+        )
+    if call.hidden_size % 8 or not GRANULE <= call.vocab_size < 2**31:
+        return (
+            f"a GPU screens heads with H a multiple of 8 and V from {GRANULE} on, and this one has H "
+            f"{call.hidden_size} and V {call.vocab_size}"
+        )
+    if call.cap or call.bias:
+        return f"a head with a {'softcap' if call.cap else 'bias'} has exact logits alone on a GPU"
+    if call.grad and not call.tail:
+        return "on a GPU a screen saves nothing in training without tail_eps: give that too"
+    return ""
+
+
+def gpu_coded_bytes(rows: int, hidden_size: int) -> int:
+    """Bytes of a factor's codes on a GPU (screen_gpu_codes.py)."""
+    return rows * (-(-hidden_size // 64) * 64 + 140)
 
 
 def epilogue_tokens(call: GpuCall) -> int:

@@ -66,7 +66,9 @@ def milliseconds(work: GpuWork, call: GpuCall, rates: Rates) -> float:
 
 
 def gpu_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
-    """The cost of a plan of one of the GPU engines; with a tail, if no column is left out."""
+    """The cost of a plan of one of the GPU engines; with a tail or a screen, if every column matters."""
+    if plan.engine == "screen":
+        return _screen_work(plan, call)
     if plan.engine in ("epilogue", "tail"):
         return _epilogue_work(plan, call)
     if plan.engine == "epilogue_slices":
@@ -181,6 +183,21 @@ def _epilogue_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
         held += 4 * V * H
     launches = blocks * (4 + 2 * call.hidden_grad + call.head_grad)
     return GpuWork(forwards, passes, held, launches, forwards * N * V)
+
+
+def _screen_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
+    """As `epilogue`, where e is also written and read without gradients. Beside it: the weight coded, e read
+    for the columns that matter and for the rest, and p, which takes e's place."""
+    N, V = call.n_tokens, call.vocab_size
+    work = _epilogue_work(plan, call)
+    passes = work.pass_bytes + 3 * V * call.hidden_size + (4 + 2 + 4 * call.grad) * N * V
+    held = work.held_bytes + (0 if call.grad else plan.workspace_bytes)
+    return work._replace(
+        forwards=work.forwards + plan.screened_gemms,
+        pass_bytes=passes + (0 if call.grad else 2 * N * V),
+        held_bytes=max(held, plan.workspace_bytes + plan.codes_bytes),
+        launches=work.launches + 20,
+    )
 
 
 def _epilogue_slices_work(plan: HeadPlan, call: GpuCall) -> GpuWork:

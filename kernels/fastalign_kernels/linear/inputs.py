@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checks, gemm_int8
+from .. import checks
 from ..logits import kept_ids
 from ..torch_func import requires_grad
-from .gpu_plan import GpuCall
+from .gpu_device import architecture, no_screen
+from .gpu_plan import GpuCall, screen_refusal
 from .low_rank import ThinProduct, thin_product
 from .options import HeadOptions, check_no_screen
 from .plan import TileCall, select_mode
@@ -93,6 +94,7 @@ class HeadInputs(NamedTuple):
             options.logits_dtype is not None,
             lora_rank=0 if self.lora_weight is None else self.lora_weight.shape[1],
             lora_grad=needs.lora,
+            screen=options.screen,
         )
 
     def tile_call(self, needs: NeedsGrad) -> TileCall:
@@ -207,9 +209,7 @@ def head_inputs(
     if options.screen:
         if shards is not None:
             check_no_screen(options, "a head with a sharded vocabulary")
-        refused = gemm_int8.refusal(hidden.device, hidden.dtype)
-        if refused:
-            raise ValueError(f"screen: got True, expected None: {refused}")
+        _check_screen(no_screen(hidden.device, hidden.dtype))
     low_precision = hidden.dtype not in (torch.float32, torch.float64)
     allowed = (hidden.dtype, torch.float32) if low_precision else (hidden.dtype,)
     checks.dtype("weight", weight, allowed)
@@ -235,6 +235,9 @@ def head_inputs(
         check_equal_on_ranks(shards, group, hidden=hidden, ids=kept, **adapter)
     if options.screen and options.lora is not None:
         check_no_screen(options, "a head with lora")
+    if options.screen and hidden.is_cuda:
+        call = inputs.gpu_call(inputs.needs_grad(), 0.0, architecture=architecture(hidden.device.index))
+        _check_screen(screen_refusal(call))
     if options.lora is None:
         return inputs
     if shards is not None and not shards.reduces_hidden:
@@ -244,3 +247,8 @@ def head_inputs(
         )
     U, B = thin_product(options.lora, hidden, kept, weight, allowed)
     return inputs._replace(lora_hidden=U, lora_weight=B)
+
+
+def _check_screen(refused: str) -> None:
+    if refused:
+        raise ValueError(f"screen: got True, expected None: {refused}")

@@ -70,9 +70,11 @@ class HeadArguments(HeadSettings, total=False):
         much, as PyTorch's own are. Do not use it where they are compared with others: the ratios of PPO,
         the KL to a reference.
     screen: True computes logits in 8 bits, and again exactly where they matter (screen.py): a forward pass
-        costs 0.4 to 0.5 of the exact one's time on a CPU with AVX-512 VNNI, which is where it runs; elsewhere
-        it is refused. Log-probabilities are off by 2e-4 nats rms or less, top-1 is exact. None is exact.
-        Use it for passes without gradients, and with `tail_eps` in training.
+        costs 0.4 to 0.5 of the exact one's time on a CPU with AVX-512 VNNI. On a GPU of compute capability
+        9.0 it serves bf16 and fp16 from H 3072 on, in training with `tail_eps` alone, and no GPU has run it
+        yet; smaller calls run exact (docs/screen.md). Elsewhere it is refused. Log-probabilities are off
+        by 2e-4 nats rms or less, top-1 is exact. None is exact. Use it for passes without gradients, and with
+        `tail_eps` in training.
     lora: None, or (A [r, H], B [V, r], scale), a LoRA adapter of the head: the logits are those of weight +
         scale * B @ A, which is never formed (low_rank.py). A and B have hidden's dtype or are fp32, and get
         their gradients. With a frozen weight training takes the GEMMs of a frozen head, and thin ones.

@@ -15,14 +15,17 @@ from .. import checks
 from ..gemm_int8 import coded_bytes, refusal
 from .gpu_budgets import card_of, gpu_budgets
 from .gpu_plan import (
+    UNKEPT_TOKENS,
     GpuCall,
     epilogue_saved,
     epilogue_slice_width,
     epilogue_tokens,
+    gpu_coded_bytes,
     gpu_saved_mib,
     gpu_workspace_mib,
     row_elements,
     saved_sizes,
+    screen_refusal,
     select_engine,
     slice_width,
     tile_sizes,
@@ -42,6 +45,9 @@ SCREENED_TOKENS = 96
 CODED_TOKENS = 8192  # with a screen and without gradients: at a time, in (H + 72) bytes each
 SCREENED_GEMM = 1.1 / 3.9  # of an exact one's time: measured on an AMD EPYC (Zen 4), as is
 CODING_TOKENS = 100  # whose exact logits take as long as coding the weight
+# Likewise on an H200, predicted: 1.14 POP/s where a head's GEMMs reach 686 TFLOP/s, and 3 V H bytes.
+GPU_SCREENED_GEMM = 0.6
+GPU_CODING_TOKENS = 245
 
 
 def select_mode(dtype: torch.dtype, hidden_grad: bool, weight_grad: bool, upstream: str) -> str:
@@ -122,7 +128,12 @@ def plan_head(
         raise ValueError(f"logits_dtype: got {logits_dtype} with dtype {dtype}, expected None")
     checks.whole("lora_rank", lora_rank, 0, expected="a whole number >= 0")
     screened = checks.screen(screen, logits_dtype)
-    if screened and (refused := _screen_refusal(kind, dtype, lora_rank)):
+    if screened and lora_rank:
+        raise ValueError(
+            f"screen: got True with lora_rank {lora_rank}, expected None: a head with LoRA has exact logits "
+            "alone"
+        )
+    if screened and kind != "cuda" and (refused := refusal(torch.device(kind), dtype)):
         raise ValueError(f"screen: got True, expected None: {refused}")
     if architecture is not None:
         checks.whole("architecture", architecture, 0, expected="a compute capability such as 90")
@@ -148,7 +159,10 @@ def plan_head(
             low_logits=low_logits,
             lora_rank=lora_rank,
             lora_grad=lora_grad,
+            screen=screened,
         )
+        if screened and (refused := screen_refusal(call)):
+            raise ValueError(f"screen: got True, expected None: {refused}")
         plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
         if plan is not None:
             return gpu_budgets(plan, call, card, lambda call: _gpu_plan(call, HeadPlan(way, 0, 0, gemms)))
@@ -156,12 +170,6 @@ def plan_head(
     tokens, per_token = token_chunk(n_tokens, tiles)
     plan = HeadPlan(way, tokens, tokens * per_token, gemms)
     return _with_screen(plan, n_tokens, hidden_size, vocab_size, gradients) if screened else plan
-
-
-def _screen_refusal(kind: str, dtype: torch.dtype, lora_rank: int) -> str:
-    if lora_rank:
-        return f"a head with LoRA (lora_rank {lora_rank}) has exact logits alone"
-    return refusal(torch.device(kind), dtype)
 
 
 def _with_screen(plan: HeadPlan, N: int, H: int, V: int, gradients: int) -> HeadPlan:
@@ -181,6 +189,8 @@ def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
     engine = select_engine(call)
     # any upstream gradient: as much as possible is kept between the passes, whatever gradients are needed
     general = plan.way == "general"
+    if engine == "screen":
+        return _gpu_screen_plan(call, plan)
     if engine in ("epilogue", "tail"):
         kept = 0 if not call.grad else epilogue_saved(call) if general else epilogue_tokens(call)
         return plan._replace(
@@ -211,6 +221,24 @@ def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
             slice_columns=columns,
         )
     return None
+
+
+def _gpu_screen_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan:
+    """`gemms` are over all columns in 8 bits, and over those that matter. Blocks hold e in any case."""
+    general = plan.way == "general"
+    kept = 0 if not call.grad else epilogue_saved(call) if general else epilogue_tokens(call)
+    block = kept or min(call.n_tokens, UNKEPT_TOKENS)
+    gemms = plan.gemms - int(general and kept >= call.n_tokens)
+    return plan._replace(
+        chunk=block,
+        workspace_bytes=2 * block * row_elements(call.vocab_size),
+        gemms=gemms,
+        engine="screen",
+        kept_tokens=kept,
+        codes_bytes=gpu_coded_bytes(call.vocab_size, call.hidden_size),
+        screened_gemms=GPU_SCREENED_GEMM * (gemms - call.hidden_grad - call.head_grad),
+        coding_gemms=GPU_CODING_TOKENS / max(call.n_tokens, 1),
+    )
 
 
 class TileCall(NamedTuple):

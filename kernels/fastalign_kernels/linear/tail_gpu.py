@@ -1,9 +1,10 @@
 """The engine for `tail_eps` on GPUs that run linear/epilogue.py: its forward pass, and backward GEMMs over
 the columns that matter.
 
-tail_columns.py has the formula. A block's tokens come in parts of PART, each with its own K, m, q and r. The
-columns are sorted so that those kept by the same parts stand together, and go through the GEMMs in tiles of
-TILE. A part keeps all columns of a tile if it keeps one: these are exact at no cost.
+tail_columns.py has the formula, tail_tiles.py chooses the columns. A block's tokens come in parts of PART,
+each with its own K, m, q and r. The columns are sorted so that those kept by the same parts stand together,
+and go through the GEMMs in tiles of TILE. A part keeps all columns of a tile if it keeps one: these are exact
+at no cost.
 
     forward    logits GEMM, its statistics, e = P 2^(lse - r) in 16 bits (epilogue.py)
     columns    the largest P and the sum of each column over each part; one read of e
@@ -19,7 +20,6 @@ columns take part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,20 +27,15 @@ import torch
 from torch import Tensor
 
 from ..triton_launch import launch
+from . import tail_tiles
 from .chunks import capturing
 from .engine import TokenCoefficients
-from .epilogue import EpilogueStatistics, architecture
+from .epilogue import EpilogueStatistics
 from .epilogue_call import Block, EpilogueCall, descriptor
 from .epilogue_gradients import BlockGradients, Factors
+from .gpu_device import architecture
 from .inputs import NeedsGrad
-from .plan import TOKENS
-from .tail_columns import COUNTER, DENSE
-from .token_losses import TokenCrossEntropy
-
-PART = TOKENS["cuda"]  # tokens that share their kept columns
-MOST_PARTS = 15  # of a block: the order of the columns is a number of so many bits
-TILE = 128  # columns
-MATRIX_ROWS = 16  # MOST_PARTS and one for label smoothing
+from .tail_tiles import MATRIX_ROWS, KeepingRule, KeptTiles, RowTiles
 
 
 class TailTiles(NamedTuple):
@@ -67,43 +62,10 @@ def tiles_for(capability: int) -> TailTiles:
     return TILES[max(known for known in TILES if known <= capability)]
 
 
-class RowTiles(NamedTuple):
-    """What a program of the kernels that read e takes at a time."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int  # of loads
-
-
-# On an H200 at N 8192 and V 151936: 0.79 ms for the columns (8 rows in 8 warps without stages: 0.93), 1.2 to
-# 1.3 ms for collecting (with 3 stages: 2.1).
-COLUMNS = RowTiles(rows=16, columns=256, warps=4, stages=3)
+# On an H200 at N 8192 and V 151936: 1.2 to 1.3 ms (with 3 stages: 2.1).
 COLLECT = RowTiles(rows=64, columns=64, warps=4, stages=1)
 COLLECT_FULL = RowTiles(rows=64, columns=64, warps=8, stages=1)  # with logarithms; 4 warps would spill
 PROGRAMS = 2048  # of collect_kernel at least
-
-
-class KeptTiles(NamedTuple):
-    """Which column tiles the parts of a block keep."""
-
-    part_rows: int  # tokens of a part
-    parts: int
-    columns: Tensor  # [V] int64, sorted
-    places: Tensor  # [V] int32: where a column stands in `columns`
-    column_parts: Tensor  # [V] int32, a bit for each part that keeps the column's tile
-    tile_parts: Tensor  # [tiles, 16] int32, their numbers
-    tile_counts: Tensor  # [tiles] int32, how many
-    lists: Tensor  # [parts, tiles] int32: the tiles of each part
-    counts: Tensor  # [parts + 1] int32: how many; last, the tiles of any part
-    q: Tensor  # [16, V] fp32: of each part, 0 where it keeps the column; then ones
-    q_by_place: Tensor  # [V, 16]: the same, by place
-    scale: Tensor  # [16, 1]: 1 / sum(q) of each part; then 1
-
-    @property
-    def of_columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the kernels of dW and of the bias's gradient read of the columns."""
-        return self.columns, self.tile_parts, self.tile_counts, self.q_by_place
 
 
 class TailEpilogue(EpilogueStatistics):
@@ -129,19 +91,22 @@ class TailGradients(BlockGradients):
     def __init__(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> None:
         super().__init__(call, needs, single=single)
         device = call.inputs.hidden.device
-        self.tail_tiles = tiles_for(architecture(device.index) if device.type == "cuda" else 90)
+        self.gemm_tiles = tiles_for(architecture(device.index) if device.type == "cuda" else 90)
 
     def factors(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> Factors | None:
         """As the base's. A block of many kept columns, and any under graph capture, is dense."""
-        call, rows = self.call, self.rows(block)
+        call, rows = self.call, self.call.live_rows(block)
         if rows == 0 or capturing(stats):
             return super().factors(block, stats, coefficients)
-        kept, how_many = select_tiles(call, block, rows, stats)
+        tail_eps = call.inputs.options.tail_eps
+        assert tail_eps is not None
+        rule = KeepingRule(tail_eps, tail_tiles.PART)
+        kept, how_many = tail_tiles.select_tiles(call, block, rows, stats, rule)
         towards = stats.new_empty(0)
         if self.needs.hidden:  # queued before the host waits
             towards = thin_product(kept.q, call.weight) * kept.scale
         counts = how_many()
-        if not _count(kept, counts, rows, call.V):
+        if not tail_tiles.count_kept(tail_tiles.kept_logits(kept, counts, rows, call.V), rows, call.V):
             return super().factors(block, stats, coefficients)
         dlogits, dropped = collect(call, block, rows, stats, coefficients, kept, counts[-1])
         return TailFactors(block.first, dlogits, block.hidden[:rows], dropped, towards, kept)
@@ -158,7 +123,7 @@ class TailGradients(BlockGradients):
             self._add_tiles_bias(factors)
 
     def _write_tiles_hidden(self, factors: TailFactors) -> None:
-        call, tiles = self.call, self.tail_tiles
+        call, tiles = self.call, self.gemm_tiles
         grad, kept = factors.dlogits, factors.kept
         columns, rows = grad.shape
         weight = call.weight.index_select(0, kept.columns[:columns])
@@ -169,7 +134,7 @@ class TailGradients(BlockGradients):
             call.multiprocessors,
             (*descriptors, kept.lists, kept.counts, *rest),
             (factors.first, rows, call.H, kept.part_rows, kept.parts, kept.lists.shape[1]),
-            TILE=TILE,
+            TILE=tail_tiles.TILE,
             BM=tiles.bm,
             BH=tiles.bh,
             BK=tiles.bk,
@@ -179,12 +144,12 @@ class TailGradients(BlockGradients):
         )
 
     def _add_tiles_weight(self, factors: TailFactors) -> None:
-        call, tiles = self.call, self.tail_tiles
+        call, tiles = self.call, self.gemm_tiles
         grad, hidden, kept = factors.dlogits, factors.hidden, factors.kept
         add = self.weight is not None
         if self.weight is None:
             self.weight = self.new_weight()
-        descriptors = descriptor(grad, TILE, tiles.bk), descriptor(hidden, tiles.bk, tiles.bh)
+        descriptors = descriptor(grad, tail_tiles.TILE, tiles.bk), descriptor(hidden, tiles.bk, tiles.bh)
         rank_one = thin_product(factors.dropped, hidden) * kept.scale
         launch(
             _gemms().weight_kernel,
@@ -192,7 +157,7 @@ class TailGradients(BlockGradients):
             (*descriptors, *kept.of_columns, rank_one, self.weight),
             (call.V, call.H, kept.part_rows),
             ADD=add,
-            TILE=TILE,
+            TILE=tail_tiles.TILE,
             BH=tiles.bh,
             BK=tiles.bk,
             PROGRAMS=call.multiprocessors,
@@ -212,78 +177,9 @@ class TailGradients(BlockGradients):
             (grad, *kept.of_columns, rank_one, self.bias),
             (grad.shape[1], call.V, kept.part_rows, grad.stride(0)),
             ADD=add,
-            TILE=TILE,
-            BK=self.tail_tiles.bk,
+            TILE=tail_tiles.TILE,
+            BK=self.gemm_tiles.bk,
         )
-
-
-def part_tokens(rows: int) -> int:
-    """Tokens of a part of a block."""
-    granule = PART // 4
-    return max(PART, -(-rows // (MOST_PARTS * granule)) * granule)
-
-
-def select_tiles(
-    call: EpilogueCall, block: Block, rows: int, stats: Tensor
-) -> tuple[KeptTiles, Callable[[], list[int]]]:
-    """The tiles that the parts of a block keep, and a function that waits for `counts`."""
-    V, device = call.V, stats.device
-    part_rows = part_tokens(rows)
-    parts, tiles = -(-rows // part_rows), -(-V // TILE)
-    kernels = _kernels()
-    options = call.inputs.options
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=device)
-
-    largest = torch.empty(parts, V, dtype=torch.float32, device=device)
-    q = torch.zeros(MATRIX_ROWS, V, dtype=torch.float32, device=device)
-    q_by_place = torch.empty(V, MATRIX_ROWS, dtype=torch.float32, device=device)
-    sizes = (block.first, block.rows, rows, call.N, V, part_rows, block.kept.stride(0))
-    launch(
-        kernels.columns_kernel,
-        (-(-V // call.tiles.kept.bn), parts),
-        (block.kept, block.state, block.ids, stats, call.order, largest, q),
-        (*sizes, options.temperature / options.softcap if options.softcap else 0.0),
-        HAS_SOFTCAP=call.flags["HAS_SOFTCAP"],
-        KEPT_SCALE=call.kept_scale,
-        BN=call.tiles.kept.bn,
-        ROWS=COLUMNS.rows,
-        STAGES=COLUMNS.stages,
-        num_warps=COLUMNS.warps,
-    )
-    ranks = torch.empty(V, dtype=torch.int16, device=device)
-    assert options.tail_eps is not None
-    launch(kernels.rank_kernel, -(-V // 1024), (largest, ranks), (V, parts, options.tail_eps), BLOCK=1024)
-    ranks, columns = torch.sort(ranks, descending=True, stable=True)
-    places, column_parts, tile_parts = numbers(V), numbers(V), numbers(tiles, MATRIX_ROWS)
-    tile_counts, tile_bits = numbers(tiles), numbers(tiles)
-    of_tiles = (tile_parts, tile_counts, tile_bits, q, q_by_place)
-    launch(
-        kernels.place_kernel, tiles, (ranks, columns, places, column_parts, *of_tiles), (V, parts), TILE=TILE
-    )
-    lists, counts = numbers(parts, tiles), numbers(parts + 1)
-    launch(kernels.list_kernel, parts + 1, (tile_bits, lists, counts), (tiles, parts), BLOCK=1024)
-    how_many = on_host(counts)
-    # of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope
-    total = q.sum(1, keepdim=True)
-    scale = torch.where(total == 0, 0.0, 1 / total)
-    scale[parts] = 1
-    kept = KeptTiles(
-        part_rows=part_rows,
-        parts=parts,
-        columns=columns,
-        places=places,
-        column_parts=column_parts,
-        tile_parts=tile_parts,
-        tile_counts=tile_counts,
-        lists=lists,
-        counts=counts,
-        q=q,
-        q_by_place=q_by_place,
-        scale=scale,
-    )
-    return kept, how_many
 
 
 def collect(
@@ -296,17 +192,12 @@ def collect(
     tiles: int,
 ) -> tuple[Tensor, Tensor]:
     """dlogits [columns, rows] of the tiles that some part keeps, and the sums [16, rows] of the rest."""
-    loss = coefficients if isinstance(coefficients, TokenCrossEntropy) else None
-    if loss is not None:
-        table, label_smoothing, z_loss = loss.filled_scale().contiguous(), loss.label_smoothing, loss.z_loss
-    else:
-        tokens = call.tokens(block, rows)
-        table, label_smoothing, z_loss = coefficients(stats[:, tokens], tokens).contiguous(), 0.0, 0.0
+    table = call.coefficient_table(block, rows, stats, coefficients)
     options = call.inputs.options
-    plogp = loss is None and not options.lean
+    plogp = not table.cross_entropy and not options.lean
     tiling = COLLECT_FULL if plogp or options.softcap else COLLECT
     line = -(-rows // 16) * 16  # TMA takes rows of whole 16 bytes
-    memory = torch.empty(tiles * TILE, line, dtype=block.kept.dtype, device=stats.device)
+    memory = torch.empty(tiles * tail_tiles.TILE, line, dtype=block.kept.dtype, device=stats.device)
     grid = -(-rows // tiling.rows)
     width = -(-call.V // -(-PROGRAMS // grid) // call.tiles.kept.bn) * call.tiles.kept.bn
     slices = -(-call.V // width)
@@ -318,11 +209,11 @@ def collect(
         _kernels().collect_kernel,
         (grid, slices),
         (
-            *(block.kept, block.state, block.ids, stats, call.order, table),
+            *(block.kept, block.state, block.ids, stats, call.order, table.values),
             *(kept.places, kept.column_parts, memory, dropped),
         ),
-        (*sizes, *strides, label_smoothing, z_loss, call.scales.slope, softcap_slope),
-        CROSS_ENTROPY=loss is not None,
+        (*sizes, *strides, table.label_smoothing, table.z_loss, call.scales.slope, softcap_slope),
+        CROSS_ENTROPY=table.cross_entropy,
         HAS_SOFTCAP=call.flags["HAS_SOFTCAP"],
         PLOGP=plogp,
         KEPT_SCALE=call.kept_scale,
@@ -332,7 +223,7 @@ def collect(
         STAGES=tiling.stages,
         num_warps=tiling.warps,
     )
-    return memory[: min(tiles * TILE, call.V), :rows], dropped.sum(0)
+    return memory[: min(tiles * tail_tiles.TILE, call.V), :rows], dropped.sum(0)
 
 
 def thin_product(left: Tensor, right: Tensor) -> Tensor:
@@ -352,31 +243,6 @@ def thin_product(left: Tensor, right: Tensor) -> Tensor:
         num_stages=3,
     )
     return out.sum(0)
-
-
-def on_host(counts: Tensor) -> Callable[[], list[int]]:
-    """A function that gives the numbers. On a GPU it waits for no more than what was queued before this."""
-    if not counts.is_cuda:
-        return counts.tolist
-    numbers = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-    numbers.copy_(counts, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def how_many() -> list[int]:
-        copied.synchronize()
-        return numbers.tolist()
-
-    return how_many
-
-
-def _count(kept: KeptTiles, counts: list[int], rows: int, V: int) -> bool:
-    """Count the kept columns; whether they are few enough for the tail."""
-    tokens = [min(kept.part_rows, rows - part * kept.part_rows) for part in range(kept.parts)]
-    used = sum(n * min(V, tiles * TILE) for n, tiles in zip(tokens, counts))
-    few = used <= DENSE * rows * V
-    COUNTER.add(kept=used if few else rows * V, total=rows * V)
-    return few
 
 
 def _kernels():

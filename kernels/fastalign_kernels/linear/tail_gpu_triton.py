@@ -37,7 +37,8 @@ def columns_kernel(
     ids,  # [rows] int32
     stats,  # [7, N] fp32
     order,  # [N + 1] int32
-    largest,  # [parts, V] fp32: largest P of a part's tokens, 2 for the tokens' ids
+    margins,  # [rows] fp32, or None: powers of 2 within which a column may be a token's largest
+    largest,  # [parts, V] fp32: largest P of a part's tokens, 2 for the tokens' ids and such columns
     sums,  # [parts, V] fp32: sum over a part's tokens of P, under a softcap of P times the slope of tanh
     # sizes
     first,
@@ -74,7 +75,12 @@ def columns_kernel(
         at = kept + row[:, None].to(tl.int64) * kept_stride + col[None, :]
         e = tl.load(at, mask=here[:, None] & inside[None, :], other=0.0).to(tl.float32)
         p = e * (tl.exp2(shift) * (1.0 / KEPT_SCALE))[:, None]
-        top = tl.maximum(top, tl.where(col[None, :] == token_id[:, None], 2.0, p))
+        sure = col[None, :] == token_id[:, None]
+        if margins is not None:
+            logsum = tl.load(state + 2 * rows + row, mask=here, other=0.0)
+            margin = tl.load(margins + row, mask=here, other=0.0)
+            sure |= p >= tl.exp2(-logsum - margin)[:, None]
+        top = tl.maximum(top, tl.where(sure, 2.0, p))
         if HAS_SOFTCAP:
             token = tl.load(order + first + row, mask=here, other=0)
             lse = tl.load(stats + 3 * N + token, mask=here, other=0.0)
@@ -185,6 +191,58 @@ def list_kernel(
 
 
 @triton.jit
+def token_terms(
+    # pointers
+    stats,  # [7, N] fp32
+    coefficients,  # [4, live], order of rows.Coefficient; with CROSS_ENTROPY [N], each token's loss scale
+    # of tokens
+    token,  # indices into stats
+    row,  # and into coefficients
+    here,
+    # sizes
+    N,
+    V,
+    coefficient_stride,
+    # options
+    label_smoothing,
+    z_loss,
+    slope,
+    inverse_cap,
+    # constants
+    CROSS_ENTROPY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PLOGP: tl.constexpr,
+):
+    """What dlogits of tokens follow from: the coefficients of P, of P log P and of every column, and the
+    target's dlogit."""
+    if CROSS_ENTROPY:  # as TokenCrossEntropy has it
+        label_smoothing = as_scalar(label_smoothing, tl.float32)
+        factor = tl.load(coefficients + token, mask=here, other=0.0)
+        onehot = (label_smoothing - 1.0) * factor
+        lse_grad = 2.0 * as_scalar(z_loss, tl.float32) * tl.load(stats + 3 * N + token, mask=here, other=0.0)
+        prob = factor + lse_grad * factor
+        plogp = factor * 0.0
+        uniform = -label_smoothing * factor / V
+    else:
+        onehot = tl.load(coefficients + row, mask=here, other=0.0)
+        prob = tl.load(coefficients + coefficient_stride + row, mask=here, other=0.0)
+        plogp = tl.load(coefficients + 2 * coefficient_stride + row, mask=here, other=0.0)
+        uniform = tl.load(coefficients + 3 * coefficient_stride + row, mask=here, other=0.0)
+    # the target's element from the statistics: P - 1 of a sure token keeps its digits
+    log_p = tl.load(stats + token, mask=here, other=0.0)
+    p_less_1 = tl.where(log_p > -0.02, log_p * (1 + log_p * (0.5 + log_p * (1.0 / 6))), tl.exp(log_p) - 1.0)
+    at_id = prob * p_less_1 + (prob + onehot)
+    if PLOGP:
+        at_id += (1.0 + p_less_1) * plogp * tl.maximum(log_p, LOWEST)
+    if HAS_SOFTCAP:
+        lse = tl.load(stats + 3 * N + token, mask=here, other=0.0)
+        tanh_id = (log_p + lse) * inverse_cap
+        at_id *= (1.0 - tanh_id) * (1.0 + tanh_id)
+    at_id = tl.where(log_p == log_p, at_id * slope, log_p)
+    return prob, plogp, uniform, at_id
+
+
+@triton.jit
 def collect_kernel(
     # pointers
     kept,  # [rows, V]
@@ -237,30 +295,24 @@ def collect_kernel(
     inverse_cap = as_scalar(inverse_cap, tl.float32)
     token_id = tl.load(ids + row, mask=here, other=-1)
     token = tl.load(order + first + row, mask=here, other=0)
-    if CROSS_ENTROPY:  # as TokenCrossEntropy has it
-        label_smoothing = as_scalar(label_smoothing, tl.float32)
-        factor = tl.load(coefficients + token, mask=here, other=0.0)
-        onehot = (label_smoothing - 1.0) * factor
-        lse_grad = 2.0 * as_scalar(z_loss, tl.float32) * tl.load(stats + 3 * N + token, mask=here, other=0.0)
-        prob = factor + lse_grad * factor
-        plogp = factor * 0.0
-        uniform = -label_smoothing * factor / V
-    else:
-        onehot = tl.load(coefficients + row, mask=here, other=0.0)
-        prob = tl.load(coefficients + coefficient_stride + row, mask=here, other=0.0)
-        plogp = tl.load(coefficients + 2 * coefficient_stride + row, mask=here, other=0.0)
-        uniform = tl.load(coefficients + 3 * coefficient_stride + row, mask=here, other=0.0)
-    # the target's element from the statistics: P - 1 of a sure token keeps its digits
-    log_p = tl.load(stats + token, mask=here, other=0.0)
+    prob, plogp, uniform, at_id = token_terms(
+        stats,
+        coefficients,
+        token,
+        row,
+        here,
+        N,
+        V,
+        coefficient_stride,
+        label_smoothing,
+        z_loss,
+        slope,
+        inverse_cap,
+        CROSS_ENTROPY,
+        HAS_SOFTCAP,
+        PLOGP,
+    )
     lse = tl.load(stats + 3 * N + token, mask=here, other=0.0)
-    p_less_1 = tl.where(log_p > -0.02, log_p * (1 + log_p * (0.5 + log_p * (1.0 / 6))), tl.exp(log_p) - 1.0)
-    at_id = prob * p_less_1 + (prob + onehot)
-    if PLOGP:
-        at_id += (1.0 + p_less_1) * plogp * tl.maximum(log_p, LOWEST)
-    if HAS_SOFTCAP:
-        tanh_id = (log_p + lse) * inverse_cap
-        at_id *= (1.0 - tanh_id) * (1.0 + tanh_id)
-    at_id = tl.where(log_p == log_p, at_id * slope, log_p)
 
     reference = tl.load(state + row, mask=here, other=0.0)
     below = tl.load(state + rows + row, mask=here, other=0.0)
