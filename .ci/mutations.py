@@ -1,4 +1,4 @@
-"""43 faults of one line each; for each, the tests that must fail.
+"""46 faults of one line each; for each, the tests that must fail.
 
     make mutations                      all of them, in 6 minutes
     python .ci/mutations.py 3 17        these two
@@ -132,6 +132,25 @@ MUTATIONS = [
         "above = sorted_mass.cumsum(-1) - sorted_mass",
         "above = sorted_mass.cumsum(-1)",
         "tests/kernels/test_sampling.py",
+    ),
+    # screened logits on a GPU
+    Mutation(
+        KERNELS + "linear/screen_exact_triton.py",
+        "total = (tl.sum(mass, 0) + rest_mass) * tl.exp(from_lse8)",
+        "total = tl.sum(mass, 0) * tl.exp(from_lse8)",
+        "tests/linear/test_screen_gpu.py",
+    ),
+    Mutation(
+        KERNELS + "linear/tail_gpu_triton.py",
+        "sure |= p >= tl.exp2(-logsum - margin)[:, None]",
+        "sure |= p > 2.0",
+        "tests/linear/test_screen_gpu.py",
+    ),
+    Mutation(
+        KERNELS + "linear/screen_gpu.py",
+        "if unfit()[0] or used >",
+        "if used >",
+        "tests/linear/test_screen_gpu.py",
     ),
     # fastalign_kernels in Triton
     Mutation(

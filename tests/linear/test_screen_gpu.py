@@ -46,6 +46,8 @@ def tiny(monkeypatch):
     """Parts of 32 tokens, tiles of 16 columns."""
     monkeypatch.setattr(screen_gpu, "LARGEST_NOISE", 1.0)  # 24 numbers in 8 bits are off by more than 576
     monkeypatch.setattr(screen_gpu, "LARGEST_SHARE", 1.0)  # of 299 columns many matter
+    screen_counts()
+    kept_share()
     if GPU:
         return
     rows = tail_tiles.RowTiles(rows=16, columns=64, warps=4, stages=1)
@@ -65,8 +67,6 @@ def tiny(monkeypatch):
     ):
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(screen_gpu.ScreenedEpilogue, "unkept_tokens", 32)
-    screen_counts()
-    kept_share()
 
 
 def engine(workspace_mib=64.0):
@@ -295,6 +295,7 @@ def test_public_losses_run_on_it(device, monkeypatch):
 
     tail = {"tail_eps": 1e-6}
     values, grads = results(**tail)
+    monkeypatch.setattr(gpu_plan, "LEAST_SCREENED_HIDDEN", 0)
     if not GPU:
         monkeypatch.setattr(engines, "engine_for", lambda inputs, needs: engine())
         monkeypatch.setattr(engines, "overwrites_saved", lambda inputs, needs: True)
