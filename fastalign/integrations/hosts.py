@@ -5,18 +5,24 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastalign_kernels import checks
+
 from .published import Published
 
 # What the fused head has kernels for.
 DEVICES = ("cpu", "cuda")
 
+_OPTION_CHECKS: dict[str, Callable[[Any], object]] = {
+    "tail_eps": checks.tail_eps,
+    "workspace_mib": partial(checks.above_zero, "workspace_mib"),
+}
 _ABSENT = object()
 _PATCHED: dict[str, "PatchedHost"] = {}
 
@@ -117,8 +123,11 @@ class PatchedHost:
         """The handle of a host that is patched already, so that a second `patch()` changes nothing.
 
         Raises:
-            ValueError: it was patched with other options.
+            ValueError: an option of the head out of range, or a host that was patched with other options.
         """
+        for name, check in _OPTION_CHECKS.items():
+            if options is not None and options.get(name) is not None:
+                check(options[name])
         handle = patched(host)
         if handle is not None and handle.options != (options or {}):
             raise ValueError(

@@ -103,6 +103,13 @@ def test_the_second_patch_is_the_first_unless_its_options_differ(handle: Patched
         PatchedHost.current("host", {"tail_eps": 0.5})
 
 
+@pytest.mark.parametrize("options", [{"tail_eps": 2}, {"workspace_mib": 0}, {"workspace_mib": "64"}])
+def test_an_option_out_of_range_is_refused_before_the_host_is_patched(options: dict[str, Any]) -> None:
+    """The first call of a training would refuse it otherwise."""
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))}: got .*, expected a "):
+        PatchedHost.current("a host", options)
+
+
 def test_a_patch_over_ours_is_not_undone_silently(host: Any, handle: PatchedHost) -> None:
     ours, host.score = host.score, score
     with pytest.raises(ValueError, match=r"unpatch: got another host.utils.score, expected fastalign's"):

@@ -141,6 +141,13 @@ def test_whoever_patches_a_model_is_told_the_line_to_write() -> None:
         from fastalign.integrations.liger import apply_liger_kernel_to_llama  # noqa: F401
 
 
+def test_grpo_names_a_tensor_that_is_none() -> None:
+    given = tensors()
+    head = (given["hidden"], given["weight"], given["target"].clamp(min=0))
+    with pytest.raises(ValueError, match="^attention_mask: got None, expected a torch.Tensor"):
+        ours.LigerFusedLinearGRPOLoss(beta=0.0)(*head, None, given["advantages"])
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo", "sapo", "vespo"])
 def test_grpo_reads_nothing_outside_the_mask(loss_type: str) -> None:
     given = tensors()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastalign_kernels as fk
+from fastalign_kernels import checks
 
 from .grpo_gates import SapoTemperatures, VespoShape, sapo_losses, vespo_losses
 
@@ -141,6 +142,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 of a completion. Not [B, T] with luspo.
             num_items_in_batch: the divisor of dapo over all processes. None: the mask's tokens.
         """
+        checks.tensors(
+            selected_token_ids=selected_token_ids, attention_mask=attention_mask, advantages=advantages
+        )
         ratio = vllm_is_ratio
         if ratio is not None and ratio.dim() == 1:
             ratio = ratio[:, None]
