@@ -36,9 +36,15 @@ def check_weights(field: str, folder: Path) -> None:
             raise ValueError(f"{field}: got {str(path)!r}, which is {fault}, expected a whole file")
 
 
+def has_tokenizer(name: str) -> bool:
+    """Whether a folder has the files of a tokenizer. A name of the hub counts as having them."""
+    folder = Path(name)
+    return not folder.is_dir() or any((folder / file).is_file() for file in TOKENIZER)
+
+
 def check_tokenizer(field: str, folder: Path) -> None:
     """Raise ValueError, which begins with `field`, for a folder without the files of a tokenizer."""
-    if not any((folder / name).is_file() for name in TOKENIZER):
+    if not has_tokenizer(str(folder)):
         raise ValueError(
             f"{field}: got folder {str(folder)!r} without a tokenizer, expected one there (tokenizer.json), "
             "or tokenizer=FOLDER"

@@ -180,7 +180,7 @@ def run(config: PPOConfig) -> dict[str, float]:
     with start(config) as world:
         micro_batch(config, world)
         inputs = read_inputs(config, world)
-        value_source = find_value(config, inputs.reader)
+        value_source = find_value(config, inputs.reader, inputs.tokenizer)
         parts = parts_of(config, inputs.architecture, inputs.scorer)
         if value_source is not None:
             check_prompts(config, inputs, [value_source.architecture])

@@ -45,6 +45,13 @@ def run(config: RewardConfig) -> dict[str, float]:
         rows = read_rows(config, world, tokenizer, tokenize, generates=False)
         longest = check_fit(architecture, tokenizer, sequences_of(rows.both))
         pad_id = padding_id(tokenizer, architecture)
+        configured = architecture.get_text_config().pad_token_id
+        if tokenizer.eos_token_id == (pad_id if configured is None else configured):
+            world.say(
+                "warning: tokenizer: got EOS as the padding token, expected another: transformers' "
+                "classifiers read a score at the last token that is no padding, which leaves out an answer's "
+                "EOS"
+            )
         collate = partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing)
         parts = [Part("model", architecture, "SEQ_CLS")]
         announce(config, world, parts, sequences_of(rows.train), collate=collate)

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from .adapters import find_source, is_classifier, load_architecture
+from .loading import load_tokenizer
+from .model_files import has_tokenizer
 from .policy_configs import PPOConfig
 from .reward import zero_head
 from .scorers import Classifier
@@ -22,13 +24,23 @@ class ValueSource(NamedTuple):
     """Whether it is a classifier, whose head is kept."""
 
 
-def find_value(config: PPOConfig, reader: Classifier | None) -> ValueSource | None:
+def find_value(
+    config: PPOConfig, reader: Classifier | None, tokenizer: PreTrainedTokenizerBase
+) -> ValueSource | None:
     """The source of a separate value model; None for a shared one.
 
-    `reader` is the reward model, if it reads the policy's tokens.
+    `reader` is the reward model, if it reads the policy's tokens, which are `tokenizer`'s.
+
+    Raises ValueError for a value_model whose tokenizer is another one. A folder without one is taken.
     """
     if config.value == "shared":
         return None
+    name = config.value_model
+    if name is not None and has_tokenizer(name) and load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"value_model: got {name!r}, whose tokenizer has other tokens than the policy's, expected a "
+            "model that reads the policy's tokens"
+        )
     usable = reader is not None and reader.labels == 1
     folder = config.value_model or (config.reward if usable else config.model)
     argument = "value_model" if config.value_model else "reward" if usable else "model"

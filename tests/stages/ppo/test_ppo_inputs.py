@@ -27,7 +27,7 @@ from fastalign.stages.config import describe
 from fastalign.stages.distributed import World
 from fastalign.stages.ppo import PPOConfig
 from fastalign.stages.scorers import find_classifier, load_classifier
-from tests.stages.tiny import CHAT, lines, sentence, undescribed, write
+from tests.stages.tiny import CHAT, lines, save_tokenizer, sentence, undescribed, write
 
 ALONE = World(0, 1, torch.device("cpu"))
 Make = Callable[..., PPOConfig]
@@ -238,6 +238,13 @@ def test_a_value_model_is_checked_before_anything_is_loaded(
         ValueError,
         match=r"got a sequence of \d+ tokens, expected at most the model's 20 \(max_position_embeddings\)",
     ):
+        ppo.run(make(value_model=str(tmp_path)))
+
+
+def test_a_value_model_of_other_tokens_is_refused(make: Make, no_model: None, tmp_path: Path) -> None:
+    LlamaConfig(**FOREIGN | {"vocab_size": 300}).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, ("<s>", "<eos>", "<pad>"))
+    with pytest.raises(ValueError, match="^value_model: got .* whose tokenizer has other tokens than the po"):
         ppo.run(make(value_model=str(tmp_path)))
 
 

@@ -1,6 +1,7 @@
 """What the reward model, DPO and KTO learn, and that the saved models load."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ from tests.stages.tiny import (
 )
 
 # What is trained and saved
+
+
+def test_eos_that_pads_is_told_because_no_score_reads_it(
+    make: Make, files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(make("reward", dry_run=True))
+    assert "EOS as the padding token" not in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"])
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    model = tmp_path / "model"
+    shutil.copytree(make("reward").model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    run(make("reward", dry_run=True, tokenizer=str(tmp_path), model=str(model)))
+    assert "warning: tokenizer: got EOS as the padding token" in capsys.readouterr().out
 
 
 @pytest.mark.hosts
