@@ -65,10 +65,12 @@ FA_HD Keep everything(float top, float per_bit) { return Keep{top, per_bit, -INF
 struct Drawn {
   int64_t token;
   float z, x;  // the token's logit with and without penalties
-  float top, raw_top;
-  double sum, kept_sum, raw_sum, raw_weighted;
+  float top, raw_top, entropy;
+  double sum, log_sum, log_kept_sum, log_raw_sum;
   int64_t kept;
 };
+
+FA_HD float entropy_of(double log_raw_sum, double raw_sum, double raw_weighted) { return float(log_raw_sum - LN2 * raw_weighted / raw_sum); }
 
 FA_HD void write_unread(const SampleJob& job, int64_t row, bool valid) {
   job.token[row] = job.pad_id;
@@ -77,17 +79,13 @@ FA_HD void write_unread(const SampleJob& job, int64_t row, bool valid) {
   job.valid[row] = valid;
 }
 
-// Log `which` of a drawn row, in the order of job.logs.
-FA_HD float drawn_log(const Drawn& d, float temperature, int which) {
+FA_HD void write_draw(const SampleJob& job, int64_t row, float temperature, const Drawn& d) {
+  float* const logs = job.logs + row;
   const bool tempered = temperature > 0;
-  if (which == 0) return tempered ? float((double(d.z) - double(d.top)) / double(temperature) - log_of(d.kept_sum)) : 0.0f;
-  if (which == 1) return tempered ? float(log_of(d.kept_sum) - log_of(d.sum)) : 0.0f;
-  const double log_raw_sum = log_of(d.raw_sum);
-  return which == 2 ? float((double(d.x) - double(d.raw_top)) - log_raw_sum) : float(log_raw_sum - LN2 * d.raw_weighted / d.raw_sum);
-}
-
-// What a drawn row has beside its logs.
-FA_HD void write_draw(const SampleJob& job, int64_t row, const Drawn& d) {
+  logs[0] = tempered ? float((double(d.z) - double(d.top)) / double(temperature) - d.log_kept_sum) : 0.0f;
+  logs[job.B] = tempered ? float(d.log_kept_sum - d.log_sum) : 0.0f;
+  logs[2 * job.B] = float((double(d.x) - double(d.raw_top)) - d.log_raw_sum);
+  logs[3 * job.B] = d.entropy;
   job.token[row] = d.token;
   job.kept[row] = d.kept;
   job.valid[row] = true;

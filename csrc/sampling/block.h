@@ -25,7 +25,7 @@ FA_HD Tops tops_of_row(Shared& shared, const ChunkSummary* s, int chunks) {
 FA_HD RowSums sums_of_row(Shared& shared, const ChunkSummary* s, int chunks, const Tops& tops, float per_bit) {
   FA_THREADS(t) {
     RowSums sums = {};
-    for_summaries<1>(s, t, chunks, [&](int, const ChunkSummary& chunk) {
+    for_summaries<2>(s, t, chunks, [&](int, const ChunkSummary& chunk) {
       const float bits = (chunk.raw_top - tops.raw) * LOG2E;
       const double raw_sum = double(chunk.raw_sum), factor = double(exp2_of(bits));
       sums.raw += raw_sum * factor;
@@ -51,21 +51,18 @@ FA_HD void write_invalid(const SampleJob& job, int64_t index) {
   }
 }
 
-// The token of a row of whose draw shared.drawn has the rest. A warp a log: one thread would take 3,000 cycles for all four.
-template <class T> FA_HD void write_token(Shared& shared, const SampleJob& job, int64_t index, double kept_sum, uint32_t token) {
-  barrier();
+// Draws a token from its chunk, of which shared.leads has the race and z and x the thread's logit with and without penalties.
+FA_HD void draw_winner(Shared& shared, const SampleJob& job, int64_t index, float temperature, uint32_t chunk, PerThread<float>& z, PerThread<float>& x) {
+  const uint32_t token = won(shared);
+  if (token == NOBODY) return write_invalid(job, index);
   FA_THREADS(t) {
-    const int which = t / WARP;
-    if (t % WARP == 0 && which < 4) {
-      const RowOptions o = options_of(job, index);
-      const BlockRow<T> row = block_row<T>(job, index, o.penalty);
+    if (chunk * CHUNK + t == token) {
       Drawn d = shared.drawn;
-      d.kept_sum = kept_sum;
       d.token = token;
-      d.z = logit(row, int(token));
-      d.x = raw_logit(row, int(token));
-      job.logs[which * job.B + index] = drawn_log(d, o.temperature, which);
-      if (which == 0) write_draw(job, index, d);
+      d.z = z[t];
+      d.x = x[t];
+      d.kept = shared.kept;
+      write_draw(job, index, temperature, d);
     }
   }
 }
@@ -80,29 +77,33 @@ template <class T> FA_HD void take_largest(Shared& shared, const SampleJob& job,
       if (fresh(&s[c].top) == top && leads({0.0f, uint32_t(c)}, shared.leads[t])) shared.leads[t] = {0.0f, uint32_t(c)};
   }
   const uint32_t chunk = won(shared);
+  PerThread<float> z, x;
   FA_THREADS(t) {
-    const uint32_t id = chunk * CHUNK + t;
-    shared.leads[t] = logit(row, int(id)) == top ? Lead{0.0f, id} : Lead{INFINITY, NOBODY};
+    const int id = int(chunk * CHUNK + t);
+    x[t] = raw_logit(row, id);
+    z[t] = logit(row, id, x[t]);
+    shared.leads[t] = z[t] == top ? Lead{0.0f, uint32_t(id)} : Lead{INFINITY, NOBODY};
+    if (t == 0) shared.kept = 1;
   }
-  const uint32_t token = won(shared);
-  if (token == NOBODY) return write_invalid(job, index);
-  FA_THREADS(t) {
-    if (t == 0) shared.drawn.sum = shared.drawn.kept = 1;
-  }
-  write_token<T>(shared, job, index, 1, token);
+  draw_winner(shared, job, index, 0, chunk, z, x);
 }
 
-// The race of the chunks with their kept masses, then of the winner's ids.
-template <class T> FA_HD void race(Shared& shared, const SampleJob& job, int64_t index, const RowOptions& o, const BlockRow<T>& row,
-                                          const ChunkSummary* s, const Keep& keep) {
+// The race of the chunks with their kept masses, then of the winner's ids. COLLECTED: a chunk with one value between the edges has two sums, and
+// that value may still have to be counted.
+template <bool COLLECTED, class T>
+FA_HD void race(Shared& shared, const SampleJob& job, int64_t index, const RowOptions& o, const BlockRow<T>& row, const ChunkSummary* s, const Keep& keep) {
   const int chunks = (row.V + CHUNK - 1) / CHUNK;
   FA_THREADS(t) {
     Entered entered = {0, {INFINITY, NOBODY}};
-    for_summaries<2>(s, t, chunks, [&](int c, const ChunkSummary& chunk) {
-      const float factor = exp2_of((chunk.top - keep.top) * keep.per_bit), mass = chunk.sum * factor;
-      const Lead entry = {exponential<float>(o.noise, CHUNK_TAG | uint32_t(c)) / mass, uint32_t(c)};
-      if (mass > 0 && leads(entry, entered.lead)) entered.lead = entry;
-      entered.sum += double(chunk.sum) * double(factor);  // as `combined` in rows.h
+    for_summaries<COLLECTED ? 3 : 2>(s, t, chunks, [&](int c, const ChunkSummary& chunk) {  // as many as registers hold
+      const bool with = COLLECTED && chunk.finite && keeps(keep, chunk.low);
+      const float sum = with ? chunk.sum_with : chunk.sum, factor = exp2_of((chunk.top - keep.top) * keep.per_bit), mass = sum * factor;
+      if (mass > 0) {
+        const Lead entry = {chunk.exponential / mass, uint32_t(c)};
+        if (leads(entry, entered.lead)) entered.lead = entry;
+      }
+      entered.sum += double(sum) * double(factor);  // as `combined` in rows.h
+      if (with) add_to(&shared.kept, 1);
     });
     shared.entered[t] = entered;
   }
@@ -111,47 +112,60 @@ template <class T> FA_HD void race(Shared& shared, const SampleJob& job, int64_t
   });
   const uint32_t chunk = whole.lead.index;
   if (chunk == NOBODY) return write_invalid(job, index);  // options out of range, which a GPU does not check by default
+  PerThread<float> z, x;
   FA_THREADS(t) {
     const uint32_t id = chunk * CHUNK + t;
-    const float z = logit(row, int(id)), mass = exp2_of((z - fresh(&s[chunk].top)) * keep.per_bit);
-    shared.leads[t] = mass > 0 && keeps(keep, z) ? Lead{exponential<float>(o.noise, id) / mass, id} : Lead{INFINITY, NOBODY};
+    const float top = fresh(&s[chunk].top);
+    x[t] = raw_logit(row, int(id));
+    const float noise = exponential<float>(o.noise, id);
+    if (t == 0) shared.drawn.log_kept_sum = log_of(whole.sum);  // while the logits are on their way
+    z[t] = logit(row, int(id), x[t]);
+    const float mass = exp2_of((z[t] - top) * keep.per_bit);
+    shared.leads[t] = mass > 0 && keeps(keep, z[t]) ? Lead{noise / mass, id} : Lead{INFINITY, NOBODY};
   }
-  const uint32_t token = won(shared);
-  if (token == NOBODY) return write_invalid(job, index);
-  write_token<T>(shared, job, index, whole.sum, token);
+  draw_winner(shared, job, index, o.temperature, chunk, z, x);
 }
 
-// The end of the first launch, by a row's last block: draws the row, or begins the search for its threshold. `state` and `histogram` are null
-// where no row has a filter.
-template <class T>
-FA_HD void end_summaries(Shared& shared, const SampleJob& job, int64_t index, ChunkSummary* s, RowState* state, uint32_t* histogram) {
-  const RowOptions o = options_of(job, index);
+// The end of the first launch, by a row's last block: draws the row, or begins the search for its threshold. `memory` is null where no row has
+// a filter.
+template <class T> FA_HD void end_summaries(Shared& shared, const SampleJob& job, int64_t index, ChunkSummary* s, RowMemory* memory) {
+  const float temperature = options_of(job, index).temperature;
   const int chunks = int((job.V + CHUNK - 1) / CHUNK);
   FA_THREADS(t) {
-    if (t == 0 && state) state->step = RowState::DRAWN;
+    if (t == 0 && memory) memory->state.step = RowState::DRAWN;
   }
-  const bool greedy = o.temperature == 0;
-  const float k = greedy ? LOG2E : per_bit(o.temperature);
+  const bool greedy = temperature == 0;
+  const float k = greedy ? LOG2E : per_bit(temperature);
   const Tops tops = tops_of_row(shared, s, chunks);
   const RowSums sums = sums_of_row(shared, s, chunks, tops, k);
   // raw_weighted is NaN if a logit is NaN or +inf, the sum of z if a penalty made one +inf.
   if (!(sums.raw_weighted <= 0) || tops.z == -INFINITY || !(greedy || sums.z < INFINITY)) return write_invalid(job, index);
+  const RowOptions o = options_of(job, index);  // again, for registers
+  FA_THREADS(t) {  // a warp a logarithm: one thread would take longer for all
+    const int which = t / WARP;
+    if (t % WARP == 0 && which < LOGS) {
+      const double x = which == SUM ? sums.z : which == RAW_SUM ? sums.raw : which == MIN_P ? o.min_p : dropped_mass(o, job.V, sums.z);
+      shared.logs[which] = x > 0 ? log_of(x) : -INFINITY;
+    }
+  }
+  barrier();
   FA_THREADS(t) {
     if (t == 0) {
       Drawn d = {};
       d.top = tops.z;
       d.raw_top = tops.raw;
       d.sum = sums.z;
-      d.raw_sum = sums.raw;
-      d.raw_weighted = sums.raw_weighted;
-      d.kept = sums.finite;
+      d.log_sum = shared.logs[SUM];
+      d.log_raw_sum = shared.logs[RAW_SUM];
+      d.entropy = entropy_of(shared.logs[RAW_SUM], sums.raw, sums.raw_weighted);
       shared.drawn = d;
+      shared.kept = sums.finite;
     }
   }
   if (greedy) return take_largest<T>(shared, job, index, s, tops.z);
-  if (filters(o)) return begin_search(shared, o, s, job.V, tops.z, sums.z, tops.low, sums.finite, state, histogram);
+  if (filters(o)) return begin_search(shared, o, s, job.V, tops, sums.finite, memory);
   const RowOptions options = options_of(job, index);  // again, for registers
-  race(shared, job, index, options, block_row<T>(job, index, options.penalty), s, everything(tops.z, k));
+  race<false>(shared, job, index, options, block_row<T>(job, index, options.penalty), s, everything(tops.z, k));
 }
 
 // Adds a value to the list of this block.
@@ -163,10 +177,10 @@ FA_HD void list_value(FilterShared& shared, float z) {
 }
 
 // The third launch's share of a row: chunks [first, last). It writes the sum of each chunk's kept values. If the chunk has one value between the
-// edges, it writes the sums without and with that value, and the value to `low`. If it has more, the sum is OPEN.
-constexpr float OPEN = -1;
+// edges, it writes the sums without and with that value, and the value to `low`. If it has more, the chunk is open: it is listed.
 template <class T>
-FA_HD void collect_chunks(FilterShared& shared, const SampleJob& job, int64_t index, int first, int last, ChunkSummary* s, RowState* state, float* list) {
+FA_HD void collect_chunks(FilterShared& shared, const SampleJob& job, int64_t index, int first, int last, ChunkSummary* s, RowMemory* memory) {
+  RowState* const state = &memory->state;
   const RowState known = *state;
   const RowOptions o = options_of(job, index);
   const BlockRow<T> row = block_row<T>(job, index, o.penalty);
@@ -176,14 +190,14 @@ FA_HD void collect_chunks(FilterShared& shared, const SampleJob& job, int64_t in
   if (!searches) keep.least = known.least;
   FA_THREADS(t) {
     if (t == 0) {
-      shared.candidates = shared.high = 0;
-      shared.low = 0xffffffffu;
+      shared.candidates = shared.open_chunks = shared.high = 0;
+      shared.low = NO_KEY;
     }
   }
   list_survivors<true>(shared, s, first, last, keep);
-  PerThread<Collected> collected;
-  FA_THREADS(t) { collected[t] = {}; }
   FA_WARPS(w) {
+    PerThread<Collected> collected;
+    FA_LANES(w, t) { collected[t] = {}; }
     for_chunks_of_warp(row, s, shared.survivors, int(shared.chunks), w, [&](int chunk, float top, PerThread<float[PER_LANE]>& z) {
       PerThread<float> sum;
       PerThread<uint32_t> open, open_values, kept;  // open: a bit a value
@@ -192,10 +206,10 @@ FA_HD void collect_chunks(FilterShared& shared, const SampleJob& job, int64_t in
         open[t] = kept[t] = 0;
         FA_UNROLL
         for (int j = 0; j < PER_LANE; ++j) {
-          const bool finite = z[t][j] > -INFINITY, is_above = finite && z[t][j] >= known.next_edge;
-          above |= uint32_t(is_above) << j;
-          open[t] |= uint32_t(finite && !is_above && z[t][j] >= known.edge) << j;
+          above |= uint32_t(z[t][j] >= known.next_edge) << j;
+          open[t] |= uint32_t(z[t][j] >= known.edge) << j;
         }
+        open[t] &= ~above;
         sum[t] = 0;
         collected[t].above += number_of_bits(above);
         FA_ONE_COPY
@@ -240,106 +254,97 @@ FA_HD void collect_chunks(FilterShared& shared, const SampleJob& job, int64_t in
       FA_LANES(w, t) {
         if (undecided <= 1) collected[t].kept += kept[t];
         if (t % WARP == 0) {
-          s[chunk].sum = undecided > 1 ? OPEN : sum[t];
+          s[chunk].sum = sum[t];
           s[chunk].finite = undecided == 1;
+          if (undecided > 1) shared.open[take_slot(&shared.open_chunks)] = uint16_t(chunk);
         }
       }
     });
+    over_warp(collected, w, [](const Collected& a, const Collected& b) {
+      return Collected{a.mass_above + b.mass_above, a.above + b.above, a.kept + b.kept};
+    });
+    FA_LANES(w, t) {
+      if (t % WARP == 0 && collected[t].above > 0) {
+        add_to(&state->mass_above, collected[t].mass_above);
+        add_to(&state->above, collected[t].above);
+        add_to(&state->kept, collected[t].kept);
+      }
+    }
   }
-  FA_THREADS(t) { shared.collected[t] = collected[t]; }
-  const Collected whole = over_block(shared.collected, [](const Collected& a, const Collected& b) {
-    return Collected{a.mass_above + b.mass_above, a.above + b.above, a.kept + b.kept};
-  });
+  barrier();
   FA_THREADS(t) {
     if (t == 0) {
       shared.slot = take_slots(&state->inside, shared.candidates);
-      add_to(&state->mass_above, whole.mass_above);
-      add_to(&state->above, whole.above);
-      add_to(&state->kept, whole.kept);
+      shared.open_slot = take_slots(&state->open_chunks, shared.open_chunks);
       lower_to(&state->low_key, shared.low);
       raise_to(&state->high_key, shared.high);
     }
   }
   barrier();
   FA_THREADS(t) {
-    for (uint32_t i = t; i < shared.candidates && shared.slot + i < CANDIDATES; i += THREADS) list[shared.slot + i] = shared.values[i];
+    for (uint32_t i = t; i < shared.candidates && shared.slot + i < CANDIDATES; i += THREADS) memory->list[shared.slot + i] = shared.values[i];
+    for (uint32_t i = t; i < shared.open_chunks; i += THREADS) memory->histogram[shared.open_slot + i] = shared.open[i];
   }
 }
 
-// Closes the chunks with one value between the edges, and lists the others that have some. Returns how many more values are kept.
-FA_HD uint32_t close_chunks(ListShared& shared, ChunkSummary* s, int chunks, const Keep& keep) {
-  FA_THREADS(t) {
-    if (t == 0) shared.chunks = 0;
-  }
-  barrier();
-  FA_THREADS(t) {
-    uint32_t count = 0;
-    for_summaries<1>(s, t, chunks, [&](int c, const ChunkSummary& chunk) {
-      if (chunk.sum == OPEN) {
-        shared.survivors[take_slot(&shared.chunks)] = uint16_t(c);
-      } else if (chunk.finite && keeps(keep, chunk.low)) {
-        s[c].sum = chunk.sum_with;
-        ++count;
-      }
-    });
-    shared.counts[t] = count;
-  }
-  return over_block(shared.counts, [](uint32_t a, uint32_t b) { return a + b; });
-}
-
-// Writes the sum of the kept values of each listed chunk to s.sum and returns how many values are kept.
-template <class T> FA_HD uint32_t keep_survivors(FilterShared& shared, const BlockRow<T>& row, ChunkSummary* s, const Keep& keep) {
-  PerThread<uint32_t> count;
-  FA_THREADS(t) { count[t] = 0; }
+// Writes the sum of the kept values of each listed chunk to s.sum and counts them.
+template <class T> FA_HD void keep_survivors(FilterShared& shared, const BlockRow<T>& row, ChunkSummary* s, const Keep& keep) {
   FA_WARPS(w) {
     for_chunks_of_warp(row, s, shared.survivors, int(shared.chunks), w, [&](int chunk, float top, PerThread<float[PER_LANE]>& z) {
       PerThread<float> sum;
+      PerThread<uint32_t> count;
       FA_LANES(w, t) {
         sum[t] = 0;
         uint32_t in = 0;
         FA_UNROLL
         for (int j = 0; j < PER_LANE; ++j) in |= uint32_t(keeps(keep, z[t][j])) << j;
-        count[t] += number_of_bits(in);
+        count[t] = number_of_bits(in);
         FA_ONE_COPY
         for (; in; in &= in - 1) sum[t] += exp2_of_clamped(clamped((value_at(z[t], lowest_bit(in)) - top) * keep.per_bit));
       }
       sum_over_warp(sum, w);
+      count_over_warp(count, w);
       FA_LANES(w, t) {
-        if (t % WARP == 0) s[chunk].sum = sum[t];
+        if (t % WARP == 0) {
+          s[chunk].sum = sum[t];
+          add_to(&shared.kept, count[t]);
+        }
       }
     });
   }
-  FA_THREADS(t) { shared.counts[t] = count[t]; }
-  return over_block(shared.counts, [](uint32_t a, uint32_t b) { return a + b; });
+  barrier();
 }
 
 // The end of the third launch, by a row's last block: the threshold, the sums that were open, and the draw.
-template <class T>
-FA_HD void end_collection(FilterShared& shared, const SampleJob& job, int64_t index, ChunkSummary* s, const RowState* state, const float* list) {
+template <class T> FA_HD void end_collection(FilterShared& shared, const SampleJob& job, int64_t index, ChunkSummary* s, RowMemory* memory) {
   const RowOptions o = options_of(job, index);
   const BlockRow<T> row = block_row<T>(job, index, o.penalty);
-  const int chunks = (row.V + CHUNK - 1) / CHUNK;
-  Keep keep = everything(state->drawn.top, state->per_bit);
-  const bool searches = state->step == RowState::SEARCH, listed = searches && cut_by_list(shared, row, o, s, collected_state(state), list, keep.cut);
-  if (searches && !listed) keep.cut = cut_by_one_block(shared, row, o, s, *state);
-  // The state is read where it is needed, for registers.
-  keep.least = fresh(&state->least);
-  uint32_t kept = fresh(&state->kept);
-  if (listed) {
-    kept += close_chunks(shared, s, chunks, keep);
-  } else if (searches) {
-    kept = 0;
-    list_survivors<true>(shared, s, 0, chunks, keep);
-  }
-  if (searches) kept += keep_survivors(shared, row, s, keep);
+  const RowState* const state = &memory->state;
+  const RowState known = collected_state(state);
+  read_lists(shared, memory, known);  // empty ones without a search
   FA_THREADS(t) {
     if (t == 0) {
       shared.drawn = state->drawn;
-      shared.drawn.kept = kept;
+      shared.kept = known.kept;
     }
   }
-  const RowOptions options = options_of(job, index);  // again, for registers
-  race(shared, job, index, options, block_row<T>(job, index, options.penalty), s, keep);
+  Keep keep = everything(known.drawn.top, known.per_bit);
+  if (state->step == RowState::SEARCH) {
+    const bool listed = cut_by_list(shared, row, o, s, known, keep.cut);
+    // What comes is read where it is needed, for registers.
+    if (!listed) keep.cut = cut_by_one_block(shared, row, options_of(job, index), s, *state);
+    keep.least = state->least;
+    if (!listed) {
+      FA_THREADS(t) {
+        if (t == 0) shared.kept = 0;
+      }
+      list_survivors<true>(shared, s, 0, (row.V + CHUNK - 1) / CHUNK, keep);
+    }
+    keep_survivors(shared, row, s, keep);
+  }
+  keep.least = state->least;
+  const RowOptions options = options_of(job, index);
+  race<true>(shared, job, index, options, block_row<T>(job, index, options.penalty), s, keep);
 }
 
 }  // namespace FASTALIGN_TARGET

@@ -9,10 +9,14 @@ namespace FASTALIGN_TARGET {
 constexpr int BINS = 1024;
 
 struct FilterShared : ListShared {
-  SplitSum masses[BINS];
+  union {
+    SplitSum masses[BINS];
+    uint16_t open[MAX_CHUNKS];  // of this block's share: chunks with several values between the edges, in any order
+  };
   float values[CANDIDATES];  // in any order
   uint32_t candidates;       // how many there are, also if they do not fit
-  uint32_t low, high, slot;
+  uint32_t open_chunks;
+  uint32_t low, high, slot, open_slot;
   uint64_t above;
 };
 
@@ -127,23 +131,27 @@ FA_HD bool list_threshold(FilterShared& shared, const BlockRow<T>& row, const Ch
     cut = block_threshold(shared, SHARED_VALUES, row, s, keep, search);
     return true;
   }
-  PerThread<Lowest> lowest;  // few values: a thread a value, which sums the mass above its value
-  FA_THREADS(t) {
+  FA_THREADS(t) {  // few values: a thread a value, which sums the mass above its value
     const float z = t < n ? shared.values[t] : -INFINITY;
-    lowest[t] = {keeps(keep, z) ? mass_of(search, keep, z) : 0, z, 0};
-    shared.totals[t] = lowest[t].mass;
+    shared.totals[t] = keeps(keep, z) ? mass_of(search, keep, z) : 0;
+    if (t == 0) shared.low = NO_KEY;
   }
   barrier();
   FA_THREADS(t) {
-    uint64_t above = search.above;
-    for (int i = 0; i < n; ++i) above += shared.values[i] > lowest[t].z ? shared.totals[i] : 0;
-    if (lowest[t].mass == 0 || !(double(above) < search.target)) lowest[t].z = INFINITY;
+    const float z = shared.values[t];
+    uint64_t above = search.above, whole = search.above;
+    for (int i = 0; i < n; ++i) {
+      const uint64_t mass = shared.totals[i];
+      whole += mass;
+      above += shared.values[i] > z ? mass : 0;
+    }
+    if (shared.totals[t] > 0 && double(above) < search.target && double(whole) >= search.target) lower_to(&shared.low, key_of(z));
   }
   barrier();
-  FA_THREADS(t) { shared.lowest[t] = lowest[t]; }
-  const Lowest whole = over_block(shared.lowest, [](const Lowest& a, const Lowest& b) { return Lowest{a.mass + b.mass, smaller_of(a.z, b.z), 0}; });
-  cut = whole.z;
-  return cut < INFINITY && double(search.above + whole.mass) >= search.target;
+  const uint32_t low = shared.low;
+  barrier();
+  cut = logit_of(low);
+  return low != NO_KEY;
 }
 
 // Lists the kept values of a row in shared memory if they fit.
@@ -167,7 +175,7 @@ template <class T>
 FA_HD float cut_by_one_block(FilterShared& shared, const BlockRow<T>& row, const RowOptions& o, ChunkSummary* s, const RowState& known) {
   const int chunks = (row.V + CHUNK - 1) / CHUNK;
   Keep keep = everything(known.drawn.top, known.per_bit);
-  Search search = {true, double(top_k_target(o, known.finite)), 0, key_of(-INFINITY), key_of(keep.top)};
+  Search search = {true, double(top_k_target(o, known.finite)), 0, key_of(-INFINITY), key_of(INFINITY)};
   const Source source = collect_row(shared, row, s, chunks, keep);
   FA_ONE_COPY
   for (search.unit = o.top_k > 0;; search.unit = false) {
@@ -180,9 +188,27 @@ FA_HD float cut_by_one_block(FilterShared& shared, const BlockRow<T>& row, const
   }
 }
 
+// Reads the values between a row's edges, as many as its list holds, and its open chunks. It asks for the first ones before it knows how many
+// there are, so that they come with the state.
+FA_HD void read_lists(FilterShared& shared, RowMemory* memory, const RowState& known) {
+  FA_THREADS(t) {
+    shared.values[t] = fresh(memory->list + t);
+    shared.survivors[t] = uint16_t(fresh(memory->histogram + t));
+    FA_ONE_COPY
+    for (uint32_t i = t + THREADS; i < known.inside && i < CANDIDATES; i += THREADS) shared.values[i] = fresh(memory->list + i);
+    FA_ONE_COPY
+    for (uint32_t i = t + THREADS; i < known.open_chunks; i += THREADS) shared.survivors[i] = uint16_t(fresh(memory->histogram + i));
+    if (t == 0) {
+      shared.candidates = known.inside;
+      shared.chunks = known.open_chunks;
+    }
+  }
+  barrier();
+}
+
 // The cut of a row, given the list of values between its edges: whether the list tells.
 template <class T>
-FA_HD bool cut_by_list(FilterShared& shared, const BlockRow<T>& row, const RowOptions& o, const ChunkSummary* s, const RowState& known, const float* list, float& cut) {
+FA_HD bool cut_by_list(FilterShared& shared, const BlockRow<T>& row, const RowOptions& o, const ChunkSummary* s, const RowState& known, float& cut) {
   Keep keep = everything(known.drawn.top, known.per_bit);
   const bool both = o.top_k > 0 && o.top_p < 1;
   Search search = {o.top_k > 0, double(top_k_target(o, known.finite)), known.above, known.low_key, known.high_key};
@@ -195,11 +221,6 @@ FA_HD bool cut_by_list(FilterShared& shared, const BlockRow<T>& row, const RowOp
     const double with = double(search.above + known.inside * mass_of(search, keep, cut));
     return known.low_key == known.high_key && !both && double(search.above) < search.target && with >= search.target;
   }
-  FA_THREADS(t) {
-    for (uint32_t i = t; i < known.inside; i += THREADS) shared.values[i] = fresh(list + i);
-    if (t == 0) shared.candidates = known.inside;
-  }
-  barrier();
   FA_ONE_COPY
   while (true) {
     if (!list_threshold(shared, row, s, keep, search, cut)) return false;

@@ -11,17 +11,22 @@ constexpr int PER_LANE = CHUNK / CHUNK_LANES;
 
 // As Summaries, a chunk a sector of memory.
 struct alignas(32) ChunkSummary {
-  float raw_top, top, sum;
+  float top, sum;
   float low;  // the smallest z > -inf, +inf if there is none
-  float raw_sum, raw_weighted;
+  union {
+    float raw_top;
+    float sum_with;  // see collect_chunks
+  };
+  float exponential;  // of the chunk, for the race of the chunks
   int32_t finite;
-  float sum_with;  // see collect_chunks
+  float raw_sum, raw_weighted;
 };
 
-// Reads what other blocks wrote.
+// Reads what other blocks wrote, in parts: nvcc drops those that the caller does not use.
 FA_HD ChunkSummary fresh_summary(const ChunkSummary* p) {
 #ifdef __CUDA_ARCH__
-  struct { float4 first, second; } words = {__ldcg(reinterpret_cast<const float4*>(p)), __ldcg(reinterpret_cast<const float4*>(p) + 1)};
+  struct { float4 first; float2 second, third; } words = {__ldcg(reinterpret_cast<const float4*>(p)), __ldcg(reinterpret_cast<const float2*>(p) + 2),
+                                                          __ldcg(reinterpret_cast<const float2*>(p) + 3)};
   ChunkSummary summary;
   memcpy(&summary, &words, sizeof summary);
   return summary;
@@ -66,16 +71,13 @@ template <class T> FA_HD bool masked(const BlockRow<T>& row) { return row.seen |
 template <class T> FA_HD bool whole_chunk(const BlockRow<T>& row, int chunk) { return (chunk + 1) * CHUNK <= row.V; }
 template <class T> FA_HD float raw_logit(const BlockRow<T>& row, int id) { return id < row.V ? widened(row.x[id]) : -INFINITY; }
 
-// z of id 32 word + bit, given its raw logit.
+// z of an id, that is of bit id % 32 of word id / 32, given its raw logit.
 template <class T> FA_HD float masked_logit(const BlockRow<T>& row, int word, int bit, float x) {
   if (row.seen && uint32_t(row.seen[word]) >> bit & 1) x = penalised(x, row.penalty);
   if (row.allowed && !(uint32_t(row.allowed[word]) >> bit & 1)) x = -INFINITY;
   return x;
 }
-template <class T> FA_HD float logit(const BlockRow<T>& row, int id) {
-  const float x = raw_logit(row, id);
-  return id < row.V ? masked_logit(row, id / 32, id % 32, x) : x;
-}
+template <class T> FA_HD float logit(const BlockRow<T>& row, int id, float x) { return id < row.V ? masked_logit(row, id / 32, id % 32, x) : x; }
 
 // Chunks on their way from memory. A warp asks for its next chunk before it computes on the one at hand, so that loads are always in flight.
 template <class T> struct ChunkLoads {

@@ -1,8 +1,8 @@
 // How blocks that share a row find the threshold of top_k or top_p: the launches and what they leave each other.
 //
 //   1. summarise   the last block of a row knows its largest value, the range that the threshold lies in, and the sums (block.h)
-//   2. count       all blocks count values in BUCKETS equal parts of that range. The last block bounds the mass of each part by its count and
-//                  its edges, and so finds the few parts that can hold the threshold.
+//   2. count       all blocks count values in BUCKETS equal parts of that range. A count is weighted by the value's place in its bucket, which
+//                  gives the last block close bounds of each bucket's mass. So it finds the few buckets that can hold the threshold.
 //   3. collect     all blocks sum the mass above those parts, exactly, and list the values in them. The last block finds the threshold in the
 //                  list and draws (block_filters.h).
 //
@@ -16,20 +16,33 @@ namespace fastalign {
 namespace FASTALIGN_TARGET {
 
 constexpr int BUCKETS = 4096, CANDIDATES = 4096;
+constexpr uint32_t PLACES = 32;               // in a bucket
+constexpr uint32_t NO_KEY = 0xffffffffu;      // above those of all logits
+constexpr float LOWEST = -3.40282347e38f;     // of the finite numbers: values at or above it are > -inf
+static_assert(BUCKETS >= MAX_CHUNKS, "a row's histogram has room for its open chunks");
 
 // A row between two launches.
 struct RowState {
   enum Step { DRAWN, SEARCH, KEEP } step;  // KEEP: the threshold is known to be at most the row's smallest value, or at its only value
   Drawn drawn;                             // top, raw_top, sum, raw_sum and raw_weighted so far
   float per_bit, least;                    // of Keep, least of min_p
-  float low, scale;                        // buckets
+  float low, scale, width;                 // buckets; width: of one, in nats
+  uint32_t weight, place_mask;             // a value counts weight + (place & place_mask), which is proportional to its mass within a bucket
   uint32_t finite;                         // values of the row
   float edge, next_edge;                   // the threshold t has edge <= t < next_edge
   uint64_t mass_above;                     // of values >= next_edge, by fixed_mass
   uint32_t above, inside;                  // how many values are >= next_edge, and between the edges
   uint32_t kept;                           // how many values are kept in chunks without a value between the edges
+  uint32_t open_chunks;                    // how many chunks hold several values between the edges
   uint32_t low_key, high_key;              // of values between the edges
   uint32_t tickets[2];                     // blocks that have counted and collected
+};
+
+// What the launches leave each other of a row beside its summaries.
+struct RowMemory {
+  RowState state;
+  uint32_t histogram[BUCKETS];  // the third launch lists the open chunks there
+  float list[CANDIDATES];       // values between the edges
 };
 
 // The state after all blocks have collected.
@@ -39,6 +52,7 @@ FA_HD RowState collected_state(const RowState* state) {
   known.above = fresh(&state->above);
   known.inside = fresh(&state->inside);
   known.kept = fresh(&state->kept);
+  known.open_chunks = fresh(&state->open_chunks);
   known.low_key = fresh(&state->low_key);
   known.high_key = fresh(&state->high_key);
   return known;
@@ -57,39 +71,34 @@ struct Entered {  // in a race
   Lead lead;
 };
 struct BucketSums {
-  double least, most;  // mass, relative to the largest value's
-  uint32_t count, padding;
+  double mass;  // about, relative to the largest value's
+  uint32_t weight, padding;
   FA_HD_MEMBER void operator+=(const BucketSums& next) {
-    least += next.least;
-    most += next.most;
-    count += next.count;
+    mass += next.mass;
+    weight += next.weight;
   }
 };
 struct Collected {
   uint64_t mass_above;
   uint32_t above, kept;
 };
-struct Lowest {
-  uint64_t mass;
-  float z;
-  uint32_t padding;
-};
+enum Log { SUM, RAW_SUM, MIN_P, DROPPED_MASS, LOGS };
 struct Shared {
   union {
     Tops tops[THREADS];
     RowSums sums[THREADS];
     BucketSums buckets[THREADS];
-    Collected collected[THREADS];
     uint64_t totals[THREADS];
     uint32_t counts[THREADS];
-    Lowest lowest[THREADS];
     Lead leads[THREADS];
     Entered entered[THREADS];
   };
   uint32_t bins[THREADS];
   uint32_t first_bucket, last_bucket;
+  uint32_t kept;  // how many values the filters keep
   BucketSums whole;
-  Drawn drawn;  // thread 0 alone writes it
+  double logs[LOGS];  // natural; -inf of what is not positive
+  Drawn drawn;
 };
 struct ListShared : Shared {
   uint16_t survivors[MAX_CHUNKS];  // chunks that hold some value of interest, in any order
@@ -107,6 +116,7 @@ template <bool ZERO> FA_HD void list_survivors(ListShared& shared, ChunkSummary*
   }
   barrier();
   FA_THREADS(t) {
+    FA_ONE_COPY
     for (int c = first + t; c < last; c += THREADS) {
       if (keeps(keep, fresh(&s[c].top))) shared.survivors[take_slot(&shared.chunks)] = uint16_t(c);
       if (ZERO) s[c].sum = 0, s[c].finite = 0;
@@ -115,10 +125,11 @@ template <bool ZERO> FA_HD void list_survivors(ListShared& shared, ChunkSummary*
   barrier();
 }
 
-// A lower bound of `per_bit (z - top)` under top_p alone: V values of that size together hold no more than 1 - top_p of the mass.
-FA_HD float simple_floor(int64_t V, double top_p, double sum) {
-  const double budget = sum * ((1.0 - top_p) * 0.999 - 4e-6);  // less, by more than all roundings of fixed_mass and the sums
-  return budget > 0 ? float(log_of(budget / double(V)) / LN2) - 0.01f : -INFINITY;
+// V values of this mass hold no more than 1 - top_p of the row's together, so that top_p alone drops them all; not positive: no such mass is
+// known. Near 1 the mass below the threshold says where it lies, so there V values hold less, and the buckets go far enough down to know it.
+FA_HD double dropped_mass(const RowOptions& o, int64_t V, double sum) {
+  const double tail = 1 - o.top_p, share = tail < 0.08 ? tail / 16 : tail;
+  return sum * (share * 0.999 - 4e-6) / double(V);  // less, by more than all roundings of fixed_mass and the sums
 }
 
 // More than a row has is as many as it has.
@@ -150,52 +161,63 @@ FA_HD float low_of_top_k(Shared& shared, ChunkSummary* s, int chunks, float low,
   return bucket > 0 ? low + (float(bucket) - 0.01f) / scale : low;
 }
 
+// How values of a bucket are counted. Mass grows over a bucket of `width` by a factor of about 1 + width, a weight by 1 + PLACES / weight.
+// Wide buckets and top_k count values alone, and so do narrow buckets of which V values would not fit 32 bits.
+FA_HD void choose_weight(RowState& state, int64_t V, bool counts) {
+  const double weight = counts || !(state.width > 0) ? 0 : double(uint32_t(smaller_of(1 / state.width, 1e8f) + 0.5f)) * PLACES;
+  const bool weighs = weight > 0 && double(V) * (weight + PLACES) < 0x1p32;
+  state.weight = weighs ? uint32_t(weight) : 1;
+  state.place_mask = weighs ? PLACES - 1 : 0;
+}
+
 // Prepares the launches after the first. Other blocks do not see the row before they run.
-FA_HD void begin_search(Shared& shared, const RowOptions& o, ChunkSummary* s, int64_t V, float top, double sum, float row_low,
-                        uint32_t finite, RowState* state, uint32_t* histogram) {
+FA_HD void begin_search(Shared& shared, const RowOptions& o, ChunkSummary* s, int64_t V, const Tops& tops, uint32_t finite, RowMemory* memory) {
   const int chunks = int((V + CHUNK - 1) / CHUNK);
-  const float k = per_bit(o.temperature);
+  const float k = per_bit(o.temperature), top = tops.z, row_low = tops.low;
   const bool searches = row_low < top && (o.top_p < 1 || (o.top_k > 0 && uint32_t(o.top_k) < finite));
   float low = larger_of(row_low, top - 1e38f);  // a range that is a finite number
   if (searches && o.top_k > 0) {
     if (o.top_k <= chunks) low = larger_of(low, low_of_top_k(shared, s, chunks, low, top, o.top_k));
   } else if (searches) {
-    // Near 1 the mass below the threshold says where it lies, so the buckets go far enough down to know that mass.
-    const double tail = 1 - o.top_p;
-    const float floor = simple_floor(V, tail < 0.08 ? 1 - tail / 16 : o.top_p, sum);
+    const float floor = float(shared.logs[DROPPED_MASS] / LN2) - 0.01f;
     if (floor < 0) low = larger_of(low, top + floor / k);
   }
   FA_THREADS(t) {
     if (searches)
-      for (int b = t; b < BUCKETS; b += THREADS) histogram[b] = 0;
+      for (int b = t; b < BUCKETS; b += THREADS) memory->histogram[b] = 0;
     if (t == 0) {
       RowState begun = {};
       begun.step = searches ? RowState::SEARCH : RowState::KEEP;
       begun.drawn = shared.drawn;
       begun.per_bit = k;
-      begun.least = o.min_p > 0 ? float(log_of(o.min_p) / LN2) : -INFINITY;
+      begun.least = float(shared.logs[MIN_P] / LN2);
       begun.low = low;
       begun.scale = low < top ? smaller_of((BUCKETS - 2) / (top - low), 1e30f) : 0;
+      begun.width = begun.scale > 0 ? k * float(LN2) / begun.scale : 0;
+      choose_weight(begun, V, o.top_k > 0);
       begun.finite = finite;
-      begun.edge = begun.next_edge = -INFINITY;
-      begun.low_key = 0xffffffffu;
-      *state = begun;
+      begun.edge = begun.next_edge = LOWEST;
+      begun.low_key = NO_KEY;
+      memory->state = begun;
     }
   }
 }
 
-// The bucket of a value in the range, from 1 on. Higher values have no lower bucket. Bucket 0 is everything below the range.
-FA_HD uint32_t bucket_of(const RowState& state, float z) {
-  return bits_of((z - state.low) * state.scale + 8388608.0f) - 0x4affffffu;  // rounded by the addition of 2^23
+// Where a value of the range lies, in 1 / PLACES of a bucket: bucket b from 1 on has places (b - 1) PLACES and up. Higher values have no lower
+// place. Bucket 0 is everything below the range.
+FA_HD uint32_t place_of(float z, float low, float scale) {
+  static_assert(PLACES == 32, "the last bit of 2^18 is 1 / 32");
+  return bits_of((z - low) * scale + 262144.0f) - 0x48800000u;  // rounded by the addition of 2^18
 }
 
-// The second launch's share of a row: chunks [first, last). `histogram` is the row's.
+// The second launch's share of a row: chunks [first, last).
 template <class T>
-FA_HD void count_chunks(CountShared& shared, const SampleJob& job, int64_t index, int first, int last, ChunkSummary* s, const RowState& state,
-                        uint32_t* histogram) {
+FA_HD void count_chunks(CountShared& shared, const SampleJob& job, int64_t index, int first, int last, ChunkSummary* s, RowMemory* memory) {
+  // A copy: after an atomic addition nvcc would read the state again, for each value.
+  const RowState known = memory->state;
   const BlockRow<T> row = block_row<T>(job, index, options_of(job, index).penalty);
-  Keep keep = everything(state.drawn.top, state.per_bit);
-  keep.cut = state.low;
+  Keep keep = everything(known.drawn.top, known.per_bit);
+  keep.cut = known.low;
   FA_THREADS(t) {
     for (int b = t; b < BUCKETS; b += THREADS) shared.histogram[b] = 0;
   }
@@ -203,61 +225,65 @@ FA_HD void count_chunks(CountShared& shared, const SampleJob& job, int64_t index
   FA_WARPS(w) {
     for_chunks_of_warp(row, s, shared.survivors, int(shared.chunks), w, [&](int, float, PerThread<float[PER_LANE]>& z) {
       FA_LANES(w, t) {
-        for (int j = 0; j < PER_LANE; ++j)
-          if (z[t][j] >= state.low) take_slot(&shared.histogram[bucket_of(state, z[t][j])]);
+        for (int j = 0; j < PER_LANE; ++j) {
+          const uint32_t place = place_of(z[t][j], known.low, known.scale);
+          add_if(z[t][j] >= known.low, &shared.histogram[1 + place / PLACES], known.weight | (place & known.place_mask));
+        }
       }
     });
   }
   barrier();
   FA_THREADS(t) {
     for (int b = t; b < BUCKETS; b += THREADS)
-      if (shared.histogram[b]) add_to(histogram + b, shared.histogram[b]);
+      if (shared.histogram[b]) add_to(memory->histogram + b, shared.histogram[b]);
   }
 }
 
-// The smallest mass of a bucket's values, relative to the largest value's.
-FA_HD double floor_mass(const RowState& state, int bucket) {
+// The mass of a value where a bucket begins, relative to the largest value's.
+FA_HD double mass_of_bucket(const RowState& state, int bucket) {
   if (bucket == 0) return 0;
-  const float range = state.drawn.top - state.low, height = larger_of(float(bucket) - 1.5f, 0) * (1 / state.scale);
+  const float range = state.drawn.top - state.low, height = float(bucket - 1) * (1 / state.scale);
   return double(exp2_of(state.scale > 0 ? (smaller_of(height, range) - range) * state.per_bit : 0.0f));
 }
 
 // Whether the threshold can lie at or below the bucket that ends a sum from the top, and whether it must lie above it.
 struct EdgeTest {
   double least_total, most_total, below, target;  // mass: of the row, of values below the range
+  double least, most;                             // factors: by how much a bucket's mass can differ from mass_of_bucket and its weight
   BucketSums whole;
   uint32_t target_count;
   bool counts;
   FA_HD_MEMBER bool certain(const BucketSums& from) const {
-    if (counts) return from.count >= target_count;
-    const double tail = least_total - below - (whole.most - from.most);
-    return (tail > from.least ? tail : from.least) * (1 - 1e-5) >= target;
+    if (counts) return from.weight >= target_count;
+    const double tail = least_total - below - (whole.mass - from.mass) * most, head = from.mass * least;
+    return (tail > head ? tail : head) * (1 - 1e-5) >= target;
   }
   FA_HD_MEMBER bool possible(const BucketSums& from) const {
-    if (counts) return from.count >= target_count;
-    const double tail = most_total - (whole.least - from.least);
-    return (tail < from.most ? tail : from.most) * (1 + 1e-5) >= target;
+    if (counts) return from.weight >= target_count;
+    const double tail = most_total - (whole.mass - from.mass) * least, head = from.mass * most;
+    return (tail < head ? tail : head) * (1 + 1e-5) >= target;
   }
 };
 
 // From the counts of the whole row: the buckets that can hold the threshold, and their edges.
-FA_HD void find_edges(CountShared& shared, const RowOptions& o, const uint32_t* histogram, RowState* state) {
+FA_HD void find_edges(CountShared& shared, const RowOptions& o, RowMemory* memory) {
   constexpr int PART = BUCKETS / THREADS;  // of a thread; a word between parts keeps their threads in different banks
+  constexpr float ROUNDED = 0.005f;        // of a bucket: more than the roundings of place_of and mass_of_bucket, about 0.001
+  constexpr float HALF_PLACE = 0.5f / PLACES + ROUNDED;  // by which a value can lie outside its bucket
+  RowState* const state = &memory->state;
   const RowState known = *state;
   FA_THREADS(t) {
-    for (int b = t; b < BUCKETS; b += THREADS) shared.histogram[b + b / PART] = fresh(histogram + b);
+    for (int b = t; b < BUCKETS; b += THREADS) shared.histogram[b + b / PART] = fresh(memory->histogram + b);
     if (t == 0) shared.first_bucket = shared.last_bucket = 0;
   }
   barrier();
   PerThread<BucketSums> part;
+  const double unit = 1.0 / known.weight;
   FA_THREADS(t) {
     BucketSums sums = {};
-    double least = floor_mass(known, t * PART);
     for (int b = t * PART; b < (t + 1) * PART; ++b) {
-      const double most = floor_mass(known, b + 1);
-      const uint32_t count = shared.histogram[b + t];
-      sums += {count * least, count * most, count, 0};
-      least = most;
+      const uint32_t weight = shared.histogram[b + t];
+      sums += {weight * unit * mass_of_bucket(known, b), weight, 0};
     }
     part[t] = sums;
   }
@@ -271,20 +297,27 @@ FA_HD void find_edges(CountShared& shared, const RowOptions& o, const uint32_t* 
   }
   barrier();
   // Sums and fixed_mass agree to 4e-6 of the row's mass.
-  const double total = known.drawn.sum, below = (known.finite - shared.whole.count) * floor_mass(known, 1);
-  const EdgeTest test = {total * (1 - 4e-6), total * (1 + 4e-6), below, top_p_target(o, total * 0x1p40) * 0x1p-40,
-                         shared.whole,       top_k_target(o, known.finite), o.top_k > 0};
+  const double total = known.drawn.sum;
+  const uint32_t counted = shared.whole.weight / (known.weight + known.place_mask);  // at least as many are in the range
+  // A value lies up to HALF_PLACE of a bucket off its place. Its weight is off its mass by up to width^2, or by the whole width without places.
+  const float above = known.width * (known.place_mask ? HALF_PLACE + known.width : 1 + HALF_PLACE);
+  const EdgeTest test = {total * (1 - 4e-6),
+                         total * (1 + 4e-6),
+                         (known.finite - counted) * mass_of_bucket(known, 1),
+                         top_p_target(o, total * 0x1p40) * 0x1p-40,
+                         1 - double(smaller_of(known.width * (HALF_PLACE + known.width), 1)),
+                         1 / double(exp2_of(-above * LOG2E)),
+                         shared.whole,
+                         top_k_target(o, known.finite),
+                         o.top_k > 0};
   FA_THREADS(t) {
     BucketSums from = behind[t], until = behind[t];
     until += part[t];
     const bool has_last = !test.possible(from) && test.possible(until), has_first = !test.certain(from) && test.certain(until);
     uint32_t first = 0, last = 0;
-    double most = floor_mass(known, (t + 1) * PART);
     for (int b = (t + 1) * PART - 1; (has_first || has_last) && b >= t * PART && b > 0; --b) {
-      const double least = floor_mass(known, b);
-      const uint32_t count = shared.histogram[b + t];
-      from += {count * least, count * most, count, 0};
-      most = least;
+      const uint32_t weight = shared.histogram[b + t];
+      from += {weight * unit * mass_of_bucket(known, b), weight, 0};
       if (has_last && last == 0 && test.possible(from)) last = b;
       if (has_first && first == 0 && test.certain(from)) first = b;
     }
@@ -295,11 +328,10 @@ FA_HD void find_edges(CountShared& shared, const RowOptions& o, const uint32_t* 
   FA_THREADS(t) {
     if (t == 0) {
       const uint32_t first = shared.first_bucket, last = shared.last_bucket;
-      // A hundredth of a bucket is more than the roundings of bucket_of.
-      if (first > 1) state->edge = known.low + (float(first) - 1.51f) / known.scale;
+      if (first > 1) state->edge = known.low + (float(first) - 1 - HALF_PLACE) / known.scale;
       else if (first == 1) state->edge = known.low;
       const bool both = o.top_k > 0 && o.top_p < 1;  // the list then holds all that top_k keeps
-      state->next_edge = both || known.scale == 0 ? INFINITY : logit_of(key_of(known.low + (float(last) - 0.49f) / known.scale) + 1);
+      state->next_edge = both || known.scale == 0 ? INFINITY : logit_of(key_of(known.low + (float(last) + ROUNDED) / known.scale) + 1);
     }
   }
 }

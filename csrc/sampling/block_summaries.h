@@ -52,6 +52,9 @@ template <class T> FA_HD void summarise_chunks(const SampleJob& job, int64_t ind
     if (first + w < last) {
       FA_LANES(w, t) { loads.ask(row, t, first + w); }
     }
+    FA_LANES(w, t) {  // while the first chunk is on its way
+      for (int c = first + t; c < last; c += THREADS) out[c].exponential = exponential<float>(options.noise, CHUNK_TAG | uint32_t(c));
+    }
     for (int chunk = first + w; chunk < last; chunk += WARPS) {
       PerThread<float[PER_LANE]> x;
       PerThread<float> raw_top, raw_sum, raw_weighted, top, sum;
@@ -87,7 +90,16 @@ template <class T> FA_HD void summarise_chunks(const SampleJob& job, int64_t ind
       FA_LANES(w, t) {
         // A penalty can make a finite logit +inf, which raw_weighted does not show.
         const float sum_of_z = !tempered ? raw_sum[t] : top[t] < INFINITY ? sum[t] : NAN;
-        if (t % WARP == 0) out[chunk] = {raw_top[t], top[t], sum_of_z, extent.low[t], raw_sum[t], raw_weighted[t], int32_t(extent.finite[t]), 0};
+        if (t % WARP == 0) {  // another thread writes the exponential
+          ChunkSummary& summary = out[chunk];
+          summary.raw_top = raw_top[t];
+          summary.top = top[t];
+          summary.sum = sum_of_z;
+          summary.low = extent.low[t];
+          summary.raw_sum = raw_sum[t];
+          summary.raw_weighted = raw_weighted[t];
+          summary.finite = int32_t(extent.finite[t]);
+        }
       }
     }
   }

@@ -25,9 +25,7 @@ constexpr int TO_SUMMARISE = 4, TO_COUNT = 4, TO_COLLECT = 3;
 struct Memory {
   ChunkSummary* summaries;  // [B, chunks]
   uint32_t* tickets;        // [B], 0: blocks of a row that have summarised
-  RowState* states;         // [B]
-  uint32_t* histograms;     // [B, BUCKETS]
-  float* lists;             // [B, CANDIDATES]
+  RowMemory* rows;          // [B], null without filters
 };
 // How a launch splits rows, which changes no result.
 struct Split {
@@ -81,7 +79,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, TO_SUMMARISE) summ
   ChunkSummary* const s = memory.summaries + share.row * split.chunks;
   summarise_chunks<T>(job, share.row, share.first, share.last, s);
   if (!last_of_row(memory.tickets + share.row, split)) return;
-  end_summaries<T>(shared, job, share.row, s, memory.states ? memory.states + share.row : nullptr, memory.histograms + share.row * BUCKETS);
+  end_summaries<T>(shared, job, share.row, s, memory.rows ? memory.rows + share.row : nullptr);
 }
 
 template <class T> __global__ void __launch_bounds__(THREADS, TO_COUNT) count_kernel(SampleJob job, Memory memory, Split split) {
@@ -89,23 +87,21 @@ template <class T> __global__ void __launch_bounds__(THREADS, TO_COUNT) count_ke
   let_the_next_launch_begin();
   wait_for_the_launch_before();
   const Share share = share_of(split);
-  RowState* const state = memory.states + share.row;
-  if ((job.finished && job.finished[share.row]) || state->step != RowState::SEARCH) return;
-  uint32_t* const histogram = memory.histograms + share.row * BUCKETS;
-  count_chunks<T>(shared, job, share.row, share.first, share.last, memory.summaries + share.row * split.chunks, *state, histogram);
-  if (last_of_row(&state->tickets[0], split)) find_edges(shared, options_of(job, share.row), histogram, state);
+  RowMemory* const row = memory.rows + share.row;
+  if ((job.finished && job.finished[share.row]) || row->state.step != RowState::SEARCH) return;
+  count_chunks<T>(shared, job, share.row, share.first, share.last, memory.summaries + share.row * split.chunks, row);
+  if (last_of_row(&row->state.tickets[0], split)) find_edges(shared, options_of(job, share.row), row);
 }
 
 template <class T> __global__ void __launch_bounds__(THREADS, TO_COLLECT) collect_kernel(SampleJob job, Memory memory, Split split) {
   __shared__ FilterShared shared;
   wait_for_the_launch_before();
   const Share share = share_of(split);
-  RowState* const state = memory.states + share.row;
-  if ((job.finished && job.finished[share.row]) || state->step == RowState::DRAWN) return;
+  RowMemory* const row = memory.rows + share.row;
+  if ((job.finished && job.finished[share.row]) || row->state.step == RowState::DRAWN) return;
   ChunkSummary* const s = memory.summaries + share.row * split.chunks;
-  float* const list = memory.lists + share.row * CANDIDATES;
-  collect_chunks<T>(shared, job, share.row, share.first, share.last, s, state, list);
-  if (last_of_row(&state->tickets[1], split)) end_collection<T>(shared, job, share.row, s, state, list);
+  collect_chunks<T>(shared, job, share.row, share.first, share.last, s, row);
+  if (last_of_row(&row->state.tickets[1], split)) end_collection<T>(shared, job, share.row, s, row);
 }
 
 #define CUDA_CHECK(call)                                                                                  \
@@ -154,14 +150,10 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor& logits) {
   if (split.blocks_per_row > 1) CUDA_CHECK(cudaMemsetAsync(memory.tickets, 0, job.B * sizeof(uint32_t), stream));
   // The device decides row by row what a filter needs; the host knows whether any row can have one.
   const bool searches = job.table || job.numbers[1] > 0 || job.numbers[2] < 1, filters = searches || job.numbers[3] > 0;
-  constexpr int64_t STATE = sizeof(RowState) / sizeof(float);
-  std::optional<Tensor> search;
+  std::optional<Tensor> rows;
   if (filters) {
-    search = floats(job.B * (STATE + BUCKETS + CANDIDATES));
-    float* const p = static_cast<float*>(search->mutable_data_ptr());
-    memory.states = reinterpret_cast<RowState*>(p);
-    memory.histograms = reinterpret_cast<uint32_t*>(p + job.B * STATE);
-    memory.lists = p + job.B * (STATE + BUCKETS);
+    rows = floats(job.B * int64_t(sizeof(RowMemory) / sizeof(float)));
+    memory.rows = static_cast<RowMemory*>(rows->mutable_data_ptr());
   }
   const auto run = [&](auto* kernel, const Split& split, bool overlaps) {
     cudaLaunchConfig_t config = {};

@@ -86,6 +86,17 @@ FA_HD void add_to(uint32_t* sum, uint32_t x) {
   *sum += x;
 #endif
 }
+// To shared memory. nvcc would branch, and compute the address of the memory in each branch.
+FA_HD void add_if(bool yes, uint32_t* sum, uint32_t x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("{ .reg .pred yes; setp.ne.u32 yes, %0, 0; @yes red.shared.add.u32 [%1], %2; }"
+               :
+               : "r"(uint32_t(yes)), "r"(uint32_t(__cvta_generic_to_shared(sum))), "r"(x)
+               : "memory");
+#else
+  if (yes) *sum += x;
+#endif
+}
 FA_HD void add_to(uint64_t* sum, uint64_t x) {
 #ifdef __CUDA_ARCH__
   atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(x));

@@ -321,9 +321,10 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
     d.top = std::max(d.top, s.top[c]);
     d.raw_top = std::max(d.raw_top, s.raw_top[c]);
   }
-  d.raw_sum = combined(s.raw_top, s.raw_sum, nullptr, chunks, d.raw_top, LOG2E);
-  if (!(d.raw_sum < INFINITY) || d.top == -INFINITY) return write_unread(job, index, false);
-  d.raw_weighted = combined(s.raw_top, s.raw_sum, s.raw_weighted, chunks, d.raw_top, LOG2E);
+  const double raw_sum = combined(s.raw_top, s.raw_sum, nullptr, chunks, d.raw_top, LOG2E);
+  if (!(raw_sum < INFINITY) || d.top == -INFINITY) return write_unread(job, index, false);
+  d.log_raw_sum = log_of(raw_sum);
+  d.entropy = entropy_of(d.log_raw_sum, raw_sum, combined(s.raw_top, s.raw_sum, s.raw_weighted, chunks, d.raw_top, LOG2E));
   f32x16 z[VECTORS];
   float flat[CHUNK];
   int64_t winner = 0;
@@ -333,7 +334,7 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
     memcpy(flat, z, sizeof flat);
     d.token = winner * CHUNK;
     for (int i = 0; flat[i] != d.top; ++i) ++d.token;
-    d.sum = d.kept_sum = d.kept = 1;
+    d.kept = 1;
   } else {
     const float k = per_bit(o.temperature);
     d.sum = combined(s.top, s.sum, nullptr, chunks, d.top, k);
@@ -360,7 +361,8 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
       s.sum[c] = tree_sum(sum[0], sum[1]);
       for (int i = 0; i < L; ++i) d.kept += kept[i];
     }
-    d.kept_sum = keeps_all ? d.sum : combined(s.top, s.sum, nullptr, chunks, d.top, k);
+    d.log_sum = log_of(d.sum);
+    d.log_kept_sum = keeps_all ? d.log_sum : log_of(combined(s.top, s.sum, nullptr, chunks, d.top, k));
     Lead lead = {INFINITY, NOBODY};
     for (int64_t first = 0; first < chunks; first += L) {
       const f32x16 mass = load_lanes(s.sum + first) * exp2_of((load_lanes(s.top + first) - d.top) * k);
@@ -387,8 +389,7 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
   load_raw(row, winner, z);
   memcpy(flat, z, sizeof flat);
   d.x = flat[d.token - winner * CHUNK];
-  for (int which = 0; which < 4; ++which) job.logs[which * job.B + index] = drawn_log(d, o.temperature, which);
-  write_draw(job, index, d);
+  write_draw(job, index, o.temperature, d);
 }
 
 }  // namespace FASTALIGN_TARGET

@@ -21,53 +21,59 @@ int64_t chunks_of(const SampleJob& job) { return (job.V + CHUNK - 1) / CHUNK; }
 }  // namespace
 
 #ifdef BLOCKS
+// What the searches of a call took.
+struct Searches {
+  int64_t alone;   // rows that one block had to search by itself
+  int64_t listed;  // values between the edges of all rows
+};
+
 namespace {
 
 template <class T>
-bool list_tells(emulated::FilterShared& shared, const SampleJob& job, int64_t row, const emulated::ChunkSummary* s, const emulated::RowState& state,
-                const std::vector<float>& list) {
+bool list_tells(emulated::FilterShared& shared, const SampleJob& job, int64_t row, const emulated::ChunkSummary* s, emulated::RowMemory* memory) {
   const emulated::RowOptions options = emulated::options_of(job, row);
+  emulated::read_lists(shared, memory, memory->state);
   float cut;
-  return emulated::cut_by_list(shared, emulated::block_row<T>(job, row, options.penalty), options, s, state, list.data(), cut);
+  return emulated::cut_by_list(shared, emulated::block_row<T>(job, row, options.penalty), options, s, memory->state, cut);
 }
 
-// The launches of launch.cu, each block after another. Returns how many rows one block had to search by itself.
-template <class T> int64_t blocks(const SampleJob& job, int chunks_per_block) {
+// The launches of launch.cu, each block after another.
+template <class T> Searches blocks(const SampleJob& job, int chunks_per_block) {
   const int chunks = int(chunks_of(job));
   std::vector<emulated::ChunkSummary> summaries(chunks);
-  emulated::ChunkSummary* const s = summaries.data();
   const auto counting = std::make_unique<emulated::CountShared>();
   const auto filtering = std::make_unique<emulated::FilterShared>();
-  std::vector<uint32_t> histogram(emulated::BUCKETS);
-  std::vector<float> list(emulated::CANDIDATES);
+  emulated::ChunkSummary* const s = summaries.data();
+  const auto memory = std::make_unique<emulated::RowMemory>();
+  const emulated::RowState& state = memory->state;
   const auto for_shares = [&](auto f) {
     for (int first = 0; first < chunks; first += chunks_per_block) f(first, std::min(first + chunks_per_block, chunks));
   };
-  int64_t alone = 0;
+  Searches searches = {0, 0};
   for (int64_t row = 0; row < job.B; ++row) {
     if (job.finished && job.finished[row]) {
       emulated::write_unread(job, row, true);
       continue;
     }
-    emulated::RowState state;
     for_shares([&](int first, int last) { emulated::summarise_chunks<T>(job, row, first, last, s); });
-    emulated::end_summaries<T>(*counting, job, row, s, &state, histogram.data());
+    emulated::end_summaries<T>(*counting, job, row, s, memory.get());
     if (state.step == emulated::RowState::SEARCH) {
-      for_shares([&](int first, int last) { emulated::count_chunks<T>(*counting, job, row, first, last, s, state, histogram.data()); });
-      emulated::find_edges(*counting, emulated::options_of(job, row), histogram.data(), &state);
+      for_shares([&](int first, int last) { emulated::count_chunks<T>(*counting, job, row, first, last, s, memory.get()); });
+      emulated::find_edges(*counting, emulated::options_of(job, row), memory.get());
     }
     if (state.step != emulated::RowState::DRAWN) {
-      for_shares([&](int first, int last) { emulated::collect_chunks<T>(*filtering, job, row, first, last, s, &state, list.data()); });
-      if (state.step == emulated::RowState::SEARCH) alone += !list_tells<T>(*filtering, job, row, s, state, list);
-      emulated::end_collection<T>(*filtering, job, row, s, &state, list.data());
+      for_shares([&](int first, int last) { emulated::collect_chunks<T>(*filtering, job, row, first, last, s, memory.get()); });
+      searches.listed += state.inside;
+      if (state.step == emulated::RowState::SEARCH) searches.alone += !list_tells<T>(*filtering, job, row, s, memory.get());
+      emulated::end_collection<T>(*filtering, job, row, s, memory.get());
     }
   }
-  return alone;
+  return searches;
 }
 
 }  // namespace
 
-extern "C" int64_t by_blocks(int dtype, const SampleJob* job, int64_t chunks_per_block) {
+extern "C" Searches by_blocks(int dtype, const SampleJob* job, int64_t chunks_per_block) {
   return (dtype == SAMPLE_F32 ? blocks<float> : dtype == SAMPLE_BF16 ? blocks<bf16> : blocks<fp16>)(*job, int(chunks_per_block));
 }
 
