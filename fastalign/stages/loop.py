@@ -37,7 +37,7 @@ from .distributed import World, join_world
 from .head_counts import head_counts, reset_counts
 from .hub_names import check_names
 from .loading import check_liger, check_screen
-from .optimization import autocast, distribute, make_optimizer, set_rates, trained_weights
+from .optimization import autocast, distribute, make_optimizer, peak_rates, set_rates, trained_weights
 from .reporters import Report, check_reporters
 from .run_folder import check_room, held, naming
 from .saving import save_model
@@ -196,7 +196,7 @@ def run_steps(
         raise ValueError(
             f"warmup_steps: got {config.warmup_steps}, expected at most the {steps} steps of the run"
         )
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    peaks = peak_rates(world, optimizer)
     random.seed(config.seed + world.dp_rank)
     torch.manual_seed(config.seed + world.dp_rank)
     checkpoints = checkpoint.Checkpoints(config, world, model, optimizer)

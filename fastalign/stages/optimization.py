@@ -9,7 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
 from .distributed import World
-from .sharding import by_mesh, reshard, shard
+from .sharding import by_mesh, local_part, reshard, shard
+
+# A bfloat16 number of this times a step, or more, rounds back to itself: half of its last digit is 2**-8.
+_HOLDS_STILL = 2**8
 
 
 def multiplier(step: int, *, schedule: str, steps: int, warmup_steps: int, final_fraction: float) -> float:
@@ -54,6 +57,27 @@ def make_optimizer(
         eps=config.adam_eps,
         fused=True,
     )
+
+
+def peak_rates(world: World, optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rates of the optimizer's groups, before a schedule changes them.
+
+    Prints a warning if most weights are in bfloat16 and too large for a step of AdamW, which is about the
+    learning rate, to change them.
+    """
+    still = trained = 0
+    for group in optimizer.param_groups:
+        for weight in map(local_part, group["params"]):
+            trained += weight.numel()
+            if weight.dtype == torch.bfloat16:
+                still += int((weight.detach().abs() >= _HOLDS_STILL * group["lr"]).sum())
+    if still > trained / 2:
+        world.say(
+            f"warning: dtype: got bfloat16 with learning_rate={optimizer.param_groups[0]['lr']:g}, expected "
+            f"float32 (bf16=true computes in bfloat16): {still / trained:.0%} of the weights are so large "
+            "that a step rounds to nothing"
+        )
+    return [group["lr"] for group in optimizer.param_groups]
 
 
 def distribute(config: TrainConfig, world: World, model: nn.Module) -> nn.Module:

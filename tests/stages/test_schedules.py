@@ -37,6 +37,27 @@ def test_a_schedule_without_warm_up_starts_at_the_peak_and_takes_no_step_at_zero
     assert optimization.multiplier(2, schedule="linear", steps=3, warmup_steps=3, final_fraction=0.0) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rate", "told"), [("bfloat16", 1e-6, 1), ("bfloat16", 1e-3, 0), ("float32", 1e-6, 0)]
+)
+def test_steps_that_round_to_nothing_are_told(
+    dtype: str, rate: float, told: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With DPO's default rate of 1e-6, six steps in bfloat16 left 98.6 % of the weights as they were."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter((0.02 * torch.randn(64, 64)).to(getattr(torch, dtype)))
+    before, optimizer = weight.detach().clone(), torch.optim.AdamW([weight], lr=rate)
+    assert optimization.peak_rates(World(0, 1, torch.device("cpu")), optimizer) == [rate]
+    said = capsys.readouterr().out
+    assert said.count("warning: dtype: got bfloat16 with learning_rate=1e-06, expected float32") == told
+    weight.grad = torch.randn(64, 64).to(weight.dtype)
+    optimizer.step()
+    unchanged = (weight == before).float().mean().item()
+    assert (unchanged > 0.5) == bool(told)
+    if told:
+        assert int(said.split("%")[0].split()[-1]) == pytest.approx(100 * unchanged, abs=2)
+
+
 def test_the_learning_rate_of_each_step_is_the_schedules(
     pretraining: Callable[..., pretrain.PretrainConfig],
 ) -> None:
