@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
@@ -47,6 +49,11 @@ ELSEWHERE = {
     **{"resume_from_checkpoint": "resume", "config": "--config FILE"},
     **{"max_completion_length": "max_new_tokens", "num_generations": "group_size", "reward_model": "reward"},
 }
+# The fields that name files and folders.
+PLACES = (
+    *("train_data", "eval_data", "output_dir", "tokenizer", "cache_dir"),
+    *("model", "model_config", "reference_dir", "reward", "value_model"),
+)
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
@@ -79,6 +86,12 @@ class Options:
             if key not in allowed:
                 raise ValueError(unknown_key(key, allowed))
         return given
+
+    @field_validator(*PLACES, check_fields=False)
+    @classmethod
+    def _expand_home(cls, place: Any) -> Any:
+        # No shell expands ~ in a file of YAML; sh and zsh do not in key=value.
+        return os.path.expanduser(place) if isinstance(place, str) else place
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)

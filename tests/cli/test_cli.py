@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 import fastalign
 import fastalign_kernels.native
 from fastalign import cli
-from fastalign.stages import command, pretrain, sft
+from fastalign.stages import command, dpo, ppo, pretrain, sft
 from fastalign.stages.config import TrainConfig, describe, parse, read_config, save_config
 from fastalign.stages.stage_configs import CONFIGS
 
@@ -146,6 +146,17 @@ def test_a_number_with_an_exponent_is_one_at_any_depth(tmp_path: Path, name: str
     config = pretrain.PretrainConfig(**expected, train_data="x", tokenizer="t")
     save_config(config, tmp_path / "saved.yaml")
     assert pretrain.PretrainConfig(**read_config(str(tmp_path / "saved.yaml"))) == config
+
+
+def test_a_tilde_is_the_home_folder_in_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of YAML is expanded by no shell, and sh and zsh leave ~ in key=value as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    shared = ("train_data", "eval_data", "output_dir", "tokenizer", "cache_dir", "model")
+    for stage, places in ((dpo.DPOConfig, ("reference_dir",)), (ppo.PPOConfig, ("reward", "value_model"))):
+        argv = [f"{place}=~/x" for place in (*shared, *places)]
+        argv += ["reference=precomputed"] * (stage is dpo.DPOConfig)
+        config = parse(stage, argv, prog="fastalign")
+        assert {getattr(config, place) for place in (*shared, *places)} == {"/home/me/x"}
 
 
 @pytest.mark.parametrize("stage", [pretrain.PretrainConfig, sft.SFTConfig])
