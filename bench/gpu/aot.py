@@ -182,7 +182,7 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
     formula."""
     function = getattr(preference_triton, kernel)
     constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith("HAS_")}
-    constants |= {"BLOCK_SIZE": preference_triton.LARGEST_BLOCK_SIZE, "REDUCTION": "mean"}
+    constants |= {"BLOCK_SIZE": preference_triton.LARGEST.size, "REDUCTION": "mean"}
     if kernel == "pairs_kernel":
         constants["FORMULA"] = preference_triton.compiled(PAIR_LOSSES[variant].formula)
     vectors = dict.fromkeys(("loss", "rewards", "metrics", "grads"), "*fp32")
@@ -193,7 +193,7 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
     source = ASTSource(
         function, {name: types.get(name, TYPES[dtype]) for name in function.arg_names}, constexprs=constants
     )
-    return triton_row(source, preference_triton.NUM_WARPS, kernel, sm, dtype, variant)
+    return triton_row(source, preference_triton.LARGEST.num_warps, kernel, sm, dtype, variant)
 
 
 def compile_policy(kernel: str, sm: int, variant: str) -> Row:

@@ -133,33 +133,34 @@ def register_row_loss(
     fake: Callable[..., tuple[Tensor, ...]],
     *,
     losses: str,
-    divisor: Callable[..., int] | None = None,
+    divisor: Callable[[Tensor, Any], int] | None = None,
 ) -> EagerOp:
     """The op of an O(N) loss whose forward returns (loss, numbers without gradient, grads).
 
     grads has one row for each differentiable input, which are the first inputs.
 
     Args:
-        divisor: of forward's inputs: what the loss was divided by and grads was not. The upstream gradient
-            may be a vector, and grads are scaled out of place. None: grads are those of the loss, and they
-            are scaled in place and given away, as `scale_saved_grads` says.
+        divisor: of forward's first and last inputs: what the loss was divided by and grads was not. The
+            upstream gradient may be a vector, and grads are scaled out of place. None: grads are those of the
+            loss, and they are scaled in place and given away, as `scale_saved_grads` says.
         losses: as in `register_op`.
     """
     op = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=())
     op.register_fake(fake)
+    nothing = (None,) * len(inspect.signature(forward).parameters)
 
     def backward(ctx, saved: Sequence[Tensor], upstream: Tensor | None, *_: None) -> InputGrads:
-        inputs = saved_inputs(ctx, saved)
-        none = (None,) * len(inputs)
+        # On a GPU autograd runs this in a thread of its own, on a core whose caches hold none of it.
         if upstream is None:
-            return none
+            return nothing
         if divisor is None:
-            (grads,) = scale_saved_grads(ctx, upstream, lambda: forward(*inputs)[-1:])
+            (grads,) = scale_saved_grads(ctx, upstream, lambda: forward(*saved_inputs(ctx, saved))[-1:])
         else:
-            divided_by = divisor(*inputs)
-            grads = ctx.grads[-1] * (upstream if divided_by == 1 else upstream / divided_by)
-        rows = [row.to(x.dtype) for row, x in zip(grads.unbind(), inputs)]
-        return *rows, *none[len(rows) :]
+            divided_by = divisor(saved[0], ctx.inputs[-1])
+            grads = ctx.grads[0] * (upstream if divided_by == 1 else upstream / divided_by)
+        # The tensors of the first inputs are the first that were saved.
+        rows = [row if row.dtype == x.dtype else row.to(x.dtype) for row, x in zip(grads.unbind(), saved)]
+        return *rows, *nothing[len(rows) :]
 
     checked = first_order(losses, backward)
     op.register_autograd(checked, setup_context=save_loss)
@@ -227,9 +228,9 @@ def save_loss(ctx, inputs, output) -> None:
 
 def save_inputs(ctx, inputs: Sequence[Any], *more: Tensor) -> None:
     """Save the inputs of an op, and more tensors."""
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)), *more)
-    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+    ctx.is_tensor = is_tensor = [isinstance(x, Tensor) for x in inputs]
+    ctx.inputs = [None if tensor else x for x, tensor in zip(inputs, is_tensor)]
+    ctx.save_for_backward(*[x for x, tensor in zip(inputs, is_tensor) if tensor], *more)
 
 
 def saved_inputs(ctx, saved: Sequence[Tensor]) -> list[Any]:

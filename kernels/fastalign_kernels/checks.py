@@ -218,6 +218,16 @@ def device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
         )
 
 
+def like(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], like_name: str, like: Tensor) -> None:
+    """The tensor has an allowed dtype, and the shape and device of `like`."""
+    if tensor.dtype in allowed and tensor.shape == like.shape and tensor.device == like.device:
+        reject_derivatives(name, tensor)
+        return  # what nearly every call brings, in half the time
+    dtype(name, tensor, allowed)
+    shape(name, tensor, tuple(like.shape), f"the shape of {like_name}")
+    device(name, tensor, like_name, like)
+
+
 def everywhere() -> bool:
     """Whether FASTALIGN_CHECK=1 asks for the checks that wait for the device."""
     return os.environ.get("FASTALIGN_CHECK") == "1"

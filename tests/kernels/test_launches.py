@@ -82,10 +82,10 @@ def policy_call(name, **options):
     return lambda: kernels.ppo_loss(x, old, advantages, mask, **options)
 
 
-def pair_call(name, trained=2, **options):
-    a, b, c, d = vectors(4, (6,), trained)
-    n = {"chosen_lengths": torch.arange(6), "rejected_lengths": torch.arange(6)}
-    desirable, kl = torch.arange(6) > 2, torch.tensor(0.1)
+def pair_call(name, trained=2, pairs=6, **options):
+    a, b, c, d = vectors(4, (pairs,), trained)
+    n = {"chosen_lengths": torch.arange(pairs), "rejected_lengths": torch.arange(pairs)}
+    desirable, kl = torch.arange(pairs) > 2, torch.tensor(0.1)
     calls = {
         "dpo_loss": lambda: kernels.dpo_loss(a, b, c, d, **options),
         "simpo_loss": lambda: kernels.simpo_loss(a, b, **n),
@@ -112,6 +112,8 @@ COUNTS = {
     "cpo_loss": (pair_call("cpo_loss"), 1, 3),
     "kto_loss": (pair_call("kto_loss", trained=1), 1, 3),
     "reward_loss": (pair_call("reward_loss"), 1, 3),
+    "reward_loss of 4096 pairs": (pair_call("reward_loss", pairs=4096), 1, 3),
+    "dpo_loss of 4096 pairs": (pair_call("dpo_loss", pairs=4096), 1, 3),
 }
 
 

@@ -182,10 +182,10 @@ def test_triton_at_the_edges(through_triton, device):
     )
 
 
-@pytest.mark.parametrize("S", [1, 300, 1024, 1030])
+@pytest.mark.parametrize("S", [1, 300, 1024, 1030, 4097])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_triton_reduces_the_losses_of_any_number_of_pairs(through_triton, device, S, reduction):
-    """One program's up to 1024, then torch's."""
+    """One program's up to 4096, then torch's."""
     inputs = logps(4, torch.float32, shape=(S,), device=device)
     wide = [x.detach().double().requires_grad_() for x in inputs]
     labels = torch.arange(S, device=device) % 3 == 0

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 
 from .. import checks
 from ..sequences import check_cu_seqlens, sum_by_sequence
-from ..torch_func import unwrapped
+from ..torch_func import requires_grad, unwrapped
 from .ops import KL_ESTIMATORS, PolicyOptions
 from .weights import TokenWeights, Weighting
 
@@ -122,6 +122,11 @@ def per_token(advantages: Tensor, shape: torch.Size) -> Tensor:
     return advantages
 
 
+def constant(x: Tensor) -> Tensor:
+    """The tensor without gradient; itself where it has none, because a view costs the host 1 us."""
+    return x.detach() if requires_grad(x) else x
+
+
 def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
     """[B, T] or [N], floating point, of the first one's shape and device, and a mask of that shape."""
     first, like = next(iter(tensors.items()))
@@ -130,12 +135,10 @@ def check_tokens(tensors: Mapping[str, Tensor | None], mask: Tensor) -> None:
     checks.supported_device(first, like)
     if like.dim() not in (1, 2):
         raise ValueError(f"{first}: got shape {list(like.shape)}, expected [B, T] or [N]")
-    shape, letters = tuple(like.shape), f"the shape of {first}"
-    for name, tensor in (*tensors.items(), ("mask", mask)):
+    for name, tensor in tensors.items():
         if tensor is not None:
-            checks.dtype(name, tensor, MASKS if name == "mask" else checks.FLOATS)
-            checks.shape(name, tensor, shape, letters)
-            checks.device(name, tensor, first, like)
+            checks.like(name, tensor, checks.FLOATS, first, like)
+    checks.like("mask", mask, MASKS, first, like)
 
 
 def policy_options(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import checks
 from ..dispatch import accumulator_of
-from .arguments import check_tokens, per_token, policy_options, token_weights
+from .arguments import check_tokens, constant, per_token, policy_options, token_weights
 from .ops import policy_op, value_op
 
 
@@ -140,9 +140,9 @@ def ppo_loss(
     inside, (kind, weights, number) = token_weights(
         mask, aggregation, normalizer, cu_seqlens, accumulator_of(*tensors.values())
     )
-    reference = None if reference_logp is None else reference_logp.detach()
+    reference = None if reference_logp is None else constant(reference_logp)
     loss, means, _ = policy_op(
-        *(logp, entropy, old.detach(), advantages.detach(), inside, weights, reference),
+        *(logp, entropy, constant(old), constant(advantages), inside, weights, reference),
         [*options, kind, number],
     )
     return policy_metrics(
@@ -187,7 +187,7 @@ def value_loss(
     inside, (kind, weights, number) = token_weights(
         mask, "token_mean", normalizer, None, accumulator_of(*tensors.values())
     )
-    fixed = (old_values.detach(), returns.detach(), inside, weights)
+    fixed = (constant(old_values), constant(returns), inside, weights)
     loss, metrics, _ = value_op(values, *fixed, [bound, kind, number])
     return ValueLoss(loss, *metrics.unbind())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from .. import checks
@@ -68,16 +67,7 @@ def check_sequences(tensors: Mapping[str, Tensor]) -> None:
     first, like = next(iter(tensors.items()))
     checks.supported_device(first, like)
     for name, tensor in tensors.items():
-        check_like(name, tensor, checks.FLOATS, first, like)
-
-
-def check_like(
-    name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], like_name: str, like: Tensor
-) -> None:
-    """The tensor has an allowed dtype, and the shape and device of `like`."""
-    checks.dtype(name, tensor, allowed)
-    checks.shape(name, tensor, tuple(like.shape), f"the shape of {like_name}")
-    checks.device(name, tensor, like_name, like)
+        checks.like(name, tensor, checks.FLOATS, first, like)
 
 
 def check_lengths(lengths: Mapping[str, Tensor | None], like_name: str, like: Tensor) -> None:
@@ -85,7 +75,7 @@ def check_lengths(lengths: Mapping[str, Tensor | None], like_name: str, like: Te
     for name, value in lengths.items():
         if value is not None:
             checks.tensor(name, value)
-            check_like(name, value, checks.INTEGERS, like_name, like)
+            checks.like(name, value, checks.INTEGERS, like_name, like)
             _check_at_least_zero(name, value)
 
 

@@ -20,7 +20,6 @@ from .arguments import (
     check_kl,
     check_lengths,
     check_lengths_of_type,
-    check_like,
     check_sequences,
     need_lengths,
     pair_numbers,
@@ -259,7 +258,7 @@ def kto_loss(
     checks.tensor("desirable", desirable)
     checks.optional_tensors(kl=kl)
     check_sequences({"policy_logps": policy_logps, "reference_logps": reference_logps})
-    check_like("desirable", desirable, (torch.bool,), "policy_logps", policy_logps)
+    checks.like("desirable", desirable, (torch.bool,), "policy_logps", policy_logps)
     kl = check_kl(kl, "policy_logps", policy_logps) if loss_type == "kto" else None
     options = [beta, desirable_weight, undesirable_weight, REDUCTIONS.index(reduction)]
     flat = (_flat(x) for x in (policy_logps, reference_logps, desirable))

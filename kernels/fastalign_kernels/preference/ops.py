@@ -233,9 +233,9 @@ def _fake_scores(chosen, rejected, margin, center_coefficient):
     return _empty(chosen, (), (2,), (2, *chosen.shape), dtype=dtype)
 
 
-def _mean_over(*inputs) -> int:
+def _mean_over(logps: Tensor, options: list[float]) -> int:
     """What the loss of a pair op or of KTO's was divided by."""
-    return inputs[0].shape[0] if _reduction(inputs[-1]) == "mean" else 1
+    return logps.shape[0] if _reduction(options) == "mean" else 1
 
 
 pairs_op = register_row_loss(
@@ -252,6 +252,6 @@ scores_op = register_row_loss(
     "preference_scores",
     _scores_forward,
     _fake_scores,
-    divisor=lambda *inputs: inputs[0].shape[0],
+    divisor=lambda chosen, _: chosen.shape[0],
     losses="reward_loss",
 )
