@@ -135,19 +135,19 @@ MUTATIONS = [
     ),
     # screened logits on a GPU
     Mutation(
-        KERNELS + "linear/screen_exact_triton.py",
+        KERNELS + "linear/gpu/screen_exact_triton.py",
         "total = (tl.sum(mass, 0) + rest_mass) * tl.exp(from_lse8)",
         "total = tl.sum(mass, 0) * tl.exp(from_lse8)",
         "tests/linear/test_screen_gpu.py",
     ),
     Mutation(
-        KERNELS + "linear/tail_gpu_triton.py",
+        KERNELS + "linear/gpu/tail_triton.py",
         "sure |= p >= tl.exp2(-logsum - margin)[:, None]",
         "sure |= p > 2.0",
         "tests/linear/test_screen_gpu.py",
     ),
     Mutation(
-        KERNELS + "linear/screen_gpu.py",
+        KERNELS + "linear/gpu/screen.py",
         "if unfit()[0] or used >",
         "if used >",
         "tests/linear/test_screen_gpu.py",

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastalign_kernels import checks
-from fastalign_kernels.linear.gpu_device import no_screen
+from fastalign_kernels.linear.gpu.device import no_screen
 
 from .servable_heads import causal_lm_of
 

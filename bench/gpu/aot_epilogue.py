@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the kernels of linear/epilogue.py, for `python -m bench.gpu.aot`."""
+"""Ahead-of-time compilation of the kernels of linear/gpu/epilogue.py, for `python -m bench.gpu.aot`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import triton
 from triton.compiler import ASTSource
 
-from fastalign_kernels.linear import epilogue, epilogue_rows_triton, epilogue_triton
+from fastalign_kernels.linear.gpu import epilogue, epilogue_rows_triton, epilogue_triton
 
 from .aot_row import Row, signature, triton_row
 

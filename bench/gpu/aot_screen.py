@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the kernels of linear/screen_gpu.py, for `python -m bench.gpu.aot`."""
+"""Ahead-of-time compilation of the kernels of linear/gpu/screen.py, for `python -m bench.gpu.aot`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from typing import Any
 
 from triton.compiler import ASTSource
 
-from fastalign_kernels.linear import (
-    screen_exact_triton,
-    screen_gemm_triton,
-    screen_gpu,
-    screen_gpu_codes,
-    tail_tiles,
-)
+from fastalign_kernels.linear.gpu import screen as screen_gpu
+from fastalign_kernels.linear.gpu import screen_codes as screen_gpu_codes
+from fastalign_kernels.linear.gpu import screen_exact_triton, screen_gemm_triton, tail_tiles
 
 from .aot_row import ARCHITECTURES, Row, signature, triton_row
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of the kernels of linear/tail_gpu.py, for `python -m bench.gpu.aot`."""
+"""Ahead-of-time compilation of the kernels of linear/gpu/tail.py, for `python -m bench.gpu.aot`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from triton.compiler import ASTSource
 
-from fastalign_kernels.linear import tail_gemm_triton, tail_gpu, tail_gpu_triton, tail_tiles
+from fastalign_kernels.linear.gpu import tail as tail_gpu
+from fastalign_kernels.linear.gpu import tail_gemm_triton, tail_tiles
+from fastalign_kernels.linear.gpu import tail_triton as tail_gpu_triton
 
 from .aot_row import ARCHITECTURES, Row, signature, triton_row
 

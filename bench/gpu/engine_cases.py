@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fastalign_kernels.linear.engine import Engine
-from fastalign_kernels.linear.epilogue import EpilogueStatistics
-from fastalign_kernels.linear.epilogue_slices import EpilogueSlices
-from fastalign_kernels.linear.gpu_plan import epilogue_serves
+from fastalign_kernels.linear.gpu.epilogue import EpilogueStatistics
+from fastalign_kernels.linear.gpu.epilogue_slices import EpilogueSlices
+from fastalign_kernels.linear.gpu.kept_softmax import KeptSoftmax
+from fastalign_kernels.linear.gpu.plan import epilogue_serves
+from fastalign_kernels.linear.gpu.vocab_slices import VocabSlices
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
-from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
-from fastalign_kernels.linear.vocab_slices import VocabSlices
 from fastalign_kernels.softmax.rows import Stat, coefficients
 
 from ..core.operation import OURS, Absent, Shape

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from fastalign_kernels.linear.engine import Engine, Gradients
-from fastalign_kernels.linear.epilogue import EpilogueStatistics
-from fastalign_kernels.linear.epilogue_slices import EpilogueSlices
-from fastalign_kernels.linear.gpu_plan import epilogue_serves, epilogue_slice_width
+from fastalign_kernels.linear.gpu.epilogue import EpilogueStatistics
+from fastalign_kernels.linear.gpu.epilogue_slices import EpilogueSlices
+from fastalign_kernels.linear.gpu.kept_softmax import KeptSoftmax
+from fastalign_kernels.linear.gpu.plan import epilogue_serves, epilogue_slice_width
+from fastalign_kernels.linear.gpu.vocab_slices import VocabSlices
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
-from fastalign_kernels.linear.kept_softmax import KeptSoftmax
 from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
-from fastalign_kernels.linear.vocab_slices import VocabSlices
 from fastalign_kernels.scale_triton import scale_in_place
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref
 from tests.tolerance import assert_no_worse_than_eager

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import fastalign
-from fastalign_kernels.linear.gpu_device import no_screen
-from fastalign_kernels.linear.gpu_plan import LEAST_SCREENED_HIDDEN
+from fastalign_kernels.linear.gpu.device import no_screen
+from fastalign_kernels.linear.gpu.plan import LEAST_SCREENED_HIDDEN
 
 from ..core.operation import OURS, Shape
 from ..methods.screen import SCREENED

@@ -2,7 +2,7 @@
 
 At each shape it prints the tilings of GRID, best first, as multiples of cuBLAS's GEMM in the same
 interleaved rounds: with e kept and two statistics (lean) or all (full), and with nothing kept. What is best
-fills TILES of linear/epilogue.py by hand, if `bench.gpu.aot` compiles it without spills. The compilations
+fills TILES of linear/gpu/epilogue.py by hand, if `bench.gpu.aot` compiles it without spills. The compilations
 come first, in processes side by side.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastalign.measure import interleaved
 from fastalign_kernels.linear.engine import empty_stats
-from fastalign_kernels.linear.epilogue_call import CallTiles, EpilogueCall, Tiles
+from fastalign_kernels.linear.gpu.epilogue_call import CallTiles, EpilogueCall, Tiles
 from fastalign_kernels.linear.inputs import HeadInputs
 from fastalign_kernels.linear.options import HeadOptions
 

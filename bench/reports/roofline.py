@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastalign_kernels import native
-from fastalign_kernels.linear.gpu_plan import GpuCall, gpu_workspace_mib
-from fastalign_kernels.linear.gpu_work import RATES, Rates, gpu_work
+from fastalign_kernels.linear.gpu.plan import GpuCall, gpu_workspace_mib
+from fastalign_kernels.linear.gpu.work import RATES, Rates, gpu_work
 from fastalign_kernels.linear.plan import TileCall, capacity, default_workspace_mib, plan_head
 
 from ..core.operation import OURS, Shape
@@ -71,7 +71,7 @@ class Work(NamedTuple):
     pass_bytes: float
     held_bytes: float
     launches: int = 0  # of a head on a GPU
-    epilogue_logits: float = 0.0  # whose GEMM also computes their statistics (linear/gpu_work.py)
+    epilogue_logits: float = 0.0  # whose GEMM also computes their statistics (linear/gpu/work.py)
 
 
 class Prediction(NamedTuple):

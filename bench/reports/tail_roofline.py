@@ -1,11 +1,11 @@
 """`python -m bench.reports.tail_roofline`: predicted time and memory of tail_eps on an H200, and the time
 that screened logits would take there.
 
-It counts what linear/tail_gpu.py moves and multiplies for cross-entropy in 16 bits, one block, by the share
+It counts what linear/gpu/tail.py moves and multiplies for cross-entropy in 16 bits, one block, by the share
 of columns kept. Rates are those that an H200 reached on 26 November 2026 (docs/gpu.md): 685 TFLOP/s in a
 head's bare GEMMs, 4.2 TB/s.
 
-Of a screen it counts what linear/screen_gpu.py does: an 8-bit GEMM at one of INT8, the directions that are
+Of a screen it counts what linear/gpu/screen.py does: an 8-bit GEMM at one of INT8, the directions that are
 exact, a GEMM over the columns that matter, and the bytes of the weight's codes and of e. No GPU has run it.
 """
 

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from fastalign_kernels.linear.gpu_device import no_screen
+from fastalign_kernels.linear.gpu.device import no_screen
 
 from ..causal_lm import fuse_head
 from ..classifier import score_packed

@@ -142,8 +142,9 @@ def test_a_spill_and_too_much_shared_memory_do_not_fit():
 
 def test_every_triton_kernel_is_in_the_table():
     """A kernel added to a *_triton.py without a line in bench/gpu/aot*.py fails here."""
-    paths = (ROOT / "kernels" / "fastalign_kernels").glob("*/*_triton.py")
-    names = [f"{path.parent.name}.{path.stem}" for path in paths]
+    package = ROOT / "kernels" / "fastalign_kernels"
+    paths = [path.relative_to(package) for path in package.glob("*/**/*_triton.py")]
+    names = [".".join(path.with_suffix("").parts) for path in paths]
     modules = [importlib.import_module(f"fastalign_kernels.{name}") for name in names]
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     source = "".join(path.read_text() for path in (ROOT / "bench" / "gpu").glob("aot*.py"))

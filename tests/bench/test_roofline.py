@@ -10,9 +10,9 @@ from bench.core.operation import OURS, Shape
 from bench.reports import roofline, roofline_command
 from bench.reports.roofline import GPUS, Machine, count, predict
 from fastalign_kernels import HeadPlan, plan_head
-from fastalign_kernels.linear import gpu_work
-from fastalign_kernels.linear.gpu_plan import GpuCall
-from fastalign_kernels.linear.gpu_work import RATES
+from fastalign_kernels.linear.gpu import work as gpu_work
+from fastalign_kernels.linear.gpu.plan import GpuCall
+from fastalign_kernels.linear.gpu.work import RATES
 
 H100 = GPUS[0]
 QWEN = Shape(8192, 4096, 151936)

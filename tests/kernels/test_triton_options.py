@@ -56,8 +56,9 @@ def scalar_parameters(kernel):
 
 def test_every_float_option_of_every_kernel_is_annotated():
     found = {}
-    for path in FOLDER.glob("*/*_triton.py"):
-        module = importlib.import_module(f"fastalign_kernels.{path.parent.name}.{path.stem}")
+    for path in FOLDER.glob("*/**/*_triton.py"):
+        name = ".".join(path.relative_to(FOLDER).with_suffix("").parts)
+        module = importlib.import_module(f"fastalign_kernels.{name}")
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 found |= {

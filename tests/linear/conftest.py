@@ -2,7 +2,8 @@
 
 import pytest
 
-from fastalign_kernels.linear import gpu_plan, screen
+from fastalign_kernels.linear import screen
+from fastalign_kernels.linear.gpu import plan as gpu_plan
 
 
 @pytest.fixture

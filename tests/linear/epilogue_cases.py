@@ -1,8 +1,8 @@
-"""Inputs of the engines of linear/epilogue.py, their fp64 specification, and how near to it they must be."""
+"""Inputs of the engines of gpu/epilogue.py, their fp64 specification, and how near to it they must be."""
 
 import torch
 
-from fastalign_kernels.linear import epilogue
+from fastalign_kernels.linear.gpu import epilogue
 from fastalign_kernels.linear.inputs import NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.softmax.rows import Stat, coefficients, row_grad_ref, row_stats_ref

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastalign_kernels import logits
-from fastalign_kernels.linear import epilogue, epilogue_call, epilogue_gradients, gpu_plan, host_count
+from fastalign_kernels.linear.gpu import epilogue, epilogue_call, epilogue_gradients, host_count
+from fastalign_kernels.linear.gpu import plan as gpu_plan
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy

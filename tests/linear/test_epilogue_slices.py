@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fastalign_kernels.linear import gpu_plan, host_count
-from fastalign_kernels.linear.epilogue_slices import EpilogueSlices
+from fastalign_kernels.linear.gpu import host_count
+from fastalign_kernels.linear.gpu import plan as gpu_plan
+from fastalign_kernels.linear.gpu.epilogue_slices import EpilogueSlices
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy

@@ -19,14 +19,16 @@ from fastalign_kernels import (  # noqa: E402
     linear_ppo_loss,
     linear_token_stats,
 )
-from fastalign_kernels.linear import engines, gpu_tokens, head_call, kept_softmax  # noqa: E402
+from fastalign_kernels.linear import engines, head_call  # noqa: E402
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
+from fastalign_kernels.linear.gpu import kept_softmax
+from fastalign_kernels.linear.gpu import tokens as gpu_tokens  # noqa: E402
+from fastalign_kernels.linear.gpu.kept_softmax import KeptSoftmax  # noqa: E402
+from fastalign_kernels.linear.gpu.vocab_slices import VocabSlices  # noqa: E402
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad  # noqa: E402
-from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.options import HeadOptions  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
 from fastalign_kernels.linear.token_tiles import TOKEN_TILES  # noqa: E402
-from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 from fastalign_kernels.scale_triton import scale_in_place  # noqa: E402
 from fastalign_kernels.softmax import tile_rows_triton  # noqa: E402
 from tests.linear.gpu_tiles import CLOSE, MARKS  # noqa: E402

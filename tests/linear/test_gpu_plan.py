@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastalign_kernels.linear import engines, gpu_plan
+from fastalign_kernels.linear import engines
+from fastalign_kernels.linear.gpu import plan as gpu_plan
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
 

@@ -16,7 +16,7 @@ from fastalign_kernels import (
     sum_by_sequence,
     token_stats,
 )
-from fastalign_kernels.linear import gpu_plan
+from fastalign_kernels.linear.gpu import plan as gpu_plan
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy
@@ -51,8 +51,8 @@ def engines():
         "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
     )
     assert rows_triton
-    from fastalign_kernels.linear.kept_softmax import KeptSoftmax
-    from fastalign_kernels.linear.vocab_slices import VocabSlices
+    from fastalign_kernels.linear.gpu.kept_softmax import KeptSoftmax
+    from fastalign_kernels.linear.gpu.vocab_slices import VocabSlices
 
     return {
         "all kept": KeptSoftmax(1.0),

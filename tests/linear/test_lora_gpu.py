@@ -9,13 +9,13 @@ pytest.importorskip(
     "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
 )
 
-from fastalign_kernels.linear import gpu_plan  # noqa: E402
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
+from fastalign_kernels.linear.gpu import plan as gpu_plan  # noqa: E402
+from fastalign_kernels.linear.gpu.kept_softmax import KeptSoftmax  # noqa: E402
+from fastalign_kernels.linear.gpu.vocab_slices import VocabSlices  # noqa: E402
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad  # noqa: E402
-from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.options import HeadOptions  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
-from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 from tests.linear.gpu_tiles import CLOSE, MARKS  # noqa: E402
 
 N, H, V, RANK = 13, 16, 90, 3

@@ -6,15 +6,12 @@ import torch
 
 from fastalign_kernels import linear_cross_entropy, linear_dpo_loss, linear_logprobs, linear_token_stats
 from fastalign_kernels.gemm_int8 import Coding, code_rows_ref, mm_int8_ref
-from fastalign_kernels.linear import (
-    engines,
-    epilogue,
-    gpu_plan,
-    screen_gpu,
-    screen_gpu_codes,
-    tail_gpu,
-    tail_tiles,
-)
+from fastalign_kernels.linear import engines
+from fastalign_kernels.linear.gpu import epilogue, tail_tiles
+from fastalign_kernels.linear.gpu import plan as gpu_plan
+from fastalign_kernels.linear.gpu import screen as screen_gpu
+from fastalign_kernels.linear.gpu import screen_codes as screen_gpu_codes
+from fastalign_kernels.linear.gpu import tail as tail_gpu
 from fastalign_kernels.linear.inputs import NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.screen import screen_counts

@@ -17,21 +17,18 @@ pytest.importorskip(
     "fastalign_kernels.softmax.rows_triton", reason="triton is not installed", exc_type=ImportError
 )
 
-from fastalign_kernels.linear import (  # noqa: E402
-    epilogue_gradients,
-    gpu_plan,
-    kept_softmax,
-    sharded_engine,
-)
+from fastalign_kernels.linear import sharded_engine
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
-from fastalign_kernels.linear.epilogue import EpilogueStatistics  # noqa: E402
+from fastalign_kernels.linear.gpu import epilogue_gradients, kept_softmax
+from fastalign_kernels.linear.gpu import plan as gpu_plan
+from fastalign_kernels.linear.gpu.epilogue import EpilogueStatistics  # noqa: E402
+from fastalign_kernels.linear.gpu.kept_softmax import KeptSoftmax  # noqa: E402
+from fastalign_kernels.linear.gpu.vocab_slices import VocabSlices  # noqa: E402
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad  # noqa: E402
-from fastalign_kernels.linear.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.options import HeadOptions  # noqa: E402
 from fastalign_kernels.linear.sharded import Shards, local_table, merged_table  # noqa: E402
 from fastalign_kernels.linear.sharded_engine import ShardedEngine  # noqa: E402
 from fastalign_kernels.linear.token_losses import TokenCrossEntropy  # noqa: E402
-from fastalign_kernels.linear.vocab_slices import VocabSlices  # noqa: E402
 from tests.linear.epilogue_cases import TILES  # noqa: E402
 from tests.linear.test_gpu_engines import CLOSE, N, V, make, truth  # noqa: E402
 

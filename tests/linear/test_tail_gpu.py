@@ -14,8 +14,11 @@ from fastalign_kernels import (
     linear_ppo_loss,
     linear_token_stats,
 )
-from fastalign_kernels.linear import engines, epilogue, gpu_plan, tail_gpu, tail_tiles
+from fastalign_kernels.linear import engines
 from fastalign_kernels.linear.engine import Gradients
+from fastalign_kernels.linear.gpu import epilogue, tail_tiles
+from fastalign_kernels.linear.gpu import plan as gpu_plan
+from fastalign_kernels.linear.gpu import tail as tail_gpu
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
 from fastalign_kernels.linear.tail_columns import kept_share

@@ -15,7 +15,7 @@ from fastalign.stages.head_counts import head_counts, reset_counts
 from fastalign.stages.loading import check_screen
 from fastalign.stages.policy_configs import GRPOConfig
 from fastalign_kernels import native
-from fastalign_kernels.linear import gpu_device
+from fastalign_kernels.linear.gpu import device as gpu_device
 from fastalign_kernels.linear.screen import COUNTER, ScreenCounts
 from tests.stages.tiny import lines
 

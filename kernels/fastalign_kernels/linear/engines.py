@@ -12,15 +12,15 @@ from torch import Tensor
 from .. import native
 from ..torch_func import assumed_constant
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
-from .epilogue import EpilogueStatistics
-from .epilogue_slices import EpilogueSlices
-from .gpu_device import architecture
-from .gpu_plan import gpu_saved_mib, gpu_workspace_mib, select_engine
+from .gpu.device import architecture
+from .gpu.epilogue import EpilogueStatistics
+from .gpu.epilogue_slices import EpilogueSlices
+from .gpu.plan import gpu_saved_mib, gpu_workspace_mib, select_engine
+from .gpu.screen import ScreenedEpilogue
+from .gpu.tail import TailEpilogue
 from .inputs import HeadInputs, NeedsGrad
 from .screen import COUNTER, ScreenCounts
-from .screen_gpu import ScreenedEpilogue
 from .sharded_engine import ShardedEngine, local_inputs
-from .tail_gpu import TailEpilogue
 from .token_tiles import TOKEN_TILES
 
 _NOTHING = nullcontext()
@@ -92,8 +92,8 @@ def _engine(selection: Selection) -> Engine:
     if name == "screen":
         return ScreenedEpilogue(workspace_mib, saved_mib=saved_mib)
     # here, because triton is absent on macOS and Windows
-    from .kept_softmax import KeptSoftmax
-    from .vocab_slices import VocabSlices
+    from .gpu.kept_softmax import KeptSoftmax
+    from .gpu.vocab_slices import VocabSlices
 
     return KeptSoftmax(workspace_mib, saved_mib) if name == "kept_softmax" else VocabSlices(workspace_mib)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..gemm import mm
 from ..softmax.rows import Stat, accumulator_dtype
 from ..softmax.tile_rows_triton import Softmaxes
-from .gpu_tokens import Tokens
+from .gpu.tokens import Tokens
 from .inputs import HeadInputs
 
 

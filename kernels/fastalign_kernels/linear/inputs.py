@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import checks
 from ..logits import kept_ids
 from ..torch_func import requires_grad
-from .gpu_device import architecture, no_screen
-from .gpu_plan import GpuCall, screen_refusal
+from .gpu.device import architecture, no_screen
+from .gpu.plan import GpuCall, screen_refusal
 from .low_rank import ThinProduct, thin_product
 from .options import HeadOptions, check_no_screen
 from .plan import TileCall, select_mode

@@ -13,8 +13,8 @@ import torch
 
 from .. import checks
 from ..gemm_int8 import coded_bytes, refusal
-from .gpu_budgets import card_of, gpu_budgets
-from .gpu_plan import (
+from .gpu.budgets import card_of, gpu_budgets
+from .gpu.plan import (
     UNKEPT_TOKENS,
     GpuCall,
     epilogue_saved,

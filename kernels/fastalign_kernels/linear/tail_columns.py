@@ -15,7 +15,7 @@ gradient. The products with q of many blocks are two thin GEMMs.
 GEMMs: 1 + 2 f for f = K / V, and dense (3) where f > DENSE. Kept between the passes: `Kept`, f of the block's
 logits.
 
-On Hopper GPUs linear/tail_gpu.py computes the same with GEMMs that skip columns. This file serves CPUs and
+On Hopper GPUs linear/gpu/tail.py computes the same with GEMMs that skip columns. This file serves CPUs and
 what that engine does not. Bytes beside the GEMMs: (16 + 6 f) V for each token and 22 f V H for each block
 (its rows of W and dW gathered and put back; on a CPU with our own GEMMs they are gathered while they are
 packed, 8 f V H), in bf16 with fp32 logits.

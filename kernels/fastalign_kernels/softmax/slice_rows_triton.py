@@ -1,4 +1,4 @@
-"""Statistics of rows that come as slices of the vocabulary (linear/vocab_slices.py).
+"""Statistics of rows that come as slices of the vocabulary (linear/gpu/vocab_slices.py).
 
 A slice is merged into running sums. One program a row of the slice. Bytes a logit: 4.
 """

@@ -1,4 +1,4 @@
-"""Row kernels of the head's GPU engines (linear/kept_softmax.py, linear/vocab_slices.py).
+"""Row kernels of the head's GPU engines (linear/gpu/kept_softmax.py, linear/gpu/vocab_slices.py).
 
 One program a row of a tile of logits [C, V], 64-bit row offsets:
 

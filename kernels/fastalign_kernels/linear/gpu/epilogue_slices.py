@@ -1,4 +1,4 @@
-"""The head's engine for GPUs that run linear/epilogue.py and have little free memory: one slice of the
+"""The head's engine for GPUs that run epilogue.py and have little free memory: one slice of the
 vocabulary at a time, for all tokens.
 
     statistics    the GEMM of epilogue.py that keeps nothing
@@ -26,13 +26,13 @@ import math
 import torch
 from torch import Tensor
 
-from ..gemm import mm
-from ..softmax.rows import Stat
-from .engine import Gradients, TokenCoefficients, empty_gradients, empty_stats, of_table
+from ...gemm import mm
+from ...softmax.rows import Stat
+from ..engine import Gradients, TokenCoefficients, empty_gradients, empty_stats, of_table
+from ..inputs import HeadInputs, NeedsGrad
 from .epilogue import LEAN_TOKENS, EpilogueStatistics
 from .epilogue_call import Block, EpilogueCall, state_numbers
-from .gpu_plan import GRANULE, epilogue_slice_width, row_elements
-from .inputs import HeadInputs, NeedsGrad
+from .plan import GRANULE, epilogue_slice_width, row_elements
 
 
 class EpilogueSlices(EpilogueStatistics):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .gpu_plan import TILE_COLUMNS, GpuCall
-from .head_plan import HeadPlan
+from ..head_plan import HeadPlan
+from .plan import TILE_COLUMNS, GpuCall
 
 
 class Rates(NamedTuple):

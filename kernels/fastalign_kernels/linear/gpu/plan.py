@@ -25,7 +25,7 @@ MOST_MIB = 2560.0
 MOST_SAVED_MIB = 5120.0
 CARD_SHARE = 16
 
-# The engine `epilogue` (linear/epilogue.py): compute capabilities on which a GPU has measured it.
+# The engine `epilogue` (epilogue.py): compute capabilities on which a GPU has measured it.
 EPILOGUE_MEASURED = (90,)
 # For dW its hidden states are multiplied by their row's factor, which rounds them once more than other
 # engines do. On an H200 (2026-11-27) dW was within twice PyTorch's error at 253 to 1,024 tokens, but not in
@@ -224,7 +224,7 @@ def screen_refusal(call: GpuCall) -> str:
 
 
 def gpu_coded_bytes(rows: int, hidden_size: int) -> int:
-    """Bytes of a factor's codes on a GPU (screen_gpu_codes.py)."""
+    """Bytes of a factor's codes on a GPU (screen_codes.py)."""
     return rows * (-(-hidden_size // 64) * 64 + 140)
 
 

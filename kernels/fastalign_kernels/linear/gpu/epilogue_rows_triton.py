@@ -1,4 +1,4 @@
-"""Kernels of linear/epilogue.py over rows: what comes before and after the logits GEMM.
+"""Kernels of epilogue.py over rows: what comes before and after the logits GEMM.
 
 Bytes: `gather_kernel` reads and writes N H elements and reads the sampled columns of the weight;
 `dlogits_kernel` reads and writes N H elements, and 2 V bytes twice for each row that needs a pass;
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from ..triton_options import INTERPRETED, as_scalar
+from ...triton_options import INTERPRETED, as_scalar
 from .epilogue_triton import LIFT, LN2, LOWEST, WINDOW, base2
 
 

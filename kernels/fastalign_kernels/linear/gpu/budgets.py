@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu_plan import GRANULE, GpuCall
-from .gpu_work import gpu_work, milliseconds, rates_of
-from .head_plan import HeadBudget, HeadPlan
+from ..head_plan import HeadBudget, HeadPlan
+from .plan import GRANULE, GpuCall
+from .work import gpu_work, milliseconds, rates_of
 
 SHARES = (1, 2, 4, 8, 16)  # of the default workspace
 

@@ -1,4 +1,4 @@
-"""The head's kernels for linear/epilogue.py: a logits GEMM with the statistics in its epilogue, and what
+"""The head's kernels for epilogue.py: a logits GEMM with the statistics in its epilogue, and what
 stands around it.
 
 All logits here are in base 2, z2 = z / ln 2, since the hardware's exponential is 2^x. A tile is BM tokens by
@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_options import as_scalar
+from ...triton_options import as_scalar
 
 LN2 = tl.constexpr(0.6931471805599453)
 # In powers of 2. The reference is LIFT above the largest of the SAMPLE columns that `gather_kernel` looks at,

@@ -1,4 +1,4 @@
-"""One call of the engine in linear/epilogue.py: its blocks of tokens and their launches."""
+"""One call of the engine in epilogue.py: its blocks of tokens and their launches."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import triton_launch
-from ..gemm import mm
-from ..triton_launch import Numbers, Pointers
-from .engine import TokenCoefficients
+from ... import triton_launch
+from ...gemm import mm
+from ...triton_launch import Numbers, Pointers
+from ..engine import TokenCoefficients
+from ..inputs import HeadInputs, NeedsGrad
+from ..token_losses import TokenCrossEntropy
 from .host_count import HostCount
-from .inputs import HeadInputs, NeedsGrad
-from .token_losses import TokenCrossEntropy
 
 
 class Tiles(NamedTuple):
@@ -87,7 +87,7 @@ class Block(NamedTuple):
     hidden: Tensor  # [rows, H], gathered
     kept: Tensor  # [rows, V] e, or of size 0
     state: Tensor  # fp32: four numbers a row, and those of its tiles; see forward_kernel
-    screened: Any = None  # of screen_gpu.py: e is that of 8-bit logits, and was used up
+    screened: Any = None  # of screen.py: e is that of 8-bit logits, and was used up
 
 
 def state_size(inputs: HeadInputs, tiles: CallTiles, rows: int) -> int:

@@ -1,7 +1,7 @@
-"""The tail's kernels between the logits GEMM and the gradients' GEMMs, in the order of linear/tail_gpu.py.
+"""The tail's kernels between the logits GEMM and the gradients' GEMMs, in the order of tail.py.
 
 `kept` is what the engine keeps of the softmax, e in 16 bits with P = e 2^shift: e and the shift of
-linear/epilogue_triton.py. Tokens come in parts, vocabulary ids in column tiles of TILE.
+epilogue_triton.py. Tokens come in parts, vocabulary ids in column tiles of TILE.
 
 Bytes: `columns_kernel` and `collect_kernel` each read kept once, 2 N V. The latter writes 2 bytes for each
 token and column that it keeps. The rest touch a few numbers a column.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_options import as_scalar
+from ...triton_options import as_scalar
 from .epilogue_triton import LN2, LOWEST, WINDOW
 
 # Of the matrices of the rank-1 parts: one for each part of a block, at most 15, and one for label smoothing.

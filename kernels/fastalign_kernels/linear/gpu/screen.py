@@ -1,15 +1,15 @@
-"""The engine for `screen` on the GPUs that run linear/epilogue.py: 8-bit logits everywhere, exact ones of the
+"""The engine for `screen` on the GPUs that run epilogue.py: 8-bit logits everywhere, exact ones of the
 columns that matter to a part of the tokens.
 
-screen.py has the idea, tail_gpu.py the parts and tiles of columns. A block runs
+linear/screen.py has the idea, tail.py the parts and tiles of columns. A block runs
 
-    codes      weight and hidden states in 8 bits (screen_gpu_codes.py)
+    codes      weight and hidden states in 8 bits (screen_codes.py)
     logits     an 8-bit GEMM whose epilogue dequantises, takes the statistics and writes e, as epilogue.py's
     columns    the tiles that a part keeps: where some token has P > eps, is at its target, or may have its
                largest logit; eps is tail_eps, or UNTAILED_EPS without one
     exact      sums over the other columns, one read of e; then a GEMM over the kept tiles, whose p takes e's
                place; then statistics of both together
-    dX, dW     as the tail's (tail_gpu.py), from dlogits that finish_kernel makes of p
+    dX, dW     as the tail's (tail.py), from dlogits that finish_kernel makes of p
 
 Time in GEMMs: 1/2 + 3 f with gradients, 1/2 + f without, where the tail takes 1 + 2 f and exact logits 3 and
 1; f is the share of columns in kept tiles. Bytes beside the GEMMs' own: 6 N V for e, written once and read
@@ -17,8 +17,8 @@ twice, 6 f N V, and 3 V H for the codes. So it pays where H is large. The host a
 and twice for each block.
 
 A block is computed exactly, all its logits, if the 8-bit error is too large for one of its tokens
-(screen.py's LARGEST_NOISE) or if DENSE of the columns matter. If too many matter to some tokens that are
-probed, and under graph capture, the call is exact as a whole.
+(LARGEST_NOISE of linear/screen.py) or if DENSE of the columns matter. If too many matter to some tokens that
+are probed, and under graph capture, the call is exact as a whole.
 
 No GPU has run this. Its kernels run in Triton's interpreter in the tests, and compile without spills.
 """
@@ -31,27 +31,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gemm import mm
-from ..triton_launch import launch
+from ...gemm import mm
+from ...triton_launch import launch
+from ..chunks import capturing
+from ..engine import TokenCoefficients
+from ..inputs import HeadInputs, NeedsGrad
+from ..screen import COUNTER, EXACT_EPS, EXACTLY_PROBED, LARGEST_NOISE, LARGEST_SHARE, MARGIN, ScreenCounts
+from ..tail_columns import DENSE
 from . import tail_tiles
-from .chunks import capturing
-from .engine import TokenCoefficients
 from .epilogue_call import Block, EpilogueCall, Tiles, descriptor, state_size
 from .epilogue_gradients import BlockGradients, Factors
-from .gpu_plan import UNKEPT_TOKENS, row_elements
-from .inputs import HeadInputs, NeedsGrad
-from .screen import (
-    COUNTER,
-    EXACT_EPS,
-    EXACTLY_PROBED,
-    LARGEST_NOISE,
-    LARGEST_SHARE,
-    MARGIN,
-    ScreenCounts,
-)
-from .screen_gpu_codes import GpuCodes, WeightCodes, code_hidden, code_weight
-from .tail_columns import DENSE
-from .tail_gpu import TailEpilogue, TailFactors, TailGradients, thin_product
+from .plan import UNKEPT_TOKENS, row_elements
+from .screen_codes import GpuCodes, WeightCodes, code_hidden, code_weight
+from .tail import TailEpilogue, TailFactors, TailGradients, thin_product
 from .tail_tiles import MATRIX_ROWS, KeepingRule, KeptTiles, RowTiles
 
 # Of SmolLM2's head over 2048 tokens logp is then off by 1.6e-4 nats rms, entropy by 8e-4, and f is 0.105; at

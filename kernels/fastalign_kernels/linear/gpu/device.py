@@ -6,9 +6,9 @@ import functools
 
 import torch
 
-from .. import gemm_int8, native
-from ..torch_func import assumed_constant
-from .gpu_plan import GpuCall, screen_refusal
+from ... import gemm_int8, native
+from ...torch_func import assumed_constant
+from .plan import GpuCall, screen_refusal
 
 
 @assumed_constant

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..softmax.tile_rows_triton import Rows
-from .chunks import capturing
+from ...softmax.tile_rows_triton import Rows
+from ..chunks import capturing
 
 
 class Tokens:

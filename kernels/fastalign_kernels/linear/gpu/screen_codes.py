@@ -1,4 +1,4 @@
-"""8-bit codes of a head's factors on a GPU, for linear/screen_gpu.py.
+"""8-bit codes of a head's factors on a GPU, for screen.py.
 
 They are those of gemm_int8.py, with rotations of at most LARGEST_BLOCK numbers: one product of the tensor
 cores turns a row. A call codes the weight anew, since a training step changes it: on an H200 at H 4096 and V
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gemm_int8 import LOW, hadamard, rotation_signs
-from ..triton_launch import launch
-from .screen_weight import ROUNDS, SAMPLED_ROWS
+from ...gemm_int8 import LOW, hadamard, rotation_signs
+from ...triton_launch import launch
+from ..screen_weight import ROUNDS, SAMPLED_ROWS
 
 LARGEST_BLOCK = 64
 ROWS, WARPS = 64, 8  # of a program; others spill

@@ -1,4 +1,4 @@
-"""The gradients of a call of linear/epilogue.py, added up block by block."""
+"""The gradients of a call of epilogue.py, added up block by block."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..gemm import mm
-from .engine import Gradients, TokenCoefficients, empty_gradients
+from ...gemm import mm
+from ..engine import Gradients, TokenCoefficients, empty_gradients
+from ..inputs import NeedsGrad
 from .epilogue_call import Block, EpilogueCall
-from .inputs import NeedsGrad
 
 
 @dataclass(frozen=True)

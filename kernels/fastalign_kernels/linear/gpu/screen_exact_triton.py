@@ -1,4 +1,4 @@
-"""The kernels of linear/screen_gpu.py between the 8-bit logits and the gradients' GEMMs: exact logits of the
+"""The kernels of screen.py between the 8-bit logits and the gradients' GEMMs: exact logits of the
 columns that are kept, and statistics of both together.
 
 e, state and shifts are those of epilogue_triton.py, made of 8-bit logits; lse8 is their logsumexp. p is
@@ -17,9 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_options import as_scalar
+from ...triton_options import as_scalar
 from .epilogue_triton import LN2, LOWEST, WINDOW, halves
-from .tail_gpu_triton import token_terms
+from .tail_triton import token_terms
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Which column tiles the tokens of a block keep, for the engines of linear/tail_gpu.py and screen_gpu.py."""
+"""Which column tiles the tokens of a block keep, for the engines of tail.py and screen.py."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..triton_launch import launch
+from ...triton_launch import launch
+from ..plan import TOKENS
+from ..tail_columns import COUNTER, DENSE
 from .epilogue_call import Block, EpilogueCall
-from .plan import TOKENS
-from .tail_columns import COUNTER, DENSE
 
 PART = TOKENS["cuda"]  # tokens that share their kept columns
 MOST_PARTS = 15  # of a block: the order of the columns is a number of so many bits
@@ -163,6 +163,6 @@ def count_kept(used: int, rows: int, V: int) -> bool:
 
 
 def _kernels():
-    from . import tail_gpu_triton  # Triton is absent on macOS and Windows
+    from . import tail_triton as tail_gpu_triton  # Triton is absent on macOS and Windows
 
     return tail_gpu_triton

@@ -8,7 +8,7 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from .chunks import capturing
+from ..chunks import capturing
 
 
 class _Memory:

@@ -34,19 +34,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .engine import Engine, Gradients, TokenCoefficients, empty_stats, of_table
+from ..engine import Engine, Gradients, TokenCoefficients, empty_stats, of_table
+from ..inputs import HeadInputs, NeedsGrad
+from .device import architecture, multiprocessors
 from .epilogue_call import Block, CallTiles, EpilogueCall, Tiles, state_size
 from .epilogue_gradients import BlockGradients
-from .gpu_device import architecture, multiprocessors
-from .gpu_plan import (
-    MOST_MIB,
-    MOST_SAVED_MIB,
-    GpuCall,
-    epilogue_saved,
-    epilogue_tokens,
-    row_elements,
-)
-from .inputs import HeadInputs, NeedsGrad
+from .plan import MOST_MIB, MOST_SAVED_MIB, GpuCall, epilogue_saved, epilogue_tokens, row_elements
 
 LEAN_TOKENS = 32768  # of a block without any gradient: a token takes only 2 H + V / 16 bytes
 

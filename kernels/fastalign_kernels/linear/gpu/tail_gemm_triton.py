@@ -1,7 +1,7 @@
 """The tail's GEMMs: dX and dW of the column tiles that a part of the tokens keeps, with the rank-1 parts of
 the rest in the epilogue, and the thin products these need.
 
-`grad` [columns, tokens] holds dlogits by the columns' place in an order (tail_gpu_triton.py: `rank_kernel`).
+`grad` [columns, tokens] holds dlogits by the columns' place in an order (tail_triton.py: `rank_kernel`).
 Only tiles that a token's part keeps are read. Left and right are summed in fp32.
 
 Bytes: dX and dW are each written once, in their final dtype. `thin_kernel` reads its right factor once.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .epilogue_triton import halves
-from .tail_gpu_triton import MATRIX_ROWS
+from .tail_triton import MATRIX_ROWS
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The engine for `tail_eps` on GPUs that run linear/epilogue.py: its forward pass, and backward GEMMs over
+"""The engine for `tail_eps` on GPUs that run epilogue.py: its forward pass, and backward GEMMs over
 the columns that matter.
 
 tail_columns.py has the formula, tail_tiles.py chooses the columns. A block's tokens come in parts of PART,
@@ -26,15 +26,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..triton_launch import launch
+from ...triton_launch import launch
+from ..chunks import capturing
+from ..engine import TokenCoefficients
+from ..inputs import NeedsGrad
 from . import tail_tiles
-from .chunks import capturing
-from .engine import TokenCoefficients
+from .device import architecture
 from .epilogue import EpilogueStatistics
 from .epilogue_call import Block, EpilogueCall, descriptor
 from .epilogue_gradients import BlockGradients, Factors
-from .gpu_device import architecture
-from .inputs import NeedsGrad
 from .tail_tiles import MATRIX_ROWS, KeepingRule, KeptTiles, RowTiles
 
 
@@ -48,7 +48,7 @@ class TailTiles(NamedTuple):
     stages: int = 7  # 4 buffers: the tile numbers that the loop reads take the rest
 
 
-# By compute capability. Those that no GPU has measured are compiled, and not used (gpu_plan.py).
+# By compute capability. Those that no GPU has measured are compiled, and not used (plan.py).
 TILES = {
     80: TailTiles(bh=128, bk=32, stages=4),
     90: TailTiles(),
@@ -246,7 +246,7 @@ def thin_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _kernels():
-    from . import tail_gpu_triton
+    from . import tail_triton as tail_gpu_triton
 
     return tail_gpu_triton
 

@@ -1,4 +1,4 @@
-"""The 8-bit product of linear/screen_gpu.py, and the codes of its factors.
+"""The 8-bit product of screen.py, and the codes of its factors.
 
 A row x is coded as y ~ scale * code with y = R x, as gemm_int8.py says: R turns signs and is a Hadamard
 matrix in blocks of BLOCK, and products along a basis B of 16 directions are exact. These come from the tensor
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_options import as_scalar
+from ...triton_options import as_scalar
 from .epilogue_triton import write_tile
 
 LOW = tl.constexpr(16)  # rows of the basis

@@ -35,7 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..softmax.tile_rows_triton import (
+from ...softmax.tile_rows_triton import (
     Rows,
     TokenLoss,
     kept_grad,
@@ -44,14 +44,14 @@ from ..softmax.tile_rows_triton import (
     tile_softmax,
     tile_stats,
 )
-from . import gpu_plan
-from .engine import Engine, Gradients, TokenCoefficients, hidden_grad_dtype
-from .gpu_plan import TileSizes, keeps_softmax, saved_sizes, tile_sizes
-from .gpu_tokens import Tokens
-from .head_call import HeadCall, product, write_logits
-from .inputs import HeadInputs, NeedsGrad
-from .product_grads import Product, gradients_of, products_of
-from .token_losses import TokenCrossEntropy
+from ..engine import Engine, Gradients, TokenCoefficients, hidden_grad_dtype
+from ..head_call import HeadCall, product, write_logits
+from ..inputs import HeadInputs, NeedsGrad
+from ..product_grads import Product, gradients_of, products_of
+from ..token_losses import TokenCrossEntropy
+from . import plan as gpu_plan
+from .plan import TileSizes, keeps_softmax, saved_sizes, tile_sizes
+from .tokens import Tokens
 
 SOFTMAX_SCALE = {torch.bfloat16: 1.0, torch.float16: 2.0**15}
 

@@ -1,0 +1,1 @@
+"""The engines that run a head on a GPU, and what they ask of it."""
