@@ -68,6 +68,12 @@ def test_a_template_that_computes_for_minutes_ends_within_seconds_and_the_next_o
     assert len(row_of(CHATML)) == 2
 
 
+def test_a_template_that_writes_the_date_is_told() -> None:
+    """As Llama 3's. A run that resumes on another day would go on with other tokens."""
+    with pytest.warns(UserWarning, match="^chat template of .*: it writes the date .* on another day"):
+        row_of("{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}" + CHATML)
+
+
 # Ways out of Jinja's sandbox that are known; each tries to write a file.
 WRITE = "open('{path}', 'w').close()"
 

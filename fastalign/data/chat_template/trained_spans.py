@@ -3,6 +3,7 @@
 The DataErrors raised here give only the reason; `rows.read_each` adds the file and the rows.
 """
 
+import warnings
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -126,6 +127,12 @@ class ChatTemplate:
                 f"chat templates of {self.name}: got none for it ({error}), expected one"
             ) from error
         if source not in self._templates:
+            if "strftime_now(" in source:
+                warnings.warn(
+                    f"chat template of {self.name}: it writes the date (strftime_now), so the same rows have "
+                    "other tokens on another day, also if a run resumes: write a fixed date into it",
+                    stacklevel=2,
+                )
             self._templates[source] = Template(
                 source, name=self.name, variables=self._tokenizer.special_tokens_map
             )
