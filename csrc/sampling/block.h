@@ -22,7 +22,7 @@ FA_HD Tops tops_of_row(Shared& shared, const ChunkSummary* s, int chunks) {
 }
 
 // As `combined` in rows.h: of z with `per_bit`, and of the raw logits.
-FA_HD RowSums sums_of_row(Shared& shared, const ChunkSummary* s, int chunks, const Tops& tops, float per_bit) {
+FA_HD RowSums sums_of_row(SummaryShared& shared, const ChunkSummary* s, int chunks, const Tops& tops, float per_bit) {
   FA_THREADS(t) {
     RowSums sums = {};
     for_summaries<2>(s, t, chunks, [&](int, const ChunkSummary& chunk) {
@@ -128,7 +128,7 @@ FA_HD void race(Shared& shared, const SampleJob& job, int64_t index, const RowOp
 
 // The end of the first launch, by a row's last block: draws the row, or begins the search for its threshold. `memory` is null where no row has
 // a filter.
-template <class T> FA_HD void end_summaries(Shared& shared, const SampleJob& job, int64_t index, ChunkSummary* s, RowMemory* memory) {
+template <class T> FA_HD void end_summaries(SummaryShared& shared, const SampleJob& job, int64_t index, ChunkSummary* s, RowMemory* memory) {
   const float temperature = options_of(job, index).temperature;
   const int chunks = int((job.V + CHUNK - 1) / CHUNK);
   FA_THREADS(t) {
@@ -330,16 +330,16 @@ template <class T> FA_HD void end_collection(FilterShared& shared, const SampleJ
   }
   Keep keep = everything(known.drawn.top, known.per_bit);
   if (state->step == RowState::SEARCH) {
-    const bool listed = cut_by_list(shared, row, o, s, known, keep.cut);
     // What comes is read where it is needed, for registers.
-    if (!listed) keep.cut = cut_by_one_block(shared, row, options_of(job, index), s, *state);
-    keep.least = state->least;
-    if (!listed) {
+    if (!cut_by_list(shared, row, o, s, known, keep.cut)) {
+      keep.cut = cut_by_one_block(shared, row, job, index, s, *state);
+      keep.least = state->least;
       FA_THREADS(t) {
         if (t == 0) shared.kept = 0;
       }
-      list_survivors<true>(shared, s, 0, (row.V + CHUNK - 1) / CHUNK, keep);
+      list_survivors<true>(shared, s, 0, int((job.V + CHUNK - 1) / CHUNK), keep);
     }
+    keep.least = state->least;
     keep_survivors(shared, row, s, keep);
   }
   keep.least = state->least;

@@ -170,21 +170,23 @@ FA_HD Source collect_row(FilterShared& shared, const BlockRow<T>& row, ChunkSumm
   return shared.candidates <= CANDIDATES ? SHARED_VALUES : SURVIVORS;
 }
 
-// The cut of a row whose list does not tell: one block goes over the row, several times. Correct for every row, and slow.
+// The cut of a row whose list does not tell: one block goes over the row, several times. Correct for every row, and slow. It reads options where it
+// needs them, for registers.
 template <class T>
-FA_HD float cut_by_one_block(FilterShared& shared, const BlockRow<T>& row, const RowOptions& o, ChunkSummary* s, const RowState& known) {
+FA_HD float cut_by_one_block(FilterShared& shared, const BlockRow<T>& row, const SampleJob& job, int64_t index, ChunkSummary* s, const RowState& known) {
   const int chunks = (row.V + CHUNK - 1) / CHUNK;
   Keep keep = everything(known.drawn.top, known.per_bit);
-  Search search = {true, double(top_k_target(o, known.finite)), 0, key_of(-INFINITY), key_of(INFINITY)};
+  Search search = {true, double(top_k_target(options_of(job, index), known.finite)), 0, key_of(-INFINITY), key_of(INFINITY)};
   const Source source = collect_row(shared, row, s, chunks, keep);
   FA_ONE_COPY
-  for (search.unit = o.top_k > 0;; search.unit = false) {
+  for (search.unit = options_of(job, index).top_k > 0;; search.unit = false) {
     if (!search.unit) {
-      const double total = o.top_k > 0 ? double(total_mass(shared, source, row, s, keep, search)) : known.drawn.sum * 0x1p40;
-      search.target = top_p_target(o, total);
+      const bool cut_by_top_k = keep.cut > -INFINITY;
+      const double total = cut_by_top_k ? double(total_mass(shared, source, row, s, keep, search)) : known.drawn.sum * 0x1p40;
+      search.target = top_p_target(options_of(job, index), total);
     }
     keep.cut = block_threshold(shared, source, row, s, keep, search);
-    if (!search.unit || o.top_p >= 1) return keep.cut;
+    if (!search.unit || options_of(job, index).top_p >= 1) return keep.cut;
   }
 }
 

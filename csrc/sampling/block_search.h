@@ -86,7 +86,6 @@ enum Log { SUM, RAW_SUM, MIN_P, DROPPED_MASS, LOGS };
 struct Shared {
   union {
     Tops tops[THREADS];
-    RowSums sums[THREADS];
     BucketSums buckets[THREADS];
     uint64_t totals[THREADS];
     uint32_t counts[THREADS];
@@ -99,6 +98,9 @@ struct Shared {
   BucketSums whole;
   double logs[LOGS];  // natural; -inf of what is not positive
   Drawn drawn;
+};
+struct SummaryShared : Shared {
+  RowSums sums[THREADS];  // the largest lanes: other launches have no room for them
 };
 struct ListShared : Shared {
   uint16_t survivors[MAX_CHUNKS];  // chunks that hold some value of interest, in any order

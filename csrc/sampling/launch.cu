@@ -3,6 +3,8 @@
 #include "block.h"
 #include "arguments.h"
 
+#include <algorithm>
+
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -18,8 +20,14 @@ using namespace device;
 
 // Blocks that share a multiprocessor, and with that the registers of a thread: 64 for four, 80 for three. Loads in flight are 8 logits a thread:
 // 32 KiB of fp32 on a multiprocessor with four. By Little's law an H100 needs 15 to reach its memory's speed (predicted). On an H200 two blocks
-// took 81 us to collect at [64, 151936] where three take 59.
-constexpr int TO_SUMMARISE = 4, TO_COUNT = 4, TO_COLLECT = 3;
+// took 81 us to collect at [64, 151936] where three took 59; four were not measured. From Blackwell on four would spill.
+constexpr int TO_SUMMARISE = 4, TO_COUNT = 4;
+__host__ __device__ constexpr int to_collect(int major) { return major < 10 ? 4 : 3; }
+#ifdef __CUDA_ARCH__
+constexpr int MAJOR = __CUDA_ARCH__ / 100;
+#else
+constexpr int MAJOR = 0;  // the host's copy of a kernel has no registers
+#endif
 
 // A call's memory on the device.
 struct Memory {
@@ -69,7 +77,7 @@ __device__ void wait_for_the_launch_before() {
 }
 
 template <class T> __global__ void __launch_bounds__(THREADS, TO_SUMMARISE) summarise_kernel(SampleJob job, Memory memory, Split split) {
-  __shared__ Shared shared;
+  __shared__ SummaryShared shared;
   let_the_next_launch_begin();
   const Share share = share_of(split);
   if (job.finished && job.finished[share.row]) {
@@ -93,7 +101,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, TO_COUNT) count_ke
   if (last_of_row(&row->state.tickets[0], split)) find_edges(shared, options_of(job, share.row), row);
 }
 
-template <class T> __global__ void __launch_bounds__(THREADS, TO_COLLECT) collect_kernel(SampleJob job, Memory memory, Split split) {
+template <class T> __global__ void __launch_bounds__(THREADS, to_collect(MAJOR)) collect_kernel(SampleJob job, Memory memory, Split split) {
   __shared__ FilterShared shared;
   wait_for_the_launch_before();
   const Share share = share_of(split);
@@ -134,12 +142,17 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor& logits) {
   void* handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &handle));
   const auto stream = static_cast<cudaStream_t>(handle);
-  int processors = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index));
-  int major = 0;
-  CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+    return value;
+  };
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor);
+  const int processors = attribute(cudaDevAttrMultiProcessorCount), shared_memory = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  // CUDA takes 1 KiB of shared memory for each block.
+  const auto split_over = [&](int blocks, size_t shared) { return split_of(job, int64_t(processors) * std::min(blocks, shared_memory / int(shared + 1024))); };
   Memory memory = {};
-  const Split split = split_of(job, int64_t(processors) * TO_SUMMARISE);
+  const Split split = split_over(TO_SUMMARISE, sizeof(SummaryShared));
   const auto floats = [&](int64_t n) { return torch::stable::new_empty(logits, {n}, ScalarType::Float); };
   Tensor summaries = floats(job.B * split.chunks * int64_t(sizeof(ChunkSummary) / sizeof(float)));
   memory.summaries = static_cast<ChunkSummary*>(summaries.mutable_data_ptr());
@@ -169,8 +182,8 @@ void launch(const SampleJob& job, SampleDtype dtype, const Tensor& logits) {
   };
   const auto launch_all = [&]<class T>(T) {
     run(summarise_kernel<T>, split, false);
-    if (searches) run(count_kernel<T>, split_of(job, int64_t(processors) * TO_COUNT), true);
-    if (filters) run(collect_kernel<T>, split_of(job, int64_t(processors) * TO_COLLECT), true);
+    if (searches) run(count_kernel<T>, split_over(TO_COUNT, sizeof(CountShared)), true);
+    if (filters) run(collect_kernel<T>, split_over(to_collect(major), sizeof(FilterShared)), true);
   };
   if (dtype == SAMPLE_F32) launch_all(float());
   else if (dtype == SAMPLE_BF16) launch_all(bf16());

@@ -41,6 +41,7 @@ bool list_tells(emulated::FilterShared& shared, const SampleJob& job, int64_t ro
 template <class T> Searches blocks(const SampleJob& job, int chunks_per_block) {
   const int chunks = int(chunks_of(job));
   std::vector<emulated::ChunkSummary> summaries(chunks);
+  const auto summarising = std::make_unique<emulated::SummaryShared>();
   const auto counting = std::make_unique<emulated::CountShared>();
   const auto filtering = std::make_unique<emulated::FilterShared>();
   emulated::ChunkSummary* const s = summaries.data();
@@ -56,7 +57,7 @@ template <class T> Searches blocks(const SampleJob& job, int chunks_per_block) {
       continue;
     }
     for_shares([&](int first, int last) { emulated::summarise_chunks<T>(job, row, first, last, s); });
-    emulated::end_summaries<T>(*counting, job, row, s, memory.get());
+    emulated::end_summaries<T>(*summarising, job, row, s, memory.get());
     if (state.step == emulated::RowState::SEARCH) {
       for_shares([&](int first, int last) { emulated::count_chunks<T>(*counting, job, row, first, last, s, memory.get()); });
       emulated::find_edges(*counting, emulated::options_of(job, row), memory.get());
