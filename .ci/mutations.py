@@ -1,4 +1,4 @@
-"""46 faults of one line each; for each, the tests that must fail.
+"""48 faults of one line each; for each, the tests that must fail.
 
     make mutations                      all of them, in 6 minutes
     python .ci/mutations.py 3 17        these two
@@ -104,6 +104,12 @@ MUTATIONS = [
         "tests/linear/test_tail.py tests/linear/test_tail_calls.py",
     ),
     Mutation(
+        KERNELS + "linear/accumulate.py",
+        "states_dtype=product.states.dtype if number else hidden_grad_dtype(inputs),",
+        "states_dtype=product.states.dtype,",
+        "tests/linear/test_gpu_engines.py -k wide",
+    ),
+    Mutation(
         KERNELS + "linear/plan.py",
         "gemms = 2 + gradients if way",
         "gemms = 1 + gradients if way",
@@ -191,9 +197,15 @@ MUTATIONS = [
     ),
     Mutation(
         KERNELS + "softmax/row_passes_triton.py",
-        "dz = _exp(z - row_max) * prob + uniform",
-        "dz = _exp(z - row_max) * prob",
+        "return _exp(shifted) * prob + uniform",
+        "return _exp(shifted) * prob",
         "tests/kernels/test_loss_in_forward.py",
+    ),
+    Mutation(
+        KERNELS + "softmax/row_passes_triton.py",
+        "tl.where(onehot != 0, target_logp + logsum, shifted)",
+        "tl.where(onehot != 0, shifted, shifted)",
+        "tests/softmax/test_recomputed_logits.py",
     ),
     Mutation(
         KERNELS + "policy/advantages_triton.py",
