@@ -54,6 +54,7 @@ def check_prompts(
 
     `special` maps an argument's name to its ids.
     """
+    check.tensors(input_ids=input_ids, attention_mask=attention_mask)
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids: got shape {list(input_ids.shape)}, expected [B, T] with at least one row and token"

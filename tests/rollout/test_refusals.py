@@ -42,6 +42,7 @@ HOLE[0, 4], EMPTY[3] = 0, 0
             {"attention_mask": MASK[:, 1:]},
             r"attention_mask: got shape \[4, 8\], expected \[B, T\] = \[4, 9\]",
         ),
+        ({"attention_mask": None}, "attention_mask: got None, expected a torch.Tensor"),
         ({"attention_mask": MASK.float()}, r"attention_mask: got torch.float32"),
         ({"attention_mask": RIGHT}, r"attention_mask: got 3 rows, \[1, 2, 3\] first, .* padded on the left"),
         ({"attention_mask": HOLE}, r"attention_mask: got 1 rows, \[0\] first"),
