@@ -42,6 +42,7 @@ from .config import TrainConfig
 from .distributed import World
 from .files import replace_folder, sync
 from .run_folder import check_room, naming
+from .token_cache import tokenizer_digest
 
 # The position in the data is a function of these fields: with another value, the step means another place.
 POSITION = ("train_data", "train_split", "seed", "batch_size")
@@ -210,6 +211,7 @@ class Checkpoints:
             "threads": torch.get_num_threads(),
             "config": dataclasses.asdict(self.config),
             "data": fingerprint_of(self.config.train_data, split=self.config.train_split),
+            "tokenizer": tokenizer_digest(),
             **extra,
         }
 
@@ -325,6 +327,10 @@ def _compare(
             )
         if old != new and name not in SILENT:
             world.say(f"resuming with {name}={new!r} (before: {old!r})")
+    if state.get("tokenizer") not in (None, tokenizer_digest()):
+        world.say(
+            "resuming with another tokenizer or chat template than before: the same rows have other tokens"
+        )
     _compare_threads(state["threads"], world)
     data = fingerprint_of(config.train_data, split=config.train_split)
     if state["data"] not in (None, data):

@@ -11,7 +11,7 @@ from ..data.rows import Rows
 from ..data.tokenization import turn_ends
 from .config import TrainConfig
 from .distributed import World
-from .token_cache import TokenCache, TokenizedRows
+from .token_cache import TokenCache, TokenizedRows, note_tokenizer
 
 Row = TypeVar("Row")
 
@@ -73,6 +73,7 @@ def read_rows(
         loaded = load_rows(source, split=split)
         return TokenizedRows(tokenize(loaded), ends_of(loaded))
 
+    note_tokenizer(tokenizer)
     cached = (world.size > 1 or config.cache_dir is not None) and not config.dry_run
     cache = TokenCache(config, world, tokenizer) if cached else None
     train = read(config.train_data, config.train_split)

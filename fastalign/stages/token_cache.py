@@ -250,6 +250,22 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [type(tokenizer).__name__, *(json.dumps(part, sort_keys=True, default=str) for part in described)]
 
 
+def note_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `tokenizer_digest` answer for the tokenizer of this process's run."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    described = repr((vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template))
+    _digests[:] = [hashlib.blake2b(described.encode(), digest_size=16).hexdigest()]
+
+
+def tokenizer_digest() -> str | None:
+    """A hash of the vocabulary, special tokens and chat template of the run's tokenizer, or None."""
+    return _digests[0] if _digests else None
+
+
+_digests: list[str] = []
+
+
 @lru_cache
 def _hash_code() -> str:
     """Of the files that read and tokenize."""

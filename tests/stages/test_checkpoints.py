@@ -105,8 +105,16 @@ def test_resume_refuses_another_place_in_the_data_and_says_what_else_changed(
     pretrain.run(pretraining(**again, max_steps=3, learning_rate=2e-2))
     printed = capsys.readouterr().out
     assert "resuming with learning_rate=0.02 (before: 0.01)" in printed
-    assert "resuming with max_steps=3 (before: 2)" in printed
+    assert "resuming with max_steps=3 (before: 2)" in printed and "another tokenizer" not in printed
     assert [line["step"] for line in lines(first)] == [0, 1, 2, 3]
+    template = Path(files["tokenizer"], "chat_template.jinja")
+    before = template.read_text() if template.exists() else None
+    template.write_text("{{ messages }}")  # the folder keeps its name
+    try:
+        pretrain.run(pretraining(**again, max_steps=3))
+    finally:
+        template.unlink() if before is None else template.write_text(before)
+    assert "resuming with another tokenizer or chat template than before" in capsys.readouterr().out
 
 
 def test_a_resume_with_another_weight_decay_decays_by_it(
