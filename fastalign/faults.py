@@ -11,7 +11,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -96,6 +97,8 @@ def say(prog: str, message: str) -> None:
 def reporting(prog: str) -> Iterator[None]:
     """If the body raises a fault or a signal comes, end the process as the module docstring says."""
     before = signal.signal(signal.SIGTERM, _stop)
+    format_before = warnings.formatwarning
+    warnings.formatwarning = _one_line_warnings(prog, format_before)
     from .versions import noting_newer_packages  # here: --help needs none of it
 
     try:
@@ -123,6 +126,21 @@ def reporting(prog: str) -> Iterator[None]:
         _exit(FAULT)
     finally:
         signal.signal(signal.SIGTERM, before)
+        warnings.formatwarning = format_before
+
+
+def _one_line_warnings(prog: str, otherwise: Callable[..., str]) -> Callable[..., str]:
+    """A `warnings.formatwarning` that prints fastalign's warnings without a line of its source."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category is UserWarning and os.path.abspath(filename).startswith(here + os.sep):
+            return f"{prog}: warning: {' '.join(str(message).split())}\n"
+        return otherwise(message, category, filename, lineno, line)
+
+    return formatted
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

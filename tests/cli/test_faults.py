@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +101,13 @@ def test_an_error_of_a_builtin_counts_as_foreign(in_fastalign: None) -> None:
     assert (faults.describe(caught.value) or "").endswith(" (FASTALIGN_TRACEBACK=1 shows where)")
 
 
+def _show_as_python_does(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
+) -> None:
+    """pytest collects warnings otherwise."""
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+
 @pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
 def test_rank_0_alone_tells(
     rank: str,
@@ -126,6 +135,22 @@ def test_the_traceback_is_there_on_request(
         and shown.startswith("Traceback")
         and shown.endswith("DataError: rows.jsonl: no rows\n")
     )
+
+
+def test_a_warning_of_fastalign_is_one_line_and_others_stay_as_they_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = warnings.formatwarning
+    with faults.reporting("fastalign sft"), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = _show_as_python_does  # type: ignore[assignment]
+        warnings.warn_explicit("row 3: too long,\n left out", UserWarning, faults.__file__, 7)
+        warnings.warn_explicit("of torch", UserWarning, torch.__file__, 7)
+    assert warnings.formatwarning is before
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "fastalign sft: warning: row 3: too long, left out",
+        f"{torch.__file__}:7: UserWarning: of torch",
+    ]
 
 
 def test_a_bug_keeps_its_traceback() -> None:
