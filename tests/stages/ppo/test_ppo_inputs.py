@@ -39,6 +39,7 @@ Make = Callable[..., PPOConfig]
 def test_a_function_is_found_by_module_and_file_and_gets_the_columns_that_it_names(
     make: Make, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delitem(sys.modules, "functions", raising=False)  # of another test's file
     monkeypatch.syspath_prepend(str(Path(files["functions"]).parent))
     config = make(reward="functions:count")
     ppo.run(config)
