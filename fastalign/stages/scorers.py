@@ -92,6 +92,10 @@ def load_classifier(
         score_packed(model, verify=has_values(model))
     shard(world.sharding, model)
     template = ChatTemplate(classifier.tokenizer) if classifier.tokenizer.chat_template else None
+    if hasattr(model, "score"):
+        # transformers counts its positions from the first token, padding or not, and finds the last token by
+        # its id. Padding on the left would move the tokens of shorter texts.
+        classifier.tokenizer.padding_side = "right"
     padding = model.config.get_text_config().pad_token_id
     pad_id = padding_id(tokenizer, model.config) if padding is None else padding
     if padding is None and not of_tokens:

@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
@@ -206,6 +207,31 @@ def test_a_foreign_decoder_without_a_pad_token_in_its_config_scores_the_last_tok
         for p, t in zip(prompts, texts, strict=True)
     ]
     assert scores.tolist() == pytest.approx(alone, rel=1e-6)
+
+
+def test_a_foreign_decoder_whose_tokenizer_pads_on_the_left_scores_each_text_as_alone(
+    files: dict[str, str], tmp_path: Path
+) -> None:
+    """GPT-2 counts its positions from the padding: a shorter text got another score beside a longer one."""
+    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 96, "vocab_size": 280}
+    config = GPT2Config(**sizes, num_labels=1, pad_token_id=0, initializer_range=0.5)
+    folder = save_foreign(tmp_path / "foreign", config, pad_token="<pad>", padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(files["tokenizer"])
+    prompts = tokenize_prompts(load_rows(files["prompts"]), tokenizer, max_length=64)[:3]
+    completions = [tokenizer.encode(text) for text in (" a", " good film" * 4, " b")]
+    together, alone = (
+        load_classifier(
+            find_classifier(folder, None),
+            ALONE,
+            tokenizer,
+            dtype=torch.float64,
+            rows=rows,
+            attention="sdpa",
+            packing=True,
+        )(prompts, completions)
+        for rows in (3, 1)
+    )
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
 def test_a_conversation_that_is_longer_than_a_foreign_classifier_reads_is_cut_with_a_warning(
