@@ -317,11 +317,11 @@ template <class T> FA_HD void keep_survivors(FilterShared& shared, const BlockRo
 
 // The end of the third launch, by a row's last block: the threshold, the sums that were open, and the draw.
 template <class T> FA_HD void end_collection(FilterShared& shared, const SampleJob& job, int64_t index, ChunkSummary* s, RowMemory* memory) {
-  const RowOptions o = options_of(job, index);
-  const BlockRow<T> row = block_row<T>(job, index, o.penalty);
   const RowState* const state = &memory->state;
   const RowState known = collected_state(state);
   read_lists(shared, memory, known);  // empty ones without a search
+  const RowOptions o = options_of(job, index);
+  const BlockRow<T> row = block_row<T>(job, index, o.penalty);
   FA_THREADS(t) {
     if (t == 0) {
       shared.drawn = state->drawn;

@@ -24,7 +24,7 @@ static_assert(BUCKETS >= MAX_CHUNKS, "a row's histogram has room for its open ch
 // A row between two launches.
 struct RowState {
   enum Step { DRAWN, SEARCH, KEEP } step;  // KEEP: the threshold is known to be at most the row's smallest value, or at its only value
-  Drawn drawn;                             // top, raw_top, sum, raw_sum and raw_weighted so far
+  Drawn drawn;                             // what is known before the draw
   float per_bit, least;                    // of Keep, least of min_p
   float low, scale, width;                 // buckets; width: of one, in nats
   uint32_t weight, place_mask;             // a value counts weight + (place & place_mask), which is proportional to its mass within a bucket
@@ -271,11 +271,12 @@ struct EdgeTest {
 FA_HD void find_edges(CountShared& shared, const RowOptions& o, RowMemory* memory) {
   constexpr int PART = BUCKETS / THREADS;  // of a thread; a word between parts keeps their threads in different banks
   constexpr float ROUNDED = 0.005f;        // of a bucket: more than the roundings of place_of and mass_of_bucket, about 0.001
-  constexpr float HALF_PLACE = 0.5f / PLACES + ROUNDED;  // by which a value can lie outside its bucket
+  constexpr float OFF_PLACE = 0.5f / PLACES + ROUNDED;  // of a bucket: by how much a value can lie off its place, or outside its bucket
   RowState* const state = &memory->state;
   const RowState known = *state;
   FA_THREADS(t) {
-    for (int b = t; b < BUCKETS; b += THREADS) shared.histogram[b + b / PART] = fresh(memory->histogram + b);
+    FA_UNROLL
+    for (int i = 0; i < PART; ++i) shared.histogram[t + i * THREADS + (t + i * THREADS) / PART] = fresh(memory->histogram + t + i * THREADS);
     if (t == 0) shared.first_bucket = shared.last_bucket = 0;
   }
   barrier();
@@ -301,17 +302,17 @@ FA_HD void find_edges(CountShared& shared, const RowOptions& o, RowMemory* memor
   // Sums and fixed_mass agree to 4e-6 of the row's mass.
   const double total = known.drawn.sum;
   const uint32_t counted = shared.whole.weight / (known.weight + known.place_mask);  // at least as many are in the range
-  // A value lies up to HALF_PLACE of a bucket off its place. Its weight is off its mass by up to width^2, or by the whole width without places.
-  const float above = known.width * (known.place_mask ? HALF_PLACE + known.width : 1 + HALF_PLACE);
-  const EdgeTest test = {total * (1 - 4e-6),
-                         total * (1 + 4e-6),
-                         (known.finite - counted) * mass_of_bucket(known, 1),
-                         top_p_target(o, total * 0x1p40) * 0x1p-40,
-                         1 - double(smaller_of(known.width * (HALF_PLACE + known.width), 1)),
-                         1 / double(exp2_of(-above * LOG2E)),
-                         shared.whole,
-                         top_k_target(o, known.finite),
-                         o.top_k > 0};
+  // A weight is off the mass at a value's place by up to width^2, or by the whole width if it does not tell the place.
+  const float below = known.width * (OFF_PLACE + known.width), above = known.width * (OFF_PLACE + (known.place_mask ? known.width : 1));
+  const EdgeTest test = {.least_total = total * (1 - 4e-6),
+                         .most_total = total * (1 + 4e-6),
+                         .below = (known.finite - counted) * mass_of_bucket(known, 1),
+                         .target = top_p_target(o, total * 0x1p40) * 0x1p-40,
+                         .least = 1 - double(smaller_of(below, 1)),
+                         .most = 1 / double(exp2_of(-above * LOG2E)),
+                         .whole = shared.whole,
+                         .target_count = top_k_target(o, known.finite),
+                         .counts = o.top_k > 0};
   FA_THREADS(t) {
     BucketSums from = behind[t], until = behind[t];
     until += part[t];
@@ -330,7 +331,7 @@ FA_HD void find_edges(CountShared& shared, const RowOptions& o, RowMemory* memor
   FA_THREADS(t) {
     if (t == 0) {
       const uint32_t first = shared.first_bucket, last = shared.last_bucket;
-      if (first > 1) state->edge = known.low + (float(first) - 1 - HALF_PLACE) / known.scale;
+      if (first > 1) state->edge = known.low + (float(first) - 1 - OFF_PLACE) / known.scale;
       else if (first == 1) state->edge = known.low;
       const bool both = o.top_k > 0 && o.top_p < 1;  // the list then holds all that top_k keeps
       state->next_edge = both || known.scale == 0 ? INFINITY : logit_of(key_of(known.low + (float(last) + ROUNDED) / known.scale) + 1);

@@ -81,7 +81,10 @@ template <class T> __global__ void __launch_bounds__(THREADS, TO_SUMMARISE) summ
   let_the_next_launch_begin();
   const Share share = share_of(split);
   if (job.finished && job.finished[share.row]) {
-    if (share.first == 0 && threadIdx.x == 0) write_unread(job, share.row, true);
+    if (share.first == 0 && threadIdx.x == 0) {
+      write_unread(job, share.row, true);
+      if (memory.rows) memory.rows[share.row].state.step = RowState::DRAWN;
+    }
     return;
   }
   ChunkSummary* const s = memory.summaries + share.row * split.chunks;
@@ -96,7 +99,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, TO_COUNT) count_ke
   wait_for_the_launch_before();
   const Share share = share_of(split);
   RowMemory* const row = memory.rows + share.row;
-  if ((job.finished && job.finished[share.row]) || row->state.step != RowState::SEARCH) return;
+  if (row->state.step != RowState::SEARCH) return;
   count_chunks<T>(shared, job, share.row, share.first, share.last, memory.summaries + share.row * split.chunks, row);
   if (last_of_row(&row->state.tickets[0], split)) find_edges(shared, options_of(job, share.row), row);
 }
@@ -106,7 +109,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, to_collect(MAJOR))
   wait_for_the_launch_before();
   const Share share = share_of(split);
   RowMemory* const row = memory.rows + share.row;
-  if ((job.finished && job.finished[share.row]) || row->state.step == RowState::DRAWN) return;
+  if (row->state.step == RowState::DRAWN) return;
   ChunkSummary* const s = memory.summaries + share.row * split.chunks;
   collect_chunks<T>(shared, job, share.row, share.first, share.last, s, row);
   if (last_of_row(&row->state.tickets[1], split)) end_collection<T>(shared, job, share.row, s, row);
