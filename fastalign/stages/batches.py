@@ -22,8 +22,16 @@ def micro_batch_size(config: TrainConfig, world: World) -> int:
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:
-    """Optimizer steps of the run: max_steps, or what the epochs need, rounded up."""
-    return config.max_steps or math.ceil((config.epochs or 1) * rows / config.batch_size)
+    """Optimizer steps of the run: max_steps, or what the epochs need, rounded up.
+
+    Raises ValueError for a warm-up of more steps.
+    """
+    steps = config.max_steps or math.ceil((config.epochs or 1) * rows / config.batch_size)
+    if config.warmup_steps > steps:
+        raise ValueError(
+            f"warmup_steps: got {config.warmup_steps}, expected at most the {steps} steps of the run"
+        )
+    return steps
 
 
 @lru_cache(maxsize=2)

@@ -129,8 +129,7 @@ def announce(
 ) -> None:
     """Print what the run takes, on the main process, with warnings if rows or memory are too few.
 
-    Raises ValueError for a model that tp cannot split.
-
+    Raises ValueError for a model that tp cannot split, and for a warm-up of more steps than the run has.
     `rows` are all rows in tokens; the longest ones make the micro-batch that is counted. `collate` gives
     its arguments, those of `fastalign.data.collate`. `upstream` is `plan_head`'s. `micro`: rows of a
     forward pass. `cached`: rows and tokens of a rollout's cache.
@@ -138,6 +137,7 @@ def announce(
     if config.tp > 1:
         for part in parts:
             check_plan(part.architecture, config.tp)
+    number = total_steps(config, len(rows))
     if not world.main:
         return
     shape = Shape.of(collate(heapq.nlargest(micro or micro_batch_size(config, world), rows, key=_tokens)))
@@ -147,8 +147,8 @@ def announce(
         world.say(f"{part.name}: {found.parameters:,} parameters, {found.trained:,} of them trained")
         total = total.plus(found)
     tokens = round(sum(map(_tokens, rows)) * config.batch_size / len(rows))
-    steps = f"{total_steps(config, len(rows)):,} steps of {config.batch_size}, about {tokens:,} tokens each"
-    world.say(f"data: {len(rows):,} rows; {steps}")
+    each = f"{number:,} steps of {config.batch_size}, about {tokens:,} tokens each"
+    world.say(f"data: {len(rows):,} rows; {each}")
     if len(rows) < config.batch_size:
         world.say(
             f"warning: batch_size: got {config.batch_size}, expected at most the {len(rows)} rows: a step "

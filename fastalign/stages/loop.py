@@ -192,10 +192,6 @@ def run_steps(
     checkpoint is saved.
     """
     steps = total_steps(config, rows)
-    if config.warmup_steps > steps:
-        raise ValueError(
-            f"warmup_steps: got {config.warmup_steps}, expected at most the {steps} steps of the run"
-        )
     peaks = peak_rates(world, optimizer)
     random.seed(config.seed + world.dp_rank)
     torch.manual_seed(config.seed + world.dp_rank)

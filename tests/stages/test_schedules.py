@@ -64,6 +64,12 @@ def test_the_learning_rate_of_each_step_is_the_schedules(
     config = pretraining(max_steps=4, schedule="linear", warmup_steps=2, final_fraction=0.5, eval_data=None)
     pretrain.run(config)
     assert [line["learning_rate"] for line in lines(config)] == pytest.approx([5e-3, 1e-2, 1e-2, 7.5e-3])
+
+
+def test_a_warm_up_of_more_steps_than_the_run_is_refused_before_a_model_loads(
+    pretraining: Callable[..., pretrain.PretrainConfig], no_model: None
+) -> None:
+    """DPO's precomputed reference would be scored first."""
     with pytest.raises(ValueError, match=r"warmup_steps: got 9, expected at most the 2 steps"):
         pretrain.run(pretraining(max_steps=2, warmup_steps=9))
 
