@@ -67,15 +67,22 @@ def read_rows(
     def ends_of(loaded: Rows) -> list[int]:
         return turn_ends(loaded, tokenizer) if generates else []
 
-    def read(source: str, split: str) -> TokenizedRows:
-        if cache is not None:
-            return cache.read(source, split, tokenize, ends_of)
-        loaded = load_rows(source, split=split)
+    def read(field: str, source: str, split: str) -> TokenizedRows:
+        try:
+            if cache is not None:
+                return cache.read(source, split, tokenize, ends_of)
+            loaded = load_rows(source, split=split)
+        except ValueError as error:  # a DataError too
+            if str(error).startswith("split"):
+                raise ValueError(f"{field}_{error}") from error
+            raise
         return TokenizedRows(tokenize(loaded), ends_of(loaded))
 
     note_tokenizer(tokenizer)
     cached = (world.size > 1 or config.cache_dir is not None) and not config.dry_run
     cache = TokenCache(config, world, tokenizer) if cached else None
-    train = read(config.train_data, config.train_split)
-    held_out = read(config.eval_data, config.eval_split) if config.eval_data else TokenizedRows([], [])
+    train = read("train", config.train_data, config.train_split)
+    held_out = TokenizedRows([], [])
+    if config.eval_data:
+        held_out = read("eval", config.eval_data, config.eval_split)
     return StageRows(train.rows, held_out.rows, train.ends + held_out.ends)

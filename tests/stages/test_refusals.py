@@ -55,6 +55,8 @@ def test_a_wrong_configuration_is_refused_by_name(
     [
         ({"report_to": "wandb"}, "report_to: got wandb, expected installed packages"),
         ({"train_data": "nowhere.jsonl"}, "nowhere.jsonl: got no such file"),
+        ({"train_split": "test"}, "^train_split: got 'test', expected 'train' for files"),
+        ({"eval_split": "test"}, "^eval_split: got 'test', expected 'train' for files"),
         ({"text_column": "txt"}, "txt"),
         ({"eval_data": "nowhere.jsonl"}, "nowhere.jsonl: got no such file"),
         ({"model_config": {"model_type": "lama"}}, "got model_type 'lama', expected .*llama"),
