@@ -323,10 +323,7 @@ template <class T> FA_HD void end_collection(FilterShared& shared, const SampleJ
   const RowOptions o = options_of(job, index);
   const BlockRow<T> row = block_row<T>(job, index, o.penalty);
   FA_THREADS(t) {
-    if (t == 0) {
-      shared.drawn = state->drawn;
-      shared.kept = known.kept;
-    }
+    if (t == 0) shared.drawn = state->drawn;
   }
   Keep keep = everything(known.drawn.top, known.per_bit);
   if (state->step == RowState::SEARCH) {

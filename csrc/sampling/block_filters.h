@@ -203,6 +203,7 @@ FA_HD void read_lists(FilterShared& shared, RowMemory* memory, const RowState& k
     if (t == 0) {
       shared.candidates = known.inside;
       shared.chunks = known.open_chunks;
+      shared.kept = known.kept;
     }
   }
   barrier();
