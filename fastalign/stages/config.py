@@ -68,7 +68,10 @@ def _refuse_fp16(value: object) -> object:
 
 
 Names = Annotated[list[str], BeforeValidator(_split)]
-Reporters = Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_split)]
+Reporters = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio"]],
+    BeforeValidator(lambda value: [] if value is None else _split(value)),  # report_to=none
+]
 
 
 @dataclass(config=CONFIG, kw_only=True, frozen=True)

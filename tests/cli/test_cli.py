@@ -148,6 +148,10 @@ def test_a_number_with_an_exponent_is_one_at_any_depth(tmp_path: Path, name: str
     assert pretrain.PretrainConfig(**read_config(str(tmp_path / "saved.yaml"))) == config
 
 
+def test_no_reporter_is_asked_for_by_none() -> None:
+    assert parse(sft.SFTConfig, [*NEEDED, "report_to=none"], prog="fastalign sft").report_to == []
+
+
 def test_a_tilde_is_the_home_folder_in_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of YAML is expanded by no shell, and sh and zsh leave ~ in key=value as it is."""
     monkeypatch.setenv("HOME", "/home/me")
