@@ -272,13 +272,13 @@ MUTATIONS = [
         "tests/stages/preference",
     ),
     Mutation(
-        "fastalign/stages/ppo_experience.py",
+        "fastalign/stages/policy/ppo_experience.py",
         "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) - 1,",
         "kl_reward.scatter_add(1, mask.sum(1, keepdim=True) * 0,",
         "tests/stages/ppo",
     ),
     Mutation(
-        "fastalign/stages/rollouts.py",
+        "fastalign/stages/policy/rollouts.py",
         '- options.missing_eos_penalty * ~gathered["ended"]',
         '- options.missing_eos_penalty * gathered["ended"]',
         "tests/stages/ppo",
@@ -296,7 +296,7 @@ MUTATIONS = [
         "tests/stages/ppo/test_grpo.py -k truncated",
     ),
     Mutation(
-        "fastalign/stages/rollouts.py",
+        "fastalign/stages/policy/rollouts.py",
         "sorted(range(len(kept)), key=lambda number: spans[number])",
         "range(len(kept))",
         "tests/stages/ppo/test_behaviour.py -k packed_kept",

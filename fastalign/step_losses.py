@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .stages import dpo, kto, loop, ppo, reward
-from .stages.distributed import World
-from .stages.reference_model import Reference
+from .stages.models.reference_model import Reference
+from .stages.runs.distributed import World
 
 Batch = Mapping[str, Any]
 Loss = Callable[[], Tensor]

@@ -106,7 +106,7 @@ def _batch(stage: str, ids: Tensor) -> dict[str, Any]:
         pack,
         pack_sequences,
     )
-    from fastalign.stages.distributed import World
+    from fastalign.stages.runs.distributed import World
 
     sequences = _sequences(ids)
     packer = functools.partial(pack_sequences, pad_id=0)

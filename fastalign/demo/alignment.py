@@ -18,9 +18,9 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from ..data.errors import DataError
 from ..data.tokens import Prompt
 from ..stages import dpo, grpo, kto, ppo, reward
-from ..stages.distributed import World
-from ..stages.reward_functions import Reward
-from ..stages.scorers import find_classifier, load_classifier
+from ..stages.policy.reward_functions import Reward
+from ..stages.policy.scorers import find_classifier, load_classifier
+from ..stages.runs.distributed import World
 from .completions import draw
 from .progress import bar, part
 from .recipes import (

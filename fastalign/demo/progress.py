@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..stages.reporters import PROGRESS_SECONDS
+from ..stages.runs.reporters import PROGRESS_SECONDS
 
 
 def bar(*arguments: Any, **options: Any) -> tqdm:

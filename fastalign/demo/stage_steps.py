@@ -33,8 +33,8 @@ from ..data.tokenization import tokenize_prompts, tokenize_sft, tokenize_text
 from ..measure import PeakMemoryUnavailable, interleaved, peak_memories
 from ..stages import dpo, kto, ppo, pretrain, reward, sft
 from ..stages.config import read_config
-from ..stages.reference_model import Reference
-from ..stages.reward_functions import by_function, find_function
+from ..stages.models.reference_model import Reference
+from ..stages.policy.reward_functions import by_function, find_function
 from ..step_losses import fused_loss, plain_logps, plain_loss
 from .progress import bar
 from .results import STAGES, table

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .config import TrainConfig
-from .distributed import World
+from .runs.distributed import World
 
 Batch = Mapping[str, Any]
 Row = TypeVar("Row")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..faults import reporting
 from .config import parse
-from .hub_names import check_names
+from .models.hub_names import check_names
 from .stage_configs import CONFIGS
 
 

@@ -33,7 +33,7 @@ from pydantic_core import ArgsKwargs
 
 from ..faults import Parser
 from .config_text import read_json, read_yaml, write_yaml
-from .files import write_text
+from .runs.files import write_text
 
 NO_FP16 = (
     "expected bf16=true or dtype=bfloat16: the stages have no loss scale, without which gradients in fp16 "

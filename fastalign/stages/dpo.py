@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from ..data.preference_pairs import collate_pairs, sequences_of, tokenize_pairs
 from ..data.sequence_batches import sequence_logps
-from .adapters import load_architecture
 from .batches import Batch, epoch_batches, held_out_batches, sequences_to_score, total_steps
 from .command import run_stage
 from .estimate import Part, announce
-from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .loop import LossFn, start, train
+from .models.adapters import load_architecture
+from .models.loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
+from .models.reference_model import Reference, make_reference, parts_of
 from .packers import make_packer, pack_rows, without_dropout
 from .pair_loss import pair_loss
-from .reference_model import Reference, make_reference, parts_of
 from .stage_configs import DPOConfig
 from .stage_rows import read_rows
 

@@ -27,13 +27,13 @@ from transformers import (
 from fastalign_kernels import plan_head
 
 from ..data.tokens import IGNORE_INDEX, Tokenized
-from .adapters import add_adapters
 from .batches import micro_batch_size, total_steps
 from .config import TrainConfig
-from .distributed import World
-from .sharding import gathered_weights
-from .tensor_parallel import check_plan, local_share
-from .weights import Task
+from .models.adapters import add_adapters
+from .models.sharding import gathered_weights
+from .models.tensor_parallel import check_plan, local_share
+from .models.weights import Task
+from .runs.distributed import World
 
 GIB = 2**30
 Upstream = Literal["scalar", "logp"]

@@ -24,14 +24,14 @@ from ..data.sequence_batches import at_places
 from ..data.tokens import Prompt
 from .batches import Batch
 from .command import run_stage
-from .distributed import World
-from .loading import load_model, stop_at
 from .loop import LossFn, start
+from .models.loading import load_model, stop_at
+from .models.saving import save_model
+from .models.sharding import shard
 from .optimization import distribute, make_optimizer, trained_weights
 from .packers import without_dropout
-from .policy_configs import GRPOConfig, GRPOOptions
-from .policy_loop import Passes, item_means, take_passes, train_on_rollouts
-from .policy_models import (
+from .policy.loop import Passes, item_means, take_passes, train_on_rollouts
+from .policy.models import (
     PolicyInputs,
     announce_drawing,
     keywords_of_rollouts,
@@ -42,10 +42,10 @@ from .policy_models import (
     parts_of,
     read_inputs,
 )
-from .reward_functions import Reward
-from .rollouts import Score, draw_completions, estimate_kl, kept_of, token_batch
-from .saving import save_model
-from .sharding import shard
+from .policy.reward_functions import Reward
+from .policy.rollouts import Score, draw_completions, estimate_kl, kept_of, token_batch
+from .policy_configs import GRPOConfig, GRPOOptions
+from .runs.distributed import World
 
 EPSILON = 1e-4  # added to the standard deviation, as in TRL
 

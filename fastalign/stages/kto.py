@@ -20,7 +20,6 @@ from fastalign_kernels.preference.losses import kto_kl, kto_loss
 from ..data.preference_pairs import Unpaired, collate_unpaired, mismatch, mismatch_bounds, tokenize_unpaired
 from ..data.sequence_batches import sequence_logps
 from ..data.tokens import Tokenized
-from .adapters import load_architecture
 from .batches import (
     Batch,
     epoch_batches,
@@ -30,12 +29,13 @@ from .batches import (
     total_steps,
 )
 from .command import run_stage
-from .distributed import World
 from .estimate import announce
-from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .loop import LossFn, Prepare, start, train
+from .models.adapters import load_architecture
+from .models.loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
+from .models.reference_model import Reference, make_reference, parts_of
 from .packers import make_packer, pack_rows, without_dropout
-from .reference_model import Reference, make_reference, parts_of
+from .runs.distributed import World
 from .stage_configs import KTOConfig
 from .stage_rows import read_rows
 

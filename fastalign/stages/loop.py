@@ -30,19 +30,19 @@ from fastalign_kernels.ordered_sum import ordered_sum
 
 from ..faults import Stopped
 from ..finite import find_not_finite
-from . import checkpoint
 from .batches import Batch, micro_batch_size, total_steps
 from .config import TrainConfig, save_config
-from .distributed import World, join_world
 from .head_counts import head_counts, reset_counts
-from .hub_names import check_names
-from .loading import check_liger, check_screen
+from .models.hub_names import check_names
+from .models.loading import check_liger, check_screen
+from .models.saving import save_model
+from .models.sharding import accumulating, clip_gradients, local_part, plan_sharding, reshard
 from .optimization import autocast, distribute, make_optimizer, peak_rates, set_rates, trained_weights
-from .reporters import Report, check_reporters
-from .run_folder import check_room, held, naming
-from .saving import save_model
-from .sharding import accumulating, clip_gradients, local_part, plan_sharding, reshard
-from .signals import Signals, how_to_resume
+from .runs import checkpoint
+from .runs.distributed import World, join_world
+from .runs.reporters import Report, check_reporters
+from .runs.run_folder import check_room, held, naming
+from .runs.signals import Signals, how_to_resume
 
 # (model, micro-batch, items in the step [int64 scalar]) -> the micro-batch's share of the loss, with
 # gradient, and of each metric. Shares are summed over micro-batches and ranks.

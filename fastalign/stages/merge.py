@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters import find_source, is_classifier, load_architecture, load_plain
 from .command import run_stage
-from .files import new_folder
-from .loading import load_tokenizer, padding_id
+from .models.adapters import find_source, is_classifier, load_architecture, load_plain
+from .models.loading import load_tokenizer, padding_id
+from .runs.files import new_folder
 from .stage_configs import MergeConfig
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
-from .distributed import World
-from .sharding import by_mesh, local_part, reshard, shard
+from .models.sharding import by_mesh, local_part, reshard, shard
+from .runs.distributed import World
 
 # A bfloat16 number of this times a step, or more, rounds back to itself: half of its last digit is 2**-8.
 _HOLDS_STILL = 2**8

@@ -13,7 +13,7 @@ from ..data.sequence_batches import Batch, pack_sequences
 from ..data.shared_prefix import explain_unshared
 from ..data.tokens import Tokenized
 from ..servable_heads import backbone
-from .distributed import World
+from .runs.distributed import World
 from .stage_configs import PreferenceConfig
 
 

@@ -32,15 +32,15 @@ from ..actor_critic import ActorCritic
 from ..data.tokens import Prompt
 from .batches import Batch
 from .command import run_stage
-from .distributed import World
 from .estimate import Part
-from .loading import load_model, stop_at
 from .loop import LossFn, start
+from .models.loading import load_model, stop_at
+from .models.saving import shared_folder, write_model
+from .models.sharding import shard, whole_tensor
 from .optimization import distribute, make_optimizer
 from .packers import without_dropout
-from .policy_configs import PPOConfig, PPOOptions
-from .policy_loop import Passes, item_means, take_passes, train_on_rollouts
-from .policy_models import (
+from .policy.loop import Passes, item_means, take_passes, train_on_rollouts
+from .policy.models import (
     PolicyInputs,
     announce_drawing,
     check_prompts,
@@ -52,12 +52,12 @@ from .policy_models import (
     parts_of,
     read_inputs,
 )
-from .ppo_experience import Experience, experience_batch, rollout
-from .reward_functions import Reward
-from .rollouts import kept_of
-from .saving import shared_folder, write_model
-from .sharding import shard, whole_tensor
-from .value_model import find_value, make_value
+from .policy.ppo_experience import Experience, experience_batch, rollout
+from .policy.reward_functions import Reward
+from .policy.rollouts import kept_of
+from .policy.value_model import find_value, make_value
+from .policy_configs import PPOConfig, PPOOptions
+from .runs.distributed import World
 
 
 def ppo_step(

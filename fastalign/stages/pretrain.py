@@ -15,12 +15,19 @@ from ..data.packing import pack
 from ..data.rows import Rows
 from ..data.tokenization import tokenize_text
 from ..data.tokens import Tokenized
-from .adapters import load_architecture
 from .batches import epoch_batches, held_out_batches
 from .command import run_stage
 from .estimate import Part, announce
-from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, scratch_config
 from .loop import language_model_loss, start, train
+from .models.adapters import load_architecture
+from .models.loading import (
+    check_fit,
+    choose_attention,
+    load_model,
+    load_tokenizer,
+    padding_id,
+    scratch_config,
+)
 from .packers import collate_rows
 from .stage_configs import PretrainConfig
 from .stage_rows import read_rows

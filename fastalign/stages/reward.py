@@ -16,12 +16,12 @@ from fastalign_kernels.preference.losses import reward_loss
 from ..data.preference_pairs import Pair, collate_pairs, sequences_of, tokenize_pairs
 from ..data.sequence_batches import last_tokens
 from ..data.shared_prefix import model_arguments
-from .adapters import load_architecture
 from .batches import Batch, epoch_batches, held_out_batches
 from .command import run_stage
 from .estimate import Part, announce
-from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .loop import LossFn, start, train
+from .models.adapters import load_architecture
+from .models.loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id
 from .packers import make_packer, pack_rows, without_dropout
 from .stage_configs import RewardConfig
 from .stage_rows import read_rows

@@ -13,12 +13,12 @@ from ..data.packing import pack
 from ..data.rows import Rows
 from ..data.tokenization import TooLong, tokenize_sft
 from ..data.tokens import Tokenized
-from .adapters import load_architecture
 from .batches import epoch_batches, held_out_batches, micro_batch_size
 from .command import run_stage
 from .estimate import Part, announce
-from .loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .loop import language_model_loss, start, train
+from .models.adapters import load_architecture
+from .models.loading import check_fit, choose_attention, load_model, load_tokenizer, padding_id, stop_at
 from .packers import collate_rows
 from .stage_configs import SFTConfig
 from .stage_rows import read_rows

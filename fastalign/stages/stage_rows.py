@@ -10,7 +10,7 @@ from ..data.readers import load_rows
 from ..data.rows import Rows
 from ..data.tokenization import turn_ends
 from .config import TrainConfig
-from .distributed import World
+from .runs.distributed import World
 from .token_cache import TokenCache, TokenizedRows, note_tokenizer
 
 Row = TypeVar("Row")

@@ -33,11 +33,11 @@ from ..data.preference_pairs import Pair, Unpaired
 from ..data.readers import load_rows, note_fingerprint
 from ..data.rows import Rows
 from ..data.tokens import Prompt, Tokenized
-from .checkpoint_storage import Ranks
 from .config import TrainConfig
-from .distributed import World
-from .files import MANIFEST, find_change, list_hashes, new_folder, write_hashes
-from .run_folder import held
+from .runs.checkpoint_storage import Ranks
+from .runs.distributed import World
+from .runs.files import MANIFEST, find_change, list_hashes, new_folder, write_hashes
+from .runs.run_folder import held
 
 Row = TypeVar("Row")
 ARRAYS = ("tokens", "trained", "sequences", "rows", "extra", "extra-places")

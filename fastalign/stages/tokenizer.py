@@ -13,7 +13,7 @@ from ..data.readers import load_rows
 from ..data.rows import need_columns, read_each
 from ..data.texts import read_text
 from .command import run_stage
-from .files import new_folder
+from .runs.files import new_folder
 from .stage_configs import ROLES, TokenizerConfig
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"

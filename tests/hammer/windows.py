@@ -15,7 +15,9 @@ from typing import Any
 
 import transformers
 
-from fastalign.stages import checkpoint, checkpoint_storage, grpo, loop, ppo, reference_model, reporters
+from fastalign.stages import grpo, loop, ppo
+from fastalign.stages.models import reference_model
+from fastalign.stages.runs import checkpoint, checkpoint_storage, reporters
 
 AUDITED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 REWRITE = "rewrite of metrics.jsonl"

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 
 from fastalign.causal_lm import fuse_head
 from fastalign.data.tokens import Prompt
+from fastalign.stages.policy.rollouts import draw_completions
 from fastalign.stages.policy_configs import RolloutOptions
-from fastalign.stages.rollouts import draw_completions
 from fastalign_kernels import native, screen_counts
 from tests.linear.screen_inputs import needs_screen
 from tests.rollout.tiny_rollouts import CONFIGS, NEW, build, draw, llama

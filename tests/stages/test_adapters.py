@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastalign.stages import dpo, kto, merge, ppo, pretrain, reward, sft
-from fastalign.stages.adapters import find_source, load_architecture, load_plain
-from fastalign.stages.loading import load_tokenizer
+from fastalign.stages.models.adapters import find_source, load_architecture, load_plain
+from fastalign.stages.models.loading import load_tokenizer
 from tests.stages.tiny import CHAT, lines, save_base, save_tokenizer, sentence, write
 
 OPTIONS: dict[str, Any] = {

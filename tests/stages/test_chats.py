@@ -12,7 +12,9 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from fastalign import cli
-from fastalign.stages import adapters, dpo, kto, loading, merge, ppo, pretrain, reward, rollouts, sft
+from fastalign.stages import dpo, kto, merge, ppo, pretrain, reward, sft
+from fastalign.stages.models import adapters, loading
+from fastalign.stages.policy import rollouts
 from tests.stages.tiny import LLAMA, lines, save_base, save_tokenizer, sentence, write
 
 CHAT = (

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.stages import checkpoint, checkpoint_storage, pretrain, reporters
-from fastalign.stages.files import write_hashes
+from fastalign.stages import pretrain
+from fastalign.stages.runs import checkpoint, checkpoint_storage, reporters
+from fastalign.stages.runs.files import write_hashes
 from tests.stages.tiny import LLAMA, lines, weights
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.stages import checkpoint, dpo, files, merge, ppo, pretrain, sft
-from fastalign.stages.checkpoint_storage import find_damage, seal
-from fastalign.stages.distributed import World
+from fastalign.stages import dpo, merge, ppo, pretrain, sft
+from fastalign.stages.runs import checkpoint, files
+from fastalign.stages.runs.checkpoint_storage import find_damage, seal
+from fastalign.stages.runs.distributed import World
 from tests.stages.tiny import lines, sentence, weights, write
 
 Pretraining = Callable[..., pretrain.PretrainConfig]

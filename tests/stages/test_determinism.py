@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastalign.stages import dpo, kto, loading, ppo, pretrain, reward, sft
+from fastalign.stages import dpo, kto, ppo, pretrain, reward, sft
+from fastalign.stages.models import loading
 from tests.stages.tiny import LLAMA, lines, save_tokenizer, sentence, weights, write
 
 STAGES: dict[str, tuple[ModuleType, Any, dict[str, Any]]] = {

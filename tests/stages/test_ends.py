@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from fastalign.faults import Stopped
-from fastalign.stages import checkpoint, checkpoint_storage, pretrain, reporters, run_folder, signals
+from fastalign.stages import pretrain
 from fastalign.stages.config import parse
-from fastalign.stages.distributed import World
-from fastalign.stages.files import write_hashes
+from fastalign.stages.runs import checkpoint, checkpoint_storage, reporters, run_folder, signals
+from fastalign.stages.runs.distributed import World
+from fastalign.stages.runs.files import write_hashes
 from tests.stages.tiny import LLAMA, lines, weights
 
 Make = Callable[..., pretrain.PretrainConfig]
@@ -264,7 +265,7 @@ def test_the_lock_of_a_process_that_was_killed_blocks_nobody(tmp_path: Path) -> 
     code = f"""
 import os, signal
 from pathlib import Path
-from fastalign.stages.run_folder import held
+from fastalign.stages.runs.run_folder import held
 with held("output_dir", Path({str(tmp_path)!r})):
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastalign.measure import peak_memories
 from fastalign.stages import dpo, estimate, grpo, kto, ppo, pretrain, reward, sft
-from fastalign.stages.distributed import World
 from fastalign.stages.estimate import Estimate, Part, Shape
-from fastalign.stages.loading import load_tokenizer, scratch_config
+from fastalign.stages.models.loading import load_tokenizer, scratch_config
+from fastalign.stages.runs.distributed import World
 from tests.stages.memory import STAGES
 from tests.stages.tiny import LLAMA, save_base, save_tokenizer, sentence, write
 

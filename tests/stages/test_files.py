@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.stages import files
+from fastalign.stages.runs import files
 
 
 @pytest.mark.parametrize("write", [files.new_file, files.new_folder], ids=["file", "folder"])

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from fastalign.stages import hub_names
+from fastalign.stages.models import hub_names
 
 
 @pytest.mark.parametrize(

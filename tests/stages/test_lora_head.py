@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from fastalign import peft_heads
 from fastalign.stages import dpo, grpo, kto, merge, ppo, pretrain, reward, sft
-from fastalign.stages.adapters import load_plain
+from fastalign.stages.models.adapters import load_plain
 from fastalign_kernels import linear_cross_entropy_stats, linear_logprobs, linear_ppo_loss, linear_token_stats
 from fastalign_kernels.linear.cross_entropy_stats import CrossEntropyStats
 from fastalign_kernels.logits import TokenStats

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastalign.stages import hub_names, sft
-from fastalign.stages.hub_names import check_name, check_names
+from fastalign.stages import sft
+from fastalign.stages.models import hub_names
+from fastalign.stages.models.hub_names import check_name, check_names
 
 INDEX = "model.safetensors.index.json"
 

@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from fastalign.data import Tokenized
-from fastalign.stages import hub_names, loading, loop, pretrain, reporters, sft
-from fastalign.stages.distributed import World
+from fastalign.stages import loop, pretrain, sft
+from fastalign.stages.models import hub_names, loading
+from fastalign.stages.runs import reporters
+from fastalign.stages.runs.distributed import World
 from fastalign.stages.stage_configs import CONFIGS
 from tests.stages.tiny import LLAMA, write
 

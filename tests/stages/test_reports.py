@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.stages import pretrain, reporters
+from fastalign.stages import pretrain
 from fastalign.stages.config import read_config
+from fastalign.stages.runs import reporters
 from tests.stages.tiny import lines
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fastalign.stages import batches, loop, optimization, pretrain
 from fastalign.stages.config import TrainConfig
-from fastalign.stages.distributed import World
+from fastalign.stages.runs.distributed import World
 from tests.stages.tiny import lines
 
 # Schedules

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastalign.stages import pretrain, sft
-from fastalign.stages.distributed import World
 from fastalign.stages.head_counts import head_counts, reset_counts
-from fastalign.stages.loading import check_screen
+from fastalign.stages.models.loading import check_screen
 from fastalign.stages.policy_configs import GRPOConfig
+from fastalign.stages.runs.distributed import World
 from fastalign_kernels import native
 from fastalign_kernels.linear.gpu import device as gpu_device
 from fastalign_kernels.linear.screen import COUNTER, ScreenCounts

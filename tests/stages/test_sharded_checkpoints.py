@@ -20,10 +20,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalign.stages import checkpoint_storage
-from fastalign.stages.checkpoint import Checkpoints
 from fastalign.stages.config import TrainConfig
-from fastalign.stages.distributed import World
+from fastalign.stages.runs import checkpoint_storage
+from fastalign.stages.runs.checkpoint import Checkpoints
+from fastalign.stages.runs.distributed import World
 from tests.stages.tiny import read_tensors
 from tests.two_ranks import be_a_rank, run_as_two_ranks
 

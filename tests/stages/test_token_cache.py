@@ -19,12 +19,13 @@ from fastalign.data import tokenization
 from fastalign.data.preference_pairs import tokenize_pairs, tokenize_unpaired
 from fastalign.data.readers import load_rows
 from fastalign.data.tokenization import tokenize_prompts
-from fastalign.stages import checkpoint, sft
+from fastalign.stages import sft
 from fastalign.stages.config import TrainConfig
-from fastalign.stages.distributed import World, join_world
-from fastalign.stages.loading import load_tokenizer
+from fastalign.stages.models.loading import load_tokenizer
+from fastalign.stages.policy.shared_rows import SharedRows
+from fastalign.stages.runs import checkpoint
+from fastalign.stages.runs.distributed import World, join_world
 from fastalign.stages.sft import pack_answers
-from fastalign.stages.shared_rows import SharedRows
 from fastalign.stages.stage_rows import read_rows
 from fastalign.stages.token_cache import CachedRows, TokenCache, key_of, write_rows
 from tests.stages.ranks import run_two_ranks

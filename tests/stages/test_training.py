@@ -12,16 +12,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fastalign import data
-from fastalign.stages import batches, checkpoint, loading, loop, optimization, pretrain, sft
+from fastalign.stages import batches, loop, optimization, pretrain, sft
 from fastalign.stages.config import TrainConfig, save_config
-from fastalign.stages.distributed import World
+from fastalign.stages.models import loading
+from fastalign.stages.runs import checkpoint
+from fastalign.stages.runs.distributed import World
 from tests.stages.tiny import assert_close, lines, torchrun, weights
 
 

@@ -20,8 +20,8 @@ from tests.stages.ranks import RANKS, be_a_rank
 SCRIPT = """
 import os, signal, sys, time
 from fastalign.faults import reporting
-from fastalign.stages.signals import Signals
-from fastalign.stages.distributed import join_world
+from fastalign.stages.runs.signals import Signals
+from fastalign.stages.runs.distributed import join_world
 
 def fail(rank, step):
     {fault}

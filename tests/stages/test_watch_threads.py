@@ -8,8 +8,8 @@ import pytest
 from torch.distributed import DistError, TCPStore
 
 from fastalign.faults import FAULT, RankError
-from fastalign.stages import rank_watch
-from fastalign.stages.rank_watch import Watch
+from fastalign.stages.runs import rank_watch
+from fastalign.stages.runs.rank_watch import Watch
 
 
 class Ended(BaseException):

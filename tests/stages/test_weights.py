@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from fastalign.causal_lm import fuse_head
 from fastalign.classifier import score_packed
-from fastalign.stages import merge, ppo, pretrain, reward, reward_functions, sft
+from fastalign.stages import merge, ppo, pretrain, reward, sft
+from fastalign.stages.policy import reward_functions
 from tests.stages.tiny import lines, sentence, write
 
 Tensors = dict[str, torch.Tensor]

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bench.core.words import WORDS as WORDS
-from fastalign.stages import loading
 from fastalign.stages.config import TrainConfig
+from fastalign.stages.models import loading
 
 GPT2 = {
     "model_type": "gpt2",

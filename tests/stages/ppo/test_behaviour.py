@@ -77,7 +77,7 @@ def test_a_mismatch_is_logged_and_weighs_tokens_at_most_by_the_cap(
     cap = 1.2 if rescore else None
     options = PPOOptions(max_new_tokens=8, ppo_epochs=1, kl_coef=0, rescore=rescore, importance_cap=cap)
     plainly = rollout(model, PROMPTS, lengths, options, **ENDS)
-    monkeypatch.setattr("fastalign.stages.rollouts.generate", off)
+    monkeypatch.setattr("fastalign.stages.policy.rollouts.generate", off)
     experience = rollout(model, PROMPTS, lengths, options, **ENDS)
     even = torch.tensor([token % 2 == 0 for ids in experience.completions for token in ids])
     found = ppo_step(model, torch.optim.SGD(model.parameters(), lr=0), experience, options, pad_id=1)

@@ -20,9 +20,9 @@ from transformers import (
 
 from fastalign.data import load_rows, tokenize_prompts
 from fastalign.stages import ppo
-from fastalign.stages.distributed import World
+from fastalign.stages.policy.scorers import find_classifier, load_classifier
 from fastalign.stages.ppo import PPOConfig
-from fastalign.stages.scorers import find_classifier, load_classifier
+from fastalign.stages.runs.distributed import World
 from tests.stages.tiny import save_tokenizer, sentence
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from fastalign.causal_lm import fuse_head
 from fastalign.data import Prompt
-from fastalign.stages import grpo, loading, policy_models
+from fastalign.stages import grpo
 from fastalign.stages.config import save_config
 from fastalign.stages.grpo import GRPOConfig, GRPOOptions, grpo_objective, grpo_rollout, grpo_step
-from fastalign.stages.rollouts import token_batch
+from fastalign.stages.models import loading
+from fastalign.stages.policy import models as policy_models
+from fastalign.stages.policy.rollouts import token_batch
 from tests.stages.ranks import run_two_ranks
 from tests.stages.tiny import assert_close, lines, weights
 

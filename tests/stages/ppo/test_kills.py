@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fastalign.faults import Stopped
-from fastalign.stages import checkpoint, ppo
+from fastalign.stages import ppo
+from fastalign.stages.policy.ppo_experience import Experience
 from fastalign.stages.ppo import ppo_step, rollout
-from fastalign.stages.ppo_experience import Experience
+from fastalign.stages.runs import checkpoint
 from tests.stages.ppo.policies import Make
 from tests.stages.tiny import lines, weights
 

@@ -17,9 +17,10 @@ from transformers import (
 from fastalign.actor_critic import VALUE_HEAD, ActorCritic
 from fastalign.causal_lm import fuse_head
 from fastalign.data import load_rows, tokenize_prompts
-from fastalign.stages import loading, ppo
+from fastalign.stages import ppo
+from fastalign.stages.models import loading
+from fastalign.stages.policy.reward_functions import by_function, find_function
 from fastalign.stages.ppo import PPOOptions, ppo_step, rollout
-from fastalign.stages.reward_functions import by_function, find_function
 from tests.stages.ppo.policies import ENDS, PROMPTS, Make, actor_critic, lengths
 from tests.stages.tiny import lines, sentence
 

@@ -22,9 +22,9 @@ from fastalign import cli
 from fastalign.data import load_rows, tokenize_prompts
 from fastalign.stages import batches, ppo, reward
 from fastalign.stages.config import describe
-from fastalign.stages.distributed import World
+from fastalign.stages.policy.scorers import find_classifier, load_classifier
 from fastalign.stages.ppo import PPOConfig
-from fastalign.stages.scorers import find_classifier, load_classifier
+from fastalign.stages.runs.distributed import World
 from tests.stages.tiny import CHAT, lines, sentence, undescribed, write
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -9,7 +9,7 @@ import pytest
 
 from fastalign.data.tokens import Prompt
 from fastalign.stages import ppo
-from fastalign.stages.reward_functions import Function, by_function, find_function
+from fastalign.stages.policy.reward_functions import Function, by_function, find_function
 
 ROWS = [Prompt([1], {"prompt": f"prompt {n}", "answer": f"answer {n}", "level": n}) for n in range(2)]
 SEEN: list[Any] = []

@@ -11,8 +11,9 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from fastalign.stages import loading, ppo
+from fastalign.stages import ppo
 from fastalign.stages.config import save_config
+from fastalign.stages.models import loading
 from fastalign.stages.ppo import PPOConfig, rollout
 from tests.stages.ppo.policies import Make, plain
 from tests.stages.tiny import assert_close, lines, torchrun

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from fastalign.data import load_rows, tokenize_pairs
-from fastalign.stages import dpo, loading, optimization
+from fastalign.stages import dpo, optimization
+from fastalign.stages.models import loading
 from tests.stages.preference.runs import OURS_AS_TRL, Make, plain_logps, run, step_rows, trl_settings
 from tests.stages.tiny import lines, write
 

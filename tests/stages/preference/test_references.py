@@ -13,7 +13,9 @@ from transformers import (
 )
 
 from fastalign.data import sequence_batches
-from fastalign.stages import checkpoint, packers, reference_model, reporters
+from fastalign.stages import packers
+from fastalign.stages.models import reference_model
+from fastalign.stages.runs import checkpoint, reporters
 from tests.stages.preference.runs import STAGES, Make, run
 from tests.stages.tiny import (
     lines,

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fastalign import cli
-from fastalign.stages import dpo, kto, loading
+from fastalign.stages import dpo, kto
 from fastalign.stages.config import describe
-from fastalign.stages.distributed import World
+from fastalign.stages.models import loading
 from fastalign.stages.pair_loss import REFERENCE_FREE
+from fastalign.stages.runs.distributed import World
 from fastalign_kernels.preference.arguments import KTO_LOSS_TYPES
 from fastalign_kernels.preference.formulas import DPO_LOSS_TYPES
 from tests.stages.preference.runs import STAGES, Make, run

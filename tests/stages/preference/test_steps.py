@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from fastalign.data import Unpaired, load_rows, preference_pairs, tokenize_pairs, tokenize_unpaired
-from fastalign.stages import loading, optimization
+from fastalign.stages import optimization
+from fastalign.stages.models import loading
 from tests.stages.preference.runs import OURS_AS_TRL, Make, plain_logps, run, step_rows, trl_settings
 from tests.stages.tiny import (
     lines,

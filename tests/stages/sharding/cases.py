@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastalign.stages import dpo, grpo, kto, loading, ppo, pretrain, reward, sft
+from fastalign.stages import dpo, grpo, kto, ppo, pretrain, reward, sft
+from fastalign.stages.models import loading
 from tests.stages.tiny import LLAMA, save_base, save_tokenizer, sentence, write
 
 STAGES: dict[str, Any] = {

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastalign.causal_lm import fuse_head
 from fastalign.stages.config import TrainConfig
-from fastalign.stages.sharding import accumulating, plan_sharding, shard, whole
+from fastalign.stages.models.sharding import accumulating, plan_sharding, shard, whole
 from fastalign_kernels import native
 from fastalign_kernels.linear import screen
 

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.causal_lm import fuse_head
 from fastalign.stages.config import TrainConfig
-from fastalign.stages.distributed import World
-from fastalign.stages.loading import load_on_main
-from fastalign.stages.main_values import has_values, without_values
-from fastalign.stages.sharding import clip_gradients, plan_sharding, shard, whole_tensor
+from fastalign.stages.models.loading import load_on_main
+from fastalign.stages.models.main_values import has_values, without_values
+from fastalign.stages.models.sharding import clip_gradients, plan_sharding, shard, whole_tensor
+from fastalign.stages.runs.distributed import World
 
 # What each plan has that the others lack: norms of single heads; all projections in one layer, and an odd
 # vocabulary; a scaled and tied embedding with a padding id; whole heads on each rank.

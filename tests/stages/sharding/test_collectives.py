@@ -1,4 +1,4 @@
-"""What ranks of a sharded model send each other, as stages/sharding.py says."""
+"""What ranks of a sharded model send each other, as stages/models/sharding.py says."""
 
 import json
 from collections import Counter

@@ -6,9 +6,9 @@ import torch
 
 from fastalign.stages import estimate
 from fastalign.stages.config import TrainConfig
-from fastalign.stages.distributed import World
 from fastalign.stages.estimate import Estimate, Part, Shape
-from fastalign.stages.sharding import gathered_weights
+from fastalign.stages.models.sharding import gathered_weights
+from fastalign.stages.runs.distributed import World
 from tests.stages.sharding.collectives import llama
 
 SHAPE = Shape(rows=1, width=8, targets=7, masked=False)

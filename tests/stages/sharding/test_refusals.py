@@ -8,8 +8,8 @@ import torch
 
 from fastalign.stages import sft
 from fastalign.stages.config import TrainConfig
+from fastalign.stages.models.sharding import plan_sharding
 from fastalign.stages.policy_configs import PPOConfig
-from fastalign.stages.sharding import plan_sharding
 
 Make = Callable[..., sft.SFTConfig]
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from fastalign.stages.config import TrainConfig
+from fastalign.stages.models.sharding import plan_sharding
+from fastalign.stages.models.tensor_parallel import check_plan
 from fastalign.stages.policy_configs import GRPOConfig, PPOConfig
-from fastalign.stages.sharding import plan_sharding
-from fastalign.stages.tensor_parallel import check_plan
 from tests.stages.ranks import Ranks
 from tests.stages.sharding.parallel_layers import MODELS
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from ..faults import Stopped
-from .config import TrainConfig
+from ...faults import Stopped
+from ..config import TrainConfig
 from .distributed import World
-from .stage_configs import CONFIGS
+from ..stage_configs import CONFIGS
 
 # torchrun forwards to its ranks the Ctrl-C that the terminal has sent them already. Within these seconds it
 # is the same one.

@@ -20,9 +20,9 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..data.errors import one_line
-from ..finite import find_not_finite
-from .config import TrainConfig
+from ...data.errors import one_line
+from ...finite import find_not_finite
+from ..config import TrainConfig
 from .hub_names import check_name
 from .weights import Task, load_whole, names_classifier
 

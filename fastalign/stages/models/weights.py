@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..finite import find_not_finite
+from ...finite import find_not_finite
 
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 SHOWN = 5  # names in a message

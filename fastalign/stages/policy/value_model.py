@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from .adapters import find_source, is_classifier, load_architecture
-from .loading import load_tokenizer
-from .model_files import has_tokenizer
-from .policy_configs import PPOConfig
-from .reward import zero_head
+from ..models.adapters import find_source, is_classifier, load_architecture
+from ..models.loading import load_tokenizer
+from ..models.model_files import has_tokenizer
+from ..policy_configs import PPOConfig
+from ..reward import zero_head
 from .scorers import Classifier
 
 

@@ -20,15 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..data.sequence_batches import Batch, sequence_logps
-from ..data.tokens import Tokenized
-from .distributed import World
-from .estimate import Part
-from .files import new_file
-from .optimization import autocast
-from .run_folder import held
+from ...data.sequence_batches import Batch, sequence_logps
+from ...data.tokens import Tokenized
+from ..estimate import Part
+from ..optimization import autocast
+from ..runs.distributed import World
+from ..runs.files import new_file
+from ..runs.run_folder import held
+from ..stage_configs import ReferenceConfig
 from .sharding import reshard, shard
-from .stage_configs import ReferenceConfig
 
 Reference = Callable[
     [Batch], Tensor

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..faults import FAULT, RankError, Stopped, describe
+from ...faults import FAULT, RankError, Stopped, describe
 
 PERIOD = 1.0  # seconds between two signs of life
 GRACE = 3.0  # seconds that a rank has to end by itself after another one has failed

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..parallel_heads import behind_fused
-from ..peft_heads import is_lora, wrapped_head
-from ..servable_heads import without_peft
+from ...parallel_heads import behind_fused
+from ...peft_heads import is_lora, wrapped_head
+from ...servable_heads import without_peft
 from .main_values import receive_values
 
 # Styles of the experts of a mixture and of layers that hold several projections are not tested, so not here.

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.rows import Row
-from ..data.tokens import Prompt
+from ...data.rows import Row
+from ...data.tokens import Prompt
 
 Reward = Callable[
     [Sequence[Prompt], Sequence[list[int]]], Tensor

@@ -18,17 +18,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..classifier import score_packed
-from ..data.chat_template.trained_spans import ChatTemplate
-from ..data.sequence_batches import last_tokens, pack_sequences
-from ..data.tokens import Prompt, Tokenized
-from ..rope import rope_switch
-from .adapters import find_source, is_classifier, load_architecture, load_plain
-from .distributed import World
-from .loading import load_on_main, load_tokenizer, padding_id
-from .main_values import has_values
+from ...classifier import score_packed
+from ...data.chat_template.trained_spans import ChatTemplate
+from ...data.sequence_batches import last_tokens, pack_sequences
+from ...data.tokens import Prompt, Tokenized
+from ...rope import rope_switch
+from ..models.adapters import find_source, is_classifier, load_architecture, load_plain
+from ..models.loading import load_on_main, load_tokenizer, padding_id
+from ..models.main_values import has_values
+from ..models.sharding import shard, whole
+from ..runs.distributed import World
 from .reward_functions import Reward
-from .sharding import shard, whole
 
 _NO_LIMIT = 10**9  # transformers writes 10**30 where a tokenizer has no model_max_length
 

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..peft_heads import save_weights
+from ...peft_heads import save_weights
+from ..runs.checkpoint_storage import Ranks
+from ..runs.distributed import World
+from ..runs.files import new_folder, unfinished_name
 from .adapters import record_base
-from .checkpoint_storage import Ranks
-from .distributed import World
-from .files import new_folder, unfinished_name
 from .sharding import adapters_to_save, is_sharded, part_to_save
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from fastalign_kernels import gae, masked_whiten
 from fastalign_kernels.sampling_kept import KeptIds
 
-from ..actor_critic import ActorCritic
-from ..data.tokens import Prompt
-from .batches import Batch
-from .policy_configs import PPOOptions
+from ...actor_critic import ActorCritic
+from ...data.tokens import Prompt
+from ..batches import Batch
+from ..policy_configs import PPOOptions
 from .rollouts import Drawn, Score, draw_completions, estimate_kl, token_batch
 
 

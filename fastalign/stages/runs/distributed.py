@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .rank_watch import Watch
-from .sharding import Sharding
+from ..models.sharding import Sharding
 
 Value = TypeVar("Value")
 

@@ -10,19 +10,19 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ..data.tokenization import tokenize_prompts
-from ..data.tokens import Prompt, Tokenized
-from .adapters import load_architecture
-from .distributed import World
-from .estimate import Part, announce
-from .loading import check_fit, load_tokenizer, padding_id
-from .optimization import autocast
-from .packers import pack_rows
-from .policy_configs import PolicyConfig, is_function
+from ...data.tokenization import tokenize_prompts
+from ...data.tokens import Prompt, Tokenized
+from ..estimate import Part, announce
+from ..models.adapters import load_architecture
+from ..models.loading import check_fit, load_tokenizer, padding_id
+from ..models.sharding import shard
+from ..optimization import autocast
+from ..packers import pack_rows
+from ..policy_configs import PolicyConfig, is_function
+from ..runs.distributed import World
+from ..stage_rows import StageRows, read_rows
 from .reward_functions import Function, Reward, arguments_of, by_function, find_function
 from .scorers import Classifier, check_classifier, find_classifier, load_classifier
-from .sharding import shard
-from .stage_rows import StageRows, read_rows
 
 
 class PolicyInputs(NamedTuple):

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from fastalign_kernels.sampling_kept import KeptIds
 
-from ..data.sequence_batches import pack_sequences
-from ..data.tokens import Prompt, Tokenized
-from ..fused_options import draws_screened
-from ..rollout.generation import generate
-from .batches import Batch
-from .distributed import World
-from .policy_configs import RolloutOptions
-from .sharding import is_sharded, whole
+from ...data.sequence_batches import pack_sequences
+from ...data.tokens import Prompt, Tokenized
+from ...fused_options import draws_screened
+from ...rollout.generation import generate
+from ..batches import Batch
+from ..models.sharding import is_sharded, whole
+from ..policy_configs import RolloutOptions
+from ..runs.distributed import World
 from .shared_rows import SharedRows, block
 
 Row = TypeVar("Row")

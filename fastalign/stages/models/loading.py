@@ -27,18 +27,18 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from fastalign_kernels.linear.gpu.device import no_screen
 
-from ..causal_lm import fuse_head
-from ..classifier import score_packed
-from ..data.packing import check_packing
-from ..data.tokens import Tokenized
-from ..rope import check_lengths
-from ..servable_heads import adapted_head
-from ..transformers_names import enable_checkpointing
+from ...causal_lm import fuse_head
+from ...classifier import score_packed
+from ...data.packing import check_packing
+from ...data.tokens import Tokenized
+from ...rope import check_lengths
+from ...servable_heads import adapted_head
+from ...transformers_names import enable_checkpointing
+from ..config import TrainConfig, unknown_key
+from ..policy_configs import RolloutOptions
+from ..runs.distributed import World
 from .adapters import add_adapters, find_source, has_adapters, load_plain
-from .config import TrainConfig, unknown_key
-from .distributed import World
 from .main_values import has_values, without_values
-from .policy_configs import RolloutOptions
 from .weights import Task
 
 Model = TypeVar("Model", bound=nn.Module)

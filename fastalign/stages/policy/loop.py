@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.tokens import Prompt
-from .batches import Batch, rows_of_step
-from .distributed import World
-from .loop import LossFn, run_steps, update
-from .policy_configs import PolicyConfig
+from ...data.tokens import Prompt
+from ..batches import Batch, rows_of_step
+from ..loop import LossFn, run_steps, update
+from ..policy_configs import PolicyConfig
+from ..runs.distributed import World
+from ..stage_rows import StageRows
 from .rollouts import Completed
 from .shared_rows import SharedRows
-from .stage_rows import StageRows
 
 Metrics = dict[str, float]
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
-from .config import TrainConfig
+from ..config import TrainConfig
 from .distributed import World
 from .files import write_text
 

@@ -7,7 +7,7 @@ from typing import TypeVar, overload
 import torch
 import torch.distributed as dist
 
-from .distributed import World
+from ..runs.distributed import World
 
 Row = TypeVar("Row")
 

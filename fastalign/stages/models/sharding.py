@@ -38,8 +38,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ..servable_heads import without_peft
-from .config import TrainConfig
+from ...servable_heads import without_peft
+from ..config import TrainConfig
 from .main_values import receive_values
 from .tensor_parallel import parallelize
 

@@ -11,9 +11,9 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-from .config import Options
+from ..config import Options
+from ..policy_configs import is_function
 from .model_files import check_tokenizer, check_weights
-from .policy_configs import is_function
 
 FIELDS = ("model", "tokenizer", "reward", "value_model")
 SECONDS = 3.0  # that the hub has to answer

@@ -1,0 +1,1 @@
+"""What PPO and GRPO share: completions, their scores, and the loop that learns from them."""
