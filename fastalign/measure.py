@@ -325,6 +325,7 @@ def machine() -> dict[str, str | int]:
     """
     return {
         "cpu": _cpu_name(),
+        "cpu_model": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
@@ -351,17 +352,24 @@ def available_cores() -> int:
 
 
 def _cpu_name() -> str:
+    return _of_cpu("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_model() -> str:
+    """The generation of an x86 CPU, which its name may not tell: an "AMD EPYC" of family 25 is a Zen 3 or 4,
+    one of family 26 a Zen 5 with twice the width."""
+    family, model = _of_cpu("cpu family"), _of_cpu("model")
+    return f"family {family}, model {model}" if family else "not known"
+
+
+def _of_cpu(field: str) -> str:
+    """What Linux says of the first core, or an empty string."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if cpuinfo.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""
 
 
 def _version(package: str) -> str:
