@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from bench.experiments import screen_errors, screened_ppo
+from bench.experiments import screen_errors, screened_ppo, screened_tiles
 from bench.experiments.screened_decode import FILTERS, made, measured
 from tests.linear.screen_inputs import needs_screen
 from tests.rollout.tiny_rollouts import llama
@@ -41,3 +41,16 @@ def test_the_summary_has_the_first_and_the_last_scores() -> None:
     ]
     found = screened_ppo.summary([{"eval/nll": 1.0}, *lines])
     assert found == {"first": 0.0, "last": 6.5, "entropy": 2.0, "screen/exact_tokens": 0.5}
+
+
+def test_emulated_tiles_are_exact_where_all_columns_are_kept_and_nearer_with_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, ids = torch.randn(500, 64, generator=generator), torch.randint(0, 500, (40,), generator=generator)
+    hidden = (weight[ids] + torch.randn(40, 64, generator=generator)) / 8
+    logits = screened_tiles.logits_of(hidden, weight)
+    many, few = (screened_tiles.errors(logits, ids, eps, 16) for eps in (2.0**-9, 2.0**-4))
+    assert few.kept < many.kept <= 1 and 0 < many.logp < few.logp < 0.1
+    assert screened_tiles.errors(logits, ids, 0.0, 16) == (1, 0, 0, 0)
+    kept = screened_tiles.kept_columns(logits.screened, ids, 2.0**-9, 16)
+    exceeds = logits.screened.softmax(1) > 2.0**-9
+    assert all(not (exceeds[i] & ~kept[i // 16]).any() and kept[i // 16, ids[i]] for i in range(40))

@@ -47,7 +47,7 @@ from .tail import TailEpilogue, TailFactors, TailGradients, thin_product
 from .tail_tiles import MATRIX_ROWS, KeepingRule, KeptTiles, RowTiles
 
 # Of SmolLM2's head over 2048 tokens logp is then off by 1.6e-4 nats rms, entropy by 8e-4, and f is 0.105; at
-# 2**-14 by 2.9e-5 and 2e-4, and f is 0.25 (emulated on a CPU).
+# 2**-14 by 2.9e-5 and 2e-4, and f is 0.25 (bench.experiments.screened_tiles, emulated on a CPU).
 UNTAILED_EPS = 2.0**-11
 UNKEPT_PART = 256  # tokens of its parts: fewer keep fewer columns, and no gradient needs larger ones
 # With these the 8-bit kernel has no spills on sm_90, neither lean nor with all statistics.
@@ -241,12 +241,12 @@ class ScreenedCall(EpilogueCall):
         rest = self._rest(block, live, kept, bounds, eps)
         partial = self._write_p(block, live, kept, p)
         dropped = torch.empty(3, live, dtype=torch.float32, device=stats.device)
+        sizes = (block.first, block.rows, live, self.N, kept.part_rows, kept.lists.shape[1])
         launch(
             _exact_kernels().merge_exact_kernel,
             -(-live // MERGE_ROWS),
             (rest, partial, kept.lists, kept.counts, block.ids, self.order, block.state, stats, dropped),
-            (block.first, block.rows, live, self.N, kept.part_rows, kept.lists.shape[1], *partial.shape[1:2])
-            + (len(rest),),
+            (*sizes, partial.shape[1], len(rest)),
             FULL=not options.lean,
             ROWS=MERGE_ROWS,
             TILES=32,
@@ -340,6 +340,7 @@ class ScreenedGradients(TailGradients):
         tail_tiles.count_kept(screened.used, live, call.V)
         table = call.coefficient_table(block, live, stats, coefficients)
         sums = torch.zeros(MATRIX_ROWS, live, dtype=torch.float32, device=stats.device)
+        sizes = (block.first, live, call.N, call.V, kept.part_rows, kept.parts)
         launch(
             _exact_kernels().finish_kernel,
             (-(-len(screened.p) // tail_tiles.TILE), -(-live // FINISH_ROWS)),
@@ -347,8 +348,10 @@ class ScreenedGradients(TailGradients):
                 *(screened.p, screened.dropped, block.ids, stats, call.order, table.values),
                 *(kept.columns, kept.column_parts, sums),
             ),
-            (block.first, live, call.N, call.V, kept.part_rows, kept.parts, live, screened.p.stride(0))
-            + (table.label_smoothing, table.z_loss, call.scales.slope),
+            (
+                *(*sizes, live, screened.p.stride(0)),
+                *(table.label_smoothing, table.z_loss, call.scales.slope),
+            ),
             CROSS_ENTROPY=table.cross_entropy,
             PLOGP=not table.cross_entropy and not call.inputs.options.lean,
             TILE=tail_tiles.TILE,
