@@ -157,13 +157,15 @@ class EpilogueCall:
         state: memory for the block's, if it is to outlast the block. The call's first block must be that of
         the first tokens: it also fills the rest of the table with 0.
         """
-        if state is None:
-            state = torch.empty(
-                state_size(self.inputs, self.tiles, rows), dtype=torch.float32, device=stats.device
-            )
+        state = self.new_state(rows) if state is None else state
         block = self.gather(first, rows, state if kept is None else kept, state, stats)
         self.write_exact(block, stats, KEEP=kept is not None)
         return block
+
+    def new_state(self, rows: int) -> Tensor:
+        """Memory for a block's state."""
+        numbers = state_size(self.inputs, self.tiles, rows)
+        return torch.empty(numbers, dtype=torch.float32, device=self.inputs.hidden.device)
 
     def write_exact(self, block: Block, stats: Tensor, **keep: bool) -> None:
         """Statistics of a gathered block into the table [7, N], and with KEEP its e."""

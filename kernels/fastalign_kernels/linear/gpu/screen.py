@@ -39,7 +39,7 @@ from ..inputs import HeadInputs, NeedsGrad
 from ..screen import COUNTER, EXACT_EPS, EXACTLY_PROBED, LARGEST_NOISE, LARGEST_SHARE, MARGIN, ScreenCounts
 from ..tail_columns import DENSE
 from . import tail_tiles
-from .epilogue_call import Block, EpilogueCall, Tiles, descriptor, state_size
+from .epilogue_call import Block, EpilogueCall, Tiles, descriptor
 from .epilogue_gradients import BlockGradients, Factors
 from .plan import UNKEPT_TOKENS, row_elements
 from .screen_codes import GpuCodes, WeightCodes, code_hidden, code_weight
@@ -184,9 +184,7 @@ class ScreenedCall(EpilogueCall):
         self, first: int, rows: int, stats: Tensor, kept: Tensor | None, state: Tensor | None = None
     ) -> Block:
         """As the base's. A block that could be screened has `screened`, and p in e's memory."""
-        if state is None:
-            numbers = state_size(self.inputs, self.tiles, rows)
-            state = torch.empty(numbers, dtype=torch.float32, device=stats.device)
+        state = self.new_state(rows) if state is None else state
         memory = kept
         if memory is None:
             columns = 0 if self.exact else row_elements(self.V)
