@@ -13,6 +13,7 @@ writes and keeps a tensor of the logits' size.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def nan_without_tokens(
 
     With num_items an empty micro-batch adds 0 to the others' sum: NaN would poison a rank's loss.
     """
-    return total / 0.0 if reduction == "mean" and num_items is None and n_tokens == 0 else total
+    return total + math.nan if reduction == "mean" and num_items is None and n_tokens == 0 else total
 
 
 def reduced(

@@ -240,8 +240,9 @@ def test_nothing_to_average_and_no_token():
         assert linear_distillation_loss(*args).isnan()
         assert linear_distillation_loss(*args, reduction="sum") == 0
         assert linear_distillation_loss(*args, num_items=3.0) == 0
-        (gradient,) = grads_of(linear_distillation_loss(*args, reduction="sum"), [weight])
-        assert (gradient == 0).all()
+        for reduction in ("mean", "sum"):
+            (gradient,) = grads_of(linear_distillation_loss(*args, reduction=reduction), [weight])
+            assert (gradient == 0).all()
     given = (hidden.view(1, 37, 19), weight, ids[None], logp[None], bias)
     assert linear_distillation_loss(*given, reduction="none").shape == (1, 37)
 

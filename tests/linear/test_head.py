@@ -287,10 +287,10 @@ def test_nothing_to_average_is_nan_with_zero_gradients(device, targets):
     assert loss.isnan()
     assert linear_cross_entropy(hidden, weight, ids, bias, num_items=3) == 0
     assert linear_cross_entropy(hidden, weight, ids, bias, reduction="sum") == 0
-    for grad in grads_of(
-        linear_cross_entropy(hidden, weight, ids, bias, reduction="sum"), (hidden, weight, bias)
-    ):
-        assert (grad == 0).all()
+    for reduction in ("mean", "sum"):
+        loss = linear_cross_entropy(hidden, weight, ids, bias, reduction=reduction)
+        for grad in grads_of(loss, (hidden, weight, bias)):
+            assert (grad == 0).all()
     logp = linear_logprobs(hidden, weight, ids, bias)
     assert logp.shape == ids.shape and (logp == 0).all()
 
