@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -143,6 +145,27 @@ def test_a_nan_stays_where_it_is(device):
                 assert grad[torch.arange(S) != 2].isfinite().all()
 
 
+def test_infinite_margins(device):
+    """A completion of probability 0 makes the loss 0 where it is the rejected one, else infinite: an option
+    at 0 multiplies no infinity."""
+    impossible = torch.tensor([-math.inf, -3.0], device=device)
+    other = impossible.flip(0)
+    fixed = (torch.zeros_like(impossible),) * 2
+    ones = {name: torch.ones(2, dtype=torch.int64, device=device) for name in lengths()}
+    for loss in (dpo_loss, dpo_loss_ref):
+        for loss_type in ("sigmoid", "robust", "sigmoid_norm"):
+            given = {"loss_type": loss_type, **(ones if loss_type == "sigmoid_norm" else {})}
+            plain = loss(impossible, other, *fixed, **given, reduction="none").loss
+            assert plain.tolist() == [math.inf, 0.0], (loss, loss_type)
+        smoothed = loss(impossible, other, *fixed, label_smoothing=0.1, reduction="none").loss
+        assert smoothed.tolist() == [math.inf, math.inf]
+    for of_scores in (reward_loss, reward_loss_ref):
+        assert [of_scores(*pair).loss.item() for pair in zip(impossible[:, None], other[:, None])] == [
+            math.inf,
+            0.0,
+        ]
+
+
 @pytest.fixture
 def through_triton(monkeypatch):
     """The public functions on Triton's kernels: compiled on a GPU, interpreted on a CPU."""
@@ -176,6 +199,7 @@ def test_triton_at_the_edges(through_triton, device):
     torch.testing.assert_close(grads, tuple(g.float() for g in grads_expected), rtol=1e-5, atol=1e-7)
     test_a_nan_stays_where_it_is(device)
     test_confident_pairs_keep_their_digits(device)
+    test_infinite_margins(device)
     assert (
         dpo_loss(*(x[:0] for x in inputs)).loss.isnan()
         and reward_loss(inputs[0][:0], inputs[1][:0]).loss.isnan()

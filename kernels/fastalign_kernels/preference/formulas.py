@@ -30,11 +30,11 @@ def softplus(x: Tensor) -> Tensor:
 
 
 def logistic(c, r, beta, e):
-    """-(1 - e) log s(x) - e log s(-x) = softplus(-x) + e x. DPO (2305.18290, eq. 7); e > 0 is cDPO (Mitchell
-    2023)."""
+    """-(1 - e) log s(x) - e log s(-x). DPO (2305.18290, eq. 7); e > 0 is cDPO (Mitchell 2023)."""
     x = beta * (c - r)
     d = beta * (e - sigmoid(-x))
-    return softplus(-x) + e * x, d, -d
+    value = where(e == 0, softplus(-x), (1 - e) * softplus(-x) + e * softplus(x))  # 0 * inf is NaN
+    return value, d, -d
 
 
 def hinge(c, r, beta, e):
@@ -56,7 +56,8 @@ def robust(c, r, beta, e):
     x = beta * (c - r)
     tilt = e / (1 - 2 * e)
     d = -beta * (sigmoid(-x) + tilt)
-    return softplus(-x) - tilt * x, d, -d
+    value = where(e == 0, softplus(-x), softplus(-x) - tilt * x)  # 0 * inf is NaN
+    return value, d, -d
 
 
 def exo_pair(c, r, beta, e):

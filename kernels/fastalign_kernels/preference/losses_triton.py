@@ -228,7 +228,7 @@ def scores_kernel(
     _store_reduced(metrics + next_metric, x, i, S, REDUCTION)
     if HAS_MARGIN:
         x -= tl.load(margin + i, mask=inside, other=0.0).to(tl.float32)
-    total = c + r
+    total = tl.where(center_coefficient == 0.0, 0.0, c + r)  # 0 * inf is NaN
     _store_reduced(loss, _softplus(-x) + center_coefficient * total * total, i, S, REDUCTION)
     tl.store(grads + i, 2.0 * center_coefficient * total - tl.sigmoid(-x), mask=inside)
     tl.store(grads + S + i, 2.0 * center_coefficient * total + tl.sigmoid(-x), mask=inside)

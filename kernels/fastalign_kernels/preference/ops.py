@@ -132,7 +132,7 @@ def _scores(inputs: ScoreInputs, center_coefficient: float) -> Outputs:
     c, r = inputs.chosen.to(dtype), inputs.rejected.to(dtype)
     difference = c - r
     x = difference if inputs.margin is None else difference - inputs.margin.to(dtype)
-    total = c + r
+    total = c + r if center_coefficient else torch.zeros_like(c)  # 0 * inf is NaN
     losses = softplus(-x) + center_coefficient * total * total
     right = where(difference.isnan(), difference, c > r)
     unlikely, centering = sigmoid(-x), 2 * center_coefficient * total

@@ -26,7 +26,8 @@ def _mean_over_tokens(logps: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def _smoothed(x: Tensor, label_smoothing: float) -> Tensor:
-    return -(1 - label_smoothing) * F.logsigmoid(x) - label_smoothing * F.logsigmoid(-x)
+    flipped = label_smoothing * F.logsigmoid(-x) if label_smoothing else 0.0  # 0 * -inf is NaN
+    return -(1 - label_smoothing) * F.logsigmoid(x) - flipped
 
 
 # The losses of a pair as in their papers. They are functions of the log-ratios c and r of the chosen and the
@@ -42,7 +43,8 @@ def _exo_pair(c: Tensor, r: Tensor, beta: float, e: float) -> Tensor:
 
 def _robust(c: Tensor, r: Tensor, beta: float, e: float) -> Tensor:
     x = beta * (c - r)
-    return (-(1 - e) * F.logsigmoid(x) + e * F.logsigmoid(-x)) / (1 - 2 * e)
+    flipped = e * F.logsigmoid(-x) if e else 0.0
+    return (-(1 - e) * F.logsigmoid(x) + flipped) / (1 - 2 * e)
 
 
 def _nca_pair(c: Tensor, r: Tensor, beta: float, e: float) -> Tensor:
@@ -208,6 +210,8 @@ def reward_loss_ref(
     """The specification of `reward_loss`."""
     asked = torch.zeros_like(chosen_scores) if margin is None else margin.detach()
     chosen, rejected, asked = _widened(chosen_scores, rejected_scores, asked)
-    loss = -F.logsigmoid(chosen - rejected - asked) + center_coefficient * (chosen + rejected) ** 2
+    loss = -F.logsigmoid(chosen - rejected - asked)
+    if center_coefficient:  # 0 * inf is NaN
+        loss = loss + center_coefficient * (chosen + rejected) ** 2
     margins = (chosen - rejected).detach()
     return RewardLoss(loss.mean(), torch.where(margins.isnan(), margins, margins > 0).mean(), margins.mean())
