@@ -201,8 +201,13 @@ def shape(name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) ->
 
 
 def dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """The tensor has an allowed dtype, and is dense."""
     if tensor.dtype not in allowed:
         raise ValueError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(d) for d in allowed)}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(
+            f"{name}: got a tensor of layout {tensor.layout}, expected a dense one: torch.strided"
+        )
     reject_derivatives(name, tensor)
 
 
@@ -220,7 +225,12 @@ def device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
 
 def like(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], like_name: str, like: Tensor) -> None:
     """The tensor has an allowed dtype, and the shape and device of `like`."""
-    if tensor.dtype in allowed and tensor.shape == like.shape and tensor.device == like.device:
+    if (
+        tensor.dtype in allowed
+        and tensor.shape == like.shape
+        and tensor.device == like.device
+        and tensor.layout is torch.strided
+    ):
         reject_derivatives(name, tensor)
         return  # what nearly every call brings, in half the time
     dtype(name, tensor, allowed)

@@ -131,10 +131,7 @@ def _check_rows(name: str, value: Tensor, logits: Tensor, look: bool) -> None:
     option = OPTIONS[name]
     checks.shape(name, value, (logits.shape[0],), "[B]")
     checks.device(name, value, "logits", logits)
-    if name == "top_k":
-        checks.dtype(name, value, checks.INTEGERS)
-    elif not value.is_floating_point():
-        raise ValueError(f"{name}: got {value.dtype}, expected a floating-point tensor")
+    checks.dtype(name, value, checks.INTEGERS if name == "top_k" else checks.FLOATS)
     if look and value.numel():
         wide = value.double()  # fp16 holds neither bound
         allowed = (wide >= option.least) & (wide <= option.most)

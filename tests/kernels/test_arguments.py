@@ -86,6 +86,15 @@ def test_a_bad_argument_is_named(name):
     assert not faults(name, FUNCTIONS[name], call_of(name))
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_sparse_tensor_is_refused(name):
+    given = call_of(name)
+    for argument, value in given.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+            with pytest.raises(ValueError, match=f"^{argument}: got .*layout torch.sparse_coo"):
+                FUNCTIONS[name](**{**given, argument: value.to_sparse()})
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_names_a_bad_option_when_it_is_made(name):
     MODULES[name]()

@@ -289,7 +289,7 @@ def test_a_penalty_that_leaves_no_finite_logit_is_not_valid(device: str) -> None
         ({"temperature": torch.ones(2)}, r"temperature: got shape \[2\], expected \[B\] = \[3\]"),
         (
             {"temperature": torch.ones(3, dtype=torch.int64)},
-            "temperature: got torch.int64, expected a floating-point tensor",
+            "temperature: got torch.int64, expected torch.float32 or torch.bfloat16",
         ),
         ({"top_k": -1}, r"top_k: got -1, expected whole numbers >= 0"),
         ({"top_k": 1.5}, "top_k: got 1.5"),

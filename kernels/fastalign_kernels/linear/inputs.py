@@ -159,6 +159,12 @@ def local_tensors(
     return head.hidden, head.weight, head.bias, options._replace(shards=head.shards, group=head.group)
 
 
+def check_weight_shape(weight: Tensor, options: HeadOptions) -> None:
+    """The weight is [V, H], neither of them 0. A shard may have no row."""
+    if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and options.shards is None):
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H]")
+
+
 def head_inputs(
     hidden: Tensor,
     weight: Tensor,
@@ -188,8 +194,7 @@ def head_inputs(
 
     hidden, weight, bias, options = local_tensors(hidden, weight, bias, counted, options)
     shards = options.shards
-    if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and shards is None):
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H]")
+    check_weight_shape(weight, options)
     rows, H = weight.shape
     V = rows if shards is None else shards.vocab_size
     if hidden.dim() < 1 or hidden.shape[-1] != H:

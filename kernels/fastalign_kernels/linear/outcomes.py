@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import checks
 from ..softmax.rows import accumulator_dtype
 from ..torch_func import unwrapped
+from .inputs import check_weight_shape
 from .options import HeadOptions
 
 # A teacher's mass may exceed 1 by the rounding of its log-probabilities: about 1 % in bf16.
@@ -72,8 +73,9 @@ def check_teacher(
     checks.tensors(hidden=hidden, weight=weight, teacher_ids=teacher_ids, teacher_logp=teacher_logp)
     checks.dtype("teacher_ids", teacher_ids, checks.INTEGERS)
     checks.dtype("teacher_logp", teacher_logp, checks.FLOATS)
+    check_weight_shape(weight, options)
     leading = list(hidden.shape[:-1])
-    V = options.shards.vocab_size if options.shards else weight.shape[0] if weight.dim() else 0
+    V = options.shards.vocab_size if options.shards else weight.shape[0]
     if teacher_ids.dim() != hidden.dim() or [*teacher_ids.shape[:-1]] != leading:
         raise ValueError(
             f"teacher_ids: got shape {list(teacher_ids.shape)}, expected [..., K] beside hidden's "
