@@ -3,10 +3,12 @@
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial, wraps
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -92,8 +94,20 @@ def check_published(published: Published) -> None:
     """
     check_version(published.host, published.tested)
     for function in published.functions:
-        module = importlib.import_module(function.module)
+        module = _module_of(published.host, function.module)
         check_parameters(published.host, function.name, module, function.parameters)
+
+
+def _module_of(host: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        if not name.startswith(missing.name or "?"):
+            raise  # a package that the host needs is not installed
+        raise UnsupportedHostError(
+            f"{host}: got version {version(host)} without the module {name}, expected it: this build is not "
+            "the one that fastalign was tested with"
+        ) from None
 
 
 def unserved(hidden: Tensor, weight: Any) -> str | None:
@@ -156,6 +170,23 @@ class PatchedHost:
         setattr(owner, name, value)
         self._undo.append(undo)
         _PATCHED[self.host] = self
+
+    def replace_function(self, owner: ModuleType, name: str, value: Any) -> None:
+        """Replace a function of the host in `owner` and in each loaded module that has it by another name.
+
+        `from owner import name` copies the reference, so the module alone is not enough. `unpatch` also gives
+        back the original to modules that were imported after the patch. A reference inside an object (a
+        partial, a closure, a table) keeps the function that it holds.
+        """
+        original = getattr(owner, name)
+
+        def undo() -> None:
+            for module, attribute in _references(value):
+                setattr(module, attribute, original)
+
+        self.on_unpatch(undo)  # runs last, when the modules below have the original again
+        for module, attribute in _references(original):
+            self.replace(module, attribute, value)
 
     def replace_item(self, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
         """Set an entry of a table of the host until `unpatch`."""
@@ -243,6 +274,17 @@ def unpatch(host: str) -> None:
     """Undo the patch of a host. Does nothing if it is not patched."""
     if host in _PATCHED:
         _PATCHED[host].unpatch()
+
+
+def _references(function: Any) -> list[tuple[ModuleType, str]]:
+    """The modules that are loaded and have `function`, each with its name there."""
+    return [
+        (module, name)
+        for module in list(sys.modules.values())
+        if isinstance(module, ModuleType)
+        for name, value in list(vars(module).items())
+        if value is function
+    ]
 
 
 def _pip(host: str, tested: Sequence[str]) -> str:

@@ -91,15 +91,36 @@ def _compute_log_probs(handle: PatchedHost, original: Any) -> Any:
         if not fuse_served(handle, model):
             return original(self, model, batch)
         handle.count()
-        inputs = {
-            name: value.to(self.device, non_blocking=True)
-            for name, value in batch.items()
-            if isinstance(value, Tensor)
-        }
+        inputs = _model_inputs(original, self, batch)
+        inputs["labels"] = batch["labels"].to(self.device, non_blocking=True)
         workspace_mib = handle.options["workspace_mib"]
         return model(**inputs, token_stats=True, workspace_mib=workspace_mib).logp[:, :-1]
 
     return compute_log_probs
+
+
+class _ModelCall(Exception):
+    """Ends the trainer's method where it calls its model."""
+
+    def __init__(self, inputs: dict[str, Any]) -> None:
+        super().__init__("the model was called")
+        self.inputs = inputs
+
+
+def _model_inputs(compute_log_probs: Any, trainer: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the trainer's own method passes to its model. Builds after 0.9.5 drop some position_ids there."""
+
+    def model(**inputs: Any) -> None:
+        raise _ModelCall(inputs)
+
+    try:
+        compute_log_probs(trainer, model, batch)
+    except _ModelCall as call:
+        return call.inputs
+    raise hosts.UnsupportedHostError(
+        "llamafactory: got a compute_log_probs that does not call its model, expected one call: this build "
+        "is not the one that fastalign was tested with"
+    )
 
 
 def _chunked_linear_cross_entropy(handle: PatchedHost, adapter: HeadAdapter, original: Any) -> Any:

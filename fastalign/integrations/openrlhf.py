@@ -33,8 +33,8 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     Args:
         tail_eps, workspace_mib: those of `linear_token_stats`, for every call.
     Returns:
-        A handle: `calls` counts the actor's calls, `unpatch()` or the end of a `with` block undoes the patch.
-        Models that were fused stay so.
+        A handle: `calls` counts the actor's calls, `unpatch()` or the end of a `with` block undoes the patch
+        and unfuses the models.
     Raises:
         UnsupportedHostError: a version of OpenRLHF that fastalign was not tested with, or other parameters.
         ModuleNotFoundError: OpenRLHF is not installed.
@@ -67,18 +67,32 @@ def unpatch() -> None:
     hosts.unpatch(HOST)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Scores:
-    """Stands where an output's logits were. Scaling it changes nothing: the model had the temperature."""
+    """Stands where an output's logits were.
+
+    Its model had the actor's temperature already, so the actor must divide by it, once, before it reads.
+    """
 
     logp: Tensor
     entropy: Tensor
+    unscaled: float  # the temperature, until the actor divides by it; then 1
 
     def to(self, dtype: torch.dtype) -> "_Scores":
         return self
 
     def div_(self, temperature: float) -> "_Scores":
+        if temperature != self.unscaled:
+            raise _other_forward(f"logits divided by {temperature}, expected by {self.unscaled}")
+        self.unscaled = 1.0
         return self
+
+    def read(self, field: str) -> Tensor:
+        """logp or entropy, [B, T]."""
+        if self.unscaled != 1.0:
+            raise _other_forward(f"{field} of undivided logits, expected a division by {self.unscaled} first")
+        scores: Tensor = getattr(self, field)
+        return scores
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -87,11 +101,21 @@ class _Scores:
         )
 
 
+def _other_forward(seen: str) -> hosts.UnsupportedHostError:
+    return hosts.UnsupportedHostError(
+        f"openrlhf: got {seen}: this Actor.forward is not the one that fastalign was tested with"
+    )
+
+
 def _reading(field: str, original: Any) -> Any:
     """The host's function of logits, or what the fused model computed instead of them."""
+    signature = inspect.signature(original)
 
     def read(logits: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(logits, field) if isinstance(logits, _Scores) else original(logits, *args, **kwargs)
+        if not isinstance(logits, _Scores):
+            return original(logits, *args, **kwargs)
+        temperature = signature.bind(logits, *args, **kwargs).arguments.get("temperature", 1.0)
+        return (logits if temperature == 1.0 else logits.div_(temperature)).read(field)
 
     return read
 
@@ -140,7 +164,7 @@ class _Scoring:
             return args, kwargs | {"shift_labels": self.targets} | options
 
         def replace_logits(model: Any, args: Any, kwargs: Any, output: Any) -> None:
-            output["logits"] = _Scores(output.logp, output.entropy)
+            output["logits"] = _Scores(output.logp, output.entropy, unscaled=actor.temperature)
 
         self.targets = targets
         with ExitStack() as undo:

@@ -79,11 +79,12 @@ VERL_POLICY_LOSS = Published(
     ),
 )
 
+# Actor.forward of 0.11.0 has the same parameters, but its entropy is that of temperature 1.
 OPENRLHF = Published(
     "openrlhf",
-    ("0.11",),
+    ("0.11.1", "0.11.2"),
     "openrlhf-0.11.2-cp311-cp311-manylinux1_x86_64.whl, "
-    "sha256 c969d70db03a70724c3d8a5a01186c6e0728bce624fb3dff95e39b5396acefa6",
+    "sha256 c969d70db03a70724c3d8a5a01186c6e0728bce624fb3dff95e39b5396acefa6; 0.11.1 has the same actor.py",
     (
         Function(
             "openrlhf.models.actor",
@@ -121,7 +122,7 @@ _LLAMAFACTORY_FIT = Function("llamafactory.v1.core.base_trainer", "BaseTrainer.f
 
 LLAMAFACTORY = Published(
     "llamafactory",
-    ("0.9",),
+    ("0.9.5", "0.9.6.dev0"),
     "llamafactory-0.9.5-py3-none-any.whl, "
     "sha256 10776e9b259798bf65f6c5343f6298f0302e92e9cd47472abe29eef69e286c6a",
     (

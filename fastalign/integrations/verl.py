@@ -11,7 +11,6 @@ tensor-parallel ranks and on devices other than CPUs and CUDA.
 """
 
 import importlib
-import sys
 from typing import Any
 
 import torch
@@ -27,9 +26,11 @@ from .published import VERL, VERL_POLICY_LOSS
 
 HOST = "verl"
 POLICY_LOSS = "verl's policy loss"
-# These modules keep a reference to linear_cross_entropy from the time they are imported.
-IMPORTS_EARLY = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
-USE_FUSED_KERNELS = "Set actor_rollout_ref.model.use_fused_kernels=True."
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+USE_FUSED_KERNELS = (
+    "Set actor_rollout_ref.model.use_fused_kernels=True and use an engine of FSDP or Megatron: those of "
+    "VeOmni, torchtitan and AutoModel do not call verl's fused kernels."
+)
 
 
 def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) -> PatchedHost:
@@ -54,9 +55,7 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     handle = PatchedHost(HOST, options)
     adapter = HeadAdapter("verl", "verl's fused kernels", "use_fused_kernels=False")
     of_triton = _linear_cross_entropy(handle, adapter, kernel.linear_cross_entropy)
-    early = [sys.modules[name] for name in IMPORTS_EARLY if name in sys.modules]
-    for module in (kernel, *early):
-        handle.replace(module, "linear_cross_entropy", of_triton)
+    handle.replace_function(kernel, "linear_cross_entropy", of_triton)
     module_class = torch_functional.FusedLinearForPPO
     handle.replace(module_class, "forward", _fused_linear_for_ppo(handle, adapter, module_class.forward))
     handle.warn_without_calls(
@@ -73,9 +72,9 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
 def patch_policy_loss() -> PatchedHost:
     """Let verl's policy loss "vanilla" be `fastalign.ppo_loss`. Patching twice changes nothing.
 
-    Its value, its gradient and its metrics are verl's, except that a batch without tokens gives 0 and not
-    NaN, and that the metric ppo_kl does not clamp log-ratios to ±20. verl's other policy losses run as
-    before.
+    So is the one of "bypass_mode" with loss_type "ppo_clip", which calls it. The value and the gradient are
+    verl's, except that a batch without tokens gives 0 and not NaN. The metrics are computed by verl's
+    function. verl's other policy losses run as before.
 
     Returns:
         A handle of its own, as `patch` does.
@@ -88,7 +87,15 @@ def patch_policy_loss() -> PatchedHost:
     algorithms: Any = importlib.import_module("verl.trainer.ppo.core_algos")
     handle = PatchedHost(POLICY_LOSS)
     losses = algorithms.POLICY_LOSS_REGISTRY
-    handle.replace_item(losses, "vanilla", _vanilla(handle, losses["vanilla"]))
+    original = algorithms.compute_policy_loss_vanilla
+    if losses["vanilla"] is not original:
+        raise hosts.UnsupportedHostError(
+            f"verl: got {losses['vanilla'].__qualname__} registered as the policy loss vanilla, expected "
+            "verl's: give it another name"
+        )
+    vanilla = _vanilla(handle, original)
+    handle.replace_function(algorithms, "compute_policy_loss_vanilla", vanilla)  # bypass_mode calls it
+    handle.replace_item(losses, "vanilla", vanilla)
     return handle
 
 
@@ -111,7 +118,7 @@ def _linear_cross_entropy(handle: PatchedHost, adapter: HeadAdapter, original: A
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability and entropy [N] of labels with N elements, hidden [..., H] and weight [V, H]."""
         adapter.refuse()
-        reason = hosts.unserved(hidden, weight)
+        reason = _unserved(hidden, weight, temperature)
         if dist_process_group is not None and dist_process_group.size() > 1:
             reason = f"a vocabulary sharded over {dist_process_group.size()} ranks, expected a whole lm_head"
         elif reduction != "none":
@@ -129,6 +136,12 @@ def _linear_cross_entropy(handle: PatchedHost, adapter: HeadAdapter, original: A
     return linear_cross_entropy
 
 
+def _unserved(hidden: Tensor, weight: Tensor, temperature: Any) -> str | None:
+    if isinstance(temperature, Tensor):
+        return "a temperature in a tensor, expected a number"
+    return hosts.unserved(hidden, weight)
+
+
 def _fused_linear_for_ppo(handle: PatchedHost, adapter: HeadAdapter, original: Any) -> Any:
     """Stands in for the forward of the module behind verl's backends "torch" and "liger"."""
 
@@ -137,7 +150,7 @@ def _fused_linear_for_ppo(handle: PatchedHost, adapter: HeadAdapter, original: A
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability and entropy [...] of input_ids [...], hidden_states [..., H], vocab_weights."""
         adapter.refuse()
-        if (reason := hosts.unserved(hidden_states, vocab_weights)) is not None:
+        if (reason := _unserved(hidden_states, vocab_weights, temperature)) is not None:
             handle.warn_unserved(reason)
             return original(self, hidden_states, vocab_weights, input_ids, temperature)
         handle.count()
@@ -161,71 +174,58 @@ def _vanilla(handle: PatchedHost, original: Any) -> Any:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The loss and verl's metrics. All tensors are [B, T]."""
-        aggregation = None if config is None else _aggregation(loss_agg_mode, response_mask, config)
-        dual_clip = 3.0 if config is None else config.get("clip_ratio_c", 3.0)
-        if aggregation is None or dual_clip <= 1:  # verl says what is wrong
-            return original(
-                old_log_prob,
-                log_prob,
-                advantages,
-                response_mask,
-                loss_agg_mode,
-                config,
-                rollout_is_weights,
+        """The loss, and verl's metrics. All tensors are [B, T]."""
+        arguments = (
+            *(old_log_prob, log_prob, advantages, response_mask),
+            *(loss_agg_mode, config, rollout_is_weights),
+        )
+        with torch.no_grad():  # verl's own metrics; it also refuses what it does not take
+            _, metrics = original(*arguments)
+        low, high = config.clip_ratio_low, config.clip_ratio_high
+        low, high = (config.clip_ratio if bound is None else bound for bound in (low, high))
+        aggregation = _aggregation(loss_agg_mode, response_mask, config)
+        if aggregation is None or min(low, high) < 0:
+            handle.warn_once(
+                f"verl: got loss_agg_mode={loss_agg_mode!r} with clips {low} and {high}, expected one of "
+                f"{', '.join(MODES)} with clips of at least 0: verl's own policy loss runs"
             )
+            return original(*arguments)
         handle.count()
         if rollout_is_weights is not None:  # >= 0, so they pass through the minima and maxima
             advantages = advantages * rollout_is_weights
-        low, high = config.clip_ratio_low, config.clip_ratio_high
-        clips = {
-            "clip": config.clip_ratio if low is None else low,
-            "clip_high": config.clip_ratio if high is None else high,
-        }
         scored = ppo_loss(
             log_prob,
             old_log_prob,
             advantages,
             response_mask,
-            dual_clip=dual_clip,
-            reference_logp=old_log_prob,  # with coefficient 0: for the metric alone
-            kl_estimator="k1",
-            **clips,
+            clip=low,
+            clip_high=high,
+            dual_clip=config.get("clip_ratio_c", 3.0),
             **aggregation,
         )
-        with torch.no_grad():  # a token is clipped by the ratio's bounds or by the dual one, never by both
-            by_ratio = ppo_loss(log_prob, old_log_prob, advantages, response_mask, **clips).clip_fraction
-        assert scored.kl is not None
-        metrics = {
-            "actor/pg_clipfrac": by_ratio.item(),
-            "actor/ppo_kl": -scored.kl.item(),
-            "actor/pg_clipfrac_lower": (scored.clip_fraction - by_ratio).item(),
-        }
         return scored.loss, metrics
 
     return compute_policy_loss_vanilla
 
 
 def _aggregation(mode: str, mask: Tensor, config: Any) -> dict[str, Any] | None:
-    """`ppo_loss`'s aggregation and normalizer for verl's mode; None if verl refuses the arguments.
+    """`ppo_loss`'s aggregation and normalizer for verl's mode; None for a mode that is not in MODES.
 
-    The totals are those of all ranks, whose gradients verl averages.
+    The totals are those of all ranks, whose gradients verl averages. A total of 0 leaves nothing to divide.
     """
     batch = config.global_batch_info
     ranks = batch.get("dp_size", 1)
     tokens, sequences = batch.get("batch_num_tokens"), batch.get("global_batch_size")
+    if mode not in MODES:
+        return None
     if mode == "token-sum":
         return {"aggregation": "sum", "normalizer": 1 / ranks}
     total = tokens if mode == "token-mean" else sequences
-    if total is None and ranks > 1:
-        return None
-    divisor = None if total is None else total / ranks
+    divisor = None if total is None or total == 0 else total / ranks
     if mode == "token-mean":
         return {"aggregation": "token_mean", "normalizer": divisor}
     if mode == "seq-mean-token-mean":
         return {"aggregation": "sequence_mean", "normalizer": divisor}
-    if mode not in ("seq-mean-token-sum", "seq-mean-token-sum-norm"):
-        return None
     if divisor is None:
         divisor = (mask != 0).any(-1).sum().clamp(min=1)
     if mode == "seq-mean-token-sum-norm":

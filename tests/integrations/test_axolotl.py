@@ -13,16 +13,18 @@ import pytest
 
 from fastalign.causal_lm import UnsupportedModelError
 from fastalign.integrations import hosts
-from tests.models.tiny_models import batch, llama
+from tests.models.tiny_models import VOCAB, batch, llama
 
 # What the plugin uses of axolotl/integrations/base.py: release 0.19.0, and commit 002a637.
-PUBLISHED = {"post_model_build": ("self", "cfg", "model")}
+PUBLISHED = {"post_model_load": ("self", "cfg", "model")}
 
 
 class BasePlugin:
     def __init__(self) -> None: ...
 
     def post_model_build(self, cfg: Any, model: Any) -> None: ...
+
+    def post_model_load(self, cfg: Any, model: Any) -> None: ...
 
 
 @pytest.fixture
@@ -38,19 +40,35 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     sys.modules.pop("fastalign.integrations.axolotl")
 
 
-def test_the_plugin_fuses_the_model_that_axolotl_built(plugin: Any) -> None:
+def test_the_plugin_fuses_the_model_that_axolotl_loaded(plugin: Any) -> None:
     model, (inputs, labels) = llama(), batch()
-    plugin.FastalignPlugin().post_model_build({}, model)
+    plugin.FastalignPlugin().post_model_load({}, model)
     assert model(**inputs, labels=labels).logits is None
 
 
+def test_new_tokens_do_not_lose_the_fused_head(plugin: Any) -> None:
+    """Axolotl makes a new lm_head for them between the hooks post_model_build and post_model_load."""
+    model, (inputs, labels) = llama(), batch()
+    hooks = plugin.FastalignPlugin()
+    hooks.post_model_build({}, model)
+    model.resize_token_embeddings(VOCAB + 3)
+    hooks.post_model_load({}, model)
+    assert model(**inputs, labels=labels).logits is None
+
+
+def test_ranks_without_weights_fuse_without_verifying(plugin: Any) -> None:
+    model = llama().to("meta")
+    plugin.FastalignPlugin().post_model_load({}, model)
+    assert model.forward.__func__.__name__.startswith("_fastalign")
+
+
 def test_the_hook_is_the_published_one(plugin: Any) -> None:
-    assert PUBLISHED == {"post_model_build": plugin.PARAMETERS}
+    assert PUBLISHED == {"post_model_load": plugin.PARAMETERS}
 
 
 def test_another_hook_is_refused(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = sys.modules["axolotl.integrations.base"].BasePlugin
-    monkeypatch.setattr(base, "post_model_build", lambda self, model: None)
+    monkeypatch.setattr(base, "post_model_load", lambda self, model: None)
     with pytest.raises(
         hosts.UnsupportedHostError, match="^axolotl: got axolotl.integrations.base.BasePlugin"
     ):
@@ -67,7 +85,7 @@ def test_a_model_that_cannot_be_served_is_refused(plugin: Any) -> None:
     model = llama()
     model.forward = model.forward
     with pytest.raises(UnsupportedModelError):
-        plugin.FastalignPlugin().post_model_build({}, model)
+        plugin.FastalignPlugin().post_model_load({}, model)
 
 
 def test_axolotl_finds_the_plugin_by_its_name() -> None:
@@ -75,5 +93,5 @@ def test_axolotl_finds_the_plugin_by_its_name() -> None:
     manager = base.PluginManager.get_instance()
     manager.register("fastalign.integrations.axolotl.FastalignPlugin")
     model, (inputs, labels) = llama(), batch()
-    manager.post_model_build(base.DictDefault({"plugins": [*manager.plugins]}), model)
+    manager.post_model_load(base.DictDefault({"plugins": [*manager.plugins]}), model)
     assert model(**inputs, labels=labels).logits is None

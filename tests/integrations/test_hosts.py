@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 from fastalign.integrations import hosts
 from fastalign.integrations.hosts import PatchedHost, UnsupportedHostError
+from fastalign.integrations.published import Function, Published
 
 
 def score(hidden: Any, weight: Any) -> int:
@@ -95,6 +96,36 @@ def test_a_with_block_undoes_the_patch(host: Any) -> None:
     with handle:
         assert host.score is None
     assert host.score is score
+
+
+def test_each_module_that_imported_a_function_by_name_gets_the_patch(
+    host: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules: dict[str, Any] = {name: ModuleType(name) for name in ("host.utils", "host.early", "host.late")}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    owner, early, late = modules.values()
+    owner.score = early.renamed = score
+    handle = PatchedHost("host")
+    handle.replace_function(owner, "score", lambda hidden, weight: 2)
+    late.score = owner.score  # imported while the host is patched
+    assert owner.score(0, 0) == early.renamed(0, 0) == late.score(0, 0) == 2
+    handle.unpatch()
+    assert owner.score is early.renamed is late.score is score
+
+
+def test_a_host_without_the_module_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "version", lambda name: "1.16.2")
+    function = Function("json.new_module.deeper", "score", ())
+    with pytest.raises(UnsupportedHostError, match=r"^json: got version 1\.16\.2 without the module"):
+        hosts.check_published(Published("json", ("1.16",), "", (function,)))
+
+
+def test_a_package_that_the_host_needs_is_not_called_another_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "version", lambda name: "1.16.2")
+    monkeypatch.setattr(hosts.importlib, "import_module", lambda name: __import__("no_such_package"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        hosts.check_published(Published("json", ("1.16",), "", (Function("json.tool", "main", ()),)))
 
 
 def test_the_second_patch_is_the_first_unless_its_options_differ(handle: PatchedHost) -> None:

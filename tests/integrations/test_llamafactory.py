@@ -20,7 +20,8 @@ from tests.models.tiny_models import VOCAB, llama
 
 
 def eager_log_probs(self: Any, model: Any, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(**batch).logits.float()[:, :-1]
+    dropped = ("position_ids",) if getattr(self, "_uses_mrope", False) else ()  # after 0.9.5
+    logits = model(**{k: v for k, v in batch.items() if k not in dropped}).logits.float()[:, :-1]
     return -F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
 
 
@@ -65,7 +66,30 @@ def test_a_wrapped_model_is_fused_inside_and_makes_no_logits(trainer: Any) -> No
     wrapped.forward = lambda **inputs: inner(**inputs)
     with integration.patch():
         torch.testing.assert_close(trainer.compute_log_probs(wrapped, batch()), plain, rtol=1e-5, atol=1e-5)
-    assert inner(**batch()).logits is None
+        assert inner(**batch()).logits is None
+
+
+def test_the_model_gets_the_inputs_that_the_trainer_chooses(
+    trainer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Builds after 0.9.5 drop position_ids that a model with mRoPE makes itself."""
+    monkeypatch.setattr(type(trainer).__mro__[1], "compute_log_probs", eager_log_probs)
+    monkeypatch.setattr(hosts, "check_published", lambda published: None)
+    monkeypatch.setattr(hosts, "check_version", lambda host, tested: "0.9.6.dev0")
+    trainer._uses_mrope = True
+    given = batch() | {"position_ids": torch.arange(9).flip(0).expand(2, 9)}
+    model = llama().float()
+    plain = trainer.compute_log_probs(model, given)
+    with integration.patch():
+        torch.testing.assert_close(trainer.compute_log_probs(model, given), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_unpatch_leaves_a_model_that_the_trainer_can_score(trainer: Any) -> None:
+    model = llama().float()
+    plain = trainer.compute_log_probs(model, batch())
+    with integration.patch():
+        trainer.compute_log_probs(model, batch())
+    assert torch.equal(trainer.compute_log_probs(model, batch()), plain)
 
 
 def test_a_model_that_cannot_be_fused_is_left_to_the_trainer_with_one_warning(trainer: Any) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastalign.causal_lm import fuse_head
 from fastalign.integrations import openrlhf as integration
+from fastalign.integrations.hosts import UnsupportedHostError
 from fastalign.integrations.published import OPENRLHF
 from tests.integrations.stand_ins import installed, module, stand_in
 from tests.models.tiny_models import VOCAB, llama
@@ -125,6 +127,47 @@ def test_a_call_for_logits_is_not_touched(actor: Any) -> None:
     with integration.patch() as handle:
         output = actor(ids, attention_mask=mask, return_output=True)
     assert handle.calls == 0 and output["logits"].shape == (2, 9, VOCAB)
+
+
+def test_unpatch_gives_the_model_its_own_forward_back_unless_it_was_fused_before(actor_class: type) -> None:
+    ids, mask = sequences()
+    loaned, fused = build(actor_class), build(actor_class)
+    fuse_head(fused.model)
+    with integration.patch():
+        for actor in (loaned, fused):
+            actor(ids, ACTIONS, attention_mask=mask)
+    assert loaned.model(input_ids=ids, labels=ids).logits is not None
+    assert fused.model(input_ids=ids, labels=ids).logits is None
+
+
+def test_a_forward_that_reads_the_entropy_before_the_temperature_is_refused(actor: Any) -> None:
+    """As in 0.11.0, whose parameters are the same. The model scored with the temperature."""
+    actors: Any = importlib.import_module("openrlhf.models.actor")
+
+    def forward_of_0_11_0(sequences: Tensor, attention_mask: Tensor, *, return_entropy: bool) -> Any:
+        output = actor.model(sequences, attention_mask=attention_mask)
+        logits = output["logits"].to(torch.float32)
+        entropy = actors.compute_entropy(logits) if return_entropy else None
+        return actors.log_probs_from_logits(logits, torch.roll(sequences, -1, 1), actor.temperature), entropy
+
+    ids, mask = sequences()
+    plain = actor(ids, attention_mask=mask, return_logprobs=True)
+    with integration.patch() as handle:
+        actor(ids, attention_mask=mask, return_logprobs=True)  # fuses
+        scoring = integration._Scoring(handle)
+        with scoring._scoring(actor, torch.roll(ids, -1, 1)):
+            logp, _ = forward_of_0_11_0(ids, mask, return_entropy=False)
+            torch.testing.assert_close(logp[:, :-1], plain, rtol=1e-5, atol=1e-5)
+            with pytest.raises(UnsupportedHostError, match="^openrlhf: got entropy of undivided logits"):
+                forward_of_0_11_0(ids, mask, return_entropy=True)
+
+
+def test_release_0_11_0_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integration.hosts, "version", lambda name: "0.11.0")
+    with pytest.raises(
+        UnsupportedHostError, match=r"^openrlhf: got version 0\.11\.0, expected 0\.11\.1 or 0\.11\.2"
+    ):
+        integration.patch()
 
 
 def test_packed_targets_are_those_that_openrlhf_packed(actor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ from tests.integrations.stand_ins import installed, module, stand_in
 from tests.models.tiny_models import VOCAB, llama
 
 
-def score(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def score(
+    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
     logp = ((hidden @ weight.T) / temperature).log_softmax(-1)
     return logp.gather(-1, ids[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
 
@@ -54,13 +56,14 @@ def eager_vanilla(
 ) -> tuple[Tensor, dict[str, float]]:
     low, high = config.clip_ratio_low, config.clip_ratio_high
     low, high = (config.clip_ratio if bound is None else bound for bound in (low, high))
-    ratio = (log_prob - old_log_prob).exp()
+    log_ratio = (log_prob - old_log_prob).clamp(-20, 20)
+    ratio = log_ratio.exp()
     free, held = -advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high)
     lowest = -advantages * config.get("clip_ratio_c", 3.0)
     losses = torch.maximum(free, held)
     metrics = {
         "actor/pg_clipfrac": (held > free),
-        "actor/ppo_kl": old_log_prob - log_prob,
+        "actor/ppo_kl": -log_ratio,
         "actor/pg_clipfrac_lower": (losses > lowest) & (advantages < 0),
     }
     losses = torch.where(advantages < 0, torch.minimum(losses, lowest), losses)
@@ -82,7 +85,7 @@ def verl(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         algorithms: Any = module(monkeypatch, "verl.trainer.ppo.core_algos")
         algorithms.POLICY_LOSS_REGISTRY = {"vanilla": algorithms.compute_policy_loss_vanilla}
         kernel: Any = module(monkeypatch, "verl.utils.kernel.linear_cross_entropy")
-        kernel.linear_cross_entropy = score
+        kernel.linear_cross_entropy = lambda *arguments: score(*arguments[:4])
     yield SimpleNamespace(
         kernel=importlib.import_module("verl.utils.kernel.linear_cross_entropy"),
         functional=importlib.import_module("verl.utils.experimental.torch_functional"),
@@ -241,6 +244,88 @@ def test_the_policy_loss_and_its_metrics_are_verls(verl: Any, mode: str, info: d
     assert ours[1] == pytest.approx(theirs[1], abs=1e-6)
     assert all(theirs[1].values()), "each metric has something to say"
     torch.testing.assert_close(*(torch.autograd.grad(found[0], logp) for found in (ours, theirs)))
+
+
+def worst_case(case: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None, dict[str, Any]]:
+    """Four tensors [1, 4], weights, and totals, that a loss must survive."""
+    old, advantages = torch.full((1, 4), -1.0), torch.tensor([[1.0, -1.0, 2.0, -2.0]])
+    logp, mask = torch.tensor([[-0.1, -0.2, -3.0, -1.1]]), torch.ones(1, 4, dtype=torch.bool)
+    weights, info = None, dict(LOCAL)
+    if case == "weights of 0":
+        weights = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    elif case == "a log-ratio of -60":
+        logp[0, 2] = -61.0
+    elif case == "a log-probability of -inf":
+        logp[0, 2] = -torch.inf
+    return (old, logp, advantages, mask), weights, info
+
+
+@pytest.mark.parametrize("case", ["weights of 0", "a log-ratio of -60", "a log-probability of -inf"])
+def test_the_policy_loss_and_its_metrics_are_verls_at_the_edges(verl: Any, case: str) -> None:
+    tensors, weights, info = worst_case(case)
+    tensors[1].requires_grad_()
+    arguments = (*tensors, "token-mean", Config(clip_ratio_c=1.4, global_batch_info=info), weights)
+    losses = verl.algorithms.POLICY_LOSS_REGISTRY
+    theirs = losses["vanilla"](*arguments)
+    with integration.patch_policy_loss():
+        ours = losses["vanilla"](*arguments)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=1e-7)
+    assert ours[1] == pytest.approx(theirs[1], abs=1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad(found[0], tensors[1]) for found in (ours, theirs)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("info", [LOCAL, LOCAL | {"batch_num_tokens": 0, "global_batch_size": 0}])
+def test_a_batch_without_tokens_gives_0(verl: Any, mode: str, info: dict[str, Any]) -> None:
+    row = torch.zeros(1, 2, requires_grad=True)
+    arguments = (row.detach(), row, row.detach() + 1, torch.zeros(1, 2, dtype=torch.bool))
+    with integration.patch_policy_loss():
+        vanilla = verl.algorithms.POLICY_LOSS_REGISTRY["vanilla"]
+        loss, _ = vanilla(*arguments, mode, Config(global_batch_info=info))
+    loss.backward()
+    assert loss == 0 and row.grad is not None and not row.grad.any()
+
+
+def test_clips_that_ppo_loss_does_not_take_are_left_to_verl_with_one_warning(verl: Any) -> None:
+    row, mask = torch.tensor([[-1.0, -2.0]]), torch.ones(1, 2, dtype=torch.bool)
+    config = Config(clip_ratio_low=-0.1, global_batch_info=LOCAL)
+    arguments = (row, row + 0.5, row + 1.5, mask, "token-mean", config)
+    plain = verl.algorithms.POLICY_LOSS_REGISTRY["vanilla"](*arguments)
+    with integration.patch_policy_loss() as handle, pytest.warns(UserWarning, match="clips -0.1") as caught:
+        for _ in range(2):
+            assert verl.algorithms.POLICY_LOSS_REGISTRY["vanilla"](*arguments) == plain
+    assert handle.calls == 0 and len(caught) == 1
+
+
+def test_the_policy_loss_is_replaced_where_bypass_mode_calls_it(verl: Any) -> None:
+    original = verl.algorithms.compute_policy_loss_vanilla
+    with integration.patch_policy_loss():
+        assert verl.algorithms.compute_policy_loss_vanilla is verl.algorithms.POLICY_LOSS_REGISTRY["vanilla"]
+        assert verl.algorithms.compute_policy_loss_vanilla is not original
+    assert verl.algorithms.compute_policy_loss_vanilla is original
+
+
+def test_a_policy_loss_that_someone_registered_as_vanilla_is_not_replaced(
+    verl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def users_loss() -> None: ...
+
+    monkeypatch.setitem(verl.algorithms.POLICY_LOSS_REGISTRY, "vanilla", users_loss)
+    with pytest.raises(hosts.UnsupportedHostError, match="users_loss registered as the policy loss vanilla"):
+        integration.patch_policy_loss()
+    assert verl.algorithms.POLICY_LOSS_REGISTRY["vanilla"] is users_loss
+
+
+def test_a_temperature_in_a_tensor_is_left_to_verl_with_one_warning(verl: Any, call: Any) -> None:
+    scorer = verl.functional.FusedLinearForPPO()
+    arguments = (*call[:3], torch.tensor(0.7))
+    with (
+        integration.patch() as handle,
+        pytest.warns(UserWarning, match="a temperature in a tensor") as caught,
+    ):
+        for _ in range(2):
+            assert_same(scorer.forward(*arguments), score(*call), call[:2])
+    assert handle.calls == 0 and len(caught) == 1
 
 
 def test_a_mode_that_verl_refuses_is_refused_by_verl(verl: Any) -> None:
