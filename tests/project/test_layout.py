@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -19,6 +20,30 @@ def test_kernels_is_not_a_package():
     """transformers probes for Hugging Face's package `kernels`; a kernels/__init__.py would shadow it for who
     runs from the root."""
     assert not list((ROOT / "kernels").glob("*.py"))
+
+
+def git(*arguments: str) -> list[str]:
+    """The lines that git prints about this checkout."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    command = ["git", "-c", "core.quotePath=false", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_no_tracked_file_is_ignored():
+    """git would leave a new file beside it out of a commit, and ruff skips it."""
+    assert git("ls-files", "--cached", "--ignored", "--exclude-standard") == []
+
+
+def test_git_tracks_the_init_of_each_package_of_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    tracked = {*git("ls-files")}
+    folders = [
+        settings["package-dir"].get(name.split(".")[0], name.split(".")[0]) for name in settings["packages"]
+    ]
+    for folder, name in zip(folders, settings["packages"]):
+        path = "/".join([folder, *name.split(".")[1:], "__init__.py"])
+        assert path in tracked, path
 
 
 def imported(path: Path) -> set[str]:
@@ -165,13 +190,7 @@ def test_the_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
     names = archive.namelist()
     packages = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert packages == {"fastalign", "fastalign_kernels"}
-    tracked = subprocess.run(
-        ["git", "ls-tree", "-r", "--name-only", "HEAD", "fastalign", "kernels"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    tracked = git("ls-tree", "-r", "--name-only", "HEAD", "fastalign", "kernels")
     code = {name.removeprefix("kernels/") for name in tracked if name.endswith((".py", "/py.typed"))}
     assert code <= {*names}
     assert archive.read("fastalign_kernels/_native.so") == b"compiled\n"
@@ -179,9 +198,7 @@ def test_the_wheel_holds_both_packages_and_no_top_level_kernels(tmp_path):
 
 
 def test_no_machine_paths_in_the_project():
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
+    tracked = git("ls-files")
     home, parent = str(Path.home()), str(ROOT.parent)
     for name in tracked:
         text = (ROOT / name).read_text(errors="ignore") if (ROOT / name).is_file() else ""

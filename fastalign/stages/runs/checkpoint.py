@@ -29,13 +29,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from ...data.readers import fingerprint_of
-from .checkpoint_storage import STATE, Planner, Ranks, Reader, Writer, find_damage, seal
-from .checkpoint_tensors import describe_layout, local_bytes, model_tensors, optimizer_tensors, random_tensors, set_random_states
 from ..config import TrainConfig
+from ..token_cache import tokenizer_digest
+from .checkpoint_storage import STATE, Planner, Ranks, Reader, Writer, find_damage, seal
+from .checkpoint_tensors import (
+    describe_layout,
+    local_bytes,
+    model_tensors,
+    optimizer_tensors,
+    random_tensors,
+    set_random_states,
+)
 from .distributed import World
 from .files import replace_folder, sync
 from .run_folder import check_room, naming
-from ..token_cache import tokenizer_digest
 
 # The position in the data is a function of these fields: with another value, the step means another place.
 POSITION = ("train_data", "train_split", "seed", "batch_size")

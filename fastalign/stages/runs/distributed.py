@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .rank_watch import Watch
 from ..models.sharding import Sharding
+from .rank_watch import Watch
 
 Value = TypeVar("Value")
 

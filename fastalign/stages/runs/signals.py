@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from ...faults import Stopped
 from ..config import TrainConfig
-from .distributed import World
 from ..stage_configs import CONFIGS
+from .distributed import World
 
 # torchrun forwards to its ranks the Ctrl-C that the terminal has sent them already. Within these seconds it
 # is the same one.
