@@ -1,4 +1,4 @@
-"""Losses from hidden states in bf16: section 2 and 3 of docs/gpu.md."""
+"""Losses from hidden states in bf16: "All operations beside their peers" of docs/gpu.md."""
 
 from __future__ import annotations
 

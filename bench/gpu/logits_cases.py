@@ -1,4 +1,4 @@
-"""Losses and statistics from logits, and the small losses of PPO: section 4 of docs/gpu.md."""
+"""Losses and statistics from logits, and PPO's small losses: "All operations …" of docs/gpu.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A whole rollout of a small model: section 6 of docs/gpu.md. shape: N rows, H unused, V new tokens a row."""
+"""A whole rollout of a small model: "All operations beside their peers" of docs/gpu.md.
+
+shape: N rows, H unused, V new tokens a row.
+"""
 
 from __future__ import annotations
 

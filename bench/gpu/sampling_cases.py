@@ -1,4 +1,4 @@
-"""A token from each row of logits, with a cold L2 cache: section 5 of docs/gpu.md."""
+"""A token from each row of logits, with a cold L2 cache: "Sampling" of docs/gpu.md."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_the_prediction_that_head_py_quotes() -> None:
 
 
 # Measured on an H200, ms: three bare GEMMs, the prototypes `keep` and `sliced` (in slices of 8192 columns) of
-# 2026-11-26 (docs/gpu.md); three bare GEMMs and the engine `epilogue` in rounds of 2026-11-27
+# 2026-11-26 (docs/gpu_history.md); three bare GEMMs and the engine `epilogue` in rounds of 2026-11-27
 # (bench/results/gpu/head-h200-2026-11-27.json; at the two small shapes queued behind other work, since the
 # host took 0.4 ms of the call).
 MEASURED = {

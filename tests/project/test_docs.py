@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.project.tracked import ROOT, tracked
+
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-LINKING = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md", *PAGES]
+
+LINKING = [ROOT / "CONTRIBUTING.md", *(ROOT / name for name in tracked("*README.md")), *PAGES]
 EXAMPLE = re.compile(r"```python\n(.*?)```\n+```\n(.*?)```", re.DOTALL)
 PATH = re.compile(r"\b(?:tests|bench|docs|fastalign|kernels|csrc|examples)/[\w./]+\.(?:py|md|json|h|cpp)\b")
 MODULE = re.compile(r"python3? -m ((?:tests|bench|fastalign)\b[\w.]*\w)")
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
 
 
 @pytest.fixture
@@ -46,10 +48,18 @@ def test_a_page_says_first_whom_it_is_for(page: Path) -> None:
     assert title.startswith("# ") and opening.startswith("You are here because ")
 
 
+def anchors(page: Path) -> list[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files_of_the_repository(page: Path) -> None:
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    for target, heading in LINK.findall(page.read_text(encoding="utf-8")):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        assert not heading or heading in anchors(linked), f"{target}#{heading}"
 
 
 @pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.project.test_layout import ROOT, imports_within
+from tests.project.tracked import tracked
 
 MOST_LINES = 400
 MOST_POSITIONAL = 8
@@ -25,13 +25,6 @@ GIVEN = {
 # Words that the field does not use. `HeadPlan.way` is public, and TrainConfig counts steps as others do.
 PRIVATE_WORDS = re.compile(r"(?:^|_)(own|wanted|ways?|sweeps?|keeping|others|every)(?:_|$)")
 PUBLIC_NAMES = {"way", "eval_every", "save_every"}
-
-
-def tracked(*patterns: str) -> list[str]:
-    command = ["git", "ls-files", *patterns]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-
-
 PYTHON = tracked("*.py")
 
 

@@ -65,7 +65,7 @@ class HeadArguments(HeadSettings, total=False):
         widened once besides (4 V H bytes).
     logits_dtype: None or torch.float32: logits are fp32 (fp64 for fp64). torch.bfloat16, for bf16 hidden
         states: they are rounded to bf16, as plain PyTorch's are. A GPU then needs no tile of fp32 logits,
-        and the gradient overwrites them. On Hopper the default was faster (docs/gpu.md). A CPU rounds them
+        and the gradient overwrites them. On Hopper it gained 1 % at best (docs/gpu.md). A CPU rounds them
         too, which saves it nothing. A logit of 20 is off by up to 0.06, so log-probabilities are off by as
         much, as PyTorch's own are. Do not use it where they are compared with others: the ratios of PPO,
         the KL to a reference.

@@ -1,0 +1,14 @@
+"""The files that git tracks."""
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def tracked(*patterns: str) -> list[str]:
+    """The sorted paths, relative to ROOT, of the tracked files that match git's patterns."""
+    command = ["git", "ls-files", *patterns]
+    return sorted(
+        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    )
