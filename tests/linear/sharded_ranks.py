@@ -23,6 +23,7 @@ from fastalign_kernels import (
     linear_cross_entropy,
     linear_distillation_loss,
     linear_dpo_loss,
+    linear_logprobs,
     sample,
     tail_report,
 )
@@ -129,12 +130,18 @@ def refusals() -> dict[str, str]:
     by_columns = distribute_tensor(whole.weight, mesh, [Shard(1)])
     head = torch.nn.Linear(19, V, bias=False, dtype=torch.float64)
     fully_shard(head)
+    replicas = torch.nn.Linear(19, V, bias=False, dtype=torch.float64)
+    fully_shard(replicas, mesh=plane)  # one replica, which all ranks share
     lying = DTensor.from_local(data.weight, mesh, [Shard(0)], shape=torch.Size((V + 1, 19)), stride=(19, 1))
     group: Any = {"group": dist.group.WORLD}
     a, b = torch.ones(3, 19, dtype=torch.float64), torch.ones(data.weight.shape[0], 3, dtype=torch.float64)
 
     def ce(*, options: Any = group, **change: Any) -> Any:
         return lambda: linear_cross_entropy(*tensors(data._replace(**change)), **options)
+
+    @torch.compile(backend="eager")
+    def compiled_logprobs() -> Tensor:
+        return linear_logprobs(data.hidden, 2 * head.weight, data.ids)
 
     calls = {
         "no group": ce(options={"group": "tp"}),
@@ -143,7 +150,12 @@ def refusals() -> dict[str, str]:
         "another group": ce(options={"group": other}, weight=by_rows, bias=None),
         "columns": ce(options={}, weight=by_columns, bias=None),
         "replicated": ce(options={}, weight=distribute_tensor(whole.weight, mesh, [Replicate()]), bias=None),
-        "FSDP2": ce(options={}, weight=head.weight, bias=None),  # of the same tokens, by chance
+        # of the same tokens, by chance
+        "FSDP2": ce(options={}, weight=head.weight, bias=None),
+        "FSDP2, detached": ce(options={}, weight=head.weight.detach(), bias=None),
+        "FSDP2, compiled": torch.compile(ce(options={}, weight=head.weight, bias=None), backend="eager"),
+        "FSDP2, computed from, compiled": compiled_logprobs,
+        "HSDP": ce(options={}, weight=replicas.weight, bias=None),
         "rows of another V": ce(options={}, weight=lying, bias=None),
         "plain bias": ce(options={}, weight=by_rows),
         "DTensor hidden": ce(options={}, hidden=distribute_tensor(whole.hidden, mesh, [Replicate()])),
@@ -200,6 +212,11 @@ def refusals() -> dict[str, str]:
     return found
 
 
+def full(grad: Tensor | None) -> Tensor:
+    assert grad is not None
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
 def dtensors() -> dict[str, Result]:
     """A loss and its whole gradients of DTensors: by what hidden is."""
     whole = Data.drawn(torch.float64)
@@ -216,8 +233,7 @@ def dtensors() -> dict[str, Result]:
         hidden.requires_grad_()
         loss = linear_cross_entropy(hidden, weight, whole.ids, bias, label_smoothing=0.1)
         grads = torch.autograd.grad(-loss, (hidden, weight, bias))
-        full = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
-        found[name] = Result([loss.detach()], full)
+        found[name] = Result([loss.detach()], [full(grad) for grad in grads])
     return found
 
 
@@ -236,6 +252,29 @@ def compiled(rows: tuple[int, ...]) -> dict[str, Result]:
         graph = torch.compile(case.ours, fullgraph=True, backend="aot_eager")
         found[name] = run(case._replace(ours=graph), local_data(rows), group=dist.group.WORLD)
     return found
+
+
+class HiddenOnly(torch.nn.Linear):
+    """A model whose loss is computed outside of its forward."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+
+def gathered() -> Result:
+    """The loss of all ranks, in one graph outside of a model under FSDP2, and the head's gradients."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    data = Data.drawn(torch.float64)
+    model = HiddenOnly(19, V, dtype=torch.float64)
+    model.load_state_dict({"weight": data.weight, "bias": data.bias})
+    fully_shard(model)
+    tokens = rows_of((5, data.ids.numel() - 5), rank)  # each rank's own
+    loss = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    hidden = model(data.hidden[tokens].requires_grad_())  # FSDP2 gathers the weight
+    found = loss(hidden, model.weight, data.ids[tokens], model.bias, num_items=1.0)
+    (-ranks * found).backward()  # `run` has an upstream gradient of -1, and FSDP2 averages
+    dist.all_reduce(total := found.detach().clone())
+    return Result([total], [full(x.grad) for x in (model.weight, model.bias)])
 
 
 def nothing_to_average(rows: tuple[int, ...]) -> dict[str, Result]:
@@ -274,7 +313,7 @@ def run_rank(folder: Path, rank: int) -> None:
         "counted": counted(first),
     }
     if ranks == 2:
-        found |= {"refusals": refusals(), "compiled": compiled(first)}
+        found |= {"refusals": refusals(), "compiled": compiled(first), "gathered": gathered()}
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()
 

@@ -21,11 +21,12 @@ from fastalign_kernels.linear.sequence_chunks import group_chunks
 from fastalign_kernels.linear.sequences import Rows
 from fastalign_kernels.linear.sharded import Shards
 from tests.linear import sharded_checks, sharded_ranks
-from tests.linear.sharded_cases import CASES
+from tests.linear.sharded_cases import CASES, Data, run
 from tests.two_ranks import run_as_ranks
 
 pytestmark = pytest.mark.cpu_only
 RANKS = 2
+FSDP2 = "weight: got a parameter that FSDP2 shards, .*expected the gathered weight"
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,17 @@ def test_compiled_code_is_one_graph(found: list, name: str) -> None:
             sharded_checks.assert_equal_in_fp64(x, y, name)
 
 
+def test_a_compiled_loss_outside_of_a_model_under_fsdp2(found: list) -> None:
+    """Of the gathered weight, with other tokens on each rank."""
+    data = Data.drawn(torch.float64)
+    case = CASES["cross-entropy"]._replace(options={"num_items": 1.0}, trained=("weight", "bias"))
+    truth = run(case, data)
+    for of_rank in found:
+        ours = of_rank["gathered"]
+        for x, y in zip((*ours.outputs, *ours.gradients), (*truth.outputs, *truth.gradients), strict=True):
+            sharded_checks.assert_equal_in_fp64(x, y, "gathered")
+
+
 REFUSALS = {
     "no group": "group: got 'tp', expected a torch.distributed.ProcessGroup, one dimension",
     "two dimensions": r"group: got a DeviceMesh of 2 dimensions \('dp', 'tp'\), expected one dimension",
@@ -77,7 +89,11 @@ REFUSALS = {
     "another group": "group: got another process group than the DTensor's",
     "columns": r"weight: got a DTensor with placements \(Shard\(dim=1\),\) .*expected rows",
     "replicated": r"weight: got a DTensor with placements \(Replicate\(\),\) .*expected rows",
-    "FSDP2": "weight: got a parameter that FSDP2 shards, .*expected the gathered weight",
+    "FSDP2": FSDP2,
+    "FSDP2, detached": FSDP2,
+    "FSDP2, compiled": FSDP2,
+    "FSDP2, computed from, compiled": FSDP2,
+    "HSDP": FSDP2,
     "rows of another V": r"weight: got shards of \[40, 83\] rows, expected 124 in all",
     "plain bias": "bias: got a DTensor beside a plain tensor, expected it sharded as weight is",
     "DTensor hidden": "hidden: got a DTensor with a weight that is none, expected a plain tensor",

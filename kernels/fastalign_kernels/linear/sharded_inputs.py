@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +14,7 @@ from .. import checks
 from ..torch_func import assumed_constant, requires_grad, unwrapped
 from .sharded import Shards
 from .sharded_collectives import all_gather
+from .sharded_dtensors import group_of_rows, local_rows, refuse_fsdp, replicated
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,8 +86,8 @@ def local_head(
     The number of each rank's rows is not known here, so the first call with a weight asks the other ranks, as
     does the first with other gradients or options: one all-gather of 136 bytes, which waits for the device.
     The answer is kept for that tensor: pass the parameter itself, not a view that is made for each call. That
-    call also compares the ids, and refuses a weight that FSDP2 shards: it is none of tensor parallelism, and
-    each of its ranks has other tokens.
+    call also compares the ids, and refuses a weight that FSDP2 shards. Compiled code refuses it when it is
+    traced.
 
     Raises:
         ValueError: a group that is no process group or not initialised; a DTensor that is not sharded by rows
@@ -100,9 +99,11 @@ def local_head(
         return LocalHead(hidden, weight, bias, None, "")
     given = weight
     if checks.is_dtensor(weight):
-        of_weight = _group_of_rows("weight", weight)
+        if torch.compiler.is_compiling() or weight not in _KNOWN:
+            refuse_fsdp(weight)
+        of_weight = group_of_rows("weight", weight)
         group = _same_group(of_weight, group)
-        weight = _local_rows(weight)
+        weight = local_rows(weight)
     if group is None:
         raise ValueError(
             "hidden: got a DTensor with a weight that is none, expected a plain tensor: hidden.to_local()"
@@ -111,11 +112,11 @@ def local_head(
     if bias is not None and checks.is_dtensor(bias) != checks.is_dtensor(given):
         raise ValueError("bias: got a DTensor beside a plain tensor, expected it sharded as weight is")
     if bias is not None and checks.is_dtensor(bias):
-        _same_group(_group_of_rows("bias", bias), process_group)
-        bias = _local_rows(bias)
+        _same_group(group_of_rows("bias", bias), process_group)
+        bias = local_rows(bias)
     reduces_hidden = not checks.is_dtensor(hidden)
     if not reduces_hidden:
-        hidden = _replicated(hidden, process_group)
+        hidden = replicated(hidden, process_group)
     name, rank, size = process_group.group_name, process_group.rank(), process_group.size()
     facts = _facts(hidden, weight, bias, call)
     rows = _rows_of_ranks(given, ids, facts, name, size)
@@ -214,45 +215,6 @@ def _same_group(found: ProcessGroup, group: Any) -> ProcessGroup:
     return found
 
 
-# DTensors.
-
-
-def _group_of_rows(argument: str, x: Any) -> ProcessGroup:
-    """The group over which the rows of x are sharded. Raises ValueError for another placement."""
-    from torch.distributed.tensor import Shard
-
-    mesh = x.device_mesh
-    dimensions = [dim for dim in range(mesh.ndim) if mesh.size(dim) > 1] or [0]
-    placement = x.placements[dimensions[0]]
-    # a subclass of Shard, as FSDP2 beside tensor parallelism makes it, interleaves the rows
-    if len(dimensions) > 1 or type(placement) is not Shard or placement.dim != 0:
-        raise ValueError(
-            f"{argument}: got a DTensor with placements {x.placements} on a mesh of {tuple(mesh.shape)}, "
-            "expected rows sharded over one mesh dimension alone, (Shard(dim=0),)"
-        )
-    return mesh.get_group(dimensions[0])
-
-
-def _local_rows(x: Any) -> Tensor:
-    """The rows of this rank; their gradient is theirs alone."""
-    return x.to_local(grad_placements=x.placements)
-
-
-def _replicated(hidden: Any, group: ProcessGroup) -> Tensor:
-    """Hidden states of all tokens; DTensor sums the ranks' gradients."""
-    from torch.distributed.tensor import Partial, Replicate
-
-    mesh = hidden.device_mesh
-    if mesh.ndim != 1 or mesh.get_group().group_name != group.group_name:
-        raise ValueError(
-            f"hidden: got a DTensor on a mesh of {tuple(mesh.shape)}, expected the one-dimensional mesh over "
-            "which weight is sharded, or a plain tensor"
-        )
-    if hidden.placements != (Replicate(),):
-        hidden = hidden.redistribute(placements=[Replicate()])
-    return hidden.to_local(grad_placements=[Partial()])
-
-
 # What the ranks tell each other.
 
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -268,32 +230,9 @@ def _rows_of_ranks(
         return (facts.rows,) * ranks  # no values: no rank to ask
     known = _KNOWN.setdefault(weight, {})
     if (facts, group) not in known:
-        _refuse_fsdp(weight)
         of_ids = tuple(_hash(unwrapped(ids())).tolist())
         known[facts, group] = _agreed_rows(tuple(facts), of_ids, group, ranks, weight.device.type)
     return known[facts, group]
-
-
-def _refuse_fsdp(weight: Tensor) -> None:
-    """Raise ValueError for a parameter that FSDP2 shards.
-
-    It is a DTensor sharded by rows, as one of tensor parallelism is. FSDP2 marks no parameter, so this looks
-    for the object that holds it, among all objects: some tens of milliseconds, once a weight.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
-    if fsdp is None or not checks.is_dtensor(weight):
-        return
-    for holder in gc.get_referrers(weight):
-        fields = (
-            holder if isinstance(holder, dict) else vars(holder) if isinstance(holder, fsdp.FSDPParam) else {}
-        )
-        mesh_info = fields.get("mesh_info")
-        if fields.get("sharded_param") is weight and getattr(mesh_info, "shard_mesh_size", 1) > 1:
-            raise ValueError(
-                "weight: got a parameter that FSDP2 shards, each of whose ranks has other tokens, expected "
-                "the gathered weight: call the loss inside of the model's forward, as fuse_head does, or "
-                "leave lm_head to the outermost fully_shard, with reshard_after_forward=False"
-            )
 
 
 @assumed_constant
