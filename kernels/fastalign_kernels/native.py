@@ -14,7 +14,7 @@ import torch
 
 from .namespace import NAMESPACE, ops
 
-TARGETS = ("generic vectors", "AVX2", "AVX-512")  # the order of ops.cpp's target indices
+TARGETS = ("generic vectors", "AVX2", "AVX-512")  # the order of FASTALIGN_KERNELS in csrc/common/targets.h
 # Ops that write into arguments and give nothing, which is all that a compiler must know of them.
 WRITING = (
     *("row_stats", "row_grad", "column_sums", "column_grad"),

@@ -10,7 +10,7 @@ from fastalign_kernels.gemm import mm, uses_native_gemm
 pytestmark = pytest.mark.usefixtures("forced_gemm")
 needs_native_gemm = pytest.mark.skipif(
     not native.has_gemm(),
-    reason="gemm.cpp needs AVX-512, and this CPU has none (or the library is not there)",
+    reason="csrc/gemm needs AVX-512, and this CPU has none (or the library is not there)",
 )
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Threads share out the columns, the rows, and k (the last three); edges of 1 to 8 rows, 1 to 48 columns, odd
@@ -78,7 +78,7 @@ def test_products_match_fp64(orders, dtypes, threads):
 def test_rows_are_gathered_and_scattered(dtypes, add):
     """With torch's GEMMs (fp64) as with ours; rows that are not named are not touched."""
     if dtypes[1] != torch.float64 and not native.uses_gemm():
-        pytest.skip("mixed and low-precision products on a CPU are gemm.cpp's, which needs AVX-512")
+        pytest.skip("mixed and low-precision products on a CPU are csrc/gemm's, which needs AVX-512")
     for M, N, K in SHAPES:
         generator = torch.Generator().manual_seed(K)
         left, right = (

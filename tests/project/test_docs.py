@@ -1,10 +1,11 @@
-"""The pages of docs/ are true: their Python runs and prints what they say, and their links lead somewhere."""
+"""Pages and comments are true: Python prints what a page says, and links and file names lead somewhere."""
 
+import ast
 import contextlib
 import importlib.util
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,18 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 LINKING = [ROOT / "CONTRIBUTING.md", *(ROOT / name for name in tracked("*README.md")), *PAGES]
 EXAMPLE = re.compile(r"```python\n(.*?)```\n+```\n(.*?)```", re.DOTALL)
 PATH = re.compile(r"\b(?:tests|bench|docs|fastalign|kernels|csrc|examples)/[\w./]+\.(?:py|md|json|h|cpp)\b")
+NAME = re.compile(r"(?<![\w/.*<{-])((?:[\w-]+/)*[\w-]+\.(?:md|py|cpp|h|cu))\b")
+FILES = tracked()
+# Names of no file of the repository, by reason.
+ELSEWHERE = {
+    *("report.md", "runs/demo/report.md"),  # `fastalign demo` writes it
+    *("my_rewards.py", "file.py"),  # the user's
+    *("NAME.py", "linear/NAME.py", "_triton.py"),  # any file of a kind
+    *(
+        "kernels/__init__.py",
+        "axolotl/integrations/base.py",
+    ),  # not here, which a test says; another package's
+}
 MODULE = re.compile(r"python3? -m ((?:tests|bench|fastalign)\b[\w.]*\w)")
 LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
 
@@ -69,3 +82,31 @@ def test_the_files_and_modules_that_a_page_names_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
     for module in MODULE.findall(text):
         assert importlib.util.find_spec(module), module
+
+
+def prose(path: Path) -> list[str]:
+    """The comments of a source file, and of Python also the docstrings and the messages."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return re.findall(r"//.*", text)
+    nodes = ast.walk(ast.parse(text))
+    strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [*re.findall(r"#.*", text), *(string for string in strings if " " in string)]
+
+
+def missing(texts: Iterable[str]) -> set[str]:
+    """The files that the texts name and the repository lacks. A name may leave out the outer folders."""
+    names = {name for text in texts for name in NAME.findall(text)} - ELSEWHERE
+    return {name for name in names if not any(f"/{file}".endswith(f"/{name}") for file in FILES)}
+
+
+@pytest.mark.parametrize("folder", ["kernels", "fastalign", "bench", "tests", ".ci", "examples", "csrc"])
+def test_the_files_that_comments_and_docstrings_name_exist(folder: str) -> None:
+    sources = tracked(*(f"{folder}/*.{ending}" for ending in ("py", "cpp", "h", "cu")))
+    found = {name: missing(prose(ROOT / name)) for name in sources}
+    assert {name: lost for name, lost in found.items() if lost} == {} != found
+
+
+def test_the_files_that_pages_name_exist() -> None:
+    found = {str(page.relative_to(ROOT)): missing([page.read_text(encoding="utf-8")]) for page in LINKING}
+    assert {name: lost for name, lost in found.items() if lost} == {}

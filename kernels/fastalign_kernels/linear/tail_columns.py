@@ -8,9 +8,9 @@ the rank-1 matrix with the same row sums and column sums,
     D ~ m q^T / sum(q),     m[t] = sum over dropped v of P[t, v],     q[v] = sum over t of P[t, v],
 
 so that dX = dz_K W_K + r (q^T W) / sum(q) and dW[v] = q[v] / sum(q) (r^T X) outside of K, with r the dropped
-row sums of dz itself, for any upstream gradient. q is taken without the upstream gradient, so that its terms
-have one sign and cannot cancel (DESIGN.md section 3 has the measured errors). All rows of W get their
-gradient. The products with q of many blocks are two thin GEMMs.
+row sums of dz itself, for any upstream gradient. q ignores the upstream gradient, so its sum cannot be zero.
+docs/tail.md has the measured errors. All rows of W get their gradient. The products with q of many blocks
+are two thin GEMMs.
 
 GEMMs: 1 + 2 f for f = K / V, and dense (3) where f > DENSE. Kept between the passes: `Kept`, f of the block's
 logits.

@@ -1,6 +1,6 @@
 """One block of logits: statistics of its rows in one read, their gradient in one read and one write.
 
-Each row x [V] of a block becomes z by the transform that API.md fixes,
+Each row x [V] of a block becomes z by the transform
 
     u = logit_scale * (x + bias),   c = softcap * tanh(u / softcap),   z = c / temperature,   P = softmax(z),
 
