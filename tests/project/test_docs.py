@@ -25,10 +25,9 @@ ELSEWHERE = {
     *("report.md", "runs/demo/report.md"),  # `fastalign demo` writes it
     *("my_rewards.py", "file.py"),  # the user's
     *("NAME.py", "linear/NAME.py", "_triton.py"),  # any file of a kind
-    *(
-        "kernels/__init__.py",
-        "axolotl/integrations/base.py",
-    ),  # not here, which a test says; another package's
+    *("kernels/__init__.py", "no/such.py"),  # a test says that it is absent
+    *("axolotl/integrations/base.py", "pytest/__init__.py"),  # another package's
+    *("verl/models/transformers/fused_lm_head.py", "actor.py"),  # another package's: verl, OpenRLHF
 }
 MODULE = re.compile(r"python3? -m ((?:tests|bench|fastalign)\b[\w.]*\w)")
 LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
