@@ -1,6 +1,7 @@
 """The head's keywords are written once: signatures, help and refusals of all functions follow."""
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastalign_kernels.linear.options import HEAD_DEFAULTS, HeadArguments, HeadS
 from tests.kernels.public_calls import FUNCTIONS, REPORTS, call_of
 
 FOLDER = Path(fastalign_kernels.__file__).parent
+PAGE = Path(__file__).parents[2] / "docs" / "head.md"
 LOSSES = [name for name in FUNCTIONS if name.startswith("linear_")]
 MODULES = [nn.LinearCrossEntropyLoss, nn.LinearDPOLoss, nn.LinearKTOLoss, nn.LinearPPOLoss]
 
@@ -72,3 +74,33 @@ def test_a_loss_is_one_file_of_at_most_120_lines(name: str) -> None:
     path = Path(inspect.getfile(FUNCTIONS[name]))
     assert path.parent == FOLDER / "linear"
     assert len(path.read_text().splitlines()) <= 120
+
+
+def refuses(name: str, keyword: str) -> bool:
+    """Whether the function refuses an option of its head altogether."""
+    try:
+        FUNCTIONS[name](**call_of(name), **{keyword: {"tail_eps": 2**-12, "screen": True}[keyword]})
+    except ValueError as refusal:
+        return f"expected None: {name} has" in str(refusal)
+    return False
+
+
+def options_of_the_page() -> dict[str, set[str]]:
+    """By argument, the functions that the table "Options" of docs/head.md says take it."""
+    table = PAGE.read_text(encoding="utf-8").split("## Options")[1].split("\n## ")[0]
+    options: dict[str, set[str]] = {}
+    for arguments, functions in re.findall(r"^\| (`.*) \| (.*) \|$", table, re.MULTILINE):
+        named = set(re.findall(r"`(linear_\w+)`", functions)) & set(LOSSES)
+        all_but = functions.startswith("all that start with `linear_`")
+        options |= dict.fromkeys(re.findall(r"`(\w+)`", arguments), set(LOSSES) - named if all_but else named)
+    return options
+
+
+def test_the_page_of_the_head_says_which_function_takes_which_option() -> None:
+    page, shown = options_of_the_page(), {name: keywords(FUNCTIONS[name]) | {"bias": None} for name in LOSSES}
+    assert page.keys() >= HeadArguments.__annotations__.keys()
+    for argument, functions in page.items():
+        takes = {name for name in LOSSES if argument in shown[name]}
+        if argument in ("tail_eps", "screen"):
+            takes -= {name for name in LOSSES if refuses(name, argument)}
+        assert functions == takes, argument
