@@ -15,6 +15,7 @@ tokenizes or finds the folder, and verifies it. The others map it.
 """
 
 import hashlib
+import inspect
 import json
 import time
 import warnings
@@ -235,7 +236,7 @@ def key_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, tokenize: partial[Any
         "tokenizer": describe_tokenizer(tokenizer),
         "tokenization": f"{tokenize.func.__module__}.{tokenize.func.__qualname__}",
         "options": {name: value for name, value in tokenize.keywords.items() if name != "tokenizer"},
-        "code": _hash_code(),
+        "code": _hash_code(inspect.getfile(tokenize.func)),
         "packages": [version(package) for package in ("transformers", "tokenizers")],
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -243,18 +244,21 @@ def key_of(rows: Rows, tokenizer: PreTrainedTokenizerBase, tokenize: partial[Any
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """All of a tokenizer that decides tokens, special ones and the chat template included."""
+    options = {name: value for name, value in tokenizer.init_kwargs.items() if name != "name_or_path"}
+    described = (*_vocabulary_and_template(tokenizer), options)
+    return [type(tokenizer).__name__, *(json.dumps(part, sort_keys=True, default=str) for part in described)]
+
+
+def _vocabulary_and_template(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any, Any]:
+    """The vocabulary, the special tokens and the chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    options = {name: value for name, value in tokenizer.init_kwargs.items() if name not in ("name_or_path",)}
-    described = (vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template, options)
-    return [type(tokenizer).__name__, *(json.dumps(part, sort_keys=True, default=str) for part in described)]
+    return vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template
 
 
 def note_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Let `tokenizer_digest` answer for the tokenizer of this process's run."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    described = repr((vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template))
+    described = repr(_vocabulary_and_template(tokenizer))
     _digests[:] = [hashlib.blake2b(described.encode(), digest_size=16).hexdigest()]
 
 
@@ -267,10 +271,10 @@ _digests: list[str] = []
 
 
 @lru_cache
-def _hash_code() -> str:
-    """Of the files that read and tokenize."""
+def _hash_code(tokenization: str) -> str:
+    """A hash of the files that read and tokenize, and of the file of the function that tokenizes."""
     digest = hashlib.blake2b(digest_size=16)
     files = [path for module in data.__path__ for path in sorted(Path(module).rglob("*.py"))]
-    for path in [*files, Path(__file__)]:
+    for path in [*files, Path(__file__), Path(tokenization)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -3,6 +3,7 @@ only to the ranks that need them. Run as a module, this is a rank."""
 
 import dataclasses
 import datetime
+import importlib.util
 import json
 import sys
 import warnings
@@ -103,6 +104,20 @@ def test_the_tokenizer_and_its_template_are_in_the_hash(tmp_path: Path, files: d
     keys = [key_of(rows, each, partial(pack_answers)) for each in (plain, chatty, special, same)]
     assert len(set(keys[:3])) == 3 and keys[3] == keys[0]
     assert key_of(rows, plain, partial(tokenize_pairs)) != keys[0]
+
+
+def test_the_source_of_the_tokenization_is_in_the_hash(tmp_path: Path, files: dict[str, str]) -> None:
+    rows, tokenizer = load_rows(files["pairs"]), load_tokenizer(files["tokenizer"])
+    keys = []
+    for number, body in enumerate(("return []", "return [[]]", "return []")):
+        path = tmp_path / f"{number}.py"
+        path.write_text(f"def tokenize(loaded):\n    {body}\n")
+        spec = importlib.util.spec_from_file_location("same_name", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        keys.append(key_of(rows, tokenizer, partial(module.tokenize)))
+    assert keys[0] != keys[1] and keys[0] == keys[2]
 
 
 @pytest.mark.parametrize("name", ["tokens.npy", "trained.npy", "meta.json", "manifest.sha256"])
