@@ -223,8 +223,9 @@ def cross_entropy(
         inplace_backward: the backward pass overwrites the logits with their gradient instead of allocating
             one. If another operation saved the logits for backward, autograd raises its in-place error. No
             effect under torch.compile and torch.func.vmap.
-        check: on CUDA, also check the range of targets, which waits for the device. FASTALIGN_CHECK=1 does
-            so for every call.
+        check: on CUDA targets are not checked without check=True or FASTALIGN_CHECK=1, because the check
+            waits for the device. There a negative target is ignored as ignore_index is, and a target of V or
+            more makes the loss NaN.
 
     Returns:
         A scalar, or [...] with reduction="none". fp32 (fp64 for fp64 logits). NaN if there is nothing to

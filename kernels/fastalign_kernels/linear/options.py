@@ -84,8 +84,9 @@ class HeadArguments(HeadSettings, total=False):
         loss, the gradient of its own rows, and the whole gradient of hidden. sharded.py has the bytes that
         ranks send: O(N), and dX. A DTensor weight whose rows are sharded needs no group. A DTensor hidden
         sums its own gradient. Ranks with other hidden states compute a wrong loss: check=True sees that.
-    check: on CUDA, also check the range of ids, which waits for the device. FASTALIGN_CHECK=1 does so
-        everywhere.
+    check: on CUDA ids are not checked without check=True or FASTALIGN_CHECK=1, because the check waits for
+        the device. There a negative id is ignored as ignore_index is, and an id of V or more makes its
+        token's log-probability, and with it the loss, NaN.
     """
 
     lora: LowRank | tuple[Tensor, Tensor, float] | None

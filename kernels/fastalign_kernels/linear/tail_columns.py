@@ -112,7 +112,8 @@ def select_columns(inputs: HeadInputs, operands: Operands, chunk: TokenChunk) ->
     options = inputs.options
     assert options.tail_eps is not None
     keep = largest > (options.tail_eps / SCREENED_DIVISOR if options.screen else options.tail_eps)
-    keep[chunk.ids.clamp(min=0)] = True  # an ignored token keeps column 0 too, which is harmless
+    # An ignored token keeps column 0 too, and an id beyond V, which CUDA does not check, the last: harmless.
+    keep[chunk.ids.clamp(0, keep.numel() - 1)] = True
     return ColumnSelection(*first_true(keep), sums, totals)
 
 

@@ -73,6 +73,7 @@ def slice_stats_kernel(
         )  # fmt: skip
         col = target - first_column
         z_id = tl.load(running + Z_ID * N + token).to(dtype)
+        z_id = tl.where(target < V, z_id, float("nan"))  # as in the other engines
         if (col >= 0) & (col < V_slice):
             z_id = transformed_logit(
                 row_logits, bias, col, V_slice, transform, dtype, PLAIN, HAS_BIAS, HAS_SOFTCAP

@@ -91,7 +91,9 @@ def gather_kernel(
     inside = listed & (row >= 0) & (row < rows)
     if tl.max(inside.to(tl.int32), 0) > 0:
         live = live & inside
-        token_id = tl.load(ids + token, mask=live, other=-1).to(tl.int32)
+        # one outside [0, V) is in no tile: its z2 stays NaN, or it is ignored. A mere cast makes 2^32 + 5 5.
+        token_id = tl.load(ids + token, mask=live, other=-1)
+        token_id = tl.where(token_id < V, tl.maximum(token_id, -1), 0x7FFFFFFF).to(tl.int32)
         read = live & (token_id >= 0)  # under graph capture an ignored token has a place, but is not read
         cols = sample + tl.arange(0, SAMPLE)
         acc = tl.zeros((BM, SAMPLE), tl.float32)
