@@ -62,9 +62,10 @@ def thin_product(
 ) -> ThinProduct:
     """The second product of a head call, differentiable; hidden [N, H] and ids [N] as in `HeadInputs`.
 
-    U is computed in fp32 (fp64 for fp64), so that neither it nor its gradient is rounded, and the gradient of
-    A once. It costs 2 N H r flops, and saves 4 N H bytes for the gradient of A. Ignored tokens enter as
-    zeros: their hidden states may hold anything.
+    U and its gradient are fp32 (fp64 for fp64), and the gradient of A is rounded once. A GEMM whose B is in
+    16 bits rounds U to them as it reads it, as it does dlogits; beside an fp32 B a CPU rounds nothing. It
+    costs 2 N H r flops, and saves 4 N H bytes for the gradient of A. Ignored tokens enter as zeros: their
+    hidden states may hold anything.
 
     Raises:
         ValueError: an adapter that does not fit the head, or has another dtype or device.
