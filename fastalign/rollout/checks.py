@@ -4,6 +4,7 @@ These are models without a static cache of keys and values, and prompts that do 
 """
 
 import inspect
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -47,6 +48,28 @@ def servable_model(model: Any) -> Any:
     return base
 
 
+def _is_id(number: object, vocab_size: int) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool) and 0 <= number < vocab_size
+
+
+def check_bits(input_ids: Tensor, **bits: object) -> None:
+    """Raise ValueError for bit masks of ids that are no int32 rows beside the prompts, or None.
+
+    How many words a row has is known when the model has given logits.
+    """
+    for name, value in bits.items():
+        if value is None:
+            continue
+        check.tensor(name, value)
+        assert isinstance(value, Tensor)
+        check.dtype(name, value, (torch.int32,))
+        if value.dim() != 2 or len(value) != len(input_ids):
+            raise ValueError(
+                f"{name}: got shape {list(value.shape)}, expected [B, ceil(V / 32)] with B = {len(input_ids)}"
+            )
+        check.device(name, value, "input_ids", input_ids)
+
+
 def check_prompts(
     base: Any, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, special: dict[str, list[int]]
 ) -> None:
@@ -69,10 +92,9 @@ def check_prompts(
         )
     V = base.get_input_embeddings().weight.shape[0]
     for name, ids in (special | {"input_ids": [int(end) for end in input_ids.aminmax()]}).items():
-        if not all(isinstance(number, int) and 0 <= number < V for number in ids):
+        if not all(_is_id(number, V) for number in ids):
             raise ValueError(f"{name}: got {ids}, expected ids in [0, {V})")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: got {max_new_tokens}, expected a whole number from 1 on")
+    check.whole("max_new_tokens", max_new_tokens, 1, expected="a whole number from 1 on")
     mask = attention_mask.long()
     ragged = (mask[:, :1] < 0) | (mask[:, -1:] != 1) | (mask.diff(dim=1) < 0)
     rows = ragged.any(1).nonzero()[:, 0].tolist()

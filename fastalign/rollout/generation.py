@@ -8,7 +8,7 @@ the same function runs.
 the noise, so a row's tokens do not depend on its batch, its slot or its padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from fastalign_kernels.sampling_kept import KeptIds
 
 from ..probe import probing
 from ..versions import noting_newer_packages
-from .checks import check_prompts, servable_model
+from .checks import check_bits, check_prompts, servable_model
 from .decoding import Decoding, can_capture, run_steps
 from .screened import screened_head
 
@@ -63,7 +63,7 @@ def generate(
     *,
     max_new_tokens: int,
     seed: int,
-    eos_id: int | Sequence[int] | None,
+    eos_id: int | Collection[int] | None,
     pad_id: int,
     temperature: float | Tensor = 1.0,
     top_k: int | Tensor = 0,
@@ -131,11 +131,15 @@ def generate(
         FloatingPointError: a row that is not finished has NaN, +inf or no finite allowed logit. The message
             names the first such step and its rows. It is raised at the next check.
     """
-    checks.flags(return_kept=return_kept)
+    checks.flags(
+        return_kept=return_kept, check=check, progress=progress, cuda_graph=cuda_graph, compile=compile
+    )
     base = servable_model(model)
     head = screened_head(base, screen)
-    eos = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    several = isinstance(eos_id, Collection) and not isinstance(eos_id, str)
+    eos: list[Any] = [] if eos_id is None else list(eos_id) if several else [eos_id]
     check_prompts(base, input_ids, attention_mask, max_new_tokens, {"eos_id": eos, "pad_id": [pad_id]})
+    check_bits(input_ids, seen=seen, allowed=allowed)
     options: dict[str, Any] = {
         "seed": seed,
         "temperature": temperature,
