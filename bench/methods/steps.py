@@ -150,7 +150,7 @@ def _plain_loss(stage: str, model: Any, reference: Any, batch: Mapping[str, Any]
 def _config(stage: str) -> Any:
     from fastalign.stages import dpo, kto, reward
 
-    paths: Any = {"model": "", "train_data": "", "output_dir": ""}
+    paths: Any = dict.fromkeys(("model", "train_data", "output_dir"), "none")  # nothing is read or written
     if stage == "reward":
         return reward.RewardConfig(**paths)
     return (

@@ -4,7 +4,7 @@ import difflib
 import glob
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,7 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
         if (
             Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file()
         ):  # of save_to_disk
-            saved = datasets.load_from_disk(folder)
-            return Rows([DatasetPart(saved[split] if isinstance(saved, datasets.DatasetDict) else saved)])
+            return Rows([DatasetPart(_saved_split(datasets.load_from_disk(folder), folder, split))])
         builder = datasets.load_dataset_builder(folder, config)
         files = {
             str(name): [str(path) for path in paths]
@@ -108,7 +107,7 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
         }
         named = [name for name in files if re.search(rf"\b{re.escape(name)}\b", split)]
         if not named:
-            raise DataError(f"split of {folder}: got {split!r}, expected one of {', '.join(files)}")
+            raise _no_such_split(folder, split, files)
         _warn_left(folder, [path for paths in files.values() for path in paths])
         if any(file_kind(path) not in READERS for paths in files.values() for path in paths):
             return Rows([DatasetPart(datasets.load_dataset(folder, config, split=split))])
@@ -124,6 +123,21 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
         raise DataError(
             f"{folder}: got the error {one_line(error.__cause__ or error)!r}, expected {expected_files()}"
         ) from error
+
+
+def _saved_split(saved: Any, folder: str, split: str) -> Any:
+    """The split of what `save_to_disk` wrote. A data set that was saved alone is its only split."""
+    if not isinstance(saved, Mapping):
+        if split not in ("train", str(saved.split)):
+            raise _no_such_split(folder, split, ["train"])
+        return saved
+    if split not in saved:
+        raise _no_such_split(folder, split, saved)
+    return saved[split]
+
+
+def _no_such_split(folder: str, split: str, known: Iterable[str]) -> DataError:
+    return DataError(f"split of {folder}: got {split!r}, expected one of {', '.join(known)}")
 
 
 def _slice_splits(parts: Mapping[str, Sequence[Part]], instruction: Any) -> Rows:

@@ -49,7 +49,7 @@ def servable_model(model: Any) -> Any:
 
 
 def _is_id(number: object, vocab_size: int) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool) and 0 <= number < vocab_size
+    return isinstance(number, Integral) and not isinstance(number, bool) and 0 <= int(number) < vocab_size
 
 
 def check_bits(input_ids: Tensor, **bits: object) -> None:

@@ -136,8 +136,9 @@ def generate(
     )
     base = servable_model(model)
     head = screened_head(base, screen)
-    several = isinstance(eos_id, Collection) and not isinstance(eos_id, str)
-    eos: list[Any] = [] if eos_id is None else list(eos_id) if several else [eos_id]
+    eos: list[Any] = [] if eos_id is None else [eos_id]
+    if isinstance(eos_id, Collection) and not isinstance(eos_id, str):
+        eos = list(eos_id)
     check_prompts(base, input_ids, attention_mask, max_new_tokens, {"eos_id": eos, "pad_id": [pad_id]})
     check_bits(input_ids, seen=seen, allowed=allowed)
     options: dict[str, Any] = {

@@ -6,7 +6,6 @@ which win. Wrong types, ranges and unknown keys are refused by name, with the cl
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import os
 import textwrap
@@ -32,23 +31,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ArgsKwargs
 
 from ..faults import Parser
+from .config_faults import NO_FP16, fault_line, refuse_ambiguous_values, refuse_unknown_keys
 from .config_text import read_json, read_yaml, write_yaml
 from .runs.files import write_text
 
-NO_FP16 = (
-    "expected bf16=true or dtype=bfloat16: the stages have no loss scale, without which gradients in fp16 "
-    "underflow to 0"
-)
-# What other trainers call fields.
-ELSEWHERE = {
-    **{"lr": "learning_rate", "max_seq_length": "max_length", "max_seq_len": "max_length"},
-    **{"model_name_or_path": "model", "dataset": "train_data", "dataset_name": "train_data"},
-    **{"num_train_epochs": "epochs", "num_epochs": "epochs", "lr_scheduler_type": "schedule"},
-    **{"gradient_accumulation_steps": "micro_batch_size", "per_device_train_batch_size": "micro_batch_size"},
-    **{"save_steps": "save_every", "eval_steps": "eval_every", "lora_r": "lora_rank"},
-    **{"resume_from_checkpoint": "resume", "config": "--config FILE"},
-    **{"max_completion_length": "max_new_tokens", "num_generations": "group_size", "reward_model": "reward"},
-}
 # The fields that name files and folders.
 PLACES = (
     *("train_data", "eval_data", "output_dir", "tokenizer", "cache_dir"),
@@ -80,14 +66,10 @@ class Options:
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, given: Any) -> Any:
-        # Only to name the close matches: extra="forbid" alone says just that the key is unexpected.
-        allowed = [field.name for field in dataclasses.fields(cls)]
-        for key in (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given:
-            if key == "fp16" and "bf16" in allowed:
-                raise ValueError(f"fp16: got the key fp16, {NO_FP16}")
-            if key not in allowed:
-                raise ValueError(unknown_key(key, allowed))
+    def _refuse_keys_and_values(cls, given: Any) -> Any:
+        values = (given.kwargs or {}) if isinstance(given, ArgsKwargs) else given
+        refuse_unknown_keys(values, [field.name for field in dataclasses.fields(cls)])
+        refuse_ambiguous_values(values, {name: field.annotation for name, field in _fields(cls).items()})
         return given
 
     @field_validator(*PLACES, check_fields=False)
@@ -260,16 +242,6 @@ class TrainConfig(Options):
 Config = TypeVar("Config", bound=Options)
 
 
-def unknown_key(key: str, allowed: Sequence[str]) -> str:
-    """The message for a key that does not exist: the closest keys, or else all that are allowed."""
-    elsewhere = ELSEWHERE.get(key, "")
-    if elsewhere in allowed or elsewhere.startswith("--"):
-        return f"got the unknown key {key!r}, expected {elsewhere}"
-    close = difflib.get_close_matches(key, allowed, n=3)
-    known = " or ".join(close) if close else f"one of {', '.join(sorted(allowed))}"
-    return f"got the unknown key {key!r}, expected {known}"
-
-
 def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) -> Config:
     """The configuration from `--config FILE` and `key=value` arguments; the arguments win.
 
@@ -297,7 +269,7 @@ def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) 
             values[key] = _value(value)
         return stage(**values)
     except ValidationError as error:
-        parser.error("; ".join(_fault(fault) for fault in error.errors()))
+        parser.error("; ".join(fault_line(fault) for fault in error.errors()))
     except ValueError as error:
         parser.error(str(error))
 
@@ -379,11 +351,3 @@ def _value(text: str) -> Any:
         except ValueError as error:
             raise ValueError(f"arguments: in {text!r} {error}") from error
     return text
-
-
-def _fault(fault: Any) -> str:
-    place = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    if not place:
-        return str(message)
-    return f"{place}: {message}" + ("" if fault["type"] == "missing" else f" (got {fault['input']!r})")

@@ -9,7 +9,7 @@ import datasets
 import huggingface_hub
 import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from fastalign.data import DataError, Rows, load_rows
 from fastalign.data.rows import as_rows
@@ -90,8 +90,14 @@ def test_a_folder_without_data_is_refused(folder: Path) -> None:
 
 def test_a_folder_of_save_to_disk_is_read(folder: Path) -> None:
     shutil.rmtree(folder)
-    Dataset.from_dict({"text": ["x"]}).save_to_disk(folder)
+    alone = Dataset.from_dict({"text": ["x"]})
+    alone.save_to_disk(folder)
     assert load_rows(str(folder))["text"] == ["x"]
+    with pytest.raises(DataError, match=r"split of .*set: got 'test', expected one of train$"):
+        load_rows(str(folder), split="test")
+    DatasetDict({"train": alone, "test": alone}).save_to_disk(folder / "both")
+    with pytest.raises(DataError, match=r"split of .*both: got 'dev', expected one of train, test$"):
+        load_rows(str(folder / "both"), split="dev")
 
 
 @pytest.fixture

@@ -276,7 +276,9 @@ class TestTokenizeSft:
                 [TALK[1], {"role": "assistant", "content": ["x"]}],
                 "got a part 'x' of a content, expected parts",
             ),
-            ([{"role": "other"}, TALK[2]], "chat template of .*: got the error unknown role"),
+            ([{"role": "user"}, TALK[2]], "got a message of role 'user' without a 'content'"),
+            ([{"role": "user", "content": None}, TALK[2]], "role 'user' without a 'content'"),
+            ([{"role": "other", "content": "x"}, TALK[2]], "chat template of .*: got the error unknown role"),
         ],
     )
     def test_refuses_messages_by_row(self, tmp_path: Path, bad: Any, message: str) -> None:

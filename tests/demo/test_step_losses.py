@@ -23,10 +23,10 @@ def test_ppo_has_one_loss_and_one_gradient() -> None:
     )
     model = ActorCritic(fuse_head(policy), score_packed(value))
     config = PPOConfig(
-        model="",
-        reward="",
-        train_data="",
-        output_dir="",
+        model="none",
+        reward="none",
+        train_data="none",
+        output_dir="none",
         max_new_tokens=8,
         temperature=0.8,
         clip=0.02,

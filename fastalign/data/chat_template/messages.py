@@ -200,6 +200,10 @@ def _read_message(column: str, message: Any) -> Message:
             f"column {column!r}: got {found}, expected messages with a 'role' and a 'content'{hint}"
         )
     message = {key: value for key, value in message.items() if value is not None}
+    if not message.keys() - {"role", "weight", *LABELS}:
+        raise DataError(
+            f"column {column!r}: got a message of role {message['role']!r} without a 'content', expected one"
+        )
     content = message.get("content")
     if not isinstance(content, str | list | None):
         raise DataError(f"column {column!r}: got a 'content' of type {type(content).__name__}, expected text")

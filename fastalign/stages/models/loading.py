@@ -34,7 +34,8 @@ from ...data.tokens import Tokenized
 from ...rope import check_lengths
 from ...servable_heads import adapted_head
 from ...transformers_names import enable_checkpointing
-from ..config import TrainConfig, unknown_key
+from ..config import TrainConfig
+from ..config_faults import unknown_key
 from ..policy_configs import RolloutOptions
 from ..runs.distributed import World
 from .adapters import add_adapters, find_source, has_adapters, load_plain
