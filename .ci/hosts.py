@@ -17,12 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = ROOT / ".venv-oldest"
-PACKAGES = (
-    "transformers",
-    "datasets",
-    "peft",
-    "tokenizers",
-)  # the first to be asked for is the last that pip takes older
+# If they conflict, pip takes older versions of the last ones first.
+PACKAGES = ("transformers", "datasets", "peft", "tokenizers")
 MARKED = ["-m", "hosts"]
 
 

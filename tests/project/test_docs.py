@@ -109,3 +109,22 @@ def test_the_files_that_comments_and_docstrings_name_exist(folder: str) -> None:
 def test_the_files_that_pages_name_exist() -> None:
     found = {str(page.relative_to(ROOT)): missing([page.read_text(encoding="utf-8")]) for page in LINKING}
     assert {name: lost for name, lost in found.items() if lost} == {}
+
+
+def test_each_folder_of_the_packages_says_which_file_to_open_first() -> None:
+    for folder in {str(Path(name).parent) for name in tracked("kernels/*.py", "fastalign/*.py")}:
+        readme = ROOT / folder / "README.md"
+        assert readme.exists(), folder
+        assert re.search(r"\b[oO]pen\b", readme.read_text(encoding="utf-8")), readme
+
+
+def test_the_readme_of_the_gpu_engines_names_each_of_their_files() -> None:
+    folder = ROOT / "kernels" / "fastalign_kernels" / "linear" / "gpu"
+    named = set(re.findall(r"`(\w+\.py)`", (folder / "README.md").read_text(encoding="utf-8")))
+    assert {path.name for path in folder.glob("*.py")} - {"__init__.py"} <= named
+
+
+def test_contributing_lists_the_targets_of_make() -> None:
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| `make ([\w-]+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert set(listed) == set(targets.split()) - {"setup", "clean"}
