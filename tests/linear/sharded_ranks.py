@@ -143,6 +143,21 @@ def refusals() -> dict[str, str]:
     def compiled_logprobs() -> Tensor:
         return linear_logprobs(data.hidden, 2 * head.weight, data.ids)
 
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def one_graph(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        return linear_logprobs(hidden, weight, ids, **group)
+
+    def dpo(reference_weight: Tensor) -> Any:
+        rows = data.hidden.view(4, -1, 19)
+        return lambda: linear_dpo_loss(
+            rows,
+            data.weight,
+            data.ids.view(4, -1),
+            reference_hidden=rows,
+            reference_weight=reference_weight,
+            **group,
+        )
+
     calls = {
         "no group": ce(options={"group": "tp"}),
         "two dimensions": ce(options={"group": plane}),
@@ -182,6 +197,9 @@ def refusals() -> dict[str, str]:
         "other hidden": ce(options=group | {"check": True}, hidden=data.hidden + rank),
         "other ids": ce(options=group | {"check": True}, ids=torch.where(data.ids < 0, rank, data.ids)),
         "other ids, first call": ce(weight=data.weight.clone(), ids=data.ids.roll(rank)),
+        "other ids, compiled": lambda: one_graph(data.hidden, data.weight, data.ids.roll(rank)),
+        "whole weight": ce(weight=whole.weight, bias=None),
+        "whole weight, compiled": lambda: one_graph(data.hidden, whole.weight, data.ids),
         "ids": ce(ids=torch.full_like(data.ids, V)),
         "screen": ce(options=group | {"screen": True}),
         "lora beside a DTensor": ce(
@@ -190,14 +208,8 @@ def refusals() -> dict[str, str]:
             weight=by_rows,
             bias=None,
         ),
-        "whole reference": lambda: linear_dpo_loss(
-            data.hidden.view(4, -1, 19),
-            data.weight,
-            data.ids.view(4, -1),
-            reference_hidden=data.hidden.view(4, -1, 19),
-            reference_weight=whole.weight,
-            **group,
-        ),
+        "whole reference": dpo(whole.weight),
+        "whole reference of zeros": dpo(torch.zeros_like(whole.weight)),
         "sample": lambda: sample(distribute_tensor(whole.weight, mesh, [Shard(0)]), seed=0),
         "logits": lambda: cross_entropy(distribute_tensor(whole.weight, mesh, [Shard(1)]), whole.ids),
         "tail report": lambda: tail_report(data.hidden, by_rows, data.ids, tail_eps=0.1),

@@ -20,7 +20,7 @@ from .distillation_ops import head_distillation, head_divergences
 from .inputs import head_inputs, local_tensors
 from .options import HeadArguments, check_no_screen, check_no_tail, head_keywords, head_options
 from .outcomes import DIVERGENCES, check_teacher, first_outcome
-from .sharded_inputs import OfLoss
+from .sharded_agreement import OfLoss
 
 
 @head_keywords

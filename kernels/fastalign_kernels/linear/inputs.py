@@ -16,7 +16,8 @@ from .gpu.plan import GpuCall, screen_refusal
 from .low_rank import ThinProduct, thin_product
 from .options import HeadOptions, check_no_screen
 from .plan import TileCall, select_mode
-from .sharded_inputs import OfCall, check_equal_on_ranks, local_head
+from .sharded_agreement import OfCall, check_equal_on_ranks, compared_ids
+from .sharded_inputs import local_head
 
 
 class HeadInputs(NamedTuple):
@@ -234,6 +235,8 @@ def head_inputs(
         kept = torch.where(mask.reshape(-1), kept, -1)
     hidden = hidden.reshape(-1, H)
     group = options.group if isinstance(options.group, str) else ""
+    if shards is not None:
+        kept = compared_ids(kept, weight, shards, group)
     inputs = HeadInputs(hidden, weight, kept, bias, options._replace(lora=None), group=group)
     if shards is not None and (options.check or checks.everywhere()) and checks.readable(hidden, True):
         adapter = {} if options.lora is None else {"lora's A": options.lora.A}

@@ -14,7 +14,8 @@ from ..logits import make_transform
 from ..softmax.rows import Transform
 from .low_rank import LowRank, as_low_rank
 from .sharded import Shards
-from .sharded_inputs import OfLoss, check_group
+from .sharded_agreement import OfLoss
+from .sharded_inputs import check_group
 
 
 class SoftmaxArguments(TypedDict, total=False):

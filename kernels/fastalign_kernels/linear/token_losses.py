@@ -16,7 +16,7 @@ from ..logits_ops import token_loss
 from ..softmax.rows import TokenLoss, accumulator_dtype, loss_coefficients
 from .inputs import HeadInputs
 from .options import HeadOptions, check_tail_smoothing
-from .sharded_inputs import OfLoss
+from .sharded_agreement import OfLoss
 
 
 class LossOptions(NamedTuple):
