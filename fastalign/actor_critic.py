@@ -54,7 +54,7 @@ class ActorCritic(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the policy is."""
+        """The policy's device."""
         device: torch.device = self.policy.device
         return device
 

@@ -95,7 +95,7 @@ def say(prog: str, message: str) -> None:
 
 @contextmanager
 def reporting(prog: str) -> Iterator[None]:
-    """If the body raises a fault or a signal comes, end the process as the module docstring says."""
+    """End the process as the module docstring says if the body raises a fault or a signal comes."""
     before = signal.signal(signal.SIGTERM, _stop)
     format_before = warnings.formatwarning
     warnings.formatwarning = _one_line_warnings(prog, format_before)

@@ -102,7 +102,7 @@ def explain_adapters(head: Any) -> str | None:
 
 
 def _restore(layer: Any) -> None:
-    """As PEFT's forward does: an adapter that is merged and then disabled is taken out of the weight."""
+    """Take an adapter that is merged and then disabled out of the weight, as PEFT's forward does."""
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
 

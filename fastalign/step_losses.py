@@ -49,7 +49,7 @@ def fused_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Ref
 
 
 def plain_loss(stage: str, config: Any, model: Any, batch: Batch, reference: Reference | None = None) -> Loss:
-    """The same loss from full logits."""
+    """The loss of the stage from full logits, in plain PyTorch."""
 
     def language_model() -> Tensor:
         logits = model(

@@ -31,7 +31,7 @@ BATCH, LENGTH, ANSWER = 4, 12, 6
 
 
 def llama(lora: tuple[str, ...] = ()) -> Any:
-    """The same weights at each call. LoRA's are random too, so that they change the outputs."""
+    """A tiny Llama with the same random weights at each call, LoRA's included, so that LoRA counts."""
     made = model("SFT", TINY, {})
     if not lora:
         return made

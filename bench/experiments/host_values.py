@@ -34,7 +34,7 @@ class Row(NamedTuple):
     fp64: tuple[Tensor, tuple[Tensor, ...]]
 
     def line(self) -> str:
-        """As Markdown: three losses, and the largest error of a gradient of theirs and of ours."""
+        """A row of Markdown: three losses, and the largest error of a gradient of theirs and of ours."""
         exact_loss, exact_grads = self.fp64
         losses, errors = [], []
         for score in (self.theirs, self.ours):
@@ -56,7 +56,7 @@ def scored(loss: Tensor, inputs: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ..
 
 
 def doubled(given: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in fp64, with the same gradients asked for."""
+    """A copy of the arguments in fp64, whose gradients are asked for as before."""
     return {
         name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
         for name, x in given.items()

@@ -81,7 +81,7 @@ class Errors(NamedTuple):
 
 
 def errors(logits: Logits, ids: Tensor, eps: float, part: int) -> Errors:
-    """Of log-probabilities and entropy whose kept columns are exact."""
+    """The errors of log-probabilities and entropies whose kept columns are exact."""
     kept = kept_columns(logits.screened, ids, eps, part)
 
     def entropies(z: Tensor) -> tuple[Tensor, Tensor]:

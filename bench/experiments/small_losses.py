@@ -94,7 +94,7 @@ def _in_one_thread(call: Callable[[], object]) -> object:
 
 
 def microseconds(call: Callable[[], object], device: str) -> float:
-    """Of the host for a call, as the mean of CALLS of them."""
+    """Microseconds of the host for a call: the mean of CALLS calls."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
     begin = time.perf_counter()

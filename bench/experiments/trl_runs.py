@@ -59,7 +59,7 @@ def tokenizer(vocab: int) -> tf.PreTrainedTokenizerFast:
 
 
 def text(number: int, words: int) -> str:
-    """Of words / 2 to words words."""
+    """A text of words / 2 to words words."""
     length = words - number * 5 % (words // 2 + 1)
     return " ".join(WORDS[(number * 7 + 3 * place * place) % len(WORDS)] for place in range(length))
 
@@ -81,7 +81,7 @@ def dataset(trainer: str, words: int, rows: int = 24) -> Dataset:
 
 
 def model(trainer: str, sizes: Sizes, config: Mapping[str, Any]) -> tf.PreTrainedModel:
-    """The same random weights at each call."""
+    """A small model for the trainer, with the same random weights at each call."""
     torch.manual_seed(0)
     kind = {
         "vocab_size": sizes.vocab,

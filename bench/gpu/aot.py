@@ -66,7 +66,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def compile_rows(kernel: str, sm: int, dtype: str, full: bool) -> Row:
-    """One of rows_triton's kernels; `full` has bias, softcap, temperature and all statistics, else none."""
+    """Compile one of rows_triton's kernels; `full` has bias, softcap, temperature and all statistics."""
     function = getattr(rows_triton, kernel)
     table = rows_triton.LAUNCH[f"{kernel.removesuffix('_kernel')}_{32 if dtype == 'fp32' else 16}"]
     block, warps, _ = rows_triton.tabled_launch(table, 90 if sm in AMD else sm, LARGEST_V)
@@ -130,7 +130,7 @@ TILE_JOBS = [
 
 
 def compile_tiles(names: tuple[str, str], sm: int, full: bool, lean: bool) -> Row:
-    """One of TILE_KERNELS, with bf16 for what it writes; `full` has bias, softcap, scale and temperature."""
+    """Compile one of TILE_KERNELS, which writes bf16; `full` has bias, softcap, scale and temperature."""
     kernel, entry = names
     module = slice_rows_triton if hasattr(slice_rows_triton, kernel) else tile_rows_triton
     function = getattr(module, kernel)
@@ -167,7 +167,7 @@ def compile_scale(kernel: str, sm: int) -> Row:
 
 
 def compile_of_tokens(kernel: str, sm: int) -> Row:
-    """One of token_ids_triton's and coefficients_triton's kernels."""
+    """Compile one of token_ids_triton's and coefficients_triton's kernels."""
     module = token_ids_triton if hasattr(token_ids_triton, kernel) else coefficients_triton
     function = getattr(module, kernel)
     constants: dict[str, object] = {"BLOCK_SIZE": module.BLOCK_SIZE}
@@ -178,8 +178,10 @@ def compile_of_tokens(kernel: str, sm: int) -> Row:
 
 
 def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
-    """One of preference_triton's kernels with all its optional inputs; of pairs_kernel, `variant` is the
-    formula."""
+    """Compile one of preference_triton's kernels with all its optional inputs.
+
+    variant: the formula of pairs_kernel.
+    """
     function = getattr(preference_triton, kernel)
     constants: dict[str, object] = {name: True for name in function.arg_names if name.startswith("HAS_")}
     constants |= {"BLOCK_SIZE": preference_triton.LARGEST.size, "REDUCTION": "mean"}
@@ -197,8 +199,10 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
 
 
 def compile_policy(kernel: str, sm: int, variant: str) -> Row:
-    """One of policy_triton's or advantage_triton's kernels with all its options; `variant` is policy_kernel's
-    KL estimator, and finish_kernel's loss."""
+    """Compile one of policy_triton's or advantage_triton's kernels with all its options.
+
+    variant: policy_kernel's KL estimator, or finish_kernel's loss.
+    """
     module = advantage_triton if hasattr(advantage_triton, kernel) else policy_triton
     function = getattr(module, kernel)
     constants: dict[str, object] = {
@@ -315,7 +319,7 @@ def kernel_of(job: partial[Row]) -> tuple[object, str]:
 
 
 def few_jobs(jobs: list[partial[Row]]) -> list[partial[Row]]:
-    """Of each kernel, each dtype and variant on one architecture, and each architecture at least once."""
+    """Fewer jobs: each variant of a kernel on one architecture, and each kernel on all architectures."""
     variants: dict[object, list[partial[Row]]] = {}  # on each architecture, which is the second argument
     for job in jobs:
         variants.setdefault((job.func, job.args[0], *job.args[2:]), []).append(job)

@@ -15,7 +15,7 @@ K = 64
 
 
 def distillation_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Of the head, and a teacher that gives K random ids 0.9 of its mass."""
+    """Inputs of the head, and a teacher that gives K random ids 0.9 of its mass."""
     tensors = head_inputs(shape, dtype, device)
     del tensors["ids"]
     generator = torch.Generator(device).manual_seed(1)

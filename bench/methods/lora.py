@@ -18,7 +18,7 @@ FORMED = "W + s B A formed, then fastalign"
 
 
 def lora_inputs(shape: Shape, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
-    """Of the head, and an adapter whose logits have a standard deviation of 1."""
+    """Inputs of the head, and an adapter whose logits have a standard deviation of 1."""
     generator = torch.Generator(device).manual_seed(1)
     A = torch.randn(RANK, shape.H, generator=generator, device=device) / math.sqrt(shape.H)
     B = torch.randn(shape.V, RANK, generator=generator, device=device) / (SCALE * math.sqrt(RANK))
@@ -34,7 +34,7 @@ def _formed(hidden: Tensor, weight: Tensor, ids: Tensor, A: Tensor, B: Tensor) -
 
 
 def _eager(hidden: Tensor, weight: Tensor, ids: Tensor, A: Tensor, B: Tensor) -> dict[str, Tensor]:
-    """As PEFT's forward."""
+    """Cross-entropy of the logits of PEFT's forward."""
     logits = F.linear(hidden, weight) + F.linear(F.linear(hidden, A), B) * SCALE
     return {"loss": F.cross_entropy(logits, ids)}
 

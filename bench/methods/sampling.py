@@ -64,7 +64,7 @@ def multinomial(device: str) -> Forward:
 
 
 def warpers(rule: Filter) -> Callable[[str], Forward]:
-    """As `generate` draws, less its copy of the logits."""
+    """A function that draws as transformers' `generate` does, less its copy of the logits."""
 
     def load(device: str) -> Forward:
         process = module("transformers.generation.logits_process", "transformers")
@@ -154,7 +154,7 @@ def drawn_from(rule: Filter) -> Callable[[Tensors], Check]:
 def _sampling(
     rule: Filter, inputs: Callable[[Shape, torch.dtype, str], dict[str, Tensor]] = random_inputs
 ) -> Operation:
-    """Without a filter transformers has no warper to run, and is softmax and multinomial."""
+    """Our sampler and its peers under a filter; without one, transformers is softmax and multinomial."""
     peer = {MULTINOMIAL: multinomial} if rule == Filter() else {TRANSFORMERS: warpers(rule)}
     return Operation(
         inputs, {OURS: _ours(rule), **peer, "FlashInfer": flashinfer(rule)}, ("logits",), drawn_from(rule)

@@ -1,1 +1,1 @@
-"""From a results file to tables, plots, regressions and predictions."""
+"""Tables, plots, regressions and predictions from results files."""

@@ -39,7 +39,7 @@ class Spread(NamedTuple):
 
     @staticmethod
     def of(rounds: Sequence[float]) -> Spread:
-        """Of one round, the noise is not known: 0."""
+        """The spread of the rounds; its noise is 0 for one round, which has none that is known."""
         if len(rounds) == 1:
             return Spread(rounds[0], 0.0)
         low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")

@@ -207,10 +207,10 @@ def meshes(world: int) -> Iterator[Mesh]:
 def fastest(
     model: Model, world: int, tokens: int = TOKENS, *, tp: Sequence[int] = (1, 2, 4, 8)
 ) -> Mesh | None:
-    """Of the meshes that fit the memory, one of the shortest step; None if none fits.
+    """The mesh with the shortest step among those that fit the memory; None if none fits.
 
-    Of those within 1 % of it, the one whose head has the least traffic: what compute hides on paper is the
-    first thing that shows on a slower network.
+    Meshes within 1 % of it count as equal, and the head with the least traffic decides: on a slower network
+    this traffic is the first that compute no longer hides.
     """
     steps = {mesh: predict_step(model, mesh, tokens) for mesh in meshes(world) if mesh.tp in tp}
     steps = {mesh: step for mesh, step in steps.items() if step.fits}

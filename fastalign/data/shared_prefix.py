@@ -111,7 +111,7 @@ def count_operations(rows: Sequence[Sequence[Family]], *, hidden_size: int) -> f
 
 
 def lay_out(sequences: Sequence[Tokenized], rows: Sequence[Sequence[Family]]) -> Layout:
-    """Where each segment lies in rows of families, each row as long as the longest."""
+    """The place of each segment in rows of families, each row as long as the longest."""
     width = max(sum(family.length for family in row) for row in rows)
     pieces: list[list[Tokenized]] = []
     segments: list[tuple[int, int, int]] = []  # length, prefix, skipped

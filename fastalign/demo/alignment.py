@@ -76,7 +76,7 @@ class Alignment:
 
     @property
     def accuracy(self) -> float:
-        """Of the reward model, on the same pairs."""
+        """Accuracy of the reward model on its held-out pairs."""
         return self.lines["reward"][-1]["eval/accuracy"]
 
     def gain(self, policy: Policy) -> Mean:

@@ -22,7 +22,7 @@ class WarnIfUnused(TrainerCallback):
         self.before = self.handle.calls
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Compare."""
+        """Warn if no call was counted since on_train_begin."""
         kinds = {kind.__name__ for kind in type(args).__mro__}
         if self.handle.active and self.handle.calls == self.before and kinds & self.configs:
             self.handle.warn_once(

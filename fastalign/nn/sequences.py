@@ -84,7 +84,7 @@ class _LinearPairLoss(LossModule):
 
     @classmethod
     def _loss(cls, logps: Tensor, lengths: Tensor, options: dict[str, Any]) -> PreferenceLoss:
-        """From log-probabilities and numbers of tokens [2, S], those of the chosen completions first."""
+        """The loss of log-probabilities and lengths [2, S], the chosen completions first."""
         named = dict(zip(("chosen_lengths", "rejected_lengths"), lengths)) if cls.takes_lengths else {}
         return cls.function(*logps, **named, **options)
 

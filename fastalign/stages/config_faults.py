@@ -58,7 +58,7 @@ def unknown_key(key: str, allowed: Sequence[str]) -> str:
 
 
 def fault_line(fault: Any) -> str:
-    """One of pydantic's faults as `key: got X, expected Y`."""
+    """The line for one of pydantic's faults: `key: got X, expected Y`."""
     place = ".".join(str(part) for part in fault["loc"])
     message = fault["msg"].removeprefix("Value error, ")
     if not place:

@@ -12,9 +12,12 @@ def reset_counts() -> None:
 
 
 def head_counts() -> dict[str, float]:
-    """Of all passes and rollouts of this process since the last call: a tail's share of kept columns, and a
-    screen's exact logits a screened token, share of tokens that were computed exactly, and share of tokens
-    that its bound left open, if there are any."""
+    """What tails and screens kept in all passes and rollouts of this process since the last call.
+
+    kept_share: of a tail's columns. Of a screen, exact_tokens: the share of tokens that were computed
+    exactly; exact_columns: the exact logits of each of the rest; open_tokens: the share that its bound left
+    open, if there are any. What did not run is absent.
+    """
     share, screened = kept_share(), screen_counts()
     found = {} if share is None else {"kept_share": share}
     if not screened.tokens:

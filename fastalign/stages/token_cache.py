@@ -272,7 +272,7 @@ _digests: list[str] = []
 
 @lru_cache
 def _hash_code(tokenization: str) -> str:
-    """A hash of the files that read and tokenize, and of the file of the function that tokenizes."""
+    """A hash of the source files that read and tokenize."""
     digest = hashlib.blake2b(digest_size=16)
     files = [path for module in data.__path__ for path in sorted(Path(module).rglob("*.py"))]
     for path in [*files, Path(__file__), Path(tokenization)]:

@@ -46,12 +46,12 @@ class CodedRows(NamedTuple):
 
 
 def plain_coding(hidden_size: int) -> Coding:
-    """Without rotation or basis: the coding of int8 factors."""
+    """The coding of int8 factors, without rotation or basis."""
     return Coding(hidden_size)
 
 
 def rotated_coding(hidden_size: int) -> Coding:
-    """With the largest rotation of H padded to a multiple of 64."""
+    """The coding with the largest rotation of H, padded to a multiple of 64."""
     width = -(-hidden_size // 64) * 64
     return Coding(width, min(width & -width, LARGEST_BLOCK))
 

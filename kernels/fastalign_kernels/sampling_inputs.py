@@ -142,7 +142,7 @@ def _check_rows(name: str, value: Tensor, logits: Tensor, look: bool) -> None:
 def _checked_tensors(
     tensors: Mapping[str, Tensor | None], logits: Tensor, look: bool
 ) -> dict[str, Tensor | None]:
-    """Those of the rows, by name, as SampleInputs has them; `look`: check the values of positions too."""
+    """The tensors of rows, by name, as SampleInputs has them; `look`: check the values of positions too."""
     B, V = logits.shape
     for name, tensor in tensors.items():
         if tensor is None:

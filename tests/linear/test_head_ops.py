@@ -15,7 +15,7 @@ OPS = {
     "head_stats_saving": (),
     "head_stats_grad": ("grad", "stats", "saved"),
     "head_frozen": ("origin",),
-    "head_loss": ("scale", "mean_comes_later", "label_smoothing", "z_loss"),
+    "head_loss": ("scale", "fills_scale_late", "label_smoothing", "z_loss"),
     "head_policy": ("old_logp", "advantages", "scale", "reference_logp", "policy_numbers"),
     "head_pairs": ("cu_seqlens", "reference", "lengths", "loss_type", "beta", "label_smoothing"),
     "head_unpaired": ("cu_seqlens", "reference", "desirable", "kl", "weights"),

@@ -1,4 +1,4 @@
-"""The size and shape of the code: short files, few positional arguments, no circles, no private words."""
+"""The size and shape of the code: short files, few positional arguments, no circles, plain words."""
 
 import ast
 import re
@@ -25,6 +25,7 @@ GIVEN = {
 # Words that the field does not use. `HeadPlan.way` is public, and TrainConfig counts steps as others do.
 PRIVATE_WORDS = re.compile(r"(?:^|_)(own|wanted|ways?|sweeps?|keeping|others|every)(?:_|$)")
 PUBLIC_NAMES = {"way", "eval_every", "save_every"}
+DANGLING = re.compile(r"(Of|As|The same|See|Those|Likewise|Like|From|With|Without)\b")
 PYTHON = tracked("*.py")
 
 
@@ -74,6 +75,15 @@ def test_no_name_is_a_private_word() -> None:
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             for name in names_of(node):
                 assert not PRIVATE_WORDS.search(name) or name in PUBLIC_NAMES, f"{path}: {name}"
+
+
+def test_a_docstring_stands_alone() -> None:
+    """Its first words are no reference to the function's name or to another docstring."""
+    for path in tracked("kernels/*.py", "fastalign/*.py", "bench/*.py"):
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                docstring = ast.get_docstring(node) or ""
+                assert not DANGLING.match(docstring), f"{path}: {docstring.splitlines()[0]}"
 
 
 def test_what_another_package_gives_is_still_there() -> None:

@@ -48,7 +48,7 @@ def read_messages(column: str, messages: Any) -> list[Message]:
 
 
 def read_sharegpt(column: str, messages: Any) -> list[Message]:
-    """As `read_messages`, and also for ShareGPT's messages with `from` and `value`."""
+    """The messages of a column, in `read_messages`' form or in ShareGPT's, with `from` and `value`."""
     if not isinstance(messages, list) or not any(
         isinstance(message, dict) and "from" in message for message in messages
     ):
@@ -92,7 +92,7 @@ def refuse_unserved(row: Row) -> None:
 
 
 def refuse_beside_text(row: Row) -> None:
-    """As `refuse_unserved`, for a row of text, which no chat template reads."""
+    """Raise DataError if a row of text has content that only a chat template would read."""
     refuse_unserved(row)
     if row.get("tools"):
         raise DataError(

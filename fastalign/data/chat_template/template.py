@@ -44,7 +44,7 @@ class Template:
             raise FatalDataError(f"chat template of {self.name}: {error}") from error
 
     def render(self, *calls: Call) -> list[Rendered]:
-        """As `try_render`, but raises DataError for a call that the template refuses."""
+        """The texts of the calls; raises DataError for a call that the template refuses."""
         made = self.try_render(*calls)
         for rendered in made:
             if rendered.error is not None:

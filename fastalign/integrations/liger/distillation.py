@@ -220,7 +220,7 @@ def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperatur
 
 
 def _jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Of each token, [n]."""
+    """JSD of each token, [n]."""
     if beta == 0:
         return (log_p.exp() * (log_p - log_q)).sum(-1)
     if beta == 1:

@@ -244,7 +244,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
 
 
 def _aggregated(losses: Tensor, inside: Tensor, aggregation: str, normalizer: float | Tensor) -> Tensor:
-    """As `ppo_loss` aggregates."""
+    """The losses of tokens as one number, by `ppo_loss`'s aggregation."""
     sums = losses.where(inside, 0).sum(-1)
     if aggregation == "sequence_mean":
         sums = sums / inside.sum(-1).clamp(min=1)

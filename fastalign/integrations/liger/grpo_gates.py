@@ -14,7 +14,7 @@ SMALLEST_WEIGHT = 1e-8
 
 
 class SapoTemperatures(NamedTuple):
-    """Of tokens with a positive advantage, and of the rest. Both > 0."""
+    """SAPO's temperatures > 0: for tokens with a positive advantage, and for the rest."""
 
     positive: float = 1.0
     negative: float = 1.05

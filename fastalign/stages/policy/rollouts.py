@@ -73,7 +73,7 @@ class Drawn(NamedTuple):
     further: dict[str, Tensor]
 
     def log_ratio(self) -> Tensor:
-        """Of policy and reference, [B, R] in nats; 0 without a reference."""
+        """log π − log π_ref, [B, R] in nats; 0 without a reference."""
         if self.reference_logp is None:
             return torch.zeros_like(self.old_logp)
         return self.old_logp - self.reference_logp

@@ -67,7 +67,7 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
 @contextmanager
 def naming(folder: Path, needed: int, what: str) -> Iterator[None]:
-    """If the disk fills up while the body writes `needed` bytes, name `folder` and what is needed."""
+    """Name `folder` and what is needed if the disk fills up while the body writes `needed` bytes."""
     try:
         yield
     except Exception as error:

@@ -36,10 +36,8 @@ class GradAccumulator:
     dX is rounded to `hidden_grad_dtype` once a token, dW and the bias's gradient once at the end. The dX of a
     sharded head is summed over the ranks in the accumulator's dtype, and then rounded.
 
-    Memory is fresh in each call, and on a CPU its first touches cost: of the 174 ms x 2 cores at N 512 in
-    bf16 on SmolLM2's head (a virtual machine, AMD EPYC), 95 went into 54 k page faults. Pages of 2 MiB
-    (madvise) made it 127 ms when calls followed each other, but 304 after 3 s without one, when the host had
-    taken the free memory back. They are therefore not used.
+    Memory is fresh in each call. Pages of 2 MiB (madvise) are not used on a CPU: they cost fewer page faults
+    while calls follow each other, and more time after a pause, when the host has taken the memory back.
     """
 
     def __init__(self, inputs: HeadInputs, operands: Operands, needs: NeedsGrad) -> None:

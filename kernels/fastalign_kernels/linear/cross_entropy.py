@@ -31,18 +31,19 @@ def _loss(
     inputs: HeadInputs,
     needs: NeedsGrad,
     scale: Tensor,
-    mean_comes_later: bool,
+    fills_scale_late: bool,
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, ...]:
     """The sum over tokens of scale [N] times cross-entropy, the table [7, N], and gradients.
 
-    mean_comes_later: scale is memory alone, for that of a mean.
+    fills_scale_late: scale is uninitialised; one launch fills it with 1 / number of tokens after the logits
+        GEMM is queued.
     """
     of_loss = (label_smoothing, z_loss, inputs.vocab_size)
     of_tokens = (
         TokenCrossEntropy.of_mean(scale, inputs.ids, *of_loss)
-        if mean_comes_later
+        if fills_scale_late
         else TokenCrossEntropy(scale, *of_loss)
     )
     stats, grads = engines.statistics_and_gradients(inputs, of_tokens, needs)
@@ -67,10 +68,10 @@ def loss_and_stats(inputs: HeadInputs, options: LossOptions, shape: torch.Size) 
         stats = head_stats(inputs)
         loss = options.reduced(stats, scale, shape)
     else:
-        mean = options.mean_comes_later(inputs)
+        late = options.fills_scale_late(inputs)
         N = inputs.ids.shape
-        scale = inputs.hidden.new_empty(N, dtype=torch.float32) if mean else options.scale(inputs)
-        of_loss = (scale, mean, options.label_smoothing, options.z_loss)
+        scale = inputs.hidden.new_empty(N, dtype=torch.float32) if late else options.scale(inputs)
+        of_loss = (scale, late, options.label_smoothing, options.z_loss)
         total, stats, *_ = _head_loss(inputs, inputs.needs_grad(), *of_loss)
         loss = nan_without_tokens(total, inputs.ids.numel(), options.reduction, options.num_items)
     return loss, stats.detach()

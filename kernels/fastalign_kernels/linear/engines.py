@@ -104,8 +104,11 @@ def overwrites_saved(inputs: HeadInputs, needs: NeedsGrad) -> bool:
 
 
 def engine_context(inputs: HeadInputs) -> AbstractContextManager[object]:
-    """Without autocast, which would cast the factors of some GEMMs again, and on the tensors' GPU, since
-    Triton launches on the current one. Nothing is entered where that is so already: it costs microseconds."""
+    """A context without autocast and on the tensors' GPU.
+
+    Autocast would cast the factors of some GEMMs again, and Triton launches on the current GPU. Nothing is
+    entered if both hold already: entering costs microseconds.
+    """
     device = inputs.hidden.device
     autocast = torch.is_autocast_enabled(device.type)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()

@@ -48,13 +48,13 @@ class OpCall(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> OpCall:
-        """From the arguments of the op."""
+        """The call whose arguments an op got."""
         fields = list(arguments[:_FIELDS])
         fields[_OPTIONS] = HeadOptions.of(fields[_OPTIONS])
         return cls(HeadInputs._make(fields), NeedsGrad(*arguments[_FIELDS]), tuple(arguments[_FIELDS + 1 :]))
 
     def arguments(self) -> tuple[Any, ...]:
-        """Those of the op."""
+        """The arguments of the op."""
         inputs, needs, rest = self
         fields: list[Any] = list(inputs)
         fields[_OPTIONS] = inputs.options.numbers()

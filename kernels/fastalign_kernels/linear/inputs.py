@@ -58,7 +58,7 @@ class HeadInputs(NamedTuple):
         return ThinProduct(self.lora_hidden, self.lora_weight)
 
     def lean(self) -> HeadInputs:
-        """The same for a loss that uses neither MEAN_LOGP nor ENTROPY."""
+        """A copy that computes neither MEAN_LOGP nor ENTROPY."""
         return self._replace(options=self.options._replace(lean=True))
 
     def needs_grad(self) -> NeedsGrad:

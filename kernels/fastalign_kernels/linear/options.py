@@ -117,11 +117,11 @@ class HeadOptions(NamedTuple):
 
     @property
     def transform(self) -> Transform:
-        """From raw logits to those of the softmax."""
+        """The transform of raw logits into those of the softmax."""
         return Transform(self.logit_scale, self.softcap, self.temperature)
 
     def numbers(self) -> list[float]:
-        """As one `float[]` for an op: each argument of an op costs microseconds a call. 0 stands for None."""
+        """The options as one `float[]`, since each argument of an op costs microseconds; 0 is None."""
         low = float(self.logits_dtype is not None)
         return [
             *self[:3],
@@ -137,7 +137,7 @@ class HeadOptions(NamedTuple):
 
     @classmethod
     def of(cls, numbers: list[float]) -> HeadOptions:
-        """From `numbers`."""
+        """The options that `numbers` wrote."""
         logit_scale, softcap, temperature, workspace_mib, tail_eps, *rest = numbers
         low, screen, lean, wide, check, *shards = rest
         return cls(

@@ -109,8 +109,10 @@ class _Outcomes(NamedTuple):
     def of(
         cls, chunk: TokenChunk, teacher: Teacher, columns: _OutcomeColumns, runner: ChunkRunner
     ) -> _Outcomes:
-        """Also overwrites the chunk's K logits, unless the softcap needs them. Of a sharded head one
-        all-gather."""
+        """The outcomes of a chunk. A sharded head needs one all-gather.
+
+        Overwrites the chunk's K logits, unless the softcap needs them.
+        """
         inputs, bias = runner.inputs, runner.operands.bias
         transform, shards = inputs.options.transform, inputs.options.shards
         raw = teacher.logp.new_zeros(teacher.columns.shape)

@@ -39,7 +39,7 @@ class Teacher(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, given_logp: Tensor, vocab_size: int) -> Teacher:
-        """From ids (int64, -1 for padding) and log-probabilities [C, K].
+        """The distribution with these ids (int64, -1 for padding) and log-probabilities, both [C, K].
 
         Where the K masses sum to more than 1, by rounding, or the tail has no ids, they are divided by their
         sum and the tail's mass is 0.

@@ -55,7 +55,7 @@ class TokenTensors(NamedTuple):
     reference_logp: Tensor | None
 
     def checked(self, hidden: Tensor, ids: Tensor, kl_coefficient: float) -> TokenTensors:
-        """The same with advantages of ids' shape and the mask as bool.
+        """A copy with advantages of ids' shape and the mask as bool, whose tensors were checked.
 
         Raises:
             ValueError: a tensor of the wrong shape, dtype or device, or a KL without its reference.

@@ -50,7 +50,7 @@ class Rank1(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """Of a chunk whose rank-1 part is not added yet."""
+    """A chunk's gradients whose rank-1 part is not added yet."""
 
     d_states: Tensor  # [C, K], of the kept columns alone
     state_sum: Tensor  # [K], dropped^T states

@@ -62,6 +62,6 @@ def sampled_inputs(
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:
-    """In the L2 norm; 0 where both are 0."""
+    """Relative error in the L2 norm; 0 if both are 0."""
     difference, norm = (approximate.double() - exact.double()).norm(), exact.double().norm()
     return float(difference / norm.clamp(min=torch.finfo(norm.dtype).tiny))

@@ -77,7 +77,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, cu_seqlens: Tensor | None, *, group: int, check: bool) -> Rows:
-        """From ids [R, T], or [N] with cu_seqlens."""
+        """The rows of ids [R, T], or of ids [N] with cu_seqlens."""
         checks.tensors(ids=ids)
         checks.optional_tensors(cu_seqlens=cu_seqlens)
         if cu_seqlens is None:
@@ -107,7 +107,7 @@ class Rows(NamedTuple):
         return self.sums(logprobs(inputs))
 
     def sequences(self) -> Sequences:
-        """As an engine takes them."""
+        """The rows as an engine takes them."""
         groups = self.number // self.group
         return Sequences(
             self.cu_seqlens, [tuple(range(first, self.number, groups)) for first in range(groups)]

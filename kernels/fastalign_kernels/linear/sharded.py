@@ -73,12 +73,12 @@ class Shards(NamedTuple):
         return sum(self.rows[: self.rank])
 
     def numbers(self) -> list[float]:
-        """As part of an op's list."""
+        """The shards as the last part of an op's `float[]`."""
         return [float(self.rank), float(self.reduces_hidden), *map(float, self.rows)]
 
     @classmethod
     def of(cls, numbers: list[float]) -> Shards | None:
-        """From `numbers`; None of an empty list."""
+        """The shards that `numbers` wrote; None if the list is empty."""
         if not numbers:
             return None
         rank, reduces_hidden, *rows = numbers
@@ -133,7 +133,7 @@ class Mass(NamedTuple):
 
     @classmethod
     def of(cls, row_max: Tensor, log_sum: Tensor) -> Mass:
-        """From MAX and LOGSUM of the parts, [R, C] fp64; MAX is -inf for a part without mass."""
+        """The mass of R parts from their MAX and LOGSUM, [R, C] fp64; MAX is -inf for a part without mass."""
         whole_max = row_max.amax(0)
         relative = torch.where(row_max == -math.inf, -math.inf, (row_max - whole_max) + log_sum)
         whole_sum = torch.where(whole_max == -math.inf, math.nan, relative.logsumexp(0))

@@ -46,13 +46,13 @@ class RankSum:
         self.sends = not self.started
 
     def add_rows(self, rows: int) -> None:
-        """So many rows more are there."""
+        """Count rows that are complete; start the sum with the last."""
         self.missing -= rows
         if self.missing == 0:
             self.start()
 
     def start(self) -> None:
-        """All rows are there."""
+        """Start the sum over ranks: all rows are complete."""
         if not self.started:
             torch.ops._c10d_functional.all_reduce_(self.x, "sum", self.ranks.group)
             self.started = True

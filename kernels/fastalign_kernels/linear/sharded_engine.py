@@ -56,7 +56,10 @@ class ShardedEngine(Engine):
     def gradients(
         self, inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
     ) -> Gradients:
-        """Without `saved`, as in a second backward pass, the statistics of this rank are computed again."""
+        """The gradients of this rank's rows.
+
+        Without `saved`, as in a second backward pass, this rank's statistics are recomputed.
+        """
         local, shards = local_inputs(inputs), _shards(inputs)
         if not saved:
             saved = [self._local_statistics(inputs, NeedsGrad())[0]]

@@ -70,7 +70,7 @@ class ColumnCounter:
 
     @property
     def share(self) -> float | None:
-        """Of the columns, those kept; None where no tail ran."""
+        """Share of the columns that were kept; None if no tail ran."""
         return self.kept / self.total if self.total else None
 
     def add(self, *, kept: int, total: int) -> None:

@@ -29,7 +29,7 @@ class LossOptions(NamedTuple):
     num_items: float | Tensor | None
 
     def checked(self, targets: Tensor, options: HeadOptions) -> LossOptions:
-        """The same with numbers as floats; ValueError for one of the wrong kind or range."""
+        """A copy with numbers as floats; ValueError for one of the wrong kind or range."""
         label_smoothing, z_loss = loss_options(self.reduction, self.label_smoothing, self.z_loss)
         check_tail_smoothing(options, label_smoothing)
         check_loss_tensors(targets, self.reduction, self.token_weights, self.num_items)
@@ -39,9 +39,11 @@ class LossOptions(NamedTuple):
         """Options that know what ranks compare of the loss."""
         return options._replace(loss=OfLoss(self.reduction, self.label_smoothing, self.z_loss))
 
-    def mean_comes_later(self, inputs: HeadInputs) -> bool:
-        """Whether one launch can write the scale when the logits' GEMM is queued: the device waits for that
-        GEMM, and not for the scale."""
+    def fills_scale_late(self, inputs: HeadInputs) -> bool:
+        """Whether one launch can fill the scale after the logits' GEMM is queued.
+
+        The device then starts that GEMM earlier: it does not wait for the scale.
+        """
         plain = self.reduction == "mean" and self.token_weights is None and self.num_items is None
         return plain and inputs.hidden.dtype != torch.float64 and launches(inputs.ids)
 
@@ -75,7 +77,7 @@ class TokenCrossEntropy:
     def of_mean(
         cls, scale: Tensor, ids: Tensor, label_smoothing: float, z_loss: float, vocab_size: int
     ) -> TokenCrossEntropy:
-        """Of a mean over ids [N] that are not negative; `scale` is memory for what each is multiplied by."""
+        """A loss averaged over non-negative ids; `filled_scale` writes `scale`, an uninitialised [N]."""
         fill = functools.cache(lambda: on_gpu().mean_scale(ids, scale))
         return cls(scale, label_smoothing, z_loss, vocab_size, fill)
 

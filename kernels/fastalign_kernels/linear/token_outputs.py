@@ -111,7 +111,7 @@ def _mean_logit(inputs: HeadInputs, table: Tensor | None) -> Tensor:
 
 
 def _sharded_mean_logit(inputs: HeadInputs, shards: Shards) -> Tensor:
-    """The same without a softcap; the ranks' sums are one all-reduce."""
+    """The mean logit of each token under a sharded head without a softcap; one all-reduce sums the ranks'."""
     options, wide = inputs.options, torch.float64
     total = inputs.hidden.to(wide) @ inputs.weight.sum(0, dtype=wide)
     if inputs.lora is not None:

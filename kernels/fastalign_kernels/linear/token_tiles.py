@@ -94,7 +94,7 @@ class TokenTiles(Engine):
         sequences: Sequences | None,
         needs: NeedsGrad,
     ) -> tuple[Tensor, Gradients]:
-        """On a CPU one group of rows after another, since its lengths are known without waiting."""
+        """One pass; on a CPU one group of rows after another, whose lengths are known without waiting."""
         if sequences is None or inputs.ids.is_cuda or _has_tail(inputs, needs):
             return super().of_sequences(inputs, coefficients, sequences, needs)
         stats = new_stats(inputs)

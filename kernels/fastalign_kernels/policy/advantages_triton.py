@@ -26,7 +26,7 @@ _CONSTANTS = {"BLOCK_SIZE": BLOCK_SIZE, "num_warps": NUM_WARPS}
 
 @triton.jit
 def _newer(has, value, has_next, value_next):
-    """Of two stretches the value of the second, where it has one."""
+    """The second stretch's value if it has one, else the first's; and whether either has one."""
     return has | has_next, tl.where(has_next != 0, value_next, value)
 
 

@@ -54,7 +54,7 @@ LOSS, POLICY, ENTROPY, KL, RATIO, CLIPPED, SQUARES, TOKENS = (tl.constexpr(int(k
 
 @triton.jit
 def _exp_minus_1_minus_x(x):
-    """By its series below 0.5, where the difference cancels (next term 2e-9 of it)."""
+    """e^x - 1 - x; below 0.5, where the difference cancels, by its series (next term 2e-9 of it)."""
     p = 1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320 + x * (1.0 / 362880))))
     near = x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * p)))
     return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1.0 - x)
@@ -337,7 +337,7 @@ def _launch(
 
 
 def policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs:
-    """See ops.run_policy."""
+    """The policy loss of tokens, launched for `ops.run_policy`."""
     out = PolicyOutputs.empty(inputs, options)
     *numbers, kl_estimator = options
     _launch(
@@ -351,7 +351,7 @@ def policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutputs
 
 
 def value_tokens(inputs: ValueInputs, clip: float) -> ValueOutputs:
-    """See ops.value_op."""
+    """The value loss of tokens, launched for `ops.value_op`."""
     out = ValueOutputs.empty(inputs)
     _launch(value_kernel, inputs, out, clip)
     return out

@@ -68,7 +68,7 @@ class PolicyOptions(NamedTuple):
 
     @classmethod
     def of(cls, numbers: list[float]) -> PolicyOptions:
-        """From a list, as which ops take them: each argument of an op costs some microseconds a call."""
+        """The options in an op's list: each argument of an op costs some microseconds a call."""
         lower, upper, dual, entropy_coefficient, kl_coefficient, kl_estimator = numbers
         return cls(lower, upper, dual, entropy_coefficient, kl_coefficient, int(kl_estimator))
 
@@ -86,7 +86,7 @@ class PolicyInputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Those of the tokens, but for the mask."""
+        """The tensors of tokens, but for the mask."""
         return self.logp, self.old_logp, self.advantages, self.entropy, self.reference_logp
 
 

@@ -31,7 +31,7 @@ class TokenWeights(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor | None, kind: float, number: float) -> TokenWeights:
-        """From the arguments of an op."""
+        """The weights that an op's arguments describe."""
         return cls(Weighting(int(kind)), tensor, number)
 
     def computed(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:

@@ -71,7 +71,7 @@ def check_sequences(tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_lengths(lengths: Mapping[str, Tensor | None], like_name: str, like: Tensor) -> None:
-    """Those given are integers >= 0 of the shape and device of `like`."""
+    """Refuse lengths that are not integers >= 0 of the shape and device of `like`."""
     for name, value in lengths.items():
         if value is not None:
             checks.tensor(name, value)

@@ -271,7 +271,7 @@ def _launch(
 
 
 def pairs(inputs: PairInputs, loss_type: str, options: PairOptions, reduction: str) -> Outputs:
-    """See ops.run_pairs."""
+    """The loss of pairs, launched for `ops.run_pairs`."""
     return _launch(
         *(pairs_kernel, inputs, 2, reduction, *options),
         FORMULA=compiled(PAIR_LOSSES[loss_type].formula),
@@ -282,10 +282,10 @@ def pairs(inputs: PairInputs, loss_type: str, options: PairOptions, reduction: s
 
 
 def unpaired(inputs: UnpairedInputs, options: UnpairedOptions, reduction: str) -> Outputs:
-    """See ops.run_unpaired."""
+    """The loss of judged completions, launched for `ops.run_unpaired`."""
     return _launch(unpaired_kernel, inputs, 1, reduction, *options, HAS_KL=inputs.kl is not None)
 
 
 def scores(inputs: ScoreInputs, center_coefficient: float) -> Outputs:
-    """See ops.scores_op."""
+    """The loss of scores, launched for `ops.scores_op`."""
     return _launch(scores_kernel, inputs, 2, "mean", center_coefficient, HAS_MARGIN=inputs.margin is not None)

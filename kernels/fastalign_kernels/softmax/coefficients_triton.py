@@ -43,7 +43,7 @@ def coefficients_kernel(
 
 
 def coefficients(grad: Tensor, stats: Tensor, vocab_size: int) -> Tensor:
-    """See rows.coefficients; grad and stats are fp32."""
+    """The coefficients of `rows.coefficients`, from fp32 grad and stats."""
     N = grad.shape[1]
     out = torch.empty(len(Coefficient), N, dtype=torch.float32, device=grad.device)
     if N:

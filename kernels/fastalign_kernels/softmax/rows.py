@@ -55,7 +55,7 @@ class Coefficient(IntEnum):
 
 
 class Transform(NamedTuple):
-    """From raw logits to the z of the softmax; softcap 0 means none."""
+    """The numbers by which raw logits become the z of the softmax; softcap 0 means none."""
 
     logit_scale: float = 1.0
     softcap: float = 0.0

@@ -93,14 +93,14 @@ def launch_options(table: LaunchTable, logits: Tensor) -> dict[str, int]:
 
 @functools.cache
 def _architecture(device: torch.device) -> int:
-    """Of a GPU. The interpreter runs on a CPU, which has none."""
+    """A GPU's compute capability times 10; 0 for a CPU, where the interpreter runs."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return 10 * major + minor
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of a GPU. The interpreter's programs run one after another."""
+    """A GPU's multiprocessors; 2 for a CPU, where the interpreter runs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

@@ -77,11 +77,11 @@ def tiles_for(architecture: int, hidden_size: int) -> TileChoice:
 
 
 class EpilogueStatistics(Engine):
-    """See the top of this file.
+    """The engine of this file.
 
-    unkept_tokens: of a block whose e is not kept.
-    workspace_mib: for calls that do not say. saved_mib: likewise, for e that is kept until the backward pass,
-    if all of it fits. `tiles` replaces the table's.
+    unkept_tokens: tokens of a block whose e is not kept.
+    workspace_mib: of calls that do not say. saved_mib: for e that is kept until the backward pass, of calls
+    that do not say and if all of it fits. tiles: they replace the table's.
     """
 
     unkept_tokens = LEAN_TOKENS
@@ -169,7 +169,7 @@ class EpilogueStatistics(Engine):
         return call.gather(0, kept.shape[0], kept[:, : call.V], state)
 
     def new_gradients(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> BlockGradients:
-        """Of no block yet."""
+        """Uninitialised gradients, before the first block."""
         return BlockGradients(call, needs, single=single, hidden_done=self.hidden_done)
 
     def _plan(self, inputs: HeadInputs, needs: NeedsGrad) -> GpuCall:
@@ -185,7 +185,7 @@ class EpilogueStatistics(Engine):
         return CallTiles(choice.lean if inputs.options.lean else choice.full, choice.not_kept)
 
     def _call(self, inputs: HeadInputs, order: Tensor | None = None, *, filled: bool = False) -> EpilogueCall:
-        """See EpilogueCall."""
+        """A call with this engine's tiles; `order` and `filled` are EpilogueCall's."""
         tiles, device = self._tiles(inputs), inputs.hidden.device
         return self.new_call(inputs, tiles, multiprocessors(device), order, filled=filled)
 

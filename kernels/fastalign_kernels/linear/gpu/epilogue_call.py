@@ -34,7 +34,7 @@ class Tiles(NamedTuple):
     per_sm: int = 1  # programs
 
     def constants(self) -> dict[str, Any]:
-        """As constants of the kernel."""
+        """The constexprs and launch options of the kernel."""
         return {
             **{"BM": self.bm, "BN": self.bn, "BK": self.bk, "GROUP": self.group, "PARTS": self.parts},
             **{"FLATTEN": self.flatten, "BRANCH": self.branch},
@@ -59,7 +59,7 @@ class Scales(NamedTuple):
 
     @classmethod
     def of(cls, inputs: HeadInputs) -> Scales:
-        """Of a call's options."""
+        """The scales of a call's options."""
         logit_scale, softcap, temperature, *_ = inputs.options
         slope = logit_scale / temperature
         if softcap:
@@ -246,7 +246,7 @@ class EpilogueCall:
     def coefficient_table(
         self, block: Block, rows: int, stats: Tensor, coefficients: TokenCoefficients
     ) -> CoefficientTable:
-        """Of a block's first tokens, for the statistics [7, N]."""
+        """The coefficients of a block's first `rows` tokens, from the statistics [7, N]."""
         if isinstance(coefficients, TokenCrossEntropy):
             loss = coefficients
             values = loss.filled_scale().contiguous()
@@ -325,7 +325,7 @@ def _readable_by_tma(weight: Tensor) -> Tensor:
 
 
 def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    """For the kernels, of blocks [rows, columns]."""
+    """A tensor descriptor of the matrix, by which kernels read blocks [rows, columns]."""
     return _descriptor_type()(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
@@ -345,5 +345,5 @@ def _kernel(name: str) -> Any:
 
 
 def launch(kernel: str, grid: int, pointers: Pointers, numbers: Numbers, **constants: Any) -> None:
-    """See triton_launch; `kernel` is of epilogue_triton or epilogue_rows_triton."""
+    """Launch a kernel of epilogue_triton or epilogue_rows_triton by its name (triton_launch.py)."""
     triton_launch.launch(_kernel(kernel), grid, pointers, numbers, **constants)

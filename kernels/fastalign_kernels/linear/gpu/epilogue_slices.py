@@ -36,7 +36,7 @@ from .plan import GRANULE, epilogue_slice_width, row_elements
 
 
 class EpilogueSlices(EpilogueStatistics):
-    """See the top of this file. It saves nothing between the passes."""
+    """The engine of this file. It saves nothing between the passes."""
 
     def saves(self, inputs: HeadInputs, needs: NeedsGrad) -> bool:
         return False

@@ -284,7 +284,7 @@ def slice_width(call: GpuCall) -> int:
 
 
 def _sizes(call: GpuCall, tile: int, block: int | None) -> TileSizes:
-    """With block None it is the tile."""
+    """Sizes of a tile and a block of tokens, with their bytes; block None: a block is a tile."""
     tile = max(1, tile)
     block = tile if block is None else max(1, block)
     kept = call.kept_bytes if call.grad else 0

@@ -81,7 +81,7 @@ class Screened(NamedTuple):
 
 
 class ScreenedEpilogue(TailEpilogue):
-    """See the top of this file."""
+    """The engine of this file."""
 
     unkept_tokens = UNKEPT_TOKENS
 
@@ -93,7 +93,7 @@ class ScreenedEpilogue(TailEpilogue):
         return ScreenedCall(*arguments, filled=filled, screen_tiles=self.screen_tiles)
 
     def empty_saved(self, inputs: HeadInputs, needs: NeedsGrad) -> list[Tensor]:
-        """The base's, and `SavedTiles`."""
+        """What the base saves, and `SavedTiles`."""
         saved = super().empty_saved(inputs, needs)
         return [*saved, *SavedTiles.empty(saved[0], inputs.vocab_size)] if saved else []
 
@@ -183,7 +183,7 @@ class ScreenedCall(EpilogueCall):
     def forward(
         self, first: int, rows: int, stats: Tensor, kept: Tensor | None, state: Tensor | None = None
     ) -> Block:
-        """As the base's. A block that could be screened has `screened`, and p in e's memory."""
+        """A block after its forward pass. If it could be screened it has `screened`, and p in e's memory."""
         state = self.new_state(rows) if state is None else state
         memory = kept
         if memory is None:

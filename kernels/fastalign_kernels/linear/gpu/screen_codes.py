@@ -24,7 +24,7 @@ ROWS, WARPS = 64, 8  # of a program; others spill
 
 
 class Rotation(NamedTuple):
-    """Of rows that are padded with zeros to `width`."""
+    """The rotation of rows that are padded with zeros to `width`."""
 
     width: int
     signs: Tensor  # [width] int8

@@ -69,7 +69,7 @@ PROGRAMS = 2048  # of collect_kernel at least
 
 
 class TailEpilogue(EpilogueStatistics):
-    """See the top of this file."""
+    """The engine of this file."""
 
     def new_gradients(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> BlockGradients:
         return TailGradients(call, needs, single=single)
@@ -94,7 +94,7 @@ class TailGradients(BlockGradients):
         self.gemm_tiles = tiles_for(architecture(device.index) if device.type == "cuda" else 90)
 
     def factors(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> Factors | None:
-        """As the base's. A block of many kept columns, and any under graph capture, is dense."""
+        """The factors of a block's GEMMs, dense if many columns are kept, and under graph capture."""
         call, rows = self.call, self.call.live_rows(block)
         if rows == 0 or capturing(stats):
             return super().factors(block, stats, coefficients)

@@ -68,7 +68,7 @@ class Tokens:
             self.factors = self._selected(self.factors, self.indices)
 
     def rows(self, begin: int, end: int) -> Rows:
-        """For the row kernels."""
+        """The tokens at these positions, as the row kernels take them."""
         return Rows(None if self.indices is None else self.indices[begin:end], begin)
 
     def index(self, begin: int, end: int) -> Tensor | slice:
@@ -76,7 +76,7 @@ class Tokens:
         return slice(begin, end) if self.indices is None else self.indices[begin:end]
 
     def states(self, begin: int, end: int) -> tuple[Tensor, ...]:
-        """Their hidden states [end - begin, H], and [end - begin, r] of a LoRA adapter."""
+        """Hidden states of the tokens at these positions: [end - begin, H], and [end - begin, r] of LoRA."""
         if self._how_many is None:
             return tuple(x[begin:end] for x in self.factors)
         assert self.indices is not None
@@ -95,7 +95,7 @@ class Tokens:
 
 
 def _on_host(count: Tensor) -> Callable[[], int]:
-    """A function that tells a count [1]; on a GPU it waits for no more than what was queued before now."""
+    """A function that returns a count [1]; on a GPU it waits for no more than what was queued before now."""
     if not count.is_cuda:
         return lambda: int(count)
     memory = torch.empty(1, dtype=count.dtype, pin_memory=True)

@@ -106,7 +106,7 @@ def _size(call: GpuCall) -> int:
 
 
 def _forwards(plan: HeadPlan, call: GpuCall) -> float:
-    """Of an engine that keeps something between the passes: what it does not keep is recomputed."""
+    """Forward GEMMs of an engine that keeps K tokens between the passes; it recomputes the rest."""
     if plan.way != "general":
         return 1.0
     return 2.0 - min(1.0, plan.kept_tokens / max(1, call.n_tokens))
@@ -117,7 +117,7 @@ def _blocks(plan: HeadPlan, call: GpuCall) -> int:
 
 
 def _sum_bytes(call: GpuCall, blocks: int) -> int:
-    """Of dW's fp32 sum: each block writes it, all but the first read it, and at last it is converted."""
+    """Bytes moved by dW's fp32 sum: each block writes it, all but the first read it; then it is converted."""
     if not call.head_grad or blocks == 1 or not call.low_precision:
         return 0
     return (8 * blocks - 4 + 4 + _size(call)) * call.vocab_size * call.hidden_size
@@ -186,8 +186,11 @@ def _epilogue_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
 
 
 def _screen_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
-    """As `epilogue`, where e is also written and read without gradients. Beside it: the weight coded, e read
-    for the columns that matter and for the rest, and p, which takes e's place."""
+    """The work of `screen`: that of `epilogue`, and more.
+
+    e is also written and read without gradients. Beside that the weight is coded, e is read for the columns
+    that matter and for the rest, and p takes e's place.
+    """
     N, V = call.n_tokens, call.vocab_size
     work = _epilogue_work(plan, call)
     passes = work.pass_bytes + 3 * V * call.hidden_size + (4 + 2 + 4 * call.grad) * N * V
@@ -201,9 +204,12 @@ def _screen_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
 
 
 def _epilogue_slices_work(plan: HeadPlan, call: GpuCall) -> GpuWork:
-    """e takes the place of a slice's bf16 logits, and the statistics' GEMM writes none. Beside it: the tiles'
-    numbers, written twice and read once; the hidden states gathered twice and scaled; dX's fp32 sum, read and
-    written once a slice."""
+    """The work of `epilogue_slices`.
+
+    e takes the place of a slice's bf16 logits, and the statistics' GEMM writes none. Beside it: the tiles'
+    numbers, written twice and read once; the hidden states, gathered twice and scaled; dX's fp32 sum, read
+    and written once a slice.
+    """
     N, H, V = call.n_tokens, call.hidden_size, call.vocab_size
     slices = -(-V // max(1, plan.slice_columns))
     passes = 24 * N * V / TILE_COLUMNS - 2 * N * V + 8 * N * H + 4 * N * H * call.head_grad
