@@ -13,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastalign_kernels import linear_logprobs
+from fastalign_kernels import linear_cross_entropy, linear_logprobs
+from fastalign_kernels.linear import sharded_agreement
 from fastalign_kernels.linear.chunks import planned_chunks
 from fastalign_kernels.linear.inputs import HeadInputs, NeedsGrad
 from fastalign_kernels.linear.options import HeadOptions
@@ -134,6 +135,28 @@ def test_refusals_are_one_line_on_every_rank(found: list, wrong: str) -> None:
         with pytest.raises(ValueError, match=REFUSALS[wrong]):
             raise ValueError(message)
         assert "\n" not in message
+
+
+def test_a_later_group_of_the_same_name_asks_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier group's ranks said of a weight is not theirs."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    asked = []
+
+    def answer(facts: tuple[int, ...], ids: object, group: str, ranks: int, device: str) -> tuple[int, ...]:
+        asked.append((group, ranks))
+        return (facts[0],) * ranks
+
+    monkeypatch.setattr(sharded_agreement, "_agreed_rows", answer)
+    hidden, weight, ids = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4])
+    for ranks in (1, 2, 2):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        try:
+            for _ in range(2):
+                linear_cross_entropy(hidden, weight, ids, group=dist.group.WORLD)
+        finally:
+            dist.destroy_process_group()
+    assert asked == [("0", 1), ("0", 2)], "once for each set of ranks"
 
 
 def test_a_group_before_torch_distributed_is_initialised() -> None:

@@ -111,10 +111,17 @@ def rows_of_ranks(
     if isinstance(ids(), FakeTensor) or ids().is_meta:
         return (facts.rows,) * ranks  # no values: no rank to ask
     known = KNOWN.setdefault(given, {})
-    if (facts, group) not in known:
+    key = facts, group, _members(group)
+    if key not in known:
         values = tuple(_hashes(unwrapped(ids()), unwrapped(weight)).tolist())
-        known[facts, group] = _agreed_rows(tuple(facts), values, group, ranks, given.device.type)
-    return known[facts, group]
+        known[key] = _agreed_rows(tuple(facts), values, group, ranks, given.device.type)
+    return known[key]
+
+
+def _members(group: str) -> tuple[int, ...]:
+    """The ranks of a group: one that was destroyed leaves its name to the next."""
+    of_name = torch.distributed.distributed_c10d._resolve_process_group(group)
+    return tuple(torch.distributed.get_process_group_ranks(of_name))
 
 
 @assumed_constant
