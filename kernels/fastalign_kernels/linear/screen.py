@@ -24,8 +24,6 @@ that token and the weight alone, except for that decision.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -35,6 +33,7 @@ from ..gemm import mm
 from ..gemm_int8 import code_rows, unit_stride
 from ..namespace import ops
 from ..softmax.rows import Stat, row_stats, transform_ref
+from .counts import Counter
 from .inputs import HeadInputs
 from .screen_weight import ScreenedWeight, screened_weight
 
@@ -57,36 +56,15 @@ class ScreenCounts(NamedTuple):
     open_tokens: int = 0  # of rollouts with top-p: tokens of which the bound allows another draw
 
 
-class ScreenCounter:
-    """Adds up the counts of all heads with screen in this process."""
-
-    def __init__(self) -> None:
-        self.counts = ScreenCounts()
-
-    def add(self, counts: ScreenCounts) -> None:
-        self.counts = ScreenCounts(*(a + b for a, b in zip(self.counts, counts)))
-
-    def reset(self) -> None:
-        self.counts = ScreenCounts()
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Counts inside do not last."""
-        before = self.counts
-        try:
-            yield
-        finally:
-            self.counts = before
-
-
-COUNTER = ScreenCounter()
+COUNTER = Counter(ScreenCounts())
 
 
 def screen_counts() -> ScreenCounts:
-    """What was screened since this was last asked. It counts all heads with screen in this process."""
-    counts = COUNTER.counts
-    COUNTER.reset()
-    return counts
+    """What was screened since the last call; resets the counts.
+
+    They are those of all heads with screen in this process, in all threads: ask from one place.
+    """
+    return COUNTER.take()
 
 
 class Screened(NamedTuple):

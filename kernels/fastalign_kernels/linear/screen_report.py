@@ -59,7 +59,7 @@ def screen_report(
     tensors = (sampled.hidden, sampled.weight, sampled.ids, sampled.bias)
     with torch.no_grad(), COUNTER.restored():
         exact = linear_token_stats(*tensors, workspace_mib=workspace_mib, **head)
-        COUNTER.reset()
+        COUNTER.take()
         screened = linear_token_stats(*tensors, screen=True, check=True, workspace_mib=workspace_mib, **head)
         counts = COUNTER.counts
 

@@ -24,7 +24,6 @@ packed, 8 f V H), in bf16 with fp32 logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor
@@ -32,6 +31,7 @@ from torch import Tensor
 from ..softmax.columns import column_sums
 from ..softmax.rows import Coefficient
 from .chunks import Operands, TokenChunk, first_true
+from .counts import Counter
 from .inputs import HeadInputs
 from .plan import TOKENS
 
@@ -62,46 +62,29 @@ class ColumnSelection(NamedTuple):
     totals: Tensor  # [2, C]
 
 
-class ColumnCounter:
-    """Counts columns times tokens: those that entered backward GEMMs, and all."""
+class ColumnCounts(NamedTuple):
+    """Columns times tokens."""
 
-    def __init__(self) -> None:
-        self.kept = self.total = 0
+    kept: int = 0  # which entered backward GEMMs
+    total: int = 0
 
     @property
     def share(self) -> float | None:
         """Share of the columns that were kept; None if no tail ran."""
         return self.kept / self.total if self.total else None
 
-    def add(self, *, kept: int, total: int) -> None:
-        self.kept += kept
-        self.total += total
 
-    def reset(self) -> None:
-        self.kept = self.total = 0
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Counts inside do not last."""
-        before = self.kept, self.total
-        try:
-            yield
-        finally:
-            self.kept, self.total = before
-
-
-COUNTER = ColumnCounter()
+COUNTER = Counter(ColumnCounts())
 
 
 def kept_share() -> float | None:
-    """Share of the softmax's columns that entered backward GEMMs since this was last asked.
+    """Share of the softmax's columns that entered backward GEMMs since the last call; resets the count.
 
-    It counts all heads with tail_eps in this process; None where none ran. It rises where a model is less
-    sure. At 1 all chunks ran dense, and tail_eps saves nothing.
+    The count is that of all heads with tail_eps in this process, in all threads: ask from one place. None
+    where none ran. It rises where a model is less sure. At 1 all chunks ran dense, and tail_eps saves
+    nothing.
     """
-    share = COUNTER.share
-    COUNTER.reset()
-    return share
+    return COUNTER.take().share
 
 
 def select_columns(inputs: HeadInputs, operands: Operands, chunk: TokenChunk) -> ColumnSelection:
@@ -122,7 +105,7 @@ def kept_columns(selection: ColumnSelection, logits: Tensor) -> KeptColumns | No
     C, V = logits.shape
     K = selection.how_many()
     dense = K > DENSE * V
-    COUNTER.add(kept=C * (V if dense else K), total=logits.numel())
+    COUNTER.add(ColumnCounts(kept=C * (V if dense else K), total=logits.numel()))
     if dense:
         return None
     columns = selection.order[:K]

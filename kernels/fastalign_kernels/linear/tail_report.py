@@ -23,7 +23,7 @@ class TailReport(NamedTuple):
     """
 
     kept_share: float  # of the columns, mean over chunks; 1 where a chunk ran dense
-    dropped_mass: float  # of the softmax, mean over tokens
+    dropped_mass: float  # of P, mean over tokens; with a softcap of P * (1 - tanh(u / softcap)^2), its slope
     hidden_error: float
     weight_error: float
 
@@ -72,9 +72,8 @@ def tail_report(
         return torch.autograd.grad(loss, (sampled.hidden, sampled.weight))
 
     with COUNTER.restored():
-        COUNTER.reset()
         mass = _dropped_mass(sampled)
-        share = COUNTER.share
+        share = COUNTER.counts.share
         assert share is not None
         errors = [relative_error(a, e) for a, e in zip(gradients(tail_eps), gradients(None))]
     # The sums are of p dz/dx: a softcap's slope is counted in.

@@ -65,7 +65,8 @@ class HostCount:
 
     def __call__(self) -> int:
         if not self.known:
-            if self._event is not None:
+            if self._pinned:
+                assert self._event is not None, "HostCount: asked before the kernel that writes it was queued"
                 self._event.synchronize()
             self.n_tokens, self.known = int(self.memory[0]), True
         return self.n_tokens

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...triton_launch import launch
 from ..plan import TOKENS
-from ..tail_columns import COUNTER, DENSE
+from ..tail_columns import COUNTER, DENSE, ColumnCounts
 from .epilogue_call import Block, EpilogueCall
 
 PART = TOKENS["cuda"]  # tokens that share their kept columns
@@ -158,7 +158,7 @@ def kept_logits(kept: KeptTiles, counts: list[int], rows: int, V: int) -> int:
 def count_kept(used: int, rows: int, V: int) -> bool:
     """Count the kept columns of a block; whether they are few enough for the tail."""
     few = used <= DENSE * rows * V
-    COUNTER.add(kept=used if few else rows * V, total=rows * V)
+    COUNTER.add(ColumnCounts(kept=used if few else rows * V, total=rows * V))
     return few
 
 
