@@ -71,6 +71,8 @@ def test_the_plan():
     assert slices[3:5] == (4, "vocab_slices") and slices.slice_columns == 4864
     assert plan(8192, 4096, 151936, torch.float32, "cuda", workspace_mib=100).workspace_bytes <= 100 * 2**20
     assert plan(0).chunk == 1
+    with pytest.raises(ValueError, match="device: got 'meta', expected a CPU or CUDA device"):
+        plan(device="meta")
     for bad in ({"N": -1}, {"V": 0}, {"H": 0}, {"upstream": "x"}, {"workspace_mib": 0.1}):
         with pytest.raises(ValueError, match=next(iter(bad)) if len(next(iter(bad))) > 1 else "got"):
             plan(**bad)

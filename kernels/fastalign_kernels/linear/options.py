@@ -61,9 +61,9 @@ class HeadArguments(HeadSettings, total=False):
         to 0.6 % at 2**-12 (`tail_report` measures it). 3 GEMMs become 1 + 2 f, f the share of columns kept.
         Where f > 0.6, as in an untrained model, a block runs exact.
     workspace_mib: MiB for logits and what is made of them beside the gradients. Default on a GPU: a
-        sixteenth of its memory, at most 2560; less makes the call slower (docs/head.md). On a CPU 96, or 72
-        beside a gradient of the weight. On a CPU whose products are torch's, low-precision weights are
-        widened once besides (4 V H bytes).
+        sixteenth of its memory, at most 2560, and 512 in token_tiles; less makes the call slower
+        (docs/head.md). On a CPU 96, or 72 beside a gradient of the weight. On a CPU whose products are
+        torch's, low-precision weights are widened once besides (4 V H bytes).
     logits_dtype: None or torch.float32: logits are fp32 (fp64 for fp64). torch.bfloat16, for bf16 hidden
         states: they are rounded to bf16, as plain PyTorch's are. A GPU then needs no tile of fp32 logits,
         and the gradient overwrites them. On Hopper it gained 1 % at best (docs/gpu.md). A CPU rounds them

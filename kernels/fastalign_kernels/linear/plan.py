@@ -91,7 +91,7 @@ def plan_head(
         tail_eps: if given, backward GEMMs leave columns out (see `linear_cross_entropy`), and `gemms` is an
             upper bound.
         workspace_mib: MiB for logits and what is made of them. Default on a CPU 96, or 72 with weight_grad;
-            on a GPU a sixteenth of the card's memory and at most 2560.
+            on a GPU a sixteenth of the card's memory and at most 2560, or 512 for `token_tiles`.
         logits_dtype: torch.bfloat16 if the logits are rounded to it (see `linear_cross_entropy`); dtype is
             then torch.bfloat16.
         lora_rank: r of a LoRA adapter on the head, which is trained if a gradient is needed; 0: none. Its
@@ -284,7 +284,7 @@ def _device_type(device: torch.device | str) -> str:
         kind = torch.device(device).type
     except (RuntimeError, TypeError):
         kind = ""
-    if kind not in ("cpu", "cuda", "meta"):
+    if kind not in ("cpu", "cuda"):
         raise ValueError(f"device: got {device!r}, expected a CPU or CUDA device")
     return kind
 
