@@ -27,11 +27,13 @@ from .namespace import ops
 from .torch_func import traced, transforming
 
 
-@cache  # once for each reason
+@cache  # once for each text
+def warn_once(text: str) -> None:
+    warnings.warn(f"fastalign: {text}", stacklevel=2)
+
+
 def _warn(reason: str) -> None:
-    warnings.warn(
-        f"fastalign: {reason}; the references in PyTorch serve instead, which are slower", stacklevel=2
-    )
+    warn_once(f"{reason}; the references in PyTorch serve instead, which are slower")
 
 
 if native.missing:

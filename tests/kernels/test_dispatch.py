@@ -42,7 +42,7 @@ def whole_installation(monkeypatch):
     monkeypatch.setattr(dispatch, "import_module", lambda name, package: SimpleNamespace(name=name))
     for kernels in ALL.values():
         monkeypatch.setattr(kernels, "_triton_module", None)
-    dispatch._warn.cache_clear()
+    dispatch.warn_once.cache_clear()
 
 
 @pytest.mark.parametrize(

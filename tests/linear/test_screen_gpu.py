@@ -1,10 +1,12 @@
 """The screen's engine for GPUs, against exact statistics and against the tail's formula in fp64. Its kernels
 run in Triton's interpreter without a GPU; see test_epilogue.py for the dtypes."""
 
+import warnings
+
 import pytest
 import torch
 
-from fastalign_kernels import linear_cross_entropy, linear_dpo_loss, linear_token_stats
+from fastalign_kernels import dispatch, linear_cross_entropy, linear_dpo_loss, linear_token_stats
 from fastalign_kernels.gemm_int8 import Coding, code_rows_ref, mm_int8_ref
 from fastalign_kernels.linear import engines
 from fastalign_kernels.linear.gpu import epilogue, tail_tiles
@@ -303,3 +305,12 @@ def test_public_losses_run_on_it(device, monkeypatch):
     for name, expected in grads.items():
         torch.testing.assert_close(found_values[name], values[name], rtol=2e-3, atol=2e-3)
         assert_gradients(found[name], [g.double() for g in expected], NEAR[DTYPE])
+
+
+def test_its_first_use_warns_that_no_gpu_has_run_it():
+    dispatch.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert isinstance(engines._engine(engines.Selection("screen", 64.0)), screen_gpu.ScreenedEpilogue)
+    assert [str(warning.message) for warning in caught] == [f"fastalign: {engines.UNTRIED}"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..dispatch import warn_once
 from ..torch_func import assumed_constant
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
 from .gpu.device import architecture
@@ -26,6 +27,7 @@ from .token_tiles import TOKEN_TILES
 _NOTHING = nullcontext()
 # Engines whose `gradients` overwrites what `statistics` saved.
 OVERWRITING = ("kept_softmax", "epilogue", "tail", "screen")
+UNTRIED = "screen: this engine has not run on a GPU yet (docs/screen.md); compare some steps with screen=None"
 
 
 class Selection(NamedTuple):
@@ -90,6 +92,8 @@ def _engine(selection: Selection) -> Engine:
     if name == "tail":
         return TailEpilogue(workspace_mib, saved_mib=saved_mib)
     if name == "screen":
+        if not torch.compiler.is_compiling():
+            warn_once(UNTRIED)
         return ScreenedEpilogue(workspace_mib, saved_mib=saved_mib)
     # here, because triton is absent on macOS and Windows
     from .gpu.kept_softmax import KeptSoftmax
