@@ -2,7 +2,7 @@
 
 Each engine's statistics and gradients are compared with fp64, and must be no further from it than twice
 PyTorch's own error in the same dtype, elementwise (tests/tolerance.py). Takes about a minute, most of it in
-Triton's compiler. Exit status 1 if a case fails.
+Triton's compiler. Exit status 1 if a case fails. Cases that an engine does not serve are counted apart.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +47,19 @@ ENGINES: dict[str, tuple[Engine, float]] = {
     "epilogue": (EpilogueStatistics(), 2560.0),
     "epilogue_slices": (EpilogueSlices(), 2.0),
 }
+# The engines past 2^31 logits, of which "in blocks" keeps the softmax of a part.
+LARGE: dict[str, Engine] = {
+    "kept_softmax": KeptSoftmax(16384),
+    "kept_softmax in blocks": KeptSoftmax(2560),
+    "vocab_slices": VocabSlices(4096),
+    "epilogue": EpilogueStatistics(16384),
+    "epilogue_slices": EpilogueSlices(4096),
+}
 TRAINED = NeedsGrad(hidden=True, weight=True, bias=True)
+
+
+class NotServed(Exception):
+    """The engine does not serve the case on this device."""
 
 
 class Case(NamedTuple):
@@ -136,6 +149,15 @@ def compare(name: str, ours: tuple[Tensor, Gradients], eager: Any, truth: Any, d
             )
 
 
+def refuse_unserved(engine: Engine, inputs: HeadInputs) -> None:
+    """Raise NotServed for a case that is not the engine's."""
+    call = inputs.gpu_call(TRAINED, 2560.0, architecture=ARCHITECTURE)
+    if isinstance(engine, EpilogueStatistics) and not epilogue_serves(call):
+        raise NotServed
+    if isinstance(engine, EpilogueSlices) and not epilogue_slice_width(call):
+        raise NotServed
+
+
 def check(case: Case, engine_name: str) -> None:
     """Cross-entropy, a loss given by a function, any upstream gradient twice, frozen, without gradient."""
     engine, workspace = ENGINES[engine_name]
@@ -144,11 +166,7 @@ def check(case: Case, engine_name: str) -> None:
         workspace = 2560.0
     inputs = inputs._replace(options=inputs.options._replace(workspace_mib=workspace))
     V, N = inputs.weight.shape[0], inputs.hidden.shape[0]
-    call = inputs.gpu_call(TRAINED, 2560.0, architecture=ARCHITECTURE)
-    if isinstance(engine, EpilogueStatistics) and not epilogue_serves(call):
-        return
-    if isinstance(engine, EpilogueSlices) and not epilogue_slice_width(call):
-        return
+    refuse_unserved(engine, inputs)
     needs = TRAINED._replace(bias=inputs.bias is not None)
     generator = torch.Generator(DEVICE).manual_seed(1)
     scale = torch.randn(N, device=DEVICE, generator=generator)
@@ -187,12 +205,13 @@ def check(case: Case, engine_name: str) -> None:
 def check_large(engine_name: str) -> None:
     """N V > 2^31: the last tokens' gradient and some rows of dW."""
     N, H, V = (16384, 64, 151936) if DEVICE == "cuda" else (64, 16, 512)
-    engine = KeptSoftmax(16384) if engine_name == "kept_softmax" else VocabSlices(4096)
+    engine = LARGE[engine_name]
     torch.manual_seed(0)
     hidden = torch.randn(N, H, device=DEVICE).to(BF16)
     weight = (torch.randn(V, H, device=DEVICE) * 0.3).to(BF16)
     ids = torch.randint(0, V, (N,), device=DEVICE)
     inputs = HeadInputs(hidden, weight, ids, None, HeadOptions(lean=True))
+    refuse_unserved(engine, inputs)
     scale = torch.full((N,), 1.0 / N, device=DEVICE)
     loss = TokenCrossEntropy(scale, 0.0, 0.0, V)
     table, found = engine.statistics_and_gradients(inputs, loss, NeedsGrad(True, True, False))
@@ -221,7 +240,7 @@ def check_large(engine_name: str) -> None:
 def check_capture(engine_name: str) -> None:
     """Captured in a graph and replayed, it gives what it gave."""
     if DEVICE == "cpu" or (engine_name.startswith("epilogue") and ARCHITECTURE != 90):
-        return
+        raise NotServed
     engine, _ = ENGINES[engine_name]
     inputs, _ = make(Case((700, 64, 5003), BF16, PLAIN))
     loss = TokenCrossEntropy(torch.ones(700, device=DEVICE), 0.1, 0.0, 5003)
@@ -245,7 +264,21 @@ def check_scale() -> None:
             torch.testing.assert_close(y, (x.float() * factor).to(dtype))
 
 
-OUT_OF_TIME = "not run: out of time"
+OUT_OF_TIME, NOT_SERVED = "not run: out of time", "not served"
+
+
+def run_job(function: Callable[..., None], given: tuple[Any, ...]) -> str:
+    """What came of a job: "ok", NOT_SERVED, or the error."""
+    try:
+        function(*given)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    except NotServed:
+        return NOT_SERVED
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error)[:600]}"
+        return text if isinstance(error, AssertionError) else text + traceback.format_exc(limit=-4)[-900:]
+    return "ok"
 
 
 def main() -> int:
@@ -257,7 +290,7 @@ def main() -> int:
     jobs: list[tuple[str, Any, tuple[Any, ...]]] = [("scale", check_scale, ())]
     jobs += [(f"capture, {name}", check_capture, (name,)) for name in ENGINES]
     jobs += [(f"{name}, {case}", check, (case, name)) for case, name in itertools.product(CASES, ENGINES)]
-    jobs += [(f"N V > 2^31, {name}", check_large, (name,)) for name in ("kept_softmax", "vocab_slices")]
+    jobs += [(f"N V > 2^31, {name}", check_large, (name,)) for name in LARGE]
     results: dict[str, str] = {}
     for name, function, given in jobs:
         if time.perf_counter() - begin > arguments.seconds:
@@ -265,21 +298,15 @@ def main() -> int:
             if arguments.json:
                 arguments.json.write_text(json.dumps(results, indent=1))
             continue
-        try:
-            function(*given)
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            results[name] = "ok"
-        except Exception as error:
-            results[name] = f"{type(error).__name__}: {str(error)[:600]}"
-            if not isinstance(error, AssertionError):
-                results[name] += traceback.format_exc(limit=-4)[-900:]
+        results[name] = run_job(function, given)
         print(f"{time.perf_counter() - begin:6.1f} s  {name}: {results[name]}", flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1))
-    wrong = sum(result not in ("ok", OUT_OF_TIME) for result in results.values())
-    left_out = sum(result == OUT_OF_TIME for result in results.values())
-    print(f"{len(results) - wrong - left_out} are right, {wrong} wrong, {left_out} not run: out of time")
+    right, unserved, left_out = (
+        sum(result == kind for result in results.values()) for kind in ("ok", NOT_SERVED, OUT_OF_TIME)
+    )
+    wrong = len(results) - right - unserved - left_out
+    print(f"{right} are right, {wrong} wrong, {unserved} {NOT_SERVED}, {left_out} {OUT_OF_TIME}")
     return 1 if wrong else 0
 
 
