@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fastalign.stages import dpo, kto, ppo, pretrain, reward, sft
+from fastalign.stages import dpo, grpo, kto, ppo, pretrain, reward, sft
 from fastalign.stages.models import loading
 from tests.stages.tiny import LLAMA, lines, save_tokenizer, sentence, weights, write
 
@@ -27,6 +27,16 @@ STAGES: dict[str, tuple[ModuleType, Any, dict[str, Any]]] = {
         ppo,
         ppo.PPOConfig,
         {"train_data": "prompts", "reward": "functions.py:count", "max_new_tokens": 12},
+    ),
+    "grpo": (
+        grpo,
+        grpo.GRPOConfig,
+        {
+            "train_data": "prompts",
+            "reward": "functions.py:count",
+            "max_new_tokens": 12,
+            "group_size": 4,
+        },
     ),
 }
 
@@ -75,7 +85,7 @@ def test_two_runs_with_two_threads_are_the_same_run(
     values |= {"tokenizer": files["tokenizer"]} if stage == "pretrain" else {"model": files["base"]}
     values |= {
         "batch_size": 8,
-        "max_steps": 1 if stage == "ppo" else 2,
+        "max_steps": 1 if stage in ("ppo", "grpo") else 2,
         "learning_rate": 1e-3,
         "dtype": "float32",
         "device": "cpu",
