@@ -267,7 +267,7 @@ def check_scale() -> None:
 OUT_OF_TIME, NOT_SERVED = "not run: out of time", "not served"
 
 
-def run_job(function: Callable[..., None], given: tuple[Any, ...]) -> str:
+def run_job(function: Callable[..., Any], given: tuple[Any, ...]) -> str:
     """What came of a job: "ok", NOT_SERVED, or the error."""
     try:
         function(*given)

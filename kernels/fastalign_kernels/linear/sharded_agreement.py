@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ def rows_of_ranks(
 
 def _members(group: str) -> tuple[int, ...]:
     """The ranks of a group: one that was destroyed leaves its name to the next."""
-    of_name = torch.distributed.distributed_c10d._resolve_process_group(group)
+    of_name = torch.distributed.distributed_c10d._resolve_process_group(cast(Any, group))
     return tuple(torch.distributed.get_process_group_ranks(of_name))
 
 
