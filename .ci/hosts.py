@@ -32,11 +32,8 @@ def newest(arguments: list[str]) -> int:
         item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report)["install"]
     }
     for package in dict.fromkeys((*PACKAGES, *changed)):
-        print(
-            f"{package}: {changed.get(package, installed(package))}, "
-            f"in this environment {installed(package)}",
-            flush=True,
-        )
+        locked = installed(package)
+        print(f"{package}: {changed.get(package, locked)}, in this environment {locked}", flush=True)
     if not changed:
         print("The newest versions are the locked ones, which `make test` uses: nothing more to run.")
         return 0

@@ -32,8 +32,7 @@ def needs_full_logits(model: PreTrainedModel, *, labelled: bool, unservable_head
             _warn(
                 model,
                 "was called in training without labels (Trainer takes them away for label_smoothing_factor "
-                "and for a compute_loss_func; "
-                "unset these, or call unfuse_head(model))",
+                "and for a compute_loss_func; unset these, or call unfuse_head(model))",
             )
         return True
     if unservable_head is not None:

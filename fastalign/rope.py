@@ -63,6 +63,6 @@ def check_lengths(config: Any, lengths: Iterable[int], *, remedy: str) -> None:
     if found and switch.crossed_by(found[0], found[-1]):
         raise ValueError(
             f"got sequences of {found[0]} to {found[-1]} tokens for one forward pass, expected all on one "
-            f"side of {switch}, because "
-            f"{config.model_type} computes all of them with the frequencies of the longest: {remedy}"
+            f"side of {switch}, because {config.model_type} computes all of them with the "
+            f"frequencies of the longest: {remedy}"
         )

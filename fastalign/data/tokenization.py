@@ -187,9 +187,8 @@ def tokenize_answers(
     _check_max_length(max_length)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"tokenizer: got {tokenizer_name(tokenizer)}, which is slow, expected a fast one, which knows "
-            "where "
-            "tokens lie in a text"
+            f"tokenizer: got {tokenizer_name(tokenizer)} (slow), expected a fast tokenizer: it records where "
+            "each token lies in the text"
         )
     eos = None if chat else _eos_of(tokenizer)
     examples = [(index, text, spans) for index, row in enumerate(answers) for text, spans in row]

@@ -81,8 +81,7 @@ def key_figures(outcome: Outcome) -> list[str]:
         )
     lines.append(
         f"Sentiment of sampled completions: {outcome.sentiment('pretrain')} before SFT, "
-        f"{outcome.sentiment('sft')} after; "
-        f"gain {outcome.gain()}"
+        f"{outcome.sentiment('sft')} after; gain {outcome.gain()}"
     )
     lines += outcome.alignment.key_figures() + outcome.stages.key_figures()
     for shape in dict.fromkeys(head.shape for head in outcome.heads):
@@ -174,9 +173,8 @@ def _summary(outcome: Outcome, stage: str) -> str:
     (_, before), (steps, after) = curve.held_out[0], curve.held_out[-1]
     return (
         f"{outcome.counts[prefix + 'train']:,} {what}, and {outcome.counts[prefix + 'held_out']:,} held "
-        f"out. {steps} steps in "
-        f"{outcome.seconds[STAGES[stage]]:.1f} s; held-out NLL {before:.3f} -> {after:.3f}. All settings: "
-        f"{stage}/config.yaml."
+        f"out. {steps} steps in {outcome.seconds[STAGES[stage]]:.1f} s; held-out NLL {before:.3f} -> "
+        f"{after:.3f}. All settings: {stage}/config.yaml."
     )
 
 

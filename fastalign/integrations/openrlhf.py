@@ -90,7 +90,7 @@ class _Scores:
     def read(self, field: str) -> Tensor:
         """logp or entropy, [B, T]."""
         if self.unscaled != 1.0:
-            raise _other_forward(f"{field} of undivided logits, expected a division by {self.unscaled} first")
+            raise _other_forward(f"{field} of undivided logits, expected them divided by {self.unscaled}")
         scores: Tensor = getattr(self, field)
         return scores
 

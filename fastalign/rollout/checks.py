@@ -101,8 +101,7 @@ def check_prompts(
     if rows:
         raise ValueError(
             f"attention_mask: got {len(rows)} rows, {rows[:8]} first, that do not go from 0 (padding) to 1 "
-            "(tokens) and end in 1, "
-            "expected prompts of at least one token, padded on the left"
+            "(tokens) and end in 1, expected prompts of at least one token, padded on the left"
         )
     shortest, longest = (int(end) for end in mask.sum(1).aminmax())
     switch = rope_switch(base.config)

@@ -49,8 +49,8 @@ def run(config: RewardConfig) -> dict[str, float]:
         if tokenizer.eos_token_id == (pad_id if configured is None else configured):
             world.say(
                 "warning: tokenizer: got EOS as the padding token, expected another: transformers' "
-                "classifiers read a score at the last token that is no padding, which leaves out an answer's "
-                "EOS"
+                "classifiers read a score at the last token that is no padding, which leaves out an "
+                "answer's EOS"
             )
         collate = partial(pack_rows, pad_id=pad_id, attention=attention, packing=config.packing)
         parts = [Part("model", architecture, "SEQ_CLS")]

@@ -27,8 +27,8 @@ def _load() -> str:
     """Load the library; the reason why there is none, or the empty string."""
     if not LIBRARY.exists():
         return (
-            "the native library is not there "
-            "(installed with FASTALIGN_NATIVE=0, or run from sources that were not installed)"
+            "the native library is not there (installed with FASTALIGN_NATIVE=0, or run from sources that "
+            "were not installed)"
         )
     try:
         torch.ops.load_library(str(LIBRARY))

@@ -83,10 +83,9 @@ def _differentiating() -> bool:
 
 def _error(name: str, got: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{name}: got {got}, expected a plain tensor: "
-        "the kernels have a backward pass alone (backward(), autograd.grad). "
-        "The functions of fastalign_kernels' modules whose names end in _ref are plain PyTorch "
-        "and have all derivatives"
+        f"{name}: got {got}, expected a plain tensor: the kernels have a backward pass alone (backward(), "
+        "autograd.grad). The functions of fastalign_kernels' modules whose names end in _ref are plain "
+        "PyTorch and have all derivatives"
     )
 
 

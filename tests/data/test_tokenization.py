@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
 from fastalign.data import DataError, load_rows, tokenize_prompts, tokenize_sft, tokenize_text
 from tests.data.chats import CHATML, HEADER, MARKED, PROMPT, build, trained_text
@@ -110,6 +111,15 @@ class TestTokenizeText:
             "got an empty text, expected one that is not",
             f"{a}, row 3; {b}, row 3: column 'text': got null or no such column, expected text",
         ]
+
+    def test_a_slow_tokenizer_is_refused(self) -> None:
+        class Slow(PreTrainedTokenizerFast):
+            is_fast = False
+
+        rows = Dataset.from_list([{"prompt": "The", "completion": " film"}])
+        slow = Slow(tokenizer_object=build().backend_tokenizer, eos_token="<|im_end|>")
+        with pytest.raises(ValueError, match=r"^tokenizer: got Slow \(slow\), expected a fast tokenizer: it"):
+            tokenize_sft(rows, slow, max_length=8)
 
     def test_refuses_what_it_cannot_use(self, tmp_path: Path) -> None:
         rows = load_rows(write(tmp_path / "a.jsonl", [{"body": "x", "n": 1}]))

@@ -77,8 +77,7 @@ def test_the_tables_and_key_figures() -> None:
         "SFT: mean sentiment of held-out prompts 0.200 ± 0.100, reward model's score 1.500 ± 0.500, KL to "
         "SFT 0.000 ± 0.000 nats",
         "DPO: mean sentiment of held-out prompts 0.500 ± 0.200 (SFT's +0.300 ± 0.100), reward model's score "
-        "3.250 ± 0.250, "
-        "KL to SFT 2.000 ± 0.577 nats",
+        "3.250 ± 0.250, KL to SFT 2.000 ± 0.577 nats",
     ]
     steps = [
         Step(run, method, time, 1.5)

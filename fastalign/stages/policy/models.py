@@ -139,9 +139,7 @@ def micro_batch(config: PolicyConfig, world: World) -> int:
     if size % (micro * world.size):
         raise ValueError(
             f"batch_size / minibatches: got {config.batch_size} / {config.minibatches}, expected a multiple "
-            "of "
-            "micro_batch_size x devices "
-            f"({micro} x {world.size})"
+            f"of micro_batch_size x devices ({micro} x {world.size})"
         )
     return micro
 

@@ -355,8 +355,7 @@ def _compare_threads(before: int, world: World) -> None:
     if world.device.type == "cpu" and before != now:
         world.say(
             f"resuming with {now} CPU threads (before: {before}): the weights will differ in their last "
-            "digits from "
-            f"those of an uninterrupted run; OMP_NUM_THREADS={before} keeps them the same"
+            f"digits from those of an uninterrupted run; OMP_NUM_THREADS={before} keeps them the same"
         )
 
 

@@ -149,7 +149,7 @@ def local_tensors(
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor, Tensor | None, HeadOptions]:
     """The tensors of a head on this rank, and options that know its shards; see `local_head`."""
-    if isinstance(options.group, str):  # they are
+    if isinstance(options.group, str):  # already local
         return hidden, weight, bias, options
     checks.tensors(hidden=hidden, weight=weight)
     checks.optional_tensors(bias=bias)
