@@ -214,3 +214,20 @@ def test_linear_grpo_loss_is_ppo_by_sequences():
     )
     assert inspect.signature(LinearGRPOLoss).parameters["aggregation"].default == "sequence_mean"
     assert LinearGRPOLoss(aggregation="token_mean").options["aggregation"] == "token_mean"
+
+
+def test_options_are_attributes_as_of_torchs_losses():
+    logits, targets = torch.randn(3, 9), torch.tensor([0, 3, 8])
+    module = CrossEntropyLoss(label_smoothing=0.1).eval()
+    module.reduction = "none"
+    assert torch.equal(
+        module(logits, targets), cross_entropy(logits, targets, label_smoothing=0.1, reduction="none")
+    )
+    assert (module.reduction, module.label_smoothing, module.training) == ("none", 0.1, False)
+    with pytest.raises(ValueError, match="reduction: got 'avg'"):
+        module.reduction = "avg"
+    assert module.reduction == "none"
+    pairs = LinearSimPOLoss()
+    pairs.beta, pairs.temperature = 0.5, 2.0
+    given = (torch.randn(2, 3, 4), torch.randn(9, 4), torch.randint(9, (2, 3)))
+    assert torch.equal(pairs(*given).loss, LinearSimPOLoss(beta=0.5, temperature=2.0)(*given).loss)
