@@ -5,8 +5,9 @@
 
 In release 0.9.5 the SFT trainer scores tokens by `BaseTrainer.compute_log_probs`. The fused head takes its
 place, and no logits are made. Later commits have a chunked loss of their own (`chunk_loss_size`), whose two
-functions are replaced if they are there. The trainers of USE_V1=0 are other code, which is not patched.
-LLaMA-Factory's function still runs, with one warning, for a model that `fuse_head` refuses.
+functions are replaced if they are there. LLaMA-Factory's function still runs, with one warning, for a model
+that `fuse_head` refuses. The trainers of USE_V1=0 are other code, which is not patched: a training of theirs
+ends with a warning.
 """
 
 import importlib
@@ -24,6 +25,7 @@ from .hosts import PatchedHost
 from .published import LLAMAFACTORY, LLAMAFACTORY_CHUNK_LOSS
 
 HOST = "llamafactory"
+V0_ARGUMENTS = ("Fp8Arguments",)  # a base class of the arguments of v0's trainers, and of no others
 CHUNK_LOSS = "llamafactory.v1.plugins.model_plugins.chunk_loss"
 
 
@@ -46,6 +48,8 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     hosts.check_published(LLAMAFACTORY_CHUNK_LOSS if chunked else LLAMAFACTORY)
     trainer: Any = importlib.import_module("llamafactory.v1.core.base_trainer").BaseTrainer
 
+    from .trainer_end import warn_if_unused
+
     handle = PatchedHost(HOST, options)
     remedy = "Only v1's SFT trainer uses it."
     if chunked:
@@ -63,6 +67,7 @@ def patch(*, tail_eps: float | None = None, workspace_mib: float | None = None) 
     handle.warn_without_calls(
         trainer, "fit", remedy, applies=lambda trainer: type(trainer).__name__ != "RMTrainer"
     )
+    warn_if_unused(handle, V0_ARGUMENTS, ": LLaMA-Factory's v0 is not patched, use v1 (USE_V1=1)")
     return handle
 
 

@@ -122,7 +122,7 @@ _LLAMAFACTORY_FIT = Function("llamafactory.v1.core.base_trainer", "BaseTrainer.f
 
 LLAMAFACTORY = Published(
     "llamafactory",
-    ("0.9.5", "0.9.6.dev0"),
+    ("0.9.6.dev0", "0.9.5"),
     "llamafactory-0.9.5-py3-none-any.whl, "
     "sha256 10776e9b259798bf65f6c5343f6298f0302e92e9cd47472abe29eef69e286c6a",
     (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers.trainer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,8 +32,10 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     if installed(LLAMAFACTORY) is not None:
         stand_in(monkeypatch, LLAMAFACTORY, {"BaseTrainer.compute_log_probs": eager_log_probs})
     base = importlib.import_module("llamafactory.v1.core.base_trainer").BaseTrainer
+    if not hasattr(base, "compute_log_probs"):
+        pytest.skip("this LLaMA-Factory has the chunked loss")
     made: Any = object.__new__(type("SFTTrainer", (base,), {"compute_loss": lambda self, batch: None}))
-    made.device = torch.device("cpu")
+    made.device, made._uses_mrope = torch.device("cpu"), False
     yield made
     integration.unpatch()
 
@@ -112,6 +115,19 @@ def test_a_training_without_a_call_warns_unless_it_trains_a_reward_model(
         type(trainer).__name__ = "SFTTrainer"
         with pytest.warns(UserWarning, match="llamafactory: got 0 calls of fastalign"):
             trainer.fit()
+
+
+def test_a_training_of_v0_warns_that_it_is_not_patched(trainer: Any) -> None:
+    class Fp8Arguments: ...
+
+    class TrainingArguments(Fp8Arguments): ...
+
+    with integration.patch():
+        callback = transformers.trainer.DEFAULT_CALLBACKS[-1]
+        callback.on_train_begin(TrainingArguments(), None, None)
+        with pytest.warns(UserWarning, match="llamafactory: got 0 calls .*v0 is not patched, use v1"):
+            callback.on_train_end(TrainingArguments(), None, None)
+    assert callback not in transformers.trainer.DEFAULT_CALLBACKS
 
 
 # The chunked loss of later commits
