@@ -149,7 +149,7 @@ def kept_rows(
     seen: Tensor | None,
     allowed: Tensor | None,
 ) -> KeptRows:
-    """What the kept ids of a draw follow from; the arguments are those of its `sample`."""
+    """What determines the kept ids of a draw; the arguments are those of its `sample`."""
     penalty = row_values(repetition_penalty, logits)[:, None]
     z = penalised(logits.detach().to(drawn.logp.dtype), penalty, seen, allowed)
     return KeptRows(z, drawn.kept, drawn.token)

@@ -37,7 +37,7 @@ def penalised(logits: Tensor, penalty: Tensor, seen: Tensor | None, allowed: Ten
 
 
 class KeptRows(NamedTuple):
-    """What the ids that the filters left follow from: tensors of fixed size, which CUDA graphs can fill."""
+    """What determines the ids that the filters left: tensors of fixed size, which CUDA graphs can fill."""
 
     z: Tensor  # [B, V] penalised logits
     kept: Tensor  # [B] int64: how many ids the filters left

@@ -1,8 +1,8 @@
 """The model that a run leaves: plain safetensors in output_dir/model, whatever the ranks hold of it.
 
 A model that is whole on each rank is written by rank 0, and so are adapters. Of a sharded model each rank
-that shares rank 0's disk writes some modules, as many bytes as the next. It gathers one tensor at a time and
-keeps its own, so it holds its part and one whole tensor.
+that shares rank 0's disk writes some modules, about the same number of bytes. It gathers one tensor at a time
+and keeps its own, so it holds its part and one whole tensor.
 """
 
 import json

@@ -67,14 +67,15 @@ class GradAccumulator:
         self.waiting: list[Rank1] = []
 
     def _tile(self, rows: int, columns: int) -> Tensor:
-        """Memory for dlogits, until the next call."""
+        """Memory for dlogits, which the next call uses again."""
         if self.tile.numel() < rows * columns:
             self.tile = torch.empty(rows * columns, dtype=self.tile.dtype, device=self.tile.device)
         return self.tile[: rows * columns].view(rows, columns)
 
     def add_dense(self, chunk: TokenChunk, coefficients: Tensor, replaced: ColumnGrads | None = None) -> None:
-        """All columns: dlogits in place (on a GPU from fp32 to the GEMMs' dtype), a GEMM for dX and dW.
+        """Add a chunk's gradients over all columns: dlogits in place, then a GEMM each for dX and dW.
 
+        On a GPU dlogits go from fp32 to the GEMMs' dtype.
         replaced: elements of dlogits that replace those of the coefficients.
         """
         operands, logits = self.operands, chunk.logits
@@ -102,11 +103,11 @@ class GradAccumulator:
             self.d_bias += grad.sum(0, dtype=operands.accumulator)
 
     def add_kept(self, chunk: TokenChunk, coefficients: Tensor, kept: KeptColumns) -> None:
-        """The kept columns, gathered; the rank-1 matrix of the rest waits for its thin GEMMs."""
+        """Add the gradients of the kept columns; the rank-1 matrix of the rest waits for its thin GEMMs."""
         coefficients = self._local(chunk, coefficients)
         d_states, totals = self._add_columns(chunk, coefficients, kept)
         dropped = dropped_grad(totals, coefficients)
-        # Of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope.
+        # total has the sign of dz/dx, which is logit_scale's; it is 0 if nothing is dropped or has a slope.
         total = ordered_sum(kept.dropped_sums)
         shape = kept.dropped_sums / torch.where(total == 0, 1.0, total)
         logit_scale, _, temperature = self.inputs.options.transform

@@ -97,15 +97,15 @@ def new_stats(inputs: HeadInputs) -> Tensor:
 
 
 def capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, when the host can ask the device nothing."""
+    """Whether a CUDA graph is being captured; the host then cannot wait for the device."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
-    """Indices with those of True first, in order, and a function that tells how many those are.
+    """The indices of True first, in order, and a function that returns how many they are.
 
-    On a CPU only those of True. On a GPU the count is copied to pinned memory, and the function waits for no
-    more than what was queued before this call.
+    On a CPU there are no other indices. On a GPU the count is copied to pinned memory, and the function waits
+    for no more than what was queued before this call.
     """
     if not mask.is_cuda:
         index = mask.nonzero()[:, 0]
@@ -124,7 +124,7 @@ def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
 
 
 def _kept_tokens(ids: Tensor) -> tuple[Tensor | None, Callable[[], int]]:
-    """Indices [N] with the kept tokens first (None: all are kept), and a function that tells how many.
+    """Indices [N] with the kept tokens first (None: all are kept), and a function that returns how many.
 
     On a GPU only the second chunk asks. The host then waits for work that was queued before the first chunk,
     and the device never idles. Under graph capture nothing can be asked: all tokens run, the ignored ones
@@ -158,7 +158,7 @@ def _round(logits: Tensor, dtype: torch.dtype) -> None:
 
 
 class ChunkRunner:
-    """Makes chunks of a head call: their logits by one GEMM, and their statistics.
+    """Computes the chunks of a head call: their logits by one GEMM, and their statistics.
 
     The logits live in one tile until the next chunk; with a tail on a GPU in two, until the chunk after the
     next (tail_columns.py: `chunks_with_columns`).

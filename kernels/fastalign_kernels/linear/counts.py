@@ -20,7 +20,7 @@ class Counter(Generic[Counts]):
         self._lock = threading.Lock()
 
     def _held(self) -> AbstractContextManager[Any]:
-        """The lock; Dynamo, whose traces run in one thread, knows none."""
+        """The lock; nothing while Dynamo traces, which knows no lock and runs in one thread."""
         return nullcontext() if torch.compiler.is_compiling() else self._lock
 
     def add(self, counts: Counts) -> None:
@@ -28,14 +28,14 @@ class Counter(Generic[Counts]):
             self.counts = type(counts)(*(a + b for a, b in zip(self.counts, counts)))
 
     def take(self) -> Counts:
-        """The sums, which then begin anew."""
+        """The sums since the last call; resets them."""
         with self._held():
             counts, self.counts = self.counts, self.zero
         return counts
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Counts inside do not last, nor do those of other threads meanwhile."""
+        """Discard what the body counts, and what other threads count meanwhile."""
         before = self.take()
         try:
             yield

@@ -77,7 +77,7 @@ class Engine(ABC):
     def statistics_and_gradients(
         self, inputs: HeadInputs, token_coefficients: TokenCoefficients, needs: NeedsGrad
     ) -> tuple[Tensor, Gradients]:
-        """Both, for a loss whose coefficients follow from a token's own statistics."""
+        """Statistics and gradients of a loss whose coefficients follow from a token's own statistics."""
         return self.of_sequences(inputs, token_coefficients, None, needs)
 
     def of_sequences(
@@ -87,13 +87,13 @@ class Engine(ABC):
         sequences: Sequences | None,
         needs: NeedsGrad,
     ) -> tuple[Tensor, Gradients]:
-        """Both, for a loss whose coefficients follow from the statistics of a token's `sequences`."""
+        """Statistics and gradients of a loss whose coefficients follow from a token's whole `sequences`."""
         stats, saved = self.statistics(inputs, needs)
         return stats, self.gradients(inputs, stats, saved, coefficients(stats, slice(None)), needs)
 
 
 def of_table(coefficients: Tensor) -> TokenCoefficients:
-    """The function that takes some tokens' columns of coefficients [4, N] that are there."""
+    """A function that reads some tokens' columns of given coefficients [4, N]."""
     return lambda _, tokens: coefficients[:, tokens]
 
 

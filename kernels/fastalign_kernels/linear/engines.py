@@ -46,8 +46,11 @@ def _card_bytes(index: int | None) -> int:
 
 
 def _runs_in_chunks(inputs: HeadInputs) -> bool:
-    """Whether chunks of token tiles serve a call. They see to a sharded weight themselves, so no rank may
-    decide this by its own number of rows."""
+    """Whether token tiles serve a call.
+
+    They exchange the statistics of a sharded weight themselves, so no rank may decide this by its own number
+    of rows.
+    """
     sharded_tail = inputs.options.shards is not None and inputs.options.tail_eps is not None
     return not inputs.hidden.is_cuda or bool(native.triton_missing) or sharded_tail
 

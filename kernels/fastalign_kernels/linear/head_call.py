@@ -24,7 +24,7 @@ class HeadCall:
     """One call of an engine."""
 
     def __init__(self, inputs: HeadInputs, table: Tensor | None = None, order: Tensor | None = None) -> None:
-        """table: the statistics [7, N], if they are there. order: see Tokens."""
+        """table: the statistics [7, N], if they were computed before. order: as in Tokens."""
         hidden, ids, bias, options = inputs.hidden, inputs.ids, inputs.bias, inputs.options
         self.inputs = inputs
         # whether dlogits replace the logits; beside fp32 logits those in 16 bits need memory of their own

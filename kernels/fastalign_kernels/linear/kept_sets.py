@@ -56,7 +56,7 @@ def kept_sets(kept: object, inputs: HeadInputs) -> KeptSets:
 
 
 def _check_values(sets: KeptSets, vocab_size: int) -> None:
-    """Offsets from 0 to M that never fall, and ids in [0, V)."""
+    """Refuse offsets that fall or do not go from 0 to M, and ids outside [0, V)."""
     offsets, ids = (unwrapped(x) for x in sets)
     M = ids.numel()
     first, last = int(offsets[0]), int(offsets[-1])
@@ -71,7 +71,7 @@ def _check_values(sets: KeptSets, vocab_size: int) -> None:
 
 
 def _check_sets(sets: KeptSets, targets: Tensor, vocab_size: int) -> None:
-    """The target of each token that counts is in its set, and no id is twice in a set."""
+    """Refuse a set that lacks the target of a token that counts, and a set with an id twice."""
     sets = KeptSets(*(unwrapped(x) for x in sets))
     rows = sets.rows()
     found = torch.zeros_like(targets, dtype=torch.bool)

@@ -43,7 +43,7 @@ class KeptStats(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """Each kept id beside its token, [M]."""
+    """Pairs of a kept id and its token, [M]."""
 
     rows: Tensor  # of the token
     ids: Tensor  # the kept id

@@ -169,7 +169,7 @@ def head_options(
     """Check the options among the keywords of a head function.
 
     Args:
-        function: its name is told in errors.
+        function: errors name it.
         given: its keywords, those of `HeadArguments` and others.
         known: the names that it takes.
     Raises:
@@ -210,7 +210,7 @@ def check_no_screen(options: HeadOptions, served: str) -> None:
 
 
 def check_tail_smoothing(options: HeadOptions, label_smoothing: float) -> None:
-    """Refuse what the tail cannot serve."""
+    """Refuse label smoothing under a softcap with a tail."""
     if options.tail_eps is not None and label_smoothing and options.softcap:
         raise ValueError(
             f"tail_eps: got {options.tail_eps} with label_smoothing and softcap, expected None: under a "

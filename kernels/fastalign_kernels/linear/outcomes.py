@@ -96,7 +96,7 @@ def check_teacher(
 
 
 def _check_values(ids: Tensor, logp: Tensor) -> None:
-    """Each id once, and a mass of at most 1."""
+    """Refuse an id that is given twice, and a mass above 1."""
     ordered = ids.sort(-1).values
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if twice.any():

@@ -42,10 +42,10 @@ TOKENS = {"cpu": 256, "cuda": 1024}
 # With a screen, whose 8-bit products do not slow down with few tokens: the tile is 31 MiB smaller at V =
 # 49152, as much as the weight's codes take.
 SCREENED_TOKENS = 96
-CODED_TOKENS = 8192  # with a screen and without gradients: at a time, in (H + 72) bytes each
-SCREENED_GEMM = 1.1 / 3.9  # of an exact one's time: measured on an AMD EPYC (Zen 4), as is
-CODING_TOKENS = 100  # whose exact logits take as long as coding the weight
-# Likewise on an H200, predicted: 1.14 POP/s where a head's GEMMs reach 686 TFLOP/s, and 3 V H bytes.
+CODED_TOKENS = 8192  # coded at a time by a screen without gradients, in (H + 72) bytes each
+SCREENED_GEMM = 1.1 / 3.9  # time of an 8-bit GEMM over an exact one's, on an AMD EPYC (Zen 4)
+CODING_TOKENS = 100  # exact logits of so many take as long as coding the weight, on the same CPU
+# The same for an H200, predicted: 1.14 POP/s where a head's GEMMs reach 686 TFLOP/s, and 3 V H bytes.
 GPU_SCREENED_GEMM = 0.6
 GPU_CODING_TOKENS = 245
 
@@ -224,7 +224,7 @@ def _gpu_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan | None:
 
 
 def _gpu_screen_plan(call: GpuCall, plan: HeadPlan) -> HeadPlan:
-    """`gemms` are over all columns in 8 bits, and over those that matter. Blocks hold e in any case."""
+    """The plan of a screen: `gemms` over all columns in 8 bits and over those that matter; blocks hold e."""
     general = plan.way == "general"
     kept = 0 if not call.grad else epilogue_saved(call) if general else epilogue_tokens(call)
     block = kept or min(call.n_tokens, UNKEPT_TOKENS)

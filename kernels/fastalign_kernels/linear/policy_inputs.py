@@ -98,7 +98,7 @@ class PolicyCall(NamedTuple):
     options: PolicyOptions
 
     def scale(self) -> Tensor:
-        """What each token counts in the loss: [1] or [N]."""
+        """The weight of each token in the loss: [1] or [N]."""
         aggregation, normalizer, cu_seqlens = (
             self.keywords[name] for name in ("aggregation", "normalizer", "cu_seqlens")
         )

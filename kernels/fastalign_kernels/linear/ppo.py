@@ -2,7 +2,7 @@
 
     hidden [N, H], weight [V, H], ids [N]  ->  logp, entropy of each token  ->  the loss of policy/losses.py
 
-What a token's logp and entropy contribute to the loss is known as soon as they are. Its gradient is therefore
+A token's contribution to the loss is known as soon as its logp and entropy are. Its gradient is therefore
 computed while its logits exist: 3 GEMMs of 2 N H V flops with a trained weight, 2 with a frozen one, 1
 without gradients, where `linear_token_stats` and `ppo_loss` take 4, 3 and 1. Saved for backward: dX and
 dW. Tokens outside the mask enter no GEMM.

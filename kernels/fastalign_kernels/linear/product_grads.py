@@ -77,7 +77,7 @@ class ProductGrads:
         self.uniform_sum: Tensor | None = None
 
     def add_dense(self, tokens: Tensor | slice, grad: Tensor, states: Tensor) -> None:
-        """A chunk's dlogits [C, V] and states [C, K]: a GEMM for each gradient."""
+        """Add the gradients from a chunk's dlogits [C, V] and states [C, K]: a GEMM each."""
         if self.product.states_grad:
             dtype = torch.promote_types(self.operands.grad, self.d_states.dtype)
             d_states = torch.empty(states.shape, dtype=dtype, device=grad.device)
@@ -89,21 +89,21 @@ class ProductGrads:
             self.weight_is_empty = False
 
     def new_kept(self, states: Tensor) -> Tensor:
-        """Memory for what the kept columns give of d_states; the columns follow."""
+        """Memory for the kept columns' part of d_states, which `add_columns` fills."""
         if self.product.weight_grad and self.weight_is_empty:
             self.d_weight.zero_()
             self.weight_is_empty = False
         return torch.zeros(states.shape, dtype=self.operands.accumulator, device=states.device)
 
     def add_columns(self, grad: Tensor, columns: Tensor, states: Tensor, d_states: Tensor) -> None:
-        """Some kept columns of a chunk, dlogits [C, K']."""
+        """Add some kept columns of a chunk: dlogits [C, K']."""
         if self.product.states_grad:
             mm(grad, self.product.operand, d_states, add=True, right_rows=columns)
         if self.product.weight_grad:
             mm(grad.t(), states, self.d_weight, add=True, out_rows=columns)
 
     def wait(self, part: Rank1, states: Tensor, d_states: Tensor) -> None:
-        """The chunk's rank-1 part waits for its thin GEMMs."""
+        """Let the chunk's rank-1 part wait for its thin GEMMs."""
         states = states.to(self.operands.accumulator)
         self.waiting.append(_Waiting(d_states, part.dropped @ states))
         uniform_sum = part.uniform @ states
@@ -128,7 +128,7 @@ class ProductGrads:
         self.waiting.clear()
 
     def _has(self, tokens: int) -> None:
-        """d_states has so many tokens more; after the last one their sum over the ranks runs beside dW."""
+        """Count tokens that d_states has; after the last, their sum over the ranks runs beside dW."""
         if self.rank_sum is not None:
             self.rank_sum.add_rows(tokens)
 

@@ -133,7 +133,7 @@ class Screen:
         return torch.where(exact_ids >= 0, exact, stats)
 
     def _coded(self) -> ScreenedWeight:
-        """The codes, which a call that gives up at once does not need."""
+        """The weight's codes, made at their first use: a call that gives up at once needs none."""
         if self.coded is None:
             self.coded = screened_weight(self.coded_from)
         return self.coded

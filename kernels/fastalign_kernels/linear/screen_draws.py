@@ -39,13 +39,13 @@ IDENTITY = Transform(1.0, 0.0, 1.0)
 
 
 class _Prepared(NamedTuple):
-    """A head that is drawn from, while its weight stays as it is."""
+    """A head's weight, prepared for draws while it does not change."""
 
     given: Tensor  # the weight as the caller has it
     weight: Tensor  # of the products
     bias: Tensor | None
     coded: ScreenedWeight
-    column_bounds: Tensor  # [2, V]: the lengths of ScreenedWeight's rows and of what their codes leave
+    column_bounds: Tensor  # [2, V]: the lengths of ScreenedWeight's rows, and of their codes' errors
     largest_low: float  # over the rows, of their part along the basis
     largest_bias: float
 
@@ -149,7 +149,7 @@ class ScreenedDraws:
             self.tile[rows] = transform_ref(self.tile[rows], head.bias, self.transform)
 
     def _row_bounds(self, rows: CodedRows, head: _Prepared) -> Tensor:
-        """What multiplies a column's length and its residual, and what is added to the bound: [3, B]."""
+        """The factors of a column's length and of its residual in the bound, and its last term: [3, B]."""
         low = _low_lengths(rows)[: rows.lengths.numel()]
         slack = low * head.largest_low + (rows.lengths + rows.residuals) * head.coded.largest_length
         bounds = torch.stack([rows.residuals, rows.lengths, ROUNDING * (slack + head.largest_bias)])

@@ -23,8 +23,7 @@ class ScreenedRef(NamedTuple):
 def screened_stats_ref(
     hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, transform: Transform
 ) -> ScreenedRef:
-    """Statistics of tokens whose ids are not ignored, without the columns that are exact for being nearly
-    the largest."""
+    """Statistics of tokens whose ids are not ignored; columns that are nearly the largest stay in 8 bits."""
     coding = rotated_coding(weight.shape[1])
     coding = coding._replace(basis=longest_directions(weight, coding))
     raw8 = mm_int8_ref(code_rows_ref(hidden, coding, left=True), code_rows_ref(weight, coding, left=False))

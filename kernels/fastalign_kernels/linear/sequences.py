@@ -120,7 +120,7 @@ class Rows(NamedTuple):
         row_of = torch.repeat_interleave(numbers, counts, output_size=inputs.ids.shape[0])
 
         def of_tokens(stats: Tensor, tokens: Tensor | slice) -> Tensor:
-            # Rows whose statistics are still to come are sums of nothing here. Their gradient is not read.
+            # Rows whose statistics are not computed yet have sums of 0. Their gradient is not read.
             grads = loss.losses_and_grads(self.sums(stats[Stat.LOGP]))[1]
             grad = torch.zeros_like(stats[:, tokens])
             grad[Stat.LOGP] = grads[row_of[tokens]]

@@ -54,7 +54,7 @@ class Shards(NamedTuple):
     """How the rows of a weight are sharded over the ranks of a group."""
 
     rank: int  # of this process in the group
-    reduces_hidden: bool  # False: who reads dX sums it over the ranks, as DTensor does
+    reduces_hidden: bool  # False: the caller sums dX over the ranks, as DTensor does
     rows: tuple[int, ...]  # of each rank; a rank may have none
 
     @property

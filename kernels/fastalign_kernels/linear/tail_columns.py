@@ -54,7 +54,7 @@ class KeptColumns(NamedTuple):
 
 
 class ColumnSelection(NamedTuple):
-    """The columns to keep, before the host knows how many they are."""
+    """The columns to keep; the host does not know their number yet."""
 
     order: Tensor  # [V] or [K], the kept columns first
     how_many: Callable[[], int]

@@ -56,7 +56,7 @@ def _save(ctx, call: OpCall, output: Tensor | tuple[Tensor, list[Tensor]]) -> No
     stats, saved = output if isinstance(output, tuple) else (output, [])
     ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    # Autograd refuses saved tensors that were overwritten, so such an engine's are held here.
+    # Autograd refuses saved tensors that were overwritten, so an overwriting engine's are held here.
     ctx.once = engines.overwrites_saved(call.inputs, call.needs)
     ctx.overwritten = saved if ctx.once else []
     save_call(ctx, call, stats, *([] if ctx.once else saved))

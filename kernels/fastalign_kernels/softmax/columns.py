@@ -79,8 +79,9 @@ def column_grad(
     vocab_size: int,
     out: Tensor,
 ) -> Tensor:
-    """dlogits, but for `uniform`, of the columns [K] (ascending) into out [N, K]; the totals [2, N] over
-    these columns, fp64.
+    """Write dlogits without `uniform` of the columns [K] (ascending) into out [N, K].
+
+    Returns the totals [2, N] over these columns, fp64.
 
     logits: [N, V], or [N, K] of these columns, of out's dtype on a CPU. ids, bias [V], stats and coefficients
     [4, N] as in `row_grad`.

@@ -63,7 +63,7 @@ class Transform(NamedTuple):
 
 
 class NeedsStats(NamedTuple):
-    """The statistics that cost work of their own and are used. A GPU's kernels leave the rest 0."""
+    """Which of the statistics that cost extra work are used. A GPU's kernels leave the rest 0."""
 
     mean_logp: bool = True
     entropy: bool = True

@@ -43,8 +43,9 @@ from .rows_triton import Launch, grid_size, launch_for, launch_options, transfor
 
 # By launch and compute capability. "lean" computes lse and logp alone, "full" all statistics. The times are
 # an H200's over fp32 [1024, 151936], where amax takes 0.271 ms; each call was timed by itself, so some 0.05
-# ms are the host's. Without a time: as a kernel that is alike, or measured before the passes over a row were
-# rewritten. `python -m bench.gpu.tune_tiles` times them. Other architectures are taken to be alike.
+# ms are the host's. Entries without a time are those of a similar kernel, or were measured before the passes
+# over a row were rewritten. `python -m bench.gpu.tune_tiles` times them. Other architectures are taken to be
+# alike.
 LAUNCH = {
     "stats_lean": {80: Launch(1024, 4)},  # 0.269; (2048, 8) 0.291
     "stats_full": {80: Launch(2048, 16)},
@@ -309,17 +310,17 @@ def _tile_rows(
 
 
 def tile_stats(tile: Tensor, rows: Rows, softmaxes: Softmaxes) -> None:
-    """Statistics of the rows of tile [C, V] into the table."""
+    """Write the statistics of the rows of tile [C, V] into the table."""
     _tile_rows(tile, rows, softmaxes, stats=True, write=NOTHING.value)
 
 
 def tile_loss(tile: Tensor, rows: Rows, softmaxes: Softmaxes, loss: TokenLoss, out: Tensor) -> None:
-    """Statistics and the gradient of the token's loss into out [C, V], in one launch."""
+    """Write the statistics, and the gradient of the token's loss into out [C, V], in one launch."""
     _tile_rows(tile, rows, softmaxes, stats=True, write=TOKEN_LOSS.value, out=out, loss=loss)
 
 
 def tile_softmax(tile: Tensor, rows: Rows, softmaxes: Softmaxes, out: Tensor, softmax_scale: float) -> None:
-    """Statistics, and P times softmax_scale into out [C, V], in one launch."""
+    """Write the statistics, and P times softmax_scale into out [C, V], in one launch."""
     _tile_rows(tile, rows, softmaxes, stats=True, write=SOFTMAX.value, out=out, softmax_scale=softmax_scale)
 
 
@@ -332,7 +333,7 @@ def tile_grad(
     *,
     first_column: int = 0,
 ) -> None:
-    """The gradient for coefficients [4, C] into out [C, V], from statistics in the table."""
+    """Write the gradient for coefficients [4, C] into out [C, V], from statistics in the table."""
     _tile_rows(
         tile, rows, softmaxes, stats=False, write=GIVEN.value, out=out,
         coefficients=coefficients, first_column=first_column,

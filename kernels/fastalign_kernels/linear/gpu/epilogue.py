@@ -96,7 +96,7 @@ class EpilogueStatistics(Engine):
         self.workspace_mib, self.saved_mib, self.tiles = workspace_mib, saved_mib, tiles
 
     def statistics(self, inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
-        """The table, and what `gradients` uses once; see `empty_saved`."""
+        """The table [7, N], and what `empty_saved` describes, which `gradients` uses once."""
         saved = self.empty_saved(inputs, needs)
         kept, state, order, *_ = saved or (None, None, None)
         call, stats = self._call(inputs, order), empty_stats(inputs)
@@ -130,7 +130,7 @@ class EpilogueStatistics(Engine):
         coefficients: Tensor,
         needs: NeedsGrad,
     ) -> Gradients:
-        """3 GEMMs for the tokens whose e was saved, 4 for the rest."""
+        """The gradients: 3 GEMMs for the tokens whose e was saved, 4 for the rest."""
         of_tokens = of_table(coefficients)
         if saved and saved[0].shape[0]:
             kept, _, order, *_ = saved
@@ -149,7 +149,7 @@ class EpilogueStatistics(Engine):
     def statistics_and_gradients(
         self, inputs: HeadInputs, token_coefficients: TokenCoefficients, needs: NeedsGrad
     ) -> tuple[Tensor, Gradients]:
-        """3 GEMMs, 2 where the head is frozen."""
+        """The table [7, N] and the gradients: 3 GEMMs, 2 if the head is frozen."""
         call, stats = self._call(inputs), empty_stats(inputs)
         K = self._kept(inputs, needs)
         gradients = self.new_gradients(call, needs, single=K == call.N)

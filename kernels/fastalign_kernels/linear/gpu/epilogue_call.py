@@ -152,7 +152,7 @@ class EpilogueCall:
     def forward(
         self, first: int, rows: int, stats: Tensor, kept: Tensor | None, state: Tensor | None = None
     ) -> Block:
-        """Statistics of a block into the table [7, N], and e into kept [rows, V].
+        """Write the statistics of a block into the table [7, N], and e into kept [rows, V].
 
         state: memory for the block's, if it is to outlast the block. The call's first block must be that of
         the first tokens: it also fills the rest of the table with 0.
@@ -168,13 +168,13 @@ class EpilogueCall:
         return torch.empty(numbers, dtype=torch.float32, device=self.inputs.hidden.device)
 
     def write_exact(self, block: Block, stats: Tensor, **keep: bool) -> None:
-        """Statistics of a gathered block into the table [7, N], and with KEEP its e."""
+        """Write the statistics of a gathered block into the table [7, N], and with KEEP its e."""
         tiles = self.tiles.kept if keep["KEEP"] else self.tiles.not_kept
         self.write_tiles(block, tiles, self.weight, self.inputs.bias, **keep, **self.statistics)
         self.merge(block, stats)
 
     def merge(self, block: Block, stats: Tensor) -> None:
-        """The tiles' numbers into statistics [7, N]."""
+        """Merge the tiles' numbers into statistics [7, N]."""
         launch(
             "merge_kernel",
             -(-block.rows // 32),
@@ -186,13 +186,13 @@ class EpilogueCall:
         )
 
     def live_rows(self, block: Block) -> int:
-        """The block's tokens that are not ignored, which are its first."""
+        """The number of the block's tokens that are not ignored; they come first."""
         return max(0, min(block.rows, self.how_many() - block.first))
 
     def write_tiles(
         self, block: Block, tiles: Tiles, weight: Tensor, bias: Tensor | None, **constants: bool
     ) -> None:
-        """The forward kernel: the tiles' numbers of a gathered block, and with KEEP its e.
+        """Write the tiles' numbers of a gathered block, and with KEEP its e, by the forward kernel.
 
         weight, bias: rows of the vocabulary, whose first the block's ids count from.
         """
@@ -305,7 +305,7 @@ class EpilogueCall:
         return sums[:, 0] + sums[:, 1]
 
     def scatter(self, dx: Tensor, row_scale: Tensor, first: int, out: Tensor) -> None:
-        """dX [rows, H], times its rows' factors if there are some, to tokens order[first], ... of out."""
+        """Write dX [rows, H], times its rows' factors if given, to tokens order[first], ... of out."""
         launch(
             "scatter_kernel",
             dx.shape[0],

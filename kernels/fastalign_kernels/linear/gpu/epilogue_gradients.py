@@ -60,7 +60,7 @@ class BlockGradients:
         return self._out
 
     def factors(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> Factors | None:
-        """Overwrites the block, whose statistics are in the table [7, N]; None if it holds no token."""
+        """Turn a block with statistics in the table [7, N] into factors, in place; None without tokens."""
         rows = self.call.live_rows(block)
         if rows == 0:
             return None
@@ -92,7 +92,7 @@ class BlockGradients:
         return self.out
 
     def _write_hidden(self, grad: Tensor, row_scale: Tensor, first: int) -> None:
-        """dX; where rows have a factor it comes in fp32, so that it is rounded once."""
+        """Write dX; if rows have a factor it comes in fp32, so that it is rounded once."""
         call = self.call
         dtype = torch.float32 if call.one_reference else self.out.hidden.dtype
         dx = torch.empty(grad.shape[0], call.H, dtype=dtype, device=grad.device)

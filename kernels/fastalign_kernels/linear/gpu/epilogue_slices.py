@@ -16,7 +16,7 @@ upstream gradient runs so.
 Bytes beside the GEMMs' own: 24 N V / 256 of the tiles' numbers, 8 N H a slice of dX's sum. vocab_slices.py,
 which other GPUs take, moves 16 N V.
 
-Errors: those of epilogue.py, but that the target's element is rounded as every other.
+Errors: those of epilogue.py, except that the target's element is rounded like all elements.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ class EpilogueSlices(EpilogueStatistics):
     def width(self, inputs: HeadInputs, needs: NeedsGrad) -> int:
         """Columns of a slice."""
         width = epilogue_slice_width(inputs.gpu_call(needs, self.workspace_mib))
-        return width or min(GRANULE, inputs.vocab_size)  # fewer would be no GEMM
+        return width or min(GRANULE, inputs.vocab_size)  # fewer columns are too few for a GEMM
 
     def gradients(
         self, inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
     ) -> Gradients:
-        """One GEMM of the logits, and one for each gradient."""
+        """The gradients: one GEMM of the logits, and one for each gradient."""
         width = self.width(inputs, needs)
         return _gradients(self._call(inputs), width, stats, of_table(coefficients), needs)
 
     def statistics_and_gradients(
         self, inputs: HeadInputs, token_coefficients: TokenCoefficients, needs: NeedsGrad
     ) -> tuple[Tensor, Gradients]:
-        """Two GEMMs of the logits, and one for each gradient."""
+        """The table and the gradients: two GEMMs of the logits, and one for each gradient."""
         call, stats = self._call(inputs), empty_stats(inputs)
         for begin in range(0, call.N, LEAN_TOKENS):
             call.forward(begin, min(LEAN_TOKENS, call.N - begin), stats, None)

@@ -175,7 +175,7 @@ def write_tile(
     inside = row < live
     token_id = tl.load(ids + row, mask=inside, other=-1)
     r = tl.load(state + row, mask=inside, other=0.0)
-    # Two forms of one question: with the other one ptxas spills 8 bytes.
+    # Both conditions say the same. The other form would spill 8 bytes.
     if BRANCH:
         found = (token_id >= 0) & (token_id // BN == col_tile)
     else:

@@ -58,7 +58,7 @@ class HostCount:
             self.memory = torch.empty(1, dtype=torch.int32, device=order.device)
 
     def written(self) -> None:
-        """The kernel that writes `memory` [1] int32 is queued."""
+        """Note that the kernel that writes `memory` [1] int32 is queued."""
         if self._pinned and self._event is None:
             self._event = torch.cuda.Event()
             self._event.record()

@@ -12,7 +12,7 @@ summed in fp32.
                                       2 + dX + dW    for the tokens beyond K, whose logits are recomputed
     frozen weight                     1 + dX         a tile and its dlogits, 6 C V bytes
 
-Where the dlogits of later tokens will come, a larger tile lies in the meantime. Bytes moved beside the GEMMs'
+A larger tile uses the memory of later dlogits until these are computed. Bytes moved beside the GEMMs'
 own: 12 a logit (the tile is written in place of bf16 logits and read twice; dlogits are written). Measured on
 an H200 at 8192 x 4096 x 151936 in bf16: 48.5 ms where three bare GEMMs take 44.5 and token tiles took 65.6.
 
@@ -211,7 +211,7 @@ class KeptSoftmax(Engine):
     def gradients(
         self, inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
     ) -> Gradients:
-        """Overwrites `saved`. Without it, as in a second backward pass, all logits are recomputed."""
+        """The gradients; overwrites `saved`. Without it (a second backward pass) logits are recomputed."""
         call = _Call(inputs, stats, saved[1] if saved else None)
         call.hidden_done = self.hidden_done
         tokens = call.tokens
@@ -294,7 +294,7 @@ class _Call(HeadCall):
         tile_stats(logits, rows, self.softmaxes)
 
     def write_kept(self, kept: Tensor, coefficients: Tensor) -> None:
-        """Kept P, or logits, into dlogits for coefficients [4, N]."""
+        """Turn kept P, or logits, into dlogits for coefficients [4, N]."""
         end = min(len(kept), self.tokens.count)
         rows, index = self.tokens.rows(0, end), self.tokens.index(0, end)
         given = coefficients[:, index].contiguous()
@@ -308,8 +308,10 @@ class _Call(HeadCall):
         self.fill(_Block(0, self.tokens.count), None, self.new_rows(sizes.tile), sizes.tile, self.write_stats)
 
     def fill(self, block: _Block, kept: Tensor | None, tile: Tensor | None, size: int, write: Write) -> None:
-        """Logits of the block's tokens, a tile at a time, each handed to `write` with the rows of `kept` that
-        belong to it. Settles the tokens after the first tile, and stops where they end.
+        """Compute the logits of the block's tokens a tile at a time, and hand each to `write`.
+
+        `write` gets the tile's rows of `kept` too. Settles the tokens after the first tile, and stops where
+        they end.
 
         tile: memory for the logits of `size` tokens; None: they are computed in `kept`, where there is room
             for all of them: those that follow the first tile, whose number is then known, are one more.
@@ -338,7 +340,7 @@ class _Call(HeadCall):
         sums: _Sums | None,
         begin: int,
     ) -> _Sums:
-        """Gradients of the tokens from position `begin` on, a block that fits `kept` at a time."""
+        """Add the gradients of the tokens from position `begin` on, a block that fits `kept` at a time."""
         tokens = self.tokens
         tile = self.new_tile(sizes)
         while sums is None or begin < tokens.count:

@@ -117,7 +117,7 @@ def gpu_saved_mib(card_bytes: int | None) -> float:
 
 
 def select_engine(call: GpuCall) -> str:
-    """token_tiles, kept_softmax, epilogue, tail, screen, vocab_slices or epilogue_slices.
+    """The engine: token_tiles, kept_softmax, epilogue, tail, screen, vocab_slices or epilogue_slices.
 
     Token tiles serve fp64. A screen runs as `screen` from LEAST_SCREENED_HIDDEN on, where `epilogue` would
     serve the call without it; else all logits are exact. The tail runs as `tail` where `epilogue` would serve
@@ -254,8 +254,8 @@ def epilogue_slice_width(call: GpuCall) -> int:
     0 if the workspace does not hold GRANULE columns of all tokens, or if the engine does not serve: it takes
     bf16, whose exponents hold every P, and no softcap, whose slope differs by column.
 
-    Beside a slice stand the hidden states, gathered and for dW scaled, and what dX's fp32 sum takes more than
-    dX.
+    Beside a slice the workspace holds the hidden states, gathered and for dW scaled, and what dX's fp32 sum
+    takes more than dX.
     """
     if call.dtype == torch.float16 or call.cap:
         return 0

@@ -149,7 +149,7 @@ class SavedTiles(NamedTuple):
         )
 
     def write(self, screened: Screened) -> None:
-        """Save all but p, which lies in e's memory."""
+        """Write all fields but p, which lies in e's memory."""
         kept, (columns, _), live = screened.kept, screened.p.shape, screened.dropped.shape[1]
         self.sizes.copy_(torch.tensor([kept.part_rows, kept.parts, columns, live, screened.used]))
         for name in KeptTiles._fields[2:]:
@@ -254,7 +254,7 @@ class ScreenedCall(EpilogueCall):
         return Screened(kept, p, dropped, used)
 
     def _write_screened(self, block: Block, hidden: GpuCodes, weight: WeightCodes) -> None:
-        """The 8-bit kernel: the tiles' numbers, and e."""
+        """Write the tiles' numbers and e, by the 8-bit kernel."""
         tiles, rows, options = self.screen_tiles, weight.rows, self.inputs.options
         width, programs = weight.rotation.width, tiles.per_sm * self.multiprocessors
         descriptors = (
@@ -328,7 +328,7 @@ class ScreenedCall(EpilogueCall):
 
 
 class ScreenedGradients(TailGradients):
-    """Gradients of a call, a block at a time; of a block that was not screened the tail's."""
+    """Gradients of a call, a block at a time; those of a block that was not screened are the tail's."""
 
     def factors(self, block: Block, stats: Tensor, coefficients: TokenCoefficients) -> Factors | None:
         if block.screened is None:

@@ -58,7 +58,7 @@ class WeightCodes(NamedTuple):
         return noise / math.sqrt(self.rotation.width)
 
     def bounds(self, rows: GpuCodes) -> Tensor:
-        """What no error of a hidden state's products exceeds, [C]."""
+        """An upper bound on the errors of each hidden state's products, [C]."""
         return rows.residuals * self.largest_length + rows.lengths * self.largest_residual
 
 
@@ -94,8 +94,8 @@ def code_hidden(hidden: Tensor, weight: WeightCodes) -> GpuCodes:
 def longest_directions(weight: Tensor, turned: Rotation) -> Tensor:
     """A basis [16, width] that spans what is nearly the longest part of sampled rows of the weight.
 
-    As screen_weight's, by subspace iteration. Its rows are orthonormal up to rounding, and 0 where the sample
-    spans fewer; the products are exact along any basis.
+    By subspace iteration, as in screen_weight.py. Its rows are orthonormal up to rounding, and 0 where the
+    sample spans fewer; the products are exact along any basis.
     """
     V, H = weight.shape
     rows = weight[:: max(1, V // SAMPLED_ROWS)][:SAMPLED_ROWS].float().nan_to_num(0.0, 0.0, 0.0)

@@ -86,7 +86,7 @@ class TailFactors(Factors):
 
 
 class TailGradients(BlockGradients):
-    """Gradients of a call, a block at a time: those of a block of few kept columns by these, else dense."""
+    """Gradients of a call, a block at a time, with a tail if few of the block's columns are kept."""
 
     def __init__(self, call: EpilogueCall, needs: NeedsGrad, *, single: bool) -> None:
         super().__init__(call, needs, single=single)

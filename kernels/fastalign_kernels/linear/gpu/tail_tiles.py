@@ -63,7 +63,7 @@ class KeptTiles(NamedTuple):
 
 
 def part_tokens(rows: int, least: int) -> int:
-    """Tokens of a part of a block, at least so many."""
+    """Tokens of a part of a block: at least `least`."""
     granule = least // 4
     return max(least, -(-rows // (MOST_PARTS * granule)) * granule)
 
@@ -112,7 +112,7 @@ def select_tiles(
     lists, counts = numbers(parts, tiles), numbers(parts + 1)
     launch(kernels.list_kernel, parts + 1, (tile_bits, lists, counts), (tiles, parts), BLOCK=1024)
     how_many = on_host(counts)
-    # of dz/dx's sign, which is logit_scale's; 0 where nothing is dropped or has a slope
+    # total has the sign of dz/dx, which is logit_scale's; it is 0 if nothing is dropped or has a slope
     total = q.sum(1, keepdim=True)
     scale = torch.where(total == 0, 0.0, 1 / total)
     scale[parts] = 1
@@ -134,7 +134,7 @@ def select_tiles(
 
 
 def on_host(counts: Tensor) -> Callable[[], list[int]]:
-    """A function that gives the numbers. On a GPU it waits for no more than what was queued before this."""
+    """A function that returns the numbers. On a GPU it waits for no more than what was queued before this."""
     if not counts.is_cuda:
         return counts.tolist
     numbers = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)

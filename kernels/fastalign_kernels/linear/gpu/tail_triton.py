@@ -144,7 +144,7 @@ def place_kernel(
     # constants
     TILE: tl.constexpr,
 ):
-    """A part keeps a tile of columns if it keeps one of them: what the GEMMs take anyway is exact."""
+    """Record which parts keep a tile: those that keep one of its columns. GEMMs take whole tiles anyway."""
     tile = tl.program_id(0)
     at = tile * TILE + tl.arange(0, TILE)
     inside = at < V
