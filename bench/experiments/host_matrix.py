@@ -76,7 +76,7 @@ CASES = (
 
 @contextmanager
 def patches(host: str) -> Any:
-    """All patches of a host; the handle of its head, or True for transformers, which has none."""
+    """Apply all patches of a host; yields its head's handle, or True for transformers, which has none."""
     if host == "transformers":
         yield True
         return

@@ -57,7 +57,7 @@ def prepare(train: str, held_out: str, steps: int) -> Frozen:
 
 
 def states_of(model: Any, ids: Tensor) -> Tensor:
-    """What enters the last layer."""
+    """The hidden states that enter the last layer."""
     with torch.no_grad():
         parts = [model.model(part, output_hidden_states=True).hidden_states[-2] for part in ids.split(8)]
     return torch.cat(parts)
@@ -136,7 +136,7 @@ def tune_pairs(
     order = random.Random(seed).sample(trained, ROWS * steps)
 
     def logps(rows: list[int]) -> Tensor:
-        """[rows, 2]"""
+        """Log-probabilities of both completions of each pair, [rows, 2]."""
         states, targets = (x[rows].flatten(0, 1) for x in (pairs.states, labels))
         out = top(inputs_embeds=states, labels=targets, use_cache=False, token_stats=True)
         found: Tensor = out.logp.sum(-1).view(-1, 2)

@@ -61,7 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def compile_tail(kernel: str, sm: int, variant: str = "full") -> Row:
-    """A kernel in bf16."""
+    """Compile one of the tail's kernels in bf16."""
     module = tail_gpu_triton if hasattr(tail_gpu_triton, kernel) else tail_gemm_triton
     function = getattr(module, kernel)
     constants, warps = KERNELS[kernel]

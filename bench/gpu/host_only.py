@@ -26,7 +26,7 @@ FAMILIES = {
 
 
 class HostOnly(DriverBase):
-    """The driver; `launches` counts."""
+    """A driver that launches nothing; `launches` counts what it was asked for."""
 
     def __init__(self) -> None:
         self.launches = 0

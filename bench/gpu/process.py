@@ -35,7 +35,7 @@ class Part(NamedTuple):
     leaves: float = 0.0
 
     def within(self, seconds: float) -> Part:
-        """This part with what is left of a call."""
+        """A copy whose limit is at most what is left of a call, less `leaves`."""
         limit = max(min(self.limit, seconds - self.leaves), 1.0)
         words = (f"{max(limit - TO_FINISH, 1.0):.0f}" if word == LIMIT else word for word in self.command)
         return self._replace(limit=limit, command=tuple(words))

@@ -37,7 +37,7 @@ class MeasuredCase(NamedTuple):
 
     @property
     def failed(self) -> list[str]:
-        """Our rows without figures."""
+        """The names of our rows without figures."""
         return [name for name, row in self.rows.items() if is_ours(name) and row.timing is None]
 
 
@@ -70,7 +70,7 @@ def measure(case: GpuCase, device: str, rounds: Rounds, *, compiled: bool = Fals
 
 
 def left_out(name: str, case: GpuCase, reason: str) -> MeasuredCase:
-    """A case without figures."""
+    """The record of a case that was not measured, with the reason."""
     return MeasuredCase(name, case, (), {"fastalign": Row(reason)}, [])
 
 

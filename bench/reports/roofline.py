@@ -138,7 +138,7 @@ def count(
 
 
 def _both(first: Work, second: Work) -> Work:
-    """One after the other; the second holds more."""
+    """The work of two calls one after the other, of which the second holds more memory."""
     return Work(
         first.gemms + second.gemms,
         first.pass_bytes + second.pass_bytes,

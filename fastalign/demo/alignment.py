@@ -86,7 +86,7 @@ class Alignment:
         )
 
     def key_figures(self) -> list[str]:
-        """All of it in a few lines."""
+        """The key figures of the reward model and of each policy, a line each."""
         pairs = self.counts["reward_held_out"]
         lines = [
             f"Reward model: {self.accuracy:.3f} of {pairs} held-out pairs in the right order; VADER's "

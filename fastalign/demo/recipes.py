@@ -153,7 +153,7 @@ def grpo_config(settings: Settings) -> grpo.GRPOConfig:
 
 
 def _drawn(settings: Settings, name: str) -> dict[str, Any]:
-    """What PPO and GRPO share."""
+    """The fields of a configuration that PPO and GRPO share."""
     folder = settings.output_dir
     fields = {
         "train_data": str(folder / "rows" / "prompts.jsonl"),

@@ -73,7 +73,7 @@ class RolloutOptions:
 
     @property
     def estimator(self) -> str:
-        """kl_estimator, with auto decided."""
+        """The estimator of the KL divergence: kl_estimator, or what `auto` stands for."""
         return self.kl_estimator if self.kl_estimator != "auto" else "k1" if self.kl_in == "reward" else "k3"
 
 

@@ -67,20 +67,20 @@ def logits(value: object) -> None:
 
 
 def tensors(**given: object) -> None:
-    """All are tensors."""
+    """Refuse arguments that are no tensors."""
     for name, value in given.items():
         tensor(name, value)
 
 
 def optional_tensors(**given: object) -> None:
-    """All are tensors or None."""
+    """Refuse arguments that are neither tensors nor None."""
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(f"{name}: got {shown(value)}, expected a torch.Tensor or None")
 
 
 def flags(**given: object) -> None:
-    """All are True or False."""
+    """Refuse arguments that are neither True nor False."""
     for name, value in given.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}: got {shown(value)}, expected True or False")
@@ -92,7 +92,7 @@ def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def process_group(value: object) -> None:
-    """A process group or None."""
+    """Refuse what is neither a process group nor None."""
     if value is not None and not isinstance(value, torch.distributed.ProcessGroup):
         raise ValueError(f"group: got {shown(value)}, expected a torch.distributed.ProcessGroup or None")
 

@@ -47,7 +47,7 @@ class Ranks:
     """
 
     def __init__(self, world: World, folder: Path) -> None:
-        """All ranks call it. `folder` is where they will write."""
+        """folder: where the ranks will write. All ranks call it."""
         self.world = world
         self.group = None
         self.disks = [0]  # for each rank: the leader of its disk

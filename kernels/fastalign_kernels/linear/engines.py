@@ -130,7 +130,7 @@ def engine_context(inputs: HeadInputs) -> AbstractContextManager[object]:
 
 
 def statistics(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tensor]]:
-    """`Engine.statistics`."""
+    """Statistics by the call's engine: `Engine.statistics`."""
     with engine_context(inputs):
         return _forward_engine(inputs, needs).statistics(inputs, needs)
 
@@ -138,7 +138,7 @@ def statistics(inputs: HeadInputs, needs: NeedsGrad) -> tuple[Tensor, list[Tenso
 def gradients(
     inputs: HeadInputs, stats: Tensor, saved: list[Tensor], coefficients: Tensor, needs: NeedsGrad
 ) -> Gradients:
-    """`Engine.gradients`."""
+    """Gradients by the call's engine: `Engine.gradients`."""
     with engine_context(inputs):
         return engine_for(inputs, needs).gradients(inputs, stats, saved, coefficients, needs)
 
@@ -156,6 +156,6 @@ def statistics_and_gradients(
 def of_sequences(
     inputs: HeadInputs, coefficients: SequenceCoefficients, sequences: Sequences, needs: NeedsGrad
 ) -> tuple[Tensor, Gradients]:
-    """`Engine.of_sequences`."""
+    """Statistics and gradients by the call's engine: `Engine.of_sequences`."""
     with engine_context(inputs):
         return _forward_engine(inputs, needs).of_sequences(inputs, coefficients, sequences, needs)

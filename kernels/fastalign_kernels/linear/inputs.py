@@ -34,7 +34,7 @@ class HeadInputs(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """V, of all ranks."""
+        """The size V of the vocabulary of all ranks."""
         shards = self.options.shards
         return self.weight.shape[0] if shards is None else shards.vocab_size
 

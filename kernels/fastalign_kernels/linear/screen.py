@@ -47,7 +47,7 @@ UNRESOLVED = -1  # of csrc/screen
 
 
 class ScreenCounts(NamedTuple):
-    """Sums over calls."""
+    """What was screened, summed over calls."""
 
     tokens: int = 0  # of calls with screen
     exact_tokens: int = 0  # of these, computed exactly
@@ -68,7 +68,7 @@ def screen_counts() -> ScreenCounts:
 
 
 class Screened(NamedTuple):
-    """Statistics of some tokens."""
+    """The statistics of screened tokens, and the tokens that must run exact."""
 
     stats: Tensor  # [7, C]
     unresolved: Tensor  # [M] int64: tokens without statistics, which must be computed exactly

@@ -74,7 +74,7 @@ def screened_weight(weight: Tensor) -> ScreenedWeight:
 
 
 def forget_weights() -> None:
-    """Drop all codes."""
+    """Drop the codes of all weights."""
     _kept.clear()
 
 

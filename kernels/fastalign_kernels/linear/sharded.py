@@ -59,7 +59,7 @@ class Shards(NamedTuple):
 
     @property
     def vocab_size(self) -> int:
-        """V, of all ranks."""
+        """The size V of the vocabulary of all ranks."""
         return sum(self.rows)
 
     @property

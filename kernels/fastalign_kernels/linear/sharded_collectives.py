@@ -58,7 +58,7 @@ class RankSum:
             self.started = True
 
     def finish(self) -> Tensor:
-        """The sum."""
+        """Wait for the sum over the ranks, and return it."""
         self.start()
         return _wait(self.x) if self.sends else self.x
 

@@ -63,7 +63,7 @@ class ColumnSelection(NamedTuple):
 
 
 class ColumnCounts(NamedTuple):
-    """Columns times tokens."""
+    """Numbers of columns times tokens: those kept, and all."""
 
     kept: int = 0  # which entered backward GEMMs
     total: int = 0

@@ -62,7 +62,7 @@ def check_kl(kl: Tensor | None, like_name: str, like: Tensor) -> Tensor:
 
 
 def check_sequences(tensors: Mapping[str, Tensor]) -> None:
-    """All are floating point, of the first one's shape and device."""
+    """Refuse tensors that are not floating point or not of the first one's shape and device."""
     checks.tensors(**tensors)
     first, like = next(iter(tensors.items()))
     checks.supported_device(first, like)
@@ -80,7 +80,7 @@ def check_lengths(lengths: Mapping[str, Tensor | None], like_name: str, like: Te
 
 
 def check_lengths_of_type(lengths: Mapping[str, Tensor | None], loss_type: str) -> None:
-    """Both or none of the lengths of `dpo_loss` are given, as the loss type takes them."""
+    """Refuse lengths of `dpo_loss` that the loss type does not take, and one without the other."""
     takes = PAIR_LOSSES[loss_type].lengths
     some_given = any(value is not None for value in lengths.values())
     for name, value in lengths.items():
@@ -94,7 +94,7 @@ def check_lengths_of_type(lengths: Mapping[str, Tensor | None], loss_type: str) 
 
 
 def need_lengths(**lengths: Tensor | None) -> None:
-    """All are given."""
+    """Refuse lengths that are None."""
     for name, value in lengths.items():
         if value is None:
             raise ValueError(f"{name}: got None, expected the tokens [S] of each completion")

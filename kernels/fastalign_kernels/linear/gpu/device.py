@@ -21,7 +21,7 @@ def architecture(index: int | None) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many a device has."""
+    """The number of a device's multiprocessors."""
     if device.type != "cuda":
         return 2  # Triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count

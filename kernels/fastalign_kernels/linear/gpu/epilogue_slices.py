@@ -73,7 +73,7 @@ class _Slices:
         self.memory = kept.view(call.N, row_elements(width))
 
     def _gathered(self, stats: Tensor) -> Block:
-        """All tokens, with the row's lse as reference; `kept` is not its memory yet."""
+        """A block of all tokens, with each row's lse as reference; `kept` is not its memory yet."""
         call, N = self.call, self.call.N
         numbers = state_numbers(call.tiles, self.width, 2) * N
         state = torch.empty(numbers, dtype=torch.float32, device=stats.device)

@@ -156,7 +156,7 @@ class _Sums:
 
 
 class KeptSoftmax(Engine):
-    """The engine `kept_softmax`; see engine.py."""
+    """The engine of this file."""
 
     def __init__(self, workspace_mib: float, saved_mib: float | None = None) -> None:
         """workspace_mib: MiB of the tile and of what is kept, where the call does not say; saved_mib:

@@ -53,7 +53,7 @@ class Tokens:
         return self._how_many is None
 
     def settle(self) -> None:
-        """Ask for the count."""
+        """Wait for the count of tokens that are not ignored, and drop the rest."""
         if self._how_many is None:
             return
         N, self.count = self.count, self._how_many()

@@ -70,7 +70,7 @@ class VocabSlices(Engine):
 
 
 class _Slice(NamedTuple):
-    """Columns of the vocabulary."""
+    """A slice of the vocabulary and its logits."""
 
     columns: slice
     weights: tuple[Tensor, ...]  # their rows of the weight, and of a LoRA adapter's B
@@ -78,7 +78,7 @@ class _Slice(NamedTuple):
 
 
 def _slices(call: HeadCall, width: int) -> Iterator[_Slice]:
-    """The slices one after another."""
+    """Compute the slices one after another, in one memory."""
     tokens, V = call.tokens, call.inputs.vocab_size
     memory = torch.empty(tokens.count * width, dtype=call.logits_dtype, device=call.table.device)
     for first in range(0, V, width):
@@ -91,7 +91,7 @@ def _slices(call: HeadCall, width: int) -> Iterator[_Slice]:
 
 
 def _run_statistics(call: HeadCall, width: int) -> None:
-    """Fill the table."""
+    """Fill the table with the statistics of all slices."""
     tokens, V = call.tokens, call.inputs.vocab_size
     running = new_running(call.inputs.ids)
     for columns, _, logits in _slices(call, width):
