@@ -176,7 +176,7 @@ def test_no_worse_than_eager(no_worse_than_eager, device, function, dtype, shape
 
 
 def rounded(device):
-    """Whether dlogits and fp32 weights enter GEMMs in bf16 beside bf16 hidden states."""
+    """Whether dlogits enter GEMMs in bf16 beside bf16 hidden states."""
     return device == "cuda" or native.uses_gemm()
 
 
@@ -201,8 +201,12 @@ def test_weight_gradient_of_low_precision_is_summed_in_fp32(device):
     ).all()
 
 
-def test_fp32_master_weights_beside_low_precision_hidden_states(device):
-    """The gradient of an fp32 weight comes back in fp32, from fp32 sums: it is not representable in bf16."""
+@pytest.mark.parametrize("gemm", ["this machine's", "torch's"])
+def test_fp32_master_weights_beside_low_precision_hidden_states(device, gemm, monkeypatch):
+    """Logits are those of the rounded weight, whatever GEMM runs. The gradient of an fp32 weight comes back
+    in fp32, from fp32 sums: it is not representable in bf16."""
+    if gemm == "torch's":
+        monkeypatch.setattr(native, "uses_gemm", lambda: False)
     hidden, weight, ids, bias = make(device, torch.float32)
     low = hidden.detach().bfloat16().requires_grad_()
     loss = linear_cross_entropy(low, weight, ids, bias)
@@ -210,8 +214,10 @@ def test_fp32_master_weights_beside_low_precision_hidden_states(device):
     assert d_hidden.dtype == torch.bfloat16 and d_weight.dtype == d_bias.dtype == torch.float32
     assert not torch.equal(d_weight, d_weight.bfloat16().float())
     exact = low.detach().double()
-    w = (weight.detach().bfloat16() if rounded(device) else weight.detach()).double().requires_grad_()
-    (expected,) = grads_of(linear_cross_entropy_ref(exact, w, ids, bias.detach().double()), [w])
+    w = weight.detach().bfloat16().double().requires_grad_()
+    truth = linear_cross_entropy_ref(exact, w, ids, bias.detach().double())
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    (expected,) = grads_of(truth, [w])
     torch.testing.assert_close(
         d_weight.double(),
         expected,

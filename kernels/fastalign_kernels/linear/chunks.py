@@ -46,7 +46,7 @@ class Operands(NamedTuple):
         widen = not hidden.is_cuda and not native
         factor = accumulator if widen else hidden.dtype
         return cls(
-            inputs.weight.to(factor),
+            inputs.weight.to(hidden.dtype).to(factor),  # master weights are rounded here as on any machine
             None if bias is None else bias.to(accumulator),
             factor,
             accumulator,
