@@ -262,7 +262,7 @@ def _scale(tensors: list[Tensor], factor: Tensor) -> None:
     Small ones are multiplied there by torch in one launch, which takes the host less time than Triton's.
     """
     if not factor.is_cuda:
-        if tensors and factor.item() != 1:
+        if tensors and (factor.is_meta or factor.item() != 1):
             for x in tensors:
                 x.mul_(factor)
         return

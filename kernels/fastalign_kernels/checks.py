@@ -8,11 +8,13 @@ Numbers must be finite in fp32, in which most kernels compute: of size 0, or wit
 from __future__ import annotations
 
 import os
+import sys
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .torch_func import reject_derivatives, unwrapped
 
@@ -27,6 +29,7 @@ _NUMBERS = (
     Real,
 )  # Real: NumPy's numbers. The common ones first, which are quick to tell.
 _WHOLE = (int, torch.SymInt)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # Kinds of values.
@@ -38,18 +41,54 @@ def shown(value: object) -> str:
         return f"a tensor of shape {list(value.shape)}"
     if value is None or isinstance(value, (str, torch.dtype, *_NUMBERS)):
         return repr(value)
+    return shown_type(value)
+
+
+def shown_type(value: object) -> str:
+    """A value's type in an error message."""
     name = type(value).__qualname__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def tensor(name: str, value: object) -> None:
+    """A `plain` tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: got {shown(value)}, expected a torch.Tensor")
+    plain(name, value)
+
+
+def shardable(**given: object) -> None:
+    """All are `plain` tensors or DTensors."""
+    for name, value in given.items():
+        if not (isinstance(value, Tensor) and is_dtensor(value)):
+            tensor(name, value)
+
+
+def plain(name: str, value: Tensor) -> None:
+    """A tensor whose values lie in its own memory: no DTensor, and no nested, masked or quantised one."""
+    kind = type(value)
+    if kind in _PLAIN and not value.is_nested:
+        return
+    if is_dtensor(value):
+        raise ValueError(f"{name}: got a DTensor, expected a plain tensor: {name}.full_tensor()")
+    dispatches = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not _stands_for_plain(value)
+    if value.is_nested or dispatches:
+        got = "a nested tensor" if value.is_nested else shown_type(value)
+        raise ValueError(
+            f"{name}: got {got}, expected a plain tensor: dequantise a quantised one, pad a nested one"
+        )
+
+
+def _stands_for_plain(value: Tensor) -> bool:
+    """Whether it is a compiler's tensor, or the result of a collective, which is awaited where it is read."""
+    collectives = sys.modules.get("torch.distributed._functional_collectives")
+    awaited = getattr(collectives, "AsyncCollectiveTensor", FakeTensor)
+    return isinstance(value, (FakeTensor, FunctionalTensor, awaited))
 
 
 def is_dtensor(x: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which a rank has a part."""
-    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+    if type(x) in _PLAIN or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor  # here, because importing it takes a second
 
@@ -58,12 +97,12 @@ def is_dtensor(x: Tensor) -> bool:
 
 def logits(value: object) -> None:
     """A tensor of logits, of the whole vocabulary."""
-    tensor("logits", value)
     if isinstance(value, Tensor) and is_dtensor(value):
         raise ValueError(
             "logits: got a DTensor, expected a plain tensor of the whole vocabulary on each rank: "
             "logits.full_tensor(), or a head function with a sharded weight"
         )
+    tensor("logits", value)
 
 
 def tensors(**given: object) -> None:
@@ -201,7 +240,8 @@ def shape(name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) ->
 
 
 def dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    """The tensor has an allowed dtype, and is dense."""
+    """The tensor has an allowed dtype, is `plain` and dense."""
+    plain(name, tensor)
     if tensor.dtype not in allowed:
         raise ValueError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(d) for d in allowed)}")
     if tensor.layout is not torch.strided:
@@ -214,6 +254,20 @@ def dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
 def supported_device(name: str, tensor: Tensor) -> None:
     if tensor.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name}: got a tensor on {tensor.device}, expected one on the CPU or a CUDA device")
+
+
+def allocated(**given: Tensor | None) -> None:
+    """Their memory is there. FSDP frees that of a parameter after its use, and torch still says [V, H]."""
+    if torch.compiler.is_compiling():
+        return
+    for name, value in given.items():
+        if type(value) not in _PLAIN or value is None or value.is_meta or not value.numel():
+            continue
+        if not unwrapped(value).untyped_storage().nbytes():
+            raise ValueError(
+                f"{name}: got a tensor whose memory was freed, expected one with values: read a parameter "
+                "under FSDP where it is gathered"
+            )
 
 
 def device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -230,6 +284,7 @@ def like(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], like_name:
         and tensor.shape == like.shape
         and tensor.device == like.device
         and tensor.layout is torch.strided
+        and type(tensor) in _PLAIN
     ):
         reject_derivatives(name, tensor)
         return  # what nearly every call brings, in half the time

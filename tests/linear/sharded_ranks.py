@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +25,7 @@ from fastalign_kernels import (
     linear_distillation_loss,
     linear_dpo_loss,
     linear_logprobs,
+    linear_ppo_loss,
     sample,
     tail_report,
 )
@@ -174,6 +176,22 @@ def refusals() -> dict[str, str]:
         "rows of another V": ce(options={}, weight=lying, bias=None),
         "plain bias": ce(options={}, weight=by_rows),
         "DTensor hidden": ce(options={}, hidden=distribute_tensor(whole.hidden, mesh, [Replicate()])),
+        "DTensor ids": ce(ids=distribute_tensor(whole.ids, mesh, [Shard(0)])),
+        "DTensor bias": ce(
+            options={}, weight=whole.weight, bias=distribute_tensor(whole.bias, mesh, [Shard(0)])
+        ),
+        "DTensor weights": ce(options=group | {"token_weights": distribute_tensor(whole.values[0], mesh)}),
+        "DTensor num_items": ce(options=group | {"num_items": distribute_tensor(torch.ones(()), mesh)}),
+        "DTensor adapter": ce(options=group | {"lora": (a, distribute_tensor(b, mesh, [Shard(0)]), 2.0)}),
+        "DTensor mask": lambda: linear_ppo_loss(
+            data.hidden,
+            data.weight,
+            data.ids,
+            old_logp=data.values[1],
+            advantages=data.values[2],
+            mask=distribute_tensor(data.ids >= 0, mesh),
+            **group,
+        ),
         "other columns": ce(weight=data.weight[:, : 19 - rank], hidden=data.hidden[:, : 19 - rank]),
         "hidden needs grad on rank 0": ce(hidden=data.hidden.clone().requires_grad_(rank == 0)),
         "weight needs grad on rank 0": ce(weight=data.weight.clone().requires_grad_(rank == 0)),
@@ -243,7 +261,8 @@ def dtensors() -> dict[str, Result]:
             whole.hidden.clone() if placement is None else distribute_tensor(whole.hidden, mesh, [placement])
         )
         hidden.requires_grad_()
-        loss = linear_cross_entropy(hidden, weight, whole.ids, bias, label_smoothing=0.1)
+        ids = collectives.broadcast(whole.ids, 0, mesh)  # a subclass of Tensor that waits when it is read
+        loss = linear_cross_entropy(hidden, weight, ids, bias, label_smoothing=0.1)
         grads = torch.autograd.grad(-loss, (hidden, weight, bias))
         found[name] = Result([loss.detach()], [full(grad) for grad in grads])
     return found

@@ -151,7 +151,7 @@ def local_tensors(
     """The tensors of a head on this rank, and options that know its shards; see `local_head`."""
     if isinstance(options.group, str):  # already local
         return hidden, weight, bias, options
-    checks.tensors(hidden=hidden, weight=weight)
+    checks.shardable(hidden=hidden, weight=weight)
     checks.optional_tensors(bias=bias)
     adapter = None if options.lora is None else (options.lora.A, options.lora.B)
     reduction, *numbers = options.loss
@@ -161,9 +161,14 @@ def local_tensors(
 
 
 def check_weight_shape(weight: Tensor, options: HeadOptions) -> None:
-    """The weight is [V, H], neither of them 0. A shard may have no row."""
+    """The weight is floating point and [V, H], neither of them 0. A shard may have no row."""
     if weight.dim() != 2 or weight.shape[1] == 0 or (weight.shape[0] == 0 and options.shards is None):
-        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H]")
+        remedy = "; gather one that FSDP1 or ZeRO-3 has partitioned" if weight.dim() == 1 else ""
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, H]{remedy}")
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"weight: got {weight.dtype}, expected floating point; dequantise a quantised weight"
+        )
 
 
 def head_inputs(
@@ -188,7 +193,8 @@ def head_inputs(
         ValueError: an argument of the wrong shape, dtype, device or range.
     """
     ignore_index = options.ignore_index
-    checks.tensors(**{"hidden": hidden, "weight": weight, ids_name: ids})
+    checks.shardable(hidden=hidden, weight=weight)
+    checks.tensor(ids_name, ids)
 
     def counted() -> Tensor:
         return ids if mask is None else torch.where(mask, ids, ignore_index)
@@ -230,6 +236,7 @@ def head_inputs(
         checks.dtype("bias", bias, allowed)
         checks.device("bias", bias, "hidden", hidden)
         bias = bias.contiguous()  # the row kernels read it with a stride of 1
+    checks.allocated(hidden=hidden, weight=weight, bias=bias)
     kept = kept_ids(ids, ignore_index)
     if mask is not None:
         kept = torch.where(mask.reshape(-1), kept, -1)
@@ -241,6 +248,7 @@ def head_inputs(
     if shards is not None and (options.check or checks.everywhere()) and checks.readable(hidden, True):
         adapter = {} if options.lora is None else {"lora's A": options.lora.A}
         check_equal_on_ranks(shards, group, hidden=hidden, ids=kept, **adapter)
+    _check_inference(inputs, {"hidden": hidden, ids_name: ids})
     if options.screen and options.lora is not None:
         check_no_screen(options, "a head with lora")
     if options.screen and hidden.is_cuda:
@@ -255,6 +263,18 @@ def head_inputs(
         )
     U, B = thin_product(options.lora, hidden, kept, weight, allowed)
     return inputs._replace(lora_hidden=U, lora_weight=B)
+
+
+def _check_inference(inputs: HeadInputs, given: dict[str, Tensor]) -> None:
+    """Refuse tensors of inference mode where a backward pass will read them."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for name, x in given.items():
+        if x.is_inference() and any(inputs.needs_grad()):
+            raise ValueError(
+                f"{name}: got a tensor that was made in inference mode, which no backward pass may read, "
+                f"expected another: {name}.clone()"
+            )
 
 
 def _check_screen(refused: str) -> None:

@@ -61,7 +61,8 @@ class TokenTensors(NamedTuple):
             ValueError: a tensor of the wrong shape, dtype or device, or a KL without its reference.
         """
         old_logp, advantages, mask, reference_logp = self
-        checks.tensors(hidden=hidden, ids=ids, advantages=advantages)
+        checks.shardable(hidden=hidden)
+        checks.tensors(ids=ids, advantages=advantages)
         checks.optional_tensors(old_logp=old_logp, reference_logp=reference_logp)
         if reference_logp is None and kl_coefficient:
             raise ValueError(
