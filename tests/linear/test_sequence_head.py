@@ -337,9 +337,16 @@ def test_opcheck_and_compile(tail_eps: float | None) -> None:
         ),
         ({"ids": torch.zeros(5, T, dtype=torch.int64)}, "ids: got 5 rows, expected the chosen ones"),
         ({"reference_logps": torch.zeros(6)}, "reference_hidden, reference_logps: got both"),
+        (
+            {"reference_logps": torch.zeros(6), "reference_hidden": None},
+            "reference_weight, reference_logps: got both, expected one of them",
+        ),
         ({"reference_hidden": None}, "reference_hidden, reference_logps: got neither"),
         ({"reference_weight": None}, "reference_weight: got None"),
-        ({"reference_hidden": None, "reference_logps": torch.zeros(5)}, r"reference_logps: got shape \[5\]"),
+        (
+            {"reference_hidden": None, "reference_weight": None, "reference_logps": torch.zeros(5)},
+            r"reference_logps: got shape \[5\]",
+        ),
         ({"loss_type": "dpo"}, "loss_type: got 'dpo'"),
         ({"beta": 0.0}, "beta: got 0.0"),
         ({"weight": torch.zeros(V, H + 1)}, "^hidden: got shape"),

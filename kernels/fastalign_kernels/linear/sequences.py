@@ -202,9 +202,10 @@ def _reference_logps(
     """[R], of reference_logps or of the reference's head. vocab_size: that of the policy."""
     checks.optional_tensors(**reference)
     hidden, logps = reference.get("reference_hidden"), reference.get("reference_logps")
-    if hidden is not None and logps is not None:
-        raise ValueError("reference_hidden, reference_logps: got both, expected one of them")
     if logps is not None:
+        for name, given in reference.items():
+            if given is not None and name != "reference_logps":
+                raise ValueError(f"{name}, reference_logps: got both, expected one of them")
         checks.shape("reference_logps", logps, (rows.number,), "[rows]")
         checks.dtype("reference_logps", logps, checks.FLOATS)
         checks.device("reference_logps", logps, "ids", ids)
