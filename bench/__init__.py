@@ -1,1 +1,1 @@
-"""The benchmark suite: `python -m bench`, or `make bench`; README.md in this folder tells how it measures."""
+"""The benchmark suite: `python -m bench`, or `make bench`; README.md in this folder says how it measures."""

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def describe(error: BaseException) -> str | None:
-    """The line that tells a fault; None for a bug."""
+    """The line that reports a fault; None for a bug."""
     if not _is_fault(error):
         return None
     message = "; ".join(" ".join(line.split()) for line in re.split(r"\n(?=\S)", str(error)))

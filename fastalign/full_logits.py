@@ -55,8 +55,9 @@ def needs_full_logits(model: PreTrainedModel, *, labelled: bool, unservable_head
 def _trainer_collects_predictions(compiling: bool) -> bool:
     """Whether a transformers Trainer evaluates the model and will read its logits (compute_metrics, predict).
 
-    The Trainer does not tell its model, so we look for its frame. A compiled graph is reused by evaluations
-    that read only the loss and by others, so a compiled evaluation by a Trainer always gets logits.
+    The Trainer does not pass this to its model, so we look for the Trainer's frame. A compiled graph is
+    reused by evaluations that read only the loss and by others, so a compiled evaluation by a Trainer always
+    gets logits.
     """
     host: type | None = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     frame = sys._getframe(1)

@@ -68,7 +68,7 @@ class Error(NamedTuple):
 
 
 class PeakMemoryUnavailable(RuntimeError):
-    """This system does not tell a process its peak memory since a given moment. Linux and CUDA do."""
+    """This system does not report a process's peak memory since a given moment. Linux and CUDA do."""
 
 
 def interleaved(
@@ -190,9 +190,8 @@ def _error(name: str, result: Tensor, reference: Tensor | None) -> Error:
     )
     for result_part, reference_part in zip(results, truths):
         reference_part = reference_part.double()
-        absolute = torch.maximum(
-            absolute, (result_part.double() - reference_part).abs().amax()
-        )  # torch.maximum keeps NaN
+        # torch.maximum keeps NaN
+        absolute = torch.maximum(absolute, (result_part.double() - reference_part).abs().amax())
         scale = torch.maximum(scale, reference_part.abs().amax())
     if scale == 0:
         return Error(absolute.item(), 0.0 if absolute == 0 else float("inf"))

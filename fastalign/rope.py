@@ -33,9 +33,8 @@ def rope_switch(config: Any) -> RopeSwitch | None:
     """The lowest switch of a transformers configuration; None if frequencies do not depend on the length."""
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    by_layer = [
-        part for part in parameters.values() if isinstance(part, dict)
-    ]  # those of each kind of layer, as in Gemma 3
+    # The parameters of each kind of layer, as in Gemma 3
+    by_layer = [part for part in parameters.values() if isinstance(part, dict)]
     switches = [switch for part in by_layer or [parameters] if (switch := _switch(text, part))]
     return min(switches, key=lambda switch: switch.tokens, default=None)
 

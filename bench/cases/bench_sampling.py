@@ -11,9 +11,8 @@ from .case import Case, Target, grid
 READ = "one read (amax)"
 CEILING = {READ: one_read}
 QWEN = Shape(64, 0, 151936)
-SMOLLM2 = Shape(
-    192, 0, 49152
-)  # 36 MiB as QWEN: the read that the target compares with comes from memory, not from an L3 cache
+# 36 MiB as QWEN: the read that the target compares with comes from memory, not from an L3 cache
+SMOLLM2 = Shape(192, 0, 49152)
 NUCLEUS = "sample, top_p 0.9 at T 0.7"
 PEAKED = (Target("time", 4, READ), Target("time", 1 / 30, TRANSFORMERS))
 

@@ -7,9 +7,8 @@ from ..core.shapes import DTYPE, HEADS
 from ..methods.steps import BACKBONE, STAGES, without_loss
 from .case import Case, Target, grid
 
-SHAPE = Shape(
-    256 if DTYPE == "fp32" else 8192, *HEADS["SmolLM2-135M"]
-)  # 2 to 4 s a step on two cores, most of it outside the head
+# 2 to 4 s a step on two cores, most of it outside the head
+SHAPE = Shape(256 if DTYPE == "fp32" else 8192, *HEADS["SmolLM2-135M"])
 CASES = {
     f"{stage} step {DTYPE}": Case(
         f"{stage} step",

@@ -189,9 +189,8 @@ def compile_preference(kernel: str, sm: int, dtype: str, variant: str) -> Row:
         constants["FORMULA"] = preference_triton.compiled(PAIR_LOSSES[variant].formula)
     vectors = dict.fromkeys(("loss", "rewards", "metrics", "grads"), "*fp32")
     vectors |= {"desirable": "*i1", "chosen_lengths": "*i64", "rejected_lengths": "*i64"}
-    types = (
-        dict.fromkeys(constants, "constexpr") | vectors | {"S": "i32"} | annotated(function)
-    )  # all others are inputs
+    # All other arguments are inputs
+    types = dict.fromkeys(constants, "constexpr") | vectors | {"S": "i32"} | annotated(function)
     source = ASTSource(
         function, {name: types.get(name, TYPES[dtype]) for name in function.arg_names}, constexprs=constants
     )

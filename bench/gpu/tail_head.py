@@ -1,4 +1,4 @@
-"""A synthetic head whose softmax is like a trained model's, for tail_eps on a GPU, where no model is at hand.
+"""A synthetic head whose softmax is like a trained model's, for tail_eps on a GPU without a model.
 
     python -m bench.gpu.tail_head      # on a GPU: the numbers of Law that are nearest to SmolLM2-135M
 

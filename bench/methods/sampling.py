@@ -120,9 +120,8 @@ def drawn_from(rule: Filter) -> Callable[[Tensors], Check]:
         top_p = rule.top_p if rule.top_p < 1 else math.inf
         edge = least_kept(top_p + EDGE)
         kept = logp >= least_kept(top_p)
-        log_kept = (
-            logp.where(kept, -math.inf).logsumexp(-1).where(~kept.all(-1), 0)
-        )  # else not quite 0, and relative errors of it 1
+        # Exactly 0 if all ids are kept: rounding noise would have a relative error of 1
+        log_kept = logp.where(kept, -math.inf).logsumexp(-1).where(~kept.all(-1), 0)
         entropy = -(raw.exp() * raw).sum(-1)
 
         def check(results: Tensors) -> Verdict:

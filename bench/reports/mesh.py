@@ -177,9 +177,8 @@ def predict_step(model: Model, mesh: Mesh, tokens: int = TOKENS) -> Step:
     # of one layer, whichever is more.
     layer = model.layer_weights / mesh.tp * (2 * BF16 + BF16 + FP32) * (mesh.dp_shard > 1)
     checkpoints = BF16 * layers * tokens * H
-    activations = tokens * (
-        34 * H + 3 * BF16 * model.inner
-    )  # of one layer, in bf16 (Korthikanti et al. 2022)
+    # Bytes of one layer, in bf16 (Korthikanti et al. 2022)
+    activations = tokens * (34 * H + 3 * BF16 * model.inner)
     memory = STATE * shard + layer + checkpoints
     head_state = STATE * embedding / mesh.dp_shard
     return Step(head, seconds, memory + max(head.memory - head_state, activations))

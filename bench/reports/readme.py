@@ -317,7 +317,7 @@ def _loss_error(case: Mapping[str, Any], name: str) -> float | None:
 def filled(
     text: str, folder: Path = ROOT, kinds: Mapping[str, Callable[[Mapping[str, Any]], str]] = KINDS
 ) -> str:
-    """A page's text with every table written anew; docs/tail.md brings `kinds` of its own.
+    """A page's text with all tables rewritten; docs/tail.md has `kinds` of its own.
 
     Raises:
         ValueError: a table of an unknown kind.

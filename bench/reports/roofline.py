@@ -223,10 +223,8 @@ def _step(stage: str, dtype: str, shape: Shape, kind: str, architecture: int) ->
     heads_run: list[Work] = []
     if stage != "reward":
         heads_run = [head(True, True, "scalar" if stage in ("pretrain", "sft") else "logp")]
-    if stage in (
-        "dpo",
-        "kto",
-    ):  # the reference's pass; for KTO of twice the sequences, and the policy's on the mismatched ones
+    # The reference's pass; for KTO over twice the sequences, and the policy's pass on the mismatched ones.
+    if stage in ("dpo", "kto"):
         extra = 1 if stage == "dpo" else 3
         body_passes += extra
         heads_run += [head(False, False, "scalar")] * extra

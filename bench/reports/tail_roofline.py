@@ -79,9 +79,8 @@ def screened_tail(shape: Shape, kept: Kept, int8: float, size: int = 2) -> Work:
     """Cross-entropy with a screen and a tail."""
     N, _, V = shape
     forward, exact = screened_forward(shape, kept.part, int8), tail(shape, kept)
-    of_e = (
-        (2 * size + size * kept.part) * N * V
-    )  # which the tail reads and writes, and the screen has counted
+    # Bytes of e that the tail reads and writes, and that the screen has counted
+    of_e = (2 * size + size * kept.part) * N * V
     finished = 2 * size * kept.part * N * V  # p becomes dlogits
     passes = forward.pass_bytes + exact.pass_bytes - of_e + finished
     return Work((*forward.gemms, *exact.gemms[1:]), passes, 0.0)

@@ -96,9 +96,8 @@ def _read_folder(folder: str, config: str | None, split: str) -> Rows:
     import datasets  # on demand: it takes half a second to import
 
     try:
-        if (
-            Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file()
-        ):  # of save_to_disk
+        # A folder of datasets' save_to_disk
+        if Path(folder, "state.json").is_file() or Path(folder, "dataset_dict.json").is_file():
             return Rows([DatasetPart(_saved_split(datasets.load_from_disk(folder), folder, split))])
         builder = datasets.load_dataset_builder(folder, config)
         files = {

@@ -109,12 +109,13 @@ class TablePart:
                 if "map<" in str(column.type)
                 else column.to_pylist()
             )
+        # Bad UTF-8, a map's key twice, dates beyond Python's
         except (
             ValueError,
             KeyError,
             ArithmeticError,
             pa.ArrowException,
-        ) as error:  # bad UTF-8, a map's key twice, dates beyond Python's
+        ) as error:
             if end - begin > 1:
                 return [self._column(name, row, row + 1)[0] for row in range(begin, end)]
             reason = (
@@ -139,9 +140,8 @@ class DatasetPart:
         return len(self._dataset)
 
     def read(self, begin: int, end: int, columns: Sequence[str]) -> list[dict[str, Any]]:
-        batch = self._dataset.select_columns(list(columns))[
-            begin:end
-        ]  # datasets takes up to ten times as long row by row
+        # datasets takes up to ten times as long row by row
+        batch = self._dataset.select_columns(list(columns))[begin:end]
         values = {name: _clean(self._cleaners[name], batch[name]) for name in columns}
         return [{name: values[name][place] for name in columns} for place in range(end - begin)]
 

@@ -204,13 +204,14 @@ def explain_unshared(
         ends = packed["starts"][packed["places"] + 1]
         try:
             outputs = outputs_of(model, model_arguments(packed))
+        # Models raise errors of their own for a mask [T, T]
         except (
             AttributeError,
             IndexError,
             RuntimeError,
             TypeError,
             ValueError,
-        ) as error:  # each model has its own for a mask [T, T]
+        ) as error:
             return f"{name} does not take a mask: {error}"
         branches.append(torch.cat([outputs[end - rest - 1 : end] for end in ends.tolist()]))
     difference = beyond_rounding(branches[1], branches[0])

@@ -65,7 +65,7 @@ class Policy(NamedTuple):
 
 @dataclass(frozen=True)
 class Alignment:
-    """Everything that the report tells of the reward model and the policies."""
+    """What the report says about the reward model and the policies."""
 
     lines: dict[str, list[dict[str, float]]]
     """metrics.jsonl of each run."""

@@ -50,7 +50,7 @@ from .sentences import (
 from .settings import Settings
 
 VOCABULARY = 2048
-MARKER = "demo.json"  # tells a folder of the demo, whose contents a new run replaces, from any other
+MARKER = "demo.json"  # marks a folder of the demo, whose contents a new run replaces
 MADE = (
     "rows",
     "tokenizer",

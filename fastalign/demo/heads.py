@@ -51,9 +51,8 @@ def head_step(method: str, shape: Sequence[int]) -> Callable[[], dict[str, Tenso
 def _head_inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(shape.N, shape.H, generator=generator)
-    weight = torch.randn(shape.V, shape.H, generator=generator) * (
-        2 / math.sqrt(shape.H)
-    )  # logits of standard deviation 2
+    # Logits of standard deviation 2
+    weight = torch.randn(shape.V, shape.H, generator=generator) * (2 / math.sqrt(shape.H))
     return (
         hidden.requires_grad_(),
         weight.requires_grad_(),

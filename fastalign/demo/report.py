@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that the report tells of a run."""
+    """What the report says about a run."""
 
     folder: Path
     data: Path | None

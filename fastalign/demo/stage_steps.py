@@ -232,7 +232,7 @@ PPO, the first.
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Everything that the report tells of the steps."""
+    """What the report says about the steps."""
 
     steps: Sequence[Step]
     whole: Mapping[str, float]

@@ -284,9 +284,8 @@ def _activations(
             torch.autocast(world.device.type, torch.bfloat16, enabled=config.bf16),
         ):
             model.base_model(**inputs, use_cache=False)
-    except (
-        Exception
-    ) as error:  # a model's own code, on tensors without values; an estimate must not end a run
+    # A model's own code, on tensors without values; an estimate must not end a run
+    except Exception as error:
         return None, f"{type(model).__name__} cannot be traced: {type(error).__name__}"
     sizes = [storage.nbytes() for storage in kept.values()]
     text = model.config.get_text_config()

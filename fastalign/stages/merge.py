@@ -39,9 +39,8 @@ def run(config: MergeConfig) -> Path:
     )
     text = model.config.get_text_config()
     if classifier and text.pad_token_id is None:
-        text.pad_token_id = padding_id(
-            tokenizer, text
-        )  # by which transformers finds the last token of each row
+        # transformers finds the last token of each row by it
+        text.pad_token_id = padding_id(tokenizer, text)
     with new_folder(folder) as unfinished:
         model.save_pretrained(str(unfinished))
         tokenizer.save_pretrained(str(unfinished))

@@ -21,13 +21,8 @@ from .torch_func import reject_derivatives, unwrapped
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-_NUMBERS = (
-    float,
-    int,
-    torch.SymFloat,
-    torch.SymInt,
-    Real,
-)  # Real: NumPy's numbers. The common ones first, which are quick to tell.
+# Real: NumPy's numbers. The common types come first, because they are quick to check.
+_NUMBERS = (float, int, torch.SymFloat, torch.SymInt, Real)
 _WHOLE = (int, torch.SymInt)
 _PLAIN = (Tensor, torch.nn.Parameter)
 

@@ -90,7 +90,7 @@ def _backward(ctx, saved: Sequence[Tensor], grad: Tensor) -> NamedGrads:
     grad_logits = logits.detach()
     transform = Transform(1.0, ctx.softcap, ctx.temperature)
     row_grad(grad_logits, ids, None, transform, stats, of_rows, grad_logits, NeedsStats(*ctx.needs))
-    torch.autograd.graph.increment_version(grad_logits)  # whoever saved the logits is told so by autograd
+    torch.autograd.graph.increment_version(grad_logits)  # autograd refuses them if another node saved them
     return {"logits": grad_logits}
 
 

@@ -216,9 +216,8 @@ def sample_ref(
     x, z = x.double(), z.double()
     row_max = z.amax(-1, keepdim=True)
     alive = torch.ones(B, dtype=torch.bool, device=device) if finished is None else ~finished
-    valid = (
-        (x < math.inf).all(-1) & (z < math.inf).all(-1) & (row_max[:, 0] > -math.inf)
-    )  # NaN compares false
+    # NaN compares false
+    valid = (x < math.inf).all(-1) & (z < math.inf).all(-1) & (row_max[:, 0] > -math.inf)
     usable = (alive & valid)[:, None]
     x, z = torch.where(usable, x, 0.0), torch.where(usable, z, 0.0)
     row_max = z.amax(-1, keepdim=True)

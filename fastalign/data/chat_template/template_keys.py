@@ -10,28 +10,10 @@ import jinja2
 from jinja2 import nodes
 
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-_OF_ONE = ("first", "last", "random")  # filters from messages to a message
-_OF_ALL = (
-    "list",
-    "reverse",
-    "selectattr",
-    "rejectattr",
-    "select",
-    "reject",
-    "sort",
-    "unique",
-)  # and to messages
-_BY_KEY = (
-    "selectattr",
-    "rejectattr",
-    "map",
-    "sort",
-    "groupby",
-    "unique",
-    "sum",
-    "min",
-    "max",
-)  # their texts name a key
+# Filters from messages to a message, from messages to messages, and those whose arguments name a key.
+_OF_ONE = ("first", "last", "random")
+_OF_ALL = ("list", "reverse", "selectattr", "rejectattr", "select", "reject", "sort", "unique")
+_BY_KEY = ("selectattr", "rejectattr", "map", "sort", "groupby", "unique", "sum", "min", "max")
 
 
 class TemplateKeys:
@@ -48,9 +30,8 @@ class TemplateKeys:
     def __init__(self, source: str) -> None:
         self._keys: set[str] = set()
         self._all = False
-        self._kinds: dict[str, str] = {
-            "messages": "list"
-        }  # names, and attributes of namespaces as "name.attribute"
+        # Names, and attributes of namespaces as "name.attribute".
+        self._kinds: dict[str, str] = {"messages": "list"}
         self._names: frozenset[str] = frozenset()
         try:
             tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(

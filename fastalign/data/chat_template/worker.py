@@ -55,9 +55,8 @@ def main() -> None:
     pipe = Connection(int(sys.argv[1]))
     for number in (signal.SIGINT, signal.SIGTERM):  # they are for the run, which closes the pipe
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGPROF, signal.SIG_DFL
-    )  # its default ends the process, also within an operation of C
+    # Its default ends the process, also within an operation of C
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     limit_memory()
     while True:
         try:

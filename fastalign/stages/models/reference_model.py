@@ -30,9 +30,8 @@ from ..runs.run_folder import held
 from ..stage_configs import ReferenceConfig
 from .sharding import reshard, shard
 
-Reference = Callable[
-    [Batch], Tensor
-]  # packed sequences, on the device -> their log-probabilities [S], without gradient
+# Packed sequences, on the device -> their log-probabilities [S], without gradient
+Reference = Callable[[Batch], Tensor]
 
 
 def parts_of(config: ReferenceConfig, architecture: PretrainedConfig) -> list[Part]:
@@ -97,9 +96,8 @@ def _precompute(
     if world.size > 1:
         tables: list[Any] = [None] * world.size
         dist.all_gather_object(tables, table)
-        table = {
-            key: value for part in reversed(tables) for key, value in part.items()
-        }  # the first rank's value wins
+        # The first rank's value wins
+        table = {key: value for part in reversed(tables) for key, value in part.items()}
     if world.main and len(table) > known:
         # Another run that shares the folder may have written first. Its values stay, so that both runs
         # continue, and resume, with the same ones.

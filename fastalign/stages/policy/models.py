@@ -176,9 +176,8 @@ def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured = policy.generation_config.eos_token_id
     ids = [*(configured if isinstance(configured, list) else [configured]), tokenizer.eos_token_id]
     known = policy.config.get_text_config().vocab_size
-    found = sorted(
-        {token_id for token_id in ids if token_id is not None and token_id < known}
-    )  # the model cannot draw any other id
+    # The model cannot draw any other id
+    found = sorted({token_id for token_id in ids if token_id is not None and token_id < known})
     if not found:
         raise ValueError(
             "tokenizer: got no EOS token, and none in the model's generation_config, expected one, without "

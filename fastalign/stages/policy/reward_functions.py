@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from ...data.rows import Row
 from ...data.tokens import Prompt
 
-Reward = Callable[
-    [Sequence[Prompt], Sequence[list[int]]], Tensor
-]  # prompts, completions in tokens -> scores [B] fp64, on the CPU
+# Prompts, completions in tokens -> scores [B] fp64, on the CPU
+Reward = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
 # Functions of ours that moved, by the name that a config.yaml of an earlier version may hold.
 _MOVED = {"fastalign.demo_ppo:vader": "fastalign.demo.recipes:vader"}
 _PROMPTS, _COMPLETIONS = "prompts", "completions"

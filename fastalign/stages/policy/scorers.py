@@ -99,9 +99,8 @@ def load_classifier(
     padding = model.config.get_text_config().pad_token_id
     pad_id = padding_id(tokenizer, model.config) if padding is None else padding
     if padding is None and not of_tokens:
-        model.config.get_text_config().pad_token_id = (
-            classifier.tokenizer.pad_token_id
-        )  # by which transformers finds the last token
+        # transformers finds the last token by it
+        model.config.get_text_config().pad_token_id = classifier.tokenizer.pad_token_id
     limit = text_limit(classifier)
 
     def inputs_of(prompts: Sequence[Prompt], completions: Sequence[list[int]]) -> Mapping[str, Any]:

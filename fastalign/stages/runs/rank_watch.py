@@ -1,8 +1,8 @@
 """What ranks tell each other beside their collectives: signs of life, and the first fault.
 
-A rank that fails while the others wait for it in a collective cannot tell them there. So a thread of each
+A rank that fails while the others wait for it in a collective cannot tell them. So a thread of each
 rank writes a sign of life into torchrun's store every second, and looks for a fault of another rank. The
-lowest remaining rank tells the fault, and all ranks end.
+lowest remaining rank prints the fault, and all ranks end.
 """
 
 import json
@@ -48,7 +48,7 @@ class Watch:
         threading.Thread(target=self._run, daemon=True, name="fastalign-watch").start()
 
     def at_step(self, step: int) -> None:
-        """Note the step that this rank is in, also for other ranks: a killed rank can no longer tell it."""
+        """Note the step that this rank is in, in the store too: a killed rank cannot report it."""
         self.step = step
         with suppress(Exception):  # the thread will find what is wrong with the store
             self._sign()
@@ -77,20 +77,19 @@ class Watch:
             self.store.set("left", "")
             return error
         if fault is not None:
-            self._wait_for(
-                "left", GRACE + 10 * PERIOD
-            )  # rank 0 tells first: torchrun ends all when one has ended
+            # Rank 0 prints first: torchrun ends all ranks when one has ended
+            self._wait_for("left", GRACE + 10 * PERIOD)
             time.sleep(PERIOD)
             return error
         # A collective failed because of another rank: one with a fault of its own, or one that is gone.
         posted = self._get("fault", SILENT)
         alive = list(range(self.size)) if posted else self._alive()
         line = self._describe(json.loads(posted)) if posted else self._describe_silent(alive, error)
-        tells = self.rank == min(alive)
-        if not tells and not self._wait_for("left", GRACE + 10 * PERIOD):
-            tells = self.rank == min(self._alive())  # the one that was to tell is gone too
+        prints = self.rank == min(alive)
+        if not prints and not self._wait_for("left", GRACE + 10 * PERIOD):
+            prints = self.rank == min(self._alive())  # the rank that should have printed is gone too
         self.store.set("left", "")
-        return RankError(line) if tells else error
+        return RankError(line) if prints else error
 
     def _post(self, error: BaseException) -> dict[str, Any]:
         line = describe(error) or "".join(traceback.format_exception_only(error)).strip()
@@ -167,13 +166,13 @@ class Watch:
     def _end_soon(self, line: str | None, grace: float = GRACE) -> None:
         """End the process soon, unless it ends by itself: it waits for a rank that will not come.
 
-        The rank with a line to tell goes first.
+        The rank that prints a line goes first.
         """
         if self.leaving.wait(grace + (3 * PERIOD if line is None else 0)) or self.ending.is_set():
             return
         if line is not None:
             print(f"fastalign: error: {line}", file=sys.stderr, flush=True)
-            with suppress(Exception):  # the store may be gone, and whom to tell with it
+            with suppress(Exception):  # the store may be gone, and the other ranks with it
                 self.store.set("left", "")
             time.sleep(PERIOD)
         os._exit(FAULT)

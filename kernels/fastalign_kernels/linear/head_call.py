@@ -38,9 +38,10 @@ class HeadCall:
             self.weights += (inputs.lora.weight.to(hidden.dtype),)
             factors += (inputs.lora.hidden.to(hidden.dtype),)
         if table is None:
+            # The statistics of ignored tokens stay 0
             table = torch.zeros(
                 len(Stat), hidden.shape[0], dtype=accumulator_dtype(hidden.dtype), device=hidden.device
-            )  # those of ignored tokens stay 0
+            )
         self.table = table
         bias = None if bias is None else bias.to(table.dtype)
         self.softmaxes = Softmaxes(ids, bias, options.transform, table, options.lean)

@@ -38,7 +38,7 @@ class HeadPlan(NamedTuple):
     codes_bytes: int = 0  # with a screen: of the weight's codes, on a CPU kept for each version of it
     screened_gemms: float = 0.0  # with a screen: `gemms` in the time of exact ones, predicted; on a GPU
     # those of 8 bits alone, beside `gemms` over the columns that matter
-    coding_gemms: float = 0.0  # with a screen: coding a new version of the weight, likewise
+    coding_gemms: float = 0.0  # with a screen: coding a new version of the weight, in the time of exact ones
 
     def __str__(self) -> str:
         """The plan in a line; one more for a screen, and on a GPU a table of its budgets."""

@@ -100,7 +100,8 @@ def plan_head(
             one, `screened_gemms` as the share of an exact one's time that it takes.
         architecture: compute capability of the GPU, 90 for an H100. Default: that of `device` where it is a
             GPU of this machine; else 0, and the plan is one that any GPU can run, without predicted times.
-        memory_mib: the GPU's memory. Default: likewise; else as much as the default workspace needs.
+        memory_mib: the GPU's memory. Default: that of `device` where it is such a GPU; else as much as the
+            default workspace needs.
 
     Returns:
         The plan. print(plan) shows what more or less `workspace_mib` would buy on a GPU: engine, GEMMs,
@@ -274,9 +275,8 @@ def token_chunk(n_tokens: int, call: TileCall) -> tuple[int, int]:
 def default_workspace_mib(kind: str, *, weight_grad: bool) -> float:
     """The default `workspace_mib` on a device of type `kind`."""
     frozen, trained = WORKSPACE_MIB["cpu" if kind == "cpu" else "cuda"]
-    return (
-        trained if weight_grad else frozen
-    )  # by name: torch.compile of torch 2.11 cannot index a tuple by a bool
+    # By name: torch.compile of torch 2.11 cannot index a tuple by a bool
+    return trained if weight_grad else frozen
 
 
 def _device_type(device: torch.device | str) -> str:

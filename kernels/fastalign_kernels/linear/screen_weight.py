@@ -48,7 +48,7 @@ _kept: OrderedDict[tuple[object, ...], _Kept] = OrderedDict()
 def screened_weight(weight: Tensor) -> ScreenedWeight:
     """The codes of weight [V, H]: those kept of this version of it, or new ones.
 
-    A version does not tell of all changes: in-place operations on `weight.data` keep it, and so does FSDP2,
+    A version misses some changes: in-place operations on `weight.data` keep it, and so does FSDP2,
     which gathers each step's weight into the same memory. So a hash of each row is compared too. An inference
     tensor has no version, and is coded anew.
     """

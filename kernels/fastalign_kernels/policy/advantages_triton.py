@@ -56,9 +56,8 @@ def gae_kernel(
     dtype = values.dtype.element_ty
     gamma = as_scalar(gamma, dtype)
     decay = as_scalar(decay, dtype)
-    following = (
-        tl.load(bootstrap + row) if HAS_BOOTSTRAP else tl.full((), 0.0, dtype)
-    )  # value of the nearest token behind the block
+    # The value of the nearest token behind the block
+    following = tl.load(bootstrap + row) if HAS_BOOTSTRAP else tl.full((), 0.0, dtype)
     running = tl.full((), 0.0, dtype)  # its advantage
     for begin in range(0, T, BLOCK_SIZE):
         t = T - 1 - begin - lane

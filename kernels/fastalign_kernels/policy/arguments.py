@@ -104,9 +104,8 @@ def as_bool(mask: Tensor) -> Tensor:
             if not unwrapped(right).all():
                 wrong = unwrapped(mask)[~unwrapped(right)][0].item()
                 raise ValueError(f"mask: got {wrong}, expected 0 or 1 for each token")
-        elif not isinstance(
-            mask, FakeTensor
-        ):  # on a GPU, and in compiled code, the device checks without the host
+        # On a GPU, and in compiled code, the device checks without the host
+        elif not isinstance(mask, FakeTensor):
             torch._assert_async(right.all(), "mask: expected 0 or 1 for each token")
     return mask != 0
 

@@ -142,9 +142,8 @@ def orpo_loss_ref(
     """The specification of `orpo_loss`."""
 
     def log_odds(logp: Tensor) -> Tensor:
-        logp = torch.where(
-            logp > -1e-6, logp + (-1e-6 - logp).detach(), logp
-        )  # by a sum alone, -inf would be NaN
+        # A plain sum would turn -inf into NaN
+        logp = torch.where(logp > -1e-6, logp + (-1e-6 - logp).detach(), logp)
         return logp - torch.log(-torch.expm1(logp))
 
     chosen, rejected = _widened(policy_chosen_logps, policy_rejected_logps)

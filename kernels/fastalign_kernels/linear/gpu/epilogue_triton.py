@@ -66,9 +66,8 @@ def _sums(z, e, base, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr):
     if ENTROPY:
         below = z - base[:, None]
         if HAS_BIAS:
-            below = tl.maximum(
-                below, LOWEST
-            )  # a bias of -inf masks a column: -inf * 0 is NaN, -1e30 * 0 is 0
+            # A bias of -inf masks a column: -inf * 0 is NaN, -1e30 * 0 is 0
+            below = tl.maximum(below, LOWEST)
         weighted = tl.sum(below * e, 1)
     return total, weighted
 

@@ -159,8 +159,8 @@ class KeptSoftmax(Engine):
     """The engine of this file."""
 
     def __init__(self, workspace_mib: float, saved_mib: float | None = None) -> None:
-        """workspace_mib: MiB of the tile and of what is kept, where the call does not say; saved_mib:
-        likewise, for what is kept between the passes if all of it fits."""
+        """workspace_mib: MiB of the tile and of what is kept, if the call does not say. saved_mib: MiB for
+        what is kept between the passes if all of it fits, and the call does not say."""
         self.workspace_mib, self.saved_mib = workspace_mib, saved_mib
 
     def sizes(self, inputs: HeadInputs, needs: NeedsGrad) -> TileSizes:

@@ -36,7 +36,7 @@ def rest_kernel(
     live,
     V,
     part_rows,
-    slice_columns,  # a program takes so many
+    slice_columns,  # columns of a program
     # strides
     kept_stride,
     # options

@@ -263,7 +263,7 @@ def collect_kernel(
     V,
     part_rows,
     parts,
-    slice_columns,  # a program takes so many
+    slice_columns,  # columns of a program
     # strides
     kept_stride,
     coefficient_stride,
