@@ -46,21 +46,21 @@ def shown_type(value: object) -> str:
 
 
 def tensor(name: str, value: object) -> None:
-    """A `plain` tensor."""
+    """Refuse what is not a `plain` tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: got {shown(value)}, expected a torch.Tensor")
     plain(name, value)
 
 
 def shardable(**given: object) -> None:
-    """All are `plain` tensors or DTensors."""
+    """Refuse arguments that are neither `plain` tensors nor DTensors."""
     for name, value in given.items():
         if not (isinstance(value, Tensor) and is_dtensor(value)):
             tensor(name, value)
 
 
 def plain(name: str, value: Tensor) -> None:
-    """A tensor whose values lie in its own memory: no DTensor, and no nested, masked or quantised one."""
+    """Refuse a tensor whose values are elsewhere: a DTensor, or a nested, masked or quantised tensor."""
     kind = type(value)
     if kind in _PLAIN and not value.is_nested:
         return
@@ -75,7 +75,7 @@ def plain(name: str, value: Tensor) -> None:
 
 
 def _stands_for_plain(value: Tensor) -> bool:
-    """Whether it is a compiler's tensor, or the result of a collective, which is awaited where it is read."""
+    """Whether a tensor is a compiler's, or the result of a collective, which is awaited where it is read."""
     collectives = sys.modules.get("torch.distributed._functional_collectives")
     awaited = getattr(collectives, "AsyncCollectiveTensor", FakeTensor)
     return isinstance(value, (FakeTensor, FunctionalTensor, awaited))
@@ -91,7 +91,7 @@ def is_dtensor(x: Tensor) -> bool:
 
 
 def logits(value: object) -> None:
-    """A tensor of logits, of the whole vocabulary."""
+    """Refuse logits that are no tensor of the whole vocabulary."""
     if isinstance(value, Tensor) and is_dtensor(value):
         raise ValueError(
             "logits: got a DTensor, expected a plain tensor of the whole vocabulary on each rank: "
@@ -137,7 +137,7 @@ def process_group(value: object) -> None:
 def number(
     name: str, value: float, low: float = -LARGEST, high: float = LARGEST, expected: str = "a finite number"
 ) -> float:
-    """A number in [low, high] that fp32 holds: 0, or of a size within fp32's normal numbers."""
+    """The number as a float, if it is in [low, high] and fp32 holds it: 0 or a normal number of fp32."""
     if (
         type(value) is float
         and low <= value <= high
@@ -169,7 +169,7 @@ def unit_interval(name: str, value: float) -> float:
 
 
 def logits_dtype(value: object) -> torch.dtype | None:
-    """The `logits_dtype` of a head: torch.bfloat16, or None for fp32."""
+    """The checked `logits_dtype` of a head: torch.bfloat16, or None for fp32."""
     if value is None or value is torch.float32:
         return None
     if value is not torch.bfloat16:
@@ -178,7 +178,7 @@ def logits_dtype(value: object) -> torch.dtype | None:
 
 
 def screen(value: object, logits_dtype: torch.dtype | None) -> bool:
-    """The `screen` of a head: True, or None or False for exact logits."""
+    """The checked `screen` of a head: True, or None or False for exact logits."""
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"screen: got {shown(value)}, expected True or None")
     if value and logits_dtype not in (None, torch.float32):
@@ -197,14 +197,14 @@ def tail_eps(value: float) -> float:
 def whole(
     name: str, value: int, low: int = -(2**63), high: int = 2**63 - 1, expected: str = "a whole number"
 ) -> int:
-    """A whole number in [low, high]; a float is none, even 1.0."""
+    """The number, if it is whole and in [low, high]; a float is refused, even 1.0."""
     if isinstance(value, bool) or not isinstance(value, (*_WHOLE, Integral)) or not low <= value <= high:
         raise ValueError(f"{name}: got {shown(value)}, expected {expected}")
     return value if isinstance(value, _WHOLE) else int(value)
 
 
 def divisor(name: str, value: float | Tensor | None, like_name: str, like: Tensor) -> None:
-    """A number above 0, a tensor of one number above 0, or None."""
+    """Refuse a divisor that is neither a number above 0, a tensor of one, nor None."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: got {shown(value)}, expected a number above 0 or a scalar tensor")
@@ -217,8 +217,10 @@ def divisor(name: str, value: float | Tensor | None, like_name: str, like: Tenso
 
 
 def divisor_value(name: str, value: Tensor, *, low: float) -> None:
-    """The number in a tensor is finite and at least `low`, where `readable`; under vmap those of all
-    slices."""
+    """Refuse a number in a tensor that is not finite or below `low`, if it is `readable`.
+
+    Under vmap the numbers of all slices are checked.
+    """
     if readable(value):
         for number in unwrapped(value).reshape(-1).tolist():
             if not low <= number <= LARGEST:
@@ -229,13 +231,13 @@ def divisor_value(name: str, value: Tensor, *, low: float) -> None:
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...], letters: str) -> None:
-    """The tensor has the expected shape; `letters` names its dimensions, as "[V, H]"."""
+    """Refuse a tensor of another shape than expected; `letters` names its dimensions, as "[V, H]"."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {letters} = {list(expected)}")
 
 
 def dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    """The tensor has an allowed dtype, is `plain` and dense."""
+    """Refuse a tensor that has another dtype, or is not `plain` and dense."""
     plain(name, tensor)
     if tensor.dtype not in allowed:
         raise ValueError(f"{name}: got {tensor.dtype}, expected {' or '.join(str(d) for d in allowed)}")
@@ -252,7 +254,7 @@ def supported_device(name: str, tensor: Tensor) -> None:
 
 
 def allocated(**given: Tensor | None) -> None:
-    """Their memory is there. FSDP frees that of a parameter after its use, and torch still says [V, H]."""
+    """Refuse tensors without memory: FSDP frees a parameter's after its use, and torch still says [V, H]."""
     if torch.compiler.is_compiling():
         return
     for name, value in given.items():
@@ -273,7 +275,7 @@ def device(name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def like(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...], like_name: str, like: Tensor) -> None:
-    """The tensor has an allowed dtype, and the shape and device of `like`."""
+    """Refuse a tensor of another dtype than the allowed ones, or of another shape or device than `like`."""
     if (
         tensor.dtype in allowed
         and tensor.shape == like.shape
@@ -305,7 +307,7 @@ def readable(tensor: Tensor, check: bool = False) -> bool:
 
 
 def ids(name: str, values: Tensor, vocab_size: int, ignore_index: int, check: bool) -> None:
-    """Ids in [0, V) or ignore_index, where `readable`."""
+    """Refuse ids that are neither in [0, V) nor ignore_index, if they are `readable`."""
     if not readable(values, check):
         return
     values = unwrapped(values).long()  # an int32 tensor would meet an ignore_index of 2^32 + 5 as 5
@@ -321,5 +323,5 @@ def ids(name: str, values: Tensor, vocab_size: int, ignore_index: int, check: bo
 
 
 def ignore_index(value: int | None) -> int:
-    """A whole number; None is -100, as torch's linear_cross_entropy has it."""
+    """The checked ignore_index; None is -100, as torch's linear_cross_entropy has it."""
     return -100 if value is None else whole("ignore_index", value)

@@ -17,8 +17,8 @@ class Weighting(IntEnum):
     NUMBER = 1  # the number
     TOKENS = 2  # one over the tokens inside the mask
     DIVISOR = 3  # one over the tensor, a scalar
-    # Of [B, T]: one over its row's tokens, and over the tensor, a scalar, or the number. Without either, over
-    # the rows that have tokens.
+    # Of [B, T]: 1 / the tokens of its row, divided by the tensor (a scalar) or the number; without either, by
+    # the number of rows that have tokens.
     SEQUENCES = 4
 
 

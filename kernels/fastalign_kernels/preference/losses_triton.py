@@ -32,7 +32,7 @@ from .ops import (
 
 
 class Block(NamedTuple):
-    """What one program computes."""
+    """How many pairs or completions one program computes."""
 
     size: int  # pairs or completions
     num_warps: int
