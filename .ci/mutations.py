@@ -1,6 +1,6 @@
-"""48 faults of one line each; for each, the tests that must fail.
+"""Put the faults of faults.py into the code, one at a time; for each, the tests that must fail.
 
-    make mutations                      all of them, in 6 minutes
+    make mutations                      all of them, in 15 minutes or more on two cores
     python .ci/mutations.py 3 17        these two
     python .ci/mutations.py --check     whether each line is still there, in a second
 
@@ -84,7 +84,7 @@ def main() -> int:
     for line in stale:
         print(f"STALE {line}")
     if stale:
-        print(f"{len(stale)} lines of .ci/mutations.py do not fit the tree: nothing was run", flush=True)
+        print(f"{len(stale)} lines of .ci/faults.py do not fit the tree: nothing was run", flush=True)
         return 2
     if "--check" in words:
         print(f"all {len(numbers)} mutations fit the tree")
