@@ -62,7 +62,7 @@ def _choose_gemm() -> bool:
         return not missing and ops.cpu_prefers_native_gemm()
     if choice not in ("native", "torch"):
         raise ValueError(
-            f"FASTALIGN_GEMM: got {choice!r}, expected native (formerly own) or torch, "
+            f"FASTALIGN_GEMM: got {choice!r}, expected native or torch, "
             "or nothing for the faster one on this CPU"
         )
     if choice == "native" and not has_gemm():

@@ -32,7 +32,7 @@ def test_status_says_what_is_native_and_why_not(monkeypatch):
     [
         ("native", "('native',"),
         ("torch", "('torch',"),
-        ("own", "got 'own', expected native (formerly own) or torch"),
+        ("mkl", "got 'mkl', expected native or torch"),
     ],
 )
 def test_the_environment_chooses_the_gemm(choice, said):

@@ -122,18 +122,6 @@ def test_a_missing_file_and_one_that_cannot_be_read_are_damage(
     assert find_damage(newest) == "__0_0.distcp, which rank-0.sha256 lists, is missing"
 
 
-def test_a_checkpoint_of_the_format_before_is_refused_by_name(pretraining: Pretraining) -> None:
-    config = pretraining(max_steps=1, save_every=1)
-    pretrain.run(config)
-    found = Path(config.output_dir, "checkpoints", "step-00000001")
-    (found / "state.pt").write_bytes(b"as torch.save wrote it")
-    with pytest.raises(
-        ValueError, match=r"resume: got .*step-00000001, which .* wrote \(state\.pt\), expected"
-    ):
-        pretrain.run(dataclasses.replace(config, resume=True))
-    assert found.is_dir(), "it is not renamed"
-
-
 def test_metadata_that_names_a_function_is_not_run(pretraining: Pretraining, tmp_path: Path) -> None:
     """.metadata is a pickle. One of a stranger's, sealed by the stranger, must not run code."""
     config = pretraining(max_steps=1, save_every=1)

@@ -322,14 +322,3 @@ def test_lists_tensors_and_iterators_of_numbers_are_scores(returned: Any) -> Non
         reward_functions.Function("f", lambda prompts, completions: returned), Words()
     )
     assert score([Prompt(), Prompt()], [[0], [1]]).tolist() == [1.0, 2.0]
-
-
-def test_a_function_of_ours_that_moved_is_refused_with_its_new_place() -> None:
-    """As the config.yaml of an earlier demo has it."""
-    new = "fastalign.demo.recipes:vader"
-    with pytest.raises(
-        ValueError, match=f"reward: got 'fastalign.demo_ppo:vader', expected its new place '{new}'"
-    ):
-        reward_functions.find_function("fastalign.demo_ppo:vader")
-    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
-    assert reward_functions.find_function(new).name == new

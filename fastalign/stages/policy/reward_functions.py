@@ -22,8 +22,6 @@ from ...data.tokens import Prompt
 
 # Prompts, completions in tokens -> scores [B] fp64, on the CPU
 Reward = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
-# Functions of ours that moved, by the name that a config.yaml of an earlier version may hold.
-_MOVED = {"fastalign.demo_ppo:vader": "fastalign.demo.recipes:vader"}
 _PROMPTS, _COMPLETIONS = "prompts", "completions"
 
 
@@ -50,8 +48,6 @@ def find_function(reward: str) -> Function:
 
     Raises ValueError if there is none.
     """
-    if reward in _MOVED:
-        raise ValueError(f"reward: got {reward!r}, expected its new place {_MOVED[reward]!r}")
     source, _, name = reward.rpartition(":")
     try:
         module = _load_file(Path(source)) if source.endswith(".py") else _load_module(source)

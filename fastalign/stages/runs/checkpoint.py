@@ -253,7 +253,7 @@ def latest_whole(output_dir: str, world: World, ranks: Ranks | None = None) -> P
     """The newest checkpoint whose files are as they were written; None if a run has no checkpoint.
 
     Every rank calls it. Newer ones that are damaged are named, and renamed to ….damaged. Raises ValueError
-    if all are damaged, and for one that an earlier version wrote.
+    if all are damaged.
     """
     ranks = ranks or Ranks(world, Path(output_dir, "checkpoints"))
     if ranks.leads:
@@ -264,7 +264,6 @@ def latest_whole(output_dir: str, world: World, ranks: Ranks | None = None) -> P
     on_all_disks = set.intersection(*map(set, ranks.gather([*paths])))
     whole, damaged = None, dict[Path, str]()
     for name in sorted(on_all_disks, reverse=True):
-        _refuse_old(paths[name])
         damage = find_damage(paths[name], ranks)
         if damage is None:
             whole = paths[name]
@@ -285,15 +284,6 @@ def latest_whole(output_dir: str, world: World, ranks: Ranks | None = None) -> P
             f"{whole.name if whole else ''} is trained again"
         )
     return whole
-
-
-def _refuse_old(path: Path) -> None:
-    if (path / "state.pt").exists():
-        raise ValueError(
-            f"resume: got {path}, which fastalign 0.1 before November 27 wrote (state.pt), expected one of "
-            "torch.distributed.checkpoint: finish that run with the version that began it, or train its "
-            "last saved model in a new output_dir"
-        )
 
 
 def count(output_dir: str) -> int:
