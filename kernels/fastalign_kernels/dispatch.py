@@ -111,6 +111,11 @@ def widest(*tensors: Tensor | None) -> Tensor:
     return tensors[0]
 
 
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def accumulator_of(*tensors: Tensor | None) -> torch.dtype:
     """fp64 if a tensor is, else fp32."""
-    return torch.float64 if widest(*tensors).dtype == torch.float64 else torch.float32
+    return accumulator_dtype(widest(*tensors).dtype)

@@ -101,26 +101,36 @@ def capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def on_host(numbers: Tensor) -> Callable[[], list[int]]:
+    """A function that returns the numbers [n].
+
+    On a GPU they are copied to pinned memory, and the function waits for no more than what was queued before
+    this call.
+    """
+    if not numbers.is_cuda:
+        return numbers.tolist
+    memory = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    memory.copy_(numbers, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def when_copied() -> list[int]:
+        copied.synchronize()
+        return memory.tolist()
+
+    return when_copied
+
+
 def first_true(mask: Tensor) -> tuple[Tensor, Callable[[], int]]:
     """The indices of True first, in order, and a function that returns how many they are.
 
-    On a CPU there are no other indices. On a GPU the count is copied to pinned memory, and the function waits
-    for no more than what was queued before this call.
+    On a CPU there are no other indices.
     """
     if not mask.is_cuda:
         index = mask.nonzero()[:, 0]
         return index, index.numel
-    order = torch.argsort(~mask, stable=True)
-    count = torch.empty(1, dtype=torch.int64, pin_memory=True)
-    count.copy_(mask.sum().view(1), non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def how_many() -> int:
-        copied.synchronize()
-        return int(count[0])
-
-    return order, how_many
+    order, counted = torch.argsort(~mask, stable=True), on_host(mask.sum().view(1))
+    return order, lambda: counted()[0]
 
 
 def _kept_tokens(ids: Tensor) -> tuple[Tensor | None, Callable[[], int]]:

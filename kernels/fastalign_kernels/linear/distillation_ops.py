@@ -25,7 +25,7 @@ def _reduced(
     divergence: str,
 ) -> tuple[Tensor, ...]:
     """The sum over tokens of scale [N] times the divergence, the divergences [N], and gradients."""
-    loss = Distillation(teacher_ids, teacher_logp, scale, divergence)
+    loss = Distillation(teacher_ids, teacher_logp, divergence, scale)
     losses, grads = divergences_and_gradients(inputs, loss, needs)
     return ordered_sum(losses * scale), losses, *grads, losses.clone()
 
@@ -48,7 +48,7 @@ def _tokens(
     inputs: HeadInputs, needs: NeedsGrad, teacher_ids: Tensor, teacher_logp: Tensor, divergence: str
 ) -> Tensor:
     """The divergences [N]; needs are those of the backward pass."""
-    loss = Distillation(teacher_ids, teacher_logp, inputs.hidden, divergence)
+    loss = Distillation(teacher_ids, teacher_logp, divergence)
     return divergences_and_gradients(inputs, loss, NeedsGrad())[0]
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..device import architecture
 from ..dispatch import warn_once
 from ..torch_func import assumed_constant
 from .engine import Engine, Gradients, SequenceCoefficients, Sequences, TokenCoefficients, empty_gradients
-from .gpu.device import architecture
 from .gpu.epilogue import EpilogueStatistics
 from .gpu.epilogue_slices import EpilogueSlices
 from .gpu.plan import gpu_saved_mib, gpu_workspace_mib, select_engine

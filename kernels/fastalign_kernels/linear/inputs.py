@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..device import architecture
 from ..logits import kept_ids
 from ..torch_func import requires_grad
-from .gpu.device import architecture, no_screen
+from .gpu.device import no_screen
 from .gpu.plan import GpuCall, screen_refusal
 from .low_rank import ThinProduct, thin_product
 from .options import HeadOptions, check_no_screen
@@ -80,19 +81,19 @@ class HeadInputs(NamedTuple):
         hidden, bias, options = self.hidden, self.bias, self.options
         mib = options.workspace_mib
         return GpuCall(
-            hidden.shape[0],
-            hidden.shape[1],
-            self.planned_rows,
-            hidden.dtype,
-            workspace_mib if mib is None else mib,
-            needs.hidden,
-            needs.head,
-            options.tail_eps is not None,
-            options.softcap / options.temperature,
-            bias is not None,
-            architecture,
-            saved_mib if mib is None else None,
-            options.logits_dtype is not None,
+            n_tokens=hidden.shape[0],
+            hidden_size=hidden.shape[1],
+            vocab_size=self.planned_rows,
+            dtype=hidden.dtype,
+            workspace_mib=workspace_mib if mib is None else mib,
+            hidden_grad=needs.hidden,
+            head_grad=needs.head,
+            tail=options.tail_eps is not None,
+            cap=options.softcap / options.temperature,
+            bias=bias is not None,
+            architecture=architecture,
+            saved_mib=saved_mib if mib is None else None,
+            low_logits=options.logits_dtype is not None,
             lora_rank=0 if self.lora_weight is None else self.lora_weight.shape[1],
             lora_grad=needs.lora,
             screen=options.screen,
@@ -102,13 +103,13 @@ class HeadInputs(NamedTuple):
         """What the chunks of token tiles depend on."""
         options = self.options
         return TileCall(
-            self.planned_rows,
-            self.hidden.dtype,
-            self.hidden.device.type,
-            needs.hidden or needs.lora,
-            needs.head,
-            options.tail_eps,
-            options.workspace_mib,
+            vocab_size=self.planned_rows,
+            dtype=self.hidden.dtype,
+            kind=self.hidden.device.type,
+            hidden_grad=needs.hidden or needs.lora,
+            weight_grad=needs.head,
+            tail_eps=options.tail_eps,
+            workspace_mib=options.workspace_mib,
             screen=options.screen,
         )
 
@@ -155,7 +156,8 @@ def local_tensors(
     checks.optional_tensors(bias=bias)
     adapter = None if options.lora is None else (options.lora.A, options.lora.B)
     reduction, *numbers = options.loss
-    of_call = OfCall(options.group, (*options[:5], *numbers), reduction, adapter)
+    of_head = (*options.transform, options.workspace_mib, options.tail_eps)
+    of_call = OfCall(options.group, (*of_head, *numbers), reduction, adapter)
     head = local_head(hidden, weight, bias, ids, of_call)
     return head.hidden, head.weight, head.bias, options._replace(shards=head.shards, group=head.group)
 

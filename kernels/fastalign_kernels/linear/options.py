@@ -124,7 +124,7 @@ class HeadOptions(NamedTuple):
         """The options as one `float[]`, since each argument of an op costs microseconds; 0 is None."""
         low = float(self.logits_dtype is not None)
         return [
-            *self[:3],
+            *self.transform,
             self.workspace_mib or 0.0,
             self.tail_eps or 0.0,
             low,
@@ -141,15 +141,15 @@ class HeadOptions(NamedTuple):
         logit_scale, softcap, temperature, workspace_mib, tail_eps, *rest = numbers
         low, screen, lean, wide, check, *shards = rest
         return cls(
-            logit_scale,
-            softcap,
-            temperature,
-            workspace_mib or None,
-            tail_eps or None,
-            torch.bfloat16 if low else None,
-            screen > 0,
-            lean > 0,
-            wide > 0,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            workspace_mib=workspace_mib or None,
+            tail_eps=tail_eps or None,
+            logits_dtype=torch.bfloat16 if low else None,
+            screen=screen > 0,
+            lean=lean > 0,
+            wide=wide > 0,
             check=check > 0,
             shards=Shards.of(shards),
         )
@@ -183,11 +183,13 @@ def head_options(
     checks.flags(check=options.check)
     check_group(options.group)
     return HeadOptions(
-        *transform,
-        None if workspace_mib is None else checks.above_zero("workspace_mib", workspace_mib),
-        None if tail_eps is None else checks.tail_eps(tail_eps),
-        checks.logits_dtype(options.logits_dtype),
-        checks.screen(options.screen, options.logits_dtype),
+        logit_scale=transform.logit_scale,
+        softcap=transform.softcap,
+        temperature=transform.temperature,
+        workspace_mib=None if workspace_mib is None else checks.above_zero("workspace_mib", workspace_mib),
+        tail_eps=None if tail_eps is None else checks.tail_eps(tail_eps),
+        logits_dtype=checks.logits_dtype(options.logits_dtype),
+        screen=checks.screen(options.screen, options.logits_dtype),
         ignore_index=checks.ignore_index(options.ignore_index),
         check=options.check,
         lora=as_low_rank(options.lora),

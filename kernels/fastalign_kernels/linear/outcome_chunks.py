@@ -40,8 +40,8 @@ class Distillation(NamedTuple):
 
     teacher_ids: Tensor  # [N, K] int64; -1: padding
     teacher_logp: Tensor  # [N, K]
-    scale: Tensor  # [N], what each token's divergence is multiplied by; for gradients alone
     divergence: str
+    scale: Tensor | None = None  # [N], what each token's divergence is multiplied by; gradients need it
 
     def teacher(self, inputs: HeadInputs, tokens: Tensor | slice) -> Teacher:
         return Teacher.of(self.teacher_ids[tokens], self.teacher_logp[tokens], inputs.vocab_size)
@@ -65,6 +65,7 @@ def divergences_and_gradients(
             counted = chunk.ids >= 0
             losses[chunk.tokens] = torch.where(counted, divergence, 0.0).to(accumulator)
             if any(needs):
+                assert loss.scale is not None
                 grads = torch.where(counted[:, None], grads * loss.scale[chunk.tokens][:, None], 0.0)
                 _add(sums, chunk, columns, outcomes, grads)
         gradients = sums.finish() if any(needs) else empty_gradients(inputs, needs)

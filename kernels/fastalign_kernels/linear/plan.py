@@ -167,7 +167,16 @@ def plan_head(
         plan = _gpu_plan(call, HeadPlan(way, 0, 0, gemms))
         if plan is not None:
             return gpu_budgets(plan, call, card, lambda call: _gpu_plan(call, HeadPlan(way, 0, 0, gemms)))
-    tiles = TileCall(vocab_size, dtype, kind, hidden_grad, weight_grad, tail_eps, workspace_mib, screened)
+    tiles = TileCall(
+        vocab_size=vocab_size,
+        dtype=dtype,
+        kind=kind,
+        hidden_grad=hidden_grad,
+        weight_grad=weight_grad,
+        tail_eps=tail_eps,
+        workspace_mib=workspace_mib,
+        screen=screened,
+    )
     tokens, per_token = token_chunk(n_tokens, tiles)
     plan = HeadPlan(way, tokens, tokens * per_token, gemms)
     return _with_screen(plan, n_tokens, hidden_size, vocab_size, gradients) if screened else plan

@@ -139,11 +139,10 @@ def chunks_with_columns(
 
     for chunk in chunks:
         C, most = chunk.ids.numel(), TOKENS[inputs.hidden.device.type]
-        if not chunk.logits.shape[1]:  # a rank without rows
-            empty = chunk.stats.new_empty(0, C) if coefficients is None else coefficients(chunk)
-            yield chunk, empty, None
-            continue
         of_chunk = chunk.stats.new_empty(0, C) if coefficients is None else coefficients(chunk)
+        if not chunk.logits.shape[1]:  # a rank without rows
+            yield chunk, of_chunk, None
+            continue
         selected = []
         for begin in range(0, C, most):
             part = chunk.part(begin, min(begin + most, C))

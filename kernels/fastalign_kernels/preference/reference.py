@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dispatch import accumulator_of
 from .formulas import DPO_LOSS_TYPES
 from .ops import reduce_losses
 from .results import PreferenceLoss, RewardLoss, UnpairedLoss
 
 
 def _widened(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-    return [x.to(dtype) for x in tensors]
+    return [x.to(accumulator_of(*tensors)) for x in tensors]
 
 
 def _mean_over_tokens(logps: Tensor, lengths: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import Kernels, launches
+from ..dispatch import Kernels, accumulator_dtype, launches
 from ..namespace import ops
 
 
@@ -120,11 +120,6 @@ def loss_coefficients(loss: TokenLoss, stats: Tensor, vocab_size: int) -> Tensor
     grad[Stat.MEAN_LOGP] = -loss.label_smoothing * loss.scale
     grad[Stat.LSE] = 2 * loss.z_loss * stats[Stat.LSE] * loss.scale
     return coefficients(grad, stats, vocab_size)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_stats(

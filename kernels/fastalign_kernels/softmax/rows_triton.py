@@ -12,7 +12,6 @@ instructions or fewer: row_passes_triton.py says how.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import architecture, multiprocessors
 from ..triton_launch import launch
 from ..triton_options import as_scalar
 from .row_passes_triton import (
@@ -82,7 +82,9 @@ def tabled_launch(table: LaunchTable, sm: int, columns: int) -> Launch:
 
 def launch_for(table: LaunchTable, logits: Tensor) -> Launch:
     """The launch for the rows of logits [..., V]; `table` is a value of LAUNCH."""
-    return tabled_launch(table, _architecture(logits.device), logits.shape[-1])
+    device = logits.device
+    sm = architecture(device.index) if device.type == "cuda" else 0  # the interpreter has none
+    return tabled_launch(table, sm, logits.shape[-1])
 
 
 def launch_options(table: LaunchTable, logits: Tensor) -> dict[str, int]:
@@ -91,22 +93,9 @@ def launch_options(table: LaunchTable, logits: Tensor) -> dict[str, int]:
     return {"BLOCK_SIZE": found.block_size, "num_warps": found.num_warps}
 
 
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    """A GPU's compute capability times 10; 0 for a CPU, where the interpreter runs."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    return 10 * major + minor
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """A GPU's multiprocessors; 2 for a CPU, where the interpreter runs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def grid_size(programs: int, rows: int, device: torch.device) -> int:
     """Programs of a launch over that many rows; `programs` as in Launch."""
-    return min(rows, programs * _multiprocessors(device)) if programs else rows
+    return min(rows, programs * multiprocessors(device)) if programs else rows
 
 
 @triton.jit

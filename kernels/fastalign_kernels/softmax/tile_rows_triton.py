@@ -233,7 +233,6 @@ def kept_rows_kernel(
             p = tl.load(row_softmax + begin + lane, mask=inside, other=0.0).to(dtype) * inverse
             p = tl.where(is_target, target_p, p)
             factor = prob
-            dz = p
             if HAS_SOFTCAP or not LEAN:
                 logp = tl.where(is_target, target_logp, tl.log(tl.maximum(p, 1e-37)))
             if not LEAN:

@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...device import architecture, multiprocessors
 from ..engine import Engine, Gradients, TokenCoefficients, empty_stats, of_table
 from ..inputs import HeadInputs, NeedsGrad
-from .device import architecture, multiprocessors
 from .epilogue_call import Block, CallTiles, EpilogueCall, Tiles, state_size
 from .epilogue_gradients import BlockGradients
 from .plan import MOST_MIB, MOST_SAVED_MIB, GpuCall, epilogue_saved, epilogue_tokens, row_elements

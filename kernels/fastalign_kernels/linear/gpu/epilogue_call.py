@@ -60,7 +60,7 @@ class Scales(NamedTuple):
     @classmethod
     def of(cls, inputs: HeadInputs) -> Scales:
         """The scales of a call's options."""
-        logit_scale, softcap, temperature, *_ = inputs.options
+        logit_scale, softcap, temperature = inputs.options.transform
         slope = logit_scale / temperature
         if softcap:
             return cls(

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ...gemm import mm
 from ...triton_launch import launch
-from ..chunks import capturing
+from ..chunks import capturing, on_host
 from ..engine import TokenCoefficients
 from ..inputs import HeadInputs, NeedsGrad
 from ..screen import COUNTER, EXACT_EPS, EXACTLY_PROBED, LARGEST_NOISE, LARGEST_SHARE, MARGIN, ScreenCounts
@@ -223,7 +223,7 @@ class ScreenedCall(EpilogueCall):
         to_base2 = abs(self.scales.slope) / math.log(2)
         noise = self.codes.noise(codes) * to_base2
         too_large = ~(noise[:live] * math.log(2) <= LARGEST_NOISE)
-        unfit = tail_tiles.on_host(too_large.any().int()[None])
+        unfit = on_host(too_large.any().int()[None])
         self._write_screened(block, codes, self.codes)
         self.merge(block, stats)
         eps = UNTAILED_EPS if options.tail_eps is None else options.tail_eps

@@ -26,12 +26,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...device import architecture
 from ...triton_launch import launch
 from ..chunks import capturing
 from ..engine import TokenCoefficients
 from ..inputs import NeedsGrad
 from . import tail_tiles
-from .device import architecture
 from .epilogue import EpilogueStatistics
 from .epilogue_call import Block, EpilogueCall, descriptor
 from .epilogue_gradients import BlockGradients, Factors
@@ -246,9 +246,9 @@ def thin_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _kernels():
-    from . import tail_triton as tail_gpu_triton
+    from . import tail_triton
 
-    return tail_gpu_triton
+    return tail_triton
 
 
 def _gemms():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...triton_launch import launch
+from ..chunks import on_host
 from ..plan import TOKENS
 from ..tail_columns import COUNTER, DENSE, ColumnCounts
 from .epilogue_call import Block, EpilogueCall
@@ -133,22 +134,6 @@ def select_tiles(
     return kept, how_many
 
 
-def on_host(counts: Tensor) -> Callable[[], list[int]]:
-    """A function that returns the numbers. On a GPU it waits for no more than what was queued before this."""
-    if not counts.is_cuda:
-        return counts.tolist
-    numbers = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
-    numbers.copy_(counts, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def how_many() -> list[int]:
-        copied.synchronize()
-        return numbers.tolist()
-
-    return how_many
-
-
 def kept_logits(kept: KeptTiles, counts: list[int], rows: int, V: int) -> int:
     """Logits of the tiles that are kept, over a block's tokens; counts: those of `kept`, on the host."""
     tokens = [min(kept.part_rows, rows - part * kept.part_rows) for part in range(kept.parts)]
@@ -163,6 +148,6 @@ def count_kept(used: int, rows: int, V: int) -> bool:
 
 
 def _kernels():
-    from . import tail_triton as tail_gpu_triton  # Triton is absent on macOS and Windows
+    from . import tail_triton  # Triton is absent on macOS and Windows
 
-    return tail_gpu_triton
+    return tail_triton

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...softmax.tile_rows_triton import Rows
-from ..chunks import capturing
+from ..chunks import capturing, on_host
 
 
 class Tokens:
@@ -29,7 +29,7 @@ class Tokens:
         self.factors, self.ids = factors, ids
         self.count = ids.shape[0]
         self.indices: Tensor | None = None
-        self._how_many: Callable[[], int] | None = None
+        self._counted: Callable[[], list[int]] | None = None
         if capturing(ids):
             if order is None:
                 order = torch.arange(self.count + 1, device=ids.device)
@@ -42,7 +42,7 @@ class Tokens:
             if order is None:
                 kept = ids >= 0
                 order = torch.cat([torch.argsort(~kept, stable=True), kept.sum().view(1)])
-            self.indices, self._how_many = order[:-1], _on_host(order[-1:])
+            self.indices, self._counted = order[:-1], on_host(order[-1:])
             if not ids.is_cuda:
                 self.settle()
         self.order = order
@@ -50,14 +50,14 @@ class Tokens:
     @property
     def settled(self) -> bool:
         """Whether the count is known."""
-        return self._how_many is None
+        return self._counted is None
 
     def settle(self) -> None:
         """Wait for the count of tokens that are not ignored, and drop the rest."""
-        if self._how_many is None:
+        if self._counted is None:
             return
-        N, self.count = self.count, self._how_many()
-        self._how_many = None
+        N, (self.count,) = self.count, self._counted()
+        self._counted = None
         assert self.indices is not None
         if self.count > N:  # the forward pass was captured
             self.count, self.indices, self.factors = N, None, self._masked()
@@ -77,7 +77,7 @@ class Tokens:
 
     def states(self, begin: int, end: int) -> tuple[Tensor, ...]:
         """Hidden states of the tokens at these positions: [end - begin, H], and [end - begin, r] of LoRA."""
-        if self._how_many is None:
+        if self._counted is None:
             return tuple(x[begin:end] for x in self.factors)
         assert self.indices is not None
         index = self.indices[begin:end]
@@ -92,19 +92,3 @@ class Tokens:
     @staticmethod
     def _selected(factors: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.index_select(0, index) for x in factors)
-
-
-def _on_host(count: Tensor) -> Callable[[], int]:
-    """A function that returns a count [1]; on a GPU it waits for no more than what was queued before now."""
-    if not count.is_cuda:
-        return lambda: int(count)
-    memory = torch.empty(1, dtype=count.dtype, pin_memory=True)
-    memory.copy_(count, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def how_many() -> int:
-        copied.synchronize()
-        return int(memory[0])
-
-    return how_many
