@@ -263,7 +263,7 @@ def screen_part(settings: Settings, train: list[Sentence], held_out: list[Senten
             note("SmolLM2-135M, DPO", name, seed, curves)
 
 
-def shared(settings: Settings, folder: Path, steps: int, mode: GradMode, seed: int) -> dict[str, Any]:
+def shared(folder: Path, steps: int, mode: GradMode, seed: int) -> dict[str, Any]:
     """The fields that both stages share: the demo's recipe."""
     options = {"max_steps": steps, "warmup_steps": min(20, steps), "eval_every": max(1, steps // EVALUATIONS)}
     return (
@@ -284,7 +284,7 @@ def pretrain_config(
         model_config=recipes.MODEL,
         sequence_length=ROW_TOKENS,
         learning_rate=settings.learning_rate,
-        **shared(settings, folder, settings.steps, mode, seed),
+        **shared(folder, settings.steps, mode, seed),
     )
 
 
@@ -297,7 +297,7 @@ def sft_config(settings: Settings, folder: Path, name: str, mode: GradMode, seed
         max_length=ROW_TOKENS,
         packing=True,
         learning_rate=settings.sft_learning_rate,
-        **shared(settings, folder, settings.sft_steps, mode, seed),
+        **shared(folder, settings.sft_steps, mode, seed),
     )
 
 

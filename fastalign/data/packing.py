@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from ..probe import probing
 from ..rope import check_lengths, rope_switch
-from .readers import load_rows as load_rows
 from .tokens import IGNORE_INDEX, Tokenized
 
 FLASH = "flash_attention_2"

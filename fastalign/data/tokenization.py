@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from .chat_template.messages import UNSERVED, refuse_beside_text
 from .chat_template.trained_spans import WHOLE, ChatTemplate
 from .errors import DataError
-from .readers import load_rows as load_rows
 from .row_parts import BATCH
 from .rows import Row, Rows, as_rows, name_rows, need_columns, read_each, refuse_rows
 from .texts import Spans, join_texts, overlapping, read_text, tokenizer_name

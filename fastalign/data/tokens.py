@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from .readers import load_rows as load_rows
 from .rows import Row
 
 IGNORE_INDEX = -100

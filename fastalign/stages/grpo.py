@@ -34,8 +34,7 @@ from .policy.loop import Passes, item_means, take_passes, train_on_rollouts
 from .policy.models import (
     PolicyInputs,
     announce_drawing,
-    keywords_of_rollouts,
-    keywords_of_steps,
+    draw_and_learn,
     make_reference,
     make_reward,
     micro_batch,
@@ -295,16 +294,15 @@ def train(
     """
     wrapped = distribute(config, world, policy)
     optimizer = make_optimizer(config, policy)
-    shared = keywords_of_steps(config, world, policy, inputs)
-    drawing = shared | keywords_of_rollouts(config, world, policy, inputs, reference)
-
-    def draw(chosen: Sequence[Prompt], **noise: Any) -> GroupExperience:
-        return grpo_rollout(policy, chosen, reward, config, **drawing, **noise)
-
-    def learn(experience: GroupExperience, **order: Any) -> dict[str, float]:
-        limit = config.max_grad_norm
-        return grpo_step(wrapped, optimizer, experience, config, max_grad_norm=limit, **order, **shared)
-
+    draw, learn = draw_and_learn(
+        config,
+        world,
+        policy,
+        inputs,
+        reference,
+        rollout=partial(grpo_rollout, policy, score=reward, options=config),
+        step=partial(grpo_step, wrapped, optimizer, options=config),
+    )
     return train_on_rollouts(
         config,
         world,

@@ -29,7 +29,6 @@ from transformers import PreTrainedTokenizerBase
 from fastalign_kernels import value_loss
 
 from ..actor_critic import ActorCritic
-from ..data.tokens import Prompt
 from .batches import Batch
 from .command import run_stage
 from .estimate import Part
@@ -44,8 +43,7 @@ from .policy.models import (
     PolicyInputs,
     announce_drawing,
     check_prompts,
-    keywords_of_rollouts,
-    keywords_of_steps,
+    draw_and_learn,
     make_reference,
     make_reward,
     micro_batch,
@@ -217,16 +215,15 @@ def train(
     wrapped = distribute(config, world, model)
     rates = {} if config.value_learning_rate is None else {"value.": config.value_learning_rate}
     optimizer = make_optimizer(config, model, rates)
-    shared = keywords_of_steps(config, world, model.policy, inputs)
-    drawing = shared | keywords_of_rollouts(config, world, model.policy, inputs, reference)
-
-    def draw(chosen: Sequence[Prompt], **noise: Any) -> Experience:
-        return rollout(model, chosen, reward, config, **drawing, **noise)
-
-    def learn(experience: Experience, **order: Any) -> dict[str, float]:
-        limit = config.max_grad_norm
-        return ppo_step(wrapped, optimizer, experience, config, max_grad_norm=limit, **order, **shared)
-
+    draw, learn = draw_and_learn(
+        config,
+        world,
+        model.policy,
+        inputs,
+        reference,
+        rollout=partial(rollout, model, score=reward, options=config),
+        step=partial(ppo_step, wrapped, optimizer, options=config),
+    )
     save = partial(save_models, world, model, inputs.tokenizer)
     return train_on_rollouts(
         config, world, model, optimizer, inputs.prompts, draw=draw, learn=learn, save=save

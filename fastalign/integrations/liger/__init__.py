@@ -46,6 +46,8 @@ _NOT_SERVED = {
 }
 
 
+# `from … import NAME` shows the text of an ImportError alone. No class can be that and an AttributeError, so
+# hasattr raises for these names.
 def __getattr__(name: str) -> Any:
     if name.startswith("apply_liger_kernel_to_"):
         raise ImportError(

@@ -1,7 +1,7 @@
 """What stages that learn from their own completions need beside the policy: prompts, reward, reference."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -186,25 +186,30 @@ def end_ids(policy: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return found
 
 
-def keywords_of_steps(
-    config: PolicyConfig, world: World, policy: Any, inputs: PolicyInputs
-) -> dict[str, Any]:
-    """The keywords of a step that say where and how it runs; those of a rollout begin with them."""
-    return {
+def draw_and_learn(
+    config: PolicyConfig,
+    world: World,
+    policy: Any,
+    inputs: PolicyInputs,
+    reference: nn.Module | None,
+    *,
+    rollout: Callable[..., Any],
+    step: Callable[..., dict[str, float]],
+) -> tuple[Callable[..., Any], Callable[..., dict[str, float]]]:
+    """`draw` and `learn` of `train_on_rollouts`: a stage's rollout and step, with where and how this run
+    takes them."""
+    of_both = {
         "pad_id": padding_id(inputs.tokenizer, policy.config),
         "packing": config.packing,
         "precision": autocast(config, world),
         "micro_batch_size": micro_batch(config, world),
         "world": world,
     }
-
-
-def keywords_of_rollouts(
-    config: PolicyConfig, world: World, policy: Any, inputs: PolicyInputs, reference: nn.Module | None
-) -> dict[str, Any]:
-    """The keywords of a rollout beside those of a step."""
-    return {
-        "eos_id": end_ids(policy, inputs.tokenizer),
-        "reference": reference,
-        "rollout_batch_size": rows_at_once(config, world),
-    }
+    draw = partial(
+        rollout,
+        eos_id=end_ids(policy, inputs.tokenizer),
+        reference=reference,
+        rollout_batch_size=rows_at_once(config, world),
+        **of_both,
+    )
+    return draw, partial(step, max_grad_norm=config.max_grad_norm, **of_both)
