@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-from . import host_runs
+from . import host_runs, host_steps
 from .host_runs import ATTENTION, Logs, run
 
 
@@ -43,6 +44,30 @@ OPENRLHF_OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "LoRA": {"lora": ATTENTION},
     "temperature=0.7": {"temperature": 0.7},
+}
+ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "backend torch": {},
+    "backend triton": {"backend": "triton"},
+    "backend torch, padded": {"padded": True},
+    "LoRA": {"lora": ATTENTION},
+    "rollout weights": {"weighted": True},
+    **{f"rollout weights, {mode}": {"weighted": True, "mode": mode} for mode in ("seq-mean-token-sum-norm",)},
+    **{f"loss {loss}": {"loss": loss} for loss in ("gspo", "cispo", "geo_mean", "bypass_mode")},
+}
+STEP_OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "packing": {"packed": True},
+    "LoRA, also on lm_head": {"lora": (*ATTENTION, "lm_head")},
+    "dual_clip=3": {"dual_clip": 3.0},
+    "sequence level": {"token_level_loss": False},
+    "gspo": {"policy_loss_type": "gspo"},
+    "is_correction_level='token'": {"is_correction_level": "token"},
+}
+AXOLOTL_OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "LoRA": {"lora": ATTENTION},
+    "new tokens": {"new_tokens": 4},
+    "new tokens, LoRA, lm_head in modules_to_save": {"new_tokens": 4, "lora": ATTENTION},
 }
 MODES = ("token-sum", "seq-mean-token-sum", "seq-mean-token-mean")
 CASES = (
@@ -71,21 +96,38 @@ CASES = (
         )
     ],
     Case("llamafactory", "v1 SFT", "gradient accumulation", host_runs.llamafactory, {"accumulation": 2}),
+    *[Case("verl", "FSDP engine", name, host_steps.verl_engine, how) for name, how in ENGINE_OPTIONS.items()],
+    *[
+        Case("openrlhf", "PPO training_step", name, host_steps.openrlhf_step, options)
+        for name, options in STEP_OPTIONS.items()
+    ],
+    *[
+        Case("axolotl", "ModelLoader, trainer", name, host_runs.axolotl, options)
+        for name, options in AXOLOTL_OPTIONS.items()
+    ],
 )
 
 
 @contextmanager
 def patches(host: str) -> Any:
-    """Apply all patches of a host; yields its head's handle, or True for transformers, which has none."""
+    """Apply all patches of a host; yields its head's handle, or True for a host without one."""
     if host == "transformers":
+        yield True
+        return
+    if host == "axolotl":
+        os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+        importlib.import_module("axolotl.loaders.model")
+        importlib.import_module("fastalign.integrations.axolotl")
         yield True
         return
     integration = importlib.import_module(f"fastalign.integrations.{host}")
     with ExitStack() as undo:
         undo.callback(integration.unpatch)
+        with host_steps.stubs():
+            handle = integration.patch()
         if host == "verl":
             integration.patch_policy_loss()
-        yield integration.patch()
+        yield handle
 
 
 def largest_difference(ours: Logs, theirs: Logs) -> float:

@@ -1,29 +1,31 @@
 """Short trainings by the code of other hosts than TRL, with their functions and with fastalign's head.
 
-Each function trains a tiny random Llama and returns the numbers of each step. verl's, OpenRLHF's and
-LLaMA-Factory's code is the installed packages': models, losses, and LLaMA-Factory's loop. The loops of the
-other two need Ray or DeepSpeed, so SGD steps here, after the gradient is clipped to 1.
+Each function trains a tiny random Llama and returns the numbers of each step. The hosts' code is the
+installed packages': models, losses, and the loops of LLaMA-Factory and Axolotl. Those of verl and OpenRLHF
+need Ray or DeepSpeed, so SGD steps here, after the gradient is clipped to 1. host_steps.py runs their steps.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 import transformers as tf
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from fastalign.causal_lm import fuse_head
 from fastalign.integrations.transformers import loss_function
 
-from .trl_runs import TINY, model
+from .trl_runs import TINY, model, tokenizer
 
 Logs = list[dict[str, float]]
 ATTENTION = ("q_proj", "v_proj")  # LoRA's modules
@@ -187,6 +189,53 @@ def llamafactory(steps: int, handle: Any, *, lora: tuple[str, ...] = (), accumul
     trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, lambda step: 1.0)
     trainer.fit()
     return logs
+
+
+def axolotl(steps: int, handle: Any, *, lora: tuple[str, ...] = (), new_tokens: int = 0) -> Logs:
+    """Axolotl's ModelLoader and its trainer, with the plugin if `handle` is given."""
+    loaders: Any = importlib.import_module("axolotl.loaders.model")
+    config: Any = importlib.import_module("axolotl.utils.dict").DictDefault
+    plugins: Any = importlib.import_module("axolotl.integrations.base").PluginManager.get_instance()
+    with tempfile.TemporaryDirectory() as folder:
+        llama().save_pretrained(folder)
+        plugins.plugins.clear()
+        if handle is not None:
+            plugins.register("fastalign.integrations.axolotl.FastalignPlugin")
+            assert plugins.plugins, "Axolotl only logs that it could not import a plugin"
+        settings: dict[str, Any] = {
+            **dict.fromkeys(("base_model", "base_model_config"), folder),
+            **dict.fromkeys(("type_of_model", "model_type"), "LlamaForCausalLM"),
+            **dict.fromkeys(("device", "device_map"), "cpu"),
+            **dict.fromkeys(("context_parallel_size", "tensor_parallel_size"), 1),
+            **{"torch_dtype": torch.float32, "sequence_len": 64, "attn_implementation": "sdpa"},
+            **{"model_config_type": "llama", "mean_resizing_embeddings": False},
+        }
+        if lora:
+            settings |= {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+            settings |= {"lora_target_modules": [*lora]}
+            settings |= {"lora_modules_to_save": ["lm_head", "embed_tokens"] if new_tokens else None}
+        words = tokenizer(TINY.vocab + new_tokens)
+        torch.manual_seed(0)
+        policy, _ = loaders.ModelLoader(config(settings), words).load()
+        kept = ("input_ids", "attention_mask", "labels")
+        rows = [{k: v[0].tolist() for k, v in batch.items() if k in kept} for batch in batches(8, 1)]
+        quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+        sizes = {"max_steps": steps, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        prm: Any = ModuleType("trl.experimental.prm")  # TRL 1.9 has it, newer ones do not
+        prm.PRMConfig = tf.TrainingArguments
+        sys.modules.setdefault(prm.__name__, prm)
+        trainers: Any = importlib.import_module("axolotl.core.trainers.base")
+        arguments: Any = importlib.import_module("axolotl.core.training_args").AxolotlTrainingArguments
+        trainer = trainers.AxolotlTrainer(
+            policy,
+            arguments(folder, logging_steps=1, learning_rate=1e-3, **sizes, **quiet),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=words,
+            data_collator=tf.default_data_collator,
+        )
+        trainer.remove_callback(tf.PrinterCallback)
+        trainer.train()
+    return [{k: line[k] for k in ("loss", "grad_norm") if k in line} for line in trainer.state.log_history]
 
 
 def run(
