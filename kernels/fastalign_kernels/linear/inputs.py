@@ -238,7 +238,7 @@ def head_inputs(
         checks.dtype("bias", bias, allowed)
         checks.device("bias", bias, "hidden", hidden)
         bias = bias.contiguous()  # the row kernels read it with a stride of 1
-    checks.allocated(hidden=hidden, weight=weight, bias=bias)
+    checks.allocated(weight=weight, bias=bias)
     kept = kept_ids(ids, ignore_index)
     if mask is not None:
         kept = torch.where(mask.reshape(-1), kept, -1)
