@@ -23,6 +23,7 @@ from . import hosts
 from .head_adapter import HeadAdapter
 from .hosts import PatchedHost
 from .published import LLAMAFACTORY, LLAMAFACTORY_CHUNK_LOSS
+from .whole_tensors import whole
 
 HOST = "llamafactory"
 V0_ARGUMENTS = ("Fp8Arguments",)  # a base class of the arguments of v0's trainers, and of no others
@@ -173,8 +174,8 @@ def _chunked_linear_log_probs(handle: PatchedHost, adapter: HeadAdapter, origina
         handle.count()
         logp = linear_logprobs(hidden_states, head_weight, labels, head_bias, **handle.options)
         with torch.no_grad():  # of all positions: the trainer logs those of prompts too
-            mean_weight = head_weight.float().mean(0, keepdim=True)
-            mean_bias = None if head_bias is None else head_bias.float().mean(0, keepdim=True)
+            mean_weight = whole(head_weight.float().mean(0, keepdim=True))
+            mean_bias = None if head_bias is None else whole(head_bias.float().mean(0, keepdim=True))
             mean_logit = F.linear(hidden_states.float(), mean_weight, mean_bias).squeeze(-1)
         return logp, mean_logit
 

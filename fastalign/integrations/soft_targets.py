@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fastalign_kernels import checks
+
 
 def soft_cross_entropy(
     lse: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
@@ -16,7 +18,10 @@ def soft_cross_entropy(
             bias are.
         hidden, weight, bias: [..., H], [C, H], [C].
         target: [..., C], or [C] for all tokens. It may be scaled by class weights.
+    Raises:
+        ValueError: a weight that is a DTensor.
     """
+    checks.tensor("weight", weight)
     target = target.to(lse.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         expected = (hidden.to(lse.dtype) * (target @ weight.to(lse.dtype))).sum(-1)

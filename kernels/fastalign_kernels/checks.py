@@ -65,7 +65,7 @@ def plain(name: str, value: Tensor) -> None:
     if kind in _PLAIN and not value.is_nested:
         return
     if is_dtensor(value):
-        raise ValueError(f"{name}: got a DTensor, expected a plain tensor: {name}.full_tensor()")
+        raise ValueError(f"{name}: got a DTensor, expected a plain tensor on each rank")
     dispatches = kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not _stands_for_plain(value)
     if value.is_nested or dispatches:
         got = "a nested tensor" if value.is_nested else shown_type(value)

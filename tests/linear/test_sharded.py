@@ -58,6 +58,14 @@ def test_dtensors_bring_their_group(found: list) -> None:
     sharded_checks.check_dtensors(found)
 
 
+def test_ligers_losses_of_a_sharded_head(found: list) -> None:
+    """The mean logit, which they return too, is that of the whole vocabulary."""
+    for of_rank in found:
+        sharded, whole = of_rank["liger"]["sharded"], of_rank["liger"]["whole"]
+        for number, (x, y) in enumerate(zip(sharded, whole, strict=True)):
+            sharded_checks.assert_equal_in_fp64(x.detach(), y.detach(), f"output {number}")
+
+
 def test_no_tokens_to_average(found: list) -> None:
     """0 with num_items, for the loss and the gradients; NaN without, as in torch."""
     sharded_checks.check_nothing(found)
@@ -98,7 +106,7 @@ REFUSALS = {
     "rows of another V": r"weight: got shards of \[40, 83\] rows, expected 124 in all",
     "plain bias": "bias: got a DTensor beside a plain tensor, expected it sharded as weight is",
     "DTensor hidden": "hidden: got a DTensor with a weight that is none, expected a plain tensor",
-    "DTensor ids": r"targets: got a DTensor, expected a plain tensor: targets.full_tensor\(\)",
+    "DTensor ids": "targets: got a DTensor, expected a plain tensor on each rank",
     "DTensor bias": "bias: got a DTensor",
     "DTensor weights": "token_weights: got a DTensor, expected a plain tensor",
     "DTensor num_items": "num_items: got a DTensor, expected a plain tensor",
@@ -130,6 +138,8 @@ REFUSALS = {
     "whole reference of zeros": "reference_weight: got 246 rows over the ranks of group, expected 123 as in",
     "sample": "logits: got a DTensor, expected a plain tensor of the whole vocabulary on each rank",
     "logits": "logits: got a DTensor, expected a plain tensor of the whole vocabulary on each rank",
+    "Liger's JSD": "student_weight: got a DTensor, expected a plain tensor on each rank",
+    "class probabilities": "weight: got a DTensor, expected a plain tensor on each rank",
     "tail report": "weight: got a DTensor, expected a plain tensor: a report measures on one rank",
 }
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fastalign_kernels as fk
+from fastalign_kernels import checks
 
 ROWS = 1024  # Liger's default chunk_size
 
@@ -193,6 +194,7 @@ def _divergences(
     student: _Head, teacher: _Head, kept: Tensor, beta: float, temperature: float, rows: int
 ) -> Tensor:
     """The sum over the tokens in `kept` [N]."""
+    checks.tensors(student_weight=student.weight, teacher_weight=teacher.weight)
     V, teacher_V = len(student.weight), len(teacher.weight)
     if teacher_V != V:
         raise ValueError(f"teacher_weight: got {teacher_V} rows, expected student_weight's, {V}")

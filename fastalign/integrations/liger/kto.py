@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 import fastalign_kernels as fk
 
+from ..whole_tensors import whole
 from .preference import PairBatch, Result, reference_logps
 
 
@@ -87,5 +88,5 @@ class LigerFusedLinearKTOLoss(nn.Module):
 def _sums_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The sum of each row's logits [S], which is linear in the head."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    sums = hidden.sum(1, dtype=dtype) @ weight.sum(0, dtype=dtype)
-    return sums if bias is None else sums + hidden.shape[1] * bias.sum(dtype=dtype)
+    sums = hidden.sum(1, dtype=dtype) @ whole(weight.sum(0, dtype=dtype))
+    return sums if bias is None else sums + hidden.shape[1] * whole(bias.sum(dtype=dtype))

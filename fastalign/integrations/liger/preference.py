@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import fastalign_kernels as fk
 
+from ..whole_tensors import whole
+
 Result = tuple[Tensor, tuple[Tensor, ...]]
 LIGER_DPO_TYPES = (
     "sigmoid",
@@ -334,5 +336,5 @@ def mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The mean over positions and ids of the logits, which is linear in the head."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     H = hidden.shape[-1]
-    mean = (hidden.reshape(-1, H).mean(0, dtype=dtype) * weight.mean(0, dtype=dtype)).sum()
-    return mean if bias is None else mean + bias.mean(dtype=dtype)
+    mean = (hidden.reshape(-1, H).mean(0, dtype=dtype) * whole(weight.mean(0, dtype=dtype))).sum()
+    return mean if bias is None else mean + whole(bias.mean(dtype=dtype))
