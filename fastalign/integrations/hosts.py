@@ -191,8 +191,17 @@ class PatchedHost:
     def replace_item(self, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
         """Set an entry of a table of the host until `unpatch`."""
         original = mapping[key]
+
+        def undo() -> None:
+            if mapping[key] is not value:
+                raise ValueError(
+                    f"unpatch: got another entry {key}, expected fastalign's: {self.host} was patched again "
+                    "by someone else; undo that first"
+                )
+            mapping[key] = original
+
         mapping[key] = value
-        self.on_unpatch(lambda: mapping.update({key: original}))
+        self.on_unpatch(undo)
 
     def warn_without_calls(
         self, owner: Any, name: str, remedy: str, *, applies: Callable[..., bool] = lambda *_: True

@@ -47,7 +47,7 @@ VERL = Published(
 
 VERL_POLICY_LOSS = Published(
     VERL.host,
-    VERL.tested,
+    ("0.9.0", "0.9.1"),  # the parameters do not tell what a loss computes
     VERL.source,
     (
         Function(

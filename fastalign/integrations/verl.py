@@ -7,7 +7,10 @@ verl trains in worker processes. Each of them imports what the environment varia
 names, so `VERL_USE_EXTERNAL_MODULES=fastalign.integrations.verl_worker` patches all of them. Also set
 `actor_rollout_ref.model.use_fused_kernels=True`: only then does verl call the functions that are replaced,
 with any of its backends. verl's functions still run, with one warning, for a vocabulary that is sharded over
-tensor-parallel ranks and on devices other than CPUs and CUDA.
+tensor-parallel ranks, for a temperature in a tensor, and on devices other than CPUs and CUDA.
+
+That module does not call `patch_policy_loss`. A module of your own that does goes into the same variable,
+after a comma.
 """
 
 import importlib

@@ -149,6 +149,19 @@ def test_a_patch_over_ours_is_not_undone_silently(host: Any, handle: PatchedHost
     host.score = ours
 
 
+def test_an_entry_that_someone_else_replaced_is_not_undone_silently() -> None:
+    table = {"vanilla": "the host's"}
+    handle = PatchedHost("host")
+    handle.replace_item(table, "vanilla", "ours")
+    table["vanilla"] = "someone else's"
+    with pytest.raises(ValueError, match="unpatch: got another entry vanilla, expected fastalign's"):
+        handle.unpatch()
+    assert table == {"vanilla": "someone else's"}
+    table["vanilla"] = "ours"
+    handle.unpatch()
+    assert table == {"vanilla": "the host's"}
+
+
 def test_a_warning_is_given_once(handle: PatchedHost) -> None:
     with pytest.warns(UserWarning, match="falls back") as warned:
         handle.warn_once("falls back")
