@@ -254,14 +254,18 @@ def parse(stage: type[Config], argv: Sequence[str] | None = None, *, prog: str) 
         epilog=describe(stage),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of the fields below")
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="YAML or JSON file of the fields below"
+    )
     parser.add_argument("values", metavar="key=value", nargs="*", help="fields, over those of the file")
     arguments, rest = parser.parse_known_intermixed_args(argv)
     try:
         if rest:
             name = rest[0].lstrip("-")
             raise ValueError(f"arguments: got {rest[0]!r}, expected key=value, as in {name.split('=')[0]}=…")
-        values = {} if arguments.config is None else read_config(arguments.config)
+        if len(arguments.config) > 1:
+            raise ValueError(f"config: got {' and '.join(arguments.config)}, expected one file")
+        values = read_config(arguments.config[0]) if arguments.config else {}
         for argument in arguments.values:
             key, separator, value = argument.partition("=")
             if not separator:

@@ -105,6 +105,7 @@ def test_a_saved_configuration_reads_back_as_it_was(tmp_path: Path) -> None:
         ([*NEEDED, "eval_data="], "eval_data: got an empty text, expected a value"),
         ([*NEEDED, "output_dir="], "output_dir: got an empty text"),
         ([*NEEDED, "lora_targets="], "lora_targets: got an empty text"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "config: got a.yaml and b.yaml, expected one file"),
         (["--config", "nowhere.yaml"], "config: got 'nowhere.yaml', which is no file"),
     ],
 )
