@@ -87,13 +87,13 @@ def facts_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, call: OfCall) 
         0
         if adapter is None
         else 4 * _constant(adapter[0].shape[0]) + needs(adapter[0]) + 2 * needs(adapter[1]),
-        *[int((value or 0.0) * 2**32) for value in options],
+        *[_constant(int((value or 0.0) * 2**32)) for value in options],
     )
 
 
-def _constant(size: int) -> int:
-    """A size that compiled code does not vary: the ranks are asked for it when the code is traced."""
-    return len(range(size))
+def _constant(number: int) -> int:
+    """The number, which compiled code then does not vary: the ranks are asked for it when it is traced."""
+    return range(number).stop
 
 
 KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
