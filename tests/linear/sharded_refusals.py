@@ -123,6 +123,11 @@ def refusals(data: Data) -> dict[str, str]:
         "other ids": ce(options=group | {"check": True}, ids=torch.where(data.ids < 0, rank, data.ids)),
         "other ids, first call": ce(weight=data.weight.clone(), ids=data.ids.roll(rank)),
         "other ids, compiled": lambda: one_graph(data.hidden, data.weight, data.ids.roll(rank)),
+        "other hidden, compiled": torch.compile(
+            ce(options=group | {"check": True}, hidden=data.hidden + rank),
+            fullgraph=True,
+            backend="aot_eager",
+        ),
         "whole weight": ce(weight=whole.weight, bias=None),
         "whole weight, compiled": lambda: one_graph(data.hidden, whole.weight, data.ids),
         "ids": ce(ids=torch.full_like(data.ids, V)),

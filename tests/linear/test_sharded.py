@@ -129,6 +129,7 @@ REFUSALS = {
     "other ids": r"ids: got other values on ranks \[1\] of group than on rank 0",
     "other ids, first call": r"ids: got other values on ranks \[1\] of group than on rank 0",
     "other ids, compiled": r"ids: got other values on ranks \[1\] of group than on rank 0",
+    "other hidden, compiled": r"hidden: got other values on ranks \[1\] of group than on rank 0",
     "whole weight": "weight: got the same rows on all ranks of group, expected other rows on each",
     "whole weight, compiled": "weight: got the same rows on all ranks of group, expected other rows on each",
     "ids": r"targets: got 123 at \[0\] \(36 such\), expected ids in \[0, 123\) or ignore_index -100",

@@ -17,7 +17,7 @@ from .gpu.plan import GpuCall, screen_refusal
 from .low_rank import ThinProduct, thin_product
 from .options import HeadOptions, check_no_screen
 from .plan import TileCall, select_mode
-from .sharded_agreement import OfCall, check_equal_on_ranks, compared_ids
+from .sharded_agreement import OfCall, compared_ids
 from .sharded_inputs import local_head
 
 
@@ -245,11 +245,12 @@ def head_inputs(
     hidden = hidden.reshape(-1, H)
     group = options.group if isinstance(options.group, str) else ""
     if shards is not None:
-        kept = compared_ids(kept, weight, shards, group)
+        checked = {}
+        if options.check or checks.everywhere():
+            adapter = {} if options.lora is None else {"lora's A": options.lora.A}
+            checked = {"ids": kept, "hidden": hidden, **adapter}
+        kept = compared_ids(kept, weight, checked, shards, group)
     inputs = HeadInputs(hidden, weight, kept, bias, options._replace(lora=None), group=group)
-    if shards is not None and (options.check or checks.everywhere()) and checks.readable(hidden, True):
-        adapter = {} if options.lora is None else {"lora's A": options.lora.A}
-        check_equal_on_ranks(shards, group, hidden=hidden, ids=kept, **adapter)
     _check_inference(inputs, {"hidden": hidden, ids_name: ids})
     if options.screen and options.lora is not None:
         check_no_screen(options, "a head with lora")

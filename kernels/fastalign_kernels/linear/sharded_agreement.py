@@ -8,7 +8,7 @@ run compares those.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -169,16 +169,25 @@ def _adapter(value: int) -> str:
 # Values.
 
 
-def compared_ids(ids: Tensor, weight: Tensor, shards: Shards, group: str) -> Tensor:
-    """The ids. Where a compiler traces this, the graph's first run compares them, and rows of the weight.
+def compared_ids(
+    ids: Tensor, weight: Tensor, checked: Mapping[str, Tensor], shards: Shards, group: str
+) -> Tensor:
+    """The ids, after `checked` was compared: what `check=True` compares in each call, by `_CHECKED`'s names.
 
-    Raises ValueError as `rows_of_ranks` does.
+    Compiled code compares them in its graph, whose first run also compares the ids and rows of the weight.
+
+    Raises ValueError as `rows_of_ranks` does, or where a tensor has other values on some rank.
     """
-    if not torch.compiler.is_compiling():
-        return ids
-    return _compare_once(ids, weight.detach(), _next_graph(), len(shards.rows), group)
+    ranks = len(shards.rows)
+    if torch.compiler.is_compiling():
+        tensors = [x.detach() for x in checked.values()]
+        return _compare(ids, weight.detach(), tensors, _next_graph(), ranks, group)
+    if checks.readable(ids, True):
+        _refuse_unequal(checked.values(), ranks, group)
+    return ids
 
 
+_CHECKED = ("ids", "hidden", "lora's A")
 _graphs = itertools.count()
 _COMPARED: set[int] = set()
 
@@ -188,17 +197,20 @@ def _next_graph() -> int:
     return next(_graphs)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::compare_once", mutates_args=())
-def _compare_once(ids: Tensor, weight: Tensor, graph: int, ranks: int, group: str) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::compare_on_ranks", mutates_args=())
+def _compare(
+    ids: Tensor, weight: Tensor, checked: Sequence[Tensor], graph: int, ranks: int, group: str
+) -> Tensor:
     """A copy of the ids [N]; an op must return a new tensor, and one without a result would not run."""
     if graph not in _COMPARED:
         _refuse_values(all_gather(_hashes(ids, weight), ranks, group).tolist())
         _COMPARED.add(graph)
+    _refuse_unequal(checked, ranks, group)
     return ids.clone()
 
 
-@_compare_once.register_fake
-def _(ids: Tensor, weight: Tensor, graph: int, ranks: int, group: str) -> Tensor:
+@_compare.register_fake
+def _(ids: Tensor, weight: Tensor, checked: Sequence[Tensor], graph: int, ranks: int, group: str) -> Tensor:
     return torch.empty_like(ids)
 
 
@@ -227,10 +239,10 @@ def _refuse_values(of_ranks: Sequence[Sequence[int]]) -> None:
         )
 
 
-def check_equal_on_ranks(shards: Shards, group: str, **given: Tensor) -> None:
-    """Raise where a tensor has other values or another shape on some rank."""
-    for argument, x in given.items():
-        _refuse_different(argument, all_gather(_hash(x), len(shards.rows), group).tolist())
+def _refuse_unequal(checked: Iterable[Tensor], ranks: int, group: str) -> None:
+    """Raise where a tensor, in the order of `_CHECKED`, has other values or another shape on some rank."""
+    for argument, x in zip(_CHECKED, checked):
+        _refuse_different(argument, all_gather(_hash(x), ranks, group).tolist())
 
 
 def _refuse_different(argument: str, of_ranks: Sequence[object]) -> None:
