@@ -27,7 +27,7 @@ WORSE_ERROR = (
 )
 EXACT = 4 * 2**-23
 # Entries of machine_info that must agree for figures to say something about the code, without and with a GPU.
-SAME = ("cpu", "cpu_model", "gpu", "threads", "torch", "triton")
+SAME = ("cpu", "cpu_model", "cpu_capability", "gpu", "threads", "torch", "triton")
 SAME_GPU = ("gpu", "torch", "triton")
 
 

@@ -2,15 +2,20 @@
 #pragma once
 
 #include <array>
+#include <cstdlib>
+#include <cstring>
 
 namespace fastalign {
 
-// Index into fastalign_kernels.native.TARGETS.
+// Index into fastalign_kernels.native.TARGETS. ATEN_CPU_CAPABILITY, which limits torch's kernels to "avx2" or "default", limits these too.
 inline int chosen_target() {
 #ifdef FASTALIGN_X86_TARGETS
   static const int chosen = [] {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+    const char* const limit = std::getenv("ATEN_CPU_CAPABILITY");
+    if (limit != nullptr && std::strcmp(limit, "default") == 0) return 0;
+    const bool wide = limit == nullptr || std::strcmp(limit, "avx2") != 0;
+    if (wide && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
       return 2;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;

@@ -1,6 +1,6 @@
 // Vector arithmetic of the CPU kernels: exp, tanh, sums and maxima over lanes. Torch-free.
 //
-// Vectors are GCC/Clang vector extensions, 64 bytes wide; the compiler splits them for the target.
+// Vectors are GCC/Clang vector extensions, as wide as a register of the target.
 #pragma once
 
 #include <cmath>
@@ -14,15 +14,14 @@ namespace FASTALIGN_TARGET {
 
 template <class A> struct Lanes;
 template <> struct Lanes<float> {
-  static constexpr int count = 16;
-  typedef float vec __attribute__((vector_size(64)));
-  typedef int32_t ivec __attribute__((vector_size(64)));
-  typedef uint32_t uvec __attribute__((vector_size(64)));
+  static constexpr int count = REGISTER / sizeof(float);
+  typedef f32v vec;
+  typedef int32_t ivec __attribute__((vector_size(REGISTER)));
 };
 template <> struct Lanes<double> {
-  static constexpr int count = 8;
-  typedef double vec __attribute__((vector_size(64)));
-  typedef int64_t ivec __attribute__((vector_size(64)));
+  static constexpr int count = REGISTER / sizeof(double);
+  typedef f64v vec;
+  typedef int64_t ivec __attribute__((vector_size(REGISTER)));
 };
 template <class A> using Vec = typename Lanes<A>::vec;
 
@@ -48,7 +47,7 @@ FA_INLINE Vec<float> exp_lanes(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  Lanes<float>::uvec bits;  // unsigned, because the sum wraps for arguments outside the domain, whose value is not used
+  u32v bits;  // unsigned, because the sum wraps for arguments outside the domain, whose value is not used
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits << 23) + 0x3f800000u;  // the integer n sits in the low mantissa bits
   V scale;

@@ -150,6 +150,7 @@ const int64_t* rows_of(const std::optional<Tensor>& rows, const char* name, int6
 }  // namespace
 
 void gemm(Tensor left, Tensor right, Tensor out, bool add, std::optional<Tensor> right_rows, std::optional<Tensor> out_rows) {
+  STD_TORCH_CHECK(chosen_target() == 2, "gemm: got a CPU without AVX-512, expected one that has it");
   expect(left.dim() == 2, "left", left, "a matrix [M, K]");
   expect(right.dim() == 2, "right", right, "a matrix [K, N]");
   expect(out.dim() == 2, "out", out, "a matrix [M, N]");

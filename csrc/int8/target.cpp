@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 #include <memory>
+#include <new>
 
 #include "../common/vectors512.h"
 
@@ -15,13 +16,19 @@ namespace {
 
 constexpr float TINY = 1e-30f;  // a row of smaller numbers is coded as zeros: 127 / max would overflow
 
+char* aligned_memory(int64_t bytes) {
+  void* memory = std::aligned_alloc(64, bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  return static_cast<char*>(memory);
+}
+
 // Memory of one row while it is coded.
 struct Row {
   std::unique_ptr<char, void (*)(void*)> memory;
   float* y;
   int8_t* q;
   explicit Row(int64_t width)
-      : memory(static_cast<char*>(std::aligned_alloc(64, (width + 63) / 64 * 320 + 64)), std::free),
+      : memory(aligned_memory((width + 63) / 64 * 320 + 64), std::free),
         y(reinterpret_cast<float*>(memory.get())),
         q(reinterpret_cast<int8_t*>(memory.get()) + (width + 63) / 64 * 256) {}
 };

@@ -9,7 +9,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <type_traits>
 
 #include "../common/vectors.h"
 #include "api.h"
@@ -21,37 +20,31 @@ constexpr double LARGEST_EXPONENT = 20;
 
 constexpr int64_t PARTIAL = 16;  // vectors summed in A before the sums are widened: fp32 alone would lose a digit by 1000 tokens
 
-typedef float f32x8 __attribute__((vector_size(32)));
-struct Halves { f32x8 low, high; };
-FA_INLINE f64x8 squares(f64x8 v) { return v * v; }
-FA_INLINE f64x8 squares(f32x16 v) {
+typedef float f32h __attribute__((vector_size(REGISTER / 2)));
+struct Halves { f32h low, high; };
+FA_INLINE f64v squares(f64v v) { return v * v; }
+FA_INLINE f64v squares(f32v v) {
   const auto half = bit_cast<Halves>(v);
-  return squares(__builtin_convertvector(half.low, f64x8)) + squares(__builtin_convertvector(half.high, f64x8));
+  return squares(__builtin_convertvector(half.low, f64v)) + squares(__builtin_convertvector(half.high, f64v));
 }
-FA_INLINE f64x8 widened(f64x8 v) { return v; }
-FA_INLINE f64x8 widened(f32x16 v) {
+FA_INLINE f64v widened(f64v v) { return v; }
+FA_INLINE f64v widened(f32v v) {
   const auto half = bit_cast<Halves>(v);
-  return __builtin_convertvector(half.low, f64x8) + __builtin_convertvector(half.high, f64x8);
+  return __builtin_convertvector(half.low, f64v) + __builtin_convertvector(half.high, f64v);
 }
 
 // Widened in steps of two, which is a few instructions. GCC 12 converts bytes to i32 or i64 in one step lane by lane, with 60.
-typedef int8_t i8x8 __attribute__((vector_size(8)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef int16_t i16x8 __attribute__((vector_size(16)));
-typedef int16_t i16x16 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-FA_INLINE Lanes<float>::ivec widened(i8x16 v) { return __builtin_convertvector(__builtin_convertvector(v, i16x16), Lanes<float>::ivec); }
-FA_INLINE Lanes<double>::ivec widened(i8x8 v) {
-  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, i16x8), i32x8), Lanes<double>::ivec);
+template <class I, int LANES> struct IntegersOf {
+  typedef I type __attribute__((vector_size(sizeof(I) * LANES)));
+};
+template <class I, int LANES> using Integers = typename IntegersOf<I, LANES>::type;
+template <class A> using Bytes = Integers<int8_t, Lanes<A>::count>;
+FA_INLINE Lanes<float>::ivec widened(Bytes<float> v) {
+  return __builtin_convertvector(__builtin_convertvector(v, Integers<int16_t, Lanes<float>::count>), Lanes<float>::ivec);
 }
-
-// yes ? a : b. Without AVX-512 by bits, because GCC 12 selects among 64 bytes lane by lane there, with a branch each.
-template <class M, class V> FA_INLINE V blend(M yes, V a, V b) {
-#ifdef __AVX512F__
-  return yes ? a : b;
-#else
-  return bit_cast<V>((bit_cast<M>(a) & yes) | (bit_cast<M>(b) & ~yes));
-#endif
+FA_INLINE Lanes<double>::ivec widened(Bytes<double> v) {
+  constexpr int L = Lanes<double>::count;
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, Integers<int16_t, L>), Integers<int32_t, L>), Lanes<double>::ivec);
 }
 
 // A vector of tokens: WHOLE, or the last `count` ones. Tokens outside the mask or beyond `count` read as 0.
@@ -61,16 +54,16 @@ template <class A, bool WHOLE> struct Reader {
   int64_t n, count;
   Mask inside;
   __attribute__((always_inline)) Reader(const bool* mask, int64_t n, int64_t count) : n(n), count(count) {
-    std::conditional_t<L == 16, i8x16, i8x8> bytes = {};
+    Bytes<A> bytes = {};
     std::memcpy(&bytes, mask + n, WHOLE ? L : count);
     inside = widened(bytes != 0);
   }
   __attribute__((always_inline)) Vec<A> operator()(const void* p) const {
     const A* at = static_cast<const A*>(p) + n;
-    return blend(inside, WHOLE ? load_lanes(at) : load_some<A, A>(at, count, A(0)), Vec<A>{});
+    return inside ? (WHOLE ? load_lanes(at) : load_some<A, A>(at, count, A(0))) : Vec<A>{};
   }
   __attribute__((always_inline)) Vec<A> scale(const Tokens& job) const {
-    return job.scale_each ? (*this)(job.scale) : blend(inside, broadcast(*static_cast<const A*>(job.scale)), Vec<A>{});
+    return job.scale_each ? (*this)(job.scale) : inside ? broadcast(*static_cast<const A*>(job.scale)) : Vec<A>{};
   }
   __attribute__((always_inline)) void store(void* p, Vec<A> v) const {
     A* at = static_cast<A*>(p) + n;
@@ -92,7 +85,7 @@ FA_INLINE Vec<float> exp_minus_1_minus_x(Vec<float> x) {
   p = p * x + 1.0f / 24;
   p = p * x + 1.0f / 6;
   p = p * x + 0.5f;
-  return (x < 0.5f) & (x > -0.5f) ? p * x * x : exp_lanes(x) - 1.0f - x;
+  return ((x < 0.5f) & (x > -0.5f)) ? p * x * x : exp_lanes(x) - 1.0f - x;
 }
 FA_INLINE Vec<double> exp_minus_1_minus_x(Vec<double> x) {
   for (int i = 0; i < Lanes<double>::count; ++i) x[i] = std::expm1(x[i]) - x[i];
@@ -112,7 +105,7 @@ template <class A> FA_INLINE KlTerm<A> kl_term(Vec<A> d, int64_t estimator) {
 template <class A, bool WHOLE> FA_INLINE void policy_vector(const PolicyJob& job, const Reader<A, WHOLE>& read, Vec<A>* totals) {
   using V = Vec<A>;
   const A lower = A(job.lower), upper = A(job.upper), dual = A(job.dual);
-  const V one = blend(read.inside, broadcast(A(1)), V{}), w = read.scale(job);
+  const V one = read.inside ? broadcast(A(1)) : V{}, w = read.scale(job);
   const V logp = read(job.logp), d = logp - read(job.old_logp), minus_a = -read(job.advantages);
   const V above = d > A(LARGEST_EXPONENT) ? broadcast(A(LARGEST_EXPONENT)) : d;
   const V r = exp_lanes(above < A(-LARGEST_EXPONENT) ? broadcast(A(-LARGEST_EXPONENT)) : above);
@@ -120,7 +113,7 @@ template <class A, bool WHOLE> FA_INLINE void policy_vector(const PolicyJob& job
   const auto high = (minus_a < A(0)) & (r > upper), low = (minus_a > A(0)) & (r < lower), doubly = (minus_a > A(0)) & (r > dual);
   const V policy = high ? minus_a * upper : doubly ? minus_a * dual : low ? minus_a * lower : plain;
   const auto clipped = high | low | doubly;
-  V slope = clipped | (d > A(LARGEST_EXPONENT)) | (d < A(-LARGEST_EXPONENT)) ? V{} : plain;
+  V slope = (clipped | (d > A(LARGEST_EXPONENT)) | (d < A(-LARGEST_EXPONENT))) ? V{} : plain;
   V loss = policy;
   if (job.entropy != nullptr) {
     const V h = read(job.entropy);
@@ -144,12 +137,12 @@ template <class A, bool WHOLE> FA_INLINE void policy_vector(const PolicyJob& job
 }
 
 // In fp64, because a variance is the difference of two of them.
-struct Moments { f64x8 target, target_square, error, error_square; };
+struct Moments { f64v target, target_square, error, error_square; };
 
 template <class A, bool WHOLE> FA_INLINE void value_vector(const ValueJob& job, const Reader<A, WHOLE>& read, Vec<A>* totals, Moments& moments) {
   using V = Vec<A>;
   const A clip = A(job.clip);
-  const V one = blend(read.inside, broadcast(A(1)), V{}), w = read.scale(job);
+  const V one = read.inside ? broadcast(A(1)) : V{}, w = read.scale(job);
   const V v = read(job.values), old = read(job.old_values), target = read(job.returns);
   const V lowest = old - clip, highest = old + clip;
   const V held = (v < lowest ? lowest : v > highest ? highest : v) - target, plain = v - target;
@@ -171,7 +164,7 @@ template <class A, bool WHOLE> FA_INLINE void value_vector(const ValueJob& job, 
 template <class A, int COUNT, class Vector>
 FA_INLINE void sum_tokens(const Tokens& job, int64_t begin, int64_t end, double* sums, Vector vector) {
   constexpr int L = Lanes<A>::count;
-  f64x8 totals[COUNT] = {};
+  f64v totals[COUNT] = {};
   for (int64_t n = begin; n < end;) {
     Vec<A> part[COUNT] = {};
     const int64_t stop = n + PARTIAL * L < end ? n + PARTIAL * L : end;

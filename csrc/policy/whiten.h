@@ -6,23 +6,23 @@
 namespace fastalign {
 namespace FASTALIGN_TARGET {
 
-// A vector of tokens in fp64, eight lanes at a time.
-template <class F> FA_INLINE void each_eight(f64x8 v, F f) { f(v); }
-template <class F> FA_INLINE void each_eight(f32x16 v, F f) {
+// A vector of tokens in fp64, a register at a time.
+template <class F> FA_INLINE void each_wide(f64v v, F f) { f(v); }
+template <class F> FA_INLINE void each_wide(f32v v, F f) {
   const auto half = bit_cast<Halves>(v);
-  f(__builtin_convertvector(half.low, f64x8));
-  f(__builtin_convertvector(half.high, f64x8));
+  f(__builtin_convertvector(half.low, f64v));
+  f(__builtin_convertvector(half.high, f64v));
 }
 
-FA_INLINE f64x8 affine(f64x8 v, f64x8 mean, f64x8 factor, f64x8 offset) { return (v - mean) * factor + offset; }
-FA_INLINE f32x16 affine(f32x16 v, f64x8 mean, f64x8 factor, f64x8 offset) {
+FA_INLINE f64v affine(f64v v, f64v mean, f64v factor, f64v offset) { return (v - mean) * factor + offset; }
+FA_INLINE f32v affine(f32v v, f64v mean, f64v factor, f64v offset) {
   const auto half = bit_cast<Halves>(v);
-  const f32x8 low = __builtin_convertvector(affine(__builtin_convertvector(half.low, f64x8), mean, factor, offset), f32x8);
-  const f32x8 high = __builtin_convertvector(affine(__builtin_convertvector(half.high, f64x8), mean, factor, offset), f32x8);
+  const f32h low = __builtin_convertvector(affine(__builtin_convertvector(half.low, f64v), mean, factor, offset), f32h);
+  const f32h high = __builtin_convertvector(affine(__builtin_convertvector(half.high, f64v), mean, factor, offset), f32h);
 #ifdef __AVX512F__  // where GCC 12 takes bit_cast through memory, and no load can be forwarded from two stores
   return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#else  // where it takes a shuffle lane by lane
-  return bit_cast<f32x16>(Halves{low, high});
+#else
+  return bit_cast<f32v>(Halves{low, high});
 #endif
 }
 
@@ -40,13 +40,13 @@ template <class A> static void block_moments(const WhitenJob& job, int64_t begin
   while (first < end && !job.mask[first]) ++first;
   const A c = first < end ? static_cast<const A*>(job.x)[first] : A(0);
   const Vec<A> narrow = broadcast(c);
-  const f64x8 wide = broadcast(double(c));
+  const f64v wide = broadcast(double(c));
   typename Lanes<A>::ivec count = {};
-  f64x8 sum = {}, squares = {};
+  f64v sum = {}, squares = {};
   each_vector<A>(job.mask, begin, end, [&](const auto& read) __attribute__((always_inline)) {
     count -= read.inside;  // -1 inside
-    each_eight(blend(read.inside, read(job.x), narrow), [&](f64x8 v) __attribute__((always_inline)) {
-      const f64x8 deviation = v - wide;
+    each_wide(read.inside ? read(job.x) : narrow, [&](f64v v) __attribute__((always_inline)) {
+      const f64v deviation = v - wide;
       sum += deviation;
       squares += deviation * deviation;
     });
@@ -61,9 +61,9 @@ template <class A> static void block_moments(const WhitenJob& job, int64_t begin
 
 template <class A> static void block_whiten(const WhitenJob& job, int64_t begin, int64_t end) {
   // Broadcast once: in the loop, where a store might change the job, avx2 code took 130 us in place of 21 for 65,536 tokens.
-  const f64x8 mean = broadcast(job.mean), factor = broadcast(job.factor), offset = broadcast(job.offset);
+  const f64v mean = broadcast(job.mean), factor = broadcast(job.factor), offset = broadcast(job.offset);
   each_vector<A>(job.mask, begin, end, [&](const auto& read) __attribute__((always_inline)) {
-    read.store(job.out, blend(read.inside, affine(read(job.x), mean, factor, offset), Vec<A>{}));
+    read.store(job.out, read.inside ? affine(read(job.x), mean, factor, offset) : Vec<A>{});
   });
 }
 

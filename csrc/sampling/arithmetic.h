@@ -28,6 +28,7 @@ FA_HD float fused(float a, float b, float c) {
 #endif
 }
 FA_HD float chosen(bool yes, float a, float b) { return yes ? a : b; }
+FA_HD bool exceeds(float a, float b) { return a > b; }
 FA_HD float splat(float x, float) { return x; }
 FA_HD uint32_t splat(uint32_t x, uint32_t) { return x; }
 FA_HD uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
@@ -62,7 +63,7 @@ namespace FASTALIGN_TARGET {
 // t = n + r with |r| <= 1/2; the polynomial is the minimax one of degree 6, relative error 2e-9, with exp2(0) = 1.
 template <class F> FA_HD F clamped(F t) {
   const F low = splat(-126.0f, t);
-  return chosen(low > t, low, t);
+  return chosen(exceeds(low, t), low, t);
 }
 #ifdef __CUDA_ARCH__
 FA_HD float clamped(float t) {  // one instruction
@@ -150,10 +151,10 @@ template <class F, class W> FA_HD F exponential(const Noise& noise, W index) {
     k1 += 0xBB67AE85u;
   }
   const F u = fraction(c0, c1), left = fraction(~c0, ~c1);
-  const auto near = u < splat(0.29289323f, u);
+  const auto near = exceeds(splat(0.29289323f, u), u);
   W exponent = (bits_of(left) >> 23) - 127u;
   F m = floats_of((bits_of(left) & 0x7fffffu) | 0x3f800000u);
-  const auto upper = m > splat(1.41421356f, m);
+  const auto upper = exceeds(m, splat(1.41421356f, m));
   m = chosen(upper, m * splat(0.5f, m), m);
   const F e = chosen(near, splat(0.0f, u), converted(exponent) + chosen(upper, splat(1.0f, m), splat(0.0f, m)));
   const F above = chosen(near, -u, m - splat(1.0f, m)), below = chosen(near, splat(2.0f, u) - u, m + splat(1.0f, m));

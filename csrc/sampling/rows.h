@@ -35,20 +35,20 @@ template <class T> struct Row {
 FA_HD i32x16 bits_at(const int32_t* words, int64_t first) {
   constexpr u32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const uint32_t half = uint32_t(words[first / 32]) >> (first % 32);
-  return bit_cast<i32x16>(((u32x16{} + half) >> lane & 1u) != 0u);
+  return -bit_cast<i32x16>((u32x16{} + half) >> lane & 1u);
 }
 
 // The raw logits of a chunk, -inf beyond V.
 template <class T> FA_HD void load_raw(const Row<T>& row, int64_t chunk, f32x16* x) {
   const int64_t first = chunk * CHUNK;
   if (first + CHUNK <= row.V) {
-    for (int i = 0; i < VECTORS; ++i) x[i] = load_lanes(row.x + first + i * L);
+    for (int i = 0; i < VECTORS; ++i) x[i] = load16(row.x + first + i * L);
     return;
   }
   T padded[CHUNK] = {};
   memcpy(padded, row.x + first, (row.V - first) * sizeof(T));
   for (int i = 0; i < VECTORS; ++i) {
-    x[i] = load_lanes(padded + i * L);
+    x[i] = load16(padded + i * L);
     for (int j = 0; j < L; ++j)
       if (first + i * L + j >= row.V) x[i][j] = -INFINITY;
   }
@@ -60,10 +60,10 @@ template <class T> FA_HD void mask(const Row<T>& row, int64_t chunk, f32x16* x) 
     const int64_t first = chunk * CHUNK + i * L;
     if (first >= row.V) break;
     if (row.seen) {
-      const f32x16 penalised = x[i] < 0.0f ? x[i] * row.penalty : x[i] / row.penalty;
-      x[i] = bits_at(row.seen, first) ? penalised : x[i];
+      const f32x16 penalised = chosen(exceeds(f32x16{}, x[i]), x[i] * row.penalty, x[i] / row.penalty);
+      x[i] = chosen(bits_at(row.seen, first), penalised, x[i]);
     }
-    if (row.allowed) x[i] = bits_at(row.allowed, first) ? x[i] : splat(-INFINITY, x[i]);
+    if (row.allowed) x[i] = chosen(bits_at(row.allowed, first), x[i], splat(-INFINITY, x[i]));
   }
 }
 template <class T> FA_HD void load(const Row<T>& row, int64_t chunk, f32x16* z) {
@@ -89,7 +89,7 @@ FA_HD float sum_of(const f32x16* z, float top, float per_bit) {
 
 FA_HD int32_t finite_of(const f32x16* z) {
   i32x16 finite = {};
-  for (int i = 0; i < VECTORS; ++i) finite -= bit_cast<i32x16>(z[i] > -INFINITY);
+  for (int i = 0; i < VECTORS; ++i) finite -= exceeds(z[i], splat(-INFINITY, z[i]));
   int32_t count = 0;
   for (int i = 0; i < L; ++i) count += finite[i];
   return count;
@@ -108,7 +108,7 @@ template <bool TEMPERED, class T> FA_HD void summarise_chunk(const Row<T>& row, 
     const f32x16 d = x[i] - reference, t = d * LOG2E, e = exp2_of(t);
     sum[i % 2] += e;
     weighted[i % 2] = fused(clamped(t), e, weighted[i % 2]);
-    lowest = x[i] > lowest ? lowest : x[i];
+    lowest = chosen(exceeds(x[i], lowest), lowest, x[i]);
     if (TEMPERED) tempered[i % 2] += exp2_of(d * per_bit);
   }
   out.raw_top[chunk] = out.top[chunk] = top;
@@ -141,7 +141,7 @@ FA_HD double combined(const float* tops, const float* sums, const float* weighte
   double lanes[COMBINE_LANES] = {};
   for (int64_t first = 0; first < chunks; first += COMBINE_LANES) {
     for (int i = 0; i < COMBINE_LANES; i += L) {
-      const f32x16 d = load_lanes(tops + first + i) - top, t = d * per_bit, f = exp2_of(t), shift = clamped(t);
+      const f32x16 d = load16(tops + first + i) - top, t = d * per_bit, f = exp2_of(t), shift = clamped(t);
       for (int j = 0; j < L; ++j) {
         const int64_t c = first + i + j;
         const double weight = weighted ? double(weighted[c]) + double(shift[j]) * double(sums[c]) : double(sums[c]);
@@ -185,9 +185,9 @@ static float threshold(float* values, int64_t n, bool unit, double target, float
   uint64_t above = 0;
   for (bool linear = true;; linear = false) {
     for (int64_t i = n; i % L; ++i) values[i] = values[0];
-    f32x16 highs = load_lanes(values), lows = highs;
+    f32x16 highs = load16(values), lows = highs;
     for (int64_t i = L; i < n; i += L) {
-      const f32x16 z = load_lanes(values + i);
+      const f32x16 z = load16(values + i);
       highs = larger(highs, z);
       lows = larger(-z, -lows) * -1.0f;
     }
@@ -196,7 +196,7 @@ static float threshold(float* values, int64_t n, bool unit, double target, float
     const Buckets buckets = Buckets::between(low, high, linear);
     memset(masses, 0, sizeof masses);
     for (int64_t i = 0; i < n; i += L) {
-      const f32x16 z = load_lanes(values + i);
+      const f32x16 z = load16(values + i);
       const u32x16 bucket = buckets.of(z);
       uint64_t mass[L];
       uint32_t of_lane[L];
@@ -218,8 +218,8 @@ static float threshold(float* values, int64_t n, bool unit, double target, float
     }
     int64_t kept = 0;
     for (int64_t i = 0; i < n; i += L) {
-      const f32x16 z = load_lanes(values + i);
-      i32x16 selected = bit_cast<i32x16>(buckets.of(z) == chosen_bucket);
+      const f32x16 z = load16(values + i);
+      i32x16 selected = piecewise([=](auto bucket) FA_PIECE { return bucket == chosen_bucket; }, buckets.of(z));
       if (n - i < L)
         for (int j = int(n - i); j < L; ++j) selected[j] = 0;
       kept += append(values + kept, z, selected);
@@ -260,7 +260,7 @@ FA_HD float top_p_floor(const Summaries& s, int64_t chunks, float top, float per
 }
 
 FA_HD i32x16 kept_lanes(const Keep& keep, f32x16 z) {
-  return bit_cast<i32x16>((z > -INFINITY) & (z >= keep.cut) & ((z - keep.top) * keep.per_bit >= keep.least));
+  return piecewise([&](auto z) FA_PIECE { return (z > -INFINITY) & (z >= keep.cut) & ((z - keep.top) * keep.per_bit >= keep.least); }, z);
 }
 
 // The kept values of a row; `values` has room for V + 16.
@@ -355,7 +355,7 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
       i32x16 kept = {};
       for (int i = 0; i < VECTORS; ++i) {
         const i32x16 in = kept_lanes(keep, z[i]);
-        sum[i % 2] += in ? exp2_of((z[i] - s.top[c]) * k) : f32x16{};
+        sum[i % 2] += chosen(in, exp2_of((z[i] - s.top[c]) * k), f32x16{});
         kept -= in;
       }
       s.sum[c] = tree_sum(sum[0], sum[1]);
@@ -365,7 +365,7 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
     d.log_kept_sum = keeps_all ? d.log_sum : log_of(combined(s.top, s.sum, nullptr, chunks, d.top, k));
     Lead lead = {INFINITY, NOBODY};
     for (int64_t first = 0; first < chunks; first += L) {
-      const f32x16 mass = load_lanes(s.sum + first) * exp2_of((load_lanes(s.top + first) - d.top) * k);
+      const f32x16 mass = load16(s.sum + first) * exp2_of((load16(s.top + first) - d.top) * k);
       const f32x16 score = exponentials(o.noise, CHUNK_TAG | uint32_t(first)) / mass;
       for (int i = 0; i < L; ++i)
         if (mass[i] > 0 && leads({score[i], uint32_t(first + i)}, lead)) lead = {score[i], uint32_t(first + i)};
