@@ -17,13 +17,13 @@ from tests.kernels.sampling_library import compiled, job_of, needs_compiler
 
 # Distribution: draws of one row under as many sequence ids.
 
-MANY = 2_097_152  # where what is rare is tested
-DRAWS = MANY // 4
+MANY = 1_048_576  # where what is rare is tested
+DRAWS = MANY // 2
 ROWS = "-DROWS", "-O2", "-march=native"
 
 
 def tails() -> torch.Tensor:
-    """One id holds the mass; thousands lie 16, 18 and 20 nats below it and are drawn 614, 83 and 11 times
+    """One id holds the mass; thousands lie 16, 18 and 20 nats below it and are drawn 307, 42 and 6 times
     expected."""
     return torch.cat([torch.zeros(1), *(torch.full((2730,), -gap) for gap in (16.0, 18.0, 20.0))])
 
@@ -105,8 +105,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.mark.cpu_only
 @needs_compiler
 def test_ids_24_nats_below_the_head_are_drawn(rows: ctypes.CDLL) -> None:
-    """One id, and 5,461, 21,845 and 87,381 others 16, 20 and 24 nats below it, expected to be drawn 1,288, 94
-    and 7 times as a class.
+    """One id, and 5,461, 21,845 and 87,381 others 16, 20 and 24 nats below it, expected to be drawn 644, 47
+    and 4 times as a class.
 
     torch.multinomial's exponentials end at 2^-24, which is e^-17; FlashInfer's Gumbel noise ends sooner
     (research: vLLM #43150).
