@@ -1,8 +1,8 @@
 """Builds csrc/ into fastalign_kernels/_native.so; everything else is in pyproject.toml.
 
 The build calls g++ (or $CXX) and, where it is found, nvcc. The library uses torch's stable ABI, so one file
-serves every torch >= 2.10 and every Python. torch.utils.cpp_extension would tie it to one of each, and cannot
-link CUDA beside a CPU torch.
+serves every torch from 2.10 on (2.11 is the oldest that is tested) and every Python.
+torch.utils.cpp_extension would tie it to one of each, and cannot link CUDA beside a CPU torch.
 
 The build needs torch's headers and a C++20 compiler. If one is missing it stops and says what to do: use
 `--no-build-isolation`, install a compiler, or set FASTALIGN_NATIVE=0, which installs without the library
@@ -43,8 +43,8 @@ SANITIZED = [
 # csrc/<family>/target.cpp, with the compiler's rule for a * b + c. The sampler gives the same bits on every
 # machine, so its fused operations are written down and the compiler may add none.
 KERNELS = {"sampling": "-ffp-contract=off", "softmax": "-ffp-contract=fast", "policy": "-ffp-contract=fast"}
-# -O3 unrolls the sampler's histograms and takes their buckets out of a register one by one: on a Zen 4 top-p took
-# 1.5 to 1.9 times as long as with -O2, and the file 45 s to compile in place of 9.
+# -O3 unrolls the sampler's histograms and takes their buckets out of a register one by one: on a Zen 4 top-p
+# took 1.5 to 1.9 times as long as with -O2, and the file 45 s to compile in place of 9.
 OPTIMIZE = {"sampling": "-O2"}
 LAUNCHERS = (
     "ops",

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.parametrize("limit", LIMITS),
 ]
 V = 5003  # its last chunk of ids and its last vector are not full
-SAMPLERS = {
+SAMPLERS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tempered": {"temperature": 0.7},
     "greedy": {"temperature": 0.0},
@@ -48,7 +49,7 @@ def draws(logits: torch.Tensor, bits: torch.Tensor) -> dict[str, kernels.Sample]
     found = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for name, options in SAMPLERS.items():
-            masks = {"seen": bits, "allowed": bits.roll(1, 1)} if name == "masks" else {}
+            masks: dict[str, Any] = {"seen": bits, "allowed": bits.roll(1, 1)} if name == "masks" else {}
             found[f"{name} {dtype}"] = kernels.sample(logits.to(dtype), seed=3, **options, **masks)
     return found
 
@@ -56,7 +57,9 @@ def draws(logits: torch.Tensor, bits: torch.Tensor) -> dict[str, kernels.Sample]
 def run(limit: str, *command: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": limit}
     environment.pop("FASTALIGN_GEMM", None)  # native is refused without AVX-512
-    done = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -64,8 +67,9 @@ DRAW = """
 import sys, torch
 from fastalign_kernels import native
 from tests.kernels.test_instruction_sets import draws
+target = native.TARGETS[native.ops.cpu_target()]
 found = draws(*torch.load(sys.argv[1]))  # made by the parent: torch.randn has other bits under a limit
-torch.save({"target": native.TARGETS[native.ops.cpu_target()], "gemm": native.uses_gemm(), "draws": found}, sys.argv[2])
+torch.save({"target": target, "gemm": native.uses_gemm(), "draws": found}, sys.argv[2])
 """
 
 
@@ -85,4 +89,5 @@ def test_the_sampler_gives_the_same_bits(limit, tmp_path):
 
 def test_the_kernels_pass_their_tests(limit):
     """Against the specification in fp64: softmax, policy losses and whitening."""
-    run(limit, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native", "tests/softmax", "tests/policy")
+    quiet = "-q", "-p", "no:cacheprovider"
+    run(limit, "-m", "pytest", *quiet, "-k", "native", "tests/softmax", "tests/policy")
