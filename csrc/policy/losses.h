@@ -117,13 +117,15 @@ template <class A, bool WHOLE> FA_INLINE void policy_vector(const PolicyJob& job
   V loss = policy;
   if (job.entropy != nullptr) {
     const V h = read(job.entropy);
-    loss -= A(job.entropy_coefficient) * h;
+    if (job.entropy_coefficient != 0) loss -= A(job.entropy_coefficient) * h;  // with 0 it is a metric alone, and 0 * inf would be NaN
     totals[ENTROPY_SUM] += h;
   }
   if (job.reference_logp != nullptr) {
     const auto kl = kl_term<A>(logp - read(job.reference_logp), job.kl_estimator);
-    loss += A(job.kl_coefficient) * kl.value;
-    slope += A(job.kl_coefficient) * kl.slope;
+    if (job.kl_coefficient != 0) {
+      loss += A(job.kl_coefficient) * kl.value;
+      slope += A(job.kl_coefficient) * kl.slope;
+    }
     totals[KL] += kl.value;  // 0 outside the mask, where logp and reference_logp read as 0
   }
   totals[LOSS] += w * loss;

@@ -81,7 +81,7 @@ OF_TOKENS: dict = {
         TOKENS,
     ),
     "ppo_loss k2 sequence_mean": (
-        lambda **x: ppo_loss(**x, mask=MASK, kl_estimator="k2", aggregation="sequence_mean").loss,
+        lambda **x: ppo_loss(**x, mask=MASK, **SCALES, kl_estimator="k2", aggregation="sequence_mean").loss,
         TOKENS,
     ),
     "ppo_loss_ref": (lambda **x: ppo_loss_ref(**x, mask=MASK, **SCALES, dual_clip=3.0).loss, TOKENS),
@@ -264,6 +264,26 @@ def test_nan_reaches_the_metrics(implementation, loss, name):
     of_logp = {"logp": ratio | clipped | {"kl"}, "old_logp": ratio | clipped, "advantages": clipped}
     expected = of_logp.get(name, {name.removesuffix("_logp").replace("reference", "kl")})
     assert {key for key, value in result.items() if value.isnan()} == expected | {"loss"}
+
+
+@pytest.mark.parametrize("loss", [ppo_loss, ppo_loss_ref])
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_a_metric_whose_coefficient_is_0_reaches_no_loss(implementation, loss, estimator):
+    """A reference that gives a token no probability made the loss 0 * inf = NaN."""
+    tokens = TOKENS | {"logp": TOKENS["logp"].clone().requires_grad_()}
+    options = {"mask": MASK, "kl_estimator": estimator}
+    expected = loss(**tokens, **options).loss
+    (gradient,) = torch.autograd.grad(expected, tokens["logp"])
+    for name in ("entropy", "reference_logp"):
+        for value in (NAN, -torch.inf):
+            changed = TOKENS[name].clone()
+            changed[COUNTED] = value
+            given = tokens | {name: changed}
+            result = loss(**given, **options)
+            assert torch.equal(result.loss, expected)
+            assert torch.equal(torch.autograd.grad(result.loss, given["logp"])[0], gradient)
+            metric = result.entropy if name == "entropy" else result.kl
+            assert metric is not None and not metric.isfinite()
 
 
 @pytest.mark.parametrize("loss", [reward_loss, reward_loss_ref])

@@ -140,20 +140,22 @@ def policy_kernel(
     kl = h
     if HAS_ENTROPY:
         h = _load(entropy, i, token)
-        loss -= entropy_coefficient * h
+        # With 0 it is a metric alone, and 0 * inf would be NaN.
+        loss -= tl.where(entropy_coefficient == 0, 0.0, entropy_coefficient * h)
     if HAS_REFERENCE:
         e = policy_logp - _load(reference_logp, i, token)
         if KL_ESTIMATOR == 0:
             kl = e
-            grad += tl.where(token, kl_coefficient, 0.0)
+            kl_grad = tl.where(token, kl_coefficient, 0.0)
         elif KL_ESTIMATOR == 1:
             kl = 0.5 * e * e
-            grad += kl_coefficient * e
+            kl_grad = kl_coefficient * e
         else:
             x = tl.where(e < -EXPONENT, EXPONENT, -e)
             kl = _exp_minus_1_minus_x(x)
-            grad += tl.where(e < -EXPONENT, 0.0, -kl_coefficient * (kl + x))
-        loss += kl_coefficient * kl
+            kl_grad = tl.where(e < -EXPONENT, 0.0, -kl_coefficient * (kl + x))
+        grad += tl.where(kl_coefficient == 0, 0.0, kl_grad)
+        loss += tl.where(kl_coefficient == 0, 0.0, kl_coefficient * kl)
     sums += program * POLICY_SUMS
     _store_sum(sums, w * loss, LOSS)
     _store_sum(sums, policy, POLICY)

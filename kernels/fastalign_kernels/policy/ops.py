@@ -173,12 +173,14 @@ def _policy_tokens(inputs: PolicyInputs, options: PolicyOptions) -> PolicyOutput
     entropy = kl = torch.zeros_like(d)
     if inputs.entropy is not None:
         entropy = torch.where(mask, inputs.entropy.to(dtype), 0.0)
-        loss = loss - options.entropy_coefficient * entropy
+        if options.entropy_coefficient:  # with 0 it is a metric alone, and 0 * inf would be NaN
+            loss = loss - options.entropy_coefficient * entropy
     if inputs.reference_logp is not None:
         to_reference = torch.where(mask, logp - inputs.reference_logp.to(dtype), 0.0)
         kl, d_kl = _kl(to_reference, options.kl_estimator)
-        loss = loss + options.kl_coefficient * kl
-        grad = grad + options.kl_coefficient * d_kl
+        if options.kl_coefficient:
+            loss = loss + options.kl_coefficient * kl
+            grad = grad + options.kl_coefficient * d_kl
     weights = torch.where(mask, inputs.weights.as_tensor(mask, dtype), 0.0)
     grads = [weights * grad]
     if inputs.entropy is not None and options.entropy_coefficient:

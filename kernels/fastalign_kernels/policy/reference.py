@@ -84,13 +84,14 @@ def ppo_loss_ref(
         clipped = clipped | ((a < 0) & (policy > -a * dual_clip))
         policy = torch.where(a < 0, torch.minimum(policy, -a * dual_clip), policy)
     losses, kl = policy, None
-    if h is not None:
+    if h is not None and entropy_coefficient:  # with 0 it is a metric alone, whose inf and NaN are its own
         losses = losses - entropy_coefficient * h
     if reference is not None:
         d = logp - reference.detach()
         e = d.clamp(min=-LARGEST_EXPONENT)
         kl = {"k1": d, "k2": 0.5 * d**2, "k3": torch.expm1(-e) + e}[kl_estimator]
-        losses = losses + kl_coefficient * kl
+        if kl_coefficient:
+            losses = losses + kl_coefficient * kl
     loss = _aggregated(losses, mask, aggregation, normalizer, cu_seqlens)
     clips = torch.where(policy.isnan(), policy, clipped)
     means = [
