@@ -48,7 +48,8 @@ def mm(
 
     right_rows [K]: the rows of `right` to take, in their order. out_rows [M]: the rows of `out` to write,
     each at most once. out has the accumulator's dtype, or on a GPU the factors' dtype too. Only the native
-    GEMM (`uses_native_gemm`) takes factors of different dtypes.
+    GEMM (`uses_native_gemm`) takes factors of different dtypes. torch's CPU GEMMs get factors widened to
+    out's dtype: so run the GPU engines in Triton's interpreter, on CPUs without the native GEMM.
     """
     gathers = right_rows is not None or out_rows is not None
     # torch's code for a matrix and a vector reads the matrix once and packs nothing: it takes 0.6 of our
@@ -65,7 +66,10 @@ def mm(
         rows = torch.empty(left.shape[0], right.shape[1], dtype=out.dtype, device=out.device)
         mm(left, right, rows)
         out.index_add_(0, out_rows, rows) if add else out.index_copy_(0, out_rows, rows)
-    elif left.dtype == out.dtype:
+        return
+    if out.device.type == "cpu":
+        left, right = left.to(out.dtype), right.to(out.dtype)
+    if left.dtype == out.dtype:
         out.addmm_(left, right) if add else torch.mm(left, right, out=out)
     elif add:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
