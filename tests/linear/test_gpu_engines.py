@@ -19,9 +19,9 @@ from fastalign_kernels import (  # noqa: E402
     linear_ppo_loss,
     linear_token_stats,
 )
-from fastalign_kernels.linear import engines, head_call  # noqa: E402
+from fastalign_kernels.linear import engines  # noqa: E402
 from fastalign_kernels.linear.engine import Engine, Gradients  # noqa: E402
-from fastalign_kernels.linear.gpu import kept_softmax
+from fastalign_kernels.linear.gpu import head_call, kept_softmax  # noqa: E402
 from fastalign_kernels.linear.gpu import tokens as gpu_tokens  # noqa: E402
 from fastalign_kernels.linear.gpu.kept_softmax import KeptSoftmax  # noqa: E402
 from fastalign_kernels.linear.gpu.vocab_slices import VocabSlices  # noqa: E402

@@ -45,11 +45,11 @@ from ...softmax.tile_rows_triton import (
     tile_stats,
 )
 from ..engine import Engine, Gradients, TokenCoefficients, hidden_grad_dtype
-from ..head_call import HeadCall, product, write_logits
 from ..inputs import HeadInputs, NeedsGrad
 from ..product_grads import Product, gradients_of, products_of
 from ..token_losses import TokenCrossEntropy
 from . import plan as gpu_plan
+from .head_call import HeadCall, product, write_logits
 from .plan import TileSizes, keeps_softmax, saved_sizes, tile_sizes
 from .tokens import Tokens
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from ...softmax.slice_rows_triton import new_running, slice_stats
 from ...softmax.tile_rows_triton import tile_grad
 from ..engine import Engine, Gradients, TokenCoefficients, empty_gradients, hidden_grad_dtype
-from ..head_call import HeadCall, product, write_logits
 from ..inputs import HeadInputs, NeedsGrad
+from .head_call import HeadCall, product, write_logits
 from .plan import GRANULE, slice_width
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gemm import mm
-from ..softmax.rows import Stat, accumulator_dtype
-from ..softmax.tile_rows_triton import Softmaxes
-from .gpu.tokens import Tokens
-from .inputs import HeadInputs
+from ...gemm import mm
+from ...softmax.rows import Stat, accumulator_dtype
+from ...softmax.tile_rows_triton import Softmaxes
+from ..inputs import HeadInputs
+from .tokens import Tokens
 
 
 def product(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
