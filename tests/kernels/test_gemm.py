@@ -212,3 +212,16 @@ def test_who_multiplies():
     cpu = torch.device("cpu")
     assert uses_native_gemm(cpu, F32) == uses_native_gemm(cpu, BF16) == native.uses_gemm()
     assert not uses_native_gemm(cpu, torch.float64) and not uses_native_gemm(torch.device("cuda"), F32)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_torchs_products_widen_the_factors(dtypes, monkeypatch):
+    """As GPU engines ask on a CPU whose GEMMs are torch's, which have no bf16 to fp32."""
+    monkeypatch.setattr(native, "uses_gemm", lambda: False)
+    generator = torch.Generator().manual_seed(0)
+    left, right = matrix(5, 9, dtypes[0], "rows", generator), matrix(9, 7, dtypes[1], "columns", generator)
+    out = torch.full((5, 7), torch.nan)
+    mm(left, right, out)
+    torch.testing.assert_close(out, left.float() @ right.float())
+    mm(left, right, out, add=True)
+    torch.testing.assert_close(out, 2 * (left.float() @ right.float()))
