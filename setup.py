@@ -44,7 +44,7 @@ SANITIZED = [
 # machine, so its fused operations are written down and the compiler may add none.
 KERNELS = {"sampling": "-ffp-contract=off", "softmax": "-ffp-contract=fast", "policy": "-ffp-contract=fast"}
 # -O3 unrolls the sampler's histograms and takes their buckets out of a register one by one: on a Zen 4 top-p
-# took 1.5 to 1.9 times as long as with -O2, and the file 45 s to compile in place of 9.
+# took 1.4 to 1.9 times as long as with -O2, and the file for SSE2 45 s to compile in place of 7.
 OPTIMIZE = {"sampling": "-O2"}
 LAUNCHERS = (
     "ops",

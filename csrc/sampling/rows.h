@@ -12,6 +12,9 @@ namespace fastalign {
 namespace FASTALIGN_TARGET {
 
 constexpr int VECTORS = CHUNK / L;
+// How far loops over the vectors of a chunk are unrolled: wholly, so that the sums that i % 2 chooses among stay in registers. AVX2 and SSE2
+// have too few for them.
+constexpr int UNROLLED = REGISTER > 32 ? VECTORS : 1;
 
 // The 32 lanes of a chunk, halved.
 FA_HD float tree_sum(f32x16 low, f32x16 high) {
@@ -73,6 +76,7 @@ template <class T> FA_HD void load(const Row<T>& row, int64_t chunk, f32x16* z) 
 
 FA_HD float top_of(const f32x16* x) {
   f32x16 a = splat(-INFINITY, x[0]), b = a;
+#pragma GCC unroll UNROLLED
   for (int i = 0; i < VECTORS; i += 2) {
     a = larger(a, x[i]);
     b = larger(b, x[i + 1]);
@@ -83,6 +87,7 @@ FA_HD float reference_of(float top) { return top == -INFINITY ? 0.0f : top; }  /
 
 FA_HD float sum_of(const f32x16* z, float top, float per_bit) {
   f32x16 s[2] = {};
+#pragma GCC unroll UNROLLED
   for (int i = 0; i < VECTORS; ++i) s[i % 2] += exp2_of((z[i] - reference_of(top)) * per_bit);
   return tree_sum(s[0], s[1]);
 }
@@ -104,6 +109,7 @@ template <bool TEMPERED, class T> FA_HD void summarise_chunk(const Row<T>& row, 
   const float top = top_of(x), reference = reference_of(top);
   f32x16 sum[2] = {}, weighted[2] = {}, tempered[2] = {};
   f32x16 lowest = x[0];
+#pragma GCC unroll UNROLLED
   for (int i = 0; i < VECTORS; ++i) {
     const f32x16 d = x[i] - reference, t = d * LOG2E, e = exp2_of(t);
     sum[i % 2] += e;
@@ -353,6 +359,7 @@ template <class T> static void draw(const SampleJob& job, int64_t index, const S
       load(row, c, z);
       f32x16 sum[2] = {};
       i32x16 kept = {};
+#pragma GCC unroll UNROLLED
       for (int i = 0; i < VECTORS; ++i) {
         const i32x16 in = kept_lanes(keep, z[i]);
         sum[i % 2] += chosen(in, exp2_of((z[i] - s.top[c]) * k), f32x16{});
