@@ -12,8 +12,7 @@ namespace fastalign {
 namespace FASTALIGN_TARGET {
 
 constexpr int VECTORS = CHUNK / L;
-// How far loops over the vectors of a chunk are unrolled: wholly, so that the sums that i % 2 chooses among stay in registers. AVX2 and SSE2
-// have too few for them.
+// How far loops over the vectors of a chunk are unrolled: wholly, so that its logits and sums stay in registers. AVX2 and SSE2 have too few.
 constexpr int UNROLLED = REGISTER > 32 ? VECTORS : 1;
 
 // The 32 lanes of a chunk, halved.
@@ -45,6 +44,7 @@ FA_HD i32x16 bits_at(const int32_t* words, int64_t first) {
 template <class T> FA_HD void load_raw(const Row<T>& row, int64_t chunk, f32x16* x) {
   const int64_t first = chunk * CHUNK;
   if (first + CHUNK <= row.V) {
+#pragma GCC unroll UNROLLED
     for (int i = 0; i < VECTORS; ++i) x[i] = load16(row.x + first + i * L);
     return;
   }
@@ -105,6 +105,7 @@ template <bool TEMPERED, class T> FA_HD void summarise_chunk(const Row<T>& row, 
   f32x16 x[VECTORS];
   load_raw(row, chunk, x);
   // As in rows.h: the hardware prefetcher stops at every 4 KiB page.
+#pragma GCC unroll UNROLLED
   for (int i = 0; i < CHUNK; i += 64 / sizeof(T)) __builtin_prefetch(row.x + chunk * CHUNK + 2048 / sizeof(T) + i);
   const float top = top_of(x), reference = reference_of(top);
   f32x16 sum[2] = {}, weighted[2] = {}, tempered[2] = {};
