@@ -150,8 +150,8 @@ MUTATIONS = [
     ),
     Mutation(
         KERNELS + "policy/losses_triton.py",
-        "grad += kl_coefficient * e",
-        "grad += 0.5 * kl_coefficient * e",
+        "kl_grad = kl_coefficient * e",
+        "kl_grad = 0.5 * kl_coefficient * e",
         "tests/policy",
     ),
     Mutation(
