@@ -57,7 +57,7 @@ FA_HD void for_values(FilterShared& shared, Source source, const BlockRow<T>& ro
   }
 }
 
-// As `threshold` in rows.h. Here the range of keys narrows and the values stay in place. The result lies at or below the lowest kept value and
+// As `threshold` in threshold.h. Here the range of keys narrows and the values stay in place. The result lies at or below the lowest kept value and
 // above every dropped one, so as a cut it is the same.
 template <class T>
 FA_HD float block_threshold(FilterShared& shared, Source source, const BlockRow<T>& row, const ChunkSummary* s, const Keep& keep, const Search& search) {

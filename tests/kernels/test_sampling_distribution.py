@@ -138,7 +138,7 @@ MUTANTS = {  # file, what is broken in it, and the test that must see it: "noise
     ),
     "one more id under top_k": ("rows.h", "n, true, o.top_k,", "n, true, o.top_k + 1,", "top_k"),
     "one fewer id under top_p": (
-        "rows.h",
+        "threshold.h",
         "if (double(above + in_bucket) >= target) break;",
         "if (in_bucket) break;",
         "top_p",
