@@ -33,8 +33,8 @@ def logistic(c, r, beta, e):
     """-(1 - e) log s(x) - e log s(-x). DPO (2305.18290, eq. 7); e > 0 is cDPO (Mitchell 2023)."""
     x = beta * (c - r)
     d = beta * (e - sigmoid(-x))
-    value = where(e == 0, softplus(-x), (1 - e) * softplus(-x) + e * softplus(x))  # 0 * inf is NaN
-    return value, d, -d
+    sure = softplus(-x)
+    return where(e == 0, sure, (1 - e) * sure + e * softplus(x)), d, -d  # 0 * inf is NaN
 
 
 def hinge(c, r, beta, e):
@@ -56,8 +56,8 @@ def robust(c, r, beta, e):
     x = beta * (c - r)
     tilt = e / (1 - 2 * e)
     d = -beta * (sigmoid(-x) + tilt)
-    value = where(e == 0, softplus(-x), softplus(-x) - tilt * x)  # 0 * inf is NaN
-    return value, d, -d
+    sure = softplus(-x)
+    return where(e == 0, sure, sure - tilt * x), d, -d  # 0 * inf is NaN
 
 
 def exo_pair(c, r, beta, e):
